@@ -214,6 +214,7 @@ class MeshConfig:
 class TrainConfig:
     """One training run. The resolved config is saved beside its checkpoints."""
 
+    task: Literal["image_text"] = "image_text"  # a key of mammut.tasks.TASKS
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

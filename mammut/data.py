@@ -1,0 +1,534 @@
+"""From a data source to batches: every example read by index, shuffled anew each epoch, split by process, resumable.
+
+`open_source` gives random access to a set, `TrainBatches` draws endless training batches from it, `eval_batches` passes
+over it once, `prefetch` moves batches to the device ahead of the step. Batches are NumPy arrays of this process' share.
+"""
+
+import array
+import collections
+from collections.abc import Callable, Iterator
+from concurrent import futures
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import re
+import time
+from typing import Any
+import weakref
+
+from jaxtyping import Bool, Int32, UInt8
+import numpy as np
+
+from mammut import synthetic
+from mammut.config import DataConfig
+from mammut.processor import BadImage, Processor
+
+_log = logging.getLogger(__name__)
+
+_MIN_READ = 100  # the share of bad examples is judged from so many examples on
+_MAX_BAD_IN_A_ROW = 100
+
+
+class BadExample(ValueError):
+    """An example that cannot be used; `cause` says why in a word or two, to be counted by."""
+
+    def __init__(self, message: str, cause: str):
+        super().__init__(message)
+        self.cause = cause
+
+
+class TooManyBadExamples(ValueError):
+    """More examples than `DataConfig.max_bad_share` allows could not be used."""
+
+
+@dataclasses.dataclass
+class Example:
+    """One image and everything that is said about it."""
+
+    image: Any  # what `processor.image.read` takes: encoded bytes, a path, uint8[height, width, 3] or a PIL image
+    captions: list[str]
+    key: str  # names the example in messages and predictions: its file, where it has one
+
+
+class Source:
+    """A set of examples by index; `source[i]` raises BadExample where there is no usable example.
+
+    Subclass it to train on data of your own: `spec` (its name in messages), `__len__` and `__getitem__` are enough.
+    Examples are read from several threads at once.
+    """
+
+    spec: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Example:
+        raise NotImplementedError
+
+    def captions(self, index: int) -> list[str]:
+        """The captions of an example, without the cost of its image where that can be saved."""
+        return self[index].captions
+
+
+def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None) -> Source:
+    """Opens a set of captioned images.
+
+    Args:
+      spec: One of these, each with an optional slice in examples or percent such as `[1000:]` or `[:90%]`.
+        `synthetic:train`, `synthetic:val`: the drawn scenes of `mammut.synthetic`.
+        `jsonl:PATH`: one `{"file": ..., "captions": [...]}` a line, files relative to PATH, which is the .jsonl or a
+        folder that holds exactly one. Only the place of each line is kept in memory.
+        `tfds:NAME/SPLIT`: a set that tensorflow-datasets has prepared as array_record; NAME may have a config and a
+        version, or be the folder of the prepared set. The image is its field `image`, the captions are its first field
+        of `captions` (a sequence of texts, or of objects with a `text`, as in COCO), `caption` and `text`.
+      image_size: Pixels of the drawn scenes; other sources give their images as they are stored.
+      tfds_dir: The `data_dir` of tensorflow-datasets; None is its default.
+
+    Raises:
+      ValueError: the spec is none of these, the set does not exist, or there is nothing in it.
+    """
+    name, start, stop = re.fullmatch(r"(.*?)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", spec, re.DOTALL).groups()
+    kind, _, name = name.partition(":")
+    if kind == "synthetic" and name in ("train", "val"):
+        source = _Synthetic(name, image_size)
+    elif kind == "jsonl" and name:
+        source = _Jsonl(spec, pathlib.Path(name).expanduser())
+    elif kind == "tfds" and all(name.rpartition("/")):
+        source = _Tfds(spec, name, tfds_dir)
+    else:
+        raise ValueError(
+            f"data source {spec!r} is not synthetic:train, synthetic:val, jsonl:PATH or tfds:NAME/SPLIT, "
+            "each with an optional [a:b] in examples or percent"
+        )
+
+    def bound(text: str | None) -> int | None:
+        if text is None or not text.endswith("%"):
+            return text and int(text)
+        return round(len(source) * int(text[:-1]) / 100)
+
+    rows = range(len(source))[bound(start) : bound(stop)]
+    if not rows:
+        raise ValueError(f"data source {spec!r} is empty, expected at least one of the {len(source)} examples of the set")
+    return _Slice(spec, source, rows)
+
+
+class _Slice(Source):
+    def __init__(self, spec: str, source: Source, rows: range):
+        self.spec, self._source, self._rows = spec, source, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._source[self._rows[index]]
+
+    def captions(self, index: int) -> list[str]:
+        return self._source.captions(self._rows[index])
+
+
+class _Synthetic(Source):
+    def __init__(self, split: synthetic.Split, image_size: int):
+        self._split, self._image_size = split, image_size
+
+    def __len__(self) -> int:
+        return synthetic.num_scenes(self._split)
+
+    def __getitem__(self, index: int) -> Example:
+        image = synthetic.draw(self._split, index, self._image_size)
+        return Example(image, self.captions(index), f"synthetic:{self._split} {index}")
+
+    def captions(self, index: int) -> list[str]:
+        return synthetic.captions(synthetic.combination(self._split, index))
+
+
+class _Jsonl(Source):
+    def __init__(self, spec: str, path: pathlib.Path):
+        if path.is_dir():
+            found = sorted(path.glob("*.jsonl"))
+            if len(found) != 1:
+                raise ValueError(f"data source {spec!r} is a folder with {len(found)} .jsonl files, expected exactly one")
+            path = found[0]
+        if not path.is_file():
+            raise ValueError(f"data source {spec!r} names {path}, which does not exist; expected a .jsonl file")
+        starts, numbers, end = array.array("q"), array.array("q"), 0
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.isspace():
+                    starts.append(end)
+                    numbers.append(number)
+                end += len(line)
+        self._path = path
+        self._bounds = np.array([*starts, end], np.int64)
+        self._numbers = np.array(numbers, np.int64)
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Example:
+        where = f"{self._path}, line {self._numbers[index]}"
+        start, end = self._bounds[index : index + 2].tolist()
+        try:
+            record = json.loads(os.pread(self._file, end - start, start).decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise BadExample(f"{where} is not UTF-8", "not UTF-8") from error
+        except (ValueError, RecursionError) as error:
+            raise BadExample(f"{where} is not JSON", "not JSON") from error
+        if not isinstance(record, dict):
+            raise BadExample(f"{where} is not a JSON object", "not an object")
+        file = record.get("file")
+        if not isinstance(file, str) or not file:
+            raise BadExample(f'{where} has no "file"', "missing field")
+        captions = record.get("captions")
+        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+            raise BadExample(f'{where} has no "captions", a list of texts', "missing field")
+        return Example(self._path.parent / file, _usable(captions, where), file)
+
+
+class _Tfds(Source):
+    def __init__(self, spec: str, name: str, tfds_dir: str | None):
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core import read_only_builder
+
+        name, _, split = name.rpartition("/")
+        try:
+            # From files, never from tensorflow-datasets' code for the set: that may reach for the network.
+            if pathlib.Path(name, "features.json").exists():
+                builder = read_only_builder.builder_from_directory(name)
+            else:
+                builder = read_only_builder.builder_from_files(name, data_dir=tfds_dir)
+        except tfds.core.DatasetNotFoundError as error:
+            raise ValueError(
+                f"data source {spec!r} is not prepared in data.tfds_dir {tfds_dir}; prepare it once with "
+                f"`python -m mammut.prepare jsonl:PATH --data-dir DIR --name {name}` or "
+                f"tfds.builder({name!r}, data_dir=DIR, file_format='array_record').download_and_prepare()"
+            ) from error
+        features = builder.info.features
+        field = next((field for field in ("captions", "caption", "text") if field in features), None)
+        if split not in builder.info.splits:
+            raise ValueError(f"data source {spec!r} has no such split, expected one of {', '.join(builder.info.splits)}")
+        if field is None or "image" not in features:
+            raise ValueError(
+                f"data source {spec!r} has the fields {', '.join(features)}, "
+                "expected image and one of captions, caption, text"
+            )
+        images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+        decoders = dict.fromkeys(images, tfds.decode.SkipDecoding())
+        try:
+            self._records = builder.as_data_source(split, decoders=decoders)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"data source {spec!r} is prepared as {builder.info.file_format.value}, expected array_record: "
+                "prepare it again with file_format='array_record'"
+            ) from error
+        self._spec, self._field = spec, field
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        where = f"{self._spec}, example {index}"
+        captions = record[self._field]
+        if isinstance(captions, dict):
+            captions = captions["text"]
+        if isinstance(captions, bytes):
+            captions = [captions]
+        try:
+            captions = [caption.decode() for caption in captions]
+        except UnicodeDecodeError as error:
+            raise BadExample(f"{where} is not UTF-8", "not UTF-8") from error
+        file = record.get("image/filename", b"").decode(errors="replace")
+        return Example(record["image"], _usable(captions, where), file or where)
+
+
+def _usable(captions: list[str], where: str) -> list[str]:
+    captions = [caption for caption in captions if caption.strip()]
+    if not captions:
+        raise BadExample(f"{where} has no caption", "no caption")
+    try:
+        "".join(captions).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+        raise BadExample(f"{where} has a caption that is not UTF-8", "not UTF-8") from error
+    return captions
+
+
+def captions(source: Source) -> Iterator[str]:
+    """All captions in order, to train a tokenizer on; examples that cannot be read are left out."""
+    for index in range(len(source)):
+        try:
+            yield from source.captions(index)
+        except BadExample:
+            continue
+
+
+@dataclasses.dataclass
+class _Read:
+    """What reading an example came to, passed on through Grain, where a raised exception would be lost."""
+
+    bad: list[tuple[str, str]]  # cause and message of each example that could not be used
+    example: Example | None = None
+    image: np.ndarray | None = None
+    caption: str = ""
+    error: Exception | None = None  # anything else that went wrong: not for us to swallow
+
+
+class TrainBatches:
+    """Endless training batches of this process' share: `image`, `tokens` and `text_valid` in a dict.
+
+    Every epoch visits all examples once in a new order; each visit draws one of the captions and, where the config asks
+    for them, a crop and a flip. All of that depends only on the seed and on the position in the run, so a run continues
+    bit for bit from `state()`, with another number of threads or processes too. In place of an example that cannot be
+    used another is drawn at random, so batches stay full and all processes stay at the same position.
+
+    Shapes of a batch, b = config.batch_size // process_count:
+      image uint8[b, image_size, image_size, 3], tokens int32[b, L], text_valid bool[b, L].
+
+    Args:
+      source: The examples.
+      processor: Decides the image size and the tokens.
+      config: The fields from `batch_size` to `max_bad_share` are used.
+      seed: Of the order, captions, crops and flips.
+      process_index: This process, of `process_count`.
+      process_count: Processes that share each batch; row i of the whole batch goes to process i % process_count.
+      state: What `state()` returned; the batches then go on from there.
+
+    Raises:
+      ValueError: the set is smaller than a batch, the batch is not a multiple of `process_count`, or `state` belongs to
+        another set or seed.
+      TooManyBadExamples: when iterating, more than `config.max_bad_share` of the examples could not be used.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        processor: Processor,
+        config: DataConfig,
+        *,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        state: dict[str, Any] | None = None,
+    ):
+        import grain
+
+        self._rows = _share("data.batch_size", config.batch_size, process_count)
+        if len(source) < config.batch_size:
+            raise ValueError(
+                f"{source.spec!r} has {len(source)} examples, expected at least data.batch_size {config.batch_size}"
+            )
+        self._source, self._processor, self._config = source, processor, config
+        start = {"examples": len(source), "seed": seed, "position": 0, "read": 0, "bad": {}}
+        self._state = start if state is None else state
+        for name in ("examples", "seed"):
+            if self._state[name] != start[name]:
+                raise ValueError(
+                    f"the data position to resume from is of a run with {name} {self._state[name]}, "
+                    f"this one has {name} {start[name]} ({source.spec!r}): expected the same data and seed"
+                )
+        self._read = self._state["read"]
+        self._bad = collections.Counter(self._state["bad"])
+        self._position = self._state["position"]  # in examples of all processes
+        self._process_count = process_count
+        # Randomness before the slice: it belongs to the position in the run, whichever process reads it.
+        self._reads = iter(
+            grain.MapDataset.range(len(source))
+            .seed(seed)
+            .shuffle()
+            .repeat()
+            .random_map(self._load)[self._position + process_index :: process_count]
+            .to_iter_dataset(grain.ReadOptions(config.threads, max(config.threads, self._rows)))
+        )
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        reads = []
+        while len(reads) < self._rows:
+            read = next(self._reads)
+            if read.error is not None:
+                raise read.error
+            _count(self._bad, read.bad)
+            self._read += len(read.bad) + (read.example is not None)
+            self._check_share(stop=read.example is None)
+            reads.append(read)
+        self._position += self._rows * self._process_count
+        self._state = self._state | {"position": self._position, "read": self._read, "bad": self.bad_counts}
+        tokens, text_valid = self._processor.encode_text([read.caption for read in reads])
+        return {"image": np.stack([read.image for read in reads]), "tokens": tokens, "text_valid": text_valid}
+
+    def state(self) -> dict[str, Any]:
+        """The position after the batches handed out so far, as JSON values."""
+        return self._state
+
+    @property
+    def bad_counts(self) -> dict[str, int]:
+        """How many examples could not be used since the start of the run, by cause; this process' share."""
+        return dict(self._bad)
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._reads.close()
+
+    def _load(self, index: int, rng: np.random.Generator) -> _Read:
+        bad = []
+        try:
+            while len(bad) < _MAX_BAD_IN_A_ROW:
+                try:
+                    example = self._source[int(index)]
+                    caption = example.captions[rng.integers(len(example.captions))]
+                    return _Read(bad, example, self._view(example, rng), caption)
+                except (BadExample, BadImage) as error:
+                    bad.append((error.cause, str(error)))
+                    index = rng.integers(len(self._source))
+        except Exception as error:
+            return _Read(bad, error=error)
+        return _Read(bad)
+
+    def _view(self, example: Example, rng: np.random.Generator) -> np.ndarray:
+        transform, config = self._processor.image, self._config
+        image = transform.read(example.image)
+        if config.crop_scale == (1, 1):
+            image = transform(image)
+        else:
+            image = transform.random_resized_crop(image, rng, config.crop_scale, config.crop_ratio)
+        return image[:, ::-1] if config.horizontal_flip and rng.random() < 0.5 else image
+
+    def _check_share(self, stop: bool) -> None:
+        bad, allowed = self._bad.total(), self._config.max_bad_share
+        if stop or (self._read >= min(_MIN_READ, len(self._source)) and bad > allowed * self._read):
+            raise TooManyBadExamples(
+                f"{bad} of {self._read} examples read from {self._source.spec!r} could not be used "
+                f"({describe_bad(self._bad)}), data.max_bad_share allows {allowed:.0%}"
+            )
+
+
+def prefetch(
+    batches: TrainBatches, transfer: Callable[[dict[str, np.ndarray]], Any], size: int = 2
+) -> Iterator[tuple[Any, dict[str, Any], float]]:
+    """Reads and transfers up to `size` batches ahead in a thread of its own.
+
+    Yields `(transfer(batch), state, wait)`: the state after exactly this batch, not after those read ahead, and the
+    seconds the caller had to wait for it. Whatever the thread raises is raised here.
+    """
+
+    def load() -> tuple[Any, dict[str, Any]]:
+        batch = next(batches)
+        return transfer(batch), batches.state()
+
+    # A pool of one, because its tasks end by themselves: no thread can be left waiting for a consumer that has gone.
+    pool = futures.ThreadPoolExecutor(1, thread_name_prefix="mammut-prefetch")
+    try:
+        ahead = collections.deque(pool.submit(load) for _ in range(size))
+        while True:
+            start = time.perf_counter()
+            batch, state = ahead.popleft().result()
+            wait = time.perf_counter() - start
+            ahead.append(pool.submit(load))
+            yield batch, state, wait
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclasses.dataclass
+class EvalBatch:
+    """A batch of one pass over a set, this process' share; rows that are not an example are zero.
+
+    A row is not an example where the last batch is padded or the example could not be used; `bad` counts the latter.
+    """
+
+    image: UInt8[np.ndarray, "b height width 3"]
+    example_valid: Bool[np.ndarray, " b"]
+    index: Int32[np.ndarray, " b"]  # of the example in the source; -1 in padding
+    examples: list[Example | None]  # None where example_valid is False
+    bad: dict[str, int]  # by cause
+
+    @property
+    def captions(self) -> list[list[str]]:
+        """All captions of each row; none where `example_valid` is False."""
+        return [example.captions if example else [] for example in self.examples]
+
+
+def eval_batches(
+    source: Source,
+    processor: Processor,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+) -> Iterator[EvalBatch]:
+    """Passes once over the first `limit` examples in order, without randomness, in batches of one shape.
+
+    Process p holds rows [p * b, (p + 1) * b) of every batch, b = batch_size // process_count, and all processes get
+    the same number of batches.
+
+    Raises:
+      ValueError: at the call, `batch_size` is not a multiple of `process_count`.
+    """
+    rows = _share("data.eval_batch_size", batch_size, process_count)
+    total = len(source) if limit is None else min(limit, len(source))
+    size = processor.image.image_size
+
+    def load(place: int) -> tuple[int, _Read]:
+        batch, row = divmod(int(place), rows)
+        index = batch * batch_size + process_index * rows + row
+        if index >= total:
+            return -1, _Read([])
+        try:
+            example = source[index]
+            return index, _Read([], example, processor.image(processor.image.read(example.image)))
+        except (BadExample, BadImage) as error:
+            return index, _Read([(error.cause, str(error))])
+        except Exception as error:
+            return index, _Read([], error=error)
+
+    def batches() -> Iterator[EvalBatch]:
+        import grain
+
+        places = grain.MapDataset.range(-(-total // batch_size) * rows)
+        loaded = iter(places.map(load).to_iter_dataset(grain.ReadOptions(threads, max(threads, rows))))
+        bad = collections.Counter()
+        try:
+            for _ in range(len(places) // rows):
+                index, reads = zip(*(next(loaded) for _ in range(rows)), strict=True)
+                for read in reads:
+                    if read.error is not None:
+                        raise read.error
+                    _count(bad, read.bad)
+                blank = np.zeros((size, size, 3), np.uint8)
+                yield EvalBatch(
+                    image=np.stack([blank if read.image is None else read.image for read in reads]),
+                    example_valid=np.array([read.example is not None for read in reads]),
+                    index=np.array(index, np.int32),
+                    examples=[read.example for read in reads],
+                    bad=dict(collections.Counter(cause for read in reads for cause, _ in read.bad)),
+                )
+        finally:
+            loaded.close()
+
+    return batches()
+
+
+def describe_bad(counts: dict[str, int]) -> str:
+    """Counts by cause as words, the most frequent first: "12 corrupt, 3 no caption"."""
+    return ", ".join(f"{count} {cause}" for cause, count in collections.Counter(counts).most_common())
+
+
+def _count(counts: collections.Counter, bad: list[tuple[str, str]]) -> None:
+    """Counts bad examples by cause and tells of the first of each cause."""
+    for cause, message in bad:
+        counts[cause] += 1
+        if counts[cause] == 1:
+            _log.warning("skipped, as any other example like it (%s): %s", cause, message)
+
+
+def _share(field: str, batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise ValueError(f"{field} {batch_size} is not a multiple of the {process_count} processes")
+    return batch_size // process_count

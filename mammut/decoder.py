@@ -1,0 +1,89 @@
+"""The text decoder and its two passes over the same weights (paper, section 3.2).
+
+| pass | self-attention | cross-attention | gives |
+|---|---|---|---|
+| contrastive pass | bidirectional, pads masked | none | features whose masked mean is the text embedding |
+| caption pass | causal | after every k-th layer | features whose vocabulary scores are the caption's logits |
+
+Which pass runs is the name of the method called, never inferred from an argument that is missing.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from mammut.config import ModelConfig
+from mammut.layers import Dtypes, Embedding, Layer, LayerNorm, Linear, param, scan, stack
+from mammut.masks import attn_mask
+from mammut.sharding import constrain
+
+
+class TextDecoder(nnx.Module):
+    """`depth` self-attention layers, with a cross-attention layer of its own MLP after every `cross_attn_every`-th.
+
+    The paper inserts M cross-attention layers, M about half of N, of the decoder's own width and MLP; only with an MLP
+    of their own do they have the 420M parameters it counts. It does not state their slots: here, the end of each group.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtypes: Dtypes):
+        text = config.text
+        self.config, self.remat, self.unroll, self.dtype = text, config.remat, config.unroll, dtypes.compute
+        self.token_embed = Embedding(text.vocab_size, text.width, rngs=rngs, dtypes=dtypes)
+        positions = 0.02 * jax.random.normal(rngs.params(), (text.max_length, text.width))
+        self.pos_embed = param(positions.astype(dtypes.param), "text", "embed")
+        self.layers = stack(lambda r: Layer(text, rngs=r, dtypes=dtypes), text.depth, rngs=rngs)
+        groups = text.depth // text.cross_attn_every
+        self.cross_layers = stack(lambda r: Layer(text, rngs=r, dtypes=dtypes), groups, rngs=rngs)
+        self.norm = LayerNorm(text.width, text.norm_eps, dtypes=dtypes)
+        self.vocab_head = (
+            None
+            if text.tie_embeddings
+            else Linear({"embed": text.width}, {"vocab": text.vocab_size}, rngs=rngs, dtypes=dtypes, use_bias=False)
+        )
+
+    def contrastive_pass(
+        self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
+    ) -> Float[Array, "B L D"]:
+        """Bidirectional features of the text alone, float[B, L, D]; those at pads mean nothing."""
+        mask = attn_mask(text_valid, jnp.zeros(tokens.shape[1], bool))
+        x = self._embed(tokens)
+        x = scan(lambda x, layer: layer(x, mask=mask), x, self.layers, remat=self.remat, unroll=self.unroll)
+        return self.norm(x)
+
+    def caption_pass(
+        self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], image_tokens: Float[Array, "B P D"]
+    ) -> Float[Array, "B L D"]:
+        """Causal features that see the image, float[B, L, D]; `image_tokens` come in the decoder's width."""
+        mask = attn_mask(text_valid, jnp.ones(tokens.shape[1], bool))
+        every = self.config.cross_attn_every
+        groups = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), self.layers)
+
+        def group(x, stacked):
+            layers, cross_layer = stacked
+            for i in range(every):
+                x = jax.tree.map(lambda parameter: parameter[i], layers)(x, mask=mask)
+            return cross_layer(x, image_tokens)
+
+        unroll = max(1, self.unroll // every)
+        x = scan(group, self._embed(tokens), (groups, self.cross_layers), remat=self.remat, unroll=unroll)
+        return self.norm(x)
+
+    def logits(self, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Next-token scores float[..., V] of features of the caption pass."""
+        return features @ self.vocab_kernel
+
+    @property
+    def vocab_kernel(self) -> Float[Array, "D V"]:
+        """The vocabulary head float[D, V]: the token embedding transposed, or a matrix of its own."""
+        if self.vocab_head is None:
+            return self.token_embed.embedding[...].astype(self.dtype).T
+        return self.vocab_head.kernel[...].astype(self.dtype)
+
+    def _embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        length, longest = tokens.shape[1], self.config.max_length
+        if length > longest:
+            raise ValueError(f"the text has {length} tokens, DecoderConfig.max_length is {longest}")
+        pos_embed = constrain(self.pos_embed[:length].astype(self.dtype), "text", None)
+        x = self.token_embed(tokens) + pos_embed
+        return constrain(x, "batch", "text", "embed")

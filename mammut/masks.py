@@ -1,0 +1,33 @@
+"""The only builder of attention and loss masks. Arrays in, arrays out."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+def attn_mask(valid: Bool[Array, "B S"], causal: Bool[Array, "S"]) -> Bool[Array, "B 1 S S"]:
+    """Who may attend to whom, from two boolean vectors: bool[B, 1, L, S], True = may attend (query, key).
+
+    `valid` marks real tokens: a pad is never attended to. `causal[s]` says that token s is hidden from all before it:
+
+        causal = 0 0 0 0 (contrastive pass)   1 1 1 1 (caption pass)   0 0 1 1 (prefix, then text)
+                 x x x x                      x . . .                  x x . .
+                 x x x x                      x x . .                  x x . .
+                 x x x x                      x x x .                  x x x .
+                 x x x x                      x x x x                  x x x x
+    """
+    block = jnp.cumsum(causal)
+    visible = block[None, :] <= block[:, None]
+    return (visible[None] & valid[:, None, :])[:, None]
+
+
+def caption_labels(
+    tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
+) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
+    """The labels of the caption pass, int[B, L]: `tokens` shifted left by one; and their loss mask, bool[B, L].
+
+    The mask follows the labels, not the inputs: the end token, as an input, would be asked to predict a pad. Ids play no
+    part in it: 0 is a pad here and "!" in CLIP's vocabulary.
+    """
+    labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    loss_mask = jnp.pad(text_valid[:, 1:], ((0, 0), (0, 1))) & text_valid
+    return labels, loss_mask

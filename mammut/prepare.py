@@ -1,0 +1,120 @@
+"""Packs a JSONL set into a tensorflow-datasets set: a few large files in place of many small ones.
+
+    python -m mammut.prepare jsonl:PATH --data-dir DIR --name NAME
+
+writes DIR/NAME/1.0.0 with one split, `train`, in the order of the lines. It is then read as `tfds:NAME/train` with
+data.tfds_dir DIR, and by `tfds.builder(NAME, data_dir=DIR)` anywhere else. TensorFlow is not needed.
+"""
+
+import argparse
+import collections
+from collections.abc import Iterator
+import pathlib
+import re
+from typing import Any
+
+from mammut.config import DataConfig
+from mammut.data import BadExample, Source, describe_bad, open_source
+from mammut.processor import BadImage, ImageTransform
+
+_VERSION = "1.0.0"
+
+
+def prepare(spec: str, data_dir: str, name: str, max_bad_share: float = DataConfig.max_bad_share) -> dict[str, int]:
+    """Writes the examples of a JSONL source as the tensorflow-datasets set `name`, fields image and captions.
+
+    Images keep their original bytes. Lines and images that cannot be used are left out.
+
+    Args:
+      spec: `jsonl:PATH`, with an optional slice; see `mammut.data.open_source`.
+      data_dir: The `data_dir` of tensorflow-datasets.
+      name: Of the set: lower-case letters, digits and underscores.
+      max_bad_share: Nothing is written if more than this share of the examples cannot be used.
+
+    Returns:
+      How many examples were left out, by cause.
+
+    Raises:
+      ValueError: the spec or the name is not of that form, the set exists already, or too much of it cannot be used.
+    """
+    if not spec.startswith("jsonl:"):
+        raise ValueError(f"the set to prepare is {spec!r}, expected jsonl:PATH")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"--name is {name!r}, expected lower-case letters, digits and underscores, a letter first")
+    folder = pathlib.Path(data_dir).expanduser().resolve()
+    if (folder / name / _VERSION).exists():
+        raise ValueError(f"{folder / name / _VERSION} exists already: remove it or choose another --name")
+    source = open_source(spec, image_size=1)  # the size is of drawn scenes only
+    bad = collections.Counter()
+    examples = list(_usable(source, bad))
+    if not examples or bad.total() > max_bad_share * len(source):
+        raise ValueError(
+            f"{bad.total()} of the {len(source)} examples of {spec!r} cannot be used ({describe_bad(bad)}), "
+            f"--max-bad-share allows {max_bad_share:.0%}"
+        )
+    _write(source, examples, folder, name)
+    return dict(bad)
+
+
+def _usable(source: Source, bad: collections.Counter) -> Iterator[int]:
+    transform = ImageTransform(image_size=1)
+    for index in range(len(source)):
+        try:
+            transform.read(source[index].image)
+            yield index
+        except (BadExample, BadImage) as error:
+            bad[error.cause] += 1
+
+
+def _write(source: Source, examples: list[int], folder: pathlib.Path, name: str) -> None:
+    import tensorflow_datasets as tfds
+
+    set_name = name
+
+    class Captions(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = set_name
+        VERSION = tfds.core.Version(_VERSION)
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(),
+                    "image/filename": tfds.features.Text(),
+                    "captions": tfds.features.Sequence(tfds.features.Text()),
+                }
+            )
+            description = f"Images and captions of {source.spec}."
+            # Not shuffled: examples keep the order of the lines.
+            return tfds.core.DatasetInfo(
+                builder=self, description=description, features=features, disable_shuffling=True
+            )
+
+        def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+            for key, index in enumerate(examples):
+                example = source[index]
+                image = pathlib.Path(example.image).read_bytes()
+                yield key, {"image": image, "image/filename": example.key, "captions": example.captions}
+
+    builder = Captions(data_dir=str(folder), file_format="array_record")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description="Pack a JSONL set into a tensorflow-datasets set.")
+    parser.add_argument("spec", help="jsonl:PATH, with an optional [a:b]")
+    parser.add_argument("--data-dir", required=True, help="the data_dir of tensorflow-datasets")
+    parser.add_argument("--name", required=True, help="the name of the set")
+    parser.add_argument("--max-bad-share", type=float, default=DataConfig.max_bad_share)
+    arguments = parser.parse_args()
+    try:
+        bad = prepare(**vars(arguments))
+    except ValueError as error:
+        parser.exit(1, f"{error}\n")
+    print(f"prepared {arguments.name} in {arguments.data_dir}; left out: {describe_bad(bad) or 'nothing'}")
+
+
+if __name__ == "__main__":
+    _main()

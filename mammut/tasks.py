@@ -1,0 +1,95 @@
+"""A task is a batch contract and the loss of a model on such a batch.
+
+A loss over pairs of examples needs the whole batch at once, a loss over single examples does not. A task keeps the two
+apart, so that a step may run in micro-batches and still see every negative (`training.accumulated_gradients`).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mammut.config import LossConfig
+from mammut.losses import (
+    caption_loss,
+    contrastive_logits,
+    focal_contrastive,
+    sigmoid_contrastive,
+    softmax_contrastive,
+)
+from mammut.masks import caption_labels
+from mammut.model import MaMMUT
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTextTask:
+    """The paper's training task: a contrastive and a captioning loss on the same pairs.
+
+    Batch: `image` uint8[B, height, width, 3], `tokens` int[B, L], `text_valid` bool[B, L].
+    """
+
+    config: LossConfig
+
+    def loss(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The weighted sum and both raw losses, as means over the pairs and over the caption tokens of the batch."""
+        out = model.two_pass(batch["image"], batch["tokens"], batch["text_valid"], crop_key)
+        contrastive = self.contrastive(model, out.image_embed, out.text_embed)
+        caption = self._caption_sum(model, out.features, batch) / self.caption_tokens(batch)
+        return self.total(contrastive, caption)
+
+    def total(self, contrastive: jax.Array, caption: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The weighted sum, and the two raw losses as metrics."""
+        loss = self.config.contrastive_weight * contrastive + self.config.caption_weight * caption
+        return loss, {"loss": loss, "loss_contrastive": contrastive, "loss_caption": caption}
+
+    def embed(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Image and text embeddings, float[B, E] each: all that the contrastive loss sees of an example."""
+        image_embed = model.encode_image(batch["image"], crop_key)
+        return image_embed, model.encode_text(batch["tokens"], batch["text_valid"])
+
+    def contrastive(self, model: MaMMUT, image_embed: jax.Array, text_embed: jax.Array) -> jax.Array:
+        """The contrastive loss over all pairs of the batch; of `model` it uses the logit scale and bias alone."""
+        config = self.config
+        scale, bias = model.logit_scale[...], model.logit_bias[...]
+        if config.contrastive == "softmax":  # a bias would cancel
+            losses = softmax_contrastive(contrastive_logits(image_embed, text_embed, scale))
+        elif config.contrastive == "sigmoid":
+            losses = sigmoid_contrastive(contrastive_logits(image_embed, text_embed, scale, bias))
+        else:
+            losses = focal_contrastive(
+                contrastive_logits(image_embed, text_embed, scale, bias),
+                gamma=config.focal_gamma,
+                alpha=config.focal_alpha,
+                normalization=config.focal_normalization,
+            )
+        return losses.mean()
+
+    def embed_and_caption(
+        self, model: MaMMUT, batch: Batch, crop_key: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        """What `embed` gives, and the caption loss summed over the tokens of a micro-batch; one image encoding."""
+        out = model.two_pass(batch["image"], batch["tokens"], batch["text_valid"], crop_key)
+        return (out.image_embed, out.text_embed), self._caption_sum(model, out.features, batch)
+
+    def caption_tokens(self, batch: Batch) -> jax.Array:
+        """How many labels the caption loss of the batch has, at least 1."""
+        return jnp.maximum(caption_labels(batch["tokens"], batch["text_valid"])[1].sum(), 1)
+
+    def _caption_sum(self, model: MaMMUT, features: jax.Array, batch: Batch) -> jax.Array:
+        labels, loss_mask = caption_labels(batch["tokens"], batch["text_valid"])
+        return caption_loss(
+            features,
+            model.text.vocab_kernel,
+            labels,
+            loss_mask,
+            label_smoothing=self.config.label_smoothing,
+            z_loss=self.config.z_loss,
+            chunk=self.config.vocab_chunk,
+        ).sum()
+
+
+TASKS: dict[str, Any] = {"image_text": ImageTextTask}

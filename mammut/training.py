@@ -1,0 +1,210 @@
+"""Train state, optimizer and the jitted step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mammut import sharding
+from mammut.config import OptimizerConfig, TrainConfig
+from mammut.model import MaMMUT, logical_axes
+from mammut.tasks import Batch, ImageTextTask, Metrics
+
+Params = Any  # nested dict of arrays
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step changes."""
+
+    step: jax.Array  # int32: updates done or skipped
+    params: Params
+    opt_state: Any
+    nonfinite: jax.Array  # int32: updates skipped for a loss or gradient that was not finite
+    nonfinite_in_a_row: jax.Array  # int32
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0 to the peak, then cosine or linear decay to 0 at `steps`."""
+    peak, decay_steps = config.learning_rate, steps - config.warmup_steps
+    if config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, decay_steps)
+    else:
+        decay = optax.linear_schedule(peak, 0.0, decay_steps)
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+
+def decay_mask(params: Params) -> Any:
+    """True for what weight decay touches: the kernels. Not biases, norms, embeddings, positions or the logit scale.
+
+    By name, not by rank: a stacked norm has two dimensions as well.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping, then AdamW or Adafactor, with the schedule and decoupled weight decay of `config`."""
+    schedule = learning_rate_schedule(config, steps)
+    if config.name == "adamw":
+        scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    else:
+        # Attention kernels end in [heads, 64]: the usual threshold of 128 would leave them unfactored.
+        scale = optax.chain(
+            optax.scale_by_factored_rms(min_dim_size_to_factor=32),
+            optax.clip_by_block_rms(1.0),
+            optax.ema(config.b1, debias=False),
+        )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        scale,
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def accumulated_gradients(
+    task: ImageTextTask,
+    merge: Callable[[Params], MaMMUT],
+    params: Params,
+    batch: Batch,
+    crop_key: jax.Array,
+    accumulation: int,
+) -> tuple[Params, Metrics]:
+    """Gradients of both losses over the whole batch, in micro-batches: exact, every negative included.
+
+    The contrastive loss depends on the parameters only through the embeddings and the logit scale. So: embed all
+    micro-batches without gradients; take the loss, and its gradient in every embedding, once; then run each micro-batch
+    again, and pull its share of that gradient back together with its captioning loss (GradCache, arXiv 2101.06983).
+    """
+
+    def split(x):  # every device gives rows to every micro-batch, so nothing moves between devices
+        return x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
+
+    def pin(micro):
+        return {name: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)) for name, x in micro.items()}
+
+    micros = jax.tree.map(split, batch)
+    keys = jax.random.split(crop_key, accumulation)
+    embeds = jax.lax.map(lambda xs: task.embed(merge(params), pin(xs[0]), xs[1]), (micros, keys))
+    flat = jax.tree.map(lambda x: sharding.constrain(x.reshape(-1, x.shape[-1]), "batch", None), embeds)
+
+    contrastive, (grads, *embed_grads) = jax.value_and_grad(
+        lambda params, image_embed, text_embed: task.contrastive(merge(params), image_embed, text_embed), argnums=(0, 1, 2)
+    )(params, *flat)
+    embed_grads = jax.tree.map(lambda g, e: g.reshape(e.shape), tuple(embed_grads), embeds)
+    num_tokens = task.caption_tokens(batch)
+    weight = task.config.contrastive_weight
+    grads = jax.tree.map(lambda g: weight * g, grads)
+
+    def step(carry, xs):
+        grads, caption = carry
+        micro, key, (image_grad, text_grad) = xs
+
+        def surrogate(params):
+            (image_embed, text_embed), caption_sum = task.embed_and_caption(merge(params), pin(micro), key)
+            pulled = (image_embed * image_grad).sum() + (text_embed * text_grad).sum()
+            caption = caption_sum / num_tokens
+            return weight * pulled + task.config.caption_weight * caption, caption
+
+        micro_grads, micro_caption = jax.grad(surrogate, has_aux=True)(params)
+        return (jax.tree.map(jnp.add, grads, micro_grads), caption + micro_caption), None
+
+    (grads, caption), _ = jax.lax.scan(step, (grads, jnp.float32(0)), (micros, keys, embed_grads))
+    return grads, task.total(contrastive, caption)[1]
+
+
+@dataclasses.dataclass
+class Trainer:
+    """The compiled pieces of one run: where its state lives, how it starts, and its step.
+
+    `init(seed)` makes the state in place on the mesh; `step(state, batch)` donates the state it is given and returns the
+    next with the metrics of the batch; `model(params)` is the model with these weights. Both run inside
+    `jax.set_mesh(mesh)`.
+    """
+
+    mesh: Mesh
+    abstract_state: TrainState  # shapes, dtypes and shardings
+    init: Callable[[int], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    model: Callable[[Params], MaMMUT]
+
+
+def make_trainer(config: TrainConfig, task: ImageTextTask, mesh: Mesh) -> Trainer:
+    """Builds the pieces of a run without computing anything.
+
+    Raises:
+      ValueError: the batch does not divide over the mesh.
+    """
+    sharding.require_divisible(config.data.batch_size // config.accumulation, mesh, "data.batch_size / accumulation")
+    abstract_model = nnx.eval_shape(lambda: MaMMUT(config.model, rngs=nnx.Rngs(0)))
+    graphdef = nnx.graphdef(abstract_model)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
+
+    def merge(params: Params) -> MaMMUT:
+        return nnx.merge(graphdef, params)
+
+    def init(seed: jax.Array) -> TrainState:
+        model = MaMMUT(config.model, rngs=nnx.Rngs(params=jax.random.key(seed)))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        zero = jnp.int32(0)
+        return TrainState(zero, params, optimizer.init(params), zero, zero)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # The key depends on the seed and the step alone, so that a resumed run draws what the first would have drawn.
+        crop_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        if config.accumulation > 1:
+            grads, metrics = accumulated_gradients(task, merge, state.params, batch, crop_key, config.accumulation)
+        else:
+            grads, metrics = jax.grad(lambda params: task.loss(merge(params), batch, crop_key), has_aux=True)(
+                state.params
+            )
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # A NaN would spread from one batch to every parameter and moment: such an update leaves all of them as they were.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        skipped = 1 - finite.astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            nonfinite=state.nonfinite + skipped,
+            nonfinite_in_a_row=(state.nonfinite_in_a_row + 1) * skipped,
+        )
+        metrics |= {
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step - 1 - state.nonfinite),
+            "logit_scale": jnp.exp(params["logit_scale"]),
+            "nonfinite": state.nonfinite,
+            "nonfinite_in_a_row": state.nonfinite_in_a_row,
+        }
+        return state, metrics
+
+    abstract_state = jax.eval_shape(init, 0)
+    param_shardings = sharding.param_shardings(abstract_state.params, logical_axes(abstract_model), mesh)
+    shardings = sharding.state_shardings(abstract_state, abstract_state.params, param_shardings, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return Trainer(
+        mesh=mesh,
+        abstract_state=jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, shardings
+        ),
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(shardings, sharding.batch_sharding(mesh)),
+            out_shardings=(shardings, replicated),
+        ),
+        model=merge,
+    )
