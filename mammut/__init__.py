@@ -1,1 +1,34 @@
-"""MaMMUT."""
+"""MaMMUT-style vision-language models in JAX: one ViT, one text decoder, two passes over the same weights.
+
+Importing this pulls in jax, flax and NumPy; image and tokenizer libraries are imported when they are first used, and
+TensorFlow and PyTorch never.
+"""
+
+from mammut import presets
+from mammut.checkpoint import CheckpointError, load, save
+from mammut.config import DecoderConfig, ModelConfig, TrainConfig, VisionConfig
+from mammut.generate import caption
+from mammut.model import MaMMUT
+from mammut.processor import BadImage, ImageTransform, Processor
+
+__all__ = [
+    # a model and its processor
+    "load",
+    "save",
+    "MaMMUT",
+    "Processor",
+    "ImageTransform",
+    # what it does
+    "caption",
+    # its configuration
+    "presets",
+    "ModelConfig",
+    "VisionConfig",
+    "DecoderConfig",
+    "TrainConfig",
+    # what can go wrong
+    "BadImage",
+    "CheckpointError",
+]
+
+__version__ = "0.1.0"

@@ -47,7 +47,7 @@ class TooManyBadExamples(ValueError):
 class Example:
     """One image and everything that is said about it."""
 
-    image: Any  # what `processor.image.read` takes: encoded bytes, a path, uint8[height, width, 3] or a PIL image
+    image: Any  # encoded bytes, a path, uint8[height, width, 3] or a PIL image, as `Processor.image` takes them
     captions: list[str]
     key: str  # names the example in messages and predictions: its file, where it has one
 
@@ -159,9 +159,9 @@ class _Jsonl(Source):
                     starts.append(end)
                     numbers.append(number)
                 end += len(line)
+        starts.append(end)
         self._path = path
-        self._bounds = np.array([*starts, end], np.int64)
-        self._numbers = np.array(numbers, np.int64)
+        self._bounds, self._numbers = np.array(starts), np.array(numbers)
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
@@ -391,11 +391,10 @@ class TrainBatches:
 
     def _view(self, example: Example, rng: np.random.Generator) -> np.ndarray:
         transform, config = self._processor.image, self._config
-        image = transform.read(example.image)
         if config.crop_scale == (1, 1):
-            image = transform(image)
+            image = transform(example.image)
         else:
-            image = transform.random_resized_crop(image, rng, config.crop_scale, config.crop_ratio)
+            image = transform.random_resized_crop(example.image, rng, config.crop_scale, config.crop_ratio)
         return image[:, ::-1] if config.horizontal_flip and rng.random() < 0.5 else image
 
     def _check_share(self, stop: bool) -> None:
@@ -482,7 +481,7 @@ def eval_batches(
             return -1, _Read([])
         try:
             example = source[index]
-            return index, _Read([], example, processor.image(processor.image.read(example.image)))
+            return index, _Read([], example, processor.image(example.image))
         except (BadExample, BadImage) as error:
             return index, _Read([(error.cause, str(error))])
         except Exception as error:

@@ -117,6 +117,11 @@ def device_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
+def replicated_batch(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array [B, ...] that every process holds in full -> the global array, split over the batch."""
+    return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
+
+
 def require_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
     """Raises ValueError, naming `field`, when `batch_size` does not split evenly over the mesh."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]

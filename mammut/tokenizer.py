@@ -1,7 +1,7 @@
 """Text to ids and back: CLIP's byte-pair vocabulary, SentencePiece, Hugging Face `tokenizer.json`.
 
-`load_tokenizer` reads a user's vocabulary file, `train_sentencepiece` makes one from captions, `restore_tokenizer` reads
-back what `Tokenizer.save` wrote. The special ids of a SentencePiece or Hugging Face vocabulary:
+`load_tokenizer` reads a user's vocabulary file, `train_sentencepiece` makes one from captions, `restore_tokenizer`
+reads back what `Tokenizer.save` wrote. The special ids of a SentencePiece or Hugging Face vocabulary:
 
   end    must exist; a vocabulary without one is refused
   pad    its own pad, else the end id
@@ -10,23 +10,45 @@ back what `Tokenizer.save` wrote. The special ids of a SentencePiece or Hugging 
 No id marks a pad: 0 is "!" in CLIP's vocabulary and its pad, too. `text_valid` of the processor marks the real tokens.
 """
 
+import abc
 import gzip
 import html
+import io
 import json
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 _CLIP_MERGES = 49_152 - 256 - 2  # the file holds more lines than CLIP uses
-_CLIP_SPECIAL = "<start_of_text>", "<end_of_text>"
-_CLIP_WORDS = r"<start_of_text>|<end_of_text>|(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_HF_END = "<|endoftext|>", "</s>", "[SEP]", "<|end_of_text|>", "<end_of_text>", "<|im_end|>", "<eos>"
-_HF_PAD = "<pad>", "[PAD]", "<|pad|>"
-_HF_START = "<|startoftext|>", "<start_of_text>", "<s>", "[CLS]", "<|begin_of_text|>", "<bos>"
+_CLIP_START, _CLIP_END = 49_406, 49_407
+_CLIP_SPECIAL = {  # open_clip's spelling, then OpenAI's
+    "<start_of_text>": _CLIP_START,
+    "<end_of_text>": _CLIP_END,
+    "<|startoftext|>": _CLIP_START,
+    "<|endoftext|>": _CLIP_END,
+}
+_CLIP_WORDS = (
+    r"<start_of_text>|<end_of_text>|<\|startoftext\|>|<\|endoftext\|>"
+    r"|(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+)
+# For each special token of a tokenizer.json: its names in the config beside it, then well-known tokens.
+_HF_TOKENS = {
+    "bos": (
+        ("bos_token", "cls_token"),
+        ("<|startoftext|>", "<start_of_text>", "<s>", "[CLS]", "<|begin_of_text|>", "<bos>"),
+    ),
+    "eos": (
+        ("eos_token", "sep_token"),
+        ("<|endoftext|>", "</s>", "[SEP]", "<|end_of_text|>", "<end_of_text>", "<|im_end|>", "<eos>"),
+    ),
+    "pad": (("pad_token",), ("<pad>", "[PAD]", "<|pad|>")),
+}
+_SETTINGS = "kind", "lowercase", "vocab_size", "bos_id", "eos_id", "pad_id"
+SpecialIds = tuple[int, int, int]  # start, end, pad
 _MIN_VOCAB_FOR_BYTES = 512  # byte pieces take 256 places; a smaller vocabulary needs them for characters and words
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """Text to ids and back. Use `load_tokenizer` or `train_sentencepiece` to make one.
 
     `lowercase` says whether text is lower-cased before it is encoded. `vocab_size` is one more than the largest id.
@@ -35,13 +57,18 @@ class Tokenizer:
     kind: str
     file: str  # its name in a saved folder
 
-    def __init__(self, content: bytes, lowercase: bool, special_ids: tuple[int, int, int], vocab_size: int):
+    def __init__(self, content: bytes, lowercase: bool, special_ids: SpecialIds, vocab_size: int):
         self._content = content
         self.lowercase = lowercase
         self.bos_id, self.eos_id, self.pad_id = special_ids
         self.vocab_size = vocab_size
         if not 0 <= min(special_ids) <= max(special_ids) < vocab_size:
             raise ValueError(f"start, end and pad ids are {special_ids}, expected ids below vocab_size {vocab_size}")
+
+    @classmethod
+    def from_file(cls, path: pathlib.Path, lowercase: bool):
+        """Reads a user's vocabulary file; `load_tokenizer` picks the class."""
+        return cls(path.read_bytes(), lowercase)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without start and end. Unlike CLIP's own, the other kinds never read an end in `text`."""
@@ -60,36 +87,38 @@ class Tokenizer:
             ids = ids[: ids.index(self.eos_id)]
         for token in ids:
             if not 0 <= token < self.vocab_size:
-                raise ValueError(f"id {token} is outside the {self.kind} vocabulary, expected 0 to {self.vocab_size - 1}")
+                raise ValueError(f"id {token} is not in the vocabulary, expected 0 to {self.vocab_size - 1}")
         return self._decode([token for token in ids if token != self.bos_id])
 
     def settings(self) -> dict[str, Any]:
         """What `restore_tokenizer` needs beside the vocabulary file, as JSON values."""
-        names = "kind", "lowercase", "vocab_size", "bos_id", "eos_id", "pad_id"
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _SETTINGS}
 
     def save(self, folder: pathlib.Path) -> dict[str, Any]:
         """Writes the vocabulary file into `folder` and returns `settings()`."""
         (folder / self.file).write_bytes(self._content)
         return self.settings()
 
+    @abc.abstractmethod
     def _encode(self, text: str) -> list[int]:
-        raise NotImplementedError
+        """Ids of text that is cleaned already."""
 
+    @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str:
-        raise NotImplementedError
+        """Text of ids that are inside the vocabulary."""
 
 
 class ClipTokenizer(Tokenizer):
-    """CLIP's byte-pair encoding of cleaned, lower-cased text, with open_clip's ids for every string.
+    """CLIP's byte-pair encoding of cleaned, lower-cased text, with open_clip's ids.
 
-    As there, "<start_of_text>" and "<end_of_text>" in a text become the special ids.
+    As there, "<start_of_text>" and "<end_of_text>" in a text become the special ids, and so do OpenAI's spellings
+    "<|startoftext|>" and "<|endoftext|>".
     """
 
     kind = "clip"
     file = "tokenizer.txt.gz"
 
-    def __init__(self, content: bytes, lowercase: bool, special_ids: tuple[int, int, int] | None = None):
+    def __init__(self, content: bytes, lowercase: bool, special_ids: SpecialIds | None = None):
         from tokenizers import Regex, Tokenizer as Pipeline, models, pre_tokenizers
 
         lines = gzip.decompress(content).decode("utf-8").split("\n")[1 : 1 + _CLIP_MERGES]
@@ -98,15 +127,14 @@ class ClipTokenizer(Tokenizer):
             raise ValueError(f"expected a heading and {_CLIP_MERGES} lines of two pieces")
         self._bytes = _visible_bytes()
         units = [*self._bytes, *(unit + "</w>" for unit in self._bytes)]
-        self._pieces = [*units, *("".join(merge) for merge in merges), *_CLIP_SPECIAL]
+        self._pieces = [*units, *("".join(merge) for merge in merges)]
         ids = {piece: token for token, piece in enumerate(self._pieces)}
-        self._special = {text: ids[text] for text in _CLIP_SPECIAL}
         self._words = pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True)
         self._pipeline = Pipeline(models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>"))
         self._pipeline.pre_tokenizer = pre_tokenizers.Sequence(
             [self._words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
-        super().__init__(content, True, special_ids or (*self._special.values(), 0), len(ids))
+        super().__init__(content, True, special_ids or (_CLIP_START, _CLIP_END, 0), _CLIP_END + 1)
 
     def _encode(self, text: str) -> list[int]:
         import ftfy
@@ -116,7 +144,7 @@ class ClipTokenizer(Tokenizer):
         if not any(special in text for special in _CLIP_SPECIAL):
             return self._pipeline.encode(text, add_special_tokens=False).ids
         words = [word for word, _ in self._words.pre_tokenize_str(text)]
-        ids = ([self._special[word]] if word in self._special else self._pipeline.encode(word).ids for word in words)
+        ids = ([_CLIP_SPECIAL[word]] if word in _CLIP_SPECIAL else self._pipeline.encode(word).ids for word in words)
         return [token for word in ids for token in word]
 
     def _decode(self, ids: list[int]) -> str:
@@ -130,7 +158,7 @@ class SentencePieceTokenizer(Tokenizer):
     kind = "sentencepiece"
     file = "tokenizer.model"
 
-    def __init__(self, content: bytes, lowercase: bool, special_ids: tuple[int, int, int] | None = None):
+    def __init__(self, content: bytes, lowercase: bool, special_ids: SpecialIds | None = None):
         import sentencepiece
 
         self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -147,20 +175,41 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A Hugging Face `tokenizer.json`; its own truncation, padding and special-token template are not used."""
+    """A Hugging Face `tokenizer.json`; its own truncation, padding and special-token template are not used.
+
+    `named` holds what the config files beside it call its special tokens.
+    """
 
     kind = "huggingface"
     file = "tokenizer.json"
 
-    def __init__(self, content: bytes, lowercase: bool, special_ids: tuple[int, int, int] | None = None):
+    def __init__(self, content: bytes, lowercase: bool, special_ids: SpecialIds | None = None, named=None):
         from tokenizers import Tokenizer as Pipeline
 
         self._pipeline = Pipeline.from_str(content.decode("utf-8"))
         self._pipeline.no_truncation()
         self._pipeline.no_padding()
         self._pipeline.encode_special_tokens = True  # "</s>" in a text is text
-        special_ids = special_ids or find_special_ids({}, self._pipeline.token_to_id)
+        if special_ids is None:
+            ids = {role: self._find(role, named or {}) for role in _HF_TOKENS}
+            special_ids = _special_ids(ids["bos"], ids["eos"], ids["pad"])
         super().__init__(content, lowercase, special_ids, 1 + max(self._pipeline.get_vocab().values()))
+
+    @classmethod
+    def from_file(cls, path: pathlib.Path, lowercase: bool):
+        """Reads a `tokenizer.json` and the names of its special tokens from the two files beside it, where they are."""
+        beside = [path.with_name(name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
+        named = {}
+        for config in filter(pathlib.Path.is_file, beside):
+            named |= read_object(config)
+        return cls(path.read_bytes(), lowercase, named=named)
+
+    def _find(self, role: str, named: dict[str, Any]) -> int | None:
+        fields, known = _HF_TOKENS[role]
+        tokens = [named.get(field) for field in fields]
+        tokens = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+        found = (self._pipeline.token_to_id(token) for token in (*tokens, *known) if token)
+        return next((token for token in found if token is not None), None)
 
     def _encode(self, text: str) -> list[int]:
         # A unigram vocabulary lists "</s>" as a piece like any other, so that its id can still come out of a text.
@@ -174,8 +223,8 @@ class HuggingFaceTokenizer(Tokenizer):
 def load_tokenizer(path: str | pathlib.Path, lowercase: bool) -> Tokenizer:
     """Reads a vocabulary file: CLIP's `*.txt.gz`, a SentencePiece `*.model` or a Hugging Face `tokenizer.json`.
 
-    The special tokens of a `tokenizer.json` are those that `tokenizer_config.json` or `special_tokens_map.json` beside it
-    name, else well-known ones such as <|endoftext|>, </s> and [SEP]. CLIP's vocabulary lower-cases in any case.
+    The special tokens of a `tokenizer.json` are those named by `tokenizer_config.json` or `special_tokens_map.json`
+    beside it, else well-known ones such as <|endoftext|>, </s> and [SEP]. CLIP's vocabulary lower-cases in any case.
 
     Raises:
       ValueError: `path` is missing, of no known kind, damaged, or has no end token.
@@ -185,10 +234,94 @@ def load_tokenizer(path: str | pathlib.Path, lowercase: bool) -> Tokenizer:
     cls = next((cls for suffix, cls in kinds.items() if path.name.endswith(suffix)), None)
     if cls is None:
         raise ValueError(f"vocabulary {path} is of no known kind, expected a *.txt.gz, *.model or *.json file")
-    named = _named_special_tokens(path.parent) if cls is HuggingFaceTokenizer else {}
-    tokenizer = _build(cls, path, lowercase)
-    return tokenizer
+    return _read(path, lambda: cls.from_file(path, lowercase))
 
 
 def restore_tokenizer(folder: pathlib.Path, settings: dict[str, Any]) -> Tokenizer:
     """The tokenizer whose `save(folder)` returned `settings`; raises ValueError when file and settings do not fit."""
+    classes = ClipTokenizer, SentencePieceTokenizer, HuggingFaceTokenizer
+    cls = next((cls for cls in classes if cls.kind == settings.get("kind")), None)
+    if cls is None or set(settings) != set(_SETTINGS):
+        kinds = ", ".join(cls.kind for cls in classes)
+        raise ValueError(f"{folder} has tokenizer settings {settings}, expected {_SETTINGS}, kind one of {kinds}")
+    special_ids = settings["bos_id"], settings["eos_id"], settings["pad_id"]
+    path = folder / cls.file
+    tokenizer = _read(path, lambda: cls(path.read_bytes(), settings["lowercase"], special_ids))
+    if tokenizer.settings() != settings:
+        raise ValueError(f"{path} has settings {tokenizer.settings()}, but was saved with {settings}")
+    return tokenizer
+
+
+def train_sentencepiece(captions: Iterable[str], vocab_size: int, lowercase: bool) -> Tokenizer:
+    """Trains a unigram SentencePiece vocabulary of at most `vocab_size` pieces: pad 0, start 1, end 2, unknown 3.
+
+    The same captions give the same bytes. From 512 pieces on, 256 of them are bytes, so that no character is unknown.
+
+    Raises:
+      ValueError: there is no text to train on, or `vocab_size` is too small for its characters.
+    """
+    import sentencepiece
+
+    texts = [text for text in (_clean(caption, lowercase) for caption in captions) if text.strip()]
+    if not texts:
+        raise ValueError("there are no captions to train a vocabulary on; give captions or set tokenizer.path")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=vocab_size >= _MIN_VOCAB_FOR_BYTES,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            num_threads=1,  # the sums of several threads depend on their number
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"vocab_size {vocab_size} is too small for the characters of the captions") from error
+    return SentencePieceTokenizer(model.getvalue(), lowercase)
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in the file `path`; raises ValueError naming the file when it is missing or holds none."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _read(path: pathlib.Path, build: Callable[[], Tokenizer]) -> Tokenizer:
+    if not path.is_file():
+        raise ValueError(f"there is no vocabulary file {path}")
+    try:
+        return build()
+    except Exception as error:  # each of the three libraries raises its own kinds
+        raise ValueError(f"{path} cannot be used as a vocabulary: {error}") from error
+
+
+def _special_ids(bos: int | None, eos: int | None, pad: int | None) -> SpecialIds:
+    if eos is None:
+        raise ValueError("it has no end token (of a tokenizer.json, eos_token in tokenizer_config.json names it)")
+    start = next(token for token in (bos, pad, eos) if token is not None)
+    return start, eos, eos if pad is None else pad
+
+
+def _clean(text: str, lowercase: bool) -> str:
+    # A JSON escape may hold half an emoji, a lone surrogate, which none of the libraries takes.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.lower() if lowercase else text
+
+
+def _visible_bytes() -> dict[str, int]:
+    # GPT-2's stand-ins: a printable byte is its own character, the other bytes follow from U+0100 on, in that order.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(hidden)}

@@ -1,0 +1,16 @@
+"""The default run: 0.6M parameters learn drawn scenes of coloured shapes in a few minutes on a CPU. Nothing is downloaded."""
+
+from mammut import presets
+from mammut.config import DataConfig, OptimizerConfig, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        model=presets.tiny(),
+        data=DataConfig(train="synthetic:train", val="synthetic:val", batch_size=128, eval_batch_size=128),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
+        steps=1_000,
+        log_every=50,
+        eval_every=250,
+        checkpoint_every=250,
+    )

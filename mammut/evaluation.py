@@ -1,0 +1,107 @@
+"""What a run says of itself on a validation set: retrieval recall and captions."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from mammut import sharding
+from mammut.config import DataConfig
+from mammut.data import Source, describe_bad, eval_batches
+from mammut.generate import greedy_tokens
+from mammut.metrics import retrieval_recall
+from mammut.processor import Processor
+from mammut.training import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One validation image: what the model says, and what people (or the drawing program) said."""
+
+    key: str
+    caption: str
+    references: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Metrics by name, as shares, and the captions of the first batch."""
+
+    metrics: dict[str, float]
+    samples: list[Sample]
+    num_images: int
+    num_texts: int
+
+
+class Evaluator:
+    """Retrieval over a validation set, and greedy captions of its first batch, by the model in training.
+
+    Every process reads the whole (small) set and hands its devices their rows, so scores are exact on any mesh.
+    """
+
+    def __init__(self, source: Source, processor: Processor, config: DataConfig, trainer: Trainer):
+        sharding.require_divisible(config.eval_batch_size, trainer.mesh, "data.eval_batch_size")
+        self._source, self._processor, self._config, self._mesh = source, processor, config, trainer.mesh
+        replicated = jax.NamedSharding(trainer.mesh, jax.P())
+        bos, eos = processor.bos_id, processor.eos_id
+
+        def compiled(function):
+            return jax.jit(lambda params, *args: function(trainer.model(params), *args), out_shardings=replicated)
+
+        self._encode_image = compiled(lambda model, image: model.encode_image(image))
+        self._encode_text = compiled(lambda model, tokens, valid: model.encode_text(tokens, valid))
+        self._caption = compiled(lambda model, image: greedy_tokens(model, image, bos, eos))
+
+    def __call__(self, params: Any) -> Evaluation:
+        """Evaluates the parameters, inside `jax.set_mesh`.
+
+        `caption_exact` is the share of the first batch's captions that equal one of their references.
+
+        Raises:
+          ValueError: not one example of the set could be used.
+        """
+        batch_size = self._config.eval_batch_size
+        image_embeds, references, samples = [], [], []
+        bad: dict[str, int] = {}
+        batches = eval_batches(
+            self._source, self._processor, batch_size=batch_size, limit=self._config.val_examples,
+            threads=self._config.threads,
+        )  # fmt: skip
+        for batch in batches:
+            image = sharding.replicated_batch(batch.image, self._mesh)
+            valid = batch.example_valid
+            image_embeds.append(np.asarray(self._encode_image(params, image))[valid])
+            examples = [example for example in batch.examples if example is not None]
+            references += [example.captions for example in examples]
+            if not samples:
+                captions = self._processor.decode(np.asarray(self._caption(params, image))[valid])
+                samples = [Sample(e.key, text, e.captions) for e, text in zip(examples, captions, strict=True)]
+            bad = {cause: bad.get(cause, 0) + count for cause, count in batch.bad.items()} | {
+                cause: count for cause, count in bad.items() if cause not in batch.bad
+            }
+        if not references:
+            raise ValueError(f"no example of data.val {self._source.spec} could be used: {describe_bad(bad)}")
+
+        texts = [text for captions in references for text in captions]
+        image_of_text = np.repeat(np.arange(len(references)), [len(captions) for captions in references])
+        metrics = retrieval_recall(np.concatenate(image_embeds), self._embed_texts(params, texts), image_of_text)
+        metrics["caption_exact"] = float(np.mean([self._exact(sample) for sample in samples]))
+        return Evaluation(metrics, samples, len(references), len(texts))
+
+    def _embed_texts(self, params: Any, texts: list[str]) -> np.ndarray:
+        batch_size = self._config.eval_batch_size
+        embeds = []
+        for start in range(0, len(texts), batch_size):
+            tokens, valid = self._processor.encode_text(texts[start : start + batch_size])
+            rows = len(tokens)
+            pad = ((0, batch_size - rows), (0, 0))
+            tokens = sharding.replicated_batch(np.pad(tokens, pad), self._mesh)
+            valid = sharding.replicated_batch(np.pad(valid, pad), self._mesh)
+            embeds.append(np.asarray(self._encode_text(params, tokens, valid))[:rows])
+        return np.concatenate(embeds)
+
+    def _exact(self, sample: Sample) -> bool:
+        # References are compared as the tokenizer gives them back: lower-cased, say, where it lower-cases.
+        references = self._processor.decode(self._processor.encode_text(sample.references)[0])
+        return sample.caption in references

@@ -1,0 +1,104 @@
+"""What a run prints and records: a progress bar or plain lines, TensorBoard, JSON lines."""
+
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+from mammut.evaluation import Evaluation
+
+
+class RunLog:
+    """The log of a run in `workdir`: `metrics.jsonl` (one object a step logged, appended to) and TensorBoard events.
+
+    On a terminal the losses, rates and time left are in a progress bar; elsewhere in one line every `log_every` steps.
+    Only the first process makes one; pass `enabled=False` in the others.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, start: int, steps: int, batch_size: int, enabled: bool = True):
+        self._steps, self._batch_size, self._enabled = steps, batch_size, enabled
+        self._step, self._time, self._waited = start, time.perf_counter(), 0.0
+        if not enabled:
+            return
+        from tensorboardX import SummaryWriter
+        from tqdm import tqdm
+
+        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+        self._bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def advance(self, waited: float) -> None:
+        """Counts a step, which waited so many seconds for its batch."""
+        self._waited += waited
+        if self._enabled:
+            self._bar.update()
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last record (a compilation, an evaluation) out of the rates."""
+        self._time, self._waited = time.perf_counter(), 0.0
+
+    def train(self, step: int, metrics: dict[str, Any]) -> None:
+        """Records the metrics of a step and the rates since the last record."""
+        seconds = max(time.perf_counter() - self._time, 1e-9)
+        done = step - self._step
+        rate = done * self._batch_size / seconds
+        wait = self._waited / seconds
+        self._step = step
+        self.restart_clock()
+        values = {f"train/{name}": float(value) for name, value in metrics.items()}
+        self.record(step, values | {"perf/examples_per_sec": rate, "perf/data_wait": wait})
+        if not self._enabled:
+            return
+        losses = f"contrastive {values['train/loss_contrastive']:.3f}  caption {values['train/loss_caption']:.3f}"
+        rates = f"{rate:,.0f} images/s  data wait {wait:.0%}"
+        if self._bar.disable:
+            left = (self._steps - step) * seconds / max(done, 1)
+            print(f"step {step}/{self._steps}  {losses}  {rates}  {_duration(left)} left", flush=True)
+        else:
+            self._bar.set_postfix_str(f"{losses}  {rates}")
+
+    def evaluation(self, step: int, name: str, evaluation: Evaluation, samples: int) -> None:
+        """Records an evaluation and prints it with its first `samples` captions."""
+        self.record(step, {f"eval/{name}/{metric}": value for metric, value in evaluation.metrics.items()})
+        m = evaluation.metrics
+        lines = [
+            f"{name} at step {step}: {evaluation.num_images} images, {evaluation.num_texts} texts"
+            f" (chance R@1 {1 / evaluation.num_images:.1%})",
+            *(
+                f"  {way}  R@1 {m[key + '_r1']:.1%}  R@5 {m[key + '_r5']:.1%}  R@10 {m[key + '_r10']:.1%}"
+                for way, key in (("text to image", "t2i"), ("image to text", "i2t"))
+            ),
+            f"  captions equal to a reference: {m['caption_exact']:.1%} of {len(evaluation.samples)}",
+        ]
+        for sample in evaluation.samples[:samples]:
+            lines += [f"  {sample.key}", f"    says  {sample.caption}", f"    ref   {sample.references[0]}"]
+        self.print("\n".join(lines))
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Writes values to the JSON lines and to TensorBoard."""
+        if not self._enabled:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def print(self, text: str) -> None:
+        """Prints between the bar's updates."""
+        if self._enabled:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._enabled:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

@@ -1,0 +1,469 @@
+"""Image transform against open_clip's, what every kind of picture becomes, text batches, saving."""
+
+import io
+import json
+import pickle
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+
+import numpy as np
+import PIL.Image
+import pytest
+from safetensors.numpy import load_file
+
+from mammut.processor import BadImage, ImageTransform, Processor
+from mammut.testing import shared_dir
+from mammut.tokenizer import load_tokenizer, train_sentencepiece
+
+SHARED = shared_dir()
+needs_shared = pytest.mark.skipif(SHARED is None, reason="the shared folder with the reference outputs is absent")
+CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
+CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
+WHITE, RED, BLUE = [255, 255, 255], [255, 0, 0], [0, 0, 255]
+SAME = ImageTransform(2)  # of 2 x 2 pictures: leaves the pixels alone
+
+
+@pytest.fixture(scope="module")
+def processor():
+    captions = ["A dog runs on green grass .", "Two dogs play with a red ball ."] * 4
+    return Processor(train_sentencepiece(captions, 600, lowercase=True), ImageTransform(8), max_length=12)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return load_tokenizer(SHARED / "vocabs/clip_bpe_simple_vocab_16e6.txt.gz", lowercase=True)
+
+
+def encoded(picture, format="PNG", **options):
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def noise(height=48, width=64):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def png_header(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def cause_of(image, transform=SAME):
+    with pytest.raises(BadImage) as raised:
+        transform(image)
+    assert "\n" not in str(raised.value)
+    return raised.value.cause
+
+
+# ---- the transform ----
+
+
+@needs_shared
+@pytest.mark.parametrize("mode", ["squash", "shortest", "longest"])
+@pytest.mark.parametrize("name", ["gray_333x251", "land_640x427", "small_90x70"])
+def test_transform_is_open_clips(mode, name):
+    folder = SHARED / "fixtures/preprocess"
+    expected = load_file(folder / "preprocessed.safetensors")[f"{mode}.{name}"]
+    pixels = ImageTransform(224, mode=mode)(folder / f"{name}.png")
+    assert pixels.shape == (224, 224, 3) and pixels.dtype == np.uint8
+    ours = (pixels / np.float32(255) - CLIP_MEAN) / CLIP_STD
+    difference = np.abs(ours.transpose(2, 0, 1)[:, ::4, ::4] - expected) * CLIP_STD[:, None, None]
+    assert difference.max() < 1e-6  # of pixels in 0..1: not one of them is a step of 1 / 255 off
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (7, 8), (8, 9), (200, 31)])
+@pytest.mark.parametrize("mode", ["squash", "shortest", "longest"])
+def test_every_shape_gives_the_output_shape(mode, size):
+    assert ImageTransform(8, mode=mode)(noise(*size)).shape == (8, 8, 3)
+
+
+def test_longest_pads_with_fill_and_centres():
+    pixels = ImageTransform(8, mode="longest", fill=7)(np.full((4, 8, 3), 200, np.uint8))
+    assert (pixels[2:6] == 200).all()
+    assert (pixels[[0, 1, 6, 7]] == 7).all()
+
+
+def test_interpolation_is_used():
+    bicubic, bilinear = (ImageTransform(20, interpolation=name)(noise()) for name in ("bicubic", "bilinear"))
+    assert (bicubic != bilinear).any()
+    picture = PIL.Image.fromarray(noise())
+    assert (bilinear == np.asarray(picture.resize((20, 20), PIL.Image.Resampling.BILINEAR))).all()
+
+
+def test_a_thread_of_pixels_is_not_blown_up():
+    transform = ImageTransform(224, mode="shortest", max_image_pixels=10**6)
+    assert cause_of(np.zeros((1, 10**5), np.uint8), transform) == "oversized"
+
+
+@pytest.mark.parametrize(
+    "field", [{"mode": "crop"}, {"interpolation": "nearest"}, {"fill": 256}, {"max_image_pixels": 0}, {"image_size": 0}]
+)
+def test_settings_that_cannot_work_are_refused(field):
+    with pytest.raises(ValueError, match=f"ImageTransform.{next(iter(field))} is"):
+        ImageTransform(**({"image_size": 8} | field))
+
+
+# ---- random crops ----
+
+
+def test_whole_crop_is_a_plain_squash():
+    transform = ImageTransform(16)
+    crop = transform.random_resized_crop(noise(), np.random.default_rng(0), (1, 1), (1, 1))
+    assert (crop == transform(noise())).all()
+
+
+def test_crops_repeat_for_a_seed_and_differ_within_it():
+    def crops(seed):
+        rng = np.random.default_rng(seed)
+        return [ImageTransform(16).random_resized_crop(noise(), rng, (0.2, 1), (0.5, 2)) for _ in range(4)]
+
+    assert all((a == b).all() for a, b in zip(crops(0), crops(0)))
+    assert (crops(0)[0] != crops(0)[1]).any()
+    assert (crops(0)[0] != crops(1)[0]).any()
+
+
+def crop_boxes(scale, ratio, count=400):
+    # The picture's pixels are their own coordinates, so that the edges of a crop can be read off it (200 pixels each).
+    grid = np.zeros((200, 200, 3), np.uint8)
+    grid[:, :, 0], grid[:, :, 1] = np.arange(200), np.arange(200)[:, None]
+    transform, rng = ImageTransform(64, interpolation="bilinear"), np.random.default_rng(0)
+    boxes = []
+    for _ in range(count):
+        crop = transform.random_resized_crop(PIL.Image.fromarray(grid), rng, scale, ratio).astype(float)
+        across, down = (np.ptp(crop[:, :, axis]) / 200 * 64 / 63 for axis in (0, 1))
+        boxes.append((across, down, crop[:, :, 0].min() / 200, crop[:, :, 1].min() / 200))
+    return np.array(boxes).T
+
+
+def test_crops_cover_the_whole_range_of_scale_ratio_and_place():
+    across, down, left, top = crop_boxes((0.1, 0.5), (0.5, 2))
+    area, ratio = across * down, across / down
+    assert 0.08 < area.min() < 0.13 and 0.47 < area.max() < 0.53
+    assert abs(area.mean() - 0.3) < 0.02  # uniform
+    assert 0.46 < ratio.min() < 0.54 and 1.85 < ratio.max() < 2.15
+    assert abs(np.log(ratio).mean()) < 0.05  # wide as often as tall
+    for start, side in ((left, across), (top, down)):
+        assert start.min() < 0.01 and (start + side).max() > 0.98
+        assert abs(np.corrcoef(start / (1.001 - side), side)[0, 1]) < 0.2
+
+
+def test_the_area_is_kept_where_the_ratio_does_not_fit():
+    across, down, _, _ = crop_boxes((0.81, 0.81), (0.1, 10), count=50)
+    assert np.abs(across * down - 0.81).max() < 0.03
+
+
+def test_ratio_is_relative_to_the_pictures():
+    picture = PIL.Image.fromarray(noise(30, 90))
+    whole = ImageTransform(16).random_resized_crop(picture, np.random.default_rng(0), (1, 1), (0.5, 2))
+    assert (whole == ImageTransform(16)(picture)).all()
+
+
+def test_a_large_jpeg_is_cropped_like_its_pixels():
+    smooth = PIL.Image.fromarray(noise(8, 8)).resize((1024, 768), PIL.Image.Resampling.BICUBIC)
+    file = encoded(smooth, "JPEG", quality=95)
+    crops = [
+        ImageTransform(32).random_resized_crop(image, np.random.default_rng(3), (0.3, 0.6), (0.8, 1.2)).astype(int)
+        for image in (file, ImageTransform(32).read(file))
+    ]
+    assert np.abs(crops[0] - crops[1]).max() <= 6
+    assert np.abs(crops[0] - crops[1]).mean() < 1
+
+
+@pytest.mark.parametrize(("scale", "ratio"), [((0, 1), (1, 1)), ((0.5, 1.5), (1, 1)), ((1, 1), (2, 1))])
+def test_impossible_crops_are_refused(scale, ratio):
+    with pytest.raises(ValueError, match="expected 0 < low <= high"):
+        ImageTransform(8).random_resized_crop(noise(), np.random.default_rng(0), scale, ratio)
+
+
+# ---- what each kind of picture becomes ----
+
+
+def test_bytes_paths_pictures_and_arrays_are_the_same(tmp_path):
+    array = noise()
+    picture = PIL.Image.fromarray(array)
+    path = tmp_path / "a.png"
+    picture.save(path)
+    expected = ImageTransform(16)(array)
+    for image in (picture, path, str(path), path.read_bytes(), PIL.Image.open(path)):
+        assert (ImageTransform(16)(image) == expected).all()
+
+
+def test_grey_becomes_three_equal_channels():
+    grey = np.array([[0, 100], [200, 255]], np.uint8)
+    for image in (grey, grey[:, :, None], encoded(PIL.Image.fromarray(grey))):
+        assert (SAME(image) == grey[:, :, None]).all()
+    assert SAME(encoded(PIL.Image.fromarray(grey > 150))).tolist() == [[[0] * 3, [0] * 3], [WHITE, WHITE]]
+
+
+@pytest.mark.parametrize("values", [[[0, 255], [256, 65535]], [[511, 512], [32767, 32768]]])
+def test_16_bits_lose_the_low_byte(values):
+    array = np.array(values, np.uint16)
+    files = [encoded(PIL.Image.fromarray(array), format) for format in ("PNG", "TIFF")]
+    files.append(b"P5 2 2 65535\n" + array.astype(">u2").tobytes())
+    for file in files:
+        assert (SAME(file) == (array >> 8)[:, :, None]).all()
+
+
+def test_transparency_is_composited_on_white():
+    array = np.array([[[255, 0, 0, 255], [255, 0, 0, 0]], [[0, 0, 255, 255], [0, 0, 0, 51]]], np.uint8)
+    expected = [[RED, WHITE], [BLUE, [204, 204, 204]]]
+    assert SAME(array).tolist() == expected
+    assert SAME(encoded(PIL.Image.fromarray(array))).tolist() == expected
+    grey = PIL.Image.fromarray(np.array([[[9, 255], [9, 0]], [[9, 255], [9, 0]]], np.uint8), "LA")
+    assert SAME(encoded(grey)).tolist() == [[[9] * 3, WHITE]] * 2
+
+
+def test_palettes_are_looked_up():
+    picture = PIL.Image.new("P", (2, 2))
+    picture.putpalette(RED + BLUE)
+    picture.putdata([0, 1, 1, 0])
+    assert SAME(encoded(picture)).tolist() == [[RED, BLUE], [BLUE, RED]]
+    assert SAME(encoded(picture, transparency=1)).tolist() == [[RED, WHITE], [WHITE, RED]]
+
+
+def test_cmyk_is_converted():
+    picture = PIL.Image.new("CMYK", (2, 2), (0, 255, 255, 0))
+    assert (SAME(encoded(picture, "TIFF")) == RED).all()
+    assert np.abs(SAME(encoded(picture, "JPEG", quality=100)).astype(int) - RED).max() <= 3
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_frame_is_used(format):
+    frames = [PIL.Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+    file = encoded(frames[0], format, save_all=True, append_images=frames[1:], **({"lossless": True} if format == "WEBP" else {}))
+    assert (SAME(file) == RED).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+def test_exif_orientation_is_applied_once(orientation, format):
+    upright = np.zeros((32, 16, 3), np.uint8)  # taller than wide, each quarter its own grey
+    upright[:16, :8], upright[:16, 8:], upright[16:, :8], upright[16:, 8:] = 30, 90, 150, 210
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),  # shown turned by 90 degrees clockwise
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    file = encoded(PIL.Image.fromarray(np.ascontiguousarray(stored)), format, exif=exif)
+    picture = SAME.read(file)
+    assert picture.mode == "RGB" and picture.size == (16, 32)
+    assert np.abs(np.asarray(picture).astype(int) - upright).max() <= 2  # JPEG
+    assert SAME.read(picture).size == (16, 32)
+
+
+# ---- images that cannot be used ----
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_truncated_files_are_refused(format, share):
+    file = encoded(PIL.Image.fromarray(noise()), format)
+    assert cause_of(file[: int(len(file) * share)]) == "truncated"
+
+
+def test_every_cut_of_a_webp_is_refused():
+    file = encoded(PIL.Image.fromarray(noise()), "WEBP")
+    assert {cause_of(file[:length]) for length in range(1, len(file), 97)} == {"corrupt"}
+
+
+@pytest.mark.parametrize(
+    ("image", "cause"),
+    [
+        (b"", "empty"),
+        (np.zeros((0, 4, 3), np.uint8), "empty"),
+        (b"<svg/>", "corrupt"),
+        (encoded(PIL.Image.fromarray(noise()))[:20] + b"\0" * 40, "corrupt"),
+        (np.zeros((4, 4, 3), np.float32), "unsupported"),
+        (np.zeros((4, 4, 2), np.uint8), "unsupported"),
+        (np.zeros((4,), np.uint8), "unsupported"),
+        (PIL.Image.new("F", (4, 4)), "unsupported"),
+        (PIL.Image.new("I", (4, 4)), "unsupported"),
+        (encoded(PIL.Image.new("F", (4, 4)), "TIFF"), "unsupported"),
+        (None, "unsupported"),
+        (7, "unsupported"),
+    ],
+)
+def test_bad_images_have_a_cause(image, cause):
+    assert cause_of(image) == cause
+
+
+def test_bad_files_are_named(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("not an image")
+    for name, cause in (("none.jpg", "missing file"), ("empty.jpg", "empty"), ("text.jpg", "corrupt"), (".", "missing file")):
+        with pytest.raises(BadImage, match=str(tmp_path / name)) as raised:
+            SAME(tmp_path / name)
+        assert raised.value.cause == cause
+    copy = pickle.loads(pickle.dumps(raised.value))
+    assert (str(copy), copy.cause) == (str(raised.value), raised.value.cause)
+
+
+def test_the_header_decides_what_is_oversized():
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Pillow warns from 89 million pixels on and stops at twice that
+        assert cause_of(png_header(20_000, 20_000)) == "oversized"
+        assert cause_of(png_header(10_000, 10_001)) == "oversized"
+        assert cause_of(png_header(10_000, 9_500)) == "truncated"  # allowed, so it went on to decode
+        assert cause_of(png_header(20_000, 20_000), ImageTransform(2, max_image_pixels=10**9)) == "truncated"
+    assert PIL.Image.MAX_IMAGE_PIXELS == limit
+    assert cause_of(PIL.Image.new("L", (5, 5)), ImageTransform(2, max_image_pixels=24)) == "oversized"
+    assert ImageTransform(2, max_image_pixels=25)(PIL.Image.new("L", (5, 5))).shape == (2, 2, 3)
+
+
+# ---- text ----
+
+
+@needs_shared
+@pytest.mark.parametrize("max_length", [77, 76, 16])
+def test_hard_strings_are_tokenized_as_by_open_clip(clip, max_length):
+    golden = json.loads((SHARED / "fixtures/preprocess/tokens.json").read_text("utf-8"))
+    tokens, text_valid = Processor(clip, ImageTransform(8), max_length).encode_text(golden["texts"])
+    assert tokens.shape == (28, max_length) and tokens.dtype == np.int32
+    assert tokens.tolist() == golden[f"ctx{max_length}"]
+    lengths = [len(clip.encode(text)) + 2 for text in golden["texts"]]
+    assert text_valid.sum(1).tolist() == [min(length, max_length) for length in lengths]
+
+
+@needs_shared
+def test_hard_strings_are_decoded_as_by_open_clip(clip):
+    golden = json.loads((SHARED / "fixtures/preprocess/tokens.json").read_text("utf-8"))
+    for row, decoded in zip(golden["ctx77"], golden["decode"], strict=True):
+        # The reference took every 0 for a pad, and lost the "!" of "x!=y" by it.
+        row = [token for token in row if token != 0]
+        assert clip.decode(row) == decoded.replace("<start_of_text>", "").replace("<end_of_text>", "")
+    processor = Processor(clip, ImageTransform(8), 77)
+    assert processor.decode(processor.encode_text(["x!=y", "A  Dog"])[0]) == ["x != y", "a dog"]
+
+
+@needs_shared
+def test_an_exclamation_mark_is_no_pad(clip):
+    tokens, text_valid = Processor(clip, ImageTransform(8), 8).encode_text(["x!=y"])
+    assert tokens.tolist() == [[49406, 343, 0, 284, 344, 49407, 0, 0]]
+    assert text_valid.tolist() == [[True] * 6 + [False] * 2]
+
+
+def test_a_long_text_keeps_its_end(processor):
+    tokens, text_valid = processor.encode_text(["a dog " * 50, "a dog", ""])
+    assert tokens[0, 0] == processor.bos_id and tokens[0, -1] == processor.eos_id
+    assert (tokens[0, 1:-1] != processor.eos_id).all()
+    assert text_valid[0].all()
+    assert tokens[2].tolist() == [processor.bos_id, processor.eos_id] + [processor.pad_id] * 10
+    assert text_valid[2].tolist() == [True] * 2 + [False] * 10
+    assert processor.decode(tokens)[1:] == ["a dog", ""]
+
+
+def test_a_batch_of_images_and_text(processor):
+    batch = processor(images=[noise(), PIL.Image.fromarray(noise(9, 5))], text=["A dog", "a ball", ""])
+    assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
+        "image": ((2, 8, 8, 3), "uint8"),
+        "tokens": ((3, 12), "int32"),
+        "text_valid": ((3, 12), "bool"),
+    }
+    assert set(processor(text=("a",))) == {"tokens", "text_valid"}
+    assert (processor(images=noise()[None])["image"][0] == processor.image(noise())).all()
+
+
+def test_empty_batches_keep_their_shape(processor):
+    batch = processor(images=[], text=[])
+    assert batch["image"].shape == (0, 8, 8, 3)
+    assert batch["tokens"].shape == batch["text_valid"].shape == (0, 12)
+    assert processor.decode(batch["tokens"]) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"text": "a dog"}, "expected a list of str"),
+        ({"text": ["a", None]}, "text 1 is a NoneType"),
+        ({"images": noise()}, "expected a list of images"),
+        ({"images": "a.png"}, "expected a list of images"),
+        ({}, "neither images nor text"),
+    ],
+)
+def test_what_is_no_batch_is_refused(processor, given, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**given)
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], [[0.5]]])
+def test_decode_takes_rows_of_ids_only(processor, tokens):
+    with pytest.raises(ValueError, match=r"expected int\[B, L\]"):
+        processor.decode(np.array(tokens))
+
+
+# ---- saving ----
+
+
+@needs_shared
+def test_saved_clip_processor_is_the_same(clip, tmp_path):
+    check_saved(Processor(clip, ImageTransform(24, "longest", "bilinear", 9, 10**6), 20), tmp_path)
+
+
+def test_saved_trained_processor_is_the_same(processor, tmp_path):
+    check_saved(processor, tmp_path / "new" / "folder")
+
+
+def check_saved(processor, folder):
+    processor.save(folder)
+    loaded = Processor.load(folder)
+    assert loaded.image == processor.image and loaded.max_length == processor.max_length
+    texts = ["A Dog's ball!", "x!=y &amp; </s>", "naïve 東京", "", "a dog " * 40]
+    for ours, theirs in zip(loaded.encode_text(texts), processor.encode_text(texts)):
+        assert (ours == theirs).all()
+    for name in ("vocab_size", "bos_id", "eos_id", "pad_id"):
+        assert getattr(loaded, name) == getattr(processor, name)
+    assert (loaded(images=[noise()])["image"] == processor(images=[noise()])["image"]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "has format 2, this version reads 1"),
+        ({"extra": 1}, "expected format, image, max_length and tokenizer"),
+        ({"max_length": "12"}, "max_length is '12'"),
+        ({"image": {"image_size": 8, "colour": 1}}, "processor.json: image has colour"),
+        ({"image": {}}, "processor.json holds a value of the wrong type"),
+        ({"tokenizer": None}, "processor.json holds a value of the wrong type"),
+        ({"tokenizer": {"kind": "sentencepiece", "file": "/etc/passwd"}}, "tokenizer settings"),
+    ],
+)
+def test_a_changed_processor_file_is_refused(processor, tmp_path, change, message):
+    processor.save(tmp_path)
+    path = tmp_path / "processor.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        Processor.load(tmp_path)
+
+
+def test_missing_and_damaged_files_are_named(processor, tmp_path):
+    with pytest.raises(ValueError, match="no file .*processor.json"):
+        Processor.load(tmp_path)
+    processor.save(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="no vocabulary file .*tokenizer.model"):
+        Processor.load(tmp_path)
+    (tmp_path / "processor.json").write_text("{")
+    with pytest.raises(ValueError, match="processor.json is not JSON"):
+        Processor.load(tmp_path)
+
+
+def test_importing_it_loads_no_heavy_library():
+    heavy = "{'jax', 'PIL', 'sentencepiece', 'tokenizers', 'ftfy', 'grain', 'tensorflow', 'torch'}"
+    program = f"import sys, mammut.processor; sys.exit(', '.join({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.strip() == "" and done.returncode == 0
