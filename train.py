@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import tyro
 
-from mammut import checkpoint, data, sharding
+from mammut import checkpoint, data, sharding, sources
 from mammut.config import TrainConfig, to_dict
 from mammut.evaluation import Evaluator
 from mammut.model import forward_flops
@@ -84,7 +84,9 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple[TrainConfig
 
 
 def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
-    return tyro.cli(TrainConfig, default=config, args=overrides, prog="train.py", description=__doc__)
+    """The config with `--dotted.name VALUE` overrides; a flag that does not exist is refused with the nearest that does."""
+    flags = (tyro.conf.FlagConversionOff,)  # every override has a value, booleans too
+    return tyro.cli(TrainConfig, default=config, args=overrides, prog="train.py", description=__doc__, config=flags)
 
 
 def differences(saved: dict[str, Any], config: dict[str, Any], prefix: str = "") -> list[str]:
@@ -111,11 +113,11 @@ def default_workdir(recipe: str, resume: bool) -> pathlib.Path:
         newest = workdir
 
 
-def make_processor(config: TrainConfig, source: data.Source) -> Processor:
+def make_processor(config: TrainConfig, source: sources.Source) -> Processor:
     """The processor of a fresh run: a given vocabulary, or one trained on the captions of the training set."""
     vocab_size = config.model.text.vocab_size
     if config.tokenizer.path is None:
-        tokenizer = train_sentencepiece(data.captions(source), vocab_size, config.tokenizer.lowercase)
+        tokenizer = train_sentencepiece(sources.captions(source), vocab_size, config.tokenizer.lowercase)
     else:
         tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.lowercase)
     if tokenizer.vocab_size > vocab_size:
@@ -127,7 +129,7 @@ def make_processor(config: TrainConfig, source: data.Source) -> Processor:
     return Processor(tokenizer, image, config.model.text.max_length)
 
 
-def report(config: TrainConfig, trainer: Trainer, source: data.Source, processor: Processor) -> str:
+def report(config: TrainConfig, trainer: Trainer, source: sources.Source, processor: Processor) -> str:
     """What the run is about to do: data, parameters and their placement, FLOPs."""
     params = trainer.abstract_state.params
     flops = {part: 3 * count * config.data.batch_size for part, count in forward_flops(config.model).items()}
@@ -164,8 +166,8 @@ def train(config: TrainConfig, workdir: pathlib.Path, *, resume: bool, only_comp
     first = jax.process_index() == 0
     mesh = sharding.make_mesh(config.mesh)
     image_size = config.model.vision.image_size
-    source = data.open_source(config.data.train, image_size=image_size, tfds_dir=config.data.tfds_dir)
-    val = config.data.val and data.open_source(config.data.val, image_size=image_size, tfds_dir=config.data.tfds_dir)
+    source = sources.open_source(config.data.train, image_size=image_size, tfds_dir=config.data.tfds_dir)
+    val = config.data.val and sources.open_source(config.data.val, image_size=image_size, tfds_dir=config.data.tfds_dir)
     processor = Processor.load(workdir) if resume else make_processor(config, source)
 
     with jax.set_mesh(mesh):

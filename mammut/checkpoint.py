@@ -57,8 +57,7 @@ def save(folder: str | os.PathLike, model: MaMMUT, processor: Processor, *, over
     arrays = {".".join(path): np.asarray(value) for path, value in _flat(nnx.state(model, nnx.Param)).items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "mammut"})
     _write_json(folder / "config.json", {"format": "mammut", "version": _VERSION, "model": to_dict(model.config)})
-    files = ["config.json", "model.safetensors", "processor.json"]
-    files += [name for name in processor.files if name not in files]
+    files = ["config.json", "model.safetensors", "processor.json", *processor.tokenizer.files]
     _write_json(folder / "manifest.json", _manifest(folder, [folder / name for name in files]))
 
 

@@ -11,12 +11,13 @@ Which pass runs is the name of the method called, never inferred from an argumen
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mammut.config import ModelConfig
 from mammut.layers import Dtypes, Embedding, Layer, LayerNorm, Linear, param, scan, stack
 from mammut.masks import attn_mask
 from mammut.sharding import constrain
+from mammut.typing import Array
 
 
 class TextDecoder(nnx.Module):

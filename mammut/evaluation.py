@@ -8,10 +8,11 @@ import numpy as np
 
 from mammut import sharding
 from mammut.config import DataConfig
-from mammut.data import Source, describe_bad, eval_batches
+from mammut.data import describe_bad, eval_batches
 from mammut.generate import greedy_tokens
 from mammut.metrics import retrieval_recall
 from mammut.processor import Processor
+from mammut.sources import Source
 from mammut.training import Trainer
 
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from mammut.model import Image, MaMMUT
 from mammut.processor import Processor
+from mammut.typing import Array
 
 
 def greedy_tokens(model: MaMMUT, image: Image, bos_id: int, eos_id: int) -> Int[Array, "B L"]:

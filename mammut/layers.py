@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mammut.config import Activation, Remat
 from mammut.sharding import constrain
+from mammut.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)

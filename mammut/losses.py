@@ -6,7 +6,9 @@ global batch, so a sharded step has the same negatives, and the same loss, as on
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
+
+from mammut.typing import Array
 
 # The logit scale is learned as a logarithm and capped, as in CLIP: past it the softmax is one-hot in float32.
 MAX_LOGIT_SCALE = 100.0

@@ -1,7 +1,9 @@
 """The only builder of attention and loss masks. Arrays in, arrays out."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
+
+from mammut.typing import Array
 
 
 def attn_mask(valid: Bool[Array, "B S"], causal: Bool[Array, "S"]) -> Bool[Array, "B 1 S S"]:

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Bool, Float, Int, Key, UInt8
 
 from mammut.config import ModelConfig
 from mammut.decoder import TextDecoder
 from mammut.layers import Dtypes, Linear
+from mammut.typing import Array
 from mammut.vit import EncoderOutput, ViT
 
 Image = UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"]

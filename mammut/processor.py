@@ -43,9 +43,9 @@ _PILLOW_LIMIT = threading.Lock()
 class BadImage(ValueError):
     """An image that cannot be used; the message says which and why in one sentence.
 
-    `cause` is "missing file" (or not readable), "empty" (no bytes or no pixels), "corrupt" (not an image, or damaged),
-    "truncated", "oversized" (more pixels than `ImageTransform.max_image_pixels`) or "unsupported" (a pixel format, array
-    or object that is not taken).
+    `cause` is "missing file" (or unreadable), "empty" (no bytes or no pixels), "corrupt" (not an image, or damaged),
+    "truncated", "oversized" (more pixels than `ImageTransform.max_image_pixels`) or "unsupported" (a pixel format,
+    array or object that is not taken).
     """
 
     def __init__(self, message: str, cause: Cause):

@@ -10,8 +10,8 @@ import hashlib
 import itertools
 from typing import Literal, NamedTuple
 
-from jaxtyping import UInt8
 import numpy as np
+from jaxtyping import UInt8
 
 Split = Literal["train", "val"]
 

@@ -16,7 +16,7 @@ import html
 import io
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 _CLIP_MERGES = 49_152 - 256 - 2  # the file holds more lines than CLIP uses
@@ -44,7 +44,6 @@ _HF_TOKENS = {
     "pad": (("pad_token",), ("<pad>", "[PAD]", "<|pad|>")),
 }
 _SETTINGS = "kind", "lowercase", "vocab_size", "bos_id", "eos_id", "pad_id"
-SpecialIds = tuple[int, int, int]  # start, end, pad
 _MIN_VOCAB_FOR_BYTES = 512  # byte pieces take 256 places; a smaller vocabulary needs them for characters and words
 
 
@@ -55,19 +54,17 @@ class Tokenizer(abc.ABC):
     """
 
     kind: str
-    file: str  # its name in a saved folder
+    files: tuple[str, ...]  # their names in a saved folder, the vocabulary first
 
-    def __init__(self, content: bytes, lowercase: bool, special_ids: SpecialIds, vocab_size: int):
+    def __init__(self, content: bytes, lowercase: bool, special_ids: tuple[int, int, int], vocab_size: int):
         self._content = content
         self.lowercase = lowercase
         self.bos_id, self.eos_id, self.pad_id = special_ids
         self.vocab_size = vocab_size
-        if not 0 <= min(special_ids) <= max(special_ids) < vocab_size:
-            raise ValueError(f"start, end and pad ids are {special_ids}, expected ids below vocab_size {vocab_size}")
 
     @classmethod
     def from_file(cls, path: pathlib.Path, lowercase: bool):
-        """Reads a user's vocabulary file; `load_tokenizer` picks the class."""
+        """Reads a vocabulary file; `load_tokenizer` picks the class."""
         return cls(path.read_bytes(), lowercase)
 
     def encode(self, text: str) -> list[int]:
@@ -91,12 +88,12 @@ class Tokenizer(abc.ABC):
         return self._decode([token for token in ids if token != self.bos_id])
 
     def settings(self) -> dict[str, Any]:
-        """What `restore_tokenizer` needs beside the vocabulary file, as JSON values."""
+        """What `restore_tokenizer` needs beside the vocabulary file, and checks of it, as JSON values."""
         return {name: getattr(self, name) for name in _SETTINGS}
 
     def save(self, folder: pathlib.Path) -> dict[str, Any]:
         """Writes the vocabulary file into `folder` and returns `settings()`."""
-        (folder / self.file).write_bytes(self._content)
+        (folder / self.files[0]).write_bytes(self._content)
         return self.settings()
 
     @abc.abstractmethod
@@ -116,10 +113,11 @@ class ClipTokenizer(Tokenizer):
     """
 
     kind = "clip"
-    file = "tokenizer.txt.gz"
+    files = ("tokenizer.txt.gz",)
 
-    def __init__(self, content: bytes, lowercase: bool, special_ids: SpecialIds | None = None):
-        from tokenizers import Regex, Tokenizer as Pipeline, models, pre_tokenizers
+    def __init__(self, content: bytes, lowercase: bool):
+        from tokenizers import Regex, models, pre_tokenizers
+        from tokenizers import Tokenizer as Pipeline
 
         lines = gzip.decompress(content).decode("utf-8").split("\n")[1 : 1 + _CLIP_MERGES]
         merges = [tuple(line.split()) for line in lines]
@@ -134,7 +132,7 @@ class ClipTokenizer(Tokenizer):
         self._pipeline.pre_tokenizer = pre_tokenizers.Sequence(
             [self._words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
-        super().__init__(content, True, special_ids or (_CLIP_START, _CLIP_END, 0), _CLIP_END + 1)
+        super().__init__(content, True, (_CLIP_START, _CLIP_END, 0), _CLIP_END + 1)
 
     def _encode(self, text: str) -> list[int]:
         import ftfy
@@ -156,15 +154,14 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, unigram or byte-pair; "</s>" in a text is ordinary text."""
 
     kind = "sentencepiece"
-    file = "tokenizer.model"
+    files = ("tokenizer.model",)
 
-    def __init__(self, content: bytes, lowercase: bool, special_ids: SpecialIds | None = None):
+    def __init__(self, content: bytes, lowercase: bool):
         import sentencepiece
 
         self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        if special_ids is None:
-            found = (self._model.bos_id(), self._model.eos_id(), self._model.pad_id())
-            special_ids = _special_ids(*(None if token < 0 else token for token in found))
+        found = self._model.bos_id(), self._model.eos_id(), self._model.pad_id()
+        special_ids = _special_ids(*(None if token < 0 else token for token in found))
         super().__init__(content, lowercase, special_ids, self._model.vocab_size())
 
     def _encode(self, text: str) -> list[int]:
@@ -181,18 +178,16 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     kind = "huggingface"
-    file = "tokenizer.json"
+    files = ("tokenizer.json", "tokenizer_config.json")
 
-    def __init__(self, content: bytes, lowercase: bool, special_ids: SpecialIds | None = None, named=None):
+    def __init__(self, content: bytes, lowercase: bool, named: dict[str, Any]):
         from tokenizers import Tokenizer as Pipeline
 
         self._pipeline = Pipeline.from_str(content.decode("utf-8"))
         self._pipeline.no_truncation()
         self._pipeline.no_padding()
         self._pipeline.encode_special_tokens = True  # "</s>" in a text is text
-        if special_ids is None:
-            ids = {role: self._find(role, named or {}) for role in _HF_TOKENS}
-            special_ids = _special_ids(ids["bos"], ids["eos"], ids["pad"])
+        special_ids = _special_ids(*(self._find(role, named) for role in ("bos", "eos", "pad")))
         super().__init__(content, lowercase, special_ids, 1 + max(self._pipeline.get_vocab().values()))
 
     @classmethod
@@ -202,7 +197,13 @@ class HuggingFaceTokenizer(Tokenizer):
         named = {}
         for config in filter(pathlib.Path.is_file, beside):
             named |= read_object(config)
-        return cls(path.read_bytes(), lowercase, named=named)
+        return cls(path.read_bytes(), lowercase, named)
+
+    def save(self, folder: pathlib.Path) -> dict[str, Any]:
+        """As `Tokenizer.save`; a `tokenizer_config.json` keeps the names of the special tokens."""
+        named = {f"{role}_token": self._pipeline.id_to_token(getattr(self, f"{role}_id")) for role in _HF_TOKENS}
+        (folder / self.files[1]).write_text(json.dumps(named, indent=2) + "\n", "utf-8")
+        return super().save(folder)
 
     def _find(self, role: str, named: dict[str, Any]) -> int | None:
         fields, known = _HF_TOKENS[role]
@@ -234,7 +235,7 @@ def load_tokenizer(path: str | pathlib.Path, lowercase: bool) -> Tokenizer:
     cls = next((cls for suffix, cls in kinds.items() if path.name.endswith(suffix)), None)
     if cls is None:
         raise ValueError(f"vocabulary {path} is of no known kind, expected a *.txt.gz, *.model or *.json file")
-    return _read(path, lambda: cls.from_file(path, lowercase))
+    return _read(cls, path, lowercase)
 
 
 def restore_tokenizer(folder: pathlib.Path, settings: dict[str, Any]) -> Tokenizer:
@@ -244,16 +245,15 @@ def restore_tokenizer(folder: pathlib.Path, settings: dict[str, Any]) -> Tokeniz
     if cls is None or set(settings) != set(_SETTINGS):
         kinds = ", ".join(cls.kind for cls in classes)
         raise ValueError(f"{folder} has tokenizer settings {settings}, expected {_SETTINGS}, kind one of {kinds}")
-    special_ids = settings["bos_id"], settings["eos_id"], settings["pad_id"]
-    path = folder / cls.file
-    tokenizer = _read(path, lambda: cls(path.read_bytes(), settings["lowercase"], special_ids))
+    path = folder / cls.files[0]
+    tokenizer = _read(cls, path, settings["lowercase"])
     if tokenizer.settings() != settings:
         raise ValueError(f"{path} has settings {tokenizer.settings()}, but was saved with {settings}")
     return tokenizer
 
 
 def train_sentencepiece(captions: Iterable[str], vocab_size: int, lowercase: bool) -> Tokenizer:
-    """Trains a unigram SentencePiece vocabulary of at most `vocab_size` pieces: pad 0, start 1, end 2, unknown 3.
+    """Trains a BPE SentencePiece vocabulary of at most `vocab_size` pieces: pad 0, start 1, end 2, unknown 3.
 
     The same captions give the same bytes. From 512 pieces on, 256 of them are bytes, so that no character is unknown.
 
@@ -277,6 +277,7 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int, lowercase: boo
             bos_id=1,
             eos_id=2,
             unk_id=3,
+            model_type="bpe",  # whole words from a few hundred pieces on, where unigram still spells them out
             num_threads=1,  # the sums of several threads depend on their number
             minloglevel=2,
         )
@@ -298,16 +299,16 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def _read(path: pathlib.Path, build: Callable[[], Tokenizer]) -> Tokenizer:
+def _read(cls: type[Tokenizer], path: pathlib.Path, lowercase: bool) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"there is no vocabulary file {path}")
     try:
-        return build()
+        return cls.from_file(path, lowercase)
     except Exception as error:  # each of the three libraries raises its own kinds
         raise ValueError(f"{path} cannot be used as a vocabulary: {error}") from error
 
 
-def _special_ids(bos: int | None, eos: int | None, pad: int | None) -> SpecialIds:
+def _special_ids(bos: int | None, eos: int | None, pad: int | None) -> tuple[int, int, int]:
     if eos is None:
         raise ValueError("it has no end token (of a tokenizer.json, eos_token in tokenizer_config.json names it)")
     start = next(token for token in (bos, pad, eos) if token is not None)

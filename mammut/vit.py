@@ -5,11 +5,12 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Float, Key, UInt8
 
 from mammut.config import ModelConfig
 from mammut.layers import Dtypes, Layer, LayerNorm, Linear, param, scan, stack
 from mammut.sharding import constrain
+from mammut.typing import Array
 
 # Cropped positional embedding (RO-ViT, section 3.2): the table is enlarged to so many positions a side, then cropped to
 # a box of this area and aspect.

@@ -11,7 +11,7 @@ from mammut.tokenizer import load_tokenizer, restore_tokenizer, train_sentencepi
 
 SHARED = shared_dir()
 needs_shared = pytest.mark.skipif(SHARED is None, reason="the shared folder with the reference encodings is absent")
-CAPTIONS = ["A dog runs on green grass .", "Two dogs play with a red ball .", "A child in a pink dress climbs stairs ."] * 4
+CAPTIONS = ["A dog runs on green grass .", "Two dogs play with a red ball .", "A child in a pink dress climbs stairs ."]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_sentencepiece_text_never_becomes_a_control_id(t5, text):
 
 def test_half_an_emoji_is_encoded():
     tokenizer = train_sentencepiece(CAPTIONS, 600, lowercase=True)
-    assert tokenizer.decode(tokenizer.encode("dog \ud83d")) == "dog \ufffd"
+    assert tokenizer.decode(tokenizer.encode("a \ud83d dog")) == "a dog"
     assert tokenizer.decode(tokenizer.encode("dog \ud83d\udc36")) == "dog \U0001f436"
 
 
@@ -117,7 +117,8 @@ def test_training_is_repeatable_and_round_trips():
     assert first._content == second._content
     assert (first.pad_id, first.bos_id, first.eos_id) == (0, 1, 2)
     assert first.vocab_size <= 600
-    assert first.decode(first.encode("A Dog — 東京 🐶 Ünïcode")) == "a dog — 東京 🐶 ünïcode"  # bytes: nothing is unknown
+    text = "A Dog — 東京 🐶 Ünïcode"
+    assert first.decode(first.encode(text)) == text.lower()  # in bytes: nothing is unknown
     kept = train_sentencepiece(CAPTIONS, 600, lowercase=False)
     assert kept.decode(kept.encode("A Dog")) == "A Dog"
 

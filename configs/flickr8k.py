@@ -1,0 +1,39 @@
+"""Flickr8k from scratch on a CPU: 5,000 photos with five captions each to learn from, 1,000 to be judged by.
+
+The photos are read from `flickr8k/captions.jsonl` under the folder of data sets that `MAMMUT_SHARED` names (by default
+`shared` beside the checkout); `--data.train jsonl:PATH[1000:] --data.val jsonl:PATH[:1000]` names another place.
+"""
+
+import os
+import pathlib
+
+from mammut.config import DataConfig, DecoderConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig, VisionConfig
+
+_SHARED = pathlib.Path(os.environ.get("MAMMUT_SHARED", pathlib.Path(__file__).resolve().parents[2] / "shared"))
+
+
+def get_config() -> TrainConfig:
+    photos = f"jsonl:{_SHARED / 'data' / 'flickr8k' / 'captions.jsonl'}"
+    return TrainConfig(
+        model=ModelConfig(
+            vision=VisionConfig(image_size=64, patch_size=8, width=192, depth=6, num_heads=3, mlp_dim=768),
+            text=DecoderConfig(
+                vocab_size=3_000, max_length=24, width=192, depth=4, num_heads=3, mlp_dim=768, cross_attn_every=2
+            ),
+            unroll=6,
+        ),
+        data=DataConfig(
+            train=f"{photos}[1000:]",
+            val=f"{photos}[:1000]",
+            batch_size=250,
+            eval_batch_size=250,
+            val_examples=1_000,
+            crop_scale=(0.4, 1.0),
+        ),
+        loss=LossConfig(),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.1),
+        steps=4_000,
+        log_every=50,
+        eval_every=500,
+        checkpoint_every=1_000,
+    )
