@@ -7,27 +7,26 @@ The recipe's `get_config()` returns the run's `TrainConfig`; any of its fields c
 """
 
 import argparse
+import contextlib
+import functools
 import importlib.util
 import logging
 import pathlib
 import signal
 import sys
-import time
 from typing import Any
 
 import jax
-import numpy as np
 import tyro
 
 from mammut import checkpoint, data, sharding, sources
 from mammut.config import TrainConfig, to_dict
 from mammut.evaluation import Evaluator
-from mammut.model import forward_flops
 from mammut.processor import ImageTransform, Processor
 from mammut.run_log import RunLog
 from mammut.tasks import TASKS
 from mammut.tokenizer import load_tokenizer, train_sentencepiece
-from mammut.training import Trainer, make_trainer
+from mammut.training import Trainer, TrainState, compile_report, make_trainer, start_report
 
 DEFAULT_RECIPE = pathlib.Path(__file__).parent / "configs" / "tiny.py"
 SAMPLES_PRINTED = 10
@@ -68,11 +67,11 @@ def load_recipe(path: pathlib.Path) -> TrainConfig:
 def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple[TrainConfig, pathlib.Path]:
     """The run's config and folder; refuses a used folder, or a config that does not fit the run to resume."""
     workdir = args.workdir or default_workdir((args.recipe or DEFAULT_RECIPE).stem, args.resume)
-    used = (workdir / "run.json").exists()
-    if args.resume and not used:
+    used = [name for name in ("run.json", "config.json", "checkpoints", "metrics.jsonl") if (workdir / name).exists()]
+    if args.resume and "run.json" not in used:
         raise ValueError(f"there is no run to resume in {workdir}: run.json is missing")
     if used and not args.resume:
-        raise ValueError(f"{workdir} holds a run already: give another --workdir, or --resume")
+        raise ValueError(f"{workdir} holds {used[0]} of an earlier run: give another --workdir, or --resume")
     if not args.resume:
         return parse_overrides(load_recipe(args.recipe or DEFAULT_RECIPE), overrides), workdir
     saved, saved_overrides = checkpoint.read_run(workdir)
@@ -84,7 +83,7 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple[TrainConfig
 
 
 def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
-    """The config with `--dotted.name VALUE` overrides; a flag that does not exist is refused with the nearest that does."""
+    """The config with `--dotted.name VALUE` overrides; an unknown name is refused, with the nearest that exists."""
     flags = (tyro.conf.FlagConversionOff,)  # every override has a value, booleans too
     return tyro.cli(TrainConfig, default=config, args=overrides, prog="train.py", description=__doc__, config=flags)
 
@@ -129,113 +128,84 @@ def make_processor(config: TrainConfig, source: sources.Source) -> Processor:
     return Processor(tokenizer, image, config.model.text.max_length)
 
 
-def report(config: TrainConfig, trainer: Trainer, source: sources.Source, processor: Processor) -> str:
-    """What the run is about to do: data, parameters and their placement, FLOPs."""
-    params = trainer.abstract_state.params
-    flops = {part: 3 * count * config.data.batch_size for part, count in forward_flops(config.model).items()}
-    share = ", ".join(f"{part} {count / sum(flops.values()):.0%}" for part, count in flops.items())
-    mesh = " x ".join(f"{name} {size}" for name, size in trainer.mesh.shape.items())
-    return "\n".join([
-        f"data        {source.spec}: {len(source):,} examples, batch {config.data.batch_size}, "
-        f"{processor.vocab_size:,} pieces of vocabulary",
-        f"mesh        {mesh} on {trainer.mesh.devices.flat[0].device_kind}",
-        sharding.placement_report(params, jax.tree.map(lambda x: x.sharding, params)),
-        f"{sum(flops.values()) / 1e9:,.1f} GFLOP a step, backward included: {share}",
-    ])
-
-
-def compile_only(trainer: Trainer, config: TrainConfig) -> str:
-    """Compiles the step for the devices here and says what it takes of each."""
-    batch_size, text, side = config.data.batch_size, config.model.text, config.model.vision.image_size
-    shapes = {"image": ((batch_size, side, side, 3), np.uint8), "tokens": ((batch_size, text.max_length), np.int32),
-              "text_valid": ((batch_size, text.max_length), np.bool_)}  # fmt: skip
-    place = sharding.batch_sharding(trainer.mesh)
-    batch = {name: jax.ShapeDtypeStruct(*shape, sharding=place) for name, shape in shapes.items()}
-    start = time.perf_counter()
-    memory = trainer.step.lower(trainer.abstract_state, batch).compile().memory_analysis()
-    return (
-        f"compiled in {time.perf_counter() - start:.0f} s; MB a device: arguments {memory.argument_size_in_bytes / 1e6:,.1f}"
-        f" (donated {memory.alias_size_in_bytes / 1e6:,.1f}), temporaries {memory.temp_size_in_bytes / 1e6:,.1f}"
-    )
-
-
-def train(config: TrainConfig, workdir: pathlib.Path, *, resume: bool, only_compile: bool, overrides: list[str]) -> None:
-    """The run. Everything that can be refused is refused before anything is compiled."""
+def train(config: TrainConfig, workdir: pathlib.Path, overrides: list[str], *, resume: bool, only_compile: bool) -> None:
+    """The run. What can be refused is refused before anything is compiled, and before anything is written."""
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.compilation_cache).expanduser()))
     first = jax.process_index() == 0
     mesh = sharding.make_mesh(config.mesh)
-    image_size = config.model.vision.image_size
-    source = sources.open_source(config.data.train, image_size=image_size, tfds_dir=config.data.tfds_dir)
-    val = config.data.val and sources.open_source(config.data.val, image_size=image_size, tfds_dir=config.data.tfds_dir)
+    settings = {"image_size": config.model.vision.image_size, "tfds_dir": config.data.tfds_dir}
+    source = sources.open_source(config.data.train, **settings)
+    val = config.data.val and sources.open_source(config.data.val, **settings)
     processor = Processor.load(workdir) if resume else make_processor(config, source)
 
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, TASKS[config.task](config.loss), mesh)
         evaluator = val and Evaluator(val, processor, config.data, trainer)
+        open_batches = functools.partial(
+            data.TrainBatches, source, processor, config.data, seed=config.seed,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        batches = open_batches()
         if first:
-            print(report(config, trainer, source, processor), flush=True)
+            print(start_report(config, trainer, source, processor.vocab_size), flush=True)
         if only_compile:
-            print(compile_only(trainer, config))
+            print(compile_report(config, trainer))
             return
-        with checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
-            start, position = 0, None
-            if resume and checkpoints.steps:
-                restored = checkpoints.restore(trainer.abstract_state)
-                start, state, position = restored.step, restored.state, restored.data
-            else:
-                state = trainer.init(config.seed)
-            batches = data.TrainBatches(source, processor, config.data, seed=config.seed, state=position,
-                                        process_index=jax.process_index(), process_count=jax.process_count())  # fmt: skip
-            if not resume and first:
-                processor.save(workdir)
-                checkpoint.write_run(workdir, config, overrides)
-            print(f"{'resuming' if resume else 'starting'} at step {start} of {config.steps} in {workdir}", flush=True)
-            log = RunLog(workdir, start=start, steps=config.steps, batch_size=config.data.batch_size, enabled=first)
-            state = loop(config, trainer, state, start, batches, evaluator, checkpoints, log)
-        if first and int(state.step) == config.steps:
-            checkpoint.save(workdir, trainer.model(jax.device_get(state.params)), processor, overwrite=True)
-            log.print(f"model saved: mammut.load({str(workdir)!r})")
-        log.close()
+        checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
+        start, state = 0, None
+        if checkpoints.steps:
+            restored = checkpoints.restore(trainer.abstract_state)
+            start, state, batches = restored.step, restored.state, open_batches(state=restored.data)
+        if not resume and first:
+            processor.save(workdir)
+            checkpoint.write_run(workdir, config, overrides)
+        log = RunLog(workdir, start=start, steps=config.steps, batch_size=config.data.batch_size, enabled=first)
+        log.print(f"{'resuming' if resume else 'starting'} at step {start} of {config.steps} in {workdir}")
+        with contextlib.closing(log), contextlib.closing(checkpoints), contextlib.closing(batches):
+            state = trainer.init(config.seed) if state is None else state
+            state, done = loop(config, trainer, state, start, batches, evaluator, checkpoints, log)
+            if batches.bad_counts:
+                log.print(f"examples that could not be used: {data.describe_bad(batches.bad_counts)}")
+            if done and evaluator:
+                log.evaluation(config.steps, "val", evaluator(state.params), samples=SAMPLES_PRINTED)
+            if done and first:
+                checkpoint.save(workdir, trainer.model(jax.device_get(state.params)), processor, overwrite=True)
+                log.print(f"model saved: mammut.load({str(workdir)!r})")
 
 
-def loop(config, trainer, state, start, batches, evaluator, checkpoints, log):
-    """Steps from `start` to `config.steps`; a SIGTERM saves a checkpoint and stops."""
+def loop(
+    config: TrainConfig,
+    trainer: Trainer,
+    state: TrainState,
+    start: int,
+    batches: data.TrainBatches,
+    evaluator: Evaluator | None,
+    checkpoints: checkpoint.Checkpoints,
+    log: RunLog,
+) -> tuple[TrainState, bool]:
+    """Steps from `start` to `config.steps`; returns the state, and False if a SIGTERM ended it earlier (and saved it)."""
     terminated = []
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
-    position, metrics, step = batches.state(), None, start
-    transferred = data.prefetch(batches, lambda batch: sharding.device_batch(batch, trainer.mesh))
-    try:
+    metrics = None
+    transfer = functools.partial(sharding.device_batch, mesh=trainer.mesh)
+    with contextlib.closing(data.prefetch(batches, transfer)) as transferred:
         for step in range(start + 1, config.steps + 1):
             batch, position, waited = next(transferred)
-            state, current = trainer.step(state, batch)
-            # One step behind: reading this step's metrics now would leave the device idle while the host goes on.
-            check_finite(metrics, config)
-            metrics = current
-            log.advance(waited)
-            if step == start + 1:
-                jax.block_until_ready(metrics)
-                log.train(step, metrics)
-            elif step % config.log_every == 0:
-                log.train(step, metrics)
+            before, (state, metrics) = metrics, trainer.step(state, batch)
+            # One step behind: waiting for this step's metrics would leave the device idle while the host goes on.
+            check_finite(before, config)
+            log.step(step, metrics, waited, record=step % config.log_every == 0)
             stop = bool(terminated)
-            if evaluator and config.eval_every and step % config.eval_every == 0 and step < config.steps and not stop:
-                log.evaluation(step, "val", evaluator(state.params), samples=2)
-                log.restart_clock()
             if step % config.checkpoint_every == 0 or step == config.steps or stop:
                 checkpoints.save(step, state, position)
-            if stop:
-                log.print(f"SIGTERM: saved step {step}; go on with --resume")
-                return state
-        check_finite(metrics, config)
-    finally:
-        transferred.close()
-        batches.close()
-    if batches.bad_counts:
-        log.print(f"examples that could not be used: {data.describe_bad(batches.bad_counts)}")
-    if evaluator:
-        log.evaluation(config.steps, "val", evaluator(state.params), samples=SAMPLES_PRINTED)
-    return state
+            if stop and step < config.steps:
+                log.print(f"SIGTERM: saved step {step}, go on with --resume")
+                return state, False
+            if evaluator and config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                log.evaluation(step, "val", evaluator(state.params), samples=2)
+    check_finite(metrics, config)
+    return state, True
 
 
 def check_finite(metrics: dict[str, jax.Array] | None, config: TrainConfig) -> None:
@@ -252,9 +222,9 @@ def main(argv: list[str]) -> None:
     args, overrides = parse_args(argv)
     try:
         config, workdir = resolve(args, overrides)
-        train(config, workdir, resume=args.resume, only_compile=args.compile_only, overrides=overrides)
+        train(config, workdir, overrides, resume=args.resume, only_compile=args.compile_only)
     except (ValueError, FloatingPointError) as error:
-        logging.getLogger().debug("refused", exc_info=True)
+        logging.getLogger().debug("stopped by", exc_info=True)
         sys.exit(f"train.py: {error}")
 
 

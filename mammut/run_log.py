@@ -18,7 +18,8 @@ class RunLog:
 
     def __init__(self, workdir: pathlib.Path, *, start: int, steps: int, batch_size: int, enabled: bool = True):
         self._steps, self._batch_size, self._enabled = steps, batch_size, enabled
-        self._step, self._time, self._waited = start, time.perf_counter(), 0.0
+        self._step: int | None = None  # of the last record
+        self._time, self._waited = time.perf_counter(), 0.0
         if not enabled:
             return
         from tensorboardX import SummaryWriter
@@ -28,35 +29,37 @@ class RunLog:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
-    def advance(self, waited: float) -> None:
-        """Counts a step, which waited so many seconds for its batch."""
+    def step(self, step: int, metrics: dict[str, Any], waited: float, *, record: bool) -> None:
+        """Counts a step that waited so many seconds for its batch; records it if asked to, and the first in any case.
+
+        The first step of a run is recorded without rates: it is mostly compilation.
+        """
         self._waited += waited
         if self._enabled:
             self._bar.update()
-
-    def restart_clock(self) -> None:
-        """Leaves what happened since the last record (a compilation, an evaluation) out of the rates."""
-        self._time, self._waited = time.perf_counter(), 0.0
-
-    def train(self, step: int, metrics: dict[str, Any]) -> None:
-        """Records the metrics of a step and the rates since the last record."""
-        seconds = max(time.perf_counter() - self._time, 1e-9)
-        done = step - self._step
-        rate = done * self._batch_size / seconds
-        wait = self._waited / seconds
-        self._step = step
-        self.restart_clock()
-        values = {f"train/{name}": float(value) for name, value in metrics.items()}
-        self.record(step, values | {"perf/examples_per_sec": rate, "perf/data_wait": wait})
-        if not self._enabled:
+        compiled = self._step is None
+        if not (record or compiled):
             return
+        values = {f"train/{name}": float(value) for name, value in metrics.items()}  # waits for the step to end
+        seconds = time.perf_counter() - self._time
         losses = f"contrastive {values['train/loss_contrastive']:.3f}  caption {values['train/loss_caption']:.3f}"
-        rates = f"{rate:,.0f} images/s  data wait {wait:.0%}"
-        if self._bar.disable:
-            left = (self._steps - step) * seconds / max(done, 1)
-            print(f"step {step}/{self._steps}  {losses}  {rates}  {_duration(left)} left", flush=True)
+        if compiled:
+            text = f"{losses}  first step after {seconds:.0f} s"
         else:
-            self._bar.set_postfix_str(f"{losses}  {rates}")
+            done = step - self._step
+            rate, wait = done * self._batch_size / seconds, self._waited / seconds
+            values |= {"perf/examples_per_sec": rate, "perf/data_wait": wait}
+            text = f"{losses}  {rate:,.0f} images/s  data wait {wait:.0%}"
+        self.record(step, values)
+        if self._enabled and not self._bar.disable:
+            self._bar.set_postfix_str(text)
+        elif self._enabled:
+            left = "" if compiled else f"  {_duration((self._steps - step) * seconds / done)} left"
+            print(f"step {step}/{self._steps}  {text}{left}", flush=True)
+        self._restart_clock(step)
+
+    def _restart_clock(self, step: int) -> None:
+        self._step, self._time, self._waited = step, time.perf_counter(), 0.0
 
     def evaluation(self, step: int, name: str, evaluation: Evaluation, samples: int) -> None:
         """Records an evaluation and prints it with its first `samples` captions."""
@@ -74,6 +77,7 @@ class RunLog:
         for sample in evaluation.samples[:samples]:
             lines += [f"  {sample.key}", f"    says  {sample.caption}", f"    ref   {sample.references[0]}"]
         self.print("\n".join(lines))
+        self._restart_clock(step)  # the rates leave the evaluation out
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes values to the JSON lines and to TensorBoard."""

@@ -1,6 +1,7 @@
 """Train state, optimizer and the jitted step."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mammut import sharding
 from mammut.config import OptimizerConfig, TrainConfig
-from mammut.model import MaMMUT, logical_axes
+from mammut.model import MaMMUT, forward_flops, logical_axes
 from mammut.tasks import Batch, ImageTextTask, Metrics
 
 Params = Any  # nested dict of arrays
@@ -94,9 +95,10 @@ def accumulated_gradients(
     embeds = jax.lax.map(lambda xs: task.embed(merge(params), pin(xs[0]), xs[1]), (micros, keys))
     flat = jax.tree.map(lambda x: sharding.constrain(x.reshape(-1, x.shape[-1]), "batch", None), embeds)
 
-    contrastive, (grads, *embed_grads) = jax.value_and_grad(
-        lambda params, image_embed, text_embed: task.contrastive(merge(params), image_embed, text_embed), argnums=(0, 1, 2)
-    )(params, *flat)
+    def contrastive_loss(params, image_embed, text_embed):
+        return task.contrastive(merge(params), image_embed, text_embed)
+
+    contrastive, (grads, *embed_grads) = jax.value_and_grad(contrastive_loss, argnums=(0, 1, 2))(params, *flat)
     embed_grads = jax.tree.map(lambda g, e: g.reshape(e.shape), tuple(embed_grads), embeds)
     num_tokens = task.caption_tokens(batch)
     weight = task.config.contrastive_weight
@@ -123,8 +125,8 @@ def accumulated_gradients(
 class Trainer:
     """The compiled pieces of one run: where its state lives, how it starts, and its step.
 
-    `init(seed)` makes the state in place on the mesh; `step(state, batch)` donates the state it is given and returns the
-    next with the metrics of the batch; `model(params)` is the model with these weights. Both run inside
+    `init(seed)` makes the state in place on the mesh; `step(state, batch)` donates the state it is given and returns
+    the next, with the metrics of the batch; `model(params)` is the model with these weights. All are called inside
     `jax.set_mesh(mesh)`.
     """
 
@@ -169,7 +171,7 @@ def make_trainer(config: TrainConfig, task: ImageTextTask, mesh: Mesh) -> Traine
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # A NaN would spread from one batch to every parameter and moment: such an update leaves all of them as they were.
+        # A NaN would spread from one batch to every parameter and moment: such an update leaves all as they were.
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
@@ -207,4 +209,40 @@ def make_trainer(config: TrainConfig, task: ImageTextTask, mesh: Mesh) -> Traine
             out_shardings=(shardings, replicated),
         ),
         model=merge,
+    )
+
+
+def start_report(config: TrainConfig, trainer: Trainer, source: Any, vocab_size: int) -> str:
+    """What a run is about to do: its data, its parameters and their placement, the FLOPs of a step."""
+    params = trainer.abstract_state.params
+    flops = {part: 3 * count * config.data.batch_size for part, count in forward_flops(config.model).items()}
+    total = sum(flops.values())
+    mesh = " x ".join(f"{name} {size}" for name, size in trainer.mesh.shape.items())
+    return "\n".join([
+        f"data: {source.spec}, {len(source):,} examples, {config.data.batch_size} a step; {vocab_size:,} text pieces",
+        f"mesh: {mesh} on {trainer.mesh.devices.flat[0].device_kind}",
+        sharding.placement_report(params, jax.tree.map(lambda x: x.sharding, params)),
+        f"{total / 1e9:,.1f} GFLOP a step, backward included: "
+        + ", ".join(f"{part} {count / total:.0%}" for part, count in flops.items()),
+    ])
+
+
+def compile_report(config: TrainConfig, trainer: Trainer) -> str:
+    """Compiles the step for the devices of the mesh and says what it takes of each; runs nothing."""
+    rows, text, side = config.data.batch_size, config.model.text, config.model.vision.image_size
+    place = sharding.batch_sharding(trainer.mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8, sharding=place),
+        "tokens": jax.ShapeDtypeStruct((rows, text.max_length), jnp.int32, sharding=place),
+        "text_valid": jax.ShapeDtypeStruct((rows, text.max_length), jnp.bool_, sharding=place),
+    }
+    start = time.perf_counter()
+    memory = trainer.step.lower(trainer.abstract_state, batch).compile().memory_analysis()
+    sizes = {
+        "arguments": memory.argument_size_in_bytes,
+        "of them donated": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+    }
+    return f"compiled in {time.perf_counter() - start:.0f} s; MB a device: " + ", ".join(
+        f"{name} {size / 1e6:,.1f}" for name, size in sizes.items()
     )
