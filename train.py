@@ -128,7 +128,9 @@ def make_processor(config: TrainConfig, source: sources.Source) -> Processor:
     return Processor(tokenizer, image, config.model.text.max_length)
 
 
-def train(config: TrainConfig, workdir: pathlib.Path, overrides: list[str], *, resume: bool, only_compile: bool) -> None:
+def train(
+    config: TrainConfig, workdir: pathlib.Path, overrides: list[str], *, resume: bool, only_compile: bool
+) -> None:
     """The run. What can be refused is refused before anything is compiled, and before anything is written."""
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.compilation_cache).expanduser()))
@@ -184,7 +186,7 @@ def loop(
     checkpoints: checkpoint.Checkpoints,
     log: RunLog,
 ) -> tuple[TrainState, bool]:
-    """Steps from `start` to `config.steps`; returns the state, and False if a SIGTERM ended it earlier (and saved it)."""
+    """Steps from `start` to `config.steps`; returns the state, and False if a SIGTERM ended it (and saved it) early."""
     terminated = []
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
     metrics = None

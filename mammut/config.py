@@ -206,7 +206,8 @@ class MeshConfig:
         if sizes.count(-1) == 1 and known > 0 and num_devices % known == 0:
             sizes = tuple(num_devices // known if size == -1 else size for size in sizes)
         if min(sizes) < 1 or math.prod(sizes) != num_devices:
-            raise ValueError(f"mesh data x fsdp x model is {dataclasses.astuple(self)}, there are {num_devices} devices")
+            given = " x ".join(map(str, dataclasses.astuple(self)))
+            raise ValueError(f"mesh.data x fsdp x model is {given}, expected a product of {num_devices} devices")
         return sizes
 
 

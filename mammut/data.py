@@ -1,7 +1,7 @@
 """From a source to batches: every example read by index, shuffled anew each epoch, split by process, resumable.
 
-`TrainBatches` draws endless training batches from a source, `eval_batches` passes over it once, `prefetch` moves batches
-to the device ahead of the step. Batches are NumPy arrays of this process' share.
+`TrainBatches` draws endless training batches from a source, `eval_batches` passes over it once, `prefetch` moves
+batches to the device ahead of the step. Batches are NumPy arrays of this process' share.
 """
 
 import collections

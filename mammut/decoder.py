@@ -8,6 +8,8 @@
 Which pass runs is the name of the method called, never inferred from an argument that is missing.
 """
 
+import operator
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -63,7 +65,7 @@ class TextDecoder(nnx.Module):
         def group(x, stacked):
             layers, cross_layer = stacked
             for i in range(every):
-                x = jax.tree.map(lambda parameter: parameter[i], layers)(x, mask=mask)
+                x = jax.tree.map(operator.itemgetter(i), layers)(x, mask=mask)
             return cross_layer(x, image_tokens)
 
         unroll = max(1, self.unroll // every)

@@ -26,7 +26,7 @@ def contrastive_logits(
 
 
 def softmax_contrastive(logits: Float[Array, "B B"]) -> Float[Array, "B"]:
-    """InfoNCE (CLIP, arXiv 2103.00020, figure 3): the mean of image-to-text and text-to-image, for each pair: float[B]."""
+    """InfoNCE (CLIP, arXiv 2103.00020, figure 3), the mean of image-to-text and text-to-image of each pair: float[B]."""
     matched = jnp.diagonal(logits)
     image_to_text = jax.nn.logsumexp(logits, axis=1) - matched
     text_to_image = jax.nn.logsumexp(logits, axis=0) - matched
@@ -52,8 +52,8 @@ def focal_contrastive(
     text-to-image; over a full B x B matrix these are one number, which is counted once here.
 
     `normalization` is what the mean over the batch of the returned values divides the sum over B x B pairs by:
-    "batch", as in the paper, by B; "pairs" by B * B. By B, a batch of 16K starts at about 5,700 at temperature 1 beside a
-    captioning loss of 11: weights of 1 and 1 then mean something only with a negative `logit_bias_init`, as SigLIP has.
+    "batch", as in the paper, by B; "pairs" by B * B. By B, a batch of 16K starts at about 5,700 at temperature 1,
+    beside a captioning loss of 11: weights of 1 and 1 then mean something only with a negative bias, as SigLIP has.
     """
     signs = 2 * jnp.eye(len(logits)) - 1
     log_p = jax.nn.log_sigmoid(signs * logits)

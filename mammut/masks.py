@@ -27,8 +27,8 @@ def caption_labels(
 ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
     """The labels of the caption pass, int[B, L]: `tokens` shifted left by one; and their loss mask, bool[B, L].
 
-    The mask follows the labels, not the inputs: the end token, as an input, would be asked to predict a pad. Ids play no
-    part in it: 0 is a pad here and "!" in CLIP's vocabulary.
+    The mask follows the labels, not the inputs: the end token, as an input, would be asked to predict a pad. Ids play
+    no part in it: 0 is a pad here and "!" in CLIP's vocabulary.
     """
     labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     loss_mask = jnp.pad(text_valid[:, 1:], ((0, 0), (0, 1))) & text_valid

@@ -33,7 +33,7 @@ def retrieval_recall(
     if missing := num_images - len(np.unique(image_of_text)):
         raise ValueError(f"{missing} of {num_images} images have no text in image_of_text")
     text_ranks = np.concatenate([
-        _ranks(text_embed[start : start + chunk] @ image_embed.T, image_of_text[start : start + chunk])
+        _ranks(_scores(text_embed[start : start + chunk], image_embed), image_of_text[start : start + chunk])
         for start in range(0, num_texts, chunk)
     ])
     # The best-ranked text of an image is its highest-scoring one, at the lowest position among equals.
@@ -41,7 +41,7 @@ def retrieval_recall(
     texts_of_image = np.split(order, np.cumsum(np.bincount(image_of_text, minlength=num_images))[:-1])
     image_ranks = []
     for start in range(0, num_images, chunk):
-        scores = image_embed[start : start + chunk] @ text_embed.T
+        scores = _scores(image_embed[start : start + chunk], text_embed)
         own = texts_of_image[start : start + chunk]
         best = np.array([texts[np.argmax(row[texts])] for row, texts in zip(scores, own, strict=True)])
         image_ranks.append(_ranks(scores, best))
@@ -49,8 +49,14 @@ def retrieval_recall(
     return {f"{way}_r{k}": float((ranks < k).mean()) for way, ranks in recalls.items() for k in ks}
 
 
+def _scores(query: Float[np.ndarray, "Q E"], candidates: Float[np.ndarray, "C E"]) -> Float[np.ndarray, "Q C"]:
+    # In float32 equal scores differ in the last bit, by their place in the matrix and its shape: ties would not be ties.
+    return (query.astype(np.float64) @ candidates.astype(np.float64).T).astype(np.float32)
+
+
 def _ranks(scores: Float[np.ndarray, "Q C"], target: Int[np.ndarray, "Q"]) -> Int[np.ndarray, "Q"]:
     """How many candidates come before each query's target: int[Q]."""
     own = np.take_along_axis(scores, target[:, None], axis=1)
     earlier = np.arange(scores.shape[1]) < target[:, None]
-    return ((scores > own) | ((scores == own) & earlier)).sum(1)
+    better = ~(scores <= own)  # and not `>`: with NaN, a model that has diverged would be first everywhere
+    return (better | ((scores == own) & earlier)).sum(1)

@@ -27,8 +27,8 @@ class MaMMUT(nnx.Module):
     """The model of "MaMMUT: A Simple Architecture for Joint Learning for MultiModal Tasks" (arXiv 2303.16839).
 
     The image embedding is the mean of the patch tokens, the text embedding the mean of the contrastive pass over real
-    tokens; there is no class token, no pooler and no projection head (section 4.5 finds each unnecessary). One linear map
-    brings image tokens to the decoder's width, so E is that width. Images are uint8 and normalised on the device.
+    tokens; there is no class token, no pooler and no projection head (section 4.5 finds each unnecessary). One linear
+    map brings image tokens to the decoder's width, so E is that width. Images are uint8 and normalised on the device.
 
     `MaMMUT(presets.mammut_b16(), rngs=nnx.Rngs(0))` makes random weights.
     """

@@ -1,8 +1,8 @@
 """Named architectures. Each function returns a `ModelConfig`; `dataclasses.replace` changes what a run needs changed.
 
-S, B and L are the ViT sizes of the field, each with a decoder of the same width and depth. The two `paper_*` presets are
-the models of the MaMMUT paper (arXiv 2303.16839): sizes from its text and tables; patch size, heads and vocabulary, which
-it does not state, are ours (16 pixels, 64-wide heads, 64,000 pieces).
+S, B and L are the ViT sizes of the field, each with a decoder of the same width and depth. The two `paper_*` presets
+are the models of the MaMMUT paper (arXiv 2303.16839): sizes from its text and tables; patch size, heads and vocabulary,
+which it does not state, are ours (16 pixels, 64-wide heads, 64,000 pieces).
 """
 
 from mammut.config import DecoderConfig, ModelConfig, VisionConfig

@@ -1,16 +1,16 @@
-"""Help for tests of code that uses mammut: a tiny model, its processor, a batch for it, and the place of the shared data.
-
-    model = mammut.MaMMUT(tiny_config(), rngs=nnx.Rngs(0))
-    batch = tiny_batch(tiny_config())
-    out = model.two_pass(batch["image"], batch["tokens"], batch["text_valid"])
-"""
+"""Help for tests of code that uses mammut: a tiny model, processor and batch, and the place of the shared data."""
 
 import os
 import pathlib
+import zlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from mammut.config import DecoderConfig, ModelConfig, VisionConfig
+from mammut.model import MaMMUT
 from mammut.processor import ImageTransform, Processor
 from mammut.tokenizer import train_sentencepiece
 
@@ -18,7 +18,7 @@ from mammut.tokenizer import train_sentencepiece
 def tiny_config() -> ModelConfig:
     """The smallest model that has everything: 16-pixel images in 4 patches, 12 tokens, two cross-attention layers.
 
-    No two sizes that could be mixed up are equal. Laid out for compile time; `presets.tiny()` is for training.
+    Sizes that could be mixed up differ. It compiles fast; to train, `presets.tiny()` is better.
     """
     return ModelConfig(
         vision=VisionConfig(image_size=16, patch_size=8, width=32, depth=2, num_heads=2, mlp_dim=64),
@@ -26,28 +26,33 @@ def tiny_config() -> ModelConfig:
     )
 
 
+def tiny_model(config: ModelConfig | None = None, seed: int = 0) -> MaMMUT:
+    """A model with random numbers in every parameter: biases of 0 and norms of 1 would hide errors.
+
+    Nothing is compiled. A parameter is the same in two configs that give it the same name and shape.
+    """
+    abstract = nnx.eval_shape(lambda: MaMMUT(config or tiny_config(), rngs=nnx.Rngs(0)))
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        values = 0.2 * np.random.default_rng([seed, zlib.crc32(name.encode())]).normal(size=leaf.shape)
+        return jnp.asarray(values + ("['scale']" in name), leaf.dtype)
+
+    graphdef, params = nnx.split(abstract)
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, params))
+
+
 def tiny_processor(config: ModelConfig | None = None) -> Processor:
-    """A processor for `config` (default: `tiny_config()`) with a vocabulary of a few words: pad 0, start 1, end 2."""
+    """A processor for `config` (default: `tiny_config()`) that knows a few words: pad 0, start 1, end 2, unknown 3."""
     config = config or tiny_config()
-    captions = [
-        f"{count} {colour} {shape} on the {side}"
-        for count in ("one", "two", "three")
-        for colour in ("red", "green", "blue")
-        for shape in ("circle", "square")
-        for side in ("left", "right")
-    ]
+    colours, shapes = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
+    captions = [f"one {colour} {shape} on the left or right" for colour in colours for shape in shapes]
     tokenizer = train_sentencepiece(captions, config.text.vocab_size, lowercase=True)
     return Processor(tokenizer, ImageTransform(config.vision.image_size), config.text.max_length)
 
 
 def tiny_batch(config: ModelConfig | None = None, batch_size: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
-    """A random batch for `config` (default: `tiny_config()`), the same for the same `seed`.
-
-    Texts are a start (1), ids from 3 up, an end (2) and pads (0), of differing lengths; the first has no pads.
-
-    Returns:
-      `image` uint8[B, height, width, 3], `tokens` int32[B, L], `text_valid` bool[B, L].
-    """
+    """A random `image`, `tokens`, `text_valid` for `config` (default: `tiny_config()`); the first text has no pads."""
     config = config or tiny_config()
     rng = np.random.default_rng(seed)
     size, longest = config.vision.image_size, config.text.max_length
@@ -58,7 +63,7 @@ def tiny_batch(config: ModelConfig | None = None, batch_size: int = 4, seed: int
     tokens[np.arange(batch_size), lengths - 1] = 2
     text_valid = np.arange(longest) < lengths[:, None]
     image = rng.integers(0, 256, (batch_size, size, size, 3), np.uint8)
-    return {"image": image, "tokens": np.where(text_valid, tokens, 0).astype(np.int32), "text_valid": text_valid}
+    return {"image": image, "tokens": tokens * text_valid, "text_valid": text_valid}
 
 
 def shared_dir() -> pathlib.Path | None:

@@ -23,11 +23,11 @@ Params = Any  # nested dict of arrays
 class TrainState:
     """All that a step changes."""
 
-    step: jax.Array  # int32: updates done or skipped
+    step: Any  # int32: updates done or skipped
     params: Params
     opt_state: Any
-    nonfinite: jax.Array  # int32: updates skipped for a loss or gradient that was not finite
-    nonfinite_in_a_row: jax.Array  # int32
+    nonfinite: Any  # int32: updates skipped for a loss or gradient that was not finite
+    nonfinite_in_a_row: Any  # int32
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

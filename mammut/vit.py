@@ -89,8 +89,8 @@ def crop_pos_embed(
     """A random crop of the position table for each of `batch` images, float[B, down, across, D].
 
     Cropped positional embedding (RO-ViT, arXiv 2305.07011, section 3.2; used by the paper for a last 100K steps): the
-    table is enlarged bilinearly, cropped to a random box and sampled back to its own size, so that the image passes for a
-    region of a larger one. All three steps are linear and separable: one small matrix for each axis.
+    table is enlarged bilinearly, cropped to a random box and sampled back to its own size, so that the image passes for
+    a region of a larger one. All three steps are linear and separable: one small matrix for each axis.
     """
     area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
     area = jax.random.uniform(area_key, (batch,), minval=_CROP_AREA[0], maxval=_CROP_AREA[1])
@@ -106,7 +106,7 @@ def crop_pos_embed(
 
 
 def _crop_matrix(start: Float[Array, "B"], extent: Float[Array, "B"], size: int) -> Float[Array, "B S S"]:
-    """Enlarges `size` positions, then samples as many evenly from [start, start + extent] of 0..1: float[B, size, size]."""
+    """Enlarges `size` positions, then samples as many evenly from [start, start + extent] of 0..1: float[B, S, S]."""
     centres = start[:, None] + extent[:, None] * (jnp.arange(size) + 0.5) / size
     crop = _bilinear(centres, _CROP_RESOLUTION)
     enlarge = _bilinear((jnp.arange(_CROP_RESOLUTION) + 0.5)[None] / _CROP_RESOLUTION, size)[0]

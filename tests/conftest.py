@@ -1,4 +1,4 @@
-"""Eight CPU devices, and shape checks at run time, for every test; both must be set before jax or mammut is imported."""
+"""Eight CPU devices and shape checks at run time, for every test: set before jax or mammut is imported."""
 
 import os
 
