@@ -80,21 +80,22 @@ def _load_model_folder(folder: pathlib.Path) -> tuple[MaMMUT, Processor]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    if problems := _check_manifest(folder, _read_json(folder / "manifest.json")):
+    if problems := _check_manifest(folder, folder / "manifest.json"):
         raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
-    config = _read_json(folder / "config.json")
+    path = folder / "config.json"
+    config = _read_object(path)
     if config.get("format") != "mammut" or config.get("version") != _VERSION:
         raise CheckpointError(
-            f"{folder / 'config.json'} has format {config.get('format')!r} version {config.get('version')!r}, "
+            f"{path} has format {config.get('format')!r} version {config.get('version')!r}, "
             f"expected 'mammut' version {_VERSION}"
         )
-    model_config = from_dict(ModelConfig, config.get("model"), str(folder / "config.json"))
+    model_config = _config(ModelConfig, config.get("model"), path)
     try:
         arrays = load_file(folder / "model.safetensors")
     except SafetensorError as error:
         raise CheckpointError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
     model = _with_arrays(model_config, arrays, str(folder / "model.safetensors"))
-    return model, Processor.load(folder)
+    return model, _processor(folder)
 
 
 def _load_run(folder: pathlib.Path) -> tuple[MaMMUT, Processor]:
@@ -102,7 +103,7 @@ def _load_run(folder: pathlib.Path) -> tuple[MaMMUT, Processor]:
     with Checkpoints(folder, keep=config.keep_checkpoints) as checkpoints:
         params = checkpoints.restore_params()
     arrays = {".".join(path): value for path, value in _flat(params).items()}
-    return _with_arrays(config.model, arrays, str(folder / "checkpoints")), Processor.load(folder)
+    return _with_arrays(config.model, arrays, str(folder / "checkpoints")), _processor(folder)
 
 
 def _with_arrays(config: ModelConfig, arrays: dict[str, np.ndarray], where: str) -> MaMMUT:
@@ -140,10 +141,24 @@ def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
       CheckpointError: it is missing or not what `write_run` writes.
     """
     path = workdir / "run.json"
-    run = _read_json(path)
-    if not isinstance(run, dict) or run.keys() != {"config", "overrides"}:
+    run = _read_object(path)
+    if run.keys() != {"config", "overrides"}:
         raise CheckpointError(f"{path} is not a run's config, expected the keys config and overrides")
-    return from_dict(TrainConfig, run["config"], str(path)), run["overrides"]
+    return _config(TrainConfig, run["config"], path), run["overrides"]
+
+
+def _config(cls: type, values: Any, path: pathlib.Path) -> Any:
+    try:
+        return from_dict(cls, values, str(path))
+    except (ValueError, TypeError) as error:  # a field that there is not, a value that cannot be
+        raise CheckpointError(f"{path} does not hold a {cls.__name__}: {error}") from error
+
+
+def _processor(folder: pathlib.Path) -> Processor:
+    try:
+        return Processor.load(folder)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,10 +182,16 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file at INFO
         self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self._manifests = self._folder.parent / "checkpoint_manifests"
-        self._manifests.mkdir(parents=True, exist_ok=True)
-        self._checkpointer = ocp.training.Checkpointer(
-            self._folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep)
-        )
+        latest = ocp.training.preservation_policies.LatestN(keep)
+        try:
+            self._checkpointer = ocp.training.Checkpointer(self._folder, preservation_policy=latest)
+        except ValueError as error:  # Orbax reads a little of every step here
+            manifests = sorted(self._manifests.glob("*.json"))
+            damaged = [path.stem for path in manifests if _check_manifest(self._folder / path.stem, path)]
+            raise CheckpointError(
+                f"{self._folder} cannot be opened ({error}): remove its damaged steps, {', '.join(damaged)}"
+            ) from error
+        self._left_behind: list[int] = []  # newer than the step restored: damaged or unchecked
         self._writing: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -191,8 +212,12 @@ class Checkpoints:
         A second save of a step does nothing. An error of an earlier background write is raised here.
         """
         self.wait()
+        for newer in self._left_behind:  # Orbax saves no step older than one that is there
+            self._checkpointer.delete(newer, missing_ok=True)
+        self._left_behind = []
         if step in self.steps:
             return
+        self._manifests.mkdir(parents=True, exist_ok=True)
         response = self._checkpointer.save_checkpointables_async(step, {"state": state}, custom_metadata={"data": data})
         self._writing = threading.Thread(target=self._finish, args=(step, response), daemon=True)
         self._writing.start()
@@ -236,6 +261,7 @@ class Checkpoints:
                 f"{self._folder / str(step)} does not fit this run's model and optimizer: {'; '.join(problems)}"
             )
         loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state})
+        self._left_behind = [newer for newer in self.steps if newer > step]
         return Restored(step, loaded["state"], saved.custom_metadata["data"])
 
     def restore_params(self) -> Any:
@@ -252,7 +278,7 @@ class Checkpoints:
             manifest = self._manifests / f"{step}.json"
             if not manifest.exists():  # killed after the step was complete and before its checksums were
                 unchecked.append(step)
-            elif problems := _check_manifest(self._folder / str(step), _read_json(manifest)):
+            elif problems := _check_manifest(self._folder / str(step), manifest):
                 _log.warning("checkpoint %d is damaged (%s): trying the one before", step, problems[0])
             else:
                 return step
@@ -298,16 +324,22 @@ def _manifest(folder: pathlib.Path, files: list[pathlib.Path]) -> dict[str, Any]
     }
 
 
-def _check_manifest(folder: pathlib.Path, manifest: dict[str, Any]) -> list[str]:
+def _check_manifest(folder: pathlib.Path, manifest: pathlib.Path) -> list[str]:
+    """What is wrong with the files of `folder`, or with the manifest that lists them."""
     problems = []
-    for name, entry in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{name} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}")
-        elif _sha256(path) != entry["sha256"]:
-            problems.append(f"{name} does not have the SHA-256 of its manifest")
+    try:
+        for name, entry in _read_object(manifest).items():
+            path, size, sha256 = folder / name, entry["bytes"], entry["sha256"]
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != size:
+                problems.append(f"{name} has {path.stat().st_size} bytes, its manifest says {size}")
+            elif _sha256(path) != sha256:
+                problems.append(f"{name} does not have the SHA-256 of its manifest")
+    except CheckpointError as error:
+        return [str(error)]
+    except (KeyError, TypeError):
+        return [f"{manifest} does not give the bytes and sha256 of every file"]
     return problems
 
 
@@ -323,10 +355,13 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def _read_json(path: pathlib.Path) -> Any:
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not a JSON file: {error}") from None
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise CheckpointError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, expected a JSON object")
+    return value

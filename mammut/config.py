@@ -7,7 +7,7 @@ built, in one sentence that names the field.
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 Activation = Literal["gelu", "gelu_tanh"]
 Dtype = Literal["float32", "bfloat16"]
@@ -31,7 +31,19 @@ def _require_share(config: Any, *names: str) -> None:
         _require(0 <= value < 1, f"{type(config).__name__}.{name} is {value}, expected a number in [0, 1)")
 
 
+def _require_choices(config: Any) -> None:
+    # Unchecked, a misspelt choice would silently be the last one: code asks for one value after the other, then "else".
+    for field in dataclasses.fields(config):
+        if get_origin(field.type) is Literal:
+            value, choices = getattr(config, field.name), get_args(field.type)
+            _require(
+                value in choices,
+                f"{type(config).__name__}.{field.name} is {value!r}, expected one of {', '.join(choices)}",
+            )
+
+
 def _require_tower(config: Any) -> None:
+    _require_choices(config)
     _require_positive(config, "width", "depth", "num_heads", "mlp_dim", "norm_eps")
     _require(
         config.width % config.num_heads == 0,
@@ -110,6 +122,7 @@ class ModelConfig:
     unroll: int = 1  # layers unrolled per step of the scan over layers; a small model on a CPU wants all of them
 
     def __post_init__(self):
+        _require_choices(self)
         _require_positive(self, "logit_scale_init", "unroll")
 
 
@@ -163,6 +176,7 @@ class LossConfig:
     vocab_chunk: int = 16  # text positions whose logits are held at once by the caption loss
 
     def __post_init__(self):
+        _require_choices(self)
         _require_share(self, "label_smoothing")
         _require_positive(self, "vocab_chunk")
         _require(0 < self.focal_alpha < 1, f"LossConfig.focal_alpha is {self.focal_alpha}, expected 0 < alpha < 1")
@@ -185,6 +199,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
 
     def __post_init__(self):
+        _require_choices(self)
         _require_positive(self, "learning_rate", "eps")
         _require_share(self, "b1", "b2")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
@@ -233,6 +248,7 @@ class TrainConfig:
     compilation_cache: str | None = "~/.cache/mammut/xla"
 
     def __post_init__(self):
+        _require_choices(self)
         _require_positive(self, "steps", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints")
         _require_positive(self, "max_nonfinite_steps")
         _require(self.eval_every >= 0, f"TrainConfig.eval_every is {self.eval_every}, expected at least 0")
@@ -251,7 +267,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(cls: type, values: dict[str, Any], where: str = "config"):
+def from_dict(cls: type, values: Any, where: str = "config"):
     """Builds the dataclass `cls` from plain JSON values; `where` names their file in errors.
 
     Raises:

@@ -50,7 +50,7 @@ def retrieval_recall(
 
 
 def _scores(query: Float[np.ndarray, "Q E"], candidates: Float[np.ndarray, "C E"]) -> Float[np.ndarray, "Q C"]:
-    # In float32 equal scores differ in the last bit, by their place in the matrix and its shape: ties would not be ties.
+    # A float32 product gives equal scores other last bits at other places in the matrix: ties would not be ties.
     return (query.astype(np.float64) @ candidates.astype(np.float64).T).astype(np.float32)
 
 

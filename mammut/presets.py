@@ -23,7 +23,7 @@ def tiny() -> ModelConfig:
     """0.4M parameters for 32-pixel images: trains on a CPU in minutes."""
     return ModelConfig(
         vision=VisionConfig(image_size=32, patch_size=8, width=64, depth=4, num_heads=4, mlp_dim=256),
-        text=DecoderConfig(vocab_size=512, max_length=24, width=64, depth=4, num_heads=4, mlp_dim=256),
+        text=DecoderConfig(vocab_size=512, max_length=16, width=64, depth=4, num_heads=4, mlp_dim=256),
         unroll=4,
     )
 

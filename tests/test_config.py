@@ -1,0 +1,230 @@
+"""Configs survive JSON, name what they do not know, and refuse what cannot work in a sentence with the field."""
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import pathlib
+import re
+
+import pytest
+
+from mammut import presets
+from mammut.config import (
+    DataConfig,
+    DecoderConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    VisionConfig,
+    from_dict,
+    to_dict,
+)
+
+PRESETS = [function for name, function in inspect.getmembers(presets, inspect.isfunction) if name[0] != "_"]
+ROOT = pathlib.Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def run_file(path: pathlib.Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+def test_a_preset_survives_json(preset):
+    assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(preset())))) == preset()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_survives_json(path):
+    config = run_file(path).get_config()
+    assert isinstance(config, TrainConfig)
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_every_field_survives_json():
+    """Every number of a run, changed: nothing falls back to its default."""
+
+    def changed(config):
+        values = {}
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if dataclasses.is_dataclass(value):
+                values[field.name] = changed(value)
+            elif isinstance(value, float) and field.name not in ("focal_alpha", "max_bad_share"):
+                values[field.name] = value / 2 + 0.015625
+        return dataclasses.replace(config, **values)
+
+    config = changed(TrainConfig())
+    assert config.optimizer.learning_rate != TrainConfig().optimizer.learning_rate
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_missing_field_takes_its_default():
+    assert from_dict(TrainConfig, {"steps": 7, "model": {"vision": {"width": 96}}}) == TrainConfig(
+        steps=7, model=ModelConfig(vision=VisionConfig(width=96))
+    )
+
+
+def test_an_unknown_field_is_refused_with_its_name_and_its_file():
+    with pytest.raises(ValueError, match=r"runs/a/config\.json has sped, stepz, which TrainConfig does not know"):
+        from_dict(TrainConfig, {"stepz": 1, "steps": 2, "sped": 3}, "runs/a/config.json")
+
+
+def test_an_unknown_field_deep_inside_is_refused_with_the_way_to_it():
+    with pytest.raises(ValueError, match=r"config\.json: model: vision has dept, which VisionConfig does not know"):
+        from_dict(TrainConfig, {"model": {"vision": {"dept": 1}}}, "config.json")
+
+
+@pytest.mark.parametrize("values", [None, [], 3, "steps"])
+def test_what_is_not_an_object_is_refused(values):
+    kind = type(values).__name__
+    with pytest.raises(ValueError, match=f"config.json holds {kind}, expected an object with the fields of Train"):
+        from_dict(TrainConfig, values, "config.json")
+    with pytest.raises(ValueError, match=f"config.json: loss holds {kind}"):
+        from_dict(TrainConfig, {"loss": values}, "config.json")
+
+
+def test_a_config_cannot_be_changed_in_place():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().steps = 3
+
+
+REFUSED = [
+    *((tower, name, value) for tower in (VisionConfig, DecoderConfig) for value in (0, -1)
+      for name in ("width", "depth", "num_heads", "mlp_dim")),
+    (VisionConfig, "norm_eps", 0.0),
+    (DecoderConfig, "norm_eps", -1e-6),
+    (VisionConfig, "width", 100),  # not a multiple of 12 heads
+    (DecoderConfig, "num_heads", 7),
+    (VisionConfig, "image_size", 0),
+    (VisionConfig, "image_size", 225),
+    (VisionConfig, "patch_size", -16),
+    (VisionConfig, "patch_size", 15),
+    (VisionConfig, "image_std", (0.5, 0.0, 0.5)),
+    (DecoderConfig, "vocab_size", 0),
+    (DecoderConfig, "max_length", 1),
+    (DecoderConfig, "cross_attn_every", 0),
+    (DecoderConfig, "cross_attn_every", 5),
+    (DecoderConfig, "depth", 13),
+    (ModelConfig, "logit_scale_init", 0.0),
+    (ModelConfig, "unroll", 0),
+    (DataConfig, "batch_size", 0),
+    (DataConfig, "eval_batch_size", 0),
+    (DataConfig, "val_examples", 0),
+    (DataConfig, "threads", 0),
+    (DataConfig, "max_image_pixels", 0),
+    (DataConfig, "max_bad_share", 1.0),
+    (DataConfig, "max_bad_share", -0.1),
+    (DataConfig, "crop_scale", (0.0, 1.0)),
+    (DataConfig, "crop_scale", (0.9, 0.5)),
+    (DataConfig, "crop_scale", (0.5, 1.5)),
+    (DataConfig, "crop_ratio", (2.0, 1.0)),
+    (DataConfig, "crop_ratio", (0.0, 1.0)),
+    (LossConfig, "label_smoothing", 1.0),
+    (LossConfig, "vocab_chunk", 0),
+    (LossConfig, "focal_alpha", 0.0),
+    (LossConfig, "focal_alpha", 1.0),
+    (LossConfig, "contrastive_weight", -1.0),
+    (LossConfig, "caption_weight", -1.0),
+    (LossConfig, "focal_gamma", -1.0),
+    (LossConfig, "z_loss", -1.0),
+    (OptimizerConfig, "learning_rate", 0.0),
+    (OptimizerConfig, "eps", 0.0),
+    (OptimizerConfig, "b1", 1.0),
+    (OptimizerConfig, "b2", -0.1),
+    (OptimizerConfig, "warmup_steps", -1),
+    (OptimizerConfig, "weight_decay", -0.1),
+    (OptimizerConfig, "clip_norm", -1.0),
+    (TrainConfig, "steps", 0),
+    (TrainConfig, "accumulation", 0),
+    (TrainConfig, "accumulation", 3),  # of 256 examples
+    (TrainConfig, "log_every", 0),
+    (TrainConfig, "eval_every", -1),
+    (TrainConfig, "checkpoint_every", 0),
+    (TrainConfig, "keep_checkpoints", 0),
+    (TrainConfig, "max_nonfinite_steps", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), REFUSED, ids=lambda x: x.__name__ if isinstance(x, type) else str(x))
+def test_a_value_that_cannot_work_is_refused_with_its_field(cls, name, value):
+    with pytest.raises(ValueError, match=rf"\b{name}\b") as error:
+        cls(**{name: value})
+    message = str(error.value)
+    assert str(value) in message and "\n" not in message
+    assert re.match(rf"{cls.__name__}\.|(data|optimizer)\.", message)
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        from_dict(cls, {name: list(value) if isinstance(value, tuple) else value})
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value", "choices"),
+    [
+        ("VisionConfig", "activation", "relu", "gelu, gelu_tanh"),
+        ("DecoderConfig", "activation", "swiglu", "gelu, gelu_tanh"),
+        ("ModelConfig", "dtype", "float16", "float32, bfloat16"),
+        ("ModelConfig", "param_dtype", "int8", "float32, bfloat16"),
+        ("ModelConfig", "remat", "some", "none, dots, full"),
+        ("LossConfig", "contrastive", "siglip", "softmax, focal, sigmoid"),
+        ("LossConfig", "focal_normalization", "none", "batch, pairs"),
+        ("OptimizerConfig", "name", "sgd", "adamw, adafactor"),
+        ("OptimizerConfig", "schedule", "constant", "cosine, linear"),
+        ("TrainConfig", "task", "image-text", "image_text"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(cls, name, value, choices):
+    """As users meet it: in the tests the type checker would refuse it first, so the file is read past the checker."""
+    config = run_file(ROOT / "mammut" / "config.py")
+    with pytest.raises(ValueError, match=rf"^{cls}\.{name} is '{value}', expected one of {choices}$"):
+        config.from_dict(getattr(config, cls), {name: value})
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer\.warmup_steps 100 is not below steps 100"):
+        TrainConfig(steps=100, optimizer=OptimizerConfig(warmup_steps=100))
+    assert TrainConfig(steps=101, optimizer=OptimizerConfig(warmup_steps=100)).steps == 101
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sizes"),
+    [
+        (MeshConfig(), (8, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1), (2, 4, 1)),
+        (MeshConfig(data=-1, fsdp=2, model=2), (2, 2, 2)),
+        (MeshConfig(data=1, fsdp=1, model=8), (1, 1, 8)),
+    ],
+)
+def test_a_mesh_takes_all_devices(mesh, sizes):
+    assert mesh.sizes(8) == sizes
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=3),
+        MeshConfig(data=4),
+        MeshConfig(data=-1, fsdp=-1),
+        MeshConfig(fsdp=3),
+        MeshConfig(data=0),
+        MeshConfig(data=-1, fsdp=0),
+        MeshConfig(data=-2, fsdp=-4),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh):
+    given = " x ".join(map(str, dataclasses.astuple(mesh)))
+    with pytest.raises(ValueError, match=rf"mesh\.data x fsdp x model is {given}, .*\b8 devices"):
+        mesh.sizes(8)
+
+
+def test_the_paper_sections_defaults_hold():
+    """Weights of 1 and 1, focal loss unbalanced with gamma 1, AdamW with weight decay 0.01, text of 64 tokens."""
+    loss, optimizer = LossConfig(), OptimizerConfig()
+    assert (loss.contrastive_weight, loss.caption_weight, loss.focal_alpha, loss.focal_gamma) == (1, 1, 0.5, 1)
+    assert (optimizer.name, optimizer.weight_decay, optimizer.learning_rate) == ("adamw", 0.01, 1e-3)
+    assert DecoderConfig().max_length == 64 and DecoderConfig().cross_attn_every == 2

@@ -1,0 +1,258 @@
+"""Losses against numbers worked by hand, loops in float64, and themselves: in chunks, over devices, at extremes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mammut.config import MeshConfig
+from mammut.losses import (
+    MAX_LOGIT_SCALE,
+    caption_loss,
+    contrastive_logits,
+    focal_contrastive,
+    sigmoid_contrastive,
+    softmax_contrastive,
+)
+from mammut.sharding import make_mesh
+
+# Worked by hand: rows are images, columns texts. softplus(-3 -2 -1 0 1) = .048587 .126928 .313262 .693147 1.313262
+HAND = jnp.array([[2.0, 0.0], [1.0, 3.0]])
+
+
+def logits_of(size=6, seed=0, scale=4.0):
+    return scale * np.random.default_rng(seed).normal(size=(size, size))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_softmax_loss_by_hand():
+    # Image 0 against texts, (2, 0): log(1 + e^-2); image 1, (1, 3): the same.
+    # Text 0 against images, (2, 1): log(1 + e^-1); text 1, (0, 3): log(1 + e^-3).
+    expected = [(0.126928 + 0.313262) / 2, (0.126928 + 0.048587) / 2]
+    np.testing.assert_allclose(softmax_contrastive(HAND), expected, atol=2e-6)
+
+
+def test_sigmoid_loss_by_hand():
+    # Matched pairs cost softplus(-logit), the others softplus(logit).
+    expected = [0.126928 + 0.693147, 1.313262 + 0.048587]
+    np.testing.assert_allclose(sigmoid_contrastive(HAND), expected, atol=2e-6)
+
+
+def test_focal_loss_by_hand():
+    # 1 - p of the four pairs: sigmoid(-2) = .119203, sigmoid(0) = .5, sigmoid(1) = .731059, sigmoid(-3) = .047426.
+    matched = [0.119203 * 0.126928, 0.047426 * 0.048587]
+    others = [0.5 * 0.693147, 0.731059 * 1.313262]
+    np.testing.assert_allclose(focal_contrastive(HAND), np.add(matched, others), atol=2e-6)
+    weighted = 2 * 0.25 * np.array(matched) + 2 * 0.75 * np.array(others)
+    np.testing.assert_allclose(focal_contrastive(HAND, alpha=0.25), weighted, atol=2e-6)
+
+
+def test_softmax_loss_equals_a_loop():
+    logits = logits_of()
+    expected = []
+    for i in range(len(logits)):
+        to_text = -np.log(np.exp(logits[i, i]) / sum(np.exp(logits[i, j]) for j in range(len(logits))))
+        to_image = -np.log(np.exp(logits[i, i]) / sum(np.exp(logits[j, i]) for j in range(len(logits))))
+        expected.append((to_text + to_image) / 2)
+    np.testing.assert_allclose(softmax_contrastive(jnp.float32(logits)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["batch", "pairs"])
+@pytest.mark.parametrize(("gamma", "alpha"), [(1.0, 0.5), (2.0, 0.25), (0.5, 0.9), (0.0, 0.3)])
+def test_focal_loss_equals_a_loop(gamma, alpha, normalization):
+    logits = logits_of()
+    expected = np.zeros(len(logits))
+    for i in range(len(logits)):
+        for j in range(len(logits)):
+            p = sigmoid(logits[i, j]) if i == j else 1 - sigmoid(logits[i, j])
+            expected[i] -= 2 * (alpha if i == j else 1 - alpha) * (1 - p) ** gamma * np.log(p)
+    if normalization == "pairs":
+        expected /= len(logits)
+    losses = focal_contrastive(jnp.float32(logits), gamma=gamma, alpha=alpha, normalization=normalization)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_focal_loss_without_focus_or_balance_is_the_sigmoid_loss():
+    logits = jnp.float32(logits_of())
+    losses = focal_contrastive(logits, gamma=0.0, alpha=0.5)
+    np.testing.assert_allclose(losses, sigmoid_contrastive(logits), rtol=1e-6)
+
+
+def test_the_mean_is_the_papers_sum_over_pairs_divided_by_the_batch():
+    logits = logits_of()
+    p = np.where(np.eye(6), sigmoid(logits), 1 - sigmoid(logits))
+    pairs = -(1 - p) * np.log(p)
+    np.testing.assert_allclose(focal_contrastive(jnp.float32(logits)).mean(), pairs.sum() / 6, rtol=1e-5)
+    losses = focal_contrastive(jnp.float32(logits), normalization="pairs")
+    np.testing.assert_allclose(losses.mean(), pairs.sum() / 36, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [4, 64])
+def test_at_temperature_1_an_undecided_pair_costs_half_of_log_2(batch):
+    """So a batch of 16,384 costs 5,678 an image: the docstring's warning."""
+    nothing = jnp.zeros((batch, 8))
+    logits = contrastive_logits(nothing, nothing, jnp.log(1.0))
+    np.testing.assert_allclose(focal_contrastive(logits), batch * np.log(2) / 2, rtol=1e-6)
+    np.testing.assert_allclose(focal_contrastive(logits, normalization="pairs"), np.log(2) / 2, rtol=1e-6)
+    assert 16_384 * np.log(2) / 2 == pytest.approx(5_678, abs=1)
+
+
+def test_a_batch_that_knows_nothing_costs_log_b_by_softmax():
+    np.testing.assert_allclose(softmax_contrastive(jnp.zeros((16, 16))), np.log(16), rtol=1e-6)
+
+
+def test_logits_are_scaled_cosines_of_images_with_texts_plus_the_bias():
+    rng = np.random.default_rng(0)
+    image, text = rng.normal(size=(5, 4)), rng.normal(size=(5, 4))
+    logits = contrastive_logits(jnp.float32(image), jnp.float32(text), jnp.log(jnp.float32(7.0)), -3.0)
+    expected = np.array([[7 * (i @ t) - 3 for t in text] for i in image])
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_logit_scale_is_capped_at_100():
+    embed = jnp.eye(3)
+    for scale in (101.0, 1e30):
+        logits = contrastive_logits(embed, embed, jnp.log(jnp.float32(scale)))
+        np.testing.assert_allclose(logits, 100 * np.eye(3), rtol=1e-6)
+    np.testing.assert_allclose(contrastive_logits(embed, embed, jnp.log(jnp.float32(99.0))), 99 * np.eye(3), rtol=1e-5)
+    assert MAX_LOGIT_SCALE == 100
+
+
+@pytest.mark.parametrize("loss", [softmax_contrastive, sigmoid_contrastive, focal_contrastive])
+def test_large_logits_cost_much_and_stay_finite(loss):
+    """Every pair is wrong, at the largest scale and far beyond it; so is the gradient finite, and not zero."""
+    for scale in (100.0, 1e4):
+        logits = scale * (1 - 2 * jnp.eye(4))
+        value, grad = jax.value_and_grad(lambda x: loss(x).mean())(logits)
+        assert np.isfinite(value) and value > scale
+        assert np.isfinite(grad).all() and np.abs(grad).max() > 0.1
+        assert loss(-logits).max() < 1e-6
+
+
+@pytest.mark.parametrize("loss", [softmax_contrastive, sigmoid_contrastive, focal_contrastive])
+def test_the_losses_are_float32_for_embeddings_in_bfloat16(loss):
+    embed = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.bfloat16)
+    losses = loss(contrastive_logits(embed, embed, jnp.float32(1.0)))
+    assert losses.dtype == jnp.float32 and losses.shape == (8,)
+    exact = embed.astype(jnp.float32)
+    np.testing.assert_allclose(losses, loss(contrastive_logits(exact, exact, jnp.float32(1.0))), rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [softmax_contrastive, sigmoid_contrastive, focal_contrastive])
+def test_a_batch_on_eight_devices_has_the_negatives_and_the_gradients_of_one(loss):
+    rng = np.random.default_rng(0)
+    embeds = [rng.normal(size=(16, 8)).astype(np.float32) for _ in range(2)]
+    embeds = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in embeds]
+
+    def mean(image, text, log_scale, bias):
+        return loss(contrastive_logits(image, text, log_scale, bias)).mean()
+
+    def run(image, text):
+        return jax.jit(jax.value_and_grad(mean, argnums=(0, 1, 2, 3)))(image, text, jnp.float32(2.0), jnp.float32(-1.0))
+
+    single = run(*embeds)
+    sharding = NamedSharding(make_mesh(MeshConfig(data=8)), PartitionSpec("data"))
+    placed = [jax.device_put(x, sharding) for x in embeds]
+    assert len(placed[0].addressable_shards) == 8 and placed[0].addressable_shards[0].data.shape == (2, 8)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), single, run(*placed))
+    alone = mean(embeds[0][:2], embeds[1][:2], jnp.float32(2.0), jnp.float32(-1.0))
+    assert abs(alone - single[0]) > 0.1  # what a device would say of its own two pairs
+
+
+# The caption loss
+
+BATCH, LENGTH, WIDTH, VOCAB = 3, 10, 6, 11
+
+
+@pytest.fixture(scope="module")
+def caption():
+    rng = np.random.default_rng(0)
+    loss_mask = np.arange(LENGTH) < np.array([[9], [4], [0]])
+    return {
+        "features": rng.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32),
+        "vocab_kernel": rng.normal(size=(WIDTH, VOCAB)).astype(np.float32),
+        "labels": rng.integers(0, VOCAB, (BATCH, LENGTH), np.int32),
+        "loss_mask": loss_mask,
+    }
+
+
+def caption_by_loop(features, vocab_kernel, labels, loss_mask, label_smoothing, z_loss):
+    losses = np.zeros(labels.shape)
+    for b, i in np.ndindex(*labels.shape):
+        logits = features[b, i].astype(np.float64) @ vocab_kernel.astype(np.float64)
+        log_z = np.log(np.exp(logits).sum())
+        target = np.full(len(logits), label_smoothing / len(logits))
+        target[labels[b, i]] += 1 - label_smoothing
+        losses[b, i] = loss_mask[b, i] * (-(target * (logits - log_z)).sum() + z_loss * log_z**2)
+    return losses
+
+
+@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.3), (0.2, 0.05)])
+def test_caption_loss_equals_a_loop(caption, label_smoothing, z_loss):
+    losses = caption_loss(**caption, label_smoothing=label_smoothing, z_loss=z_loss)
+    expected = caption_by_loop(**caption, label_smoothing=label_smoothing, z_loss=z_loss)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_caption_loss_by_hand():
+    """Logits (log 1, log 3): the two tokens have probabilities 1/4 and 3/4."""
+    kernel, features = jnp.array([[0.0, np.log(3)]]), jnp.ones((1, 3, 1))
+    labels, mask = jnp.array([[0, 1, 1]]), jnp.array([[True, True, False]])
+    losses = caption_loss(features, kernel, labels, mask)
+    np.testing.assert_allclose(losses, [[1.386294, 0.287682, 0]], atol=1e-6)  # log 4, log 4/3
+    smooth = caption_loss(features, kernel, labels, mask, label_smoothing=0.5)  # targets 3/4, 1/4 and the reverse
+    expected = [[0.75 * 1.386294 + 0.25 * 0.287682, 0.25 * 1.386294 + 0.75 * 0.287682, 0]]
+    np.testing.assert_allclose(smooth, expected, atol=1e-6)
+    squared = caption_loss(features, kernel, labels, mask, z_loss=0.1)  # Z = 4
+    np.testing.assert_allclose(squared, [[1.386294 + 0.192181, 0.287682 + 0.192181, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 9])
+def test_chunks_change_neither_the_caption_loss_nor_its_gradient(caption, chunk):
+    """Chunks of 4 and 9 do not divide the length."""
+
+    def loss(features, kernel, chunk):
+        losses = caption_loss(
+            features, kernel, caption["labels"], caption["loss_mask"], label_smoothing=0.1, z_loss=0.1, chunk=chunk
+        )
+        return (losses * np.arange(1, LENGTH + 1)).sum(), losses
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+    whole = run(caption["features"], caption["vocab_kernel"], LENGTH)
+    chunked = run(caption["features"], caption["vocab_kernel"], chunk)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole, chunked)
+
+
+@pytest.mark.parametrize("chunk", [4, LENGTH])
+def test_a_masked_token_costs_exactly_nothing_and_has_no_gradient(caption, chunk):
+    mask = caption["loss_mask"]
+
+    def loss(features):
+        losses = caption_loss(**{**caption, "features": features}, label_smoothing=0.1, z_loss=0.1, chunk=chunk)
+        return losses.sum(), losses
+
+    (_, losses), grad = jax.value_and_grad(loss, has_aux=True)(caption["features"])
+    assert (np.asarray(losses)[~mask] == 0).all() and (np.asarray(losses)[mask] > 0).all()
+    assert (np.asarray(grad)[~mask] == 0).all() and (np.abs(np.asarray(grad)[mask]).max(-1) > 0).all()
+
+
+def test_large_scores_stay_finite_and_a_sure_wrong_token_costs_their_difference():
+    features, kernel = jnp.full((1, 2, 1), 1e4), jnp.array([[1.0, -1.0, 0.0]])
+    losses = caption_loss(features, kernel, jnp.array([[0, 1]]), jnp.ones((1, 2), bool))
+    np.testing.assert_allclose(losses, [[0, 2e4]], atol=1e-3)
+
+
+def test_the_caption_loss_is_summed_in_float32_for_features_in_bfloat16():
+    """Scores rounded to bfloat16 would be off by up to 1/256 of their size; the products are kept in float32."""
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(8 * rng.normal(size=(2, 3, 16)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(16, 50)), jnp.bfloat16)
+    labels, mask = rng.integers(0, 50, (2, 3), np.int32), np.ones((2, 3), bool)
+    losses = caption_loss(features, kernel, labels, mask)
+    assert losses.dtype == jnp.float32
+    expected = caption_by_loop(np.asarray(features), np.asarray(kernel), labels, mask, 0, 0)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-4)
