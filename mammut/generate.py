@@ -43,7 +43,7 @@ def greedy_tokens(model: MaMMUT, image: Image, bos_id: int, eos_id: int) -> Int[
     return jax.lax.while_loop(running, extend, (jnp.int32(1), tokens, jnp.zeros(batch, bool)))[1]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _greedy(graphdef: Any, params: Any, image: jax.Array, bos_id: int, eos_id: int) -> jax.Array:
     return greedy_tokens(nnx.merge(graphdef, params), image, bos_id, eos_id)
 

@@ -1,0 +1,457 @@
+"""`python train.py`: a run from start to end, killed and resumed bit for bit, and everything it refuses."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import mammut
+from mammut import checkpoint, sharding
+from mammut.checkpoint import Checkpoints, Restored
+from mammut.config import MeshConfig, TrainConfig
+from mammut.tasks import ImageTextTask
+from mammut.testing import tiny_processor
+from mammut.training import TrainState, make_trainer
+
+TRAIN = pathlib.Path(__file__).parents[1] / "train.py"
+STEPS, BATCH = 30, 16
+RECIPE = """
+from mammut.config import DataConfig, DecoderConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig, VisionConfig
+
+
+def get_config():
+    return TrainConfig(
+        model=ModelConfig(
+            vision=VisionConfig(image_size=16, patch_size=8, width=WIDTH, depth=2, num_heads=2, mlp_dim=32),
+            text=DecoderConfig(vocab_size=64, max_length=16, width=16, depth=2, num_heads=2, mlp_dim=32),
+        ),
+        data=DataConfig(
+            train="synthetic:train[:200]", val="synthetic:val[:16]", batch_size=16, eval_batch_size=16, threads=2,
+            crop_scale=(0.5, 1.0),
+        ),
+        loss=LossConfig(contrastive_weight=0.5, caption_weight=2.0),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+        steps=30, log_every=1, eval_every=20, checkpoint_every=3, max_nonfinite_steps=3,
+    )
+"""
+
+
+def write_recipe(folder: pathlib.Path, width: int = 16) -> pathlib.Path:
+    path = folder / "small.py"
+    path.write_text(RECIPE.replace("WIDTH", str(width)))
+    return path
+
+
+class Program:
+    """`train.py` as others start it: a process of its own, one device, away from the checkout."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.recipe = folder, write_recipe(folder)
+        self._environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        self._environment |= {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def start(self, *argv: str) -> subprocess.Popen:
+        command = [sys.executable, str(TRAIN), *argv, "--compilation-cache", str(self.folder / "xla")]
+        return subprocess.Popen(command, cwd=self.folder, env=self._environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+    def run(self, *argv: str, code: int = 0) -> tuple[str, str]:
+        """Runs to the end; what it wrote to stdout and stderr."""
+        process = self.start(*argv)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == code, out + err
+        return out, err
+
+    def interrupt(self, workdir: str, at: int, kind: signal.Signals, *argv: str) -> tuple[int, str]:
+        """Sends a signal once step `at` is in the log; the exit code and stdout."""
+        process = self.start(*argv)
+        deadline = time.monotonic() + 300
+        while not any(row["step"] >= at for row in metrics(self.folder / workdir)):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.001)
+        process.send_signal(kind)
+        out, _ = process.communicate(timeout=120)
+        return process.returncode, out
+
+
+def metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """The steps in the log, in the order written."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in rows if "train/loss" in row]
+
+
+def learned(row: dict[str, float]) -> dict[str, float]:
+    """What a step computed, without how fast."""
+    return {name: value for name, value in row.items() if not name.startswith("perf/")}
+
+
+def restore(workdir: pathlib.Path) -> Restored:
+    config, _ = checkpoint.read_run(workdir)
+    with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
+        return checkpoints.restore(abstract_state(config))
+
+
+def abstract_state(config: TrainConfig) -> TrainState:
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    return make_trainer(config, ImageTextTask(config.loss), mesh).abstract_state
+
+
+def assert_same_run(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+    """Same parameters, optimizer state, position in the data and model folder; and same losses of every step."""
+    got, want = restore(workdir), restore(expected)
+    assert got.step == want.step == STEPS and got.data == want.data
+    for (path, x), y in zip(jax.tree.leaves_with_path(want.state), jax.tree.leaves(got.state), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(path)
+    for name in ("model.safetensors", "config.json", "processor.json", "tokenizer.model"):
+        assert (workdir / name).read_bytes() == (expected / name).read_bytes(), name
+    losses = {row["step"]: learned(row) for row in metrics(expected)}
+    rows = metrics(workdir)
+    assert {row["step"] for row in rows} == {*range(1, STEPS + 1)}
+    for row in rows:  # steps done twice included
+        assert learned(row) == losses[row["step"]], row["step"]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Program:
+    return Program(tmp_path_factory.mktemp("program"))
+
+
+@pytest.fixture(scope="module")
+def straight(program) -> tuple[pathlib.Path, str]:
+    """The folder and the output of a run that nothing disturbed."""
+    out, _ = program.run("small.py", "--workdir", "straight")
+    return program.folder / "straight", out
+
+
+# --- a run
+
+
+def test_a_run_leaves_its_log_its_config_and_a_model_that_loads(straight):
+    workdir, out = straight
+    config, overrides = checkpoint.read_run(workdir)
+    assert config.steps == STEPS and config.loss.caption_weight == 2 and "--compilation-cache" in overrides
+
+    rows = metrics(workdir)
+    assert [row["step"] for row in rows] == [*range(1, STEPS + 1)]
+    for row in rows:
+        weighted = 0.5 * row["train/loss_contrastive"] + 2 * row["train/loss_caption"]
+        assert row["train/loss"] == pytest.approx(weighted, rel=1e-5)
+    assert all(0 <= row["perf/data_wait"] <= 1 and row["perf/examples_per_sec"] > 0 for row in rows[1:])
+    assert rows[-1]["train/loss_caption"] < rows[0]["train/loss_caption"] - 0.2
+    assert [row["train/learning_rate"] for row in rows[:3]] == pytest.approx([0, 1.5e-3, 3e-3])
+
+    evaluations = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if "eval/" in line]
+    assert [row["step"] for row in evaluations] == [20, STEPS]
+    for row in evaluations:
+        assert 0 <= row["eval/val/t2i_r1"] <= row["eval/val/t2i_r5"] <= row["eval/val/t2i_r10"] <= 1
+    events = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
+    for name in (b"train/loss_contrastive", b"train/loss_caption", b"perf/data_wait", b"eval/val/i2t_r1"):
+        assert name in events
+
+    model, processor = mammut.load(workdir)
+    assert model.config == config.model and processor.encode_text(["one red circle"])[1].sum() > 2
+    state = restore(workdir)
+    assert state.step == STEPS and state.data["position"] == STEPS * BATCH
+    saved = nnx.to_pure_dict(nnx.state(model))
+    assert jax.tree.all(jax.tree.map(np.array_equal, saved, state.state.params))
+
+
+def test_a_run_says_what_it_does_and_how_well_it_went(straight):
+    workdir, out = straight
+    assert "200 examples" in out and "data 1 x fsdp 1 x model 1 on cpu" in out
+    assert f"starting at step 0 of {STEPS} in straight" in out
+    line = rf"^step 7/{STEPS}  contrastive \d+\.\d+  caption \d+\.\d+  .* images/s  data wait \d+%"
+    assert re.search(line, out, re.M)
+    assert "val at step 20" in out and f"val at step {STEPS}: 16 images, 48 texts (chance R@1 6.2%)" in out
+    assert re.search(r"text to image  R@1 [\d.]+%  R@5 [\d.]+%  R@10 [\d.]+%\n  image to text  R@1 ", out)
+    final = out[out.index(f"val at step {STEPS}") :]
+    assert final.count("    says  ") == final.count("    ref   ") == 10
+    assert out.strip().endswith("model saved: mammut.load('straight')")
+
+
+def test_compile_only_tells_the_memory_of_the_step_and_trains_nothing(program, straight):
+    out, _ = program.run("small.py", "--workdir", "compiled", "--compile-only")
+    assert re.search(r"compiled in \d+ s; MB a device: .*temporaries \d+\.\d", out)
+    assert "parameters" in out and "step 1/" not in out
+    assert not (program.folder / "compiled").exists()
+
+
+# --- killed and resumed
+
+
+def test_a_run_killed_twice_and_resumed_with_other_threads_is_bit_for_bit_the_undisturbed_one(program, straight):
+    first, second = random.randint(2, 10), random.randint(13, 18)  # the evaluation at 20 gives time
+    print(f"killed once step {first}, then step {second} was logged")
+    code, _ = program.interrupt("killed", first, signal.SIGKILL, "small.py", "--workdir", "killed")
+    assert code == -signal.SIGKILL
+    resume = ["--workdir", "killed", "--resume"]
+    code, _ = program.interrupt("killed", second, signal.SIGKILL, *resume, "--data.threads", "5")
+    assert code == -signal.SIGKILL
+    workdir = program.folder / "killed"
+    assert not (workdir / "config.json").exists() and metrics(workdir)[-1]["step"] < STEPS
+    model, _ = mammut.load(workdir)  # a run without an end has a model too
+    assert model.config.vision.width == 16
+    out, _ = program.run(*resume, "--data.threads", "1")
+    started = int(re.search(rf"resuming at step (\d+) of {STEPS} in killed", out)[1])
+    assert started % 3 == 0 and started <= metrics(workdir)[-1]["step"]
+    assert_same_run(workdir, straight[0])
+
+
+def test_a_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_from_there(program, straight):
+    at = random.choice([step for step in range(4, 19) if step % 3])
+    print(f"terminated once step {at} was logged")
+    code, out = program.interrupt("terminated", at, signal.SIGTERM, "small.py", "--workdir", "terminated")
+    assert code == 0
+    workdir = program.folder / "terminated"
+    last = metrics(workdir)[-1]["step"]
+    assert at <= last < STEPS and f"SIGTERM: saved step {last}, go on with --resume" in out
+    assert not (workdir / "config.json").exists()
+    saved = restore(workdir)
+    assert saved.step == last and saved.data["position"] == last * BATCH
+
+    out, _ = program.run("small.py", "--workdir", "terminated", "--resume")
+    assert f"resuming at step {last} of {STEPS}" in out
+    assert_same_run(workdir, straight[0])
+    assert [row["step"] for row in metrics(workdir)] == [*range(1, STEPS + 1)]  # no step was done twice
+
+
+# --- what stops a run
+
+
+def test_a_run_whose_loss_stays_nan_stops_and_says_so(program, straight):
+    """A state with a NaN in it, three steps before the end: every step skips its update."""
+    workdir = program.folder / "poisoned"
+    workdir.mkdir()
+    for name in ("run.json", "processor.json", "tokenizer.model"):
+        shutil.copy(straight[0] / name, workdir)
+    with Checkpoints(straight[0], keep=2) as checkpoints:
+        assert checkpoints.steps == [27, 30]
+    shutil.copytree(straight[0] / "checkpoints" / "27", workdir / "checkpoints" / "27")
+    saved = restore(workdir)
+    params = saved.state.params
+    params["image_projection"]["bias"] = params["image_projection"]["bias"].at[3].set(np.nan)
+    shutil.rmtree(workdir / "checkpoints")
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        checkpoints.save(27, saved.state, saved.data)
+
+    out, err = program.run("--workdir", "poisoned", "--resume", "--max-nonfinite-steps", "2", code=1)
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("train.py: the loss or its gradient was not finite 2 steps in a row (max_nonfinite_steps)")
+    assert "Traceback" not in err and "model saved" not in out
+    assert [row["train/nonfinite_in_a_row"] for row in metrics(workdir)] in ([1, 2], [1, 2, 3])
+    assert all(np.isnan(row["train/loss"]) for row in metrics(workdir))
+
+
+@pytest.fixture(scope="module")
+def jsonl(program) -> str:
+    """64 pictures, 4 of them broken, and one line without a caption."""
+    folder = program.folder / "pictures"
+    folder.mkdir()
+    lines = []
+    for i in range(64):
+        Image.new("RGB", (16, 16), (i, 255 - i, i)).save(folder / f"{i}.png")
+        lines.append({"file": f"{i}.png", "captions": [f"one small red circle number {i}", "at the top on the left"]})
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes(b"no picture")
+    lines[9]["captions"] = []
+    (folder / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return "jsonl:pictures/set.jsonl"
+
+
+def test_pictures_that_cannot_be_used_are_counted_and_named_once(program, straight, jsonl):
+    out, err = program.run("small.py", "--workdir", "bad", "--data.train", jsonl, "--data.max-bad-share", "0.3")
+    counts = restore(program.folder / "bad").data["bad"]
+    # 30 batches of 16 are 7.5 passes over the set.
+    assert counts.keys() == {"corrupt", "no caption"} and counts["corrupt"] >= 4 * 7 and counts["no caption"] >= 7
+    told = re.search(r"examples that could not be used: (\d+) corrupt, (\d+) no caption", out)
+    assert int(told[1]) >= counts["corrupt"] and int(told[2]) >= counts["no caption"]  # with those read ahead
+    assert err.count("skipped, as any other example like it") == 2
+
+
+def test_a_set_with_too_many_bad_pictures_stops_the_run_with_the_counts(program, straight, jsonl):
+    argv = ["small.py", "--workdir", "worse", "--data.train", jsonl, "--data.max-bad-share", "0.01"]
+    _, err = program.run(*argv, code=1)
+    last = err.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"train.py: \d+ of \d+ examples read from 'jsonl:pictures/set.jsonl' could not be used \(.*corrupt.*\), "
+        r"data.max_bad_share allows 1%",
+        last,
+    )
+    assert "Traceback" not in err
+
+
+# --- what is refused before anything is compiled or written
+
+
+@pytest.fixture(scope="module")
+def train():
+    spec = importlib.util.spec_from_file_location("train_program", TRAIN)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def nothing_compiled() -> Iterator[None]:
+    events = []
+
+    def listen(event: str, *_, **__) -> None:
+        events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not [event for event in events if "backend_compile" in event]
+
+
+@pytest.fixture
+def refusal(train, tmp_path, monkeypatch) -> Callable[..., str]:
+    """The one sentence with which `train.py ARGV` ends in a folder with a recipe, having changed nothing there."""
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path)
+
+    def files() -> dict[pathlib.Path, bytes | None]:
+        return {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
+
+    def refuse(*argv: str) -> str:
+        before = files()
+        with nothing_compiled(), pytest.raises(SystemExit) as stopped:
+            train.main([*argv, "--compilation-cache", "None"])
+        assert {path for path in files() if "__pycache__" not in path.parts} == {*before}
+        assert all(files()[path] == content for path, content in before.items())
+        message = stopped.value.code  # Python prints a text to stderr, and exits with 1
+        assert isinstance(message, str) and message.startswith("train.py: ") and "\n" not in message
+        return message.removeprefix("train.py: ")
+
+    return refuse
+
+
+def write_run(workdir: pathlib.Path, train) -> None:
+    """A run that was killed before its first checkpoint."""
+    workdir.mkdir()
+    checkpoint.write_run(workdir, train.load_recipe(pathlib.Path("small.py")), [])
+    tiny_processor().save(workdir)
+
+
+def test_compilations_would_be_seen():
+    with pytest.raises(AssertionError):
+        with nothing_compiled():
+            jax.jit(lambda x: x * 3 + 1)(np.arange(random.randint(1000, 100_000)))
+
+
+def test_a_used_folder_is_refused_without_resume(refusal, train, tmp_path):
+    write_run(tmp_path / "used", train)
+    message = refusal("small.py", "--workdir", "used")
+    assert message.startswith("used holds ") and "give another --workdir, or --resume" in message
+
+
+def test_a_folder_with_a_model_that_is_no_run_is_refused(refusal, tmp_path):
+    mammut.save(tmp_path / "exported", mammut.testing.tiny_model(), tiny_processor())
+    assert refusal("small.py", "--workdir", "exported").startswith("exported holds ")
+
+
+def test_without_a_workdir_a_fresh_run_takes_the_first_folder_that_is_free(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(train.default_workdir("small", resume=False)) == "runs/small"
+    for name in ("small", "small-2"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert str(train.default_workdir("small", resume=False)) == "runs/small-3"
+    assert str(train.default_workdir("small", resume=True)) == "runs/small-2"
+
+
+@pytest.mark.parametrize("argv", [["--workdir", "nowhere"], []])
+def test_a_run_that_does_not_exist_cannot_be_resumed(refusal, argv):
+    place = "nowhere" if argv else "runs/tiny"
+    assert refusal(*argv, "--resume") == f"there is no run to resume in {place}: run.json is missing"
+
+
+@pytest.mark.parametrize("argv, changed", [
+    (["--model.vision.width", "32"], "model.vision.width is 32, it was 16"),
+    (["--optimizer.learning-rate", "1.0"], "optimizer.learning_rate is 1.0, it was 0.003"),
+    (["--data.train", "synthetic:train[:300]"], "data.train is synthetic:train[:300], it was synthetic:train[:200]"),
+    (["--seed", "1"], "seed is 1, it was 0"),
+])  # fmt: skip
+def test_a_run_is_not_resumed_with_what_would_make_it_another(refusal, train, tmp_path, argv, changed):
+    write_run(tmp_path / "run", train)
+    message = refusal("--workdir", "run", "--resume", *argv)
+    assert message.startswith("the run in run cannot go on with another config: ") and changed in message
+
+
+def test_a_recipe_of_another_model_does_not_resume_a_run(refusal, train, tmp_path):
+    write_run(tmp_path / "run", train)
+    write_recipe(tmp_path, width=32)
+    assert "model.vision.width is 32, it was 16" in refusal("small.py", "--workdir", "run", "--resume")
+
+
+def test_a_run_whose_config_is_damaged_is_not_resumed(refusal, train, tmp_path):
+    write_run(tmp_path / "run", train)
+    (tmp_path / "run" / "run.json").write_text("{")
+    assert refusal("--workdir", "run", "--resume").startswith("run/run.json is not a JSON file")
+
+
+def test_a_recipe_that_is_missing_or_makes_no_config_is_refused(refusal, tmp_path):
+    assert refusal("nowhere.py").startswith("there is no recipe nowhere.py")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    assert refusal("empty.py").startswith("the recipe empty.py has no get_config()")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--data.batch-size", "208"], "'synthetic:train[:200]' has 200 examples, expected at least data.batch_size 208"),
+    (["--data.train", "nonsense:here"], "data source 'nonsense:here' is not synthetic:train"),
+    (["--data.val", "synthetic:test"], "data source 'synthetic:test' is not synthetic:train"),
+    (["--data.train", "jsonl:nowhere.jsonl"], "which does not exist; expected a .jsonl file"),
+    (["--data.train", "jsonl:empty.jsonl"], "data source 'jsonl:empty.jsonl' is empty"),
+    (["--data.train", "synthetic:train[200:100]"], "data source 'synthetic:train[200:100]' is empty"),
+    (["--data.batch-size", "12"], "data.batch_size"),
+    (["--data.eval-batch-size", "12"], "data.eval_batch_size 12 does not divide over the 8 devices"),
+    (["--accumulation", "4"], "does not divide over the 8 devices"),
+    (["--mesh.data", "3"], "mesh"),
+    (["--tokenizer.path", "large/tokenizer.model", "--model.text.vocab-size", "40"],
+     "tokenizer.path large/tokenizer.model has 60 pieces, more than the 40 of model.text.vocab_size"),
+    (["--tokenizer.path", "nowhere.model"], "there is no vocabulary file nowhere.model"),
+    (["--model.text.vocab-size", "10"], "vocab_size 10 is too small for the characters of the captions"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_in_one_sentence(refusal, tmp_path, argv, message):
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "large").mkdir()
+    tiny_processor().save(tmp_path / "large")
+    assert message in refusal("small.py", "--workdir", "new", *argv)
+
+
+@pytest.mark.parametrize("argv, told", [
+    (["--optimizer.learning-rat", "1e-3"], "--optimizer.learning-rate"),
+    (["--data.batchsize", "8"], "--data.batch-size"),
+    (["--steps", "many"], "--steps"),
+    (["--optimizer.name", "sgd"], "adafactor"),
+    (["--accumulation", "3"], "accumulation"),
+    (["--optimizer.warmup-steps", "30"], "warmup_steps"),
+])  # fmt: skip
+def test_an_override_that_is_unknown_or_impossible_is_refused_with_what_would_do(
+    train, tmp_path, monkeypatch, capsys, argv, told
+):
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path)
+    with nothing_compiled(), pytest.raises(SystemExit) as stopped:
+        train.main(["small.py", "--workdir", "new", *argv])
+    assert stopped.value.code not in (0, None)
+    assert told in capsys.readouterr().err + str(stopped.value.code)
+    assert not (tmp_path / "new").exists()
