@@ -61,25 +61,33 @@ def load_recipe(path: pathlib.Path) -> TrainConfig:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"the recipe {path} has no get_config(), expected one that returns a TrainConfig")
-    return module.get_config()
+    config = module.get_config()
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"get_config() of {path} returns a {type(config).__name__}, expected a TrainConfig")
+    return config
 
 
-def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple[TrainConfig, pathlib.Path]:
-    """The run's config and folder; refuses a used folder, or a config that does not fit the run to resume."""
+def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple[TrainConfig, pathlib.Path, list[str]]:
+    """The run's config, its folder, and all overrides that made the config, those of the run to resume included.
+
+    Refuses a used folder, or a config that does not fit the run to resume.
+    """
     workdir = args.workdir or default_workdir((args.recipe or DEFAULT_RECIPE).stem, args.resume)
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir {workdir} is a file, expected a folder or a new name")
     used = [name for name in ("run.json", "config.json", "checkpoints", "metrics.jsonl") if (workdir / name).exists()]
     if args.resume and "run.json" not in used:
         raise ValueError(f"there is no run to resume in {workdir}: run.json is missing")
     if used and not args.resume:
         raise ValueError(f"{workdir} holds {used[0]} of an earlier run: give another --workdir, or --resume")
     if not args.resume:
-        return parse_overrides(load_recipe(args.recipe or DEFAULT_RECIPE), overrides), workdir
+        return parse_overrides(load_recipe(args.recipe or DEFAULT_RECIPE), overrides), workdir, overrides
     saved, saved_overrides = checkpoint.read_run(workdir)
     base = parse_overrides(load_recipe(args.recipe), saved_overrides) if args.recipe else saved
     config = parse_overrides(base, overrides)
     if changed := differences(to_dict(saved), to_dict(config)):
         raise ValueError(f"the run in {workdir} cannot go on with another config: {'; '.join(changed)} in its run.json")
-    return config, workdir
+    return config, workdir, saved_overrides + overrides
 
 
 def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
@@ -154,21 +162,25 @@ def train(
         if only_compile:
             print(compile_report(config, trainer))
             return
+        if not resume and first:
+            processor.save(workdir)
+            checkpoint.write_run(workdir, config, overrides)
         checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
         start, state = 0, None
         if checkpoints.steps:
             restored = checkpoints.restore(trainer.abstract_state)
             start, state, batches = restored.step, restored.state, open_batches(state=restored.data)
-        if not resume and first:
-            processor.save(workdir)
-            checkpoint.write_run(workdir, config, overrides)
+        if start > config.steps:
+            raise ValueError(f"steps is {config.steps}, {workdir} has a checkpoint of step {start}: expected no fewer")
+        if resume and first:
+            checkpoint.write_run(workdir, config, overrides)  # what may change in a resumed run has changed for good
+            # Until the run is done again, the model is that of the newest checkpoint, not what an earlier end exported.
+            (workdir / "manifest.json").unlink(missing_ok=True)
         log = RunLog(workdir, start=start, steps=config.steps, batch_size=config.data.batch_size, enabled=first)
         log.print(f"{'resuming' if resume else 'starting'} at step {start} of {config.steps} in {workdir}")
         with contextlib.closing(log), contextlib.closing(checkpoints), contextlib.closing(batches):
             state = trainer.init(config.seed) if state is None else state
             state, done = loop(config, trainer, state, start, batches, evaluator, checkpoints, log)
-            if batches.bad_counts:
-                log.print(f"examples that could not be used: {data.describe_bad(batches.bad_counts)}")
             if done and evaluator:
                 log.evaluation(config.steps, "val", evaluator(state.params), samples=SAMPLES_PRINTED)
             if done and first:
@@ -189,7 +201,7 @@ def loop(
     """Steps from `start` to `config.steps`; returns the state, and False if a SIGTERM ended it (and saved it) early."""
     terminated = []
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
-    metrics = None
+    metrics, position = None, batches.state()
     transfer = functools.partial(sharding.device_batch, mesh=trainer.mesh)
     with contextlib.closing(data.prefetch(batches, transfer)) as transferred:
         for step in range(start + 1, config.steps + 1):
@@ -207,6 +219,8 @@ def loop(
             if evaluator and config.eval_every and step % config.eval_every == 0 and step < config.steps:
                 log.evaluation(step, "val", evaluator(state.params), samples=2)
     check_finite(metrics, config)
+    if position["bad"]:
+        log.print(f"examples that could not be used: {data.describe_bad(position['bad'])}")
     return state, True
 
 
@@ -223,7 +237,7 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     args, overrides = parse_args(argv)
     try:
-        config, workdir = resolve(args, overrides)
+        config, workdir, overrides = resolve(args, overrides)
         train(config, workdir, overrides, resume=args.resume, only_compile=args.compile_only)
     except (ValueError, FloatingPointError) as error:
         logging.getLogger().debug("stopped by", exc_info=True)

@@ -7,9 +7,8 @@ A model folder is what `save` writes and `load` reads:
     processor.json ...  the processor with its tokenizer files
     manifest.json       size and SHA-256 of every file above, checked by `load`
 
-A run's checkpoints are Orbax steps, each atomic, with the data position and the run's config in its metadata. Orbax
-restored every bit flip we tried silently, so each step has a manifest of checksums too; `restore` falls back to the newest
-step that passes.
+A run's checkpoints are Orbax steps, each atomic, with the position in the data in its metadata. Orbax restores a
+flipped bit silently, so each step has a manifest of checksums too; `restore` falls back to the newest step that passes.
 """
 
 import dataclasses

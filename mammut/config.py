@@ -13,6 +13,9 @@ Activation = Literal["gelu", "gelu_tanh"]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 
+# The logit scale is kept below this in training, as in CLIP: past it the softmax of cosines is all but one-hot.
+MAX_LOGIT_SCALE = 100.0
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -124,6 +127,10 @@ class ModelConfig:
     def __post_init__(self):
         _require_choices(self)
         _require_positive(self, "logit_scale_init", "unroll")
+        _require(
+            self.logit_scale_init <= MAX_LOGIT_SCALE,
+            f"ModelConfig.logit_scale_init is {self.logit_scale_init}, expected at most {MAX_LOGIT_SCALE}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

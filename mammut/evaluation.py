@@ -45,14 +45,14 @@ class Evaluator:
         sharding.require_divisible(config.eval_batch_size, trainer.mesh, "data.eval_batch_size")
         self._source, self._processor, self._config, self._mesh = source, processor, config, trainer.mesh
         replicated = jax.NamedSharding(trainer.mesh, jax.P())
-        bos, eos = processor.bos_id, processor.eos_id
+        ids = processor.bos_id, processor.eos_id, processor.vocab_size
 
         def compiled(function):
             return jax.jit(lambda params, *args: function(trainer.model(params), *args), out_shardings=replicated)
 
         self._encode_image = compiled(lambda model, image: model.encode_image(image))
         self._encode_text = compiled(lambda model, tokens, valid: model.encode_text(tokens, valid))
-        self._caption = compiled(lambda model, image: greedy_tokens(model, image, bos, eos))
+        self._caption = compiled(lambda model, image: greedy_tokens(model, image, *ids))
 
     def __call__(self, params: Any) -> Evaluation:
         """Evaluates the parameters, inside `jax.set_mesh`.

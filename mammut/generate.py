@@ -15,11 +15,13 @@ from mammut.processor import Processor
 from mammut.typing import Array
 
 
-def greedy_tokens(model: MaMMUT, image: Image, bos_id: int, eos_id: int) -> Int[Array, "B L"]:
+def greedy_tokens(
+    model: MaMMUT, image: Image, bos_id: int, eos_id: int, vocab_size: int | None = None
+) -> Int[Array, "B L"]:
     """The likeliest next token, again and again: int[B, L] from `bos_id` on, `eos_id` from the end of the caption on.
 
     The image is encoded once; the caption pass runs over all L positions for every token. Ends early when every caption
-    has ended.
+    has ended. Only ids below `vocab_size` are chosen: a model's vocabulary may be larger than its tokenizer's.
     """
     batch, length = image.shape[0], model.config.text.max_length
     image_tokens = model.image_tokens(image).tokens
@@ -35,7 +37,7 @@ def greedy_tokens(model: MaMMUT, image: Image, bos_id: int, eos_id: int) -> Int[
         text_valid = jnp.broadcast_to(positions < i, tokens.shape)
         features = model.text.caption_pass(tokens, text_valid, image_tokens)
         last = jax.lax.dynamic_index_in_dim(features, i - 1, axis=1, keepdims=False)
-        token = jnp.argmax(model.text.logits(last), axis=-1).astype(tokens.dtype)
+        token = jnp.argmax(model.text.logits(last)[:, :vocab_size], axis=-1).astype(tokens.dtype)
         token = jnp.where(done, eos_id, token)
         return i + 1, tokens.at[:, i].set(token), done | (token == eos_id)
 
@@ -43,9 +45,9 @@ def greedy_tokens(model: MaMMUT, image: Image, bos_id: int, eos_id: int) -> Int[
     return jax.lax.while_loop(running, extend, (jnp.int32(1), tokens, jnp.zeros(batch, bool)))[1]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _greedy(graphdef: Any, params: Any, image: jax.Array, bos_id: int, eos_id: int) -> jax.Array:
-    return greedy_tokens(nnx.merge(graphdef, params), image, bos_id, eos_id)
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def _greedy(graphdef: Any, params: Any, image: jax.Array, bos_id: int, eos_id: int, vocab_size: int) -> jax.Array:
+    return greedy_tokens(nnx.merge(graphdef, params), image, bos_id, eos_id, vocab_size)
 
 
 def caption(
@@ -69,6 +71,6 @@ def caption(
         chunk = images[start : start + batch_size]
         image = processor(images=chunk)["image"]
         image = np.pad(image, ((0, batch_size - len(chunk)), (0, 0), (0, 0), (0, 0)))
-        tokens = _greedy(graphdef, params, image, processor.bos_id, processor.eos_id)
+        tokens = _greedy(graphdef, params, image, processor.bos_id, processor.eos_id, processor.vocab_size)
         captions += processor.decode(np.asarray(tokens)[: len(chunk)])
     return captions

@@ -10,9 +10,6 @@ from jaxtyping import Bool, Float, Int
 
 from mammut.typing import Array
 
-# The logit scale is learned as a logarithm and capped, as in CLIP: past it the softmax is one-hot in float32.
-MAX_LOGIT_SCALE = 100.0
-
 
 def contrastive_logits(
     image_embed: Float[Array, "B E"],
@@ -21,12 +18,11 @@ def contrastive_logits(
     bias: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "B B"]:
     """Scaled cosines float[B, B] of every image (rows) with every text (columns)."""
-    scale = jnp.minimum(jnp.exp(log_scale), MAX_LOGIT_SCALE)
-    return scale * (image_embed.astype(jnp.float32) @ text_embed.astype(jnp.float32).T) + bias
+    return jnp.exp(log_scale) * (image_embed.astype(jnp.float32) @ text_embed.astype(jnp.float32).T) + bias
 
 
 def softmax_contrastive(logits: Float[Array, "B B"]) -> Float[Array, "B"]:
-    """InfoNCE (CLIP, arXiv 2103.00020, figure 3), the mean of image-to-text and text-to-image of each pair: float[B]."""
+    """InfoNCE (CLIP, arXiv 2103.00020, figure 3): the mean of image-to-text and text-to-image per pair, float[B]."""
     matched = jnp.diagonal(logits)
     image_to_text = jax.nn.logsumexp(logits, axis=1) - matched
     text_to_image = jax.nn.logsumexp(logits, axis=0) - matched

@@ -1,8 +1,8 @@
 """The mesh and the one table that maps logical axes to mesh axes.
 
 Layers name the logical axes of their parameters and activations; only this file knows which mesh axis each becomes. The
-mesh has `AxisType.Auto` axes: the compiler places everything that is not constrained here. (`jax.make_mesh` would choose
-`Explicit`, where shardings are part of array types and an embedding gather needs an output sharding of its own.)
+mesh has `AxisType.Auto` axes: the compiler places everything that is not constrained here. (`jax.make_mesh` would
+choose `Explicit`, where shardings are part of array types and an embedding gather needs one of its own.)
 """
 
 from typing import Any
@@ -15,8 +15,8 @@ from mammut.config import MeshConfig
 
 MESH_AXES = ("data", "fsdp", "model")
 
-# Logical axis -> mesh axes. A mesh axis is used once per array, from the left: in an activation [batch, text, embed] the
-# batch takes `fsdp`, so `embed` stays whole; in a kernel [embed, mlp] there is no batch, and `embed` is split over `fsdp`.
+# Logical axis -> mesh axes. A mesh axis is used once per array, from the left: in an activation [batch, text, embed]
+# the batch takes `fsdp`, so `embed` stays whole; in a kernel [embed, mlp] there is no batch, and `embed` is split.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
@@ -85,8 +85,8 @@ def param_shardings(abstract_params: Any, axes: dict[tuple[str, ...], tuple], me
 def state_shardings(abstract_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings for a train state: what mirrors a parameter (Adam's moments) is placed as it is, the rest replicated.
 
-    A leaf mirrors a parameter when its path ends with the parameter's and the shapes agree; Adafactor's factored moments
-    do not, and are small.
+    A leaf mirrors a parameter when its path ends with the parameter's and the shapes agree; Adafactor's factored
+    moments do not, and are small.
     """
     by_path = {
         tuple(entry.key for entry in path): (leaf.shape, sharding)

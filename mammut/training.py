@@ -1,6 +1,7 @@
 """Train state, optimizer and the jitted step."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from flax import nnx, struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mammut import sharding
-from mammut.config import OptimizerConfig, TrainConfig
+from mammut.config import MAX_LOGIT_SCALE, OptimizerConfig, TrainConfig
 from mammut.model import MaMMUT, forward_flops, logical_axes
 from mammut.tasks import Batch, ImageTextTask, Metrics
 
@@ -171,10 +172,13 @@ def make_trainer(config: TrainConfig, task: ImageTextTask, mesh: Mesh) -> Traine
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        # Capped here and not in the loss, where the gradient would vanish at the cap and hold the scale there for good.
+        params["logit_scale"] = jnp.minimum(params["logit_scale"], math.log(MAX_LOGIT_SCALE))
         # A NaN would spread from one batch to every parameter and moment: such an update leaves all as they were.
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
+        learning_rate = schedule(state.step - state.nonfinite)  # the optimizer counts the updates it applied
         skipped = 1 - finite.astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,
@@ -185,7 +189,7 @@ def make_trainer(config: TrainConfig, task: ImageTextTask, mesh: Mesh) -> Traine
         )
         metrics |= {
             "grad_norm": grad_norm,
-            "learning_rate": schedule(state.step - 1 - state.nonfinite),
+            "learning_rate": learning_rate,
             "logit_scale": jnp.exp(params["logit_scale"]),
             "nonfinite": state.nonfinite,
             "nonfinite_in_a_row": state.nonfinite_in_a_row,

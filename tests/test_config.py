@@ -113,6 +113,7 @@ REFUSED = [
     (DecoderConfig, "cross_attn_every", 5),
     (DecoderConfig, "depth", 13),
     (ModelConfig, "logit_scale_init", 0.0),
+    (ModelConfig, "logit_scale_init", 101.0),
     (ModelConfig, "unroll", 0),
     (DataConfig, "batch_size", 0),
     (DataConfig, "eval_batch_size", 0),

@@ -172,3 +172,18 @@ def test_beams_are_refused_while_there_are_none(model, processor, images, num_be
 def test_an_image_that_cannot_be_read_is_refused(model, processor):
     with pytest.raises(mammut.BadImage, match="corrupt"):
         mammut.caption(model, processor, [b"not an image"])
+
+
+def test_a_caption_holds_only_tokens_that_the_tokenizer_knows(images):
+    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, vocab_size=VOCAB + 40))
+    model, processor = tiny_model(config, seed=1), tiny_processor(CONFIG)
+    unknown = model.text.vocab_head.kernel
+    unknown[...] = unknown[...].at[:, VOCAB:].multiply(50.0)  # what the tokenizer lacks is all the model wants to say
+    graphdef, params = nnx.split(model)
+
+    def greedy(vocab_size):
+        run = jax.jit(lambda params, image: greedy_tokens(nnx.merge(graphdef, params), image, 1, 2, vocab_size))
+        return np.asarray(run(params, images[:2]))
+
+    assert greedy(None).max() >= VOCAB > greedy(VOCAB).max()
+    assert len(mammut.caption(model, processor, list(images[:2]), batch_size=2)) == 2

@@ -8,7 +8,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mammut.config import MeshConfig
 from mammut.losses import (
-    MAX_LOGIT_SCALE,
     caption_loss,
     contrastive_logits,
     focal_contrastive,
@@ -121,15 +120,6 @@ def test_logits_are_scaled_cosines_of_images_with_texts_plus_the_bias():
     logits = contrastive_logits(jnp.float32(image), jnp.float32(text), jnp.log(jnp.float32(7.0)), -3.0)
     expected = np.array([[7 * (i @ t) - 3 for t in text] for i in image])
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_the_logit_scale_is_capped_at_100():
-    embed = jnp.eye(3)
-    for scale in (101.0, 1e30):
-        logits = contrastive_logits(embed, embed, jnp.log(jnp.float32(scale)))
-        np.testing.assert_allclose(logits, 100 * np.eye(3), rtol=1e-6)
-    np.testing.assert_allclose(contrastive_logits(embed, embed, jnp.log(jnp.float32(99.0))), 99 * np.eye(3), rtol=1e-5)
-    assert MAX_LOGIT_SCALE == 100
 
 
 @pytest.mark.parametrize("loss", [softmax_contrastive, sigmoid_contrastive, focal_contrastive])

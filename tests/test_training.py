@@ -237,6 +237,16 @@ def test_both_losses_are_logged_unweighted_beside_their_weighted_sum(trainer, em
     assert abs(metrics["loss"] - metrics["loss_contrastive"] - metrics["loss_caption"]) > 1
 
 
+def test_the_logit_scale_stays_at_or_below_100_and_can_come_down_from_it(trainer):
+    state = jax.tree.map(np.array, random_state(trainer))
+    state.params["logit_scale"] = np.float32(np.log(150))
+    with jax.set_mesh(trainer.mesh):
+        state, _ = trainer.step(place(state, trainer), BATCH)  # at rate 0, the first of the warm-up
+        assert float(state.params["logit_scale"]) == pytest.approx(np.log(100), abs=1e-6)
+        state, _ = trainer.step(state, BATCH)  # random pairs: less scale is less loss
+        assert float(state.params["logit_scale"]) < np.log(100) - 1e-3
+
+
 @pytest.mark.parametrize("part, module, name, value", [
     ("vision", "patch_embed", "kernel", np.nan),
     ("text", "token_embed", "embedding", np.inf),
