@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import os
 import pathlib
 import signal
 import sys
@@ -30,7 +31,8 @@ from mammut.training import Trainer, TrainState, compile_report, make_trainer, s
 
 DEFAULT_RECIPE = pathlib.Path(__file__).parent / "configs" / "tiny.py"
 SAMPLES_PRINTED = 10
-# What a resumed run may change: how it is watched, placed and fed, and how long it goes on; not what it computes.
+# What a resumed run may change: how it is watched, placed and fed, and how long it goes on (the learning rate follows
+# the new length from there); nothing else.
 RESUMABLE = {
     "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps", "mesh",
     "compilation_cache", "data.val", "data.eval_batch_size", "data.val_examples", "data.threads", "data.max_bad_share",
@@ -75,11 +77,11 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple[TrainConfig
     workdir = args.workdir or default_workdir((args.recipe or DEFAULT_RECIPE).stem, args.resume)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file, expected a folder or a new name")
-    used = [name for name in ("run.json", "config.json", "checkpoints", "metrics.jsonl") if (workdir / name).exists()]
+    used = sorted(path.name for path in workdir.iterdir()) if workdir.exists() else []
     if args.resume and "run.json" not in used:
         raise ValueError(f"there is no run to resume in {workdir}: run.json is missing")
     if used and not args.resume:
-        raise ValueError(f"{workdir} holds {used[0]} of an earlier run: give another --workdir, or --resume")
+        raise ValueError(f"--workdir {workdir} is not empty (it holds {used[0]}): give another, or --resume its run")
     if not args.resume:
         return parse_overrides(load_recipe(args.recipe or DEFAULT_RECIPE), overrides), workdir, overrides
     saved, saved_overrides = checkpoint.read_run(workdir)
@@ -142,7 +144,8 @@ def train(
     """The run. What can be refused is refused before anything is compiled, and before anything is written."""
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.compilation_cache).expanduser()))
-    first = jax.process_index() == 0
+    if jax.process_count() > 1:
+        raise ValueError(f"there are {jax.process_count()} processes, expected 1: runs over several are not there yet")
     mesh = sharding.make_mesh(config.mesh)
     settings = {"image_size": config.model.vision.image_size, "tfds_dir": config.data.tfds_dir}
     source = sources.open_source(config.data.train, **settings)
@@ -152,38 +155,34 @@ def train(
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, TASKS[config.task](config.loss), mesh)
         evaluator = val and Evaluator(val, processor, config.data, trainer)
-        open_batches = functools.partial(
-            data.TrainBatches, source, processor, config.data, seed=config.seed,
-            process_index=jax.process_index(), process_count=jax.process_count(),
-        )  # fmt: skip
+        open_batches = functools.partial(data.TrainBatches, source, processor, config.data, seed=config.seed)
         batches = open_batches()
-        if first:
-            print(start_report(config, trainer, source, processor.vocab_size), flush=True)
+        print(start_report(config, trainer, source, processor.vocab_size), flush=True)
         if only_compile:
             print(compile_report(config, trainer))
             return
-        if not resume and first:
+        if not resume:
             processor.save(workdir)
             checkpoint.write_run(workdir, config, overrides)
-        checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
+        checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints, cleanup=True)
         start, state = 0, None
         if checkpoints.steps:
             restored = checkpoints.restore(trainer.abstract_state)
             start, state, batches = restored.step, restored.state, open_batches(state=restored.data)
         if start > config.steps:
             raise ValueError(f"steps is {config.steps}, {workdir} has a checkpoint of step {start}: expected no fewer")
-        if resume and first:
+        if resume:
             checkpoint.write_run(workdir, config, overrides)  # what may change in a resumed run has changed for good
             # Until the run is done again, the model is that of the newest checkpoint, not what an earlier end exported.
             (workdir / "manifest.json").unlink(missing_ok=True)
-        log = RunLog(workdir, start=start, steps=config.steps, batch_size=config.data.batch_size, enabled=first)
+        log = RunLog(workdir, start=start, steps=config.steps, batch_size=config.data.batch_size)
         log.print(f"{'resuming' if resume else 'starting'} at step {start} of {config.steps} in {workdir}")
         with contextlib.closing(log), contextlib.closing(checkpoints), contextlib.closing(batches):
             state = trainer.init(config.seed) if state is None else state
             state, done = loop(config, trainer, state, start, batches, evaluator, checkpoints, log)
             if done and evaluator:
                 log.evaluation(config.steps, "val", evaluator(state.params), samples=SAMPLES_PRINTED)
-            if done and first:
+            if done:
                 checkpoint.save(workdir, trainer.model(jax.device_get(state.params)), processor, overwrite=True)
                 log.print(f"model saved: mammut.load({str(workdir)!r})")
 
@@ -210,14 +209,15 @@ def loop(
             # One step behind: waiting for this step's metrics would leave the device idle while the host goes on.
             check_finite(before, config)
             log.step(step, metrics, waited, record=step % config.log_every == 0)
-            stop = bool(terminated)
-            if step % config.checkpoint_every == 0 or step == config.steps or stop:
+            stop, last = bool(terminated), step == config.steps
+            # Before the checkpoint: a run killed in an evaluation does it again when it is resumed.
+            if evaluator and config.eval_every and step % config.eval_every == 0 and not (stop or last):
+                log.evaluation(step, "val", evaluator(state.params), samples=2)
+            if step % config.checkpoint_every == 0 or last or stop:
                 checkpoints.save(step, state, position)
-            if stop and step < config.steps:
+            if stop and not last:
                 log.print(f"SIGTERM: saved step {step}, go on with --resume")
                 return state, False
-            if evaluator and config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                log.evaluation(step, "val", evaluator(state.params), samples=2)
     check_finite(metrics, config)
     if position["bad"]:
         log.print(f"examples that could not be used: {data.describe_bad(position['bad'])}")
@@ -239,8 +239,9 @@ def main(argv: list[str]) -> None:
     try:
         config, workdir, overrides = resolve(args, overrides)
         train(config, workdir, overrides, resume=args.resume, only_compile=args.compile_only)
-    except (ValueError, FloatingPointError) as error:
-        logging.getLogger().debug("stopped by", exc_info=True)
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("MAMMUT_TRACEBACK"):
+            raise
         sys.exit(f"train.py: {error}")
 
 

@@ -4,16 +4,15 @@ The photos are read from `flickr8k/captions.jsonl` under the folder of data sets
 `shared` beside the checkout); `--data.train jsonl:PATH[1000:] --data.val jsonl:PATH[:1000]` names another place.
 """
 
-import os
 import pathlib
 
 from mammut.config import DataConfig, DecoderConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig, VisionConfig
-
-_SHARED = pathlib.Path(os.environ.get("MAMMUT_SHARED", pathlib.Path(__file__).resolve().parents[2] / "shared"))
+from mammut.testing import shared_dir
 
 
 def get_config() -> TrainConfig:
-    photos = f"jsonl:{_SHARED / 'data' / 'flickr8k' / 'captions.jsonl'}"
+    shared = shared_dir() or pathlib.Path("shared")
+    photos = f"jsonl:{shared / 'data' / 'flickr8k' / 'captions.jsonl'}"
     return TrainConfig(
         model=ModelConfig(
             vision=VisionConfig(image_size=64, patch_size=8, width=192, depth=6, num_heads=3, mlp_dim=768),

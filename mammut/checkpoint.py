@@ -47,16 +47,17 @@ def save(folder: str | os.PathLike, model: MaMMUT, processor: Processor, *, over
     from safetensors.numpy import save_file
 
     folder = pathlib.Path(folder)
-    if (folder / "config.json").exists() and not overwrite:
-        raise ValueError(f"{folder} holds a model already: give a new folder, or overwrite=True")
+    files = ["config.json", "model.safetensors", "processor.json", *processor.tokenizer.files]
+    there = [name for name in (*files, "manifest.json") if (folder / name).exists()]
+    if there and not overwrite:
+        raise ValueError(f"{folder} holds {there[0]} already: give a new folder, or overwrite=True")
     folder.mkdir(parents=True, exist_ok=True)
-    processor.save(folder)
     # The manifest is removed first and written last: a folder with a manifest is complete.
     (folder / "manifest.json").unlink(missing_ok=True)
+    processor.save(folder)
     arrays = {".".join(path): np.asarray(value) for path, value in _flat(nnx.state(model, nnx.Param)).items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "mammut"})
     _write_json(folder / "config.json", {"format": "mammut", "version": _VERSION, "model": to_dict(model.config)})
-    files = ["config.json", "model.safetensors", "processor.json", *processor.tokenizer.files]
     _write_json(folder / "manifest.json", _manifest(folder, [folder / name for name in files]))
 
 
@@ -172,10 +173,11 @@ class Restored:
 class Checkpoints:
     """The checkpoints of a run, under `workdir/checkpoints`, the newest `keep` of them.
 
-    `save` returns once the arrays are copied from the devices; writing goes on in the background.
+    `save` returns once the arrays are copied from the devices; writing goes on behind. `cleanup` removes what
+    a killed run left half-written: for the run itself, not for those who read beside it.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int):
+    def __init__(self, workdir: str | os.PathLike, keep: int, *, cleanup: bool = False):
         from orbax.checkpoint import v1 as ocp
 
         logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file at INFO
@@ -183,7 +185,9 @@ class Checkpoints:
         self._manifests = self._folder.parent / "checkpoint_manifests"
         latest = ocp.training.preservation_policies.LatestN(keep)
         try:
-            self._checkpointer = ocp.training.Checkpointer(self._folder, preservation_policy=latest)
+            self._checkpointer = ocp.training.Checkpointer(
+                self._folder, preservation_policy=latest, cleanup_tmp_directories=cleanup
+            )
         except ValueError as error:  # Orbax reads a little of every step here
             manifests = sorted(self._manifests.glob("*.json"))
             damaged = [path.stem for path in manifests if _check_manifest(self._folder / path.stem, path)]

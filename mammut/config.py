@@ -128,6 +128,10 @@ class ModelConfig:
         _require_choices(self)
         _require_positive(self, "logit_scale_init", "unroll")
         _require(
+            math.isfinite(self.logit_bias_init),
+            f"ModelConfig.logit_bias_init is {self.logit_bias_init}, expected a finite number",
+        )
+        _require(
             self.logit_scale_init <= MAX_LOGIT_SCALE,
             f"ModelConfig.logit_scale_init is {self.logit_scale_init}, expected at most {MAX_LOGIT_SCALE}",
         )
@@ -172,6 +176,7 @@ class TokenizerConfig:
 class LossConfig:
     """total = contrastive_weight * contrastive + caption_weight * caption (paper, section 3.2: 1 and 1)."""
 
+    # sigmoid and focal want model.logit_scale_init 10 and model.logit_bias_init -10: most pairs do not match
     contrastive: Literal["softmax", "focal", "sigmoid"] = "softmax"
     contrastive_weight: float = 1.0
     caption_weight: float = 1.0
@@ -202,7 +207,7 @@ class OptimizerConfig:
     weight_decay: float = 0.01  # decoupled: multiplied by the learning rate
     b1: float = 0.9
     b2: float = 0.95  # AdamW's second moment; Adafactor sets its own
-    eps: float = 1e-8
+    eps: float = 1e-8  # of AdamW
     clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
 
     def __post_init__(self):
@@ -258,6 +263,7 @@ class TrainConfig:
         _require_choices(self)
         _require_positive(self, "steps", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints")
         _require_positive(self, "max_nonfinite_steps")
+        _require(0 <= self.seed < 2**31, f"TrainConfig.seed is {self.seed}, expected 0 to {2**31 - 1}")
         _require(self.eval_every >= 0, f"TrainConfig.eval_every is {self.eval_every}, expected at least 0")
         _require(
             self.data.batch_size % self.accumulation == 0,

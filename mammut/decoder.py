@@ -73,8 +73,8 @@ class TextDecoder(nnx.Module):
         return self.norm(x)
 
     def logits(self, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Next-token scores float[..., V] of features of the caption pass."""
-        return features @ self.vocab_kernel
+        """Next-token scores float32[..., V] of features of the caption pass."""
+        return jnp.matmul(features, self.vocab_kernel, preferred_element_type=jnp.float32)
 
     @property
     def vocab_kernel(self) -> Float[Array, "D V"]:

@@ -1,6 +1,8 @@
 """What a run says of itself on a validation set: retrieval recall and captions."""
 
+import collections
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 
 from mammut import sharding
 from mammut.config import DataConfig
-from mammut.data import describe_bad, eval_batches
+from mammut.data import EvalBatch, describe_bad, eval_batches
 from mammut.generate import greedy_tokens
 from mammut.metrics import retrieval_recall
 from mammut.processor import Processor
@@ -33,17 +35,25 @@ class Evaluation:
     samples: list[Sample]
     num_images: int
     num_texts: int
+    bad: dict[str, int]  # examples that could not be used, by cause
 
 
 class Evaluator:
     """Retrieval over a validation set, and greedy captions of its first batch, by the model in training.
 
     Every process reads the whole (small) set and hands its devices their rows, so scores are exact on any mesh.
+
+    Raises:
+      ValueError: `config.eval_batch_size` does not divide over the mesh, or more than `config.max_bad_share` of the
+        first batch could not be used.
     """
 
     def __init__(self, source: Source, processor: Processor, config: DataConfig, trainer: Trainer):
         sharding.require_divisible(config.eval_batch_size, trainer.mesh, "data.eval_batch_size")
         self._source, self._processor, self._config, self._mesh = source, processor, config, trainer.mesh
+        # A set that cannot be used is found out now, not after hours of training.
+        for batch in self._batches(min(config.eval_batch_size, config.val_examples)):
+            self._check_share(collections.Counter(batch.bad), int(batch.example_valid.sum()))
         replicated = jax.NamedSharding(trainer.mesh, jax.P())
         ids = processor.bos_id, processor.eos_id, processor.vocab_size
 
@@ -60,16 +70,11 @@ class Evaluator:
         `caption_exact` is the share of the first batch's captions that equal one of their references.
 
         Raises:
-          ValueError: not one example of the set could be used.
+          ValueError: more than `config.max_bad_share` of the examples could not be used.
         """
-        batch_size = self._config.eval_batch_size
         image_embeds, references, samples = [], [], []
-        bad: dict[str, int] = {}
-        batches = eval_batches(
-            self._source, self._processor, batch_size=batch_size, limit=self._config.val_examples,
-            threads=self._config.threads,
-        )  # fmt: skip
-        for batch in batches:
+        bad = collections.Counter()
+        for batch in self._batches(self._config.val_examples):
             image = sharding.replicated_batch(batch.image, self._mesh)
             valid = batch.example_valid
             image_embeds.append(np.asarray(self._encode_image(params, image))[valid])
@@ -78,17 +83,26 @@ class Evaluator:
             if not samples:
                 captions = self._processor.decode(np.asarray(self._caption(params, image))[valid])
                 samples = [Sample(e.key, text, e.captions) for e, text in zip(examples, captions, strict=True)]
-            bad = {cause: bad.get(cause, 0) + count for cause, count in batch.bad.items()} | {
-                cause: count for cause, count in bad.items() if cause not in batch.bad
-            }
-        if not references:
-            raise ValueError(f"no example of data.val {self._source.spec} could be used: {describe_bad(bad)}")
+            bad.update(batch.bad)
+        self._check_share(bad, len(references))
 
         texts = [text for captions in references for text in captions]
         image_of_text = np.repeat(np.arange(len(references)), [len(captions) for captions in references])
         metrics = retrieval_recall(np.concatenate(image_embeds), self._embed_texts(params, texts), image_of_text)
         metrics["caption_exact"] = float(np.mean([self._exact(sample) for sample in samples]))
-        return Evaluation(metrics, samples, len(references), len(texts))
+        return Evaluation(metrics, samples, len(references), len(texts), dict(bad))
+
+    def _batches(self, limit: int) -> Iterator[EvalBatch]:
+        size, threads = self._config.eval_batch_size, self._config.threads
+        return eval_batches(self._source, self._processor, batch_size=size, limit=limit, threads=threads)
+
+    def _check_share(self, bad: collections.Counter, good: int) -> None:
+        share, allowed = bad.total() / (bad.total() + good), self._config.max_bad_share
+        if share > allowed or not good:
+            raise ValueError(
+                f"{bad.total()} of {bad.total() + good} examples read from data.val {self._source.spec!r} could not be "
+                f"used ({describe_bad(bad)}), data.max_bad_share allows {allowed:.0%}"
+            )
 
     def _embed_texts(self, params: Any, texts: list[str]) -> np.ndarray:
         batch_size = self._config.eval_batch_size

@@ -131,7 +131,7 @@ class Attention(nnx.Module):
         query, key, value = (
             constrain(y, "batch", None, "heads", "head_size") for y in (self.query(x), self.key(kv), self.value(kv))
         )
-        if mask is None:  # the fused kernels' mask handling has open bugs; where there is no mask they may be used
+        if mask is None:  # where there is no mask a fused kernel can take over; their mask handling has open bugs
             attended = jax.nn.dot_product_attention(query, key, value)
         else:
             attended = dot_product_attention(query, key, value, mask)

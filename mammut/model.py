@@ -49,7 +49,7 @@ class MaMMUT(nnx.Module):
         """The image in the decoder's width: `tokens` float[B, P, D], `pooled` float[B, D]."""
         encoded = self.vision(image, crop_key)
         tokens = self.image_projection(encoded.tokens)
-        return EncoderOutput(tokens, tokens.mean(1), encoded.grid)
+        return EncoderOutput(tokens, tokens.mean(1, dtype=jnp.float32), encoded.grid)
 
     def encode_image(self, image: Image, crop_key: Key[Array, ""] | None = None) -> Float[Array, "B E"]:
         """Image embeddings float[B, E] of unit norm, for uint8[B, height, width, 3] images."""

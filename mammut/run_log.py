@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from mammut.data import describe_bad
 from mammut.evaluation import Evaluation
 
 
@@ -13,20 +14,20 @@ class RunLog:
     """The log of a run in `workdir`: `metrics.jsonl` (one object a step logged, appended to) and TensorBoard events.
 
     On a terminal the losses, rates and time left are in a progress bar; elsewhere in one line every `log_every` steps.
-    Only the first process makes one; pass `enabled=False` in the others.
+    What a run logged past the checkpoint it is resumed from (`start`) is dropped: it is logged again.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, start: int, steps: int, batch_size: int, enabled: bool = True):
-        self._steps, self._batch_size, self._enabled = steps, batch_size, enabled
+    def __init__(self, workdir: pathlib.Path, *, start: int, steps: int, batch_size: int):
+        self._steps, self._batch_size = steps, batch_size
         self._step: int | None = None  # of the last record
         self._time, self._waited = time.perf_counter(), 0.0
-        if not enabled:
-            return
         from tensorboardX import SummaryWriter
         from tqdm import tqdm
 
-        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+        path = workdir / "metrics.jsonl"
+        _drop_after(path, start)
+        self._file = open(path, "a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def step(self, step: int, metrics: dict[str, Any], waited: float, *, record: bool) -> None:
@@ -35,8 +36,7 @@ class RunLog:
         The first step of a run is recorded without rates: it is mostly compilation.
         """
         self._waited += waited
-        if self._enabled:
-            self._bar.update()
+        self._bar.update()
         compiled = self._step is None
         if not (record or compiled):
             return
@@ -50,10 +50,12 @@ class RunLog:
             rate, wait = done * self._batch_size / seconds, self._waited / seconds
             values |= {"perf/examples_per_sec": rate, "perf/data_wait": wait}
             text = f"{losses}  {rate:,.0f} images/s  data wait {wait:.0%}"
+        if skipped := int(values["train/nonfinite"]):
+            text += f"  {skipped} updates skipped: not finite"
         self.record(step, values)
-        if self._enabled and not self._bar.disable:
+        if not self._bar.disable:
             self._bar.set_postfix_str(text)
-        elif self._enabled:
+        else:
             left = "" if compiled else f"  {_duration((self._steps - step) * seconds / done)} left"
             print(f"step {step}/{self._steps}  {text}{left}", flush=True)
         self._restart_clock(step)
@@ -74,6 +76,8 @@ class RunLog:
             ),
             f"  captions equal to a reference: {m['caption_exact']:.1%} of {len(evaluation.samples)}",
         ]
+        if evaluation.bad:
+            lines.append(f"  examples that could not be used: {describe_bad(evaluation.bad)}")
         for sample in evaluation.samples[:samples]:
             lines += [f"  {sample.key}", f"    says  {sample.caption}", f"    ref   {sample.references[0]}"]
         self.print("\n".join(lines))
@@ -81,8 +85,6 @@ class RunLog:
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes values to the JSON lines and to TensorBoard."""
-        if not self._enabled:
-            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -90,16 +92,27 @@ class RunLog:
 
     def print(self, text: str) -> None:
         """Prints between the bar's updates."""
-        if self._enabled:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        self._bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
     def close(self) -> None:
         """Closes the files."""
-        if self._enabled:
-            self._bar.close()
-            self._board.close()
-            self._file.close()
+        self._bar.close()
+        self._board.close()
+        self._file.close()
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+    """Leaves the records up to `step`; a last line cut short by a kill goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
 
 
 def _duration(seconds: float) -> str:

@@ -3,7 +3,6 @@
 import array
 import dataclasses
 import json
-import logging
 import os
 import pathlib
 import re
@@ -14,11 +13,6 @@ from typing import Any
 import numpy as np
 
 from mammut import synthetic
-
-_log = logging.getLogger(__name__)
-
-_MIN_READ = 100  # the share of bad examples is judged from so many examples on
-_MAX_BAD_IN_A_ROW = 100
 
 
 class BadExample(ValueError):

@@ -282,7 +282,9 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int, lowercase: boo
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"vocab_size {vocab_size} is too small for the characters of the captions") from error
+        raise ValueError(
+            f"no vocabulary of vocab_size {vocab_size} (model.text.vocab_size) fits these captions: {error}"
+        ) from error
     return SentencePieceTokenizer(model.getvalue(), lowercase)
 
 

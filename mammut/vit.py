@@ -24,7 +24,7 @@ class EncoderOutput:
     """What the encoder says of an image: every patch, their mean, and how the patches lie."""
 
     tokens: jax.Array  # float[B, P, D], row by row
-    pooled: jax.Array  # float[B, D], the mean over P
+    pooled: jax.Array  # float32[B, D], the mean over P
     grid: tuple[int, int] = struct.field(pytree_node=False)  # P = down * across
 
 
@@ -72,7 +72,7 @@ class ViT(nnx.Module):
 
         x = scan(lambda x, layer: layer(x), x, self.layers, remat=self.remat, unroll=self.unroll)
         tokens = self.norm(x)
-        return EncoderOutput(tokens, tokens.mean(1), self.config.grid)
+        return EncoderOutput(tokens, tokens.mean(1, dtype=jnp.float32), self.config.grid)
 
 
 def patchify(image: Float[Array, "B height width 3"], patch_size: int) -> Float[Array, "B P F"]:

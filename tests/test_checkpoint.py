@@ -125,7 +125,7 @@ def test_the_weights_are_named_by_their_path_and_need_nothing_of_this_library(sa
 
 def test_a_folder_that_holds_a_model_is_not_overwritten_unasked(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(ValueError, match="holds a model already"):
+    with pytest.raises(ValueError, match="holds config.json already"):
         mammut.save(folder, tiny_model(seed=1), tiny_processor())
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     mammut.save(folder, tiny_model(seed=1), tiny_processor(), overwrite=True)

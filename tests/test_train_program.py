@@ -361,12 +361,12 @@ def test_compilations_would_be_seen():
 def test_a_used_folder_is_refused_without_resume(refusal, train, tmp_path):
     write_run(tmp_path / "used", train)
     message = refusal("small.py", "--workdir", "used")
-    assert message.startswith("used holds ") and "give another --workdir, or --resume" in message
+    assert message.startswith("--workdir used is not empty (it holds ") and "or --resume its run" in message
 
 
 def test_a_folder_with_a_model_that_is_no_run_is_refused(refusal, tmp_path):
     mammut.save(tmp_path / "exported", mammut.testing.tiny_model(), tiny_processor())
-    assert refusal("small.py", "--workdir", "exported").startswith("exported holds ")
+    assert refusal("small.py", "--workdir", "exported").startswith("--workdir exported is not empty (it holds ")
 
 
 def test_without_a_workdir_a_fresh_run_takes_the_first_folder_that_is_free(train, tmp_path, monkeypatch):
@@ -428,7 +428,7 @@ def test_a_recipe_that_is_missing_or_makes_no_config_is_refused(refusal, tmp_pat
     (["--tokenizer.path", "large/tokenizer.model", "--model.text.vocab-size", "40"],
      "tokenizer.path large/tokenizer.model has 60 pieces, more than the 40 of model.text.vocab_size"),
     (["--tokenizer.path", "nowhere.model"], "there is no vocabulary file nowhere.model"),
-    (["--model.text.vocab-size", "10"], "vocab_size 10 is too small for the characters of the captions"),
+    (["--model.text.vocab-size", "10"], "no vocabulary of vocab_size 10 (model.text.vocab_size) fits these captions"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_sentence(refusal, tmp_path, argv, message):
     (tmp_path / "empty.jsonl").write_text("\n\n")
