@@ -282,8 +282,9 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int, lowercase: boo
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        reason = str(error).rpartition("] ")[2]  # after the place in SentencePiece's source
         raise ValueError(
-            f"no vocabulary of vocab_size {vocab_size} (model.text.vocab_size) fits these captions: {error}"
+            f"no vocabulary of vocab_size {vocab_size} (model.text.vocab_size) fits these captions: {reason}"
         ) from error
     return SentencePieceTokenizer(model.getvalue(), lowercase)
 

@@ -551,13 +551,14 @@ def abstract_out(config, batch):
     return jax.tree.map(lambda leaf: leaf.dtype.name, shapes)
 
 
-def test_bfloat16_compute_keeps_parameters_embeddings_and_losses_in_float32(batch):
+def test_bfloat16_compute_keeps_parameters_embeddings_logits_and_losses_in_float32(batch):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(weights(config)[1])} == {"float32"}
     kinds = abstract_out(config, batch)
-    for name in ("image_tokens", "contrastive_features", "caption_features", "logits"):
+    for name in ("image_tokens", "contrastive_features", "caption_features"):
         assert kinds[name] == "bfloat16", name
-    assert kinds["image_embed"] == kinds["text_embed"] == kinds["token_losses"] == "float32"
+    for name in ("logits", "image_embed", "text_embed", "token_losses"):
+        assert kinds[name] == "float32", name
     assert set(kinds["metrics"].values()) == {"float32"}
     assert set(jax.tree.leaves(abstract_out(CONFIG, batch))) == {"float32"}
 
