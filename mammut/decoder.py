@@ -12,14 +12,22 @@ import operator
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jaxtyping import Bool, Float, Int
 
 from mammut.config import ModelConfig
-from mammut.layers import Dtypes, Embedding, Layer, LayerNorm, Linear, param, scan, stack
+from mammut.layers import Dtypes, Embedding, KeyValue, Layer, LayerNorm, Linear, param, scan, stack
 from mammut.masks import attn_mask
 from mammut.sharding import constrain
 from mammut.typing import Array
+
+
+@struct.dataclass
+class DecodeCache:
+    """Keys and values of the caption pass, by group of layers; R rows of text share the B images."""
+
+    text: KeyValue  # float[groups, layers, R, S, N, K] each, S positions of which the first are written
+    image: KeyValue  # float[groups, B, P, N, K] each
 
 
 class TextDecoder(nnx.Module):
@@ -59,18 +67,80 @@ class TextDecoder(nnx.Module):
     ) -> Float[Array, "B L D"]:
         """Causal features that see the image, float[B, L, D]; `image_tokens` come in the decoder's width."""
         mask = attn_mask(text_valid, jnp.ones(tokens.shape[1], bool))
-        every = self.config.cross_attn_every
-        groups = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), self.layers)
 
         def group(x, stacked):
             layers, cross_layer = stacked
-            for i in range(every):
-                x = jax.tree.map(operator.itemgetter(i), layers)(x, mask=mask)
-            return cross_layer(x, image_tokens)
+            for layer in self._unstacked(layers):
+                x = layer(x, mask=mask)
+            return cross_layer(x, cross_layer.attn.keys_values(image_tokens))
 
-        unroll = max(1, self.unroll // every)
-        x = scan(group, self._embed(tokens), (groups, self.cross_layers), remat=self.remat, unroll=unroll)
+        unroll = max(1, self.unroll // self.config.cross_attn_every)
+        x = scan(group, self._embed(tokens), (self._grouped(), self.cross_layers), remat=self.remat, unroll=unroll)
         return self.norm(x)
+
+    def prefill(
+        self, tokens: Int[Array, "B L"], image_tokens: Float[Array, "B P D"], length: int
+    ) -> tuple[Float[Array, "B L D"], DecodeCache]:
+        """The caption pass over prompts, and the cache to go on from it, with room for `length` positions.
+
+        Pads may stand at the end of a prompt: what the cache holds of them is overwritten before it is attended to.
+        """
+        prompt_length = tokens.shape[1]
+        mask = attn_mask(jnp.ones((1, prompt_length), bool), jnp.ones(prompt_length, bool))
+        room = ((0, 0), (0, length - prompt_length), (0, 0), (0, 0))
+
+        def group(x, stacked):
+            layers, cross_layer = stacked
+            kept = []
+            for layer in self._unstacked(layers):
+                kv = layer.own_keys_values(x)
+                x = layer(x, kv, mask)
+                kept.append(jax.tree.map(lambda y: jnp.pad(y, room), kv))
+            image = cross_layer.attn.keys_values(image_tokens)
+            return cross_layer(x, image), (_stacked(kept), image)
+
+        x, (text, image) = jax.lax.scan(group, self._embed(tokens), (self._grouped(), self.cross_layers))
+        return self.norm(x), DecodeCache(text, image)
+
+    def cached_step(
+        self, tokens: Int[Array, "R"], position: Int[Array, ""], cache: DecodeCache
+    ) -> tuple[Float[Array, "R D"], DecodeCache]:
+        """The caption pass for one more token of each of R rows, all at `position`: features float[R, D], and the cache.
+
+        R is a multiple of the B images of the cache: rows [i * R / B, (i + 1) * R / B) belong to image i, whose keys and
+        values they share.
+        """
+        rows, images = tokens.shape[0], cache.image.key.shape[1]
+        x = self.token_embed(tokens[:, None]) + self.pos_embed[...][position].astype(self.dtype)
+        mask = (jnp.arange(cache.text.key.shape[3]) <= position)[None, None, None]
+
+        def group(x, stacked):
+            layers, cross_layer, text, image = stacked
+            kept = []
+            for i, layer in enumerate(self._unstacked(layers)):
+                past = jax.tree.map(operator.itemgetter(i), text)
+                kv = jax.tree.map(
+                    lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1),
+                    past,
+                    layer.own_keys_values(x),
+                )
+                x = layer(x, kv, mask)
+                kept.append(kv)
+            # The rows of an image ask together, as if they were the tokens of one text: its cache is never repeated.
+            x = cross_layer(x.reshape(images, rows // images, -1), image)
+            return x.reshape(rows, 1, -1), _stacked(kept)
+
+        stacks = (self._grouped(), self.cross_layers, cache.text, cache.image)
+        x, text = jax.lax.scan(group, x, stacks)
+        return self.norm(x)[:, 0], DecodeCache(text, cache.image)
+
+    def _grouped(self) -> Layer:
+        """The self-attention layers with axes [groups, layers of a group] in front."""
+        every = self.config.cross_attn_every
+        return jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), self.layers)
+
+    def _unstacked(self, layers: Layer) -> list[Layer]:
+        return [jax.tree.map(operator.itemgetter(i), layers) for i in range(self.config.cross_attn_every)]
 
     def logits(self, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token scores float32[..., V] of features of the caption pass."""
@@ -90,3 +160,7 @@ class TextDecoder(nnx.Module):
         pos_embed = constrain(self.pos_embed[:length].astype(self.dtype), "text", None)
         x = self.token_embed(tokens) + pos_embed
         return constrain(x, "batch", "text", "embed")
+
+
+def _stacked(kept: list[KeyValue]) -> KeyValue:
+    return jax.tree.map(lambda *x: jnp.stack(x), *kept)

@@ -8,7 +8,7 @@ are float32.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ def dot_product_attention(
     query: Float[Array, "B L N K"],
     key: Float[Array, "B S N K"],
     value: Float[Array, "B S N K"],
-    mask: Bool[Array, "B 1 L S"] | None = None,
+    mask: Bool[Array, "#B 1 L S"] | None = None,
 ) -> Float[Array, "B L N K"]:
     """Softmax attention with float32 scores. A row whose keys are all masked attends evenly: defined, never NaN."""
     scores = jnp.einsum("BLNK,BSNK->BNLS", query, key, preferred_element_type=jnp.float32)
@@ -110,8 +110,15 @@ def dot_product_attention(
     return jnp.einsum("BNLS,BSNK->BLNK", weights, value)
 
 
+class KeyValue(NamedTuple):
+    """What attention attends to: the tokens of an image, of the text itself, or of the text so far (a cache)."""
+
+    key: jax.Array  # float[B, S, N, K]
+    value: jax.Array  # float[B, S, N, K]
+
+
 class Attention(nnx.Module):
-    """Multi-head attention of `x` to `kv`, or to itself."""
+    """Multi-head attention of some tokens to keys and values made of the same or of other tokens."""
 
     def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs, dtypes: Dtypes):
         heads = {"heads": num_heads, "head_size": width // num_heads}
@@ -121,20 +128,18 @@ class Attention(nnx.Module):
         self.value = Linear(embed, heads, rngs=rngs, dtypes=dtypes)
         self.out = Linear(heads, embed, rngs=rngs, dtypes=dtypes)
 
+    def keys_values(self, x: Float[Array, "B S D"]) -> KeyValue:
+        """Keys and values of tokens to be attended to."""
+        return KeyValue(*(constrain(y, "batch", None, "heads", "head_size") for y in (self.key(x), self.value(x))))
+
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        kv: Float[Array, "B S D"] | None = None,
-        mask: Bool[Array, "B 1 L S"] | None = None,
+        self, x: Float[Array, "B L D"], kv: KeyValue, mask: Bool[Array, "#B 1 L S"] | None = None
     ) -> Float[Array, "B L D"]:
-        kv = x if kv is None else kv
-        query, key, value = (
-            constrain(y, "batch", None, "heads", "head_size") for y in (self.query(x), self.key(kv), self.value(kv))
-        )
+        query = constrain(self.query(x), "batch", None, "heads", "head_size")
         if mask is None:  # where there is no mask a fused kernel can take over; their mask handling has open bugs
-            attended = jax.nn.dot_product_attention(query, key, value)
+            attended = jax.nn.dot_product_attention(query, kv.key, kv.value)
         else:
-            attended = dot_product_attention(query, key, value, mask)
+            attended = dot_product_attention(query, kv.key, kv.value, mask)
         return self.out(attended)
 
 
@@ -154,8 +159,8 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """A pre-norm transformer layer: attention, then an MLP, each added to its input.
 
-    Called with `kv` it cross-attends to the image tokens; without, it attends to its own tokens. `config` is a
-    `VisionConfig` or `DecoderConfig`.
+    Called with `kv` it attends to those keys and values, of an image or of a cache (`keys_values`); without, to its own
+    tokens. `config` is a `VisionConfig` or `DecoderConfig`.
     """
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs, dtypes: Dtypes):
@@ -164,12 +169,17 @@ class Layer(nnx.Module):
         self.mlp_norm = LayerNorm(config.width, config.norm_eps, dtypes=dtypes)
         self.mlp = MLP(config.width, config.mlp_dim, config.activation, rngs=rngs, dtypes=dtypes)
 
+    def own_keys_values(self, x: Float[Array, "B L D"]) -> KeyValue:
+        """What self-attention attends to: keys and values of the normed tokens."""
+        return self.attn.keys_values(self.attn_norm(x))
+
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        kv: Float[Array, "B S D"] | None = None,
-        mask: Bool[Array, "B 1 L S"] | None = None,
+        kv: KeyValue | None = None,
+        mask: Bool[Array, "#B 1 L S"] | None = None,
     ) -> Float[Array, "B L D"]:
+        kv = self.own_keys_values(x) if kv is None else kv
         x = constrain(x + self.attn(self.attn_norm(x), kv, mask), "batch", None, "embed")
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, "embed")
 
