@@ -7,7 +7,7 @@ TensorFlow and PyTorch never.
 from mammut import presets
 from mammut.checkpoint import CheckpointError, load, save
 from mammut.config import DecoderConfig, ModelConfig, TrainConfig, VisionConfig
-from mammut.generate import caption
+from mammut.generate import GenerateConfig, answer, caption, generate_text
 from mammut.model import MaMMUT
 from mammut.processor import BadImage, ImageTransform, Processor
 
@@ -20,6 +20,9 @@ __all__ = [
     "ImageTransform",
     # what it does
     "caption",
+    "answer",
+    "generate_text",
+    "GenerateConfig",
     # its configuration
     "presets",
     "ModelConfig",

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mammut import sharding
 from mammut.config import DataConfig
 from mammut.data import EvalBatch, describe_bad, eval_batches
-from mammut.generate import greedy_tokens
+from mammut.generate import generate
 from mammut.metrics import retrieval_recall
 from mammut.processor import Processor
 from mammut.sources import Source
@@ -55,14 +56,18 @@ class Evaluator:
         for batch in self._batches(min(config.eval_batch_size, config.val_examples)):
             self._check_share(collections.Counter(batch.bad), int(batch.example_valid.sum()))
         replicated = jax.NamedSharding(trainer.mesh, jax.P())
-        ids = processor.bos_id, processor.eos_id, processor.vocab_size
 
         def compiled(function):
             return jax.jit(lambda params, *args: function(trainer.model(params), *args), out_shardings=replicated)
 
+        def caption(model, image):
+            prompt = jnp.full((len(image), 1), processor.bos_id)
+            ids = {"eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
+            return generate(model, image, prompt, jnp.ones_like(prompt, bool), **ids).tokens[:, 0]
+
         self._encode_image = compiled(lambda model, image: model.encode_image(image))
         self._encode_text = compiled(lambda model, tokens, valid: model.encode_text(tokens, valid))
-        self._caption = compiled(lambda model, image: greedy_tokens(model, image, *ids))
+        self._caption = compiled(caption)
 
     def __call__(self, params: Any) -> Evaluation:
         """Evaluates the parameters, inside `jax.set_mesh`.

@@ -1,6 +1,6 @@
 """Text from images: one jitted loop over the cached caption pass, for greedy decoding, sampling and beam search.
 
-Every loop has static shapes. The image is encoded once; its keys and values are computed once and shared by its beams.
+Every loop has static shapes. The image is encoded once; its keys and values are made once and shared by its beams.
 The prompt is run in one pass, then one position at a time for all rows together: a row whose prompt is longer is fed its
 prompt until that ends. The loop stops when every row has.
 
@@ -10,14 +10,14 @@ the tokens.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Key
 
 from mammut.model import Image, MaMMUT
 from mammut.processor import Processor
@@ -60,9 +60,9 @@ class GenerateConfig:
 class Generation:
     """What was generated; n hypotheses an image, best first (n = num_beams)."""
 
-    tokens: jax.Array  # int[B, n, L]: start, prompt, text, and the end token from where it ended on
-    logprobs: jax.Array  # float[B, n, L] of each generated token, its end token included; 0 elsewhere
-    scores: jax.Array  # float[B, n]: the sum of logprobs / length ** length_penalty
+    tokens: Any  # int[B, n, L]: start, prompt, text, and the end token from where it ended on
+    logprobs: Any  # float[B, n, L] of each generated token, its end token included; 0 elsewhere
+    scores: Any  # float[B, n]: the sum of logprobs / length ** length_penalty
 
 
 def generate(
@@ -70,9 +70,11 @@ def generate(
     image: Image,
     prompt: Int[Array, "B Q"],
     prompt_valid: Bool[Array, "B Q"],
+    config: GenerateConfig = GenerateConfig(),
+    *,
     eos_id: int,
-    config: GenerateConfig,
-    keys: Array | None = None,
+    vocab_size: int | None = None,
+    keys: Key[Array, "B"] | None = None,
 ) -> Generation:
     """Continues prompts, given their images. Pure: to be called under `jax.jit`.
 
@@ -80,6 +82,9 @@ def generate(
       image: uint8[B, height, width, 3].
       prompt: int[B, Q], the start token first; no end token.
       prompt_valid: bool[B, Q], True for the prompt's tokens, which come before any pad.
+      eos_id: ends a text.
+      vocab_size: only ids below it are chosen, and only they share the probability: a model's vocabulary may be larger
+        than its tokenizer's. None: the model's.
       keys: a random key for each row [B], used where `config.temperature` is not 0. A row's tokens depend on its own key
         alone, not on the rows beside it.
 
@@ -89,24 +94,32 @@ def generate(
     """
     text = model.config.text
     if prompt.shape[1] >= text.max_length:
-        raise ValueError(f"the prompt has {prompt.shape[1]} tokens, DecoderConfig.max_length {text.max_length} leaves no room")
-    if config.num_beams >= text.vocab_size:
-        raise ValueError(f"num_beams is {config.num_beams}, expected fewer than the {text.vocab_size} of the vocabulary")
+        raise ValueError(
+            f"the prompt has {prompt.shape[1]} tokens, expected fewer than DecoderConfig.max_length {text.max_length}"
+        )
+    vocab_size = text.vocab_size if vocab_size is None else vocab_size
+    if config.num_beams >= vocab_size:
+        raise ValueError(f"num_beams is {config.num_beams}, expected fewer than the {vocab_size} of the vocabulary")
+
+    def logits(features):
+        return model.text.logits(features)[..., :vocab_size].astype(jnp.float32)
+
     image_tokens = model.image_tokens(image).tokens
-    # The last position never needs a cache entry: nothing comes after it.
     features, cache = model.text.prefill(prompt, image_tokens, text.max_length)
     lengths = prompt_valid.sum(1)
     start = lengths.min()
     features = jax.lax.dynamic_index_in_dim(features, start - 1, axis=1, keepdims=False)
-    tokens = jnp.full((len(prompt), text.max_length), eos_id, prompt.dtype)
-    tokens = jnp.where(jnp.arange(text.max_length) < lengths[:, None], tokens.at[:, : prompt.shape[1]].set(prompt), tokens)
+    tokens = jnp.full((len(prompt), text.max_length), eos_id, jnp.int32)
+    tokens = tokens.at[:, : prompt.shape[1]].set(jnp.where(prompt_valid, prompt, eos_id))
+    state = features, cache, tokens, lengths
     if config.num_beams > 1:
-        return _beam_search(model, features, cache, tokens, lengths, eos_id, config)
-    return _sample(model, features, cache, tokens, lengths, eos_id, config, keys)
+        return _beam_search(model.text.cached_step, logits, state, eos_id, config)
+    return _sample(model.text.cached_step, logits, state, eos_id, config, keys)
 
 
-def _sample(model, features, cache, tokens, lengths, eos_id, config, keys) -> Generation:
-    """Greedy decoding or sampling."""
+def _sample(cached_step: Callable, logits_of: Callable, start: tuple, eos_id: int, config, keys) -> Generation:
+    """Greedy decoding or sampling, from the features at the last prompt position that all rows share."""
+    features, cache, tokens, lengths = start
     rows, length = tokens.shape
 
     def running(carry):
@@ -115,15 +128,15 @@ def _sample(model, features, cache, tokens, lengths, eos_id, config, keys) -> Ge
 
     def step(carry):
         position, features, cache, tokens, logprobs, done = carry
-        logits = model.text.logits(features).astype(jnp.float32)
+        logits = logits_of(features)
         chosen = _choose(logits, tokens, position, config, keys)
         in_prompt = position < lengths
         token = jnp.where(in_prompt, tokens[:, position], jnp.where(done, eos_id, chosen)).astype(tokens.dtype)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=1)[:, 0]
         logprobs = logprobs.at[:, position].set(jnp.where(in_prompt | done, 0, logprob))
         tokens = tokens.at[:, position].set(token)
         done = done | (~in_prompt & (token == eos_id))
-        features, cache = model.text.cached_step(token, position, cache)
+        features, cache = cached_step(token, position, cache)
         return position + 1, features, cache, tokens, logprobs, done
 
     state = (lengths.min(), features, cache, tokens, jnp.zeros((rows, length)), jnp.zeros(rows, bool))
@@ -167,30 +180,28 @@ def filter_logits(
     return jnp.where(jnp.zeros_like(keep).at[rows, order].set(keep.at[:, 0].set(True)), logits, -jnp.inf)
 
 
-def _beam_search(model, features, cache, tokens, lengths, eos_id, config) -> Generation:
+def _beam_search(cached_step: Callable, logits_of: Callable, start: tuple, eos_id: int, config) -> Generation:
     """Beam search, in groups that avoid each other's choices where `num_groups` is more than 1.
 
     A beam that ends competes by its score with the beams that ended before it; the search of an image stops when no
     running beam of it can beat the worst of those. Rows are images x beams.
     """
+    features, cache, tokens, lengths = start
     images, length = tokens.shape
     beams, groups = config.num_beams, config.num_groups
     size = beams // groups  # beams of a group
-    vocab = model.config.text.vocab_size
 
     def normalised(logprob, position):
         return logprob / jnp.maximum(position + 1 - lengths, 1).reshape(-1, *(1,) * (logprob.ndim - 1)) ** (
             config.length_penalty
         )
 
-    def take(x, beam):  # x [B, groups, n, ...] by beam [B, groups, m]
-        return jnp.take_along_axis(x, beam.reshape(*beam.shape, *(1,) * (x.ndim - 3)), axis=2)
-
     def advance(group, logprobs, position, running, finished, chosen):
         """One group's next token: its running beams and finished ones, and the tokens it chose."""
         scores, text, history = (x[:, group] for x in running)  # [B, size], [B, size, L] twice
         end_scores, end_text, end_history = (x[:, group] for x in finished)
         logprob = logprobs[:, group]  # [B, size, V]
+        vocab = logprob.shape[-1]
         forced = (position < lengths)[:, None]  # still in the prompt
         candidates = scores[..., None] + logprob
         ranked = candidates - config.diversity_penalty * chosen[:, None]
@@ -226,9 +237,8 @@ def _beam_search(model, features, cache, tokens, lengths, eos_id, config) -> Gen
 
     def step(carry):
         position, features, cache, running, finished, _ = carry
-        logits = model.text.logits(features).astype(jnp.float32)
-        logprobs = jax.nn.log_softmax(logits).reshape(images, groups, size, vocab)
-        chosen = jnp.zeros((images, vocab))
+        logprobs = jax.nn.log_softmax(logits_of(features)).reshape(images, groups, size, -1)
+        chosen = jnp.zeros((images, logprobs.shape[-1]))
         by_group = []
         for group in range(groups):
             *result, chosen = advance(group, logprobs, position, running, finished, chosen)
@@ -238,7 +248,7 @@ def _beam_search(model, features, cache, tokens, lengths, eos_id, config) -> Gen
         rows = (jnp.arange(images * groups).reshape(images, groups, 1) * size + beam).reshape(-1)
         text_cache = jax.tree.map(lambda x: x[:, :, rows], cache.text)
         token = running[1][..., position].reshape(-1)
-        features, cache = model.text.cached_step(token, position, cache.replace(text=text_cache))
+        features, cache = cached_step(token, position, cache.replace(text=text_cache))
         # A running beam can only lose log-probability; its best score is at the length that divides it the most.
         longest = length - 1 if config.length_penalty > 0 else position
         hope = normalised(running[0], longest).max((1, 2))
@@ -267,9 +277,10 @@ def _beam_search(model, features, cache, tokens, lengths, eos_id, config) -> Gen
     return Generation(text, history, scores)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _generate(graphdef, params, image, prompt, eos_id, config, prompt_valid, keys) -> Generation:
-    return generate(nnx.merge(graphdef, params), image, prompt, prompt_valid, eos_id, config, keys)
+@functools.partial(jax.jit, static_argnames=("graphdef", "config", "eos_id", "vocab_size"))
+def _generate(graphdef, params, image, prompt, prompt_valid, config, *, eos_id, vocab_size, keys) -> Generation:
+    model = nnx.merge(graphdef, params)
+    return generate(model, image, prompt, prompt_valid, config, eos_id=eos_id, vocab_size=vocab_size, keys=keys)
 
 
 def generate_text(
@@ -299,6 +310,7 @@ def generate_text(
     ids = [[processor.bos_id, *processor.tokenizer.encode(text)] for text in prompts or [""] * len(images)]
     width = max(map(len, ids))
     graphdef, params = nnx.split(model)
+    ids_of = {"eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
     texts = []
     for start in range(0, len(images), batch_size):
         chunk = ids[start : start + batch_size]
@@ -308,9 +320,9 @@ def generate_text(
         prompt = np.array([row + [processor.pad_id] * (width - len(row)) for row in chunk], np.int32)
         prompt_valid = np.arange(width) < np.array([len(row) for row in chunk])[:, None]
         keys = jax.random.split(jax.random.key(seed), start + batch_size)[start:]
-        out = _generate(graphdef, params, image, prompt, processor.eos_id, config, prompt_valid, keys)
+        out = _generate(graphdef, params, image, prompt, prompt_valid, config, keys=keys, **ids_of)
         best = np.asarray(out.tokens)[: batch_size - pad, 0]
-        texts += processor.decode([row[len(start_ids) :] for row, start_ids in zip(best.tolist(), chunk)])
+        texts += [processor.tokenizer.decode(row[len(own) :]).strip() for row, own in zip(best.tolist(), chunk)]
     return texts
 
 

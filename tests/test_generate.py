@@ -1,7 +1,8 @@
-"""Greedy captions against a plain loop over the whole model, alone and in batches, and their ends."""
+"""Generation against plain loops over the whole, uncached model and against exhaustive search."""
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 import mammut
-from mammut.generate import greedy_tokens
+from mammut.generate import GenerateConfig, filter_logits, generate
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 
 CONFIG = dataclasses.replace(
@@ -56,7 +57,8 @@ def greedy(model):
 
     @functools.partial(jax.jit, static_argnums=(2, 3))
     def run(params, image, bos_id, eos_id):
-        return greedy_tokens(nnx.merge(graphdef, params), image, bos_id, eos_id)
+        prompt = jnp.full((len(image), 1), bos_id)
+        return generate(nnx.merge(graphdef, params), image, prompt, prompt == bos_id, eos_id=eos_id).tokens[:, 0]
 
     return lambda *args: np.asarray(run(params, *args))
 
@@ -163,9 +165,9 @@ def test_no_images_have_no_captions(model, processor):
     assert mammut.caption(model, processor, []) == []
 
 
-@pytest.mark.parametrize("num_beams", [0, 4])
-def test_beams_are_refused_while_there_are_none(model, processor, images, num_beams):
-    with pytest.raises(ValueError, match=f"num_beams is {num_beams}, expected 1"):
+@pytest.mark.parametrize("num_beams, expected", [(0, "at least 1"), (VOCAB, "fewer than the 60")])
+def test_impossible_numbers_of_beams_are_refused(model, processor, images, num_beams, expected):
+    with pytest.raises(ValueError, match=f"num_beams is {num_beams}, expected {expected}"):
         mammut.caption(model, processor, list(images), num_beams=num_beams)
 
 
@@ -182,8 +184,164 @@ def test_a_caption_holds_only_tokens_that_the_tokenizer_knows(images):
     graphdef, params = nnx.split(model)
 
     def greedy(vocab_size):
-        run = jax.jit(lambda params, image: greedy_tokens(nnx.merge(graphdef, params), image, 1, 2, vocab_size))
-        return np.asarray(run(params, images[:2]))
+        @jax.jit
+        def run(params, image):
+            prompt = jnp.ones((2, 1), int)
+            return generate(nnx.merge(graphdef, params), image, prompt, prompt > 0, eos_id=2, vocab_size=vocab_size)
+
+        return np.asarray(run(params, images[:2]).tokens)
 
     assert greedy(None).max() >= VOCAB > greedy(VOCAB).max()
     assert len(mammut.caption(model, processor, list(images[:2]), batch_size=2)) == 2
+
+
+@pytest.fixture(scope="module")
+def generated(model):
+    """`generate` for images and prompts (lists of ids), as NumPy arrays."""
+    graphdef, params = nnx.split(model)
+
+    @functools.partial(jax.jit, static_argnums=(4, 5))
+    def run(params, image, prompt, valid, config, eos_id, keys):
+        return generate(nnx.merge(graphdef, params), image, prompt, valid, config, eos_id=eos_id, keys=keys)
+
+    def call(image, prompts, config, eos_id, keys=None):
+        width = max(map(len, prompts))
+        prompt = np.array([row + [9] * (width - len(row)) for row in prompts])
+        valid = np.arange(width) < np.array([[len(row)] for row in prompts])
+        return jax.tree.map(np.asarray, run(params, image, prompt, valid, config, eos_id, keys))
+
+    return call
+
+
+PROMPTS = [[1], [1, 7, 30, 2], [1, 44], [1, 7], [1, 5, 6, 8, 11], [1, 50, 51]]
+
+
+def continued(logits, image, prompt, end):
+    """`by_loop` from a prompt; and the log-probability of every token said."""
+    tokens, logprobs = list(prompt), [0.0] * len(prompt)
+    while len(tokens) < LENGTH and (len(tokens) == len(prompt) or tokens[-1] != end):
+        text = np.array([tokens + [7] * (LENGTH - len(tokens))], np.int32)
+        row = np.asarray(jax.nn.log_softmax(logits(image[None], text)[0, len(tokens) - 1]))
+        tokens.append(int(row.argmax()))
+        logprobs.append(float(row.max()))
+    rest = LENGTH - len(tokens)
+    return tokens + [end] * rest, logprobs + [0.0] * rest
+
+
+def test_prompts_of_differing_length_go_on_as_each_would_alone(generated, logits, images, end):
+    """An end token inside a prompt ends nothing."""
+    out = generated(images, PROMPTS, GenerateConfig(), end)
+    expected = [continued(logits, image, prompt, end) for image, prompt in zip(images, PROMPTS)]
+    np.testing.assert_array_equal(out.tokens[:, 0], [tokens for tokens, _ in expected])
+    np.testing.assert_allclose(out.logprobs[:, 0], [logprobs for _, logprobs in expected], atol=1e-5)
+    sums = [sum(logprobs) / max(1, np.count_nonzero(logprobs)) for _, logprobs in expected]
+    np.testing.assert_allclose(out.scores[:, 0], sums, atol=1e-5)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_a_wide_beam_finds_what_trying_every_text_finds(length_penalty):
+    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, max_length=4, vocab_size=7))
+    graphdef, params = nnx.split(tiny_model(config))
+    images = tiny_batch(config, batch_size=3)["image"]
+    texts = {text[: text.index(2) + 1] if 2 in text else text for text in itertools.product(range(7), repeat=3)}
+    tokens = np.array([[1, *text, *[2] * (3 - len(text))] for text in sorted(texts)])
+    lengths = np.array([len(text) for text in sorted(texts)])
+
+    @jax.jit
+    def every(params, image):
+        image = jnp.broadcast_to(image, (len(tokens), *image.shape))
+        logits = nnx.merge(graphdef, params).caption_logits(image, tokens)[:, :-1]
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(tokens)[:, 1:, None], axis=2)[..., 0]
+
+    @jax.jit
+    def search(params, images):
+        search = GenerateConfig(num_beams=6, length_penalty=length_penalty)
+        prompt = jnp.ones((3, 1), int)
+        return generate(nnx.merge(graphdef, params), images, prompt, prompt > 0, search, eos_id=2)
+
+    found = search(params, images)
+    for row, image in enumerate(images):
+        logprobs = np.where(np.arange(3) < lengths[:, None], np.asarray(every(params, image)), 0)
+        scores = logprobs.sum(1) / lengths**length_penalty
+        best = np.argsort(-scores)[:3]
+        np.testing.assert_array_equal(found.tokens[row, :3], tokens[best])
+        np.testing.assert_allclose(found.scores[row, :3], scores[best], atol=1e-5)
+        np.testing.assert_allclose(found.logprobs[row, :3, 1:], logprobs[best], atol=1e-5)
+
+
+def test_beams_of_a_batch_are_those_of_its_images_one_by_one(generated, images, end):
+    """Whatever the lengths of the prompts; and the best beam scores no worse than the greedy text."""
+    search = GenerateConfig(num_beams=3)
+    together = generated(images, PROMPTS, search, end)
+    for row in range(len(images)):
+        alone = generated(images[row : row + 1], PROMPTS[row : row + 1], search, end)
+        np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
+        np.testing.assert_allclose(together.scores[row], alone.scores[0], atol=1e-5)
+    assert (np.diff(together.scores, axis=1) <= 0).all()
+
+
+def test_diverse_groups_say_different_things(generated, images, end):
+    """Without a penalty two groups are the same search twice; with one their first words differ."""
+    same = generated(images, [[1]] * 6, GenerateConfig(num_beams=4, num_groups=2), end)
+    assert all(len({tuple(beam) for beam in row}) == 2 for row in same.tokens.tolist())
+    diverse = GenerateConfig(num_beams=2, num_groups=2, diversity_penalty=1e3)
+    out = generated(images, [[1]] * 6, diverse, end)
+    assert (out.tokens[:, 0, 1] != out.tokens[:, 1, 1]).all()
+    # The penalty chooses, it does not count: scores are the model's log-probabilities.
+    np.testing.assert_allclose(out.scores.max(1), out.scores[:, 0])
+    assert (out.scores > -1e2).all()
+
+
+@pytest.mark.parametrize("options", [
+    {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4},
+])  # fmt: skip
+def test_sampling_narrowed_to_one_token_is_greedy(generated, images, end, options):
+    keys = jax.random.split(jax.random.key(0), 6)
+    out = generated(images, PROMPTS, GenerateConfig(**{"temperature": 1.0, **options}), end, keys)
+    np.testing.assert_array_equal(out.tokens, generated(images, PROMPTS, GenerateConfig(), end).tokens)
+
+
+def test_what_is_sampled_depends_on_the_key_of_the_row_alone(generated, images, end):
+    keys, config = jax.random.split(jax.random.key(0), 6), GenerateConfig(temperature=1.5)
+    together = generated(images, [[1]] * 6, config, end, keys)
+    alone = [generated(images[i : i + 1], [[1]], config, end, keys[i : i + 1]).tokens[0] for i in range(6)]
+    np.testing.assert_array_equal(together.tokens, alone)
+    others = generated(images, [[1]] * 6, config, end, jax.random.split(jax.random.key(1), 6))
+    assert (together.tokens != others.tokens).any()
+
+
+def test_a_repetition_penalty_keeps_a_text_from_repeating_itself(generated, images):
+    penalised = generated(images, [[1]] * 6, GenerateConfig(repetition_penalty=1e6), 59).tokens[:, 0]
+    plain = generated(images, [[1]] * 6, GenerateConfig(), 59).tokens[:, 0]
+    assert any(len(set(row)) < LENGTH for row in plain.tolist())
+    for row in penalised.tolist():
+        said = row[: row.index(59)] if 59 in row else row
+        assert len(set(said)) == len(said)
+
+
+def test_filters_keep_what_their_definitions_keep():
+    """Probabilities .4 .3 .2 .1, out of order: .1 .4 .2 .3."""
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
+
+    def kept(**options):
+        return np.isfinite(np.asarray(filter_logits(logits, **options)))[0].tolist()
+
+    assert kept() == [True] * 4
+    assert kept(top_k=2) == [False, True, False, True]
+    assert kept(top_p=0.5) == [False, True, False, True]  # .4 does not reach it, .4 + .3 does
+    assert kept(top_p=0.39) == [False, True, False, False]
+    assert kept(top_p=0.95) == [True] * 4
+    assert kept(min_p=0.6) == [False, True, False, True]  # at least .6 of .4
+    assert kept(top_k=3, min_p=0.6) == kept(min_p=0.6)
+
+
+def test_an_answer_does_not_repeat_its_question(model, processor, images):
+    questions = ["one red circle", "one", "blue square on the left or right or left or right", "", "green", "on"]
+    with pytest.raises(ValueError, match="the prompt has .* tokens, expected fewer than DecoderConfig.max_length 8"):
+        mammut.answer(model, processor, list(images), questions)
+    questions[2] = "blue"
+    answers = mammut.answer(model, processor, list(images), questions, batch_size=4)
+    one_by_one = [mammut.answer(model, processor, [i], [q], batch_size=1)[0] for i, q in zip(images, questions)]
+    assert answers == one_by_one
+    with pytest.raises(ValueError, match="5 prompts for 6 images"):
+        mammut.answer(model, processor, list(images), questions[:5])
