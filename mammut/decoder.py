@@ -105,10 +105,10 @@ class TextDecoder(nnx.Module):
     def cached_step(
         self, tokens: Int[Array, "R"], position: Int[Array, ""], cache: DecodeCache
     ) -> tuple[Float[Array, "R D"], DecodeCache]:
-        """The caption pass for one more token of each of R rows, all at `position`: features float[R, D], and the cache.
+        """The caption pass for one more token of each of R rows, all at `position`: float[R, D], and the next cache.
 
-        R is a multiple of the B images of the cache: rows [i * R / B, (i + 1) * R / B) belong to image i, whose keys and
-        values they share.
+        R is a multiple of the B images of the cache: rows [i * R / B, (i + 1) * R / B) belong to image i, whose keys
+        and values they share.
         """
         rows, images = tokens.shape[0], cache.image.key.shape[1]
         x = self.token_embed(tokens[:, None]) + self.pos_embed[...][position].astype(self.dtype)

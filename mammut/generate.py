@@ -1,8 +1,8 @@
 """Text from images: one jitted loop over the cached caption pass, for greedy decoding, sampling and beam search.
 
 Every loop has static shapes. The image is encoded once; its keys and values are made once and shared by its beams.
-The prompt is run in one pass, then one position at a time for all rows together: a row whose prompt is longer is fed its
-prompt until that ends. The loop stops when every row has.
+The prompt is run in one pass, then one position at a time for all rows together: a row whose prompt is longer is fed
+its prompt until that ends. The loop stops when every row has.
 
 Log-probabilities are those of the model (log-softmax of its logits), whatever temperature, filters or penalties chose
 the tokens.
@@ -83,10 +83,10 @@ def generate(
       prompt: int[B, Q], the start token first; no end token.
       prompt_valid: bool[B, Q], True for the prompt's tokens, which come before any pad.
       eos_id: ends a text.
-      vocab_size: only ids below it are chosen, and only they share the probability: a model's vocabulary may be larger
-        than its tokenizer's. None: the model's.
-      keys: a random key for each row [B], used where `config.temperature` is not 0. A row's tokens depend on its own key
-        alone, not on the rows beside it.
+      vocab_size: only ids below it are chosen, and only they share the probability: a model's vocabulary may be
+        larger than its tokenizer's. None: the model's.
+      keys: a random key for each row [B], used where `config.temperature` is not 0. A row's tokens depend on its own
+        key alone, not on the rows beside it.
 
     Raises:
       ValueError: the prompt leaves no room below `DecoderConfig.max_length`, or there are more beams than the vocabulary

@@ -469,8 +469,13 @@ def test_a_layer_equals_a_second_implementation(kind):
     mask[:, :, range(5), range(5)] = True
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Layer(CONFIG.text, rngs=nnx.Rngs(0), dtypes=FLOAT32)))
     params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), params)
-    others = (None, mask) if kind == "self" else (jnp.float32(kv), None)
-    actual = jax.jit(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs))(params, jnp.float32(x), *others)
+
+    @jax.jit
+    def run(params, x, kv, mask):
+        layer = nnx.merge(graphdef, params)
+        return layer(x, mask=mask) if kind == "self" else layer(x, layer.attn.keys_values(kv))
+
+    actual = run(params, jnp.float32(x), jnp.float32(kv), mask)
     for row in range(2):
         if kind == "self":
             expected = np_layer(x[row], float64(params), CONFIG.text, mask=mask[row, 0])
