@@ -136,7 +136,8 @@ def test_flops_are_those_that_the_compiler_counts():
     """Of the tiny model, whose layers are laid out one by one: XLA counts the body of a loop once."""
     config = presets.tiny()
     graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8)
+    size = config.vision.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
     lowered = jax.jit(lambda p, x: nnx.merge(graphdef, p).encode_image(x)).lower(params, image)
     cost = lowered.compile().cost_analysis()
     assert forward_flops(config)["vision"] == pytest.approx(cost["flops"], rel=0.1)
