@@ -89,8 +89,8 @@ def generate(
         key alone, not on the rows beside it.
 
     Raises:
-      ValueError: the prompt leaves no room below `DecoderConfig.max_length`, or there are not fewer beams than tokens in
-        the vocabulary.
+      ValueError: the prompt leaves no room below `DecoderConfig.max_length`, or there are not fewer beams than tokens
+        in the vocabulary.
     """
     text = model.config.text
     if prompt.shape[1] >= text.max_length:

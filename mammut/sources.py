@@ -1,5 +1,6 @@
 """Sets of examples by index: drawn scenes, a folder of images with JSON lines, a prepared tensorflow-datasets set."""
 
+import abc
 import array
 import dataclasses
 import json
@@ -32,7 +33,7 @@ class Example:
     key: str  # names the example in messages and predictions: its file, where it has one
 
 
-class Source:
+class Source(abc.ABC):
     """A set of examples by index; `source[i]` raises BadExample where there is no usable example.
 
     Subclass it to train on data of your own: `spec` (its name in messages), `__len__` and `__getitem__` are enough.
@@ -41,11 +42,13 @@ class Source:
 
     spec: str
 
+    @abc.abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """How many examples there are."""
 
+    @abc.abstractmethod
     def __getitem__(self, index: int) -> Example:
-        raise NotImplementedError
+        """The example at `index`, 0 to len - 1."""
 
     def captions(self, index: int) -> list[str]:
         """The captions of an example, without the cost of its image where that can be saved."""

@@ -14,19 +14,13 @@ import mammut
 from mammut.generate import GenerateConfig, filter_logits, generate
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 
+# What is here is compiled more than it is run.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = dataclasses.replace(
     tiny_config(), text=dataclasses.replace(tiny_config().text, tie_embeddings=False, max_length=8)
 )
 LENGTH, VOCAB = CONFIG.text.max_length, CONFIG.text.vocab_size
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These models are compiled more than they are run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

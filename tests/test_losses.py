@@ -16,14 +16,8 @@ from mammut.losses import (
 )
 from mammut.sharding import make_mesh
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These functions are compiled more than they are run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+# What is here is compiled more than it is run.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 # Worked by hand: rows are images, columns texts. softplus(-3 -2 -1 0 1) = .048587 .126928 .313262 .693147 1.313262

@@ -19,6 +19,9 @@ from mammut.model import MaMMUT, num_params, unit
 from mammut.tasks import ImageTextTask
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 
+# What is here is compiled more than it is run.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = tiny_config()
 LENGTH, VOCAB, WIDTH = CONFIG.text.max_length, CONFIG.text.vocab_size, CONFIG.text.width
 FLOAT32 = Dtypes(jnp.dtype("float32"), jnp.dtype("float32"))
@@ -92,15 +95,6 @@ def loss_and_gradients(batch, config: ModelConfig = CONFIG):
     """The training loss, both parts of it, and its gradients."""
     loss, grads = _loss_and_gradients(*weights(config), batch)
     return float(loss), nnx.to_pure_dict(jax.tree.map(np.asarray, grads))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These models are compiled more than they are run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
