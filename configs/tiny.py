@@ -11,6 +11,6 @@ def get_config() -> TrainConfig:
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
         steps=1_600,
         log_every=100,
-        eval_every=500,
-        checkpoint_every=500,
+        eval_every=400,
+        checkpoint_every=400,
     )
