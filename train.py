@@ -126,7 +126,7 @@ def make_processor(config: TrainConfig, source: sources.Source) -> Processor:
     """The processor of a fresh run: a given vocabulary, or one trained on the captions of the training set."""
     vocab_size = config.model.text.vocab_size
     if config.tokenizer.path is None:
-        tokenizer = train_sentencepiece(sources.captions(source), vocab_size, config.tokenizer.lowercase)
+        tokenizer = train_sentencepiece(sources.texts(source), vocab_size, config.tokenizer.lowercase)
     else:
         tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.lowercase)
     if tokenizer.vocab_size > vocab_size:

@@ -1,4 +1,7 @@
-"""Sets of examples by index: drawn scenes, a folder of images with JSON lines, a prepared tensorflow-datasets set."""
+"""Sets of examples by index: drawn scenes, a folder of images with JSON lines, a prepared tensorflow-datasets set.
+
+A source is opened for one `Field`: captions, questions with answers ("qa"), or the name of what an image shows.
+"""
 
 import abc
 import array
@@ -9,11 +12,13 @@ import pathlib
 import re
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from mammut import synthetic
+
+Field = Literal["captions", "qa", "name"]
 
 
 class BadExample(ValueError):
@@ -24,13 +29,32 @@ class BadExample(ValueError):
         self.cause = cause
 
 
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question about an image, and what people answered."""
+
+    text: str
+    answers: list[str]  # one for each person asked; empty where a benchmark keeps them back
+    id: str  # names the question in predictions
+    answer_type: str | None = None  # as a benchmark sorts its questions: yes/no, number, other
+    question_type: str | None = None  # what it begins with: "how many"
+
+
 @dataclasses.dataclass
 class Example:
-    """One image and everything that is said about it."""
+    """One image and what is said about it; only the field that its source was opened for is filled."""
 
     image: Any  # encoded bytes, a path, uint8[height, width, 3] or a PIL image, as `Processor.image` takes them
     captions: list[str]
     key: str  # names the example in messages and predictions: its file, where it has one
+    qa: list[Question] = dataclasses.field(default_factory=list)
+    name: str | None = None  # what the image shows: the class
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """What is given and what is to be said: an empty prompt and a caption or name, a question and an answer."""
+        said = [*self.captions, *([] if self.name is None else [self.name])]
+        return [("", text) for text in said] + [(q.text, answer) for q in self.qa for answer in q.answers]
 
 
 class Source(abc.ABC):
@@ -50,24 +74,27 @@ class Source(abc.ABC):
     def __getitem__(self, index: int) -> Example:
         """The example at `index`, 0 to len - 1."""
 
-    def captions(self, index: int) -> list[str]:
-        """The captions of an example, without the cost of its image where that can be saved."""
-        return self[index].captions
+    def pairs(self, index: int) -> list[tuple[str, str]]:
+        """`Example.pairs`, without the cost of the image where that can be saved."""
+        return self[index].pairs
 
 
-def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None) -> Source:
-    """Opens a set of captioned images.
+def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None, field: Field = "captions") -> Source:
+    """Opens a set of images with captions, with questions and answers, or with names.
 
     Args:
       spec: One of these, each with an optional slice in examples or percent such as `[1000:]` or `[:90%]`.
         `synthetic:train`, `synthetic:val`: the drawn scenes of `mammut.synthetic`.
-        `jsonl:PATH`: one `{"file": ..., "captions": [...]}` a line, files relative to PATH, which is the .jsonl or a
-        folder that holds exactly one. Only the place of each line is kept in memory.
+        `jsonl:PATH`: one object a line with a "file", relative to PATH, which is the .jsonl or a folder that holds
+        exactly one; and with the field asked for: "captions", a list of texts; "qa", a list of
+        `{"question", "answers": [...]}`, optionally with "question_id", "answer_type" and "question_type"; or "name".
+        Only the place of each line is kept in memory.
         `tfds:NAME/SPLIT`: a set that tensorflow-datasets has prepared as array_record; NAME may have a config and a
         version, or be the folder of the prepared set. The image is its field `image`, the captions are its first field
         of `captions` (a sequence of texts, or of objects with a `text`, as in COCO), `caption` and `text`.
       image_size: Pixels of the drawn scenes; other sources give their images as they are stored.
       tfds_dir: The `data_dir` of tensorflow-datasets; None is its default.
+      field: What an example must have; one without it is a BadExample.
 
     Raises:
       ValueError: the spec is none of these, the set does not exist, or there is nothing in it.
@@ -75,9 +102,9 @@ def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None) -> S
     name, start, stop = re.fullmatch(r"(.*?)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", spec, re.DOTALL).groups()
     kind, _, name = name.partition(":")
     if kind == "synthetic" and name in ("train", "val"):
-        source = _Synthetic(name, image_size)
+        source = _Synthetic(name, image_size, field)
     elif kind == "jsonl" and name:
-        source = _Jsonl(spec, pathlib.Path(name).expanduser())
+        source = _Jsonl(spec, pathlib.Path(name).expanduser(), field)
     elif kind == "tfds" and all(name.rpartition("/")):
         source = _Tfds(spec, name, tfds_dir)
     else:
@@ -107,27 +134,36 @@ class _Slice(Source):
     def __getitem__(self, index: int) -> Example:
         return self._source[self._rows[index]]
 
-    def captions(self, index: int) -> list[str]:
-        return self._source.captions(self._rows[index])
+    def pairs(self, index: int) -> list[tuple[str, str]]:
+        return self._source.pairs(self._rows[index])
 
 
 class _Synthetic(Source):
-    def __init__(self, split: synthetic.Split, image_size: int):
-        self._split, self._image_size = split, image_size
+    def __init__(self, split: synthetic.Split, image_size: int, field: Field):
+        self._split, self._image_size, self._field = split, image_size, field
 
     def __len__(self) -> int:
         return synthetic.num_scenes(self._split)
 
     def __getitem__(self, index: int) -> Example:
-        image = synthetic.draw(self._split, index, self._image_size)
-        return Example(image, self.captions(index), f"synthetic:{self._split} {index}")
+        return self._example(index, synthetic.draw(self._split, index, self._image_size))
 
-    def captions(self, index: int) -> list[str]:
-        return synthetic.captions(synthetic.combination(self._split, index))
+    def pairs(self, index: int) -> list[tuple[str, str]]:
+        return self._example(index, None).pairs
+
+    def _example(self, index: int, image: Any) -> Example:
+        key, shown = f"synthetic:{self._split} {index}", synthetic.combination(self._split, index)
+        if self._field == "captions":
+            return Example(image, synthetic.captions(shown), key)
+        if self._field == "name":
+            return Example(image, [], key, name=shown.shape)
+        asked = synthetic.questions(shown)
+        qa = [Question(text, [answer], f"{key}#{n}") for n, (text, answer) in enumerate(asked)]
+        return Example(image, [], key, qa)
 
 
 class _Jsonl(Source):
-    def __init__(self, spec: str, path: pathlib.Path):
+    def __init__(self, spec: str, path: pathlib.Path, field: Field):
         if path.is_dir():
             found = sorted(path.glob("*.jsonl"))
             if len(found) != 1:
@@ -143,7 +179,7 @@ class _Jsonl(Source):
                     numbers.append(number)
                 end += len(line)
         starts.append(end)
-        self._path = path
+        self._path, self._field = path, field
         self._bounds, self._numbers = np.array(starts), np.array(numbers)
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
@@ -165,10 +201,12 @@ class _Jsonl(Source):
         file = record.get("file")
         if not isinstance(file, str) or not file:
             raise BadExample(f'{where} has no "file"', "missing field")
-        captions = record.get("captions")
-        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-            raise BadExample(f'{where} has no "captions", a list of texts', "missing field")
-        return Example(self._path.parent / file, _usable(captions, where), file)
+        image = self._path.parent / file
+        if self._field == "captions":
+            return Example(image, _captions(record.get("captions"), where), file)
+        if self._field == "name":
+            return Example(image, [], file, name=_text(record.get("name"), where, '"name"'))
+        return Example(image, [], file, _questions(record.get("qa"), where, file))
 
 
 class _Tfds(Source):
@@ -226,25 +264,56 @@ class _Tfds(Source):
         except UnicodeDecodeError as error:
             raise BadExample(f"{where} is not UTF-8", "not UTF-8") from error
         file = record.get("image/filename", b"").decode(errors="replace")
-        return Example(record["image"], _usable(captions, where), file or where)
+        return Example(record["image"], _captions(captions, where), file or where)
 
 
-def _usable(captions: list[str], where: str) -> list[str]:
-    captions = [caption for caption in captions if caption.strip()]
+def _text(value: Any, where: str, what: str) -> str:
+    """A text of the set, checked."""
+    if not isinstance(value, str) or not value.strip():
+        raise BadExample(f"{where} has no {what}, a text", "missing field")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+        raise BadExample(f"{where} has a text that is not UTF-8", "not UTF-8") from error
+    return value
+
+
+def _captions(values: Any, where: str) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(caption, str) for caption in values):
+        raise BadExample(f'{where} has no "captions", a list of texts', "missing field")
+    captions = [_text(caption, where, "caption") for caption in values if caption.strip()]
     if not captions:
         raise BadExample(f"{where} has no caption", "no caption")
-    try:
-        "".join(captions).encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        raise BadExample(f"{where} has a caption that is not UTF-8", "not UTF-8") from error
     return captions
 
 
-def captions(source: Source) -> Iterator[str]:
-    """All captions in order, to train a tokenizer on; examples that cannot be read are left out."""
+def _questions(values: Any, where: str, file: str) -> list[Question]:
+    if not isinstance(values, list) or not all(isinstance(question, dict) for question in values):
+        raise BadExample(f'{where} has no "qa", a list of objects with a question and answers', "missing field")
+    questions = []
+    for number, value in enumerate(values):
+        answers = value.get("answers", [])
+        if not isinstance(answers, list):
+            raise BadExample(f'{where} has "answers" that are not a list of texts', "missing field")
+        questions.append(
+            Question(
+                _text(value.get("question"), where, '"question"'),
+                [_text(answer, where, "answer") for answer in answers],
+                str(value.get("question_id", f"{file}#{number}")),
+                value.get("answer_type"),
+                value.get("question_type"),
+            )
+        )
+    if not questions:
+        raise BadExample(f"{where} has no question", "no question")
+    return questions
+
+
+def texts(source: Source) -> Iterator[str]:
+    """All texts in order, to train a tokenizer on; examples that cannot be read are left out."""
     for index in range(len(source)):
         try:
-            yield from source.captions(index)
+            yield from (text for pair in source.pairs(index) for text in pair if text)
         except BadExample:
             continue
 

@@ -63,6 +63,18 @@ def captions(combination: Combination) -> list[str]:
     return [f"{things} {where}", f"{where} {things}", f"a picture of {things} {where}"]
 
 
+def questions(combination: Combination) -> list[tuple[str, str]]:
+    """Five questions about a combination, with their answers, one for each of its attributes."""
+    count, size, colour, shape, place = combination
+    return [
+        ("how many shapes are there?", _COUNTS[count]),
+        ("are they small or large?", size),
+        ("what color is it?", colour),
+        ("what shape is it?", shape),
+        ("where in the picture is it?", place),
+    ]
+
+
 @functools.cache
 def combinations(split: Split) -> tuple[Combination, ...]:
     """All combinations that scenes of the split may show, in an order and a division that never change."""

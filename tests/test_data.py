@@ -210,10 +210,10 @@ def test_threads_read_the_same(tmp_path):
 def test_captions_leave_out_what_cannot_be_read(tmp_path):
     source = open_set(write_set_with_bad(tmp_path, 20))
     readable_without_image = ["x"] * 4
-    assert sorted(sources.captions(source)) == sorted(
+    assert sorted(sources.texts(source)) == sorted(
         [caption for i in range(20) for caption in captions_of(i)] + readable_without_image
     )
-    assert list(sources.captions(open_set("synthetic:val[:1]"))) == synthetic.captions(synthetic.combination("val", 0))
+    assert list(sources.texts(open_set("synthetic:val[:1]"))) == synthetic.captions(synthetic.combination("val", 0))
 
 
 # Training batches
