@@ -1,9 +1,11 @@
-"""Retrieval recall: cases worked by hand, ties, several captions an image, against a full sort."""
+"""Retrieval and classification scores: cases worked by hand, ties, several captions an image, against a full sort."""
+
+import json
 
 import numpy as np
 import pytest
 
-from mammut.metrics import retrieval_recall
+from mammut.metrics import classification_scores, nearest, ranking_recall, retrieval_recall
 
 
 def by_sorting(image_embed, text_embed, image_of_text, ks):
@@ -15,7 +17,7 @@ def by_sorting(image_embed, text_embed, image_of_text, ks):
         recalls[f"t2i_r{k}"] = np.mean([image_of_text[t] in row for t, row in enumerate(nearest_images)])
         nearest_texts = np.argsort(-scores.T, axis=1, kind="stable")[:, :k]
         recalls[f"i2t_r{k}"] = np.mean([i in image_of_text[row] for i, row in enumerate(nearest_texts)])
-    return recalls
+    return recalls | {"mean_recall": np.mean(list(recalls.values()))}
 
 
 def test_a_case_worked_by_hand():
@@ -31,11 +33,12 @@ def test_a_case_worked_by_hand():
     # it and comes before. Image 2: (0, 0, 0.8), own is 1: third, for the same reason.
     assert recalls["i2t_r1"] == recalls["i2t_r2"] == pytest.approx(1 / 3)
     assert recalls["i2t_r3"] == 1
+    assert recalls["mean_recall"] == pytest.approx((1 / 3 + 2 / 3 + 1 + 1 / 3 + 1 / 3 + 1) / 6)
 
 
 def test_the_names_follow_k():
     recalls = retrieval_recall(np.eye(3), np.eye(3), np.arange(3), (1, 7))
-    assert set(recalls) == {"t2i_r1", "i2t_r1", "t2i_r7", "i2t_r7"}
+    assert set(recalls) == {"t2i_r1", "i2t_r1", "t2i_r7", "i2t_r7", "mean_recall"}
     assert set(recalls.values()) == {1.0}
     assert {type(value) for value in recalls.values()} == {float}
 
@@ -102,6 +105,20 @@ def test_recall_does_not_depend_on_the_length_of_the_embeddings():
     assert small == retrieval_recall(images, texts, np.arange(10))
 
 
+@pytest.mark.parametrize("chunk", [3, 1024])
+def test_an_embedding_that_is_not_a_number_hides_no_other(chunk):
+    """Images 0 and 3 are NaN: their texts find nothing, the other texts find their own first."""
+    images = np.eye(6, dtype=np.float32)
+    images[[0, 3]] = np.nan
+    recalls = retrieval_recall(images, np.eye(6, dtype=np.float32), np.arange(6), (1, 6), chunk)
+    assert recalls["t2i_r1"] == recalls["t2i_r6"] == recalls["i2t_r1"] == recalls["i2t_r6"] == pytest.approx(4 / 6)
+
+
+def test_one_image_is_always_found():
+    recalls = retrieval_recall(np.ones((1, 4)), np.random.default_rng(0).normal(size=(5, 4)), np.zeros(5, int))
+    assert set(recalls.values()) == {1.0}
+
+
 def test_an_image_without_a_text_is_refused():
     with pytest.raises(ValueError, match="1 of 3 images have no text in image_of_text"):
         retrieval_recall(np.eye(3), np.eye(3), np.array([0, 2, 2]))
@@ -111,3 +128,171 @@ def test_an_image_without_a_text_is_refused():
 def test_an_empty_set_is_refused(num_images, num_texts):
     with pytest.raises(ValueError, match=f"got {num_images} images and {num_texts} texts"):
         retrieval_recall(np.ones((num_images, 2)), np.ones((num_texts, 2)), np.zeros(num_texts, int))
+
+
+@pytest.mark.parametrize("image_of_text", [[0, 1, 5], [0, 1, -1]])
+def test_a_text_of_an_image_that_is_not_there_is_refused(image_of_text):
+    with pytest.raises(ValueError, match="image_of_text must be rows 0 to 2 of image_embed, got (0 to 5|-1 to 1)"):
+        retrieval_recall(np.eye(3), np.eye(3), np.array(image_of_text))
+
+
+@pytest.mark.parametrize("ks", [(), (0, 1)])
+def test_recall_at_no_k_is_refused(ks):
+    with pytest.raises(ValueError, match="ks of 1 or more"):
+        retrieval_recall(np.eye(3), np.eye(3), np.arange(3), ks)
+    with pytest.raises(ValueError, match="ks of 1 or more"):
+        ranking_recall([[0]], [[0]], ks)
+
+
+def best_by_sorting(query, candidates, k):
+    """Python's stable sort of (score, position) pairs."""
+    scores = [[float(np.float32(np.dot(q, c))) for c in candidates] for q in query.astype(np.float64)]
+    scores = np.nan_to_num(scores, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+    indices = [sorted(range(len(row)), key=lambda c: (-row[c], c))[:k] for row in scores]
+    return np.array(indices), np.take_along_axis(scores, np.array(indices), 1)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 16, 1024])
+@pytest.mark.parametrize("k", [1, 4, 30, 100])
+@pytest.mark.parametrize("ties", [True, False])
+def test_nearest_equals_a_full_stable_sort_whatever_the_chunks(chunk, k, ties):
+    """Whole numbers from -1 to 1 in 2 columns: five scores for 30 candidates, nearly all of them tied."""
+    rng = np.random.default_rng(k)
+    query, candidates = rng.normal(size=(9, 2)), rng.normal(size=(30, 2))
+    if ties:
+        query, candidates = rng.integers(-1, 2, size=(9, 2)), rng.integers(-1, 2, size=(30, 2))
+    query, candidates = query.astype(np.float32), candidates.astype(np.float32)
+    candidates[[2, 11]] = np.nan
+    indices, scores = nearest(query, candidates, k, chunk=chunk)
+    expected_indices, expected_scores = best_by_sorting(query, candidates, k)
+    assert indices.shape == (9, min(k, 30)) and scores.dtype == np.float32
+    np.testing.assert_array_equal(indices, expected_indices)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-6)
+
+
+def test_equal_candidates_rank_by_position_whatever_the_chunks():
+    """Float32 products of equal rows differ in their last bit, by their place in the matrix."""
+    rng = np.random.default_rng(0)
+    candidates = np.tile(rng.normal(size=(40, 192)).astype(np.float32), (5, 1))
+    query = rng.normal(size=(50, 192)).astype(np.float32)
+    for chunk in (7, 33, 1024):
+        indices, scores = nearest(query, candidates, 15, chunk=chunk)
+        np.testing.assert_array_equal(indices[:, ::5] + 40, indices[:, 1::5])
+        np.testing.assert_array_equal(indices[:, ::5] + 160, indices[:, 4::5])
+        np.testing.assert_array_equal(scores[:, ::5], scores[:, 4::5])
+
+
+def test_nearest_gives_each_candidate_once_although_no_score_is_a_number():
+    indices, scores = nearest(np.full((3, 2), np.nan), np.ones((5, 2)), 4, chunk=2)
+    np.testing.assert_array_equal(indices, np.tile(np.arange(4), (3, 1)))
+    assert (scores == -np.inf).all()
+
+
+def test_no_queries_have_no_nearest():
+    indices, scores = nearest(np.ones((0, 2)), np.ones((5, 2)), 3)
+    assert indices.shape == scores.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "settings", "error"),
+    [
+        ((0, 2), {"k": 1}, r"got \(3, 2\) and \(0, 2\)"),
+        ((4, 2), {"k": 0}, "got k=0"),
+        ((4, 2), {"k": 1, "chunk": 0}, "chunk=0"),
+    ],
+)
+def test_nearest_refuses_what_it_cannot_rank(candidates, settings, error):
+    with pytest.raises(ValueError, match=error):
+        nearest(np.ones((3, 2)), np.ones(candidates), **settings)
+
+
+def test_any_relevant_id_is_enough():
+    """The any-of rule of CLIP_benchmark: a query counts once, however many of its relevant ids are found.
+
+    Query 0 has ids 4 and 7, at places 2 and 6: found from k=2 on. Query 1 has id 3, first. Query 2 has ids 1, 2 and 5,
+    at the first three places: 1, and not 3. Query 3 has id 9, which is not among the six first.
+    """
+    ranked = [[0, 4, 1, 2, 3, 7], [3, 0, 1, 2, 4, 5], [5, 1, 2, 0, 3, 4], [0, 1, 2, 3, 4, 5]]
+    recalls = ranking_recall(ranked, [[4, 7], [3], [1, 2, 5], [9]], (1, 2, 6))
+    assert recalls == {"r1": 2 / 4, "r2": 3 / 4, "r6": 3 / 4}
+
+
+@pytest.mark.parametrize("num_images", [1, 4, 30])
+def test_stored_rankings_score_as_the_embeddings_do(num_images):
+    rng = np.random.default_rng(num_images)
+    image_of_text = rng.permutation(np.repeat(np.arange(num_images), 3))
+    images = rng.integers(-2, 3, size=(num_images, 3)).astype(np.float32)
+    texts = images[image_of_text] + rng.integers(-2, 3, size=(3 * num_images, 3))
+    expected = retrieval_recall(images, texts, image_of_text)
+    ranked_images, ranked_texts = nearest(texts, images, 10)[0].tolist(), nearest(images, texts, 10)[0].tolist()
+    t2i = ranking_recall(ranked_images, image_of_text[:, None].tolist(), num_candidates=num_images)
+    own_texts = [np.flatnonzero(image_of_text == image).tolist() for image in range(num_images)]
+    i2t = ranking_recall(ranked_texts, own_texts, num_candidates=3 * num_images)
+    scores = {f"t2i_{k}": v for k, v in t2i.items()} | {f"i2t_{k}": v for k, v in i2t.items()}
+    assert scores == pytest.approx({name: value for name, value in expected.items() if name != "mean_recall"})
+
+
+@pytest.mark.parametrize(
+    ("ranked", "relevant", "num_candidates", "error"),
+    [
+        ([], [], None, "got 0 lists for 0 rankings"),
+        ([[1, 2]], [[1], [2]], None, "got 2 lists for 1 rankings"),
+        ([[1, 2], [1, 2]], [[1], []], None, "query 1 has no relevant ids"),
+        ([[1, 2], [1]], [[1], [2]], None, "ranking of query 1 has 1 places, the scores need the first 2"),
+        ([[1]], [[1]], 5, "ranking of query 0 has 1 places, the scores need the first 2"),
+        ([[1, 2, 3]], [[1]], 2, "has 3 places for 2 candidates"),
+        ([[1, 2, 1]], [[1]], None, "ranking of query 0 names a candidate twice"),
+    ],
+)
+def test_rankings_that_cannot_be_scored_are_refused(ranked, relevant, num_candidates, error):
+    with pytest.raises(ValueError, match=error):
+        ranking_recall(ranked, relevant, (1, 2), num_candidates=num_candidates)
+
+
+def test_a_ranking_of_all_candidates_may_be_shorter_than_k():
+    assert ranking_recall([[1, 0]], [[0]], num_candidates=2) == {"r1": 0, "r5": 1, "r10": 1}
+
+
+def test_a_classification_worked_by_hand():
+    """Three cats of which two are ranked first and one sixth, one dog ranked second, no cow."""
+    classes = ["dog", "cow", "cat", "pig", "hen", "fox"]
+    ranked = [
+        ["cat", "dog", "cow", "pig", "hen"],
+        ["cat", "cow", "dog", "pig", "hen", "fox"],
+        ["dog", "cow", "pig", "hen", "fox", "cat"],
+        ["fox", "dog", "cow", "cat", "pig"],
+    ]
+    scores = classification_scores(ranked, ["cat", "cat", "cat", "dog"], classes)
+    assert scores == {
+        "top1": 2 / 4,
+        "top5": 3 / 4,
+        "mean_per_class_recall": (2 / 3 + 0 / 1) / 2,
+        "per_class_recall": {"dog": 0.0, "cat": 2 / 3},
+        "per_class_items": {"dog": 1, "cat": 3},
+        "items": 4,
+    }
+    assert list(scores["per_class_recall"]) == ["dog", "cat"]  # in the order of the classes
+    assert json.loads(json.dumps(scores)) == scores
+
+
+def test_with_fewer_than_five_classes_top5_finds_all():
+    scores = classification_scores([["a", "b"], ["a", "b"]], ["a", "b"], ["a", "b"])
+    assert (scores["top1"], scores["top5"]) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ranked", "labels", "classes", "error"),
+    [
+        ([], [], ["a", "b"], "got 0 labels for 0 rankings"),
+        ([["a", "b"]], ["a", "b"], ["a", "b"], "got 2 labels for 1 rankings"),
+        ([["a", "b"]], ["A"], ["a", "b"], "item 0 has the label 'A', which is not among the 2 classes"),
+        ([["a", "c"]], ["a"], ["a", "b"], r"item 0 ranks \['c'\], not among the 2 classes"),
+        ([["a", "b"]], ["a"], ["a", "b", "a"], r"classes are named twice: \['a'\]"),
+        ([["a", "a"]], ["a"], ["a", "b"], "ranking of item 0 names a candidate twice"),
+        ([["a", "b"], ["a"]], ["a", "a"], ["a", "b"], "ranking of item 1 has 1 places, the scores need the first 2"),
+        ([["a", "b", "c", "d"]], ["a"], list("abcdef"), "has 4 places, the scores need the first 5"),
+    ],
+)
+def test_a_classification_that_cannot_be_scored_is_refused(ranked, labels, classes, error):
+    with pytest.raises(ValueError, match=error):
+        classification_scores(ranked, labels, classes)

@@ -1,0 +1,243 @@
+"""Visual question answering scores: the official VQA accuracy with its oddities, exact match, and both by type.
+
+The reference is `vqaEval.py` of GT-Vision-Lab/VQA at a013f004; the formula is in Antol et al. 2015 (arXiv:1505.00468)
+and in its averaged form on visualqa.org/evaluation.html.
+"""
+
+import dataclasses
+import functools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+# The marks that go; ' $ % & * : ^ ~ | # stay, and so do periods before a digit.
+_MARKS = ";/[]\"{}()=+\\_-><@`,?!"
+_PERIOD = re.compile(r"\.(?!\d)")
+# The official tool passes a flag, re.UNICODE, where the number of replacements belongs: no more periods go than this.
+_MAX_PERIODS = 32
+_DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+_ARTICLES = frozenset(("a", "an", "the"))
+_DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
+_DIGITS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+# The official table to the letter: with capitals that no lowered word meets, without "im", with "somebodyd" reversed.
+_CONTRACTIONS = dict(
+    pair.split(":")
+    for pair in """
+'ow'sat:'ow's'at 'ows'at:'ow's'at I'dve:I'd've Id've:I'd've Im:I'm Ive:I've aint:ain't arent:aren't cant:can't
+couldn'tve:couldn't've couldnt:couldn't couldnt've:couldn't've couldve:could've didnt:didn't doesnt:doesn't
+dont:don't hadn'tve:hadn't've hadnt:hadn't hadnt've:hadn't've hasnt:hasn't havent:haven't he'dve:he'd've hed:he'd
+hed've:he'd've hes:he's howd:how'd howll:how'll hows:how's isnt:isn't it'dve:it'd've itd:it'd itd've:it'd've
+itll:it'll let's:let's maam:ma'am mightn'tve:mightn't've mightnt:mightn't mightnt've:mightn't've mightve:might've
+mustnt:mustn't mustve:must've neednt:needn't notve:not've oclock:o'clock oughtnt:oughtn't ow's'at:'ow's'at
+shant:shan't she'dve:she'd've she's:she's shed've:she'd've shouldn'tve:shouldn't've shouldnt:shouldn't
+shouldnt've:shouldn't've shouldve:should've somebody'd:somebodyd somebody'dve:somebody'd've
+somebodyd've:somebody'd've somebodyll:somebody'll somebodys:somebody's someone'dve:someone'd've someoned:someone'd
+someoned've:someone'd've someonell:someone'll someones:someone's something'dve:something'd've
+somethingd:something'd somethingd've:something'd've somethingll:something'll thats:that's there'dve:there'd've
+thered:there'd thered've:there'd've therere:there're theres:there's they'dve:they'd've theyd:they'd
+theyd've:they'd've theyll:they'll theyre:they're theyve:they've twas:'twas wasnt:wasn't we'dve:we'd've
+wed've:we'd've werent:weren't weve:we've whatll:what'll whatre:what're whats:what's whatve:what've whens:when's
+whered:where'd wheres:where's whereve:where've who'dve:who'd've whod:who'd whod've:who'd've wholl:who'll whos:who's
+whove:who've whyll:why'll whyre:why're whys:why's wont:won't wouldn'tve:wouldn't've wouldnt:wouldn't
+wouldnt've:wouldn't've wouldve:would've y'all'dve:y'all'd've y'alld've:y'all'd've y'allll:y'all'll yall:y'all
+yall'd've:y'all'd've yall'll:y'all'll you'dve:you'd've youd:you'd youd've:you'd've youll:you'll youre:you're
+youve:you've
+""".split()
+)
+
+
+def strip_punctuation(text: str) -> str:
+    """The first half of the official normalisation: marks become spaces or go, periods not before a digit go.
+
+    A mark goes wherever it stands if it stands next to a space anywhere in the text; every mark goes if a comma stands
+    between two digits anywhere in the text. Else it becomes a space.
+    """
+    joined = _DIGIT_COMMA_DIGIT.search(text)
+    result = text
+    for mark in _MARKS:
+        beside_space = f"{mark} " in text or f" {mark}" in text  # in the text as it came, whatever went before
+        result = result.replace(mark, "" if joined or beside_space else " ")
+    return _PERIOD.sub("", result, count=_MAX_PERIODS)
+
+
+@functools.lru_cache(100_000)  # the answers of a set repeat: ten times faster
+def normalize_answer(text: str) -> str:
+    """An answer as the official tool compares it: punctuation, lower case, number words, articles, contractions.
+
+    "none" becomes "0"; an answer of articles alone becomes "". `strip_punctuation` says what happens to punctuation.
+    """
+    words = (_DIGITS.get(word, word) for word in strip_punctuation(text).lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """The official accuracy of one prediction, a share 0..1.
+
+    Each answer in turn is set aside and the prediction scores min(1, matches / 3) against the others; the mean of
+    these. With ten answers 1, 2, 3, 4 or more matches give 0.3, 0.6, 0.9 and 1. Normalisation is skipped where all
+    answers are the same but for the space around them: there case and punctuation of the prediction count.
+
+    Raises:
+      ValueError: fewer than 2 answers; the official formula is 0 for any prediction then, and below 1 under 4 answers.
+    """
+    _check_answers(answers)
+    if len(answers) < 2:
+        raise ValueError(f"VQA accuracy compares with the other answers of a question, got {len(answers)} answer")
+    prediction, answers = _clean(prediction), [_clean(answer) for answer in answers]
+    if len(set(answers)) > 1:
+        prediction, answers = normalize_answer(prediction), list(map(normalize_answer, answers))
+    matches = answers.count(prediction)
+    return sum(min(1.0, (matches - (answer == prediction)) / 3) for answer in answers) / len(answers)
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether the normalised prediction is one of the normalised answers.
+
+    Always normalises, unlike `vqa_accuracy`: "Yes." matches ten times "yes".
+
+    Raises:
+      ValueError: no answers.
+    """
+    _check_answers(answers)
+    return _normalize(prediction) in map(_normalize, answers)
+
+
+@dataclasses.dataclass(frozen=True)
+class TypeScores:
+    """The scores of the questions of one type, shares 0..1; `vqa_acc` is None where `VqaScores.vqa_acc` is."""
+
+    questions: int
+    exact_match: float
+    vqa_acc: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class VqaScores:
+    """The scores of a set of answered questions, shares 0..1, ready for `dataclasses.asdict` and JSON.
+
+    Attributes:
+      questions: how many.
+      exact_match: see `exact_match`.
+      vqa_acc: see `vqa_accuracy`; None where a question has fewer than 4 answers, as the formula cannot reach 1 there.
+      vqa_acc_missing: why `vqa_acc` is None, or None.
+      most_common_answer: the answer given most often in this set, normalised; of equals the first in the alphabet.
+      most_common_exact_match: the exact match of always saying it: what knowing nothing of the image can score.
+      answer_type_source: "records", or "derived" from each question's most frequent answer by `derived_answer_type`.
+      by_answer_type: type to scores.
+      by_question_type: type to scores; empty where the records have no question types.
+    """
+
+    questions: int
+    exact_match: float
+    vqa_acc: float | None
+    vqa_acc_missing: str | None
+    most_common_answer: str
+    most_common_exact_match: float
+    answer_type_source: str
+    by_answer_type: dict[str, TypeScores]
+    by_question_type: dict[str, TypeScores]
+
+
+def vqa_scores(records: Sequence[Mapping[str, Any]]) -> VqaScores:
+    """Scores the records of a predictions file.
+
+    Args:
+      records: each with `prediction` (str), `answers` (list of str, all with equal say) and, in all of them or in none,
+        `answer_type` and `question_type` (str).
+
+    Raises:
+      ValueError: no records, a record without a prediction or answers, or types in some of the records only.
+    """
+    if not records:
+        raise ValueError("VQA scores need at least one record, got none")
+    for place, record in enumerate(records):
+        _check_record(place, record)
+    exact = [exact_match(record["prediction"], record["answers"]) for record in records]
+    accuracies = missing = None
+    if few := sum(len(record["answers"]) < 4 for record in records):
+        missing = f"vqa_acc cannot reach 1 under 4 answers a question: {few} of {len(records)} questions have fewer"
+    else:
+        accuracies = [vqa_accuracy(record["prediction"], record["answers"]) for record in records]
+
+    def scores(rows: Sequence[int]) -> TypeScores:
+        accuracy = None if accuracies is None else _mean([accuracies[row] for row in rows])
+        return TypeScores(len(rows), _mean([exact[row] for row in rows]), accuracy)
+
+    def by(types: Sequence[str]) -> dict[str, TypeScores]:
+        rows = defaultdict(list)
+        for row, name in enumerate(types):
+            rows[name].append(row)
+        return {name: scores(rows[name]) for name in sorted(rows)}
+
+    answer_types = _types(records, "answer_type")
+    answers = [[_normalize(answer) for answer in record["answers"]] for record in records]
+    most_common = _most_frequent([answer for own in answers for answer in own])
+    whole = scores(range(len(records)))
+    return VqaScores(
+        questions=whole.questions,
+        exact_match=whole.exact_match,
+        vqa_acc=whole.vqa_acc,
+        vqa_acc_missing=missing,
+        most_common_answer=most_common,
+        most_common_exact_match=_mean([most_common in own for own in answers]),
+        answer_type_source="records" if answer_types else "derived",
+        by_answer_type=by(answer_types or [derived_answer_type(record["answers"]) for record in records]),
+        by_question_type=by(_types(records, "question_type") or []),
+    )
+
+
+def derived_answer_type(answers: Sequence[str]) -> str:
+    """The type of a question, "yes/no", "number" or "other", by its most frequent normalised answer.
+
+    The split of the official answer types, but not the official label of any question.
+
+    Raises:
+      ValueError: no answers.
+    """
+    _check_answers(answers)
+    answer = _most_frequent([_normalize(answer) for answer in answers])
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "number" if re.fullmatch(r"\d*\.?\d+", answer) else "other"
+
+
+def _clean(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _normalize(text: str) -> str:
+    return normalize_answer(_clean(text))
+
+
+def _most_frequent(answers: Iterable[str]) -> str:
+    counts = Counter(answers)
+    return min(counts, key=lambda answer: (-counts[answer], answer))
+
+
+def _mean(values: Sequence[float | bool]) -> float:
+    return sum(values) / len(values)
+
+
+def _types(records: Sequence[Mapping[str, Any]], field: str) -> list[str] | None:
+    """The types of all records, or None where no record has one."""
+    types = [record.get(field) for record in records]
+    missing = types.count(None)
+    if 0 < missing < len(types):
+        raise ValueError(f"{missing} of {len(types)} records have no {field}: give it in all of them or in none")
+    return None if missing else types
+
+
+def _check_answers(answers: Any) -> None:
+    is_list = isinstance(answers, Sequence) and not isinstance(answers, str)
+    if not is_list or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"answers must be a list of one string or more, got {answers!r}")
+
+
+def _check_record(place: int, record: Mapping[str, Any]) -> None:
+    if not isinstance(record.get("prediction"), str):
+        raise ValueError(f"record {place} has the prediction {record.get('prediction')!r}, a string is expected")
+    try:
+        _check_answers(record.get("answers"))
+    except ValueError as error:
+        raise ValueError(f"record {place}: {error}") from None
