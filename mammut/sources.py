@@ -1,4 +1,4 @@
-"""Sets of examples by index: drawn scenes, a folder of images with JSON lines, a prepared tensorflow-datasets set.
+"""Sets of examples by index: drawn scenes, JSON lines, benchmarks as downloaded, prepared tensorflow-datasets sets.
 
 A source is opened for one `Field`: captions, questions with answers ("qa"), or the name of what an image shows.
 """
@@ -10,15 +10,15 @@ import json
 import os
 import pathlib
 import re
+import reprlib
 import weakref
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from mammut import synthetic
-
-Field = Literal["captions", "qa", "name"]
+from mammut import benchmarks, synthetic
+from mammut.config import Field
 
 
 class BadExample(ValueError):
@@ -34,7 +34,7 @@ class Question:
     """A question about an image, and what people answered."""
 
     text: str
-    answers: list[str]  # one for each person asked; empty where a benchmark keeps them back
+    answers: list[str]  # one for each person asked, blank where one said nothing; [] where they are kept back
     id: str  # names the question in predictions
     answer_type: str | None = None  # as a benchmark sorts its questions: yes/no, number, other
     question_type: str | None = None  # what it begins with: "how many"
@@ -54,7 +54,8 @@ class Example:
     def pairs(self) -> list[tuple[str, str]]:
         """What is given and what is to be said: an empty prompt and a caption or name, a question and an answer."""
         said = [*self.captions, *([] if self.name is None else [self.name])]
-        return [("", text) for text in said] + [(q.text, answer) for q in self.qa for answer in q.answers]
+        answered = [(q.text, answer) for q in self.qa for answer in q.answers if answer.strip()]
+        return [("", text) for text in said] + answered
 
 
 class Source(abc.ABC):
@@ -83,34 +84,44 @@ def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None, fiel
     """Opens a set of images with captions, with questions and answers, or with names.
 
     Args:
-      spec: One of these, each with an optional slice in examples or percent such as `[1000:]` or `[:90%]`.
+      spec: One of these, each with an optional slice such as `[1000:]`, `[:90%]` or `[::5]`, every fifth example.
         `synthetic:train`, `synthetic:val`: the drawn scenes of `mammut.synthetic`.
         `jsonl:PATH`: one object a line with a "file", relative to PATH, which is the .jsonl or a folder that holds
         exactly one; and with the field asked for: "captions", a list of texts; "qa", a list of
         `{"question", "answers": [...]}`, optionally with "question_id", "answer_type" and "question_type"; or "name".
         Only the place of each line is kept in memory.
+        `coco:ANNOTATIONS.json,IMAGES`, `karpathy:DATASET.json,IMAGES,SPLIT` (captions) and
+        `vqav2:QUESTIONS.json,ANNOTATIONS.json,IMAGES` (qa; without answers where ANNOTATIONS.json is left empty):
+        benchmarks as they are downloaded, IMAGES a folder, no comma in a path; see `mammut.benchmarks`.
         `tfds:NAME/SPLIT`: a set that tensorflow-datasets has prepared as array_record; NAME may have a config and a
-        version, or be the folder of the prepared set. The image is its field `image`, the captions are its first field
-        of `captions` (a sequence of texts, or of objects with a `text`, as in COCO), `caption` and `text`.
+        version, or be the folder of the prepared set. The image is its field `image`. Captions are its first field of
+        `captions` (a sequence of texts, or of objects with a `text`, as in COCO), `caption` and `text`. Questions are
+        its sequence `qa`, `qas` or `question_answer` (as in CLEVR) of objects with a `question` and with `answers` or
+        an `answer`, or it has these fields itself. The name is its `label`, a class, or its `name`, a text.
       image_size: Pixels of the drawn scenes; other sources give their images as they are stored.
       tfds_dir: The `data_dir` of tensorflow-datasets; None is its default.
       field: What an example must have; one without it is a BadExample.
 
     Raises:
-      ValueError: the spec is none of these, the set does not exist, or there is nothing in it.
+      ValueError: the spec is none of these, the set does not exist, is not of its format or not of the field, or
+        there is nothing in it.
     """
-    name, start, stop = re.fullmatch(r"(.*?)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", spec, re.DOTALL).groups()
+    pattern = r"(.*?)(?:\[(-?\d+%?)?:(-?\d+%?)?(?::([1-9]\d*)?)?\])?"
+    name, start, stop, step = re.fullmatch(pattern, spec, re.DOTALL).groups()
     kind, _, name = name.partition(":")
     if kind == "synthetic" and name in ("train", "val"):
         source = _Synthetic(name, image_size, field)
     elif kind == "jsonl" and name:
         source = _Jsonl(spec, pathlib.Path(name).expanduser(), field)
+    elif kind in benchmarks.FORMS and name:
+        source = _Benchmark(spec, kind, name, field)
     elif kind == "tfds" and all(name.rpartition("/")):
-        source = _Tfds(spec, name, tfds_dir)
+        source = _Tfds(spec, name, tfds_dir, field)
     else:
+        forms = ", ".join(f"{kind}:{form}" for kind, (_, form) in benchmarks.FORMS.items())
         raise ValueError(
-            f"data source {spec!r} is not synthetic:train, synthetic:val, jsonl:PATH or tfds:NAME/SPLIT, "
-            "each with an optional [a:b] in examples or percent"
+            f"data source {spec!r} is not synthetic:train, synthetic:val, jsonl:PATH, {forms} or tfds:NAME/SPLIT, "
+            "each with an optional [a:b] in examples or percent, or [a:b:step]"
         )
 
     def bound(text: str | None) -> int | None:
@@ -118,7 +129,7 @@ def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None, fiel
             return text and int(text)
         return round(len(source) * int(text[:-1]) / 100)
 
-    rows = range(len(source))[bound(start) : bound(stop)]
+    rows = range(len(source))[bound(start) : bound(stop) : step and int(step)]
     if not rows:
         raise ValueError(f"data source {spec!r} is empty, expected at least one example; the set has {len(source)}")
     return _Slice(spec, source, rows)
@@ -200,17 +211,45 @@ class _Jsonl(Source):
             raise BadExample(f"{where} is not a JSON object", "not an object")
         file = record.get("file")
         if not isinstance(file, str) or not file:
-            raise BadExample(f'{where} has no "file"', "missing field")
-        image = self._path.parent / file
-        if self._field == "captions":
-            return Example(image, _captions(record.get("captions"), where), file)
-        if self._field == "name":
-            return Example(image, [], file, name=_text(record.get("name"), where, '"name"'))
-        return Example(image, [], file, _questions(record.get("qa"), where, file))
+            video = ", but the frames of a video, which cannot be read yet" if "frames" in record else ""
+            raise BadExample(f'{where} has no "file"{video}', "missing field")
+        if self._field not in record:
+            raise BadExample(f'{where} has no "{self._field}"', "missing field")
+        return _example(self._path.parent / file, file, self._field, record[self._field], where)
+
+
+class _Benchmark(Source):
+    def __init__(self, spec: str, kind: str, form: str, field: Field):
+        offered, _ = benchmarks.FORMS[kind]
+        if field != offered:
+            raise ValueError(f"data source {spec!r} offers the field {offered!r}, expected one that offers {field!r}")
+        try:
+            self._path, self._images, self._records = benchmarks.read(kind, form)
+        except ValueError as error:
+            raise ValueError(f"data source {spec!r}: {error}") from error
+        self._field = field
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        file = record["file"]
+        return _example(self._images / file, file, self._field, record[self._field], f"{self._path}, image {file}")
+
+
+_QUESTION = ("question", "answers", "answer", "question_id", "answer_type", "question_type")
+
+# Where tensorflow-datasets' sets have a field: the first of these features that is of one of these types.
+_TFDS_FEATURES: dict[Field, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "captions": (("captions", "caption", "text"), ("Sequence", "Text")),
+    "qa": (("qa", "qas", "question_answer", "question"), ("Sequence", "Text")),
+    "name": (("label", "name"), ("ClassLabel", "Text")),
+}
 
 
 class _Tfds(Source):
-    def __init__(self, spec: str, name: str, tfds_dir: str | None):
+    def __init__(self, spec: str, name: str, tfds_dir: str | None, field: Field):
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core import read_only_builder
 
@@ -228,15 +267,19 @@ class _Tfds(Source):
                 "tfds.builder(NAME, data_dir=DIR, file_format='array_record').download_and_prepare()"
             ) from error
         features = builder.info.features
-        field = next((field for field in ("captions", "caption", "text") if field in features), None)
         if split not in builder.info.splits:
             splits = ", ".join(builder.info.splits)
             raise ValueError(f"data source {spec!r} has no such split, expected one of {splits}")
-        if field is None or "image" not in features:
+        types = {name: type(feature).__name__ for name, feature in features.items()}
+        names, expected = _TFDS_FEATURES[field]
+        self._feature = next((name for name in names if types.get(name) in expected), None)
+        if self._feature is None or "image" not in features:
+            found = ", ".join(f"{name} ({types[name]})" for name in sorted(types))
             raise ValueError(
-                f"data source {spec!r} has the fields {', '.join(features)}, "
-                "expected image and one of captions, caption, text"
+                f"data source {spec!r} has the fields {found}, "
+                f"expected image and one of {', '.join(names)} ({' or '.join(expected)})"
             )
+        self._class_name = features[self._feature].int2str if types[self._feature] == "ClassLabel" else None
         images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
         decoders = dict.fromkeys(images, tfds.decode.SkipDecoding())
         try:
@@ -254,23 +297,57 @@ class _Tfds(Source):
     def __getitem__(self, index: int) -> Example:
         record = self._records[index]
         where = f"{self._spec}, example {index}"
-        captions = record[self._field]
-        if isinstance(captions, dict):
-            captions = captions["text"]
-        if isinstance(captions, bytes):
-            captions = [captions]
         try:
-            captions = [caption.decode() for caption in captions]
+            value = self._value(record)
         except UnicodeDecodeError as error:
             raise BadExample(f"{where} is not UTF-8", "not UTF-8") from error
         file = record.get("image/filename", b"").decode(errors="replace")
-        return Example(record["image"], _captions(captions, where), file or where)
+        # Not named by the file: in some sets every question comes with its image anew.
+        return _example(record["image"], file or where, self._field, value, where, questions=where)
+
+    def _value(self, record: dict[str, Any]) -> Any:
+        """The field as JSON lines have it."""
+        value = _plain(record[self._feature])
+        if self._field == "name":
+            return value if self._class_name is None else self._class_name(value) if value >= 0 else None
+        if self._field == "captions":
+            return [value] if isinstance(value, str) else value.get("text", []) if isinstance(value, dict) else value
+        if self._feature == "question":
+            value = {name: [_plain(column)] for name, column in record.items() if name in _QUESTION}
+        columns = {name: value[name] for name in _QUESTION if name in value} if isinstance(value, dict) else {}
+        questions = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return [{"answers": [q["answer"]]} | q if "answer" in q else q for q in questions]
 
 
-def _text(value: Any, where: str, what: str) -> str:
+def _plain(value: Any) -> Any:
+    """What tensorflow-datasets gives, in the types that JSON gives."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, dict):
+        return {name: _plain(column) for name, column in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+_ABSENT: dict[Field, str] = {"captions": "no caption", "qa": "no question", "name": "no name"}
+
+
+def _example(image: Any, key: str, field: Field, value: Any, where: str, questions: str | None = None) -> Example:
+    """The example whose field has `value`, as JSON lines have it; `questions` names those that have no id."""
+    if value is None:  # as opposed to a field that is not there: the set has it, this image was not annotated
+        raise BadExample(f'{where} is not annotated: its "{field}" is null', _ABSENT[field])
+    if field == "captions":
+        return Example(image, _captions(value, where), key)
+    if field == "name":
+        return Example(image, [], key, name=_text(value, where, "its name"))
+    return Example(image, [], key, _questions(value, where, questions or key))
+
+
+def _text(value: Any, where: str, what: str, blank: bool = False) -> str:
     """A text of the set, checked."""
-    if not isinstance(value, str) or not value.strip():
-        raise BadExample(f"{where} has no {what}, a text", "missing field")
+    if not isinstance(value, str) or not (blank or value.strip()):
+        raise BadExample(f"{where} has {reprlib.repr(value)} for {what}, expected a text", "missing field")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
@@ -281,32 +358,35 @@ def _text(value: Any, where: str, what: str) -> str:
 def _captions(values: Any, where: str) -> list[str]:
     if not isinstance(values, list) or not all(isinstance(caption, str) for caption in values):
         raise BadExample(f'{where} has no "captions", a list of texts', "missing field")
-    captions = [_text(caption, where, "caption") for caption in values if caption.strip()]
+    captions = [_text(caption, where, "a caption") for caption in values if caption.strip()]
     if not captions:
         raise BadExample(f"{where} has no caption", "no caption")
     return captions
 
 
-def _questions(values: Any, where: str, file: str) -> list[Question]:
+def _questions(values: Any, where: str, prefix: str) -> list[Question]:
     if not isinstance(values, list) or not all(isinstance(question, dict) for question in values):
         raise BadExample(f'{where} has no "qa", a list of objects with a question and answers', "missing field")
-    questions = []
+    questions = {}
     for number, value in enumerate(values):
-        answers = value.get("answers", [])
+        value = {name: item for name, item in value.items() if item is not None}
+        answers, identity = value.get("answers", []), value.get("question_id", f"{prefix}#{number}")
         if not isinstance(answers, list):
-            raise BadExample(f'{where} has "answers" that are not a list of texts', "missing field")
-        questions.append(
-            Question(
-                _text(value.get("question"), where, '"question"'),
-                [_text(answer, where, "answer") for answer in answers],
-                str(value.get("question_id", f"{file}#{number}")),
-                value.get("answer_type"),
-                value.get("question_type"),
-            )
+            raise BadExample(f"{where} has answers {reprlib.repr(answers)}, expected a list of texts", "missing field")
+        if not isinstance(identity, int | str):
+            raise BadExample(f"{where} has question_id {reprlib.repr(identity)}, expected a text", "missing field")
+        if str(identity) in questions:
+            raise BadExample(f"{where} has the question_id {identity!r} twice", "duplicate id")
+        questions[str(identity)] = Question(
+            _text(value.get("question"), where, "a question"),
+            # A blank answer stays: one who said nothing counts among the people asked.
+            [_text(answer, where, "an answer", blank=True) for answer in answers],
+            str(identity),
+            *(_text(value[name], where, name) if name in value else None for name in ("answer_type", "question_type")),
         )
     if not questions:
         raise BadExample(f"{where} has no question", "no question")
-    return questions
+    return list(questions.values())
 
 
 def texts(source: Source) -> Iterator[str]:
@@ -316,5 +396,3 @@ def texts(source: Source) -> Iterator[str]:
             yield from (text for pair in source.pairs(index) for text in pair if text)
         except BadExample:
             continue
-
-
