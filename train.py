@@ -9,35 +9,29 @@ The recipe's `get_config()` returns the run's `TrainConfig`; any of its fields c
 import argparse
 import contextlib
 import functools
-import importlib.util
 import logging
 import os
 import pathlib
 import signal
 import sys
-from typing import Any
 
 import jax
-import tyro
+from flax import nnx
 
 from mammut import checkpoint, data, sharding, sources
-from mammut.config import TrainConfig, to_dict
-from mammut.evaluation import Evaluator
+from mammut.config import TrainConfig
+from mammut.evaluation import Evaluation, Evaluator
 from mammut.processor import ImageTransform, Processor
+from mammut.recipes import resolve
+from mammut.report import write_report
 from mammut.run_log import RunLog
+from mammut.scoring import save_scores, score
 from mammut.tasks import TASKS
 from mammut.tokenizer import load_tokenizer, train_sentencepiece
 from mammut.training import Trainer, TrainState, compile_report, make_trainer, start_report
 
 DEFAULT_RECIPE = pathlib.Path(__file__).parent / "configs" / "tiny.py"
 SAMPLES_PRINTED = 10
-# What a resumed run may change: how it is watched, placed and fed, and how long it goes on (the learning rate follows
-# the new length from there); nothing else.
-RESUMABLE = {
-    "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps", "mesh",
-    "compilation_cache", "data.val", "data.eval_batch_size", "data.val_examples", "data.threads", "data.max_bad_share",
-    "data.tfds_dir",
-}  # fmt: skip
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -54,76 +48,11 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, overrides
 
 
-def load_recipe(path: pathlib.Path) -> TrainConfig:
-    """The config of a recipe file."""
-    if not path.is_file():
-        raise ValueError(f"there is no recipe {path}, expected a Python file with get_config() -> TrainConfig")
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"the recipe {path} has no get_config(), expected one that returns a TrainConfig")
-    config = module.get_config()
-    if not isinstance(config, TrainConfig):
-        raise ValueError(f"get_config() of {path} returns a {type(config).__name__}, expected a TrainConfig")
-    return config
-
-
-def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple[TrainConfig, pathlib.Path, list[str]]:
-    """The run's config, its folder, and all overrides that made the config, those of the run to resume included.
-
-    Refuses a used folder, or a config that does not fit the run to resume.
-    """
-    workdir = args.workdir or default_workdir((args.recipe or DEFAULT_RECIPE).stem, args.resume)
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir {workdir} is a file, expected a folder or a new name")
-    used = sorted(path.name for path in workdir.iterdir()) if workdir.exists() else []
-    if args.resume and "run.json" not in used:
-        raise ValueError(f"there is no run to resume in {workdir}: run.json is missing")
-    if used and not args.resume:
-        raise ValueError(f"--workdir {workdir} is not empty (it holds {used[0]}): give another, or --resume its run")
-    if not args.resume:
-        return parse_overrides(load_recipe(args.recipe or DEFAULT_RECIPE), overrides), workdir, overrides
-    saved, saved_overrides = checkpoint.read_run(workdir)
-    base = parse_overrides(load_recipe(args.recipe), saved_overrides) if args.recipe else saved
-    config = parse_overrides(base, overrides)
-    if changed := differences(to_dict(saved), to_dict(config)):
-        raise ValueError(f"the run in {workdir} cannot go on with another config: {'; '.join(changed)} in its run.json")
-    return config, workdir, saved_overrides + overrides
-
-
-def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
-    """The config with `--dotted.name VALUE` overrides; an unknown name is refused, with the nearest that exists."""
-    flags = (tyro.conf.FlagConversionOff,)  # every override has a value, booleans too
-    return tyro.cli(TrainConfig, default=config, args=overrides, prog="train.py", description=__doc__, config=flags)
-
-
-def differences(saved: dict[str, Any], config: dict[str, Any], prefix: str = "") -> list[str]:
-    """The fields that keep a run from being resumed."""
-    changed = []
-    for name, value in config.items():
-        field, old = prefix + name, saved.get(name)
-        if field in RESUMABLE or value == old:
-            continue
-        if isinstance(value, dict) and isinstance(old, dict):
-            changed += differences(old, value, field + ".")
-        else:
-            changed.append(f"{field} is {value}, it was {old}")
-    return changed
-
-
-def default_workdir(recipe: str, resume: bool) -> pathlib.Path:
-    """runs/RECIPE, or -2, -3 ...: the newest used one to resume, the first free one otherwise."""
-    names = (pathlib.Path("runs") / (recipe if n == 1 else f"{recipe}-{n}") for n in range(1, sys.maxsize))
-    newest = pathlib.Path("runs") / recipe
-    for workdir in names:
-        if not workdir.exists():
-            return newest if resume else workdir
-        newest = workdir
-
-
 def make_processor(config: TrainConfig, source: sources.Source) -> Processor:
-    """The processor of a fresh run: a given vocabulary, or one trained on the captions of the training set."""
+    """The processor of a fresh run: that of the model it starts from, or with a given or a newly trained vocabulary."""
+    of_init = config.init and Processor.load(pathlib.Path(config.init).expanduser())
+    if of_init and not config.tokenizer.replace:
+        return of_init
     vocab_size = config.model.text.vocab_size
     if config.tokenizer.path is None:
         tokenizer = train_sentencepiece(sources.texts(source), vocab_size, config.tokenizer.lowercase)
@@ -135,7 +64,7 @@ def make_processor(config: TrainConfig, source: sources.Source) -> Processor:
             "model.text.vocab_size"
         )
     image = ImageTransform(config.model.vision.image_size, max_image_pixels=config.data.max_image_pixels)
-    return Processor(tokenizer, image, config.model.text.max_length)
+    return Processor(tokenizer, of_init.image if of_init else image, config.model.text.max_length)
 
 
 def train(
@@ -147,14 +76,15 @@ def train(
     if jax.process_count() > 1:
         raise ValueError(f"there are {jax.process_count()} processes, expected 1: runs over several are not there yet")
     mesh = sharding.make_mesh(config.mesh)
-    settings = {"image_size": config.model.vision.image_size, "tfds_dir": config.data.tfds_dir}
+    task = TASKS[config.task](config.loss)
+    settings = {"image_size": config.model.vision.image_size, "tfds_dir": config.data.tfds_dir, "field": task.field}
     source = sources.open_source(config.data.train, **settings)
     val = config.data.val and sources.open_source(config.data.val, **settings)
     processor = Processor.load(workdir) if resume else make_processor(config, source)
 
     with jax.set_mesh(mesh):
-        trainer = make_trainer(config, TASKS[config.task](config.loss), mesh)
-        evaluator = val and Evaluator(val, processor, config.data, trainer)
+        trainer = make_trainer(config, task, mesh)
+        evaluator = val and Evaluator(val, processor, config, trainer, str(workdir))
         open_batches = functools.partial(data.TrainBatches, source, processor, config.data, seed=config.seed)
         batches = open_batches()
         print(start_report(config, trainer, source, processor.vocab_size), flush=True)
@@ -178,13 +108,37 @@ def train(
         log = RunLog(workdir, start=start, steps=config.steps, batch_size=config.data.batch_size)
         log.print(f"{'resuming' if resume else 'starting'} at step {start} of {config.steps} in {workdir}")
         with contextlib.closing(log), contextlib.closing(checkpoints), contextlib.closing(batches):
-            state = trainer.init(config.seed) if state is None else state
+            state = fresh_state(config, trainer) if state is None else state
             state, done = loop(config, trainer, state, start, batches, evaluator, checkpoints, log)
-            if done and evaluator:
-                log.evaluation(config.steps, "val", evaluator(state.params), samples=SAMPLES_PRINTED)
-            if done:
-                checkpoint.save(workdir, trainer.model(jax.device_get(state.params)), processor, overwrite=True)
-                log.print(f"model saved: mammut.load({str(workdir)!r})")
+            if not done:
+                return
+            checkpoint.save(workdir, trainer.model(jax.device_get(state.params)), processor, overwrite=True)
+            if evaluator:
+                evaluation = evaluator(state.params)
+                log.evaluation(config.steps, "val", evaluation, samples=SAMPLES_PRINTED)
+                save_evaluation(workdir, "val", evaluation)
+            log.print(f"model saved: mammut.load({str(workdir)!r})")
+        print(f"report: {write_report(workdir)}")
+
+
+def fresh_state(config: TrainConfig, trainer: Trainer) -> TrainState:
+    """The state at step 0: random weights, or those of the model to start from."""
+    if config.init is None:
+        return trainer.init(config.seed)
+    model, _ = checkpoint.load(pathlib.Path(config.init).expanduser())
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    if config.tokenizer.replace:  # an id is another token now
+        fresh = jax.device_get(trainer.init(config.seed).params["text"])
+        params["text"] |= {name: fresh[name] for name in ("token_embed", "vocab_head") if name in fresh}
+    return trainer.init_from(params)
+
+
+def save_evaluation(workdir: pathlib.Path, name: str, evaluation: Evaluation) -> None:
+    """Writes the last evaluation's predictions and scores into the run, as the programs of `eval/` would."""
+    for predictions in evaluation.predictions:
+        stem = workdir / "eval" / f"{predictions.task}_{name}"
+        predictions.save(stem.with_name(stem.name + ".predictions.jsonl"))
+        save_scores(stem.with_name(stem.name + ".json"), predictions, score(predictions, java=False))
 
 
 def loop(
@@ -237,7 +191,7 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     args, overrides = parse_args(argv)
     try:
-        config, workdir, overrides = resolve(args, overrides)
+        config, workdir, overrides = resolve(args.recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
         train(config, workdir, overrides, resume=args.resume, only_compile=args.compile_only)
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("MAMMUT_TRACEBACK"):

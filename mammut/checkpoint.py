@@ -82,14 +82,7 @@ def _load_model_folder(folder: pathlib.Path) -> tuple[MaMMUT, Processor]:
 
     if problems := _check_manifest(folder, folder / "manifest.json"):
         raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
-    path = folder / "config.json"
-    config = _read_object(path)
-    if config.get("format") != "mammut" or config.get("version") != _VERSION:
-        raise CheckpointError(
-            f"{path} has format {config.get('format')!r} version {config.get('version')!r}, "
-            f"expected 'mammut' version {_VERSION}"
-        )
-    model_config = _config(ModelConfig, config.get("model"), path)
+    model_config = _model_config(folder / "config.json")
     try:
         arrays = load_file(folder / "model.safetensors")
     except SafetensorError as error:
@@ -145,6 +138,30 @@ def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
     if run.keys() != {"config", "overrides"}:
         raise CheckpointError(f"{path} is not a run's config, expected the keys config and overrides")
     return _config(TrainConfig, run["config"], path), run["overrides"]
+
+
+def read_model_config(folder: str | os.PathLike) -> ModelConfig:
+    """The architecture of a model folder or of a run, without its weights.
+
+    Raises:
+      CheckpointError: the folder is neither.
+    """
+    folder = pathlib.Path(folder)
+    if (folder / "config.json").exists():
+        return _model_config(folder / "config.json")
+    if (folder / "run.json").exists():
+        return read_run(folder)[0].model
+    raise CheckpointError(f"{folder} is no model folder (no config.json) and no run (no run.json)")
+
+
+def _model_config(path: pathlib.Path) -> ModelConfig:
+    config = _read_object(path)
+    if config.get("format") != "mammut" or config.get("version") != _VERSION:
+        raise CheckpointError(
+            f"{path} has format {config.get('format')!r} version {config.get('version')!r}, "
+            f"expected 'mammut' version {_VERSION}"
+        )
+    return _config(ModelConfig, config.get("model"), path)
 
 
 def _config(cls: type, values: Any, path: pathlib.Path) -> Any:

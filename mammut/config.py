@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 Activation = Literal["gelu", "gelu_tanh"]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
+Field = Literal["captions", "qa", "name"]  # of an example: its captions, its questions and answers, what it shows
 
 # The logit scale is kept below this in training, as in CLIP: past it the softmax of cosines is all but one-hot.
 MAX_LOGIT_SCALE = 100.0
@@ -141,7 +142,7 @@ class ModelConfig:
 class DataConfig:
     """Where the examples come from and how an image becomes an array."""
 
-    train: str = "synthetic:train"  # synthetic:train, jsonl:PATH or tfds:NAME/SPLIT, each with an optional [a:b]
+    train: str = "synthetic:train"  # a spec that mammut.sources.open_source reads, such as jsonl:PATH[1000:]
     val: str | None = "synthetic:val"  # None: no evaluation during the run
     batch_size: int = 256  # examples a step, over all devices and processes
     eval_batch_size: int = 256
@@ -149,6 +150,7 @@ class DataConfig:
     crop_scale: tuple[float, float] = (1.0, 1.0)  # area of the random crop as a share of the image; (1, 1): none
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the random crop, relative to the image's
     horizontal_flip: bool = False  # off: a mirrored image contradicts "left" and "right" in its caption
+    blind: bool = False  # every image is black: what can be said from the text alone, to compare with
     threads: int = 4  # decode and resize in so many threads
     max_bad_share: float = 0.1  # stop when more than this share of the examples read could not be used
     max_image_pixels: int = 100_000_000  # an image whose header promises more is skipped undecoded
@@ -170,6 +172,9 @@ class TokenizerConfig:
     path: str | None = None  # CLIP's bpe*.txt.gz, a SentencePiece .model or a Hugging Face tokenizer.json
     # None: a SentencePiece vocabulary of at most DecoderConfig.vocab_size pieces is trained on the training captions.
     lowercase: bool = True  # CLIP's BPE always lower-cases
+    # Of a run that starts from a model (TrainConfig.init): False keeps that model's tokenizer; True makes one as above,
+    # and the token embeddings start from random.
+    replace: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +247,10 @@ class MeshConfig:
 class TrainConfig:
     """One training run. The resolved config is saved beside its checkpoints."""
 
-    task: Literal["image_text"] = "image_text"  # a key of mammut.tasks.TASKS
+    # A key of mammut.tasks.TASKS: both losses on captions, or the caption pass alone on captions, answers, names.
+    task: Literal["image_text", "caption", "vqa", "classify"] = "image_text"
+    # A model folder or run to start from: its weights, processor and `model` settings. None: random weights.
+    init: str | None = None
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -36,20 +36,22 @@ class _Read:
     bad: list[tuple[str, str]]  # cause and message of each example that could not be used
     example: Example | None = None
     image: np.ndarray | None = None
-    caption: str = ""
+    pair: tuple[str, str] = ("", "")  # a prompt and the text to be said after it
     error: Exception | None = None  # anything else that went wrong: not for us to swallow
 
 
 class TrainBatches:
-    """Endless training batches of this process' share: `image`, `tokens` and `text_valid` in a dict.
+    """Endless training batches of this process' share: `image`, `tokens`, `text_valid` and `target` in a dict.
 
-    Every epoch visits all examples once in a new order; each visit draws one of the captions and, where the config asks
-    for them, a crop and a flip. All of that depends only on the seed and on the position in the run, so a run continues
-    bit for bit from `state()`, with another number of threads or processes too. In place of an example that cannot be
-    used another is drawn at random, so batches stay full and all processes stay at the same position.
+    Every epoch visits all examples once in a new order; each visit draws one of the captions, or of the questions and
+    answers, and, where the config asks for them, a crop and a flip. All of that depends only on the seed and on the
+    position in the run, so a run continues bit for bit from `state()`, with another number of threads or processes too.
+    In place of an example that cannot be used another is drawn at random, so batches stay full and all processes stay
+    at the same position.
 
     Shapes of a batch, b = config.batch_size // process_count:
-      image uint8[b, image_size, image_size, 3], tokens int32[b, L], text_valid bool[b, L].
+      image uint8[b, image_size, image_size, 3], tokens int32[b, L], text_valid bool[b, L],
+      target bool[b, L]: the tokens to be said, not those of a question.
 
     Args:
       source: The examples.
@@ -122,8 +124,9 @@ class TrainBatches:
             reads.append(read)
         self._position += self._rows * self._process_count
         self._state = self._state | {"position": self._position, "read": self._read, "bad": self.bad_counts}
-        tokens, text_valid = self._processor.encode_text([read.caption for read in reads])
-        return {"image": np.stack([read.image for read in reads]), "tokens": tokens, "text_valid": text_valid}
+        tokens, text_valid, target = self._processor.encode_pairs([read.pair for read in reads])
+        image = np.stack([read.image for read in reads])
+        return {"image": image, "tokens": tokens, "text_valid": text_valid, "target": target}
 
     def state(self) -> dict[str, Any]:
         """The position after the batches handed out so far, as JSON values."""
@@ -144,8 +147,8 @@ class TrainBatches:
             while len(bad) < _MAX_BAD_IN_A_ROW:
                 try:
                     example = self._source[int(index)]
-                    caption = example.captions[rng.integers(len(example.captions))]
-                    return _Read(bad, example, self._view(example, rng), caption)
+                    pair = self._pair(example, rng)
+                    return _Read(bad, example, self._view(example, rng), pair)
                 except (BadExample, BadImage) as error:
                     bad.append((error.cause, str(error)))
                     index = rng.integers(len(self._source))
@@ -153,8 +156,24 @@ class TrainBatches:
             return _Read(bad, error=error)
         return _Read(bad)
 
+    def _pair(self, example: Example, rng: np.random.Generator) -> tuple[str, str]:
+        pairs = example.pairs
+        if not pairs:
+            raise BadExample(f"{example.key} has no answer to learn", "no answer")
+        prompt, text = pairs[rng.integers(len(pairs))]
+        # A caption that is too long is cut; half an answer would be learnt as a whole one.
+        if prompt and len(self._processor.tokenizer.encode(text)) > self._processor.room(prompt):
+            longest = self._processor.max_length
+            raise BadExample(
+                f"{example.key}: {prompt!r} with {text!r} has more tokens than DecoderConfig.max_length {longest}",
+                "too long",
+            )
+        return prompt, text
+
     def _view(self, example: Example, rng: np.random.Generator) -> np.ndarray:
         transform, config = self._processor.image, self._config
+        if config.blind:
+            return np.zeros((transform.image_size, transform.image_size, 3), np.uint8)
         if config.crop_scale == (1, 1):
             image = transform(example.image)
         else:
@@ -210,11 +229,6 @@ class EvalBatch:
     examples: list[Example | None]  # None where example_valid is False
     bad: dict[str, int]  # by cause
 
-    @property
-    def captions(self) -> list[list[str]]:
-        """All captions of each row; none where `example_valid` is False."""
-        return [example.captions if example else [] for example in self.examples]
-
 
 def eval_batches(
     source: Source,
@@ -225,11 +239,12 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
+    blind: bool = False,
 ) -> Iterator[EvalBatch]:
     """Passes once over the first `limit` examples in order, without randomness, in batches of one shape.
 
     Process p holds rows [p * b, (p + 1) * b) of every batch, b = batch_size // process_count, and all processes get
-    the same number of batches.
+    the same number of batches. With `blind` every image is black.
 
     Raises:
       ValueError: at the call, `batch_size` is not a multiple of `process_count`.
@@ -237,6 +252,7 @@ def eval_batches(
     rows = _share("data.eval_batch_size", batch_size, process_count)
     total = len(source) if limit is None else min(limit, len(source))
     size = processor.image.image_size
+    blank = np.zeros((size, size, 3), np.uint8)
 
     def load(place: int) -> tuple[int, _Read]:
         batch, row = divmod(int(place), rows)
@@ -245,7 +261,7 @@ def eval_batches(
             return -1, _Read([])
         try:
             example = source[index]
-            return index, _Read([], example, processor.image(example.image))
+            return index, _Read([], example, blank if blind else processor.image(example.image))
         except (BadExample, BadImage) as error:
             return index, _Read([(error.cause, str(error))])
         except Exception as error:
@@ -264,7 +280,6 @@ def eval_batches(
                     if read.error is not None:
                         raise read.error
                     _count(bad, read.bad)
-                blank = np.zeros((size, size, 3), np.uint8)
                 yield EvalBatch(
                     image=np.stack([blank if read.image is None else read.image for read in reads]),
                     example_valid=np.array([read.example is not None for read in reads]),

@@ -1,127 +1,96 @@
-"""What a run says of itself on a validation set: retrieval recall and captions."""
+"""What a run says of itself on its validation set: the predictions and scores of the evaluation programs."""
 
-import collections
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from mammut import sharding
-from mammut.config import DataConfig
-from mammut.data import EvalBatch, describe_bad, eval_batches
-from mammut.generate import generate
-from mammut.metrics import retrieval_recall
+from mammut.config import TrainConfig
+from mammut.predict import Predictor
+from mammut.predictions import Predictions
 from mammut.processor import Processor
-from mammut.sources import Source
+from mammut.scoring import score
+from mammut.sources import BadExample, Source
 from mammut.training import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """One validation image: what the model says, and what people (or the drawing program) said."""
-
-    key: str
-    caption: str
-    references: list[str]
-
-
-@dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name, as shares, and the captions of the first batch."""
+    """Metrics by name, shares as 0 to 1, and the predictions they were scored from."""
 
     metrics: dict[str, float]
-    samples: list[Sample]
+    predictions: list[Predictions]
     num_images: int
     num_texts: int
     bad: dict[str, int]  # examples that could not be used, by cause
 
 
 class Evaluator:
-    """Retrieval over a validation set, and greedy captions of its first batch, by the model in training.
+    """Evaluates the parameters of a run on its validation set, each task by its own measure.
 
-    Every process reads the whole (small) set and hands its devices their rows, so scores are exact on any mesh.
+    | task | predictions | metrics |
+    |---|---|---|
+    | image_text | retrieval; greedy captions of one batch | t2i_r1 ... i2t_r10, mean_recall; caption_exact |
+    | caption | greedy captions | cider, bleu_1 ... bleu_4, rouge_l (without Java) |
+    | vqa | greedy answers | exact_match; vqa_acc where the questions have enough answers |
+    | classify | the likeliest of the set's names | top1, top5, mean_per_class_recall |
 
     Raises:
-      ValueError: `config.eval_batch_size` does not divide over the mesh, or more than `config.max_bad_share` of the
-        first batch could not be used.
+      ValueError: `data.eval_batch_size` does not divide over the mesh, or more than `data.max_bad_share` of the first
+        batch could not be used.
     """
 
-    def __init__(self, source: Source, processor: Processor, config: DataConfig, trainer: Trainer):
-        sharding.require_divisible(config.eval_batch_size, trainer.mesh, "data.eval_batch_size")
-        self._source, self._processor, self._config, self._mesh = source, processor, config, trainer.mesh
+    def __init__(self, source: Source, processor: Processor, config: TrainConfig, trainer: Trainer, checkpoint: str):
+        data = config.data
+        sharding.require_divisible(data.eval_batch_size, trainer.mesh, "data.eval_batch_size")
+        settings = {"batch_size": data.eval_batch_size, "threads": data.threads, "max_bad_share": data.max_bad_share}
+        self._predictor = Predictor(
+            trainer.model, processor, trainer.mesh, checkpoint=checkpoint, blind=data.blind, **settings
+        )
+        self._source, self._processor, self._task, self._limit = source, processor, config.task, data.val_examples
         # A set that cannot be used is found out now, not after hours of training.
-        for batch in self._batches(min(config.eval_batch_size, config.val_examples)):
-            self._check_share(collections.Counter(batch.bad), int(batch.example_valid.sum()))
-        replicated = jax.NamedSharding(trainer.mesh, jax.P())
-
-        def compiled(function):
-            return jax.jit(lambda params, *args: function(trainer.model(params), *args), out_shardings=replicated)
-
-        def caption(model, image):
-            prompt = jnp.full((len(image), 1), processor.bos_id)
-            ids = {"eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
-            return generate(model, image, prompt, jnp.ones_like(prompt, bool), **ids).tokens[:, 0]
-
-        self._encode_image = compiled(lambda model, image: model.encode_image(image))
-        self._encode_text = compiled(lambda model, tokens, valid: model.encode_text(tokens, valid))
-        self._caption = compiled(caption)
+        self._predictor.check(source, min(data.eval_batch_size, data.val_examples))
+        self._classes = class_names(source) if config.task == "classify" else []
+        self._caption_limit = min(data.eval_batch_size, data.val_examples)
 
     def __call__(self, params: Any) -> Evaluation:
         """Evaluates the parameters, inside `jax.set_mesh`.
 
-        `caption_exact` is the share of the first batch's captions that equal one of their references.
+        `caption_exact` is the share of the captions that equal one of their references.
 
         Raises:
-          ValueError: more than `config.max_bad_share` of the examples could not be used.
+          ValueError: more than `data.max_bad_share` of the examples could not be used.
         """
-        image_embeds, references, samples = [], [], []
-        bad = collections.Counter()
-        for batch in self._batches(self._config.val_examples):
-            image = sharding.replicated_batch(batch.image, self._mesh)
-            valid = batch.example_valid
-            image_embeds.append(np.asarray(self._encode_image(params, image))[valid])
-            examples = [example for example in batch.examples if example is not None]
-            references += [example.captions for example in examples]
-            if not samples:
-                captions = self._processor.decode(np.asarray(self._caption(params, image))[valid])
-                samples = [Sample(e.key, text, e.captions) for e, text in zip(examples, captions, strict=True)]
-            bad.update(batch.bad)
-        self._check_share(bad, len(references))
+        ask, source, limit = self._predictor, self._source, self._limit
+        if self._task == "image_text":
+            retrieval = ask.retrieval(params, source, limit=limit)
+            captions = ask.captions(params, source, limit=self._caption_limit)
+            metrics = score(retrieval).metrics | {"caption_exact": self._exact(captions)}
+            images, texts = retrieval.settings["images"], retrieval.settings["texts"]
+            return Evaluation(metrics, [retrieval, captions], images, texts, retrieval.left_out)
+        if self._task == "caption":
+            predictions = ask.captions(params, source, limit=limit)
+        elif self._task == "vqa":
+            predictions = ask.answers(params, source, limit=limit)
+        else:
+            predictions = ask.classes(params, source, self._classes, method="likelihood", limit=limit)
+        metrics = score(predictions, java=False).metrics
+        metrics = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        images = len({record["index"] for record in predictions.records})
+        return Evaluation(metrics, [predictions], images, len(predictions.records), predictions.left_out)
 
-        texts = [text for captions in references for text in captions]
-        image_of_text = np.repeat(np.arange(len(references)), [len(captions) for captions in references])
-        metrics = retrieval_recall(np.concatenate(image_embeds), self._embed_texts(params, texts), image_of_text)
-        metrics["caption_exact"] = float(np.mean([self._exact(sample) for sample in samples]))
-        return Evaluation(metrics, samples, len(references), len(texts), dict(bad))
-
-    def _batches(self, limit: int) -> Iterator[EvalBatch]:
-        size, threads = self._config.eval_batch_size, self._config.threads
-        return eval_batches(self._source, self._processor, batch_size=size, limit=limit, threads=threads)
-
-    def _check_share(self, bad: collections.Counter, good: int) -> None:
-        share, allowed = bad.total() / (bad.total() + good), self._config.max_bad_share
-        if share > allowed or not good:
-            raise ValueError(
-                f"{bad.total()} of {bad.total() + good} examples read from data.val {self._source.spec!r} could not be "
-                f"used ({describe_bad(bad)}), data.max_bad_share allows {allowed:.0%}"
-            )
-
-    def _embed_texts(self, params: Any, texts: list[str]) -> np.ndarray:
-        batch_size = self._config.eval_batch_size
-        embeds = []
-        for start in range(0, len(texts), batch_size):
-            tokens, valid = self._processor.encode_text(texts[start : start + batch_size])
-            rows = len(tokens)
-            pad = ((0, batch_size - rows), (0, 0))
-            tokens = sharding.replicated_batch(np.pad(tokens, pad), self._mesh)
-            valid = sharding.replicated_batch(np.pad(valid, pad), self._mesh)
-            embeds.append(np.asarray(self._encode_text(params, tokens, valid))[:rows])
-        return np.concatenate(embeds)
-
-    def _exact(self, sample: Sample) -> bool:
+    def _exact(self, captions: Predictions) -> float:
         # References are compared as the tokenizer gives them back: lower-cased, say, where it lower-cases.
-        references = self._processor.decode(self._processor.encode_text(sample.references)[0])
-        return sample.caption in references
+        given_back = lambda texts: self._processor.decode(self._processor.encode_text(texts)[0])  # noqa: E731
+        exact = [record["prediction"] in given_back(record["references"]) for record in captions.records]
+        return sum(exact) / len(exact)
+
+
+def class_names(source: Source) -> list[str]:
+    """The names that occur in a set, sorted; those of examples that cannot be read are left out."""
+    names = set()
+    for index in range(len(source)):
+        try:
+            names.update(text for _, text in source.pairs(index))
+        except BadExample:
+            continue
+    return sorted(names)

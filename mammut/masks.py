@@ -23,13 +23,15 @@ def attn_mask(valid: Bool[Array, "B S"], causal: Bool[Array, "S"]) -> Bool[Array
 
 
 def caption_labels(
-    tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
+    tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], target: Bool[Array, "B L"] | None = None
 ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
     """The labels of the caption pass, int[B, L]: `tokens` shifted left by one; and their loss mask, bool[B, L].
 
     The mask follows the labels, not the inputs: the end token, as an input, would be asked to predict a pad. Ids play
-    no part in it: 0 is a pad here and "!" in CLIP's vocabulary.
+    no part in it: 0 is a pad here and "!" in CLIP's vocabulary. `target` marks the tokens to be predicted, such as an
+    answer and its end after a question; None: all.
     """
     labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    loss_mask = jnp.pad(text_valid[:, 1:], ((0, 0), (0, 1))) & text_valid
+    predicted = text_valid if target is None else text_valid & target
+    loss_mask = jnp.pad(predicted[:, 1:], ((0, 0), (0, 1))) & text_valid
     return labels, loss_mask

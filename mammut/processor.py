@@ -205,15 +205,35 @@ class Processor:
         """
         if isinstance(texts, str):
             raise ValueError(f"text is the str {texts!r:.50}, expected a list of str")
-        tokens = np.full((len(texts), self.max_length), self.pad_id, np.int32)
-        text_valid = np.zeros(tokens.shape, bool)
         for row, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(f"text {row} is a {type(text).__name__}, expected a list of str")
-            ids = [self.bos_id, *self.tokenizer.encode(text)][: self.max_length - 1] + [self.eos_id]
+        return self.encode_pairs([("", text) for text in texts])[:2]
+
+    def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]]
+    ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
+        """Prompts, each with the text to be said after it: `tokens`, `text_valid`, and `target`, True on text and end.
+
+        A prompt and its text are encoded apart, as when the text is generated. What is too long is cut; `room` tells.
+        """
+        tokens = np.full((len(pairs), self.max_length), self.pad_id, np.int32)
+        text_valid, target = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
+        for row, (prompt, text) in enumerate(pairs):
+            start = [self.bos_id, *self.encode_prompt(prompt)]
+            ids = (start + self.tokenizer.encode(text))[: self.max_length - 1] + [self.eos_id]
             tokens[row, : len(ids)] = ids
             text_valid[row, : len(ids)] = True
-        return tokens, text_valid
+            target[row, len(start) : len(ids)] = True
+        return tokens, text_valid, target
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """The ids of a prompt, without the start; none of the empty prompt."""
+        return self.tokenizer.encode(prompt) if prompt else []
+
+    def room(self, prompt: str) -> int:
+        """How many tokens of text fit between a prompt and the end; negative where the prompt itself does not fit."""
+        return self.max_length - 2 - len(self.encode_prompt(prompt))
 
     def decode(self, tokens: Any) -> list[str]:
         """The texts of int[B, L] tokens, each up to its end; raises ValueError on an id outside the vocabulary."""

@@ -42,7 +42,8 @@ class RunLog:
             return
         values = {f"train/{name}": float(value) for name, value in metrics.items()}  # waits for the step to end
         seconds = time.perf_counter() - self._time
-        losses = f"contrastive {values['train/loss_contrastive']:.3f}  caption {values['train/loss_caption']:.3f}"
+        parts = {name: values.get(f"train/loss_{name}") for name in ("contrastive", "caption")}
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in parts.items() if value is not None)
         if compiled:
             text = f"{losses}  first step after {seconds:.0f} s"
         else:
@@ -64,22 +65,25 @@ class RunLog:
         self._step, self._time, self._waited = step, time.perf_counter(), 0.0
 
     def evaluation(self, step: int, name: str, evaluation: Evaluation, samples: int) -> None:
-        """Records an evaluation and prints it with its first `samples` captions."""
+        """Records an evaluation and prints it, with the first `samples` texts that the model said."""
         self.record(step, {f"eval/{name}/{metric}": value for metric, value in evaluation.metrics.items()})
-        m = evaluation.metrics
-        lines = [
-            f"{name} at step {step}: {evaluation.num_images} images, {evaluation.num_texts} texts"
-            f" (chance R@1 {1 / evaluation.num_images:.1%})",
-            *(
-                f"  {way}  R@1 {m[key + '_r1']:.1%}  R@5 {m[key + '_r5']:.1%}  R@10 {m[key + '_r10']:.1%}"
-                for way, key in (("text to image", "t2i"), ("image to text", "i2t"))
-            ),
-            f"  captions equal to a reference: {m['caption_exact']:.1%} of {len(evaluation.samples)}",
-        ]
+        images, metrics = evaluation.num_images, dict(evaluation.metrics)
+        lines = [f"{name} at step {step}: {images} images, {evaluation.num_texts} texts"]
+        if "t2i_r1" in metrics:
+            lines[0] += f" (chance R@1 {1 / images:.1%})"
+        for way, key in (("text to image", "t2i"), ("image to text", "i2t")):
+            recalls = [f"  R@{k} {metrics.pop(f'{key}_r{k}'):.1%}" for k in (1, 5, 10) if f"{key}_r{k}" in metrics]
+            lines += [f"  {way}{''.join(recalls)}"] if recalls else []
+        metrics.pop("mean_recall", None)
+        last = evaluation.predictions[-1]
+        if "caption_exact" in metrics:
+            exact = metrics.pop("caption_exact")
+            lines.append(f"  captions equal to a reference: {exact:.1%} of {len(last.records)}")
+        lines += [f"  {metric} {value:.4f}" for metric, value in metrics.items()]
         if evaluation.bad:
             lines.append(f"  examples that could not be used: {describe_bad(evaluation.bad)}")
-        for sample in evaluation.samples[:samples]:
-            lines += [f"  {sample.key}", f"    says  {sample.caption}", f"    ref   {sample.references[0]}"]
+        for record in last.records[:samples]:
+            lines += [f"  {record['key']}", *(f"    {line}" for line in _sample(record))]
         self.print("\n".join(lines))
         self._restart_clock(step)  # the rates leave the evaluation out
 
@@ -113,6 +117,15 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
+
+
+def _sample(record: dict[str, Any]) -> list[str]:
+    """What a record of captions, answers or classes says, and what it is compared with."""
+    if "question" in record:
+        return [f"asks  {record['question']}", f"says  {record['prediction']}", f"ref   {', '.join(record['answers'])}"]
+    if "ranked" in record:
+        return [f"says  {record['ranked'][0]}", f"ref   {record['label']}"]
+    return [f"says  {record['prediction']}", f"ref   {record['references'][0]}"]
 
 
 def _duration(seconds: float) -> str:

@@ -5,12 +5,13 @@ apart, so that a step may run in micro-batches and still see every negative (`tr
 """
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from mammut.config import LossConfig
+from mammut.config import Field, LossConfig
 from mammut.losses import (
     caption_loss,
     contrastive_logits,
@@ -33,6 +34,7 @@ class ImageTextTask:
     """
 
     config: LossConfig
+    field: Field = "captions"  # what its examples are made of
 
     def loss(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> tuple[jax.Array, Metrics]:
         """The weighted sum and both raw losses, as means over the pairs and over the caption tokens of the batch."""
@@ -80,16 +82,59 @@ class ImageTextTask:
         return jnp.maximum(caption_labels(batch["tokens"], batch["text_valid"])[1].sum(), 1)
 
     def _caption_sum(self, model: MaMMUT, features: jax.Array, batch: Batch) -> jax.Array:
-        labels, loss_mask = caption_labels(batch["tokens"], batch["text_valid"])
-        return caption_loss(
-            features,
-            model.text.vocab_kernel,
-            labels,
-            loss_mask,
-            label_smoothing=self.config.label_smoothing,
-            z_loss=self.config.z_loss,
-            chunk=self.config.vocab_chunk,
-        ).sum()
+        labels = caption_labels(batch["tokens"], batch["text_valid"])
+        return _summed_caption_loss(self.config, model, features, *labels)
 
 
-TASKS: dict[str, Any] = {"image_text": ImageTextTask}
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+    """The caption pass alone, on texts that start with a prompt: captions, answers to questions, names of classes.
+
+    The loss is that of the tokens to be said, `target`: of an answer and its end, not of its question (paper, section
+    3.3: visual question answering as open-ended generation).
+
+    Batch: `image` uint8[B, height, width, 3], `tokens` int[B, L], `text_valid` bool[B, L], `target` bool[B, L].
+    """
+
+    config: LossConfig
+    field: Field
+
+    def loss(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The mean over the target tokens of the batch."""
+        loss = self.loss_sum(model, batch, crop_key) / self.target_tokens(batch)
+        return loss, {"loss": loss, "loss_caption": loss}
+
+    def loss_sum(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> jax.Array:
+        """The loss summed over the target tokens of a micro-batch."""
+        image_tokens = model.image_tokens(batch["image"], crop_key).tokens
+        features = model.text.caption_pass(batch["tokens"], batch["text_valid"], image_tokens)
+        return _summed_caption_loss(self.config, model, features, *self._labels(batch))
+
+    def target_tokens(self, batch: Batch) -> jax.Array:
+        """How many labels the loss of the batch has, at least 1."""
+        return jnp.maximum(self._labels(batch)[1].sum(), 1)
+
+    def _labels(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return caption_labels(batch["tokens"], batch["text_valid"], batch["target"])
+
+
+def _summed_caption_loss(
+    config: LossConfig, model: MaMMUT, features: jax.Array, labels: jax.Array, loss_mask: jax.Array
+) -> jax.Array:
+    return caption_loss(
+        features,
+        model.text.vocab_kernel,
+        labels,
+        loss_mask,
+        label_smoothing=config.label_smoothing,
+        z_loss=config.z_loss,
+        chunk=config.vocab_chunk,
+    ).sum()
+
+
+TASKS: dict[str, Callable[[LossConfig], ImageTextTask | TextTask]] = {
+    "image_text": ImageTextTask,
+    "caption": functools.partial(TextTask, field="captions"),
+    "vqa": functools.partial(TextTask, field="qa"),
+    "classify": functools.partial(TextTask, field="name"),
+}

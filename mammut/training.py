@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mammut import sharding
 from mammut.config import MAX_LOGIT_SCALE, OptimizerConfig, TrainConfig
 from mammut.model import MaMMUT, forward_flops, logical_axes
-from mammut.tasks import Batch, ImageTextTask, Metrics
+from mammut.tasks import Batch, ImageTextTask, Metrics, TextTask
 
 Params = Any  # nested dict of arrays
 
@@ -85,15 +85,8 @@ def accumulated_gradients(
     again, and pull its share of that gradient back together with its captioning loss (GradCache, arXiv 2101.06983).
     """
 
-    def split(x):  # every device gives rows to every micro-batch, so nothing moves between devices
-        return x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
-
-    def pin(micro):
-        return {name: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)) for name, x in micro.items()}
-
-    micros = jax.tree.map(split, batch)
-    keys = jax.random.split(crop_key, accumulation)
-    embeds = jax.lax.map(lambda xs: task.embed(merge(params), pin(xs[0]), xs[1]), (micros, keys))
+    micros, keys = _micro_batches(batch, crop_key, accumulation)
+    embeds = jax.lax.map(lambda xs: task.embed(merge(params), _pinned(xs[0]), xs[1]), (micros, keys))
     flat = jax.tree.map(lambda x: sharding.constrain(x.reshape(-1, x.shape[-1]), "batch", None), embeds)
 
     def contrastive_loss(params, image_embed, text_embed):
@@ -110,7 +103,7 @@ def accumulated_gradients(
         micro, key, (image_grad, text_grad) = xs
 
         def surrogate(params):
-            (image_embed, text_embed), caption_sum = task.embed_and_caption(merge(params), pin(micro), key)
+            (image_embed, text_embed), caption_sum = task.embed_and_caption(merge(params), _pinned(micro), key)
             pulled = (image_embed * image_grad).sum() + (text_embed * text_grad).sum()
             caption = caption_sum / num_tokens
             return weight * pulled + task.config.caption_weight * caption, caption
@@ -122,23 +115,58 @@ def accumulated_gradients(
     return grads, task.total(contrastive, caption)[1]
 
 
+def accumulated_text_gradients(
+    task: TextTask,
+    merge: Callable[[Params], MaMMUT],
+    params: Params,
+    batch: Batch,
+    crop_key: jax.Array,
+    accumulation: int,
+) -> tuple[Params, Metrics]:
+    """Gradients of a loss over single examples, in micro-batches: those of the mean over all target tokens."""
+    num_tokens = task.target_tokens(batch)
+
+    def step(carry, xs):
+        micro, key = xs
+        loss = lambda params: task.loss_sum(merge(params), _pinned(micro), key) / num_tokens  # noqa: E731
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss)(params)), None
+
+    start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    (loss, grads), _ = jax.lax.scan(step, start, _micro_batches(batch, crop_key, accumulation))
+    return grads, {"loss": loss, "loss_caption": loss}
+
+
+def _micro_batches(batch: Batch, crop_key: jax.Array, accumulation: int) -> tuple[Batch, jax.Array]:
+    """The batch with a leading axis of micro-batches, and a key for each."""
+
+    def split(x):  # every device gives rows to every micro-batch, so nothing moves between devices
+        return x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch), jax.random.split(crop_key, accumulation)
+
+
+def _pinned(micro: Batch) -> Batch:
+    return {name: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)) for name, x in micro.items()}
+
+
 @dataclasses.dataclass
 class Trainer:
     """The compiled pieces of one run: where its state lives, how it starts, and its step.
 
-    `init(seed)` makes the state in place on the mesh; `step(state, batch)` donates the state it is given and returns
-    the next, with the metrics of the batch; `model(params)` is the model with these weights. All are called inside
-    `jax.set_mesh(mesh)`.
+    `init(seed)` makes the state in place on the mesh, `init_from(params)` starts from given weights;
+    `step(state, batch)` donates the state it is given and returns the next, with the metrics of the batch;
+    `model(params)` is the model with these weights. All are called inside `jax.set_mesh(mesh)`.
     """
 
     mesh: Mesh
     abstract_state: TrainState  # shapes, dtypes and shardings
     init: Callable[[int], TrainState]
+    init_from: Callable[[Params], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     model: Callable[[Params], MaMMUT]
 
 
-def make_trainer(config: TrainConfig, task: ImageTextTask, mesh: Mesh) -> Trainer:
+def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh) -> Trainer:
     """Builds the pieces of a run without computing anything.
 
     Raises:
@@ -155,7 +183,9 @@ def make_trainer(config: TrainConfig, task: ImageTextTask, mesh: Mesh) -> Traine
 
     def init(seed: jax.Array) -> TrainState:
         model = MaMMUT(config.model, rngs=nnx.Rngs(params=jax.random.key(seed)))
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return init_from(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+    def init_from(params: Params) -> TrainState:
         zero = jnp.int32(0)
         return TrainState(zero, params, optimizer.init(params), zero, zero)
 
@@ -163,7 +193,8 @@ def make_trainer(config: TrainConfig, task: ImageTextTask, mesh: Mesh) -> Traine
         # The key depends on the seed and the step alone, so that a resumed run draws what the first would have drawn.
         crop_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         if config.accumulation > 1:
-            grads, metrics = accumulated_gradients(task, merge, state.params, batch, crop_key, config.accumulation)
+            accumulated = accumulated_gradients if isinstance(task, ImageTextTask) else accumulated_text_gradients
+            grads, metrics = accumulated(task, merge, state.params, batch, crop_key, config.accumulation)
         else:
             grads, metrics = jax.grad(lambda params: task.loss(merge(params), batch, crop_key), has_aux=True)(
                 state.params
@@ -206,6 +237,7 @@ def make_trainer(config: TrainConfig, task: ImageTextTask, mesh: Mesh) -> Traine
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, shardings
         ),
         init=jax.jit(init, out_shardings=shardings),
+        init_from=jax.jit(init_from, out_shardings=shardings),
         step=jax.jit(
             step,
             donate_argnums=0,
@@ -220,6 +252,8 @@ def start_report(config: TrainConfig, trainer: Trainer, source: Any, vocab_size:
     """What a run is about to do: its data, its parameters and their placement, the FLOPs of a step."""
     params = trainer.abstract_state.params
     flops = {part: 3 * count * config.data.batch_size for part, count in forward_flops(config.model).items()}
+    if config.task != "image_text":
+        del flops["contrastive_pass"]
     total = sum(flops.values())
     mesh = " x ".join(f"{name} {size}" for name, size in trainer.mesh.shape.items())
     return "\n".join([
@@ -239,6 +273,7 @@ def compile_report(config: TrainConfig, trainer: Trainer) -> str:
         "image": jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8, sharding=place),
         "tokens": jax.ShapeDtypeStruct((rows, text.max_length), jnp.int32, sharding=place),
         "text_valid": jax.ShapeDtypeStruct((rows, text.max_length), jnp.bool_, sharding=place),
+        "target": jax.ShapeDtypeStruct((rows, text.max_length), jnp.bool_, sharding=place),
     }
     start = time.perf_counter()
     memory = trainer.step.lower(trainer.abstract_state, batch).compile().memory_analysis()

@@ -21,7 +21,7 @@ from flax import nnx
 from PIL import Image
 
 import mammut
-from mammut import checkpoint, sharding
+from mammut import checkpoint, recipes, sharding
 from mammut.checkpoint import Checkpoints, Restored
 from mammut.config import MeshConfig, TrainConfig
 from mammut.tasks import ImageTextTask
@@ -348,7 +348,7 @@ def refusal(train, tmp_path, monkeypatch) -> Callable[..., str]:
 def write_run(workdir: pathlib.Path, train) -> None:
     """A run that was killed before its first checkpoint."""
     workdir.mkdir()
-    checkpoint.write_run(workdir, train.load_recipe(pathlib.Path("small.py")), [])
+    checkpoint.write_run(workdir, recipes.load_recipe(pathlib.Path("small.py")), [])
     tiny_processor().save(workdir)
 
 
@@ -371,11 +371,11 @@ def test_a_folder_with_a_model_that_is_no_run_is_refused(refusal, tmp_path):
 
 def test_without_a_workdir_a_fresh_run_takes_the_first_folder_that_is_free(train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert str(train.default_workdir("small", resume=False)) == "runs/small"
+    assert str(recipes.default_workdir("small", resume=False)) == "runs/small"
     for name in ("small", "small-2"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    assert str(train.default_workdir("small", resume=False)) == "runs/small-3"
-    assert str(train.default_workdir("small", resume=True)) == "runs/small-2"
+    assert str(recipes.default_workdir("small", resume=False)) == "runs/small-3"
+    assert str(recipes.default_workdir("small", resume=True)) == "runs/small-2"
 
 
 @pytest.mark.parametrize("argv", [["--workdir", "nowhere"], []])

@@ -1,0 +1,32 @@
+"""Classification as text, fine-tuned: the model says what the photo shows (five kinds of flowers).
+
+Run `python train.py configs/flickr8k.py` first; `--init` names another model to start from. The file is sorted by class,
+so every other line is kept for validation. Score it with
+`python -m eval.classify runs/flowers --method likelihood --templates '{}' --data jsonl:PATH[1::2]`.
+"""
+
+import pathlib
+
+from mammut.config import DataConfig, OptimizerConfig, TrainConfig
+from mammut.testing import shared_dir
+
+
+def get_config() -> TrainConfig:
+    photos = f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'flowers' / 'labels.jsonl'}"
+    return TrainConfig(
+        task="classify",
+        init="runs/flickr8k",
+        data=DataConfig(
+            train=f"{photos}[::2]",
+            val=f"{photos}[1::2]",
+            batch_size=60,
+            eval_batch_size=60,
+            crop_scale=(0.5, 1.0),
+            horizontal_flip=True,
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=20, weight_decay=0.1, b2=0.98),
+        steps=200,
+        log_every=20,
+        eval_every=50,
+        checkpoint_every=50,
+    )
