@@ -8,6 +8,7 @@
 Which pass runs is the name of the method called, never inferred from an argument that is missing.
 """
 
+import math
 import operator
 
 import jax
@@ -77,6 +78,27 @@ class TextDecoder(nnx.Module):
         unroll = max(1, self.unroll // self.config.cross_attn_every)
         x = scan(group, self._embed(tokens), (self._grouped(), self.cross_layers), remat=self.remat, unroll=unroll)
         return self.norm(x)
+
+    def cross_attention(
+        self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], image_tokens: Float[Array, "B P D"]
+    ) -> Float[Array, "G B N L P"]:
+        """Where the caption pass looks: the weights float32[G, B, N, L, P] of its G cross-attention layers, in order.
+
+        Those of one text position and head sum to 1 over the image tokens. At position i they serve to predict token
+        i + 1. The caption pass itself need not hold them: a fused kernel never does.
+        """
+        mask = attn_mask(text_valid, jnp.ones(tokens.shape[1], bool))
+
+        def group(x, stacked):
+            layers, cross_layer = stacked
+            for layer in self._unstacked(layers):
+                x = layer(x, mask=mask)
+            image = cross_layer.attn.keys_values(image_tokens)
+            query = cross_layer.attn.query(cross_layer.attn_norm(x))
+            scores = jnp.einsum("BLNK,BPNK->BNLP", query, image.key, preferred_element_type=jnp.float32)
+            return cross_layer(x, image), jax.nn.softmax(scores / math.sqrt(query.shape[-1]), axis=-1)
+
+        return jax.lax.scan(group, self._embed(tokens), (self._grouped(), self.cross_layers))[1]
 
     def prefill(
         self, tokens: Int[Array, "B L"], image_tokens: Float[Array, "B P D"], length: int

@@ -73,6 +73,17 @@ class MaMMUT(nnx.Module):
         image_tokens = self.image_tokens(image).tokens
         return self.text.logits(self.text.caption_pass(tokens, text_valid, image_tokens))
 
+    def cross_attention(
+        self, image: Image, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"] | None = None
+    ) -> Float[Array, "G B N L P"]:
+        """Where `caption_logits` looks: float32[G, B, N, L, P] of G cross-attention layers and N heads.
+
+        Row i of a text weighs the P patches, row by row from the top left, when it predicts token i + 1; it sums to 1.
+        """
+        if text_valid is None:
+            text_valid = jnp.ones(tokens.shape, bool)
+        return self.text.cross_attention(tokens, text_valid, self.image_tokens(image).tokens)
+
     def two_pass(
         self,
         image: Image,
