@@ -17,6 +17,7 @@ MODULES = {path.stem: path for path in (ROOT / "mammut").glob("*.py") if path.st
 HEAVY = (
     *("tensorflow", "tensorflow_datasets", "torch", "PIL", "big_vision", "grain", "orbax", "array_record"),
     *("sentencepiece", "tokenizers", "ftfy", "transformers", "tyro", "tensorboardX"),
+    *("jinja2", "matplotlib", "pycocoevalcap", "clip_benchmark", "lmms_eval"),
 )
 # Each may import those before it, in groups that do not know each other.
 LAYERS = (
@@ -29,10 +30,12 @@ LAYERS = (
     ("tasks",),
     ("training", "tokenizer"),
     ("processor",),
-    ("generate", "checkpoint"),
-    ("sources",),
-    ("data", "metrics"),
-    ("evaluation",),
+    ("generate", "checkpoint", "benchmarks"),
+    ("sources", "recipes"),
+    ("data", "metrics", "vqa_metrics", "caption_metrics", "predictions"),
+    ("predict", "scoring", "attention_maps"),
+    ("evaluation", "report_pictures"),
+    ("report", "run_log"),
 )
 
 

@@ -1,0 +1,41 @@
+"""Zero-shot classification: top-1, top-5 and mean per-class recall, by embedding or by caption likelihood.
+
+    python -m eval.classify CHECKPOINT --data jsonl:PATH [--method likelihood] [--classes FILE.json] [--out FILE.json]
+    python -m eval.classify FILE.predictions.jsonl
+
+The lines of the JSONL hold `{"file", "name"}`. Without `--classes`, a JSON list of names, they are those that occur.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+from eval import program
+from mammut.evaluation import class_names
+from mammut.predict import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(program.Options):
+    method: Method = "contrastive"  # by embedding; or by the likelihood of the class as a caption
+    templates: tuple[str, ...] = ("a photo of a {}.", "a picture of a {}.", "{}")  # {} is the class; averaged
+    classes: pathlib.Path | None = None  # a JSON list of all class names, in any order
+    prior: float = 0.0  # of "likelihood": how much of log P(class) without the image is taken off
+
+
+def predict(predictor, params, source, options):
+    if options.classes is None:
+        classes = class_names(source)
+    else:
+        classes = json.loads(options.classes.read_text(encoding="utf-8"))
+    settings = {"templates": options.templates, "method": options.method, "prior": options.prior}
+    return predictor.classes(params, source, classes, limit=options.limit, **settings)
+
+
+def main(argv: list[str]) -> None:
+    program.run(argv, Options, "classify", "name", predict, __doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
