@@ -1,8 +1,8 @@
 """Visual question answering fine-tuned on a CPU: templated questions about drawn shapes (easy-VQA).
 
 Starts from the default run, `python train.py`, with a vocabulary of its own: the one made for scenes knows few of the
-questions' words. `--init` names another model to start from. 300 of the 1,500 pictures are kept for validation. Score it
-with `python -m eval.vqa runs/easy_vqa --data jsonl:PATH[1200:]`.
+questions' words. `--init` names another model to start from. 300 of the 1,500 pictures are kept for validation. Score
+it with `python -m eval.vqa runs/easy_vqa --data jsonl:PATH[1200:]`.
 """
 
 import pathlib

@@ -1,7 +1,7 @@
 """Classification as text, fine-tuned: the model says what the photo shows (five kinds of flowers).
 
-Run `python train.py configs/flickr8k.py` first; `--init` names another model to start from. The file is sorted by class,
-so every other line is kept for validation. Score it with
+Run `python train.py configs/flickr8k.py` first; `--init` names another model to start from. The file is sorted by
+class, so every other line is kept for validation. Score it with
 `python -m eval.classify runs/flowers --method likelihood --templates '{}' --data jsonl:PATH[1::2]`.
 """
 
