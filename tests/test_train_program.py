@@ -1,6 +1,7 @@
 """`python train.py`: a run from start to end, killed and resumed bit for bit, and everything it refuses."""
 
 import contextlib
+import html
 import importlib.util
 import json
 import os
@@ -21,9 +22,10 @@ from flax import nnx
 from PIL import Image
 
 import mammut
-from mammut import checkpoint, recipes, sharding
+from mammut import checkpoint, recipes, sharding, synthetic
 from mammut.checkpoint import Checkpoints, Restored
 from mammut.config import MeshConfig, TrainConfig
+from mammut.predictions import Predictions
 from mammut.tasks import ImageTextTask
 from mammut.testing import tiny_processor
 from mammut.training import TrainState, make_trainer
@@ -183,7 +185,61 @@ def test_a_run_says_what_it_does_and_how_well_it_went(straight):
     assert re.search(r"text to image  R@1 [\d.]+%  R@5 [\d.]+%  R@10 [\d.]+%\n  image to text  R@1 ", out)
     final = out[out.index(f"val at step {STEPS}") :]
     assert final.count("    says  ") == final.count("    ref   ") == 10
-    assert out.strip().endswith("model saved: mammut.load('straight')")
+    assert out.strip().endswith("model saved: mammut.load('straight')\nreport: straight/report.html")
+
+
+def test_a_run_ends_with_its_predictions_their_scores_and_a_report(straight):
+    workdir, _ = straight
+    last = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if "eval/" in line][-1]
+    retrieval = Predictions.load(workdir / "eval" / "retrieval_val.predictions.jsonl", "retrieval")
+    captions = Predictions.load(workdir / "eval" / "caption_val.predictions.jsonl", "caption")
+    assert len(retrieval.records) == 16 + 48 and len(captions.records) == 16
+    scores = json.loads((workdir / "eval" / "retrieval_val.json").read_text())["metrics"]
+    assert {f"eval/val/{name}": value for name, value in scores.items()}.items() <= last.items()
+    model, processor = mammut.load(workdir)
+    images = [synthetic.draw("val", record["index"], 16) for record in captions.records]
+    assert [record["prediction"] for record in captions.records] == mammut.caption(model, processor, images)
+    page = (workdir / "report.html").read_text()
+    assert all(html.escape(record["prediction"]) in page for record in captions.records[:3])
+
+
+# --- a run that starts from another
+
+
+def test_a_run_starts_from_the_weights_and_the_processor_of_another(program, straight):
+    """A learning rate next to nothing leaves the weights where they were, whatever the recipe's own architecture."""
+    workdir, still = straight[0], ["--optimizer.learning-rate", "1e-9", "--steps", "2", "--optimizer.warmup-steps", "0"]
+    write_recipe(program.folder, width=32).rename(program.folder / "wide.py")
+    write_recipe(program.folder)
+    out, _ = program.run("wide.py", "--workdir", "tuned", "--init", "straight", "--task", "vqa", *still)
+    tuned = program.folder / "tuned"
+    assert (tuned / "processor.json").read_bytes() == (workdir / "processor.json").read_bytes()
+    (before, _), (after, _) = mammut.load(workdir), mammut.load(tuned)
+    assert before.config == after.config
+    before, after = (nnx.to_pure_dict(nnx.state(model)) for model in (before, after))
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after))) < 1e-7
+    assert "contrastive" not in out and re.search(r"asks  .*\?\n    says  ", out) and "exact_match" in out
+    answers = Predictions.load(tuned / "eval" / "vqa_val.predictions.jsonl", "vqa")
+    assert len(answers.records) == 16 * 5
+
+    replace = ["--tokenizer.replace", "True", "--model.text.vocab-size", "48"]
+    program.run("small.py", "--workdir", "new", "--init", "straight", "--task", "classify", *replace, *still)
+    model, processor = mammut.load(program.folder / "new")
+    assert processor.vocab_size <= 48 and model.config.text.vocab_size == 48
+    new = nnx.to_pure_dict(nnx.state(model))
+    assert float(abs(new["vision"]["patch_embed"]["kernel"] - before["vision"]["patch_embed"]["kernel"]).max()) < 1e-7
+    labels = Predictions.load(program.folder / "new" / "eval" / "classify_val.predictions.jsonl", "classify")
+    assert set(labels.settings["classes"]) == {"circle", "cross", "square", "triangle"}
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--init", "nowhere"], "nowhere is no model folder (no config.json) and no run (no run.json)"),
+    (["--init", "run", "--model.vision.width", "64"], "init run, is another one: model.vision.width is 64, it was 16"),
+    (["--init", "run", "--tokenizer.path", "x.model"], "tokenizer.replace True"),
+])  # fmt: skip
+def test_a_run_does_not_start_from_a_model_that_is_not_there_or_another(refusal, train, tmp_path, argv, message):
+    write_run(tmp_path / "run", train)
+    assert message in refusal("small.py", "--workdir", "new", *argv)
 
 
 def test_compile_only_tells_the_memory_of_the_step_and_trains_nothing(program, straight):
