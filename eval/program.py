@@ -44,11 +44,6 @@ class Options:
     blind: bool = False  # every image is black: what can be said from the text alone
     mesh: MeshConfig = MeshConfig()
 
-    def __post_init__(self):
-        for name in ("batch_size", "limit", "threads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
@@ -88,6 +83,9 @@ def _score_again(options: Options, path: pathlib.Path, task: Task, field: Field)
 
 
 def _evaluate(options: AnyOptions, checkpoint: pathlib.Path, task: Task, field: Field, predict: Callable) -> Scores:
+    for name in ("batch_size", "limit", "threads"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
     if options.data is None:
         raise ValueError("--data is missing, expected what to evaluate on: jsonl:PATH, tfds:NAME/SPLIT, ...")
     out = options.out or checkpoint / "eval" / f"{task}_{_name(options.data)}.json"
