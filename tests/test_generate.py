@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,10 @@ import pytest
 from flax import nnx
 
 import mammut
-from mammut.generate import GenerateConfig, filter_logits, generate
+from mammut import sharding
+from mammut.config import MeshConfig
+from mammut.generate import Decoding, GenerateConfig, _generate, filter_logits, generate, generate_text, search
+from mammut.model import logical_axes
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 
 # What is here is compiled more than it is run.
@@ -44,17 +49,33 @@ def logits(model):
     return functools.partial(run, params)
 
 
+def padded(prompts, width):
+    """Prompts (lists of ids) as `prompt` and `prompt_valid`."""
+    prompt = np.array([row + [9] * (width - len(row)) for row in prompts])
+    return prompt, np.arange(width) < np.array([[len(row)] for row in prompts])
+
+
 @pytest.fixture(scope="module")
-def greedy(model):
+def generated(model):
+    """`generate` for images and prompts (lists of ids), as NumPy arrays."""
     graphdef, params = nnx.split(model)
 
+    @functools.partial(jax.jit, static_argnums=(4, 5))
+    def run(params, image, prompt, valid, config, eos_id):
+        return generate(nnx.merge(graphdef, params), image, prompt, valid, config, eos_id=eos_id)
 
-    @functools.partial(jax.jit, static_argnums=(2, 3))
-    def run(params, image, bos_id, eos_id):
-        prompt = jnp.full((len(image), 1), bos_id)
-        return generate(nnx.merge(graphdef, params), image, prompt, prompt == bos_id, eos_id=eos_id).tokens[:, 0]
+    def call(image, prompts, config, eos_id, width=7, params=params):
+        return jax.tree.map(np.asarray, run(params, image, *padded(prompts, width), config, eos_id))
 
-    return lambda *args: np.asarray(run(params, *args))
+    return call
+
+
+@pytest.fixture(scope="module")
+def greedy(generated):
+    """Greedy tokens from a start alone, int[B, L]."""
+    return lambda image, bos_id, eos_id: generated(
+        image, [[bos_id]] * len(image), GenerateConfig(), eos_id, width=1
+    ).tokens[:, 0]
 
 
 def by_loop(logits, image, bos_id, eos_id):
@@ -132,8 +153,14 @@ def always(token: int):
     return model
 
 
-def test_a_caption_that_ends_at_once_is_empty(processor, images):
-    assert mammut.caption(always(processor.eos_id), processor, list(images), batch_size=4) == [""] * 6
+def test_a_caption_that_ends_at_once_is_empty_and_has_the_probability_of_its_end(processor, images):
+    model = always(processor.eos_id)
+    # All other tokens share a logit of 0.
+    logit = float((model.text.norm.bias[...] ** 2).sum())
+    logprob = logit - math.log(math.exp(logit) + VOCAB - 1)
+    for found in generate_text(model, processor, images):
+        assert found.text == ""
+        assert found.token_logprobs == (found.logprob,) == pytest.approx((logprob,), abs=1e-5)
 
 
 def test_a_caption_that_never_ends_has_every_place_but_the_start(processor, images):
@@ -150,9 +177,25 @@ def test_captions_are_the_texts_of_the_greedy_tokens_in_the_order_of_the_images(
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_size_of_batches_changes_no_caption(model, processor, images, batch_size):
-    """Of 4 and 2, the last batch is filled up with black images, which get no caption."""
+    """Of 4 and 2, the last batch is filled up with images that get no caption."""
     whole = mammut.caption(model, processor, list(images), batch_size=6)
     assert mammut.caption(model, processor, list(images), batch_size=batch_size) == whole
+
+
+def test_batches_have_one_shape_and_few_images_a_small_one(model, processor, images):
+    """Each new shape would be compiled anew."""
+
+    def compiled(num_images, batch_size, prompts=None):
+        before = _generate._cache_size()
+        config = GenerateConfig(max_new_tokens=3)
+        texts = generate_text(model, processor, images[:num_images], prompts, config, batch_size=batch_size)
+        assert len(texts) == num_images and all(1 <= len(found.token_logprobs) <= 3 for found in texts)
+        return _generate._cache_size() - before
+
+    assert compiled(5, batch_size=2) == 1  # two batches and a half
+    assert compiled(2, batch_size=32) == 0  # two images are a batch of 2
+    assert compiled(3, batch_size=2, prompts=["", "one red", "one"]) == 1
+    assert compiled(3, batch_size=2, prompts=["one", "red", "one red circle"]) == 0  # 3 and 4 tokens with the start
 
 
 def test_no_images_have_no_captions(model, processor):
@@ -175,39 +218,18 @@ def test_a_caption_holds_only_tokens_that_the_tokenizer_knows(images):
     model, processor = tiny_model(config, seed=1), tiny_processor(CONFIG)
     unknown = model.text.vocab_head.kernel
     unknown[...] = unknown[...].at[:, VOCAB:].multiply(50.0)  # what the tokenizer lacks is all the model wants to say
-    graphdef, params = nnx.split(model)
 
-    def greedy(vocab_size):
-        @jax.jit
-        def run(params, image):
-            prompt = jnp.ones((2, 1), int)
-            return generate(nnx.merge(graphdef, params), image, prompt, prompt > 0, eos_id=2, vocab_size=vocab_size)
+    @jax.jit
+    def wanted(image):
+        prompt = jnp.ones((2, 1), int)
+        return generate(model, image, prompt, prompt > 0, eos_id=2).tokens
 
-        return np.asarray(run(params, images[:2]).tokens)
-
-    assert greedy(None).max() >= VOCAB > greedy(VOCAB).max()
-    assert len(mammut.caption(model, processor, list(images[:2]), batch_size=2)) == 2
+    assert (wanted(images[:2])[:, 0, 1:] >= VOCAB).any(1).all()
+    assert len(mammut.caption(model, processor, images[:2])) == 2  # to decode an unknown id is an error
 
 
-@pytest.fixture(scope="module")
-def generated(model):
-    """`generate` for images and prompts (lists of ids), as NumPy arrays."""
-    graphdef, params = nnx.split(model)
-
-    @functools.partial(jax.jit, static_argnums=(4, 5))
-    def run(params, image, prompt, valid, config, eos_id, keys):
-        return generate(nnx.merge(graphdef, params), image, prompt, valid, config, eos_id=eos_id, keys=keys)
-
-    def call(image, prompts, config, eos_id, keys=None):
-        width = max(map(len, prompts))
-        prompt = np.array([row + [9] * (width - len(row)) for row in prompts])
-        valid = np.arange(width) < np.array([[len(row)] for row in prompts])
-        return jax.tree.map(np.asarray, run(params, image, prompt, valid, config, eos_id, keys))
-
-    return call
-
-
-PROMPTS = [[1], [1, 7, 30, 2], [1, 44], [1, 7], [1, 5, 6, 8, 11], [1, 50, 51]]
+# The fifth leaves one place.
+PROMPTS = [[1], [1, 7, 30, 2], [1, 44], [1, 7], [1, 5, 6, 8, 11, 12, 13], [1, 50, 51]]
 
 
 def continued(logits, image, prompt, end):
@@ -228,18 +250,56 @@ def test_prompts_of_differing_length_go_on_as_each_would_alone(generated, logits
     expected = [continued(logits, image, prompt, end) for image, prompt in zip(images, PROMPTS)]
     np.testing.assert_array_equal(out.tokens[:, 0], [tokens for tokens, _ in expected])
     np.testing.assert_allclose(out.logprobs[:, 0], [logprobs for _, logprobs in expected], atol=1e-5)
-    sums = [sum(logprobs) / max(1, np.count_nonzero(logprobs)) for _, logprobs in expected]
+    num_tokens = np.array([np.count_nonzero(logprobs) for _, logprobs in expected])
+    np.testing.assert_array_equal(out.num_tokens[:, 0], num_tokens)
+    sums = [sum(logprobs) / count for (_, logprobs), count in zip(expected, num_tokens)]
     np.testing.assert_allclose(out.scores[:, 0], sums, atol=1e-5)
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-def test_a_wide_beam_finds_what_trying_every_text_finds(length_penalty):
-    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, max_length=4, vocab_size=7))
-    graphdef, params = nnx.split(tiny_model(config))
+def test_a_text_ends_at_most_at_its_limit_whatever_the_length_of_its_prompt(generated, images, end):
+    """Two tokens: those that it starts with without a limit, and their probabilities."""
+    free = generated(images, PROMPTS, GenerateConfig(), end)
+    out = generated(images[:4], PROMPTS[:4], GenerateConfig(max_new_tokens=2), end, width=4)
+    assert out.tokens.shape == (4, 1, 4 + 2) and out.steps == 4 + 2 - 1
+    for row, prompt in enumerate(PROMPTS[:4]):
+        count = min(2, free.num_tokens[row, 0])
+        assert out.num_tokens[row, 0] == count
+        said = free.tokens[row, 0, : len(prompt) + count].tolist()
+        assert out.tokens[row, 0].tolist() == said + [end] * (6 - len(said))
+        logprobs = free.logprobs[row, 0, len(prompt) : len(prompt) + count]
+        np.testing.assert_allclose(out.scores[row, 0], logprobs.mean(), atol=1e-5)
+
+
+def test_a_prompt_of_nothing_but_pads_is_its_start_token(generated, images, end):
+    nothing = generated(images, [[]] * 6, GenerateConfig(), end)  # pads are 9
+    np.testing.assert_array_equal(nothing.tokens, generated(images, [[9]] * 6, GenerateConfig(), end).tokens)
+
+
+def every_text(vocab_size, end, most=3):
+    """All texts of at most three tokens: int[N, 1 + 3] after start 1, filled up with ends; and their lengths."""
+    texts = itertools.product(range(vocab_size), repeat=most)
+    texts = sorted({text[: text.index(end) + 1] if end in text else text for text in texts})
+    tokens = np.array([[1, *text, *[end] * (most - len(text))] for text in texts])
+    return tokens, np.array([len(text) for text in texts])
+
+
+def check_best(found, row, tokens, lengths, logprobs, length_penalty):
+    """The first three of a search are the best three of all texts, whose tokens have these log-probabilities."""
+    logprobs = np.where(np.arange(3) < lengths[:, None], logprobs, 0)
+    scores = logprobs.sum(1) / lengths**length_penalty
+    best = np.argsort(-scores)[:3]
+    np.testing.assert_array_equal(found.tokens[row, :3, :4], tokens[best])
+    np.testing.assert_allclose(found.scores[row, :3], scores[best], atol=1e-5)
+    np.testing.assert_allclose(found.logprobs[row, :3, 1:4], logprobs[best], atol=1e-5)
+    np.testing.assert_array_equal(found.num_tokens[row, :3], lengths[best])
+
+
+def test_a_wide_beam_finds_what_trying_every_text_finds():
+    text = dataclasses.replace(CONFIG.text, max_length=6, vocab_size=7)
+    config = dataclasses.replace(CONFIG, text=text)
+    graphdef, params = nnx.split(tiny_model(config, seed=1))  # its best texts differ from the first token on
     images = tiny_batch(config, batch_size=3)["image"]
-    texts = {text[: text.index(2) + 1] if 2 in text else text for text in itertools.product(range(7), repeat=3)}
-    tokens = np.array([[1, *text, *[2] * (3 - len(text))] for text in sorted(texts)])
-    lengths = np.array([len(text) for text in sorted(texts)])
+    tokens, lengths = every_text(7, end=2)
 
     @jax.jit
     def every(params, image):
@@ -249,23 +309,18 @@ def test_a_wide_beam_finds_what_trying_every_text_finds(length_penalty):
 
     @jax.jit
     def search(params, images):
-        search = GenerateConfig(num_beams=6, length_penalty=length_penalty)
         prompt = jnp.ones((3, 1), int)
-        return generate(nnx.merge(graphdef, params), images, prompt, prompt > 0, search, eos_id=2)
+        config = GenerateConfig(max_new_tokens=3, num_beams=6)
+        return generate(nnx.merge(graphdef, params), images, prompt, prompt > 0, config, eos_id=2)
 
     found = search(params, images)
     for row, image in enumerate(images):
-        logprobs = np.where(np.arange(3) < lengths[:, None], np.asarray(every(params, image)), 0)
-        scores = logprobs.sum(1) / lengths**length_penalty
-        best = np.argsort(-scores)[:3]
-        np.testing.assert_array_equal(found.tokens[row, :3], tokens[best])
-        np.testing.assert_allclose(found.scores[row, :3], scores[best], atol=1e-5)
-        np.testing.assert_allclose(found.logprobs[row, :3, 1:], logprobs[best], atol=1e-5)
+        check_best(found, row, tokens, lengths, np.asarray(every(params, image)), length_penalty=1)
 
 
 def test_beams_of_a_batch_are_those_of_its_images_one_by_one(generated, images, end):
-    """Whatever the lengths of the prompts; and the best beam scores no worse than the greedy text."""
-    search = GenerateConfig(num_beams=3)
+    """Whatever the lengths of the prompts."""
+    search = GenerateConfig(num_beams=4)
     together = generated(images, PROMPTS, search, end)
     for row in range(len(images)):
         alone = generated(images[row : row + 1], PROMPTS[row : row + 1], search, end)
@@ -274,43 +329,106 @@ def test_beams_of_a_batch_are_those_of_its_images_one_by_one(generated, images, 
     assert (np.diff(together.scores, axis=1) <= 0).all()
 
 
-def test_diverse_groups_say_different_things(generated, images, end):
+# --- how tokens are chosen, by a model whose logits depend on the row and its last token alone
+
+
+TABLE = 2 * np.random.default_rng(0).normal(size=(6, VOCAB, VOCAB)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def search_table(table, config, keys):
+    def step(text, position, row):
+        return table[row, text[:, position]], row
+
+    def take(row, beam):
+        return jnp.take_along_axis(row.reshape(len(beam), -1), beam, axis=1).reshape(-1)
+
+    start, rows = jnp.full((len(table), LENGTH), 2).at[:, 0].set(1), jnp.arange(len(table))
+    return search(Decoding(step, take, rows), start, jnp.ones_like(rows), config, eos_id=2, keys=keys)
+
+
+def by_table(config, table=TABLE, keys=None):
+    """`search` with logits `table[row, last token]`; start token 1, end token 2."""
+    return jax.tree.map(np.asarray, search_table(jnp.asarray(table, jnp.float32), config, keys))
+
+
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 2.0])
+def test_the_length_penalty_divides_by_its_power_of_the_length(length_penalty):
+    table = TABLE[:, :7, :7]
+    found = by_table(GenerateConfig(3, num_beams=6, length_penalty=length_penalty), table)
+    tokens, lengths = every_text(7, end=2)
+    logprobs = table - np.log(np.exp(table).sum(2, keepdims=True))
+    for row in range(6):
+        check_best(found, row, tokens, lengths, logprobs[row, tokens[:, :-1], tokens[:, 1:]], length_penalty)
+
+
+def test_diverse_groups_say_different_things():
     """Without a penalty two groups are the same search twice; with one their first words differ."""
-    same = generated(images, [[1]] * 6, GenerateConfig(num_beams=4, num_groups=2), end)
-    assert all(len({tuple(beam) for beam in row}) == 2 for row in same.tokens.tolist())
-    diverse = GenerateConfig(num_beams=2, num_groups=2, diversity_penalty=1e3)
-    out = generated(images, [[1]] * 6, diverse, end)
-    assert (out.tokens[:, 0, 1] != out.tokens[:, 1, 1]).all()
-    # The penalty chooses, it does not count: scores are the model's log-probabilities.
-    np.testing.assert_allclose(out.scores.max(1), out.scores[:, 0])
-    assert (out.scores > -1e2).all()
+    same = by_table(GenerateConfig(num_beams=4, num_groups=2))
+    np.testing.assert_array_equal(same.tokens[:, ::2], same.tokens[:, 1::2])
+    np.testing.assert_array_equal(same.tokens[:, ::2], by_table(GenerateConfig(num_beams=2)).tokens)
+    out = by_table(GenerateConfig(num_beams=2, num_groups=2, diversity_penalty=1e3))
+    assert (out.tokens[:, 0, 1:5] != out.tokens[:, 1, 1:5]).all()
+
+
+def test_a_diversity_penalty_chooses_but_does_not_count():
+    """Scores are the model's log-probabilities, of tokens that were chosen in spite of a penalty, too."""
+    out = by_table(GenerateConfig(num_beams=2, num_groups=2, diversity_penalty=0.3))
+    assert (out.tokens[:, 0, 1:5] == out.tokens[:, 1, 1:5]).any() and (out.tokens[:, 0] != out.tokens[:, 1]).any()
+    assert (np.diff(out.scores, axis=1) <= 0).all()
+    logprobs = TABLE - np.log(np.exp(TABLE).sum(2, keepdims=True))
+    for row, beam in np.ndindex(6, 2):
+        text = out.tokens[row, beam, : 1 + out.num_tokens[row, beam]]
+        assert out.scores[row, beam] == pytest.approx(logprobs[row, text[:-1], text[1:]].mean(), abs=1e-5)
 
 
 @pytest.mark.parametrize("options", [
-    {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4},
+    {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-6},
 ])  # fmt: skip
-def test_sampling_narrowed_to_one_token_is_greedy(generated, images, end, options):
-    keys = jax.random.split(jax.random.key(0), 6)
-    out = generated(images, PROMPTS, GenerateConfig(**{"temperature": 1.0, **options}), end, keys)
-    np.testing.assert_array_equal(out.tokens, generated(images, PROMPTS, GenerateConfig(), end).tokens)
+def test_sampling_narrowed_to_one_token_is_greedy(options):
+    out = by_table(GenerateConfig(**{"temperature": 1.0, **options}), keys=jax.random.split(jax.random.key(0), 6))
+    np.testing.assert_array_equal(out.tokens, by_table(GenerateConfig()).tokens)
 
 
-def test_what_is_sampled_depends_on_the_key_of_the_row_alone(generated, images, end):
+def test_sampled_tokens_are_as_frequent_as_they_are_likely():
+    probs, keys = np.array([0.1, 0.2, 0.3, 0.4], np.float32), jax.random.split(jax.random.key(0), 4000)
+    out = by_table(GenerateConfig(1, temperature=2.0), np.tile(np.log(probs), (4000, 4, 1)), keys)
+    shares = np.bincount(out.tokens[:, 0, 1], minlength=4) / 4000
+    np.testing.assert_allclose(shares, probs**0.5 / (probs**0.5).sum(), atol=0.03)
+
+
+def test_what_is_sampled_depends_on_the_key_of_the_row_alone():
     keys, config = jax.random.split(jax.random.key(0), 6), GenerateConfig(temperature=1.5)
-    together = generated(images, [[1]] * 6, config, end, keys)
-    alone = [generated(images[i : i + 1], [[1]], config, end, keys[i : i + 1]).tokens[0] for i in range(6)]
-    np.testing.assert_array_equal(together.tokens, alone)
-    others = generated(images, [[1]] * 6, config, end, jax.random.split(jax.random.key(1), 6))
-    assert (together.tokens != others.tokens).any()
+    together = by_table(config, keys=keys)
+    for row in (0, 5):
+        alone = by_table(config, TABLE[row : row + 1], keys[row : row + 1])
+        np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
+    assert (together.tokens != by_table(config, keys=jax.random.split(jax.random.key(1), 6)).tokens).any()
 
 
-def test_a_repetition_penalty_keeps_a_text_from_repeating_itself(generated, images):
-    penalised = generated(images, [[1]] * 6, GenerateConfig(repetition_penalty=1e6), 59).tokens[:, 0]
-    plain = generated(images, [[1]] * 6, GenerateConfig(), 59).tokens[:, 0]
-    assert any(len(set(row)) < LENGTH for row in plain.tolist())
-    for row in penalised.tolist():
-        said = row[: row.index(59)] if 59 in row else row
-        assert len(set(said)) == len(said)
+def test_what_is_sampled_for_an_image_does_not_depend_on_the_size_of_batches(model, processor, images):
+    config = GenerateConfig(max_new_tokens=2, temperature=1.5)
+    texts = generate_text(model, processor, images, config=config, batch_size=4, seed=3)
+    assert texts[4:] != texts[:2]
+    np.testing.assert_equal([found.text for found in generate_text(model, processor, images, config=config, seed=3)],
+                            [found.text for found in texts])  # fmt: skip
+
+
+def test_a_repetition_penalty_keeps_a_text_from_repeating_itself():
+    table = np.abs(TABLE) + 6 * np.eye(VOCAB)  # a token is likely to follow itself
+    table[:, :, 2] = -99
+
+    def repeats(config):
+        return [LENGTH - len(set(row)) for row in by_table(config, table).tokens[:, 0].tolist()]
+
+    assert min(repeats(GenerateConfig())) > 0
+    assert max(repeats(GenerateConfig(repetition_penalty=1e6))) == 0  # the start is not repeated either
+
+
+def test_a_limit_beyond_the_last_place_changes_nothing():
+    limited, free = (by_table(GenerateConfig(limit, num_beams=2)) for limit in (99, None))
+    np.testing.assert_array_equal(limited.tokens, free.tokens)
+    np.testing.assert_array_equal(limited.scores, free.scores)
 
 
 def test_filters_keep_what_their_definitions_keep():
@@ -330,12 +448,181 @@ def test_filters_keep_what_their_definitions_keep():
 
 
 def test_an_answer_does_not_repeat_its_question(model, processor, images):
-    questions = ["one red circle", "one", "blue square on the left or right or left or right", "", "green", "on"]
-    with pytest.raises(ValueError, match="the prompt has .* tokens, expected fewer than DecoderConfig.max_length 8"):
-        mammut.answer(model, processor, list(images), questions)
-    questions[2] = "blue"
-    answers = mammut.answer(model, processor, list(images), questions, batch_size=4)
-    one_by_one = [mammut.answer(model, processor, [i], [q], batch_size=1)[0] for i, q in zip(images, questions)]
+    questions = ["one red circle", "one red", "green circle on"]
+    answers = mammut.answer(model, processor, images[:3], questions, batch_size=2)
+    one_by_one = [mammut.answer(model, processor, [i], [q])[0] for i, q in zip(images, questions)]
     assert answers == one_by_one
-    with pytest.raises(ValueError, match="5 prompts for 6 images"):
-        mammut.answer(model, processor, list(images), questions[:5])
+    assert not any(answer.startswith("one red") for answer in answers)
+
+
+def test_prompts_that_cannot_be_continued_are_refused(model, processor, images):
+    long = "blue square on the left or right or left or right"
+    expected = f"prompt 1, '{long}', has 15 tokens with the start, expected fewer than DecoderConfig.max_length 8"
+    with pytest.raises(ValueError, match=f"^{expected}$"):
+        mammut.answer(model, processor, images[:2], ["one", long])
+    with pytest.raises(ValueError, match="^there are 5 prompts for 6 images$"):
+        mammut.answer(model, processor, images, ["one"] * 5)
+    with pytest.raises(ValueError, match="^prompts is 'onered', expected a list of str$"):
+        mammut.answer(model, processor, images, "onered")
+
+
+def test_the_processor_of_another_model_is_refused(model, images):
+    larger = tiny_processor(dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, vocab_size=64)))
+    with pytest.raises(ValueError, match="^the processor's vocabulary has 64 ids, DecoderConfig.vocab_size .* is 60"):
+        mammut.caption(model, larger, images)
+
+
+def test_a_batch_of_no_images_at_a_time_is_refused(model, processor, images):
+    with pytest.raises(ValueError, match="^batch_size is 0, expected at least 1$"):
+        mammut.caption(model, processor, images, batch_size=0)
+
+
+def test_a_text_has_the_log_probabilities_of_its_tokens(model, processor, logits, images):
+    prompts = ["one red circle", "one red", "green circle on"]
+    for image, text, found in zip(images, prompts, generate_text(model, processor, images[:3], prompts, batch_size=2)):
+        prompt = [processor.bos_id, *processor.encode_prompt(text)]
+        tokens, logprobs = continued(logits, image, prompt, processor.eos_id)
+        logprobs = [logprob for logprob in logprobs if logprob]
+        assert found.text == processor.tokenizer.decode(tokens[len(prompt) :])
+        np.testing.assert_allclose(found.token_logprobs, logprobs, atol=1e-5)
+        assert found.logprob == pytest.approx(sum(logprobs), abs=1e-4)
+
+
+# --- what a search costs
+
+
+def test_the_loop_stops_when_every_text_has_ended(generated, images, end):
+    out = generated(images, [[1]] * 6, GenerateConfig(), end)
+    assert out.steps == out.num_tokens.max()
+    first = out.num_tokens[:, 0].argmin()
+    assert generated(images[[first] * 6], [[1]] * 6, GenerateConfig(), end).steps == out.num_tokens.min() < out.steps
+
+
+@pytest.mark.parametrize("config, steps", [
+    (GenerateConfig(), 1),
+    # After two tokens there are three ended texts that no longer one can beat, without a length to be divided by.
+    (GenerateConfig(num_beams=3, length_penalty=0.0), 2),
+])  # fmt: skip
+def test_a_search_whose_texts_end_early_is_short(generated, images, config, steps):
+    out = generated(images, [[1]] * 6, config, 2, width=1, params=nnx.state(always(2)))
+    assert out.steps == steps
+    assert (out.tokens[:, 0, 1:] == 2).all() and (out.num_tokens[:, 0] == 1).all()
+
+
+def test_beams_share_the_keys_and_values_of_their_image(model, images):
+    """In the whole program nothing has an axis of image tokens and one of images x beams."""
+    graphdef, params = nnx.split(model)
+
+    def shapes(num_beams):
+        def run(params, image):
+            prompt, config = jnp.ones((5, 1), int), GenerateConfig(num_beams=num_beams)
+            return generate(nnx.merge(graphdef, params), image, prompt, prompt > 0, config, eos_id=2)
+
+        text = jax.jit(run).lower(params, images[:5]).as_text()
+        return {tuple(map(int, dims[:-1].split("x"))) for dims in re.findall(r"tensor<((?:\d+x)+)", text)}
+
+    patches, heads, head_size = 4, 3, 16
+    assert (5, patches, heads, head_size) in shapes(7)
+    assert not {shape for shape in shapes(7) if 35 in shape and patches in shape}
+    assert (35, LENGTH, heads, head_size) in shapes(7)
+
+
+# --- on a mesh
+
+
+@pytest.mark.parametrize("mesh, num_beams", [
+    (MeshConfig(data=1, fsdp=8), 1), (MeshConfig(data=2, fsdp=2, model=2), 4),
+])  # fmt: skip
+def test_a_mesh_of_devices_says_what_one_device_says(model, generated, images, end, mesh, num_beams):
+    config, rows, mesh = GenerateConfig(num_beams=num_beams), [0, 1, 2, 3, 4, 5, 0, 1], sharding.make_mesh(mesh)
+    expected = generated(images, PROMPTS, config, end)
+    graphdef, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+    params = jax.device_put(params, sharding.param_shardings(params, logical_axes(model), mesh))
+    prompt, valid = padded(PROMPTS, 7)
+    batch = sharding.device_batch({"image": images[rows], "prompt": prompt[rows], "valid": valid[rows]}, mesh)
+
+    @jax.jit
+    def run(params, image, prompt, valid):
+        out = generate(nnx.merge(graphdef, params), image, prompt, valid, config, eos_id=end)
+        return out.tokens, out.logprobs, out.scores
+
+    with jax.set_mesh(mesh):
+        program = run.lower(params, *batch.values()).compile()
+        tokens, logprobs, scores = program(params, *batch.values())
+    np.testing.assert_array_equal(tokens, expected.tokens[rows])
+    np.testing.assert_allclose(logprobs, expected.logprobs[rows], atol=1e-5)
+    np.testing.assert_allclose(scores, expected.scores[rows], atol=1e-5)
+    # A device keeps the cache of its rows when beams change places: it is in nothing that devices exchange.
+    exchanges = re.findall(r".*(?:all-gather|all-reduce|all-to-all|collective-permute)\(.*", program.as_text())
+    places, heads, head_size = LENGTH, 3, 16
+    assert exchanges and not [line for line in exchanges if f",{places},{heads},{head_size}]" in line]
+
+
+# --- what cannot be generated
+
+
+def test_a_model_that_diverged_says_nothing_and_is_named(processor, images, generated):
+    """Its logits are NaN: the text ends there, at a score of minus infinity."""
+    diverged = tiny_model(CONFIG, seed=1)
+    diverged.text.norm.bias[...] = jnp.full(48, jnp.nan)
+    for config in (GenerateConfig(), GenerateConfig(num_beams=3, length_penalty=0.0)):
+        out = generated(images, [[1]] * 6, config, 2, width=1, params=nnx.state(diverged))
+        assert out.steps == 1 and (out.tokens[:, :, 1:] == 2).all()
+        assert (out.scores == -np.inf).all()
+    with pytest.raises(ValueError, match="^the model's logits for image 0 are not numbers: .* training diverged$"):
+        mammut.caption(diverged, processor, images, batch_size=6)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_whose_logits_are_not_numbers_changes_no_other(num_beams, bad):
+    config, table = GenerateConfig(num_beams=num_beams), TABLE.copy()
+    expected = by_table(config, table)
+    table[2, :, 7] = bad
+    out, others = by_table(config, table), np.arange(6) != 2
+    np.testing.assert_array_equal(out.tokens[others], expected.tokens[others])
+    np.testing.assert_array_equal(out.scores[others], expected.scores[others])
+    assert (out.scores[2] == -np.inf).all() and (out.tokens[2, :, 1:] == 2).all()
+
+
+def test_texts_that_do_not_exist_have_a_score_of_minus_infinity():
+    """Of one token, of which three can be said: three texts for four beams."""
+    table = np.where(np.arange(5) < 3, 0.0, -np.inf) * np.ones((1, 5, 1), np.float32)
+    scores = by_table(GenerateConfig(1, num_beams=4), table).scores
+    np.testing.assert_allclose(scores[0, :3], -math.log(3), atol=1e-6)
+    assert scores[0, 3] == -np.inf
+
+
+@pytest.mark.parametrize("rows, config, expected", [
+    (0, {}, "there are 0 prompts for 0 images, expected one each, and at least one"),
+    (1, {"temperature": 0.5}, "GenerateConfig.temperature is 0.5, expected a key for each row with it"),
+])  # fmt: skip
+def test_what_no_text_can_be_made_of_is_refused(model, images, rows, config, expected):
+    prompt = jnp.ones((rows, 1), int)
+    with pytest.raises(ValueError, match=f"^{expected}$"):
+        generate(model, images[:rows], prompt, prompt > 0, GenerateConfig(**config), eos_id=2)
+
+
+@pytest.mark.parametrize("field, value, others", [
+    ("max_new_tokens", 0, {}),
+    ("num_beams", 0, {}),
+    ("length_penalty", float("nan"), {}),
+    ("num_groups", 2, {"num_beams": 3}),
+    ("diversity_penalty", -1.0, {"num_beams": 2, "num_groups": 2}),
+    ("temperature", float("nan"), {}),
+    ("top_k", -1, {"temperature": 1.0}),
+    ("top_p", 0.0, {"temperature": 1.0}),
+    ("min_p", 1.5, {"temperature": 1.0}),
+    ("repetition_penalty", 0.0, {}),
+    # What would do nothing:
+    ("diversity_penalty", 1.0, {"num_beams": 2}),
+    ("temperature", 1.0, {"num_beams": 2}),
+    ("repetition_penalty", 2.0, {"num_beams": 2}),
+    ("top_k", 5, {}),
+    ("top_p", 0.9, {}),
+    ("min_p", 0.1, {}),
+])  # fmt: skip
+def test_settings_that_cannot_work_are_refused_by_name(field, value, others):
+    with pytest.raises(ValueError, match=f"^GenerateConfig.{field} is {value}, expected "):
+        GenerateConfig(**{field: value, **others})

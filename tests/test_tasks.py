@@ -108,7 +108,7 @@ def test_eight_devices_take_the_step_of_one(params):
 
 @pytest.fixture
 def folder(tmp_path):
-    qa = [{"question": "one red circle?", "answers": ["left", "right"]}, {"question": "on the right?", "answers": []}]
+    qa = [{"question": "one red circle", "answers": ["left", "right"]}, {"question": "on the right?", "answers": []}]
     qa.append({"question": "green " * 20, "answers": ["left"]})
     line = {"file": "a.png", "captions": ["one red circle"], "qa": qa[:2], "name": "triangle"}
     lines = [line, line | {"qa": qa[1:2]}, line | {"qa": qa[2:]}]
@@ -138,7 +138,7 @@ def said(batch) -> tuple[str, str]:
 def test_each_visit_draws_one_of_the_answers_after_its_question(folder):
     batches = batches_of(folder, "vqa")
     seen = {said(next(batches)) for _ in range(12)}
-    assert seen == {("one red circle?", "left"), ("one red circle?", "right")}
+    assert seen == {("one red circle", "left"), ("one red circle", "right")}
 
 
 def test_a_caption_and_a_name_have_no_prompt(folder):
