@@ -12,7 +12,7 @@ import dataclasses
 import sys
 
 from eval import program
-from mammut.generate import GenerateConfig
+from mammut.search import GenerateConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,10 @@ TensorFlow and PyTorch never.
 from mammut import presets
 from mammut.checkpoint import CheckpointError, load, save
 from mammut.config import DecoderConfig, ModelConfig, TrainConfig, VisionConfig
-from mammut.generate import GenerateConfig, answer, caption, generate_text
+from mammut.generate import Text, answer, caption, generate_text
 from mammut.model import MaMMUT
 from mammut.processor import BadImage, ImageTransform, Processor
+from mammut.search import GenerateConfig
 
 __all__ = [
     # a model and its processor
@@ -22,6 +23,7 @@ __all__ = [
     "caption",
     "answer",
     "generate_text",
+    "Text",
     "GenerateConfig",
     # its configuration
     "presets",

@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 
 from mammut import sharding
 from mammut.data import EvalBatch, describe_bad, eval_batches
-from mammut.generate import GenerateConfig, generate
+from mammut.generate import generate
 from mammut.losses import caption_loss
 from mammut.masks import caption_labels
 from mammut.metrics import nearest
 from mammut.model import MaMMUT, logical_axes
 from mammut.predictions import Predictions
 from mammut.processor import Processor
+from mammut.search import GenerateConfig
 from mammut.sources import Example, Question, Source
 
 Method = Literal["contrastive", "likelihood"]

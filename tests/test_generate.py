@@ -15,8 +15,9 @@ from flax import nnx
 import mammut
 from mammut import sharding
 from mammut.config import MeshConfig
-from mammut.generate import Decoding, GenerateConfig, _generate, filter_logits, generate, generate_text, search
+from mammut.generate import _generate, generate, generate_text
 from mammut.model import logical_axes
+from mammut.search import Decoding, GenerateConfig, filter_logits, search
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 
 # What is here is compiled more than it is run.

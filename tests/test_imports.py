@@ -22,7 +22,7 @@ HEAVY = (
 # Each may import those before it, in groups that do not know each other.
 LAYERS = (
     ("typing", "config"),
-    ("masks", "sharding"),
+    ("masks", "sharding", "search"),
     ("layers",),
     ("vit", "decoder"),
     ("model",),

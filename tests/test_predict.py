@@ -9,8 +9,8 @@ from flax import nnx
 import mammut
 from mammut import sharding
 from mammut.config import MeshConfig
-from mammut.generate import GenerateConfig
 from mammut.predict import Predictor, place
+from mammut.search import GenerateConfig
 from mammut.sources import BadExample, Example, Question, Source
 from mammut.testing import tiny_model, tiny_processor
 

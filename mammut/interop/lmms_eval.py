@@ -22,9 +22,10 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.utils import simple_parse_args_string
 
 import mammut.checkpoint
-from mammut.generate import GenerateConfig, generate_text
+from mammut.generate import generate_text
 from mammut.model import MaMMUT
 from mammut.processor import Processor
+from mammut.search import GenerateConfig
 
 
 class LmmsEvalModel(lmms):

@@ -1,0 +1,1 @@
+"""Evaluation programs: `python -m eval.NAME --help` tells what each does."""
