@@ -294,7 +294,7 @@ def _spice(truth: dict[int, list[str]], said: dict[int, list[str]]) -> _Score:
     folder = pathlib.Path(importlib.util.find_spec("pycocoevalcap.spice").origin).parent / "lib"
     for jar in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
         if not (folder / jar).exists():
-            raise ValueError(f"the SPICE jar {folder / jar} is not there, and is never downloaded")
+            raise ValueError(f"the SPICE jar {jar} is not in pycocoevalcap/spice/lib, and is never downloaded")
     from pycocoevalcap.spice.spice import Spice
 
     score, of_image = Spice().compute_score(truth, said)

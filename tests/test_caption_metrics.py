@@ -274,5 +274,5 @@ def test_spice_is_never_downloaded():
     folder = pathlib.Path(importlib.util.find_spec("pycocoevalcap.spice").origin).parent / "lib"
     if (folder / "stanford-corenlp-3.6.0.jar").exists():
         pytest.skip("the SPICE jars are here")
-    with pytest.raises(ValueError, match="stanford-corenlp-3.6.0.jar is not there"):
+    with pytest.raises(ValueError, match="stanford-corenlp-3.6.0.jar is not in pycocoevalcap"):
         caption_metrics._spice({0: ["a dog"]}, {0: ["a dog"]})
