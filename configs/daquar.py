@@ -8,7 +8,7 @@ for validation. Score it with `python -m eval.vqa runs/daquar --data jsonl:PATH[
 
 import pathlib
 
-from mammut.config import DataConfig, OptimizerConfig, TrainConfig
+from mammut.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 from mammut.testing import shared_dir
 
 
@@ -24,8 +24,9 @@ def get_config() -> TrainConfig:
             eval_batch_size=100,
             crop_scale=(0.6, 1.0),  # no flips: many questions are about left and right
         ),
+        loss=LossConfig(label_smoothing=0.1),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=50, weight_decay=0.1, b2=0.98),
-        steps=900,
+        steps=450,
         log_every=50,
         eval_every=150,
         checkpoint_every=150,
