@@ -2,8 +2,9 @@
 
 The question is the prompt, the answer is generated, and the loss is the answer's alone (MaMMUT, section 3.3). Run
 `python train.py configs/flickr8k.py` first; `--init` names another model to start from, `--data.blind True` trains the
-model that sees no image, to compare with. A fifth of the photos, the last in the file and so of other rooms, is kept
-for validation. Score it with `python -m eval.vqa runs/daquar --data jsonl:PATH[869:]`.
+model that sees no image, to compare with. Every fifth photo is kept for validation: neighbouring views of a room fall
+into both parts, as they do in the official split. Score it with
+`python -m eval.vqa runs/daquar --data jsonl:PATH[::5]`.
 """
 
 import pathlib
@@ -18,8 +19,8 @@ def get_config() -> TrainConfig:
         task="vqa",
         init="runs/flickr8k",
         data=DataConfig(
-            train=f"{questions}[:869]",
-            val=f"{questions}[869:]",
+            train=f"{questions}[!::5]",
+            val=f"{questions}[::5]",
             batch_size=100,
             eval_batch_size=100,
             crop_scale=(0.6, 1.0),  # no flips: many questions are about left and right

@@ -12,7 +12,7 @@ import pathlib
 import re
 import reprlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,8 @@ def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None, fiel
     """Opens a set of images with captions, with questions and answers, or with names.
 
     Args:
-      spec: One of these, each with an optional slice such as `[1000:]`, `[:90%]` or `[::5]`, every fifth example.
+      spec: One of these, each with an optional slice such as `[1000:]`, `[:90%]` or `[::5]`, every fifth example;
+        `[!::5]` is all the others.
         `synthetic:train`, `synthetic:val`: the drawn scenes of `mammut.synthetic`.
         `jsonl:PATH`: one object a line with a "file", relative to PATH, which is the .jsonl or a folder that holds
         exactly one; and with the field asked for: "captions", a list of texts; "qa", a list of
@@ -106,8 +107,8 @@ def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None, fiel
       ValueError: the spec is none of these, the set does not exist, is not of its format or not of the field, or
         there is nothing in it.
     """
-    pattern = r"(.*?)(?:\[(-?\d+%?)?:(-?\d+%?)?(?::([1-9]\d*)?)?\])?"
-    name, start, stop, step = re.fullmatch(pattern, spec, re.DOTALL).groups()
+    pattern = r"(.*?)(?:\[(!)?(-?\d+%?)?:(-?\d+%?)?(?::([1-9]\d*)?)?\])?"
+    name, others, start, stop, step = re.fullmatch(pattern, spec, re.DOTALL).groups()
     kind, _, name = name.partition(":")
     if kind == "synthetic" and name in ("train", "val"):
         source = _Synthetic(name, image_size, field)
@@ -121,7 +122,7 @@ def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None, fiel
         forms = ", ".join(f"{kind}:{form}" for kind, (_, form) in benchmarks.FORMS.items())
         raise ValueError(
             f"data source {spec!r} is not synthetic:train, synthetic:val, jsonl:PATH, {forms} or tfds:NAME/SPLIT, "
-            "each with an optional [a:b] in examples or percent, or [a:b:step]"
+            "each with an optional [a:b] in examples or percent, [a:b:step], or [!a:b:step] for all the others"
         )
 
     def bound(text: str | None) -> int | None:
@@ -130,13 +131,15 @@ def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None, fiel
         return round(len(source) * int(text[:-1]) / 100)
 
     rows = range(len(source))[bound(start) : bound(stop) : step and int(step)]
+    if others:
+        rows = np.setdiff1d(range(len(source)), rows).tolist()
     if not rows:
         raise ValueError(f"data source {spec!r} is empty, expected at least one example; the set has {len(source)}")
     return _Slice(spec, source, rows)
 
 
 class _Slice(Source):
-    def __init__(self, spec: str, source: Source, rows: range):
+    def __init__(self, spec: str, source: Source, rows: Sequence[int]):
         self.spec, self._source, self._rows = spec, source, rows
 
     def __len__(self) -> int:

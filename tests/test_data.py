@@ -144,6 +144,10 @@ def test_slices():
     for spec, rows in {"[:10]": (0, 10), "[90:]": (90, 96), "[25%:50%]": (24, 48), "[-6:]": (90, 96)}.items():
         part = open_set(f"synthetic:val{spec}")
         assert [part[i].key for i in range(len(part))] == [f"synthetic:val {i}" for i in range(*rows)]
+    fifth, others = open_set("synthetic:val[1:90:5]"), open_set("synthetic:val[!1:90:5]")
+    assert [fifth[i].key for i in range(len(fifth))] == [f"synthetic:val {i}" for i in range(1, 90, 5)]
+    left = [i for i in range(96) if i not in range(1, 90, 5)]
+    assert [others[i].key for i in range(len(others))] == [f"synthetic:val {i}" for i in left]
     assert len(open_set("synthetic:val[:33%]")) + len(open_set("synthetic:val[33%:]")) == 96
     with pytest.raises(IndexError):
         open_set("synthetic:val[:10]")[10]
