@@ -176,7 +176,7 @@ def test_a_value_that_cannot_work_is_refused_with_its_field(cls, name, value):
         ("LossConfig", "focal_normalization", "none", "batch, pairs"),
         ("OptimizerConfig", "name", "sgd", "adamw, adafactor"),
         ("OptimizerConfig", "schedule", "constant", "cosine, linear"),
-        ("TrainConfig", "task", "image-text", "image_text"),
+        ("TrainConfig", "task", "image-text", "image_text, caption, vqa, classify"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(cls, name, value, choices):
