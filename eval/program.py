@@ -97,6 +97,7 @@ def _evaluate(options: AnyOptions, checkpoint: pathlib.Path, task: Task, field: 
     source = open_source(
         options.data, image_size=processor.image.image_size, tfds_dir=options.tfds_dir, field=field
     )
+    out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is found out before the model is asked
     with jax.set_mesh(mesh):
         model_of, params = place(model, mesh)
         predictor = Predictor(

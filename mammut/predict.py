@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from mammut import sharding
@@ -33,8 +34,6 @@ _RANKED = 10  # of the candidates of a query, so many are kept: recall at 10 nee
 
 def place(model: MaMMUT, mesh: Mesh) -> tuple[Callable[[Any], MaMMUT], Any]:
     """A model's parameters on a mesh, and the function that makes the model of them again."""
-    from flax import nnx
-
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
     shardings = sharding.param_shardings(params, logical_axes(model), mesh)
@@ -54,8 +53,8 @@ class Predictor:
       max_bad_share: more examples that cannot be used than this share are an error.
 
     Raises:
-      ValueError: `batch_size` does not divide over the mesh. When called: too many examples cannot be used, or two
-        have the same key.
+      ValueError: `batch_size` does not divide over the mesh. When called: too many examples cannot be used, or, as
+        soon as it is read, a second example has the key (a second question the id) of one before.
     """
 
     def __init__(
@@ -101,10 +100,11 @@ class Predictor:
         self, params: Any, source: Source, config: GenerateConfig = GenerateConfig(), *, limit: int | None = None
     ) -> Predictions:
         """A caption of every image."""
-        records = []
+        records, seen = [], set()
 
         def rows():
             for index, image, example in self._examples(source, limit, left_out):
+                _require_new(example.key, seen, source)
                 records.append({"key": example.key, "index": index, "references": example.captions})
                 yield image, []
 
@@ -138,6 +138,7 @@ class Predictor:
         def rows():
             for index, image, example in self._examples(source, limit, left_out):
                 for question in example.qa:
+                    _require_new(question.id, seen, source)
                     record = record_of(index, example, question)
                     records.append(record)
                     text = prompt.replace("{}", question.text)
@@ -147,7 +148,7 @@ class Predictor:
                     asked.append(record)
                     yield image, self._processor.encode_prompt(text)
 
-        asked, left_out = [], collections.Counter()
+        asked, seen, left_out = [], set(), collections.Counter()
         width = self._processor.max_length - 1
         for number, said in enumerate(self._texts(params, rows(), config, width)):
             asked[number] |= said
@@ -166,20 +167,20 @@ class Predictor:
         """The best candidates of every image among all texts and of every text among all images, by embedding.
 
         With `rerank`, the best n candidates of each are scored again by log P(text | image) - prior * log P(text), the
-        latter with a black image in place of the image: at prior 0 a short or frequent text is likely for any image,
-        which ranks texts worse and images, compared for one text, not at all (arXiv 2306.01879 weighs it likewise).
+        latter with a black image in place of the image. A short or frequent text is likely for any image, which spoils
+        the order of texts at prior 0; the order of images for one text is the same at any prior (arXiv 2306.01879).
         """
         left_out = collections.Counter()
-        indices, keys, texts, image_of_text, embeds = [], [], [], [], []
+        indices, keys, texts, image_of_text, embeds, seen = [], [], [], [], [], set()
         for batch in self._batches(source, limit, left_out):
             embeds.append(self._array(self._encode_image, params, batch.image)[batch.example_valid])
             for index, example in zip(batch.index.tolist(), batch.examples, strict=True):
                 if example is not None:
+                    _require_new(example.key, seen, source)
                     image_of_text += [len(keys)] * len(example.captions)
                     indices.append(index)
                     keys.append(example.key)
                     texts += example.captions
-        _require_unique(keys, source)
         tokens = self._processor.encode_text(texts)
         image_embed, text_embed = np.concatenate(embeds), self._embed_texts(params, tokens)
         size = max(rerank, _RANKED)
@@ -245,7 +246,7 @@ class Predictor:
             embed = None
             black = np.zeros((self._batch_size, *self._image_shape), np.uint8)
             prior_scores = self._class_scores(params, black, 1, tokens, len(classes))
-        records = []
+        records, seen = [], set()
         for batch in self._batches(source, limit, left_out):
             if embed is None:
                 scores = self._class_scores(params, batch.image, len(batch.examples), tokens, len(classes))
@@ -256,6 +257,7 @@ class Predictor:
                 order, scores = nearest(self._array(self._encode_image, params, batch.image), embed, 5)
             for row, (index, example) in enumerate(zip(batch.index.tolist(), batch.examples, strict=True)):
                 if example is not None:
+                    _require_new(example.key, seen, source)
                     if example.name not in classes:
                         raise ValueError(f"{example.key!r} is {example.name!r}, not one of the {len(classes)} classes")
                     ranked = {"ranked": [classes[i] for i in order[row]], "scores": scores[row].tolist()}
@@ -268,8 +270,6 @@ class Predictor:
         return (self._processor.image.image_size,) * 2 + (3,)
 
     def _predictions(self, task, records, source, left_out, settings) -> Predictions:
-        if task in ("caption", "classify"):
-            _require_unique((record["key"] for record in records), source)
         settings = settings | {"image_size": self._processor.image.image_size, "blind": self._blind}
         return Predictions(task, records, source.spec, self._checkpoint, settings, dict(left_out))
 
@@ -397,10 +397,11 @@ def _require_slot(text: str, what: str) -> None:
         raise ValueError(f"the {what} is {text!r}, expected a text with {{}} in it")
 
 
-def _require_unique(keys: Iterable[str], source: Source) -> None:
-    ((key, count),) = collections.Counter(keys).most_common(1)
-    if count > 1:
-        raise ValueError(f"{source.spec!r} has {key!r} {count} times, expected one line for each image")
+def _require_new(name: str, seen: set[str], source: Source) -> None:
+    """Adds a key or question id to those seen; refuses it the second time, before the model is asked any further."""
+    if name in seen:
+        raise ValueError(f"{source.spec!r} has {name!r} more than once, expected every image and question id once")
+    seen.add(name)
 
 
 def _chunked(rows: Iterable, size: int) -> Iterator[list]:

@@ -257,9 +257,22 @@ def test_classes_by_likelihood_average_the_templates(ask, logprob, prior):
 
 
 def test_a_key_twice_is_refused(ask):
-    for method in ("captions", "retrieval"):
-        with pytest.raises(ValueError, match="'pictures' has 'picture' 3 times, expected one line for each image"):
-            ask(method, Pictures(3, same_key=True))
+    for method, *args in (("captions",), ("retrieval",), ("classes", SHAPES)):
+        with pytest.raises(ValueError, match="'pictures' has 'picture' more than once, expected every image"):
+            ask(method, Pictures(3, same_key=True), *args)
+
+
+class Asked(Pictures):
+    def __getitem__(self, index: int) -> Example:
+        example = super().__getitem__(index)
+        example.qa = [Question("right", ["one"], "7")]
+        return example
+
+
+def test_a_question_id_twice_is_refused_and_a_picture_of_two_lines_is_not(ask):
+    with pytest.raises(ValueError, match="'pictures' has '7' more than once"):
+        ask("answers", Asked(3))
+    assert len(ask("answers", Pictures(3, same_key=True)).records) == 1 + 2 + 3
 
 
 def test_too_many_bad_examples_are_refused_with_their_causes(model, processor, ask):
