@@ -33,16 +33,20 @@ def word_maps(model: MaMMUT, processor: Processor, images: Sequence[Any], texts:
       images: one for each text, whatever `processor` reads.
 
     Raises:
-      ValueError: an image cannot be read, or there are not as many images as texts.
+      ValueError: an image cannot be read, there are not as many images as texts, or the decoder sees learned queries
+        (`VisionConfig.pooling`) and no patches.
     """
     if len(images) != len(texts):
         raise ValueError(f"there are {len(images)} images for {len(texts)} texts, expected one each")
+    if model.config.vision.pooling == "queries":
+        raise ValueError("VisionConfig.pooling is 'queries': the decoder looks at those, expected patches")
     if not texts:
         return []
     batch = processor(images=list(images), text=list(texts))
     graphdef, params = nnx.split(model)
     weights = np.asarray(_mean_weights(graphdef, params, batch["image"], batch["tokens"], batch["text_valid"]))
     grid = model.config.vision.grid
+    weights = weights[..., -grid[0] * grid[1] :]  # without the class token
     maps = []
     for row, tokens, valid in zip(weights, batch["tokens"], batch["text_valid"]):
         ids = tokens[1 : valid.sum() - 1].tolist()

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args, get_origin
 
-Activation = Literal["gelu", "gelu_tanh"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu2", "swiglu"]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 Field = Literal["captions", "qa", "name"]  # of an example: its captions, its questions and answers, what it shows
@@ -46,39 +46,74 @@ def _require_choices(config: Any) -> None:
             )
 
 
-def _require_tower(config: Any) -> None:
-    _require_choices(config)
-    _require_positive(config, "width", "depth", "num_heads", "mlp_dim", "norm_eps")
-    _require(
-        config.width % config.num_heads == 0,
-        f"{type(config).__name__}.width {config.width} is not a multiple of num_heads {config.num_heads}",
-    )
-
-
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """The ViT image encoder: patches, learned positions, pre-norm blocks, no class token."""
+class LayerConfig:
+    """What the layers of a tower are made of; the defaults are those of the vision transformer as published."""
 
-    image_size: int = 224  # pixels; images are square
-    patch_size: int = 16  # pixels
     width: int = 768
     depth: int = 12
     num_heads: int = 12
     mlp_dim: int = 3072
+    # gelu is exact (PyTorch's default), gelu_tanh its approximation (Flax's), quick_gelu x * sigmoid(1.702 x) (OpenAI's
+    # CLIP), relu2 the square of a ReLU, swiglu a linear map gated by the SiLU of another
     activation: Activation = "gelu_tanh"
+    norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-6
+    norm_bias: bool = True  # of LayerNorm; an RMSNorm has none
+    attn_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False  # a norm over each head's queries and keys
+    attn_gate: bool = False  # what a layer attended to is multiplied by a sigmoid of the layer's normed input
+
+    def __post_init__(self):
+        _require_choices(self)
+        _require_positive(self, "width", "num_heads", "mlp_dim", "norm_eps")
+        _require(
+            self.width % self.num_heads == 0,
+            f"{type(self).__name__}.width {self.width} is not a multiple of num_heads {self.num_heads}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig(LayerConfig):
+    """The ViT image encoder: patches, learned positions, pre-norm blocks; by default no class token."""
+
+    image_size: int = 224  # pixels; images are square
+    patch_size: int = 16  # pixels
+    patch_bias: bool = True
+    class_token: bool = False  # a learned token before the patches
+    input_norm: bool = False  # a norm before the first layer
+    # What an image is represented by: the mean of its patches, of all tokens, the class token, the first of
+    # `pool_queries` learned queries that attend to all tokens (CoCa; the others go to the decoder in place of the
+    # patches), or one such query with an MLP (the MAP head of SigLIP).
+    pooling: Literal["mean", "mean_all", "class", "queries", "map"] = "mean"
+    pool_queries: int = 256  # of pooling "queries"
+    pool_heads: int = 8  # of pooling "queries"
+    norm_after_pooling: bool = False  # the last norm is of the pooled image alone; the decoder sees tokens without
     cropped_pos_embed: bool = False  # train with a random crop of the position table for each image (RO-ViT)
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels scaled to 0..1
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
-        _require_tower(self)
-        _require_positive(self, "image_size", "patch_size")
+        super().__post_init__()
+        _require_positive(self, "depth", "image_size", "patch_size", "pool_queries", "pool_heads")
         _require(
             self.image_size % self.patch_size == 0,
             f"VisionConfig.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}",
         )
         _require(min(self.image_std) > 0, f"VisionConfig.image_std is {self.image_std}, expected positive numbers")
+        _require(
+            self.class_token or self.pooling != "class",
+            "VisionConfig.pooling is 'class', which needs class_token True",
+        )
+        _require(
+            self.pooling != "queries" or self.pool_queries > 1,
+            f"VisionConfig.pool_queries is {self.pool_queries}, expected at least 2: the first is not the decoder's",
+        )
+        _require(
+            self.pooling != "map" or not self.norm_after_pooling,
+            "VisionConfig.norm_after_pooling is True, which does not go with pooling 'map'",
+        )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -86,30 +121,78 @@ class VisionConfig:
         side = self.image_size // self.patch_size
         return side, side
 
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens that the decoder attends to."""
+        if self.pooling == "queries":
+            return self.pool_queries - 1
+        return self.grid[0] * self.grid[1] + (self.class_token and self.pooling == "mean_all")
+
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The text decoder: `depth` self-attention layers and `depth / cross_attn_every` cross-attention layers."""
+class DecoderConfig(LayerConfig):
+    """The text decoder: `depth` self-attention layers and `depth / cross_attn_every` cross-attention layers.
+
+    The defaults are MaMMUT as its paper has it; the other values make up the models of others (`mammut.interop`).
+    """
 
     vocab_size: int = 64_000
     max_length: int = 64  # tokens, start and end included
-    width: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
-    cross_attn_every: int = 2  # one cross-attention layer (with its own MLP) after every k-th self-attention layer
+    cross_attn_every: int = 2  # one cross-attention layer for every k self-attention layers
+    # Where in such a group: after its last layer or its first, as a layer with an MLP of its own; or between the
+    # self-attention and the MLP of the first, without.
+    cross_attn_position: Literal["last", "first", "inside"] = "last"
+    mlp_before_cross_attn: bool = True  # False: the layer that a cross-attention layer follows has no MLP
+    image_norm: bool = False  # every cross-attention layer norms the image tokens first
+    positions: Literal["learned", "rope"] = "learned"  # rope: rotary, of interleaved pairs, in self-attention
+    rope_theta: float = 10_000.0
     tie_embeddings: bool = True  # the vocabulary head is the token embedding, transposed
-    activation: Activation = "gelu_tanh"
-    norm_eps: float = 1e-6
+    vocab_bias: bool = False
+    # How the contrastive pass becomes an embedding: the mean over real tokens, over all positions, the token at the
+    # last position, the last real token (the end), the class token; none: there is no contrastive pass.
+    pooling: Literal["mean", "mean_all", "last", "end", "class", "none"] = "mean"
+    # Layers in front of the others, without cross-attention, that alone make the text embedding: the text tower of
+    # CoCa; with `depth` 0, a model without a caption pass, that of SigLIP.
+    text_only_depth: int = 0
+    causal_contrastive: bool = False  # the contrastive pass is causal, too
+    class_token: bool = False  # a learned token at the end of the contrastive pass
+    # Pads that no token attends to: in both passes, in the contrastive pass, in none. "shifted" is open_clip's CoCa: of
+    # its text-only layers, and one position too late.
+    pad_masking: Literal["both", "contrastive", "none", "shifted"] = "both"
+    pad_id: int | None = None  # this id is a pad wherever it stands; None: only `text_valid` tells
 
     def __post_init__(self):
-        _require_tower(self)
-        _require_positive(self, "vocab_size", "cross_attn_every")
+        super().__post_init__()
+        _require_positive(self, "vocab_size", "cross_attn_every", "rope_theta")
         _require(self.max_length >= 2, f"DecoderConfig.max_length is {self.max_length}, expected at least 2 tokens")
+        for name in ("depth", "text_only_depth"):
+            _require(getattr(self, name) >= 0, f"DecoderConfig.{name} is {getattr(self, name)}, expected at least 0")
+        _require(self.depth + self.text_only_depth > 0, "DecoderConfig.depth is 0, expected at least 1 layer")
         _require(
             self.depth % self.cross_attn_every == 0,
             f"DecoderConfig.depth {self.depth} is not a multiple of cross_attn_every {self.cross_attn_every}",
         )
+        _require(
+            self.mlp_before_cross_attn or self.cross_attn_position != "inside",
+            "DecoderConfig.mlp_before_cross_attn is False, which cross_attn_position 'inside' has no place for",
+        )
+        _require(
+            self.class_token == (self.pooling == "class"),
+            f"DecoderConfig.class_token is {self.class_token}, which does not go with pooling {self.pooling!r}",
+        )
+        _require(
+            self.positions == "learned" or self.width // self.num_heads % 2 == 0,
+            f"DecoderConfig.positions is 'rope', which needs heads of even size, not {self.width // self.num_heads}",
+        )
+        _require(
+            self.pad_masking != "shifted" or (self.class_token and self.text_only_depth > 0),
+            "DecoderConfig.pad_masking is 'shifted', which needs class_token and text_only_depth",
+        )
+
+    @property
+    def num_cross_layers(self) -> int:
+        """Layers that attend to the image."""
+        return self.depth // self.cross_attn_every
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +201,12 @@ class ModelConfig:
 
     vision: VisionConfig = VisionConfig()
     text: DecoderConfig = DecoderConfig()
+    embed_dim: int | None = None  # E of the embeddings; None: the decoder's width
+    # From the image encoder: one map takes the tokens to the decoder and, averaged, to the embedding; two maps do; one
+    # makes the embedding and the decoder sees the tokens as they are; none, the widths being equal.
+    image_projection: Literal["shared", "separate", "embedding", "none"] = "shared"
+    text_projection: bool = False  # a map takes the pooled text to the embedding
+    projection_bias: bool = True
     logit_scale_init: float = 1 / 0.07  # the inverse temperature of the contrastive logits at the start
     logit_bias_init: float = 0.0  # added to the contrastive logits by the sigmoid and focal losses
     dtype: Dtype = "float32"  # compute
@@ -136,6 +225,53 @@ class ModelConfig:
             self.logit_scale_init <= MAX_LOGIT_SCALE,
             f"ModelConfig.logit_scale_init is {self.logit_scale_init}, expected at most {MAX_LOGIT_SCALE}",
         )
+        _require(
+            self.embed_dim is None or self.embed_dim > 0,
+            f"ModelConfig.embed_dim is {self.embed_dim}, expected a positive number",
+        )
+        _require(
+            self.text_projection or self.text.pooling == "none" or self.embed_size == self.text.width,
+            f"ModelConfig.embed_dim is {self.embed_dim}, which without text_projection is the text width "
+            f"{self.text.width}",
+        )
+        _require(
+            self.image_projection != "shared" or self.embed_size == self.text.width,
+            f"ModelConfig.embed_dim is {self.embed_dim}, which with image_projection 'shared' is the text width "
+            f"{self.text.width}",
+        )
+        _require(
+            self.image_projection != "shared"
+            or (self.vision.pooling in ("mean", "mean_all") and not self.vision.norm_after_pooling),
+            f"ModelConfig.image_projection is 'shared', which goes with VisionConfig.pooling 'mean' or 'mean_all' and "
+            f"norm_after_pooling False, not {self.vision.pooling!r} and {self.vision.norm_after_pooling}",
+        )
+        _require(
+            self.image_projection != "none" or self.text.pooling == "none" or self.vision_size == self.embed_size,
+            f"ModelConfig.image_projection is 'none', which needs images of {self.embed_size} numbers, not "
+            f"{self.vision_size}",
+        )
+        _require(
+            self.vision.pooling != "queries" or self.embed_size % self.vision.pool_heads == 0,
+            f"ModelConfig.embed_dim {self.embed_size} is not a multiple of VisionConfig.pool_heads "
+            f"{self.vision.pool_heads}",
+        )
+        _require(
+            self.image_projection in ("shared", "separate")
+            or not self.text.depth
+            or self.vision_size == self.text.width,
+            f"ModelConfig.image_projection is {self.image_projection!r}, which needs image tokens of the text width "
+            f"{self.text.width}, not {self.vision_size}",
+        )
+
+    @property
+    def embed_size(self) -> int:
+        """E, the size of the embeddings."""
+        return self.text.width if self.embed_dim is None else self.embed_dim
+
+    @property
+    def vision_size(self) -> int:
+        """The size of an image token; learned queries have that of the embedding."""
+        return self.embed_size if self.vision.pooling == "queries" else self.vision.width
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,8 @@ Which pass runs is the name of the method called, never inferred from an argumen
 
 import math
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +19,39 @@ from flax import nnx, struct
 from jaxtyping import Bool, Float, Int
 
 from mammut.config import ModelConfig
-from mammut.layers import Dtypes, Embedding, KeyValue, Layer, LayerNorm, Linear, param, scan, stack
-from mammut.masks import attn_mask
+from mammut.layers import (
+    Dtypes,
+    Embedding,
+    KeyValue,
+    Layer,
+    Linear,
+    Rotation,
+    make_norm,
+    param,
+    rotation,
+    scan,
+    stack,
+)
+from mammut.masks import attn_mask, shift_valid
 from mammut.sharding import constrain
 from mammut.typing import Array
 
 
 @struct.dataclass
-class DecodeCache:
-    """Keys and values of the caption pass, by group of layers; R rows of text share the B images."""
+class TextCache:
+    """What the caption pass has seen of R texts; of S positions the first are written. Rows are the third axis."""
 
-    text: KeyValue  # float[groups, layers, R, S, N, K] each, S positions of which the first are written
-    image: KeyValue  # float[groups, B, P, N, K] each
+    layers: KeyValue  # float[groups, layers of a group, R, S, N, K] each
+    text_only: KeyValue | None  # float[1, text_only_depth, R, S, N, K] each
+    valid: jax.Array  # bool[1, 1, R, S]: no pad, by `DecoderConfig.pad_id`
+
+
+@struct.dataclass
+class DecodeCache:
+    """Keys and values of the caption pass; R rows of text share the B images."""
+
+    text: TextCache
+    image: KeyValue  # float[groups, B, P, N, K] each, by group of layers
 
 
 class TextDecoder(nnx.Module):
@@ -36,48 +59,92 @@ class TextDecoder(nnx.Module):
 
     The paper inserts M cross-attention layers, M about half of N, of the decoder's own width and MLP; only with an MLP
     of their own do they have the 420M parameters it counts. It does not state their slots: here, the end of each group.
+    `DecoderConfig` moves them for the models of others, and puts layers in front that only the text goes through.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtypes: Dtypes):
         text = config.text
         self.config, self.remat, self.unroll, self.dtype = text, config.remat, config.unroll, dtypes.compute
+
+        def layers(depth, **options):
+            return stack(lambda r: Layer(text, rngs=r, dtypes=dtypes, **options), depth, rngs=rngs) if depth else None
+
+        def vectors(count):
+            values = 0.02 * jax.random.normal(rngs.params(), (count, text.width))
+            return param(values.astype(dtypes.param), "text", "embed")
+
         self.token_embed = Embedding(text.vocab_size, text.width, rngs=rngs, dtypes=dtypes)
-        positions = 0.02 * jax.random.normal(rngs.params(), (text.max_length, text.width))
-        self.pos_embed = param(positions.astype(dtypes.param), "text", "embed")
-        self.layers = stack(lambda r: Layer(text, rngs=r, dtypes=dtypes), text.depth, rngs=rngs)
-        groups = text.depth // text.cross_attn_every
-        self.cross_layers = stack(lambda r: Layer(text, rngs=r, dtypes=dtypes), groups, rngs=rngs)
-        self.norm = LayerNorm(text.width, text.norm_eps, dtypes=dtypes)
+        self.pos_embed = vectors(text.max_length + text.class_token) if text.positions == "learned" else None
+        groups = text.num_cross_layers
+        # Self-attention layers: those with an MLP, and those without, one in each group, where there are any.
+        self.layers = layers(text.depth if text.mlp_before_cross_attn else text.depth - groups)
+        inside = text.cross_attn_position == "inside"
+        self.cross_layers = layers(groups, has_mlp=not inside, image_norm=text.image_norm)
+        self.norm = make_norm(text, dtypes=dtypes) if text.depth else None
         self.vocab_head = (
             None
-            if text.tie_embeddings
+            if text.tie_embeddings or not text.depth
             else Linear({"embed": text.width}, {"vocab": text.vocab_size}, rngs=rngs, dtypes=dtypes, use_bias=False)
         )
+        self.vocab_head_bias = param(jnp.zeros(text.vocab_size, dtypes.param), "vocab") if text.vocab_bias else None
+        self.bare_layers = None if text.mlp_before_cross_attn else layers(groups, has_mlp=False)
+        self.text_only_layers = layers(text.text_only_depth)
+        self.text_only_norm = make_norm(text, dtypes=dtypes) if text.text_only_depth else None
+        self.class_embed = vectors(1) if text.class_token else None
+
+    def valid(self, tokens: Int[Array, "*B"], text_valid: Bool[Array, "*B"]) -> Bool[Array, "*B"]:
+        """Real tokens: those of `text_valid` that are not `DecoderConfig.pad_id`."""
+        return text_valid if self.config.pad_id is None else text_valid & (tokens != self.config.pad_id)
 
     def contrastive_pass(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
-    ) -> Float[Array, "B L D"]:
-        """Bidirectional features of the text alone, float[B, L, D]; those at pads mean nothing."""
-        mask = attn_mask(text_valid, jnp.zeros(tokens.shape[1], bool))
-        x = self._embed(tokens)
-        x = scan(lambda x, layer: layer(x, mask=mask), x, self.layers, remat=self.remat, unroll=self.unroll)
-        return self.norm(x)
+    ) -> Float[Array, "B Lc D"]:
+        """Features of the text alone, float[B, L, D], as a rule bidirectional; those at pads mean nothing.
+
+        With `DecoderConfig.class_token` there is one more at the end, the class token's.
+        """
+        text = self.config
+        if text.pooling == "none":
+            raise ValueError("the model has no contrastive pass: DecoderConfig.pooling is 'none'")
+        x = self._embed(tokens, class_token=text.class_token)
+        length = x.shape[1]
+        valid = self.valid(tokens, text_valid)
+        if text.pad_masking == "none":
+            valid = jnp.ones((1, length), bool)
+        elif text.pad_masking == "shifted":
+            valid = shift_valid(valid)
+        else:
+            valid = jnp.pad(valid, ((0, 0), (0, length - valid.shape[1])), constant_values=True)
+        mask = attn_mask(valid, jnp.full(length, text.causal_contrastive))
+        rotate = self._rotation(jnp.arange(length))
+        if self.text_only_layers is not None:
+            return self.text_only_norm(self._text_only(x, mask, rotate))
+        if self.bare_layers is None:
+            x = self._scan(lambda x, layer: layer(x, mask=mask, rotate=rotate), x, self.layers, self.unroll)
+            return self.norm(x)
+
+        def group(x, stacked):
+            for layer in self._in_order(stacked):
+                x = layer(x, mask=mask, rotate=rotate)
+            return x
+
+        return self.norm(self._scan(group, x, self._groups(), self._unrolled_groups))
 
     def caption_pass(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], image_tokens: Float[Array, "B P D"]
     ) -> Float[Array, "B L D"]:
         """Causal features that see the image, float[B, L, D]; `image_tokens` come in the decoder's width."""
-        mask = attn_mask(text_valid, jnp.ones(tokens.shape[1], bool))
+        x, mask, rotate = self._caption_start(tokens, text_valid)
 
         def group(x, stacked):
-            layers, cross_layer = stacked
-            for layer in self._unstacked(layers):
-                x = layer(x, mask=mask)
-            return cross_layer(x, cross_layer.attn.keys_values(image_tokens))
+            return self._caption_group(
+                stacked,
+                x,
+                lambda layer, x: layer.attend(x, mask=mask, rotate=rotate),
+                lambda layer, x: layer.attend(x, layer.image_keys_values(image_tokens)),
+            )
 
-        unroll = max(1, self.unroll // self.config.cross_attn_every)
-        x = scan(group, self._embed(tokens), (self._grouped(), self.cross_layers), remat=self.remat, unroll=unroll)
-        return self.norm(x)
+        return self.norm(self._scan(group, x, self._groups(), self._unrolled_groups))
 
     def cross_attention(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], image_tokens: Float[Array, "B P D"]
@@ -87,18 +154,23 @@ class TextDecoder(nnx.Module):
         Those of one text position and head sum to 1 over the image tokens. At position i they serve to predict token
         i + 1. The caption pass itself need not hold them: a fused kernel never does.
         """
-        mask = attn_mask(text_valid, jnp.ones(tokens.shape[1], bool))
+        x, mask, rotate = self._caption_start(tokens, text_valid)
 
         def group(x, stacked):
-            layers, cross_layer = stacked
-            for layer in self._unstacked(layers):
-                x = layer(x, mask=mask)
-            image = cross_layer.attn.keys_values(image_tokens)
-            query = cross_layer.attn.query(cross_layer.attn_norm(x))
-            scores = jnp.einsum("BLNK,BPNK->BNLP", query, image.key, preferred_element_type=jnp.float32)
-            return cross_layer(x, image), jax.nn.softmax(scores / math.sqrt(query.shape[-1]), axis=-1)
+            weights = []
 
-        return jax.lax.scan(group, self._embed(tokens), (self._grouped(), self.cross_layers))[1]
+            def attend_image(layer, x):
+                image, query = layer.image_keys_values(image_tokens), layer.attn.queries(layer.attn_norm(x))
+                scores = jnp.einsum("BLNK,BPNK->BNLP", query, image.key, preferred_element_type=jnp.float32)
+                weights.append(jax.nn.softmax(scores / math.sqrt(query.shape[-1]), axis=-1))
+                return layer.attend(x, image)
+
+            def attend_text(layer, x):
+                return layer.attend(x, mask=mask, rotate=rotate)
+
+            return self._caption_group(stacked, x, attend_text, attend_image), weights[0]
+
+        return jax.lax.scan(group, x, self._groups())[1]
 
     def prefill(
         self, tokens: Int[Array, "B L"], image_tokens: Float[Array, "B P D"], length: int
@@ -107,22 +179,38 @@ class TextDecoder(nnx.Module):
 
         Pads may stand at the end of a prompt: what the cache holds of them is overwritten before it is attended to.
         """
-        prompt_length = tokens.shape[1]
-        mask = attn_mask(jnp.ones((1, prompt_length), bool), jnp.ones(prompt_length, bool))
-        room = ((0, 0), (0, length - prompt_length), (0, 0), (0, 0))
+        text_valid = jnp.ones(tokens.shape, bool)
+        valid = self.valid(tokens, text_valid)
+        room = ((0, 0), (0, length - tokens.shape[1]))
+
+        def remember(kept, layer, x, mask, rotate):
+            kv = layer.own_keys_values(x, rotate)
+            kept.append(jax.tree.map(lambda y: jnp.pad(y, (*room, (0, 0), (0, 0))), kv))
+            return layer.attend(x, kv, mask, rotate)
+
+        text_only = []
+
+        def text_only_layer(layer, x, mask, rotate):
+            return layer.feed_forward(remember(text_only, layer, x, mask, rotate))
+
+        x, mask, rotate = self._caption_start(tokens, text_valid, text_only_layer)
 
         def group(x, stacked):
-            layers, cross_layer = stacked
-            kept = []
-            for layer in self._unstacked(layers):
-                kv = layer.own_keys_values(x)
-                x = layer(x, kv, mask)
-                kept.append(jax.tree.map(lambda y: jnp.pad(y, room), kv))
-            image = cross_layer.attn.keys_values(image_tokens)
-            return cross_layer(x, image), (_stacked(kept), image)
+            kept, image = [], []
 
-        x, (text, image) = jax.lax.scan(group, self._embed(tokens), (self._grouped(), self.cross_layers))
-        return self.norm(x), DecodeCache(text, image)
+            def attend_image(layer, x):
+                image.append(layer.image_keys_values(image_tokens))
+                return layer.attend(x, image[0])
+
+            def attend_text(layer, x):
+                return remember(kept, layer, x, mask, rotate)
+
+            x = self._caption_group(stacked, x, attend_text, attend_image)
+            return x, (_stacked(kept), image[0])
+
+        x, (layers, image) = jax.lax.scan(group, x, self._groups())
+        text_only = jax.tree.map(lambda y: y[None], _stacked(text_only)) if text_only else None
+        return self.norm(x), DecodeCache(TextCache(layers, text_only, jnp.pad(valid, room)[None, None]), image)
 
     def cached_step(
         self, tokens: Int[Array, "R"], position: Int[Array, ""], cache: DecodeCache
@@ -132,41 +220,128 @@ class TextDecoder(nnx.Module):
         R is a multiple of the B images of the cache: rows [i * R / B, (i + 1) * R / B) belong to image i, whose keys
         and values they share.
         """
-        rows, images = tokens.shape[0], cache.image.key.shape[1]
-        x = self.token_embed(tokens[:, None]) + self.pos_embed[...][position].astype(self.dtype)
-        mask = (jnp.arange(cache.text.key.shape[3]) <= position)[None, None, None]
+        rows, images, past = tokens.shape[0], cache.image.key.shape[1], cache.text
+        x = self.token_embed(tokens[:, None])
+        if self.pos_embed is not None:
+            x = x + self.pos_embed[...][position].astype(self.dtype)
+        rotate = self._rotation(position[None])
+        valid = jax.lax.dynamic_update_slice_in_dim(
+            past.valid, self.valid(tokens, jnp.ones(rows, bool))[None, None, :, None], position, axis=3
+        )
+        seen = (jnp.arange(valid.shape[3]) <= position)[None, None, None]
+
+        def remember(kept, layer, x, old, mask):
+            new = layer.own_keys_values(x, rotate)
+            kept.append(
+                jax.tree.map(lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n, position, axis=1), old, new)
+            )
+            return layer.attend(x, kept[-1], mask, rotate)
+
+        text_only = past.text_only
+        if text_only is not None:
+            kept = []
+            mask = seen & shift_valid(valid[0, 0])[:, None, None, : valid.shape[3]] if self._shifted else seen
+            for i in range(self.config.text_only_depth):
+                layer = jax.tree.map(operator.itemgetter(i), self.text_only_layers)
+                old = jax.tree.map(lambda y, i=i: y[0, i], text_only)
+                x = layer.feed_forward(remember(kept, layer, x, old, mask))
+            text_only = jax.tree.map(lambda y: y[None], _stacked(kept))
 
         def group(x, stacked):
-            layers, cross_layer, text, image = stacked
+            stacked, old, image = stacked
             kept = []
-            for i, layer in enumerate(self._unstacked(layers)):
-                past = jax.tree.map(operator.itemgetter(i), text)
-                kv = jax.tree.map(
-                    lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1),
-                    past,
-                    layer.own_keys_values(x),
-                )
-                x = layer(x, kv, mask)
-                kept.append(kv)
-            # The rows of an image ask together, as if they were the tokens of one text: its cache is never repeated.
-            x = cross_layer(x.reshape(images, rows // images, -1), image)
-            return x.reshape(rows, 1, -1), _stacked(kept)
 
-        stacks = (self._grouped(), self.cross_layers, cache.text, cache.image)
-        x, text = jax.lax.scan(group, x, stacks)
-        return self.norm(x)[:, 0], DecodeCache(text, cache.image)
+            def attend_text(layer, x):
+                return remember(kept, layer, x, jax.tree.map(operator.itemgetter(len(kept)), old), seen)
 
-    def _grouped(self) -> Layer:
-        """The self-attention layers with axes [groups, layers of a group] in front."""
-        every = self.config.cross_attn_every
-        return jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), self.layers)
+            def attend_image(layer, x):
+                # The rows of an image ask together, as if they were the tokens of one text: its cache is not repeated.
+                return layer.attend(x.reshape(images, rows // images, -1), image).reshape(rows, 1, -1)
 
-    def _unstacked(self, layers: Layer) -> list[Layer]:
-        return [jax.tree.map(operator.itemgetter(i), layers) for i in range(self.config.cross_attn_every)]
+            x = self._caption_group(stacked, x, attend_text, attend_image)
+            return x, _stacked(kept)
+
+        x, layers = jax.lax.scan(group, x, (self._groups(), past.layers, cache.image))
+        return self.norm(x)[:, 0], DecodeCache(TextCache(layers, text_only, valid), cache.image)
+
+    def _caption_start(
+        self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], layer: Callable | None = None
+    ) -> tuple[Float[Array, "B L D"], Bool[Array, "#B 1 L L"], Rotation | None]:
+        """What the groups of the caption pass start from: the embedded text, after the text-only layers; mask, angles.
+
+        `layer(layer, x, mask, rotate)` runs one text-only layer, for those who keep something of each.
+        """
+        if not self.config.depth:
+            raise ValueError("the model has no caption pass: DecoderConfig.depth is 0")
+        causal = jnp.ones(tokens.shape[1], bool)
+        valid = self.valid(tokens, text_valid)
+        both = self.config.pad_masking == "both"
+        mask = attn_mask(valid if both else jnp.ones((1, tokens.shape[1]), bool), causal)
+        rotate = self._rotation(jnp.arange(tokens.shape[1]))
+        x = self._embed(tokens)
+        if self.text_only_layers is not None:
+            early = attn_mask(shift_valid(valid)[:, : tokens.shape[1]], causal) if self._shifted else mask
+            if layer is None:
+                x = self._text_only(x, early, rotate)
+            else:
+                for i in range(self.config.text_only_depth):
+                    x = layer(jax.tree.map(operator.itemgetter(i), self.text_only_layers), x, early, rotate)
+        return x, mask, rotate
+
+    def _caption_group(self, stacked: Any, x: jax.Array, attend_text: Callable, attend_image: Callable) -> jax.Array:
+        """One group of the caption pass; `attend_text(layer, x)` and `attend_image(layer, x)` are its attention."""
+        cross_layer, position = stacked[-1], self.config.cross_attn_position
+        slot = self.config.cross_attn_every - 1 if position == "last" else 0
+        for i, layer in enumerate(self._in_order(stacked)):
+            x = attend_text(layer, x)
+            if i == slot and position == "inside":
+                x = attend_image(cross_layer, x)
+            x = layer.feed_forward(x)
+            if i == slot and position != "inside":
+                x = cross_layer.feed_forward(attend_image(cross_layer, x))
+        return x
+
+    def _text_only(self, x: jax.Array, mask: jax.Array, rotate: Rotation | None) -> jax.Array:
+        return self._scan(
+            lambda x, layer: layer(x, mask=mask, rotate=rotate), x, self.text_only_layers, self.unroll
+        )
+
+    def _scan(self, step: Callable, x: jax.Array, stacked: Any, unroll: int) -> jax.Array:
+        return scan(step, x, stacked, remat=self.remat, unroll=unroll)
+
+    @property
+    def _unrolled_groups(self) -> int:
+        return max(1, self.unroll // self.config.cross_attn_every)
+
+    @property
+    def _shifted(self) -> bool:
+        return self.config.pad_masking == "shifted"
+
+    def _groups(self) -> tuple[Layer | None, Layer | None, Layer]:
+        """Self-attention layers with axes [groups, layers of a group] in front, those without MLP, cross-attention."""
+        groups = self.config.num_cross_layers
+        layers = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), self.layers)
+        return layers, self.bare_layers, self.cross_layers
+
+    def _in_order(self, stacked: tuple[Layer | None, Layer | None, Layer]) -> list[Layer]:
+        """The self-attention layers of one group."""
+        layers, bare, _ = stacked
+        count = self.config.cross_attn_every - (bare is not None)
+        full = [jax.tree.map(operator.itemgetter(i), layers) for i in range(count)]
+        if bare is None:
+            return full
+        return [*full, bare] if self.config.cross_attn_position == "last" else [bare, *full]
+
+    def _rotation(self, positions: Int[Array, "L"]) -> Rotation | None:
+        text = self.config
+        if text.positions == "learned":
+            return None
+        return rotation(positions, text.width // text.num_heads, text.rope_theta)
 
     def logits(self, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token scores float32[..., V] of features of the caption pass."""
-        return jnp.matmul(features, self.vocab_kernel, preferred_element_type=jnp.float32)
+        scores = jnp.matmul(features, self.vocab_kernel, preferred_element_type=jnp.float32)
+        return scores if self.vocab_bias is None else scores + self.vocab_bias
 
     @property
     def vocab_kernel(self) -> Float[Array, "D V"]:
@@ -175,12 +350,21 @@ class TextDecoder(nnx.Module):
             return self.token_embed.embedding[...].astype(self.dtype).T
         return self.vocab_head.kernel[...].astype(self.dtype)
 
-    def _embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    @property
+    def vocab_bias(self) -> Float[Array, "V"] | None:
+        """What is added to every token's score, float32[V]."""
+        return None if self.vocab_head_bias is None else self.vocab_head_bias[...].astype(jnp.float32)
+
+    def _embed(self, tokens: Int[Array, "B L"], class_token: bool = False) -> Float[Array, "B Lc D"]:
         length, longest = tokens.shape[1], self.config.max_length
         if length > longest:
             raise ValueError(f"the text has {length} tokens, DecoderConfig.max_length is {longest}")
-        pos_embed = constrain(self.pos_embed[:length].astype(self.dtype), "text", None)
-        x = self.token_embed(tokens) + pos_embed
+        x = self.token_embed(tokens)
+        if class_token:
+            last = jnp.broadcast_to(self.class_embed[...].astype(self.dtype), (x.shape[0], 1, x.shape[2]))
+            x = jnp.concatenate([x, last], axis=1)
+        if self.pos_embed is not None:
+            x = x + constrain(self.pos_embed[: x.shape[1]].astype(self.dtype), "text", None)
         return constrain(x, "batch", "text", "embed")
 
 

@@ -1,4 +1,4 @@
-"""Norms, linear maps, attention, MLP, embeddings and the two kinds of layer. Every parameter names its logical axes.
+"""Norms, linear maps, attention, MLP, embeddings and the layer of both towers. Every parameter names its logical axes.
 
 Axes in einsum strings: B batch, L text or image tokens that ask, S tokens that are attended to, N heads, K head size,
 D width. Parameters are stored in `param_dtype` and cast to `dtype` where they are used; statistics of norms and softmax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from mammut.config import Activation, Remat
+from mammut.config import Activation, LayerConfig, Remat
 from mammut.sharding import constrain
 from mammut.typing import Array
 
@@ -36,20 +36,41 @@ def param(value: jax.Array, *axes: str | None) -> nnx.Param:
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis, with scale and bias."""
+    """Layer normalisation over the last axis, with scale and, unless told otherwise, bias."""
 
-    def __init__(self, width: int, eps: float, *, dtypes: Dtypes):
+    def __init__(self, width: int, eps: float, *, dtypes: Dtypes, axis: str = "embed", use_bias: bool = True):
         self.eps = eps
-        self.scale = param(jnp.ones(width, dtypes.param), "embed")
-        self.bias = param(jnp.zeros(width, dtypes.param), "embed")
+        self.scale = param(jnp.ones(width, dtypes.param), axis)
+        self.bias = param(jnp.zeros(width, dtypes.param), axis) if use_bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         x32 = x.astype(jnp.float32)
         mean = x32.mean(-1, keepdims=True)
         centred = x32 - mean
         variance = (centred * centred).mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        y = centred * jax.lax.rsqrt(variance + self.eps) * self.scale[...]
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square of the last axis (arXiv 1910.07467), with scale."""
+
+    def __init__(self, width: int, eps: float, *, dtypes: Dtypes, axis: str = "embed"):
+        self.eps = eps
+        self.scale = param(jnp.ones(width, dtypes.param), axis)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+def make_norm(config: LayerConfig, *, dtypes: Dtypes, width: int | None = None, axis: str = "embed") -> nnx.Module:
+    """The norm that `config` asks for, over `width` numbers; None: the tower's width."""
+    width = width or config.width
+    if config.norm == "rms":
+        return RMSNorm(width, config.norm_eps, dtypes=dtypes, axis=axis)
+    return LayerNorm(width, config.norm_eps, dtypes=dtypes, axis=axis, use_bias=config.norm_bias)
 
 
 class Linear(nnx.Module):
@@ -117,71 +138,150 @@ class KeyValue(NamedTuple):
     value: jax.Array  # float[B, S, N, K]
 
 
+class Rotation(NamedTuple):
+    """Rotary positions (arXiv 2104.09864) of L tokens: cosines and sines, float32[L, K / 2] each."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+    def __call__(self, x: Float[Array, "B L N K"]) -> Float[Array, "B L N K"]:
+        """Turns the pairs (0, 1), (2, 3), ... of each head's numbers by the angles of their token."""
+        even, odd = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+        cos, sin = self.cos[:, None], self.sin[:, None]
+        turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+        return turned.reshape(x.shape).astype(x.dtype)
+
+
+def rotation(positions: Int[Array, "L"], head_size: int, theta: float) -> Rotation:
+    """The rotary angles of tokens at `positions`: position * theta ^ (-2 i / K) for pair i."""
+    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    angles = positions[:, None].astype(jnp.float32) * frequencies
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
 class Attention(nnx.Module):
-    """Multi-head attention of some tokens to keys and values made of the same or of other tokens."""
+    """Multi-head attention of some tokens to keys and values made of the same or of other tokens.
 
-    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs, dtypes: Dtypes):
-        heads = {"heads": num_heads, "head_size": width // num_heads}
-        embed = {"embed": width}
-        self.query = Linear(embed, heads, rngs=rngs, dtypes=dtypes)
-        self.key = Linear(embed, heads, rngs=rngs, dtypes=dtypes)
-        self.value = Linear(embed, heads, rngs=rngs, dtypes=dtypes)
-        self.out = Linear(heads, embed, rngs=rngs, dtypes=dtypes)
+    `kv_width` is the width of those others where it differs. `config` says what it has beside the four maps.
+    """
 
-    def keys_values(self, x: Float[Array, "B S D"]) -> KeyValue:
+    def __init__(self, config: LayerConfig, *, rngs: nnx.Rngs, dtypes: Dtypes, kv_width: int | None = None):
+        heads = {"heads": config.num_heads, "head_size": config.width // config.num_heads}
+        embed, others = {"embed": config.width}, {"embed": kv_width or config.width}
+        options: dict[str, Any] = {"rngs": rngs, "dtypes": dtypes, "use_bias": config.attn_bias}
+        self.query = Linear(embed, heads, **options)
+        self.key = Linear(others, heads, **options)
+        self.value = Linear(others, heads, **options)
+        self.out = Linear(heads, embed, **options)
+        self.gate = Linear(embed, heads, **options) if config.attn_gate else None
+        norms = [
+            make_norm(config, dtypes=dtypes, width=heads["head_size"], axis="head_size") if config.qk_norm else None
+            for _ in range(2)
+        ]
+        self.query_norm, self.key_norm = norms
+
+    def queries(self, x: Float[Array, "B L D"], rotate: Rotation | None = None) -> Float[Array, "B L N K"]:
+        """What tokens ask."""
+        query = self.query(x) if self.query_norm is None else self.query_norm(self.query(x))
+        return constrain(query if rotate is None else rotate(query), "batch", None, "heads", "head_size")
+
+    def keys_values(self, x: Float[Array, "B S D"], rotate: Rotation | None = None) -> KeyValue:
         """Keys and values of tokens to be attended to."""
-        return KeyValue(*(constrain(y, "batch", None, "heads", "head_size") for y in (self.key(x), self.value(x))))
+        key = self.key(x) if self.key_norm is None else self.key_norm(self.key(x))
+        key = key if rotate is None else rotate(key)
+        return KeyValue(*(constrain(y, "batch", None, "heads", "head_size") for y in (key, self.value(x))))
 
     def __call__(
-        self, x: Float[Array, "B L D"], kv: KeyValue, mask: Bool[Array, "#B 1 L S"] | None = None
+        self,
+        x: Float[Array, "B L D"],
+        kv: KeyValue,
+        mask: Bool[Array, "#B 1 L S"] | None = None,
+        rotate: Rotation | None = None,
     ) -> Float[Array, "B L D"]:
-        query = constrain(self.query(x), "batch", None, "heads", "head_size")
+        query = self.queries(x, rotate)
         if mask is None:  # where there is no mask a fused kernel can take over; their mask handling has open bugs
             attended = jax.nn.dot_product_attention(query, kv.key, kv.value)
         else:
             attended = dot_product_attention(query, kv.key, kv.value, mask)
+        if self.gate is not None:
+            attended = attended * jax.nn.sigmoid(self.gate(x))
         return self.out(attended)
 
 
-class MLP(nnx.Module):
-    """Two linear maps with a GELU between."""
+_ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
 
-    def __init__(self, width: int, mlp_dim: int, activation: Activation, *, rngs: nnx.Rngs, dtypes: Dtypes):
-        self.approximate = activation == "gelu_tanh"
-        self.up = Linear({"embed": width}, {"mlp": mlp_dim}, rngs=rngs, dtypes=dtypes)
-        self.down = Linear({"mlp": mlp_dim}, {"embed": width}, rngs=rngs, dtypes=dtypes)
+
+class MLP(nnx.Module):
+    """Two linear maps with an activation between; of "swiglu", the first is gated by a third (arXiv 2002.05202)."""
+
+    def __init__(self, config: LayerConfig, *, rngs: nnx.Rngs, dtypes: Dtypes):
+        self.activation = config.activation
+        options: dict[str, Any] = {"rngs": rngs, "dtypes": dtypes, "use_bias": config.mlp_bias}
+        self.up = Linear({"embed": config.width}, {"mlp": config.mlp_dim}, **options)
+        self.down = Linear({"mlp": config.mlp_dim}, {"embed": config.width}, **options)
+        self.gate = (
+            Linear({"embed": config.width}, {"mlp": config.mlp_dim}, **options) if self.activation == "swiglu" else None
+        )
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         hidden = constrain(self.up(x), "batch", None, "mlp")
-        return self.down(jax.nn.gelu(hidden, approximate=self.approximate))
+        if self.gate is None:
+            return self.down(_ACTIVATIONS[self.activation](hidden))
+        return self.down(hidden * jax.nn.silu(constrain(self.gate(x), "batch", None, "mlp")))
 
 
 class Layer(nnx.Module):
     """A pre-norm transformer layer: attention, then an MLP, each added to its input.
 
-    Called with `kv` it attends to those keys and values, of an image or of a cache (`keys_values`); without, to its own
-    tokens. `config` is a `VisionConfig` or `DecoderConfig`.
+    Called with `kv` it attends to those keys and values, of an image or of a cache (`image_keys_values`,
+    `own_keys_values`); without, to its own tokens. `has_mlp` False leaves the MLP out; `image_norm` norms image tokens.
     """
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs, dtypes: Dtypes):
-        self.attn_norm = LayerNorm(config.width, config.norm_eps, dtypes=dtypes)
-        self.attn = Attention(config.width, config.num_heads, rngs=rngs, dtypes=dtypes)
-        self.mlp_norm = LayerNorm(config.width, config.norm_eps, dtypes=dtypes)
-        self.mlp = MLP(config.width, config.mlp_dim, config.activation, rngs=rngs, dtypes=dtypes)
+    def __init__(
+        self, config: LayerConfig, *, rngs: nnx.Rngs, dtypes: Dtypes, has_mlp: bool = True, image_norm: bool = False
+    ):
+        self.attn_norm = make_norm(config, dtypes=dtypes)
+        self.attn = Attention(config, rngs=rngs, dtypes=dtypes)
+        self.image_norm = make_norm(config, dtypes=dtypes) if image_norm else None
+        self.mlp_norm = make_norm(config, dtypes=dtypes) if has_mlp else None
+        self.mlp = MLP(config, rngs=rngs, dtypes=dtypes) if has_mlp else None
 
-    def own_keys_values(self, x: Float[Array, "B L D"]) -> KeyValue:
+    def own_keys_values(self, x: Float[Array, "B L D"], rotate: Rotation | None = None) -> KeyValue:
         """What self-attention attends to: keys and values of the normed tokens."""
-        return self.attn.keys_values(self.attn_norm(x))
+        return self.attn.keys_values(self.attn_norm(x), rotate)
+
+    def image_keys_values(self, image_tokens: Float[Array, "B P D"]) -> KeyValue:
+        """What cross-attention attends to."""
+        return self.attn.keys_values(image_tokens if self.image_norm is None else self.image_norm(image_tokens))
+
+    def attend(
+        self,
+        x: Float[Array, "B L D"],
+        kv: KeyValue | None = None,
+        mask: Bool[Array, "#B 1 L S"] | None = None,
+        rotate: Rotation | None = None,
+    ) -> Float[Array, "B L D"]:
+        """The first half of the layer."""
+        kv = self.own_keys_values(x, rotate) if kv is None else kv
+        return constrain(x + self.attn(self.attn_norm(x), kv, mask, rotate), "batch", None, "embed")
+
+    def feed_forward(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """The second half: `x` as it is where there is no MLP."""
+        return x if self.mlp is None else constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, "embed")
 
     def __call__(
         self,
         x: Float[Array, "B L D"],
         kv: KeyValue | None = None,
         mask: Bool[Array, "#B 1 L S"] | None = None,
+        rotate: Rotation | None = None,
     ) -> Float[Array, "B L D"]:
-        kv = self.own_keys_values(x) if kv is None else kv
-        x = constrain(x + self.attn(self.attn_norm(x), kv, mask), "batch", None, "embed")
-        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, "embed")
+        return self.feed_forward(self.attend(x, kv, mask, rotate))
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs) -> nnx.Module:

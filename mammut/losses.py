@@ -65,6 +65,7 @@ def caption_loss(
     labels: Int[Array, "B L"],
     loss_mask: Bool[Array, "B L"],
     *,
+    vocab_bias: Float[Array, "V"] | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     chunk: int = 16,
@@ -78,6 +79,8 @@ def caption_loss(
 
     def token_loss(features, labels):
         logits = jnp.matmul(features, vocab_kernel, preferred_element_type=jnp.float32)
+        if vocab_bias is not None:
+            logits = logits + vocab_bias
         log_z = jax.nn.logsumexp(logits, axis=-1)
         target = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
         target = (1 - label_smoothing) * target + label_smoothing * logits.mean(-1)

@@ -22,6 +22,15 @@ def attn_mask(valid: Bool[Array, "B S"], causal: Bool[Array, "S"]) -> Bool[Array
     return (visible[None] & valid[:, None, :])[:, None]
 
 
+def shift_valid(valid: Bool[Array, "B L"]) -> Bool[Array, "B Lc"]:
+    """`valid` one position later, bool[B, L + 1]: True, then `valid`.
+
+    open_clip's CoCa puts the place of its class token, at the end of the text, at the front of this mask, and its
+    weights are trained with that: a token is hidden when the one before it is a pad.
+    """
+    return jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
+
+
 def caption_labels(
     tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], target: Bool[Array, "B L"] | None = None
 ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:

@@ -1,5 +1,7 @@
 """MaMMUT: one image encoder, one text decoder, two passes."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
@@ -29,6 +31,7 @@ class MaMMUT(nnx.Module):
     The image embedding is the mean of the patch tokens, the text embedding the mean of the contrastive pass over real
     tokens; there is no class token, no pooler and no projection head (section 4.5 finds each unnecessary). One linear
     map brings image tokens to the decoder's width, so E is that width. Images are uint8 and normalised on the device.
+    The models of others, from openMaMMUT to SigLIP and CapPa, are values of `ModelConfig` (`mammut.interop`).
 
     `MaMMUT(presets.mammut_b16(), rngs=nnx.Rngs(0))` makes random weights.
     """
@@ -37,29 +40,58 @@ class MaMMUT(nnx.Module):
         self.config = config
         dtypes = Dtypes(jnp.dtype(config.dtype), jnp.dtype(config.param_dtype))
         self.vision = ViT(config, rngs=rngs, dtypes=dtypes)
-        self.image_projection = Linear(
-            {"embed": config.vision.width}, {"shared": config.text.width}, rngs=rngs, dtypes=dtypes
-        )
+
+        def linear(inputs, outputs):
+            maps = {"embed": inputs}, {"shared": outputs}
+            return Linear(*maps, rngs=rngs, dtypes=dtypes, use_bias=config.projection_bias)
+
+        to_decoder = config.image_projection in ("shared", "separate")
+        self.image_projection = linear(config.vision_size, config.text.width) if to_decoder else None
         self.text = TextDecoder(config, rngs=rngs, dtypes=dtypes)
+        to_embedding = config.image_projection in ("separate", "embedding")
+        self.image_embed_projection = linear(config.vision_size, config.embed_size) if to_embedding else None
+        self.text_embed_projection = linear(config.text.width, config.embed_size) if config.text_projection else None
         # Scalars of the contrastive loss stay float32 whatever the storage type; the scale is kept as its logarithm.
         self.logit_scale = nnx.Param(jnp.log(jnp.float32(config.logit_scale_init)), axes=())
         self.logit_bias = nnx.Param(jnp.float32(config.logit_bias_init), axes=())
 
     def image_tokens(self, image: Image, crop_key: Key[Array, ""] | None = None) -> EncoderOutput:
-        """The image in the decoder's width: `tokens` float[B, P, D], `pooled` float[B, D]."""
+        """The image as the decoder takes it, `tokens` float[B, P, D]; `pooled` float[B, E], of any length."""
         encoded = self.vision(image, crop_key)
-        tokens = self.image_projection(encoded.tokens)
-        return EncoderOutput(tokens, tokens.mean(1, dtype=jnp.float32), encoded.grid)
+        tokens = encoded.tokens if self.image_projection is None else self.image_projection(encoded.tokens)
+        if self.config.image_projection == "shared":
+            return EncoderOutput(tokens, tokens.mean(1, dtype=jnp.float32), encoded.grid)
+        pooled = encoded.pooled
+        if self.image_embed_projection is not None:
+            pooled = self.image_embed_projection(pooled.astype(self.vision.dtype)).astype(jnp.float32)
+        return EncoderOutput(tokens, pooled, encoded.grid)
 
     def encode_image(self, image: Image, crop_key: Key[Array, ""] | None = None) -> Float[Array, "B E"]:
         """Image embeddings float[B, E] of unit norm, for uint8[B, height, width, 3] images."""
+        if self.config.text.pooling == "none":
+            raise ValueError("the model has no contrastive pass: DecoderConfig.pooling is 'none'")
         return unit(self.image_tokens(image, crop_key).pooled)
 
     def encode_text(self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]) -> Float[Array, "B E"]:
-        """Text embeddings float[B, E] of unit norm: the mean over real tokens of the contrastive pass."""
-        features = self.text.contrastive_pass(tokens, text_valid).astype(jnp.float32)
-        weights = text_valid.astype(jnp.float32)[..., None]
-        return unit((features * weights).sum(1) / jnp.maximum(weights.sum(1), 1))
+        """Text embeddings float[B, E] of unit norm: the mean over real tokens of the contrastive pass.
+
+        Other ways are values of `DecoderConfig.pooling`; "mean_all" and "last" want texts padded to `max_length`, as
+        they were in training.
+        """
+        features, pooling = self.text.contrastive_pass(tokens, text_valid), self.config.text.pooling
+        if pooling == "mean":
+            weights = self.text.valid(tokens, text_valid).astype(jnp.float32)[..., None]
+            pooled = (features.astype(jnp.float32) * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
+        elif pooling == "mean_all":
+            pooled = features.mean(1, dtype=jnp.float32)
+        elif pooling == "end":
+            last = jnp.maximum(self.text.valid(tokens, text_valid).sum(1) - 1, 0)
+            pooled = jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
+        else:  # the last position, of the text or of the class token
+            pooled = features[:, -1]
+        if self.text_embed_projection is not None:
+            pooled = self.text_embed_projection(pooled.astype(self.text.dtype))
+        return unit(pooled)
 
     def caption_logits(
         self, image: Image, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"] | None = None
@@ -129,18 +161,45 @@ def forward_flops(config: ModelConfig) -> dict[str, int]:
     """
     vision, text = config.vision, config.text
     patches, length = vision.grid[0] * vision.grid[1], text.max_length
+    tokens = patches + vision.class_token
 
-    def layer(asking, attended, width, mlp_dim, causal=False):
-        projections = 2 * width * width * (2 * asking + 2 * attended)
-        attention = 4 * asking * attended * width // (2 if causal else 1)
-        return projections + attention + 4 * asking * width * mlp_dim
+    def attention(tower, asking, attended, causal=False):
+        maps = 2 * tower.width * tower.width * ((3 if tower.attn_gate else 2) * asking + 2 * attended)
+        return maps + 4 * asking * attended * tower.width // (2 if causal else 1)
 
-    cross = (text.depth // text.cross_attn_every) * layer(length, patches, text.width, text.mlp_dim)
+    def mlp(tower, asking):
+        return (6 if tower.activation == "swiglu" else 4) * asking * tower.width * tower.mlp_dim
+
+    def projected(count, *sizes):
+        return 2 * count * math.prod(sizes)
+
+    groups, inside = text.num_cross_layers, text.cross_attn_position == "inside"
+    mlps = text.depth if text.mlp_before_cross_attn else text.depth - groups
+    text_only = text.text_only_depth
+
+    def text_layers(depth, mlps, causal):
+        return depth * attention(text, length, length, causal) + mlps * mlp(text, length)
+
+    pool = {
+        "map": attention(vision, 1, tokens) + mlp(vision, 1),
+        "queries": 4 * vision.pool_queries * tokens * config.vision_size
+        + projected(2, config.vision_size, vision.pool_queries * config.vision_size + tokens * vision.width),
+    }
+    to_decoder = config.image_projection in ("shared", "separate")
+    to_embedding = config.image_projection in ("separate", "embedding")
+    cross = attention(text, length, vision.num_tokens) + (0 if inside else mlp(text, length))
+    contrastive = (text_only, text_only) if text_only else (text.depth, mlps)
+    early = text_layers(text_only, text_only, causal=True) if text.depth else 0
     return {
-        "vision": 2 * patches * vision.patch_size**2 * 3 * vision.width
-        + vision.depth * layer(patches, patches, vision.width, vision.mlp_dim)
-        + 2 * patches * vision.width * text.width,
-        "contrastive_pass": text.depth * layer(length, length, text.width, text.mlp_dim),
-        "caption_pass": text.depth * layer(length, length, text.width, text.mlp_dim, causal=True) + cross,
-        "vocabulary": 2 * length * text.width * text.vocab_size,
+        "vision": projected(patches, vision.patch_size**2 * 3, vision.width)
+        + vision.depth * (attention(vision, tokens, tokens) + mlp(vision, tokens))
+        + pool.get(vision.pooling, 0)
+        + to_decoder * projected(vision.num_tokens, config.vision_size, text.width)
+        + to_embedding * projected(1, config.vision_size, config.embed_size),
+        "contrastive_pass": 0
+        if text.pooling == "none"
+        else text_layers(*contrastive, text.causal_contrastive)
+        + config.text_projection * projected(1, text.width, config.embed_size),
+        "caption_pass": early + text_layers(text.depth, mlps, causal=True) + groups * cross,
+        "vocabulary": projected(length, text.width, text.vocab_size) if text.depth else 0,
     }

@@ -379,7 +379,8 @@ def _text_logprob(model: MaMMUT, image_tokens, rows, tokens, text_valid) -> jax.
     """log P of each text given the image at its row of `image_tokens`: float[R]."""
     features = model.text.caption_pass(tokens, text_valid, image_tokens[rows])
     labels, loss_mask = caption_labels(tokens, text_valid)
-    return -caption_loss(features, model.text.vocab_kernel, labels, loss_mask).sum(1)
+    head = {"vocab_kernel": model.text.vocab_kernel, "vocab_bias": model.text.vocab_bias}
+    return -caption_loss(features, labels=labels, loss_mask=loss_mask, **head).sum(1)
 
 
 def _ranking(ranked: np.ndarray, scores: np.ndarray) -> dict[str, list]:

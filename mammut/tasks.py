@@ -40,7 +40,7 @@ class ImageTextTask:
         """The weighted sum and both raw losses, as means over the pairs and over the caption tokens of the batch."""
         out = model.two_pass(batch["image"], batch["tokens"], batch["text_valid"], crop_key)
         contrastive = self.contrastive(model, out.image_embed, out.text_embed)
-        caption = self._caption_sum(model, out.features, batch) / self.caption_tokens(batch)
+        caption = self._caption_sum(model, out.features, batch) / self.caption_tokens(model, batch)
         return self.total(contrastive, caption)
 
     def total(self, contrastive: jax.Array, caption: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -77,13 +77,12 @@ class ImageTextTask:
         out = model.two_pass(batch["image"], batch["tokens"], batch["text_valid"], crop_key)
         return (out.image_embed, out.text_embed), self._caption_sum(model, out.features, batch)
 
-    def caption_tokens(self, batch: Batch) -> jax.Array:
+    def caption_tokens(self, model: MaMMUT, batch: Batch) -> jax.Array:
         """How many labels the caption loss of the batch has, at least 1."""
-        return jnp.maximum(caption_labels(batch["tokens"], batch["text_valid"])[1].sum(), 1)
+        return jnp.maximum(_labels(model, batch)[1].sum(), 1)
 
     def _caption_sum(self, model: MaMMUT, features: jax.Array, batch: Batch) -> jax.Array:
-        labels = caption_labels(batch["tokens"], batch["text_valid"])
-        return _summed_caption_loss(self.config, model, features, *labels)
+        return _summed_caption_loss(self.config, model, features, *_labels(model, batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,21 +100,23 @@ class TextTask:
 
     def loss(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> tuple[jax.Array, Metrics]:
         """The mean over the target tokens of the batch."""
-        loss = self.loss_sum(model, batch, crop_key) / self.target_tokens(batch)
+        loss = self.loss_sum(model, batch, crop_key) / self.target_tokens(model, batch)
         return loss, {"loss": loss, "loss_caption": loss}
 
     def loss_sum(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> jax.Array:
         """The loss summed over the target tokens of a micro-batch."""
         image_tokens = model.image_tokens(batch["image"], crop_key).tokens
         features = model.text.caption_pass(batch["tokens"], batch["text_valid"], image_tokens)
-        return _summed_caption_loss(self.config, model, features, *self._labels(batch))
+        return _summed_caption_loss(self.config, model, features, *_labels(model, batch, batch["target"]))
 
-    def target_tokens(self, batch: Batch) -> jax.Array:
+    def target_tokens(self, model: MaMMUT, batch: Batch) -> jax.Array:
         """How many labels the loss of the batch has, at least 1."""
-        return jnp.maximum(self._labels(batch)[1].sum(), 1)
+        return jnp.maximum(_labels(model, batch, batch["target"])[1].sum(), 1)
 
-    def _labels(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return caption_labels(batch["tokens"], batch["text_valid"], batch["target"])
+
+def _labels(model: MaMMUT, batch: Batch, target: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    tokens = batch["tokens"]
+    return caption_labels(tokens, model.text.valid(tokens, batch["text_valid"]), target)
 
 
 def _summed_caption_loss(
@@ -126,6 +127,7 @@ def _summed_caption_loss(
         model.text.vocab_kernel,
         labels,
         loss_mask,
+        vocab_bias=model.text.vocab_bias,
         label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
         chunk=config.vocab_chunk,

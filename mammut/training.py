@@ -94,7 +94,7 @@ def accumulated_gradients(
 
     contrastive, (grads, *embed_grads) = jax.value_and_grad(contrastive_loss, argnums=(0, 1, 2))(params, *flat)
     embed_grads = jax.tree.map(lambda g, e: g.reshape(e.shape), tuple(embed_grads), embeds)
-    num_tokens = task.caption_tokens(batch)
+    num_tokens = task.caption_tokens(merge(params), batch)
     weight = task.config.contrastive_weight
     grads = jax.tree.map(lambda g: weight * g, grads)
 
@@ -124,7 +124,7 @@ def accumulated_text_gradients(
     accumulation: int,
 ) -> tuple[Params, Metrics]:
     """Gradients of a loss over single examples, in micro-batches: those of the mean over all target tokens."""
-    num_tokens = task.target_tokens(batch)
+    num_tokens = task.target_tokens(merge(params), batch)
 
     def step(carry, xs):
         micro, key = xs

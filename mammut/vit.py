@@ -1,5 +1,6 @@
-"""The image encoder: a ViT with learned positions and no class token (paper, section 3.1)."""
+"""The image encoder: a ViT with learned positions; as in the paper (section 3.1) without a class token, or with one."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Float, Key, UInt8
 
-from mammut.config import ModelConfig
-from mammut.layers import Dtypes, Layer, LayerNorm, Linear, param, scan, stack
+from mammut.config import ModelConfig, VisionConfig
+from mammut.layers import MLP, Attention, Dtypes, Layer, Linear, make_norm, param, scan, stack
 from mammut.sharding import constrain
 from mammut.typing import Array
 
@@ -21,11 +22,44 @@ _CROP_ASPECT = (0.5, 2.0)
 
 @struct.dataclass
 class EncoderOutput:
-    """What the encoder says of an image: every patch, their mean, and how the patches lie."""
+    """What the encoder says of an image: its tokens, one vector for all of it, and how the patches lie."""
 
-    tokens: jax.Array  # float[B, P, D], row by row
-    pooled: jax.Array  # float32[B, D], the mean over P
-    grid: tuple[int, int] = struct.field(pytree_node=False)  # P = down * across
+    tokens: jax.Array  # float[B, P, D]: the patches row by row, after the class token where that is one of them
+    pooled: jax.Array  # float32[B, D], by `VisionConfig.pooling` the mean over P or another
+    grid: tuple[int, int] = struct.field(pytree_node=False)  # patches down and across
+
+
+class QueryPool(nnx.Module):
+    """Learned queries that attend to all tokens of an image (CoCa, arXiv 2205.01917, section 3.2), float[B, Q, E]."""
+
+    def __init__(self, config: VisionConfig, width: int, *, rngs: nnx.Rngs, dtypes: Dtypes):
+        pool = dataclasses.replace(config, width=width, num_heads=config.pool_heads)
+        query = jax.random.normal(rngs.params(), (config.pool_queries, width))
+        self.query = param(query.astype(dtypes.param), None, "shared")
+        self.query_norm = make_norm(pool, dtypes=dtypes)
+        self.token_norm = make_norm(config, dtypes=dtypes)
+        self.attn = Attention(pool, rngs=rngs, dtypes=dtypes, kv_width=config.width)
+
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B Q E"]:
+        query = self.query_norm(self.query[...].astype(x.dtype))
+        query = jnp.broadcast_to(query, (x.shape[0], *query.shape))
+        return self.attn(query, self.attn.keys_values(self.token_norm(x)))
+
+
+class MapPool(nnx.Module):
+    """A learned query that attends to all tokens of an image, then an MLP (arXiv 2106.04560, section 3.4)."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtypes: Dtypes):
+        query = jax.random.normal(rngs.params(), (config.width,)) / math.sqrt(config.width)
+        self.query = param(query.astype(dtypes.param), "embed")
+        self.attn = Attention(config, rngs=rngs, dtypes=dtypes)
+        self.mlp_norm = make_norm(config, dtypes=dtypes)
+        self.mlp = MLP(config, rngs=rngs, dtypes=dtypes)
+
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B D"]:
+        query = jnp.broadcast_to(self.query[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+        pooled = self.attn(query, self.attn.keys_values(x))
+        return (pooled + self.mlp(self.mlp_norm(pooled)))[:, 0]
 
 
 class ViT(nnx.Module):
@@ -35,12 +69,30 @@ class ViT(nnx.Module):
         vision = config.vision
         self.config, self.remat, self.unroll, self.dtype = vision, config.remat, config.unroll, dtypes.compute
         self.patch_embed = Linear(
-            {"patch": vision.patch_size**2 * 3}, {"embed": vision.width}, rngs=rngs, dtypes=dtypes
+            {"patch": vision.patch_size**2 * 3},
+            {"embed": vision.width},
+            rngs=rngs,
+            dtypes=dtypes,
+            use_bias=vision.patch_bias,
         )
         positions = jax.random.normal(rngs.params(), (*vision.grid, vision.width)) / math.sqrt(vision.width)
         self.pos_embed = param(positions.astype(dtypes.param), None, None, "embed")
         self.layers = stack(lambda r: Layer(vision, rngs=r, dtypes=dtypes), vision.depth, rngs=rngs)
-        self.norm = LayerNorm(vision.width, vision.norm_eps, dtypes=dtypes)
+        # After the rest, so that these options leave the random weights of the rest as they are.
+
+        def vector():
+            values = jax.random.normal(rngs.params(), (vision.width,)) / math.sqrt(vision.width)
+            return param(values.astype(dtypes.param), "embed")
+
+        self.class_embed = vector() if vision.class_token else None
+        self.class_pos_embed = vector() if vision.class_token else None
+        self.input_norm = make_norm(vision, dtypes=dtypes) if vision.input_norm else None
+        pools = {
+            "queries": lambda: QueryPool(vision, config.vision_size, rngs=rngs, dtypes=dtypes),
+            "map": lambda: MapPool(vision, rngs=rngs, dtypes=dtypes),
+        }
+        self.pool = pools.get(vision.pooling, lambda: None)()
+        self.norm = make_norm(vision, dtypes=dtypes, width=config.vision_size)
 
     def __call__(
         self,
@@ -68,11 +120,32 @@ class ViT(nnx.Module):
         if self.config.cropped_pos_embed and crop_key is not None:
             pos_embed = crop_pos_embed(crop_key, pos_embed, image.shape[0])
         x = x + pos_embed.reshape(-1, *x.shape[1:])
+        if self.class_embed is not None:
+            first = (self.class_embed[...] + self.class_pos_embed[...]).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, x.shape[2])), x], axis=1)
         x = constrain(x, "batch", "patch", "embed")
+        if self.input_norm is not None:
+            x = self.input_norm(x)
 
         x = scan(lambda x, layer: layer(x), x, self.layers, remat=self.remat, unroll=self.unroll)
-        tokens = self.norm(x)
-        return EncoderOutput(tokens, tokens.mean(1, dtype=jnp.float32), self.config.grid)
+        return EncoderOutput(*self._pooled(x), self.config.grid)
+
+    def _pooled(self, x: Float[Array, "B P D"]) -> tuple[jax.Array, jax.Array]:
+        """The decoder's tokens, and one vector for the image in float32."""
+        pooling, after = self.config.pooling, self.config.norm_after_pooling
+        if pooling == "queries":
+            x = self.norm(self.pool(x))
+            return x[:, 1:], x[:, 0].astype(jnp.float32)
+        x = x if after else self.norm(x)
+        patches = x[:, 1:] if self.config.class_token else x
+        tokens = x if pooling == "mean_all" else patches
+        if pooling == "class":
+            pooled = x[:, 0].astype(jnp.float32)
+        elif pooling == "map":
+            pooled = self.pool(x).astype(jnp.float32)
+        else:
+            pooled = tokens.mean(1, dtype=jnp.float32)
+        return tokens, self.norm(pooled) if after else pooled
 
 
 def patchify(image: Float[Array, "B height width 3"], patch_size: int) -> Float[Array, "B P F"]:

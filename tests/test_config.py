@@ -168,7 +168,7 @@ def test_a_value_that_cannot_work_is_refused_with_its_field(cls, name, value):
     ("cls", "name", "value", "choices"),
     [
         ("VisionConfig", "activation", "relu", "gelu, gelu_tanh"),
-        ("DecoderConfig", "activation", "swiglu", "gelu, gelu_tanh"),
+        ("DecoderConfig", "activation", "silu", "gelu, gelu_tanh"),
         ("ModelConfig", "dtype", "float16", "float32, bfloat16"),
         ("ModelConfig", "param_dtype", "int8", "float32, bfloat16"),
         ("ModelConfig", "remat", "some", "none, dots, full"),

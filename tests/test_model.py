@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from mammut import vit
-from mammut.config import LossConfig, ModelConfig, VisionConfig
+from mammut.config import LayerConfig, LossConfig, ModelConfig, VisionConfig
 from mammut.layers import MLP, Dtypes, Layer, LayerNorm, dot_product_attention, scan, stack
 from mammut.losses import caption_loss
 from mammut.masks import caption_labels
@@ -501,7 +501,8 @@ def test_layer_norm_of_bfloat16_has_statistics_in_float32():
                                                                 ("gelu_tanh", 0.841192, -0.045402)])  # fmt: skip
 def test_the_two_kinds_of_gelu(activation, at_1, at_minus_2):
     """x times the normal distribution's share below x, and its approximation; they differ in the fourth digit."""
-    mlp = MLP(1, 1, activation, rngs=nnx.Rngs(0), dtypes=FLOAT32)
+    config = LayerConfig(width=1, num_heads=1, mlp_dim=1, activation=activation)
+    mlp = MLP(config, rngs=nnx.Rngs(0), dtypes=FLOAT32)
     for linear in (mlp.up, mlp.down):
         linear.kernel[...] = jnp.ones((1, 1))
     np.testing.assert_allclose(mlp(jnp.array([[[1.0], [-2.0]]]))[0, :, 0], [at_1, at_minus_2], atol=2e-6)

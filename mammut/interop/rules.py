@@ -1,0 +1,255 @@
+"""A format as a table: which of its tensors are which of our parameters, and how each is laid out.
+
+A table is a list of `Entry`, made for one config, so that it names every key there is. Read one way it is a loader, the
+other way an exporter; neither touches a number before the whole table has been checked, and both work tensor by tensor:
+what comes out is `Tensors`, which read when they are asked. Every mismatch is reported at once. A key that is left over
+on either side is an error unless the table lists it with a reason.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from mammut.tensor_files import CheckpointError, TensorSpec
+
+Shape = tuple[int, ...]
+
+
+class Tensors(Protocol):
+    """Named arrays that are read one by one: a `mammut.tensor_files.TensorFile`, or what a table makes of one."""
+
+    specs: Mapping[str, TensorSpec]
+    read: Callable[[str], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensors:
+    """`Tensors` from a function."""
+
+    specs: Mapping[str, TensorSpec]
+    read: Callable[[str], np.ndarray]
+
+
+class Layout(Protocol):
+    """How one of their tensors holds one or several of our parameters, one layer of each where those are stacked."""
+
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        """Their shape, from the shapes of our parameters."""
+
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+        """Our parameter at `place` among those of the entry, from their tensor of that shape."""
+
+    def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Their tensor, from our parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reshaped:
+    """The same numbers in the same order, in another shape."""
+
+    theirs: Shape
+
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        """As given."""
+        return self.theirs
+
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+        """Ours."""
+        return theirs.reshape(ours[place])
+
+    def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Theirs."""
+        return ours[0].reshape(self.theirs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """The same numbers in the same shape, or with `flat` axes joined to one: a bias [N, K] is theirs as [N * K]."""
+
+    flat: bool = False
+
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        """Ours, or its size."""
+        return (math.prod(ours[0]),) if self.flat else ours[0]
+
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+        """Ours."""
+        return theirs.reshape(ours[place])
+
+    def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Theirs."""
+        return ours[0].reshape(-1) if self.flat else ours[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+    """The weight of a torch.nn.Linear, [outputs, inputs], for our kernel [*inputs, *outputs].
+
+    `inputs` of the kernel's axes are inputs: 1 for [D, N, K], 2 for [N, K, D].
+    """
+
+    inputs: int = 1
+
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        """[outputs, inputs]."""
+        return math.prod(ours[0][self.inputs :]), math.prod(ours[0][: self.inputs])
+
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+        """Ours."""
+        return theirs.T.reshape(ours[place])
+
+    def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Theirs."""
+        return ours[0].reshape(math.prod(ours[0].shape[: self.inputs]), -1).T
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """The weight of a torch.nn.Conv2d over patches, [outputs, 3, patch, patch], for our kernel [patch * patch * 3, D]."""
+
+    patch_size: int
+
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        """[outputs, 3, patch, patch]."""
+        return ours[0][1], 3, self.patch_size, self.patch_size
+
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+        """Ours."""
+        return theirs.transpose(2, 3, 1, 0).reshape(ours[place])
+
+    def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Theirs."""
+        return ours[0].reshape(self.patch_size, self.patch_size, 3, -1).transpose(3, 2, 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Several of our parameters one after the other along their first axis, each in `layout`: fused q, k and v."""
+
+    layout: Layout
+
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        """The sum along the first axis."""
+        shapes = [self.layout.shape([shape]) for shape in ours]
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+        """Ours."""
+        sizes = [self.layout.shape([shape])[0] for shape in ours]
+        start = sum(sizes[:place])
+        return self.layout.load(theirs[start : start + sizes[place]], ours[place : place + 1], 0)
+
+    def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Theirs."""
+        return np.concatenate([self.layout.save([array]) for array in ours])
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One of their tensors, and what of ours it holds: paths such as "text.layers.attn.query.kernel".
+
+    `layer` picks one layer of stacked parameters; None: the whole parameter.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    layout: Layout = Same()
+    layer: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A format for one config.
+
+    `unused` are keys of theirs that have no place in our model, `constant` our parameters that they have not, with the
+    value each takes; every one of both has its reason.
+    """
+
+    entries: Sequence[Entry]
+    unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    constant: Mapping[str, tuple[float, str]] = dataclasses.field(default_factory=dict)
+
+    def to_ours(self, theirs: Tensors, ours: Mapping[str, TensorSpec], where: str) -> LazyTensors:
+        """Our parameters, of the specs `ours`, read from `theirs`; `where` names the file in errors.
+
+        Floats of any size are taken and come out as `ours` has them.
+
+        Raises:
+          CheckpointError: a key is missing, left over, of another shape or not of floats; all of them are named.
+        """
+        problems = self._uncovered(ours)
+        expected = self._their_shapes(ours)
+        problems += [f"{key} is missing" for key in expected if key not in theirs.specs]
+        for key, spec in theirs.specs.items():
+            if key in expected and tuple(spec.shape) != expected[key]:
+                problems.append(f"{key} is {list(spec.shape)}, expected {list(expected[key])}")
+            elif key in expected and not _is_float(spec.dtype):
+                problems.append(f"{key} holds {spec.dtype}, expected floats")
+            elif key not in expected and key not in self.unused:
+                problems.append(f"{key} is not a tensor of this model")
+        if problems:
+            raise CheckpointError(f"{where} does not fit its config: {'; '.join(problems)}")
+        places: dict[str, list[tuple[Entry, int]]] = {}
+        for entry in self.entries:
+            for place, path in enumerate(entry.ours):
+                places.setdefault(path, []).append((entry, place))
+
+        def read(path: str) -> np.ndarray:
+            spec = ours[path]
+            if path in self.constant:
+                return np.full(spec.shape, self.constant[path][0], spec.dtype)
+            out = np.empty(spec.shape, spec.dtype)
+            for entry, place in places[path]:
+                value = entry.layout.load(theirs.read(entry.theirs), self._our_shapes(entry, ours), place)
+                out[... if entry.layer is None else entry.layer] = value
+            return out
+
+        return LazyTensors(dict(ours), read)
+
+    def to_theirs(self, ours: Tensors) -> LazyTensors:
+        """Their tensors, read from our parameters; each has the type of the parameter it is made of.
+
+        Raises:
+          CheckpointError: a parameter has no place in their format; all of them are named.
+        """
+        if problems := self._uncovered(ours.specs):
+            raise CheckpointError(f"the model does not fit the format: {'; '.join(problems)}")
+        entries = {entry.theirs: entry for entry in self.entries}
+        shapes = self._their_shapes(ours.specs)
+
+        def read(key: str) -> np.ndarray:
+            entry = entries[key]
+            arrays = [ours.read(path) for path in entry.ours]
+            return entry.layout.save([array if entry.layer is None else array[entry.layer] for array in arrays])
+
+        dtypes = {key: ours.specs[entry.ours[0]].dtype for key, entry in entries.items()}
+        return LazyTensors({key: TensorSpec(shape, dtypes[key]) for key, shape in shapes.items()}, read)
+
+    def _our_shapes(self, entry: Entry, ours: Mapping[str, TensorSpec]) -> list[Shape]:
+        shapes = [tuple(ours[path].shape) for path in entry.ours]
+        return shapes if entry.layer is None else [shape[1:] for shape in shapes]
+
+    def _their_shapes(self, ours: Mapping[str, TensorSpec]) -> dict[str, Shape]:
+        known = [entry for entry in self.entries if all(path in ours for path in entry.ours)]
+        return {entry.theirs: tuple(entry.layout.shape(self._our_shapes(entry, ours))) for entry in known}
+
+    def _uncovered(self, ours: Mapping[str, TensorSpec]) -> list[str]:
+        """Where the table and our parameters do not meet one to one."""
+        covered: dict[str, set[int | None]] = {path: {None} for path in self.constant}
+        for entry in self.entries:
+            for path in entry.ours:
+                covered.setdefault(path, set()).add(entry.layer)
+        problems = [f"there is no parameter {path} for it" for path in covered if path not in ours]
+        for path, spec in ours.items():
+            layers = covered.get(path, set())
+            if layers != {None} and layers != set(range(spec.shape[0] if spec.shape else 0)):
+                problems.append(f"there is nothing for {'a layer of ' if layers else ''}the parameter {path}")
+        return problems
+
+
+def _is_float(dtype: Any) -> bool:
+    dtype = np.dtype(dtype)
+    return dtype.kind == "f" or dtype.name in ("bfloat16",)
