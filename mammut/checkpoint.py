@@ -12,8 +12,6 @@ flipped bit silently, so each step has a manifest of checksums too; `restore` fa
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import pathlib
@@ -26,16 +24,14 @@ import numpy as np
 from flax import nnx
 
 from mammut.config import ModelConfig, TrainConfig, from_dict, to_dict
+from mammut.manifest import check_manifest, make_manifest, read_json_object, write_json
 from mammut.model import MaMMUT
 from mammut.processor import Processor
+from mammut.tensor_files import CheckpointError
 
 _log = logging.getLogger(__name__)
 
 _VERSION = 1
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or of another model."""
 
 
 def save(folder: str | os.PathLike, model: MaMMUT, processor: Processor, *, overwrite: bool = False) -> None:
@@ -57,8 +53,8 @@ def save(folder: str | os.PathLike, model: MaMMUT, processor: Processor, *, over
     processor.save(folder)
     arrays = {".".join(path): np.asarray(value) for path, value in _flat(nnx.state(model, nnx.Param)).items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "mammut"})
-    _write_json(folder / "config.json", {"format": "mammut", "version": _VERSION, "model": to_dict(model.config)})
-    _write_json(folder / "manifest.json", _manifest(folder, [folder / name for name in files]))
+    write_json(folder / "config.json", {"format": "mammut", "version": _VERSION, "model": to_dict(model.config)})
+    write_json(folder / "manifest.json", make_manifest(folder, [folder / name for name in files]))
 
 
 def load(folder: str | os.PathLike) -> tuple[MaMMUT, Processor]:
@@ -80,7 +76,7 @@ def _load_model_folder(folder: pathlib.Path) -> tuple[MaMMUT, Processor]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    if problems := _check_manifest(folder, folder / "manifest.json"):
+    if problems := check_manifest(folder, folder / "manifest.json"):
         raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
     model_config = _model_config(folder / "config.json")
     try:
@@ -124,7 +120,7 @@ def _with_arrays(config: ModelConfig, arrays: dict[str, np.ndarray], where: str)
 
 def write_run(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) -> None:
     """Writes `run.json`: the resolved config of a run, and the command-line overrides that are part of it."""
-    _write_json(workdir / "run.json", {"config": to_dict(config), "overrides": overrides})
+    write_json(workdir / "run.json", {"config": to_dict(config), "overrides": overrides})
 
 
 def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
@@ -134,10 +130,10 @@ def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
       CheckpointError: it is missing or not what `write_run` writes.
     """
     path = workdir / "run.json"
-    run = _read_object(path)
+    run = read_json_object(path)
     if run.keys() != {"config", "overrides"}:
         raise CheckpointError(f"{path} is not a run's config, expected the keys config and overrides")
-    return _config(TrainConfig, run["config"], path), run["overrides"]
+    return read_config(TrainConfig, run["config"], path), run["overrides"]
 
 
 def read_model_config(folder: str | os.PathLike) -> ModelConfig:
@@ -155,16 +151,17 @@ def read_model_config(folder: str | os.PathLike) -> ModelConfig:
 
 
 def _model_config(path: pathlib.Path) -> ModelConfig:
-    config = _read_object(path)
+    config = read_json_object(path)
     if config.get("format") != "mammut" or config.get("version") != _VERSION:
         raise CheckpointError(
             f"{path} has format {config.get('format')!r} version {config.get('version')!r}, "
             f"expected 'mammut' version {_VERSION}"
         )
-    return _config(ModelConfig, config.get("model"), path)
+    return read_config(ModelConfig, config.get("model"), path)
 
 
-def _config(cls: type, values: Any, path: pathlib.Path) -> Any:
+def read_config(cls: type, values: Any, path: pathlib.Path) -> Any:
+    """A config of type `cls` from the values in the file `path`; raises CheckpointError when they are none."""
     try:
         return from_dict(cls, values, str(path))
     except (ValueError, TypeError) as error:  # a field that there is not, a value that cannot be
@@ -207,7 +204,7 @@ class Checkpoints:
             )
         except ValueError as error:  # Orbax reads a little of every step here
             manifests = sorted(self._manifests.glob("*.json"))
-            damaged = [path.stem for path in manifests if _check_manifest(self._folder / path.stem, path)]
+            damaged = [path.stem for path in manifests if check_manifest(self._folder / path.stem, path)]
             raise CheckpointError(
                 f"{self._folder} cannot be opened ({error}): remove its damaged steps, {', '.join(damaged)}"
             ) from error
@@ -247,7 +244,7 @@ class Checkpoints:
             response.result()
             if jax.process_index() == 0:
                 folder = self._folder / str(step)
-                _write_json(self._manifests / f"{step}.json", _manifest(folder, _files(folder)))
+                write_json(self._manifests / f"{step}.json", make_manifest(folder, _files(folder)))
                 for manifest in self._manifests.glob("*.json"):
                     if int(manifest.stem) not in self.steps:
                         manifest.unlink()
@@ -298,7 +295,7 @@ class Checkpoints:
             manifest = self._manifests / f"{step}.json"
             if not manifest.exists():  # killed after the step was complete and before its checksums were
                 unchecked.append(step)
-            elif problems := _check_manifest(self._folder / str(step), manifest):
+            elif problems := check_manifest(self._folder / str(step), manifest):
                 _log.warning("checkpoint %d is damaged (%s): trying the one before", step, problems[0])
             else:
                 return step
@@ -336,52 +333,3 @@ def _flat(state: Any) -> dict[tuple[str, ...], Any]:
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _manifest(folder: pathlib.Path, files: list[pathlib.Path]) -> dict[str, Any]:
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
-
-
-def _check_manifest(folder: pathlib.Path, manifest: pathlib.Path) -> list[str]:
-    """What is wrong with the files of `folder`, or with the manifest that lists them."""
-    problems = []
-    try:
-        for name, entry in _read_object(manifest).items():
-            path, size, sha256 = folder / name, entry["bytes"], entry["sha256"]
-            if not path.is_file():
-                problems.append(f"{name} is missing")
-            elif path.stat().st_size != size:
-                problems.append(f"{name} has {path.stat().st_size} bytes, its manifest says {size}")
-            elif _sha256(path) != sha256:
-                problems.append(f"{name} does not have the SHA-256 of its manifest")
-    except CheckpointError as error:
-        return [str(error)]
-    except (KeyError, TypeError):
-        return [f"{manifest} does not give the bytes and sha256 of every file"]
-    return problems
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file that is never seen half-written."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except ValueError as error:  # neither JSON nor UTF-8
-        raise CheckpointError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, expected a JSON object")
-    return value

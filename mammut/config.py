@@ -7,6 +7,7 @@ built, in one sentence that names the field.
 
 import dataclasses
 import math
+import types
 from typing import Any, Literal, get_args, get_origin
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu2", "swiglu"]
@@ -27,6 +28,13 @@ def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(value > 0, f"{type(config).__name__}.{name} is {value}, expected a positive number")
+
+
+def _require_at_most(config: Any, limits: dict[str, int]) -> None:
+    # Past these no model is: a file that says so is damaged or a trap, and is refused before anything is allocated.
+    for name, limit in limits.items():
+        value = getattr(config, name)
+        _require(value <= limit, f"{type(config).__name__}.{name} is {value}, expected at most {limit}")
 
 
 def _require_share(config: Any, *names: str) -> None:
@@ -68,6 +76,7 @@ class LayerConfig:
     def __post_init__(self):
         _require_choices(self)
         _require_positive(self, "width", "num_heads", "mlp_dim", "norm_eps")
+        _require_at_most(self, {"width": 2**16, "depth": 2**10, "mlp_dim": 2**18})
         _require(
             self.width % self.num_heads == 0,
             f"{type(self).__name__}.width {self.width} is not a multiple of num_heads {self.num_heads}",
@@ -97,6 +106,7 @@ class VisionConfig(LayerConfig):
     def __post_init__(self):
         super().__post_init__()
         _require_positive(self, "depth", "image_size", "patch_size", "pool_queries", "pool_heads")
+        _require_at_most(self, {"image_size": 2**14, "pool_queries": 2**14})
         _require(
             self.image_size % self.patch_size == 0,
             f"VisionConfig.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}",
@@ -164,6 +174,7 @@ class DecoderConfig(LayerConfig):
     def __post_init__(self):
         super().__post_init__()
         _require_positive(self, "vocab_size", "cross_attn_every", "rope_theta")
+        _require_at_most(self, {"vocab_size": 2**24, "max_length": 2**17, "text_only_depth": 2**10})
         _require(self.max_length >= 2, f"DecoderConfig.max_length is {self.max_length}, expected at least 2 tokens")
         for name in ("depth", "text_only_depth"):
             _require(getattr(self, name) >= 0, f"DecoderConfig.{name} is {getattr(self, name)}, expected at least 0")
@@ -226,8 +237,8 @@ class ModelConfig:
             f"ModelConfig.logit_scale_init is {self.logit_scale_init}, expected at most {MAX_LOGIT_SCALE}",
         )
         _require(
-            self.embed_dim is None or self.embed_dim > 0,
-            f"ModelConfig.embed_dim is {self.embed_dim}, expected a positive number",
+            self.embed_dim is None or 0 < self.embed_dim <= 2**16,
+            f"ModelConfig.embed_dim is {self.embed_dim}, expected 1 to {2**16}",
         )
         _require(
             self.text_projection or self.text.pooling == "none" or self.embed_size == self.text.width,
@@ -308,8 +319,8 @@ class TokenizerConfig:
     path: str | None = None  # CLIP's bpe*.txt.gz, a SentencePiece .model or a Hugging Face tokenizer.json
     # None: a SentencePiece vocabulary of at most DecoderConfig.vocab_size pieces is trained on the training captions.
     lowercase: bool = True  # CLIP's BPE always lower-cases
-    # Of a run that starts from a model (TrainConfig.init): False keeps that model's tokenizer; True makes one as above,
-    # and the token embeddings start from random.
+    # Of a run that starts from a model (TrainConfig.init, init_text): False keeps that model's tokenizer, or says that
+    # `path` is it where the model comes without; True makes one as above, and the token embeddings start from random.
     replace: bool = False
 
 
@@ -385,8 +396,12 @@ class TrainConfig:
 
     # A key of mammut.tasks.TASKS: both losses on captions, or the caption pass alone on captions, answers, names.
     task: Literal["image_text", "caption", "vqa", "classify"] = "image_text"
-    # A model folder or run to start from: its weights, processor and `model` settings. None: random weights.
+    # A model to start from, of any format that mammut.load reads: its weights, processor and `model` settings, of which
+    # image and patch size and text length may differ. `mammut.warm_start` has the rules. None: random weights.
     init: str | None = None
+    # An image encoder alone: its weights and `model.vision` settings, but for how it is pooled; and how it takes images.
+    init_vision: str | None = None
+    init_text: str | None = None  # a text decoder alone: its weights, `model.text` settings and tokenizer
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -424,6 +439,20 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def differences(old: dict[str, Any], new: dict[str, Any], free: set[str], prefix: str = "") -> list[str]:
+    """The fields of a config as `to_dict` gives it that are not what they were, but for those in `free`, in words."""
+    changed = []
+    for name, value in new.items():
+        field, was = prefix + name, old.get(name)
+        if field in free or value == was:
+            continue
+        if isinstance(value, dict) and isinstance(was, dict):
+            changed += differences(was, value, free, field + ".")
+        else:
+            changed.append(f"{field} is {value}, it was {was}")
+    return changed
+
+
 def from_dict(cls: type, values: Any, where: str = "config"):
     """Builds the dataclass `cls` from plain JSON values; `where` names their file in errors.
 
@@ -437,7 +466,25 @@ def from_dict(cls: type, values: Any, where: str = "config"):
         raise ValueError(f"{where} has {', '.join(unknown)}, which {cls.__name__} does not know")
     built = {}
     for name, value in values.items():
-        if dataclasses.is_dataclass(fields[name].type):
-            value = from_dict(fields[name].type, value, f"{where}: {name}")
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            value = from_dict(kind, value, f"{where}: {name}")
+        elif not _fits(value, kind):
+            expected = kind.__name__ if isinstance(kind, type) else str(kind)
+            raise ValueError(f"{where} has {name} {value!r}, expected {expected} for {cls.__name__}.{name}")
         built[name] = tuple(value) if isinstance(value, list) else value
     return cls(**built)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value can be of the type of a field."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str)  # which one, the config checks itself
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, option) for option in get_args(kind))
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        return isinstance(value, list | tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind

@@ -115,8 +115,11 @@ class TextTask:
 
 
 def _labels(model: MaMMUT, batch: Batch, target: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    tokens = batch["tokens"]
-    return caption_labels(tokens, model.text.valid(tokens, batch["text_valid"]), target)
+    tokens, text_valid = batch["tokens"], batch["text_valid"]
+    if model.config.text.pad_id is not None:  # no label, wherever it stands; as an input it is a token like any other
+        real = model.text.valid(tokens, text_valid)
+        target = real if target is None else target & real
+    return caption_labels(tokens, text_valid, target)
 
 
 def _summed_caption_loss(

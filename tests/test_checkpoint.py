@@ -494,7 +494,7 @@ def test_an_error_of_the_writing_thread_is_raised_by_the_next_save(tmp_path, abs
 
     checkpoints = Checkpoints(tmp_path, keep=2)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_sha256", full)
+        patch.setattr(checkpoint, "make_manifest", full)
         checkpoints.save(3, random_state(abstract, 3), position(3))
         with pytest.raises(OSError, match="no space left"):
             checkpoints.save(6, random_state(abstract, 6), position(6))

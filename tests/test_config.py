@@ -167,8 +167,8 @@ def test_a_value_that_cannot_work_is_refused_with_its_field(cls, name, value):
 @pytest.mark.parametrize(
     ("cls", "name", "value", "choices"),
     [
-        ("VisionConfig", "activation", "relu", "gelu, gelu_tanh"),
-        ("DecoderConfig", "activation", "silu", "gelu, gelu_tanh"),
+        ("VisionConfig", "activation", "relu", "gelu, gelu_tanh, quick_gelu, relu2, swiglu"),
+        ("DecoderConfig", "activation", "silu", "gelu, gelu_tanh, quick_gelu, relu2, swiglu"),
         ("ModelConfig", "dtype", "float16", "float32, bfloat16"),
         ("ModelConfig", "param_dtype", "int8", "float32, bfloat16"),
         ("ModelConfig", "remat", "some", "none, dots, full"),

@@ -9,10 +9,12 @@ on either side is an error unless the table lists it with a reason.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from mammut.config import ModelConfig
+from mammut.processor import Processor
 from mammut.tensor_files import CheckpointError, TensorSpec
 
 Shape = tuple[int, ...]
@@ -31,6 +33,20 @@ class LazyTensors:
 
     specs: Mapping[str, TensorSpec]
     read: Callable[[str], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A model whose files were opened and checked, and whose parameters are read when they are asked for."""
+
+    config: ModelConfig
+    tensors: Tensors  # ours, by path such as "text.layers.attn.query.kernel"
+    processor: Processor | None  # None: the files say nothing of one
+    where: str  # the file or folder, for errors
+    # What is there: of a lone image encoder, "vision" alone, and `config` means nothing beyond it.
+    parts: tuple[str, ...] = ("vision", "text", "rest")
+    positions: Literal["bicubic", "bilinear"] = "bicubic"  # how its makers resample the position grid
+    notes: tuple[str, ...] = ()  # what of its files has no place in our model, and what of ours they do not have; why
 
 
 class Layout(Protocol):
@@ -85,6 +101,23 @@ class Same:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """The same numbers with all axes but the last joined to one: of a vector [D] a row, of a grid [I, J, D] I * J."""
+
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        """[rows, D]."""
+        return math.prod(ours[0][:-1]), ours[0][-1]
+
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+        """Ours."""
+        return theirs.reshape(ours[place])
+
+    def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Theirs."""
+        return ours[0].reshape(-1, ours[0].shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
 class Transposed:
     """The weight of a torch.nn.Linear, [outputs, inputs], for our kernel [*inputs, *outputs].
 
@@ -108,7 +141,7 @@ class Transposed:
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """The weight of a torch.nn.Conv2d over patches, [outputs, 3, patch, patch], for our kernel [patch * patch * 3, D]."""
+    """The weight of a torch.nn.Conv2d over patches, [outputs, 3, patch, patch], of our kernel [patch * patch * 3, D]."""
 
     patch_size: int
 
