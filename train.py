@@ -8,6 +8,7 @@ The recipe's `get_config()` returns the run's `TrainConfig`; any of its fields c
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -16,19 +17,20 @@ import signal
 import sys
 
 import jax
-from flax import nnx
 
-from mammut import checkpoint, data, sharding, sources
+from mammut import checkpoint, data, model_folder, sharding, sources
 from mammut.config import TrainConfig
 from mammut.evaluation import Evaluation, Evaluator
+from mammut.interop.rules import OpenedModel
 from mammut.processor import ImageTransform, Processor
-from mammut.recipes import resolve
+from mammut.recipes import Run, resolve
 from mammut.report import write_report
 from mammut.run_log import RunLog
 from mammut.scoring import save_scores, score
 from mammut.tasks import TASKS
-from mammut.tokenizer import load_tokenizer, train_sentencepiece
+from mammut.tokenizer import MissingTokenizer, load_tokenizer, train_sentencepiece
 from mammut.training import Trainer, TrainState, compile_report, make_trainer, start_report
+from mammut.warm_start import Start, WarmStart, warm_start
 
 DEFAULT_RECIPE = pathlib.Path(__file__).parent / "configs" / "tiny.py"
 SAMPLES_PRINTED = 10
@@ -48,29 +50,45 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, overrides
 
 
-def make_processor(config: TrainConfig, source: sources.Source) -> Processor:
-    """The processor of a fresh run: that of the model it starts from, or with a given or a newly trained vocabulary."""
-    of_init = config.init and Processor.load(pathlib.Path(config.init).expanduser())
-    if of_init and not config.tokenizer.replace:
-        return of_init
-    vocab_size = config.model.text.vocab_size
-    if config.tokenizer.path is None:
-        tokenizer = train_sentencepiece(sources.texts(source), vocab_size, config.tokenizer.lowercase)
-    else:
-        tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.lowercase)
-    if tokenizer.vocab_size > vocab_size:
+def make_processor(config: TrainConfig, source: sources.Source, starts: dict[Start, OpenedModel]) -> Processor:
+    """The processor of a fresh run: of what it starts from, or with a given or a newly trained vocabulary."""
+    of = {name: opened.processor for name, opened in starts.items()}
+    text, settings = config.model.text, config.tokenizer
+    decoder = next((name for name in ("init_text", "init") if name in starts), None)
+    tokenizer = None
+    if decoder and not settings.replace:
+        tokenizer = of[decoder] and of[decoder].tokenizer
+        if isinstance(tokenizer, MissingTokenizer):
+            tokenizer = None
+        if tokenizer and settings.path:
+            raise ValueError(f"tokenizer.path and {decoder} are given: tokenizer.replace True takes another vocabulary")
+        if not (tokenizer or settings.path):
+            raise ValueError(
+                f"{decoder} {starts[decoder].where} comes without a tokenizer: tokenizer.path says where it is, "
+                "tokenizer.replace True takes another"
+            )
+    if tokenizer is None and settings.path:
+        tokenizer = load_tokenizer(settings.path, settings.lowercase)
+    elif tokenizer is None:
+        tokenizer = train_sentencepiece(sources.texts(source), text.vocab_size, settings.lowercase)
+    if tokenizer.vocab_size > text.vocab_size:
         raise ValueError(
-            f"tokenizer.path {config.tokenizer.path} has {tokenizer.vocab_size} pieces, more than the {vocab_size} of "
+            f"tokenizer.path {settings.path} has {tokenizer.vocab_size} pieces, more than the {text.vocab_size} of "
             "model.text.vocab_size"
         )
-    image = ImageTransform(config.model.vision.image_size, max_image_pixels=config.data.max_image_pixels)
-    return Processor(tokenizer, of_init.image if of_init else image, config.model.text.max_length)
+    size = config.model.vision.image_size
+    image = next((of[name].image for name in ("init_vision", "init") if of.get(name)), ImageTransform(size))
+    image = dataclasses.replace(image, image_size=size, max_image_pixels=config.data.max_image_pixels)
+    form = of[decoder].text_form if of.get(decoder) else "start_end"
+    processor = Processor(tokenizer, image, text.max_length, form)
+    if settings.replace and text.pad_id not in (None, processor.pad_id):
+        raise ValueError(f"model.text.pad_id is {text.pad_id}, the pad of the new vocabulary is {processor.pad_id}")
+    return processor
 
 
-def train(
-    config: TrainConfig, workdir: pathlib.Path, overrides: list[str], *, resume: bool, only_compile: bool
-) -> None:
+def train(run: Run, *, resume: bool, only_compile: bool) -> None:
     """The run. What can be refused is refused before anything is compiled, and before anything is written."""
+    config, workdir = run.config, run.workdir
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.compilation_cache).expanduser()))
     if jax.process_count() > 1:
@@ -80,7 +98,8 @@ def train(
     settings = {"image_size": config.model.vision.image_size, "tfds_dir": config.data.tfds_dir, "field": task.field}
     source = sources.open_source(config.data.train, **settings)
     val = config.data.val and sources.open_source(config.data.val, **settings)
-    processor = Processor.load(workdir) if resume else make_processor(config, source)
+    warm = warm_start(config.model, run.starts, new_vocabulary=config.tokenizer.replace) if run.starts else None
+    processor = Processor.load(workdir) if resume else make_processor(config, source, run.starts)
 
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, task, mesh)
@@ -88,12 +107,14 @@ def train(
         open_batches = functools.partial(data.TrainBatches, source, processor, config.data, seed=config.seed)
         batches = open_batches()
         print(start_report(config, trainer, source, processor.vocab_size), flush=True)
+        if warm:
+            print(warm, flush=True)
         if only_compile:
             print(compile_report(config, trainer))
             return
         if not resume:
             processor.save(workdir)
-            checkpoint.write_run(workdir, config, overrides)
+            checkpoint.write_run(workdir, config, run.overrides)
         checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints, cleanup=True)
         start, state = 0, None
         if checkpoints.steps:
@@ -102,17 +123,17 @@ def train(
         if start > config.steps:
             raise ValueError(f"steps is {config.steps}, {workdir} has a checkpoint of step {start}: expected no fewer")
         if resume:
-            checkpoint.write_run(workdir, config, overrides)  # what may change in a resumed run has changed for good
+            checkpoint.write_run(workdir, config, run.overrides)  # what may change in a resumed run is changed for good
             # Until the run is done again, the model is that of the newest checkpoint, not what an earlier end exported.
             (workdir / "manifest.json").unlink(missing_ok=True)
         log = RunLog(workdir, start=start, steps=config.steps, batch_size=config.data.batch_size)
         log.print(f"{'resuming' if resume else 'starting'} at step {start} of {config.steps} in {workdir}")
         with contextlib.closing(log), contextlib.closing(checkpoints), contextlib.closing(batches):
-            state = fresh_state(config, trainer) if state is None else state
+            state = fresh_state(config, trainer, warm) if state is None else state
             state, done = loop(config, trainer, state, start, batches, evaluator, checkpoints, log)
             if not done:
                 return
-            checkpoint.save(workdir, trainer.model(jax.device_get(state.params)), processor, overwrite=True)
+            model_folder.save(workdir, trainer.model(jax.device_get(state.params)), processor, overwrite=True)
             if evaluator:
                 evaluation = evaluator(state.params)
                 log.evaluation(config.steps, "val", evaluation, samples=SAMPLES_PRINTED)
@@ -121,16 +142,11 @@ def train(
         print(f"report: {write_report(workdir)}")
 
 
-def fresh_state(config: TrainConfig, trainer: Trainer) -> TrainState:
-    """The state at step 0: random weights, or those of the model to start from."""
-    if config.init is None:
+def fresh_state(config: TrainConfig, trainer: Trainer, warm: WarmStart | None) -> TrainState:
+    """The state at step 0: random weights, or those of what the run starts from."""
+    if warm is None:
         return trainer.init(config.seed)
-    model, _ = checkpoint.load(pathlib.Path(config.init).expanduser())
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    if config.tokenizer.replace:  # an id is another token now
-        fresh = jax.device_get(trainer.init(config.seed).params["text"])
-        params["text"] |= {name: fresh[name] for name in ("token_embed", "vocab_head") if name in fresh}
-    return trainer.init_from(params)
+    return trainer.init_from(trainer.start_params(config.seed, warm.random, warm.read))
 
 
 def save_evaluation(workdir: pathlib.Path, name: str, evaluation: Evaluation) -> None:
@@ -191,8 +207,8 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     args, overrides = parse_args(argv)
     try:
-        config, workdir, overrides = resolve(args.recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
-        train(config, workdir, overrides, resume=args.resume, only_compile=args.compile_only)
+        run = resolve(args.recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
+        train(run, resume=args.resume, only_compile=args.compile_only)
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("MAMMUT_TRACEBACK"):
             raise

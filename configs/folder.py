@@ -5,7 +5,8 @@
 
 `--task` says what is learnt: `caption` (the default here), `vqa`, `classify`, or `image_text` for retrieval and
 captions. With `--init` a model is fine-tuned and brings its architecture and vocabulary; a learning rate of 1e-4 to
-3e-4 suits that. Without, a small model is trained from scratch, which wants thousands of pictures to say much.
+3e-4 suits that. `--init-vision` takes an image encoder alone, such as a ViT of big_vision; the decoder is new. Without
+either, a small model is trained from scratch, which wants thousands of pictures to say much.
 """
 
 from mammut.config import DataConfig, DecoderConfig, ModelConfig, OptimizerConfig, TrainConfig, VisionConfig

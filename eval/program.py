@@ -24,13 +24,15 @@ from mammut.scoring import Scores, require_same_set, save_scores, score
 from mammut.sources import Source, open_source
 
 _SUFFIX = ".predictions.jsonl"
+_MODEL_FILES = ".npz", ".safetensors", ".pt", ".pth", ".bin", ".ckpt"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Options of every evaluation program."""
 
-    # A model folder or run; or a predictions file, to be scored again.
+    # Whatever mammut.load reads: a model folder or run, a folder or file of open_clip, an .npz of big_vision; or a
+    # predictions file, to be scored again.
     checkpoint: Annotated[str, tyro.conf.Positional]
     # What to evaluate on: jsonl:PATH, tfds:NAME/SPLIT, coco:..., vqav2:..., each with an optional [a:b].
     data: str | None = None
@@ -38,6 +40,7 @@ class Options:
     out: pathlib.Path | None = None
     batch_size: int = 64  # examples at a time, over all devices
     limit: int | None = None  # only the first so many examples
+    image_size: int | None = None  # pixels, if not the model's own: its positions are resampled
     threads: int = 4  # decode and resize in so many threads
     max_bad_share: float = 0.1  # more examples that cannot be used are an error
     tfds_dir: str | None = None  # tensorflow-datasets' data_dir
@@ -64,7 +67,7 @@ def run(
     try:
         options = tyro.cli(options_class, args=argv, prog=program, description=description)
         given = pathlib.Path(options.checkpoint).expanduser()
-        if given.is_file():
+        if given.is_file() and given.suffix not in _MODEL_FILES:
             return _score_again(options, given, task, field)
         return _evaluate(options, given, task, field, predict)
     except (ValueError, OSError) as error:
@@ -88,12 +91,13 @@ def _evaluate(options: AnyOptions, checkpoint: pathlib.Path, task: Task, field: 
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
     if options.data is None:
         raise ValueError("--data is missing, expected what to evaluate on: jsonl:PATH, tfds:NAME/SPLIT, ...")
-    out = options.out or checkpoint / "eval" / f"{task}_{_name(options.data)}.json"
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    out = options.out or folder / "eval" / f"{task}_{_name(options.data)}.json"
     if out.suffix != ".json":
         raise ValueError(f"--out is {out}, expected a name that ends in .json")
     mesh = sharding.make_mesh(options.mesh)
     sharding.require_divisible(options.batch_size, mesh, "--batch-size")
-    model, processor = mammut.load(checkpoint)
+    model, processor = mammut.load(checkpoint, mesh=mesh, image_size=options.image_size)
     source = open_source(
         options.data, image_size=processor.image.image_size, tfds_dir=options.tfds_dir, field=field
     )

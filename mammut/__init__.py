@@ -5,12 +5,13 @@ TensorFlow and PyTorch never.
 """
 
 from mammut import presets
-from mammut.checkpoint import CheckpointError, load, save
 from mammut.config import DecoderConfig, ModelConfig, TrainConfig, VisionConfig
 from mammut.generate import Text, answer, caption, generate_text
 from mammut.model import MaMMUT
+from mammut.model_folder import load, save
 from mammut.processor import BadImage, ImageTransform, Processor
 from mammut.search import GenerateConfig
+from mammut.tensor_files import CheckpointError
 
 __all__ = [
     # a model and its processor

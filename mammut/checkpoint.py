@@ -1,14 +1,7 @@
-"""Two kinds of folder: a model folder (weights, config, processor) and a run's checkpoints (its whole state).
+"""A run's folder: its config, and its checkpoints, each the whole state of the run.
 
-A model folder is what `save` writes and `load` reads:
-
-    config.json         format, version and the `ModelConfig`
-    model.safetensors   the parameters, named by their path in the model
-    processor.json ...  the processor with its tokenizer files
-    manifest.json       size and SHA-256 of every file above, checked by `load`
-
-A run's checkpoints are Orbax steps, each atomic, with the position in the data in its metadata. Orbax restores a
-flipped bit silently, so each step has a manifest of checksums too; `restore` falls back to the newest step that passes.
+The checkpoints are Orbax steps, each atomic, with the position in the data in its metadata. Orbax restores a flipped
+bit silently, so each step has a manifest of checksums too; `restore` falls back to the newest step that passes.
 """
 
 import dataclasses
@@ -19,103 +12,13 @@ import threading
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from mammut.config import ModelConfig, TrainConfig, from_dict, to_dict
+from mammut.config import TrainConfig, from_dict, to_dict
 from mammut.manifest import check_manifest, make_manifest, read_json_object, write_json
-from mammut.model import MaMMUT
-from mammut.processor import Processor
 from mammut.tensor_files import CheckpointError
 
 _log = logging.getLogger(__name__)
-
-_VERSION = 1
-
-
-def save(folder: str | os.PathLike, model: MaMMUT, processor: Processor, *, overwrite: bool = False) -> None:
-    """Writes a model folder.
-
-    Raises:
-      ValueError: the folder holds a model already and `overwrite` is False.
-    """
-    from safetensors.numpy import save_file
-
-    folder = pathlib.Path(folder)
-    files = ["config.json", "model.safetensors", "processor.json", *processor.tokenizer.files]
-    there = [name for name in (*files, "manifest.json") if (folder / name).exists()]
-    if there and not overwrite:
-        raise ValueError(f"{folder} holds {there[0]} already: give a new folder, or overwrite=True")
-    folder.mkdir(parents=True, exist_ok=True)
-    # The manifest is removed first and written last: a folder with a manifest is complete.
-    (folder / "manifest.json").unlink(missing_ok=True)
-    processor.save(folder)
-    arrays = {".".join(path): np.asarray(value) for path, value in _flat(nnx.state(model, nnx.Param)).items()}
-    save_file(arrays, folder / "model.safetensors", metadata={"format": "mammut"})
-    write_json(folder / "config.json", {"format": "mammut", "version": _VERSION, "model": to_dict(model.config)})
-    write_json(folder / "manifest.json", make_manifest(folder, [folder / name for name in files]))
-
-
-def load(folder: str | os.PathLike) -> tuple[MaMMUT, Processor]:
-    """The model and its processor, from a model folder or from the newest good checkpoint of a run.
-
-    Raises:
-      CheckpointError: neither is there, a file is damaged or missing, or the weights do not fit the config. Every
-        mismatch is named.
-    """
-    folder = pathlib.Path(folder)
-    if (folder / "manifest.json").exists():
-        return _load_model_folder(folder)
-    if (folder / "checkpoints").is_dir():
-        return _load_run(folder)
-    raise CheckpointError(f"{folder} is no model folder (no manifest.json) and no run (no checkpoints)")
-
-
-def _load_model_folder(folder: pathlib.Path) -> tuple[MaMMUT, Processor]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    if problems := check_manifest(folder, folder / "manifest.json"):
-        raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
-    model_config = _model_config(folder / "config.json")
-    try:
-        arrays = load_file(folder / "model.safetensors")
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
-    model = _with_arrays(model_config, arrays, str(folder / "model.safetensors"))
-    return model, _processor(folder)
-
-
-def _load_run(folder: pathlib.Path) -> tuple[MaMMUT, Processor]:
-    config, _ = read_run(folder)
-    with Checkpoints(folder, keep=config.keep_checkpoints) as checkpoints:
-        params = checkpoints.restore_params()
-    arrays = {".".join(path): value for path, value in _flat(params).items()}
-    return _with_arrays(config.model, arrays, str(folder / "checkpoints")), _processor(folder)
-
-
-def _with_arrays(config: ModelConfig, arrays: dict[str, np.ndarray], where: str) -> MaMMUT:
-    """A model of `config` with these parameters; every key that is missing, left over or misshapen is reported."""
-    abstract = nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
-    expected = {".".join(path): value for path, value in _flat(state).items()}
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - arrays.keys())]
-    problems += [f"{name} is not a parameter of the model" for name in sorted(arrays.keys() - expected.keys())]
-    for name in sorted(expected.keys() & arrays.keys()):
-        want, got = expected[name], arrays[name]
-        if want.shape != got.shape or want.dtype != got.dtype:
-            problems.append(f"{name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}")
-    if problems:
-        raise CheckpointError(f"{where} does not fit its config: {'; '.join(problems)}")
-    params: dict[str, Any] = {}
-    for name, value in arrays.items():
-        *parents, leaf = name.split(".")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = jnp.asarray(value)
-    return nnx.merge(graphdef, params)
 
 
 def write_run(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) -> None:
@@ -136,43 +39,12 @@ def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
     return read_config(TrainConfig, run["config"], path), run["overrides"]
 
 
-def read_model_config(folder: str | os.PathLike) -> ModelConfig:
-    """The architecture of a model folder or of a run, without its weights.
-
-    Raises:
-      CheckpointError: the folder is neither.
-    """
-    folder = pathlib.Path(folder)
-    if (folder / "config.json").exists():
-        return _model_config(folder / "config.json")
-    if (folder / "run.json").exists():
-        return read_run(folder)[0].model
-    raise CheckpointError(f"{folder} is no model folder (no config.json) and no run (no run.json)")
-
-
-def _model_config(path: pathlib.Path) -> ModelConfig:
-    config = read_json_object(path)
-    if config.get("format") != "mammut" or config.get("version") != _VERSION:
-        raise CheckpointError(
-            f"{path} has format {config.get('format')!r} version {config.get('version')!r}, "
-            f"expected 'mammut' version {_VERSION}"
-        )
-    return read_config(ModelConfig, config.get("model"), path)
-
-
 def read_config(cls: type, values: Any, path: pathlib.Path) -> Any:
     """A config of type `cls` from the values in the file `path`; raises CheckpointError when they are none."""
     try:
         return from_dict(cls, values, str(path))
     except (ValueError, TypeError) as error:  # a field that there is not, a value that cannot be
         raise CheckpointError(f"{path} does not hold a {cls.__name__}: {error}") from error
-
-
-def _processor(folder: pathlib.Path) -> Processor:
-    try:
-        return Processor.load(folder)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,11 +196,6 @@ def _mismatches(saved: Any, expected: Any) -> list[str]:
         if tuple(got.shape) != tuple(want.shape) or got.dtype != want.dtype:
             problems.append(f"{name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}")
     return problems
-
-
-def _flat(state: Any) -> dict[tuple[str, ...], Any]:
-    pure = nnx.to_pure_dict(state) if isinstance(state, nnx.State) else state
-    return {tuple(e.key for e in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(pure)}
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -42,5 +42,6 @@ def caption_labels(
     """
     labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     predicted = text_valid if target is None else text_valid & target
-    loss_mask = jnp.pad(predicted[:, 1:], ((0, 0), (0, 1))) & text_valid
+    # Nothing is learned from the pads before a text; one inside it, of those who know pads by their id, is an input.
+    loss_mask = jnp.pad(predicted[:, 1:], ((0, 0), (0, 1))) & (jnp.cumsum(text_valid, axis=1) > 0)
     return labels, loss_mask

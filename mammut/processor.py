@@ -21,7 +21,7 @@ import math
 import pathlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
@@ -32,6 +32,7 @@ from mammut.tokenizer import Tokenizer, read_object, restore_tokenizer
 # bytes, a path, a PIL image, or uint8[height, width], [height, width, 1], [height, width, 3] or [height, width, 4]
 ImageLike = Any
 Cause = Literal["missing file", "empty", "corrupt", "truncated", "oversized", "unsupported"]
+TextForm = Literal["start_end", "end", "end_filled"]
 
 _FILE = "processor.json"
 _FORMAT = 1
@@ -62,12 +63,17 @@ class ImageTransform:
 
     image_size: int  # pixels; the output is square
     mode: Literal["squash", "shortest", "longest"] = "squash"  # both sides; shortest and crop; longest and pad
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # antialiased
+    # The first two are antialiased and Pillow's; the third, of big_vision, is tf.image.resize as it is by default, with
+    # the fractions of pixel values cut off.
+    interpolation: Literal["bicubic", "bilinear", "bilinear_aliased"] = "bicubic"
     fill: int = 0  # the pad's grey value, mode "longest"
     max_image_pixels: int = 100_000_000  # more in the header, and the image is refused undecoded
 
     def __post_init__(self):
-        choices = {"mode": ("squash", "shortest", "longest"), "interpolation": ("bicubic", "bilinear")}
+        choices = {
+            "mode": ("squash", "shortest", "longest"),
+            "interpolation": ("bicubic", "bilinear", "bilinear_aliased"),
+        }
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"ImageTransform.{name} is {getattr(self, name)!r}, expected one of {values}")
@@ -89,7 +95,7 @@ class ImageTransform:
         picture, size = self._read(image), self.image_size
         width, height = picture.size
         if self.mode == "squash":
-            return np.array(picture.resize((size, size), self._filter))
+            return self._resized(picture, (size, size))
         # The two roundings are open_clip's: down after "shortest", to the nearest after "longest".
         if self.mode == "shortest":
             resized = [size * side // min(width, height) for side in (width, height)]
@@ -97,7 +103,7 @@ class ImageTransform:
             resized = [max(1, round(side / (max(width, height) / size))) for side in (width, height)]
         if math.prod(resized) > max(self.max_image_pixels, size * size):
             raise BadImage(f"an image of {width} x {height} pixels is too narrow to resize its short side", "oversized")
-        pixels = np.array(picture.resize(resized, self._filter))
+        pixels = self._resized(picture, tuple(resized))
         if self.mode == "shortest":
             top, left = (round((side - size) / 2) for side in pixels.shape[:2])
             return pixels[top : top + size, left : left + size]
@@ -126,13 +132,16 @@ class ImageTransform:
         x, y = (1 - across) * x_draw, (1 - down) * y_draw
         width, height = picture.size
         box = (x * width, y * height, min(1.0, x + across) * width, min(1.0, y + down) * height)
-        return np.array(picture.resize((self.image_size, self.image_size), self._filter, box=box))
+        return self._resized(picture, (self.image_size, self.image_size), box)
 
-    @property
-    def _filter(self) -> int:
+    def _resized(self, picture, size: tuple[int, int], box: tuple[float, float, float, float] | None = None):
+        """The picture, or the part of it in `box`, as uint8[height, width, 3] of `size` (width, height)."""
         from PIL.Image import Resampling
 
-        return {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR}[self.interpolation]
+        if self.interpolation == "bilinear_aliased":
+            return _resized_without_antialiasing(np.array(picture), size, box or (0, 0, *picture.size))
+        filters = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR}
+        return np.array(picture.resize(size, filters[self.interpolation], box=box))
 
     def _read(self, image: ImageLike, sides: int | None = None):
         """`read`; a JPEG file is decoded at a fraction of its size that keeps both sides at `sides` pixels or more."""
@@ -165,15 +174,21 @@ class ImageTransform:
 class Processor:
     """The image transform, the tokenizer and the text rules of one model.
 
-    Text is `[start] + ids + [end]`, padded to `max_length`; a text that is too long is cut and keeps the end.
+    Text is `[start] + ids + [end]`, padded to `max_length`; a text that is too long is cut and keeps the end. With
+    `text_form` "end" there is no start (SigLIP 2), with "end_filled" ends take the place of pads, too (SigLIP).
     """
 
-    def __init__(self, tokenizer: Tokenizer, image: ImageTransform, max_length: int):
+    def __init__(
+        self, tokenizer: Tokenizer, image: ImageTransform, max_length: int, text_form: TextForm = "start_end"
+    ):
         if type(max_length) is not int or max_length < 2:
             raise ValueError(f"max_length is {max_length!r}, expected at least 2 tokens: start and end")
+        if text_form not in get_args(TextForm):
+            raise ValueError(f"text_form is {text_form!r}, expected one of {', '.join(get_args(TextForm))}")
         self.tokenizer = tokenizer
         self.image = image
         self.max_length = max_length
+        self.text_form = text_form
 
     def __call__(self, images: Any = None, text: Any = None) -> dict[str, np.ndarray]:
         """A batch of what is given: a sequence of images (see `ImageTransform.read`), a sequence of str, or both.
@@ -198,7 +213,7 @@ class Processor:
         return batch
 
     def encode_text(self, texts: Sequence) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-        """`tokens` and `text_valid` of each text; an empty one is start and end.
+        """`tokens` and `text_valid` of each text; an empty one is start and end, or the end alone.
 
         Raises:
           ValueError: `texts` is one str, or holds something else.
@@ -220,7 +235,7 @@ class Processor:
         tokens = np.full((len(pairs), self.max_length), self.pad_id, np.int32)
         text_valid, target = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
         for row, (prompt, text) in enumerate(pairs):
-            start = [self.bos_id, *self.encode_prompt(prompt)]
+            start = [*self._start, *self.encode_prompt(prompt)]
             ids = (start + self.tokenizer.encode(text))[: self.max_length - 1] + [self.eos_id]
             tokens[row, : len(ids)] = ids
             text_valid[row, : len(ids)] = True
@@ -233,7 +248,7 @@ class Processor:
 
     def room(self, prompt: str) -> int:
         """How many tokens of text fit between a prompt and the end; negative where the prompt itself does not fit."""
-        return self.max_length - 2 - len(self.encode_prompt(prompt))
+        return self.max_length - 1 - len(self._start) - len(self.encode_prompt(prompt))
 
     def decode(self, tokens: Any) -> list[str]:
         """The texts of int[B, L] tokens, each up to its end; raises ValueError on an id outside the vocabulary."""
@@ -260,7 +275,11 @@ class Processor:
     @property
     def pad_id(self) -> int:
         """The id that fills up; it may be a real token's, too: only `text_valid` tells pads."""
-        return self.tokenizer.pad_id
+        return self.eos_id if self.text_form == "end_filled" else self.tokenizer.pad_id
+
+    @property
+    def _start(self) -> list[int]:
+        return [self.bos_id] if self.text_form == "start_end" else []
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes `processor.json` and the vocabulary file into `folder`, which is made where it is missing."""
@@ -270,6 +289,7 @@ class Processor:
             "format": _FORMAT,
             "image": dataclasses.asdict(self.image),
             "max_length": self.max_length,
+            "text_form": self.text_form,
             "tokenizer": self.tokenizer.save(folder),
         }
         (folder / _FILE).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
@@ -282,14 +302,16 @@ class Processor:
           ValueError: a file is missing or damaged, or of another format than this version writes.
         """
         path = pathlib.Path(folder) / _FILE
-        values = read_object(path)
+        values = {"text_form": "start_end"} | read_object(path)  # the one that was there first
         if values.get("format") != _FORMAT:
             raise ValueError(f"{path} has format {values.get('format')!r}, this version reads {_FORMAT}")
-        if set(values) != {"format", "image", "max_length", "tokenizer"}:
-            raise ValueError(f"{path} has {sorted(values)}, expected format, image, max_length and tokenizer")
+        if set(values) != {"format", "image", "max_length", "text_form", "tokenizer"}:
+            expected = "format, image, max_length, text_form and tokenizer"
+            raise ValueError(f"{path} has {sorted(values)}, expected {expected}")
         try:
             image = config.from_dict(ImageTransform, values["image"], f"{path}: image")
-            return cls(restore_tokenizer(path.parent, values["tokenizer"]), image, values["max_length"])
+            tokenizer = restore_tokenizer(path.parent, values["tokenizer"])
+            return cls(tokenizer, image, values["max_length"], values["text_form"])
         except (TypeError, AttributeError) as error:
             raise ValueError(f"{path} holds a value of the wrong type: {error}") from error
 
@@ -305,6 +327,22 @@ def _no_pillow_limit() -> Iterator[None]:
             yield
         finally:
             PIL.Image.MAX_IMAGE_PIXELS = limit
+
+
+def _resized_without_antialiasing(
+    pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int], box: tuple[float, float, float, float]
+) -> UInt8[np.ndarray, "height2 width2 3"]:
+    """Samples the `box` of an image bilinearly at the centres of `size` (width, height) new pixels."""
+    lines: np.ndarray = pixels
+    for axis, count, start, end in ((1, size[0], box[0], box[2]), (0, size[1], box[1], box[3])):
+        step = np.float32((end - start) / count)
+        places = np.float32(start) + (np.arange(count, dtype=np.float32) + 0.5) * step - 0.5
+        low = np.floor(places)
+        sides = [np.clip(low + side, 0, pixels.shape[axis] - 1).astype(int) for side in (0, 1)]
+        near, far = (lines.take(side, axis).astype(np.float32) for side in sides)
+        share = (places - low).reshape((-1, 1) if axis else (-1, 1, 1))
+        lines = near + (far - near) * share
+    return lines.astype(np.uint8)
 
 
 # The three below raise BadImage with a message that goes on after the image's name.

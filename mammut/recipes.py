@@ -1,13 +1,16 @@
 """From a command line to a run: its recipe, the overrides of it, its folder, and what a resumed run may change."""
 
+import argparse
 import dataclasses
 import importlib.util
 import pathlib
 import sys
-from typing import Any
 
 from mammut import checkpoint
-from mammut.config import TrainConfig, to_dict
+from mammut.config import TrainConfig, differences, to_dict
+from mammut.interop.rules import OpenedModel
+from mammut.model_folder import open_model
+from mammut.warm_start import SIZES, VOCABULARY, Start, start_config
 
 # What a resumed run may change: how it is watched, placed and fed, and how long it goes on (the learning rate follows
 # the new length from there); nothing else.
@@ -16,18 +19,26 @@ RESUMABLE = {
     "compilation_cache", "data.val", "data.eval_batch_size", "data.val_examples", "data.threads", "data.max_bad_share",
     "data.tfds_dir",
 }  # fmt: skip
-# What a run may change of the model it starts from: how it is computed, not what it is.
-COMPUTED = {"model.dtype", "model.remat", "model.unroll"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a command line asks for."""
+
+    config: TrainConfig
+    workdir: pathlib.Path
+    overrides: list[str]  # all that made the config, those of the run to resume included
+    starts: dict[Start, OpenedModel]  # the models that a fresh run starts from, by the field that names them
 
 
 def resolve(
     recipe: pathlib.Path | None, default_recipe: pathlib.Path, workdir: pathlib.Path | None, overrides: list[str], *,
     resume: bool,
-) -> tuple[TrainConfig, pathlib.Path, list[str]]:  # fmt: skip
-    """The run's config, its folder, and all overrides that made the config, those of the run to resume included.
+) -> Run:  # fmt: skip
+    """The run that a command line asks for.
 
     Raises:
-      ValueError: the folder is used, or the config does not fit the run to resume or the model to start from.
+      ValueError: the folder is used, or the config does not fit the run to resume.
     """
     workdir = workdir or default_workdir((recipe or default_recipe).stem, resume)
     if workdir.exists() and not workdir.is_dir():
@@ -38,13 +49,14 @@ def resolve(
     if used and not resume:
         raise ValueError(f"--workdir {workdir} is not empty (it holds {used[0]}): give another, or --resume its run")
     if not resume:
-        return with_overrides(load_recipe(recipe or default_recipe), overrides), workdir, overrides
+        config, starts = with_overrides(load_recipe(recipe or default_recipe), overrides)
+        return Run(config, workdir, overrides, starts)
     saved, saved_overrides = checkpoint.read_run(workdir)
-    base = with_overrides(load_recipe(recipe), saved_overrides) if recipe else saved
+    base = with_overrides(load_recipe(recipe), saved_overrides)[0] if recipe else saved
     config = parse_overrides(base, overrides)
     if changed := differences(to_dict(saved), to_dict(config), RESUMABLE):
         raise ValueError(f"the run in {workdir} cannot go on with another config: {'; '.join(changed)} in its run.json")
-    return config, workdir, saved_overrides + overrides
+    return Run(config, workdir, saved_overrides + overrides, {})
 
 
 def load_recipe(path: pathlib.Path) -> TrainConfig:
@@ -62,23 +74,22 @@ def load_recipe(path: pathlib.Path) -> TrainConfig:
     return config
 
 
-def with_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
-    """The config with its overrides; where it starts from a model (`init`), with the architecture of that model.
+def with_overrides(config: TrainConfig, overrides: list[str]) -> tuple[TrainConfig, dict[Start, OpenedModel]]:
+    """The config with its overrides and with the architecture of the models it starts from; and these, opened.
 
     Raises:
-      ValueError: an override asks for another architecture than that of the model to start from.
+      ValueError: a model to start from cannot be opened, or does not go with the rest.
     """
-    overridden = parse_overrides(config, overrides)
-    if overridden.init is None:
-        return overridden
-    if overridden.tokenizer.path is not None and not overridden.tokenizer.replace:
-        raise ValueError("tokenizer.path and init are given: tokenizer.replace True takes the former's vocabulary")
-    model = checkpoint.read_model_config(pathlib.Path(overridden.init).expanduser())
-    config = parse_overrides(dataclasses.replace(config, model=model), overrides)
-    free = COMPUTED | ({"model.text.vocab_size"} if config.tokenizer.replace else set())
-    if changed := differences(to_dict(model), to_dict(config.model), free, "model."):
-        raise ValueError(f"the model to start from, init {config.init}, is another one: {'; '.join(changed)}")
-    return config
+    # What may differ from those models is not held against the recipe's own architecture.
+    later = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for field in SIZES | VOCABULARY:
+        later.add_argument(f"--{field}", f"--{field.replace('_', '-')}", nargs="?")
+    overridden = parse_overrides(config, later.parse_known_args(overrides)[1])
+    named = {name: getattr(overridden, name) for name in ("init", "init_vision", "init_text")}
+    starts = {name: open_model(pathlib.Path(path).expanduser()) for name, path in named.items() if path is not None}
+    if starts:
+        config = dataclasses.replace(overridden, model=start_config(overridden.model, starts))
+    return parse_overrides(config, overrides), starts
 
 
 def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
@@ -87,20 +98,6 @@ def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
 
     flags = (tyro.conf.FlagConversionOff,)  # every override has a value, booleans too
     return tyro.cli(TrainConfig, default=config, args=overrides, prog="train.py", config=flags)
-
-
-def differences(saved: dict[str, Any], config: dict[str, Any], free: set[str], prefix: str = "") -> list[str]:
-    """The fields of `config` that are not what they were, but for those in `free`."""
-    changed = []
-    for name, value in config.items():
-        field, old = prefix + name, saved.get(name)
-        if field in free or value == old:
-            continue
-        if isinstance(value, dict) and isinstance(old, dict):
-            changed += differences(old, value, free, field + ".")
-        else:
-            changed.append(f"{field} is {value}, it was {old}")
-    return changed
 
 
 def default_workdir(recipe: str, resume: bool) -> pathlib.Path:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from mammut import attention_maps, checkpoint
+from mammut import attention_maps, checkpoint, model_folder
 from mammut.config import ModelConfig, TrainConfig, from_dict
 from mammut.predictions import Predictions
 from mammut.processor import ImageTransform
@@ -45,7 +45,7 @@ class Album:
 
     def __init__(self):
         self._left, self.left_out = _BUDGET, 0
-        self.load = functools.cache(checkpoint.load)
+        self.load = functools.cache(model_folder.load)
 
     def uri(self, pixels: UInt8[np.ndarray, "height width 3"]) -> str | None:
         """The picture as a JPEG data URI; None, and counted in `left_out`, where the page is full."""

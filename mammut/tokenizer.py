@@ -17,7 +17,7 @@ import io
 import json
 import pathlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 _CLIP_MERGES = 49_152 - 256 - 2  # the file holds more lines than CLIP uses
 _CLIP_START, _CLIP_END = 49_406, 49_407
@@ -135,10 +135,7 @@ class ClipTokenizer(Tokenizer):
         super().__init__(content, True, (_CLIP_START, _CLIP_END, 0), _CLIP_END + 1)
 
     def _encode(self, text: str) -> list[int]:
-        import ftfy
-
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        text = " ".join(text.split()).lower()
+        text = _tidy(text).lower()
         if not any(special in text for special in _CLIP_SPECIAL):
             return self._pipeline.encode(text, add_special_tokens=False).ids
         words = [word for word, _ in self._words.pre_tokenize_str(text)]
@@ -174,7 +171,8 @@ class SentencePieceTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json`; its own truncation, padding and special-token template are not used.
 
-    `named` holds what the config files beside it call its special tokens.
+    `named` holds what the config files beside it call its special tokens, `eos_token` and so on; or their ids,
+    `eos_token_id`, which it need not have itself. With `fix_text` texts are cleaned as open_clip does.
     """
 
     kind = "huggingface"
@@ -187,25 +185,32 @@ class HuggingFaceTokenizer(Tokenizer):
         self._pipeline.no_truncation()
         self._pipeline.no_padding()
         self._pipeline.encode_special_tokens = True  # "</s>" in a text is text
+        self._fix_text = named.get("fix_text") is True
         special_ids = _special_ids(*(self._find(role, named) for role in ("bos", "eos", "pad")))
-        super().__init__(content, lowercase, special_ids, 1 + max(self._pipeline.get_vocab().values()))
+        vocab_size = 1 + max(*self._pipeline.get_vocab().values(), *special_ids)
+        super().__init__(content, lowercase, special_ids, vocab_size)
 
     @classmethod
-    def from_file(cls, path: pathlib.Path, lowercase: bool):
-        """Reads a `tokenizer.json` and the names of its special tokens from the two files beside it, where they are."""
+    def from_file(cls, path: pathlib.Path, lowercase: bool, **named: Any):
+        """Reads a `tokenizer.json`, and of its special tokens the two files beside it, where they are, and `named`."""
         beside = [path.with_name(name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
-        named = {}
+        told = {}
         for config in filter(pathlib.Path.is_file, beside):
-            named |= read_object(config)
-        return cls(path.read_bytes(), lowercase, named)
+            told |= read_object(config)
+        return cls(path.read_bytes(), lowercase, told | named)
 
     def save(self, folder: pathlib.Path) -> dict[str, Any]:
         """As `Tokenizer.save`; a `tokenizer_config.json` keeps the names of the special tokens."""
-        named = {f"{role}_token": self._pipeline.id_to_token(getattr(self, f"{role}_id")) for role in _HF_TOKENS}
+        ids = {role: getattr(self, f"{role}_id") for role in _HF_TOKENS}
+        named = {f"{role}_token": self._pipeline.id_to_token(token) for role, token in ids.items()}
+        named |= {f"{role}_token_id": token for role, token in ids.items() if named[f"{role}_token"] is None}
+        named |= {"fix_text": True} if self._fix_text else {}
         (folder / self.files[1]).write_text(json.dumps(named, indent=2) + "\n", "utf-8")
         return super().save(folder)
 
     def _find(self, role: str, named: dict[str, Any]) -> int | None:
+        if type(named.get(f"{role}_token_id")) is int:
+            return named[f"{role}_token_id"]
         fields, known = _HF_TOKENS[role]
         tokens = [named.get(field) for field in fields]
         tokens = [token.get("content") if isinstance(token, dict) else token for token in tokens]
@@ -214,6 +219,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         # A unigram vocabulary lists "</s>" as a piece like any other, so that its id can still come out of a text.
+        text = _tidy(text) if self._fix_text else text
         ids = self._pipeline.encode(text, add_special_tokens=False).ids
         return [token for token in ids if token not in (self.bos_id, self.eos_id)]
 
@@ -221,11 +227,58 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._pipeline.decode(ids, skip_special_tokens=True)
 
 
-def load_tokenizer(path: str | pathlib.Path, lowercase: bool) -> Tokenizer:
+class MissingTokenizer(Tokenizer):
+    """A tokenizer whose vocabulary file is not at hand. A model with it still takes images, and ready tokens.
+
+    Texts are refused, and so are those special ids that are not known (None); `needs` says which file to put where.
+    """
+
+    kind = "missing"
+    files = ()
+
+    def __init__(self, special_ids: tuple[int | None, int | None, int | None], vocab_size: int, needs: str):
+        self._special_ids, self._needs = special_ids, needs
+        self.lowercase, self.vocab_size = False, vocab_size
+
+    @property
+    def bos_id(self) -> int:
+        """The start; raises ValueError where it is not known."""
+        return self._special_id(0)
+
+    @property
+    def eos_id(self) -> int:
+        """The end; raises ValueError where it is not known."""
+        return self._special_id(1)
+
+    @property
+    def pad_id(self) -> int:
+        """The pad; raises ValueError where it is not known."""
+        return self._special_id(2)
+
+    def save(self, folder: pathlib.Path) -> dict[str, Any]:
+        """Raises ValueError: there is nothing to save."""
+        self._refuse()
+
+    def _special_id(self, place: int) -> int:
+        token = self._special_ids[place]
+        return self._refuse() if token is None else token
+
+    def _encode(self, text: str) -> list[int]:
+        self._refuse()
+
+    def _decode(self, ids: list[int]) -> str:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError(f"the model came without a vocabulary for its texts: {self._needs}")
+
+
+def load_tokenizer(path: str | pathlib.Path, lowercase: bool, **named: Any) -> Tokenizer:
     """Reads a vocabulary file: CLIP's `*.txt.gz`, a SentencePiece `*.model` or a Hugging Face `tokenizer.json`.
 
     The special tokens of a `tokenizer.json` are those named by `tokenizer_config.json` or `special_tokens_map.json`
-    beside it, else well-known ones such as <|endoftext|>, </s> and [SEP]. CLIP's vocabulary lower-cases in any case.
+    beside it, else well-known ones such as <|endoftext|>, </s> and [SEP]; `named` takes their place, as
+    `HuggingFaceTokenizer` tells. CLIP's vocabulary lower-cases in any case.
 
     Raises:
       ValueError: `path` is missing, of no known kind, damaged, or has no end token.
@@ -235,7 +288,7 @@ def load_tokenizer(path: str | pathlib.Path, lowercase: bool) -> Tokenizer:
     cls = next((cls for suffix, cls in kinds.items() if path.name.endswith(suffix)), None)
     if cls is None:
         raise ValueError(f"vocabulary {path} is of no known kind, expected a *.txt.gz, *.model or *.json file")
-    return _read(cls, path, lowercase)
+    return _read(cls, path, lowercase, **named)
 
 
 def restore_tokenizer(folder: pathlib.Path, settings: dict[str, Any]) -> Tokenizer:
@@ -302,11 +355,11 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def _read(cls: type[Tokenizer], path: pathlib.Path, lowercase: bool) -> Tokenizer:
+def _read(cls: type[Tokenizer], path: pathlib.Path, lowercase: bool, **named: Any) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"there is no vocabulary file {path}")
     try:
-        return cls.from_file(path, lowercase)
+        return cls.from_file(path, lowercase, **named)
     except Exception as error:  # each of the three libraries raises its own kinds
         raise ValueError(f"{path} cannot be used as a vocabulary: {error}") from error
 
@@ -322,6 +375,13 @@ def _clean(text: str, lowercase: bool) -> str:
     # A JSON escape may hold half an emoji, a lone surrogate, which none of the libraries takes.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.lower() if lowercase else text
+
+
+def _tidy(text: str) -> str:
+    """Broken encodings and HTML entities undone, each run of white space one space: open_clip's cleaning."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def _visible_bytes() -> dict[str, int]:

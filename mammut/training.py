@@ -3,11 +3,12 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx, struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -153,7 +154,10 @@ def _pinned(micro: Batch) -> Batch:
 class Trainer:
     """The compiled pieces of one run: where its state lives, how it starts, and its step.
 
-    `init(seed)` makes the state in place on the mesh, `init_from(params)` starts from given weights;
+    `init(seed)` makes the state in place on the mesh, `init_from(params)` starts from given weights and takes
+    them over. `start_params(seed, random, read)` makes such weights one by one, without a second copy of the model:
+    that of a path such as "text.norm.scale" is `read(path, value)`, `value` being the random one of `init`, or None
+    where `random` does not have the path.
     `step(state, batch)` donates the state it is given and returns the next, with the metrics of the batch;
     `model(params)` is the model with these weights. All are called inside `jax.set_mesh(mesh)`.
     """
@@ -162,6 +166,7 @@ class Trainer:
     abstract_state: TrainState  # shapes, dtypes and shardings
     init: Callable[[int], TrainState]
     init_from: Callable[[Params], TrainState]
+    start_params: Callable[[int, Collection[str], Callable[[str, jax.Array | None], Any]], Params]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     model: Callable[[Params], MaMMUT]
 
@@ -181,13 +186,39 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
     def merge(params: Params) -> MaMMUT:
         return nnx.merge(graphdef, params)
 
-    def init(seed: jax.Array) -> TrainState:
+    def random_params(seed: jax.Array) -> Params:
         model = MaMMUT(config.model, rngs=nnx.Rngs(params=jax.random.key(seed)))
-        return init_from(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
-    def init_from(params: Params) -> TrainState:
+    def start(params: Params) -> TrainState:
         zero = jnp.int32(0)
         return TrainState(zero, params, optimizer.init(params), zero, zero)
+
+    def init(seed: jax.Array) -> TrainState:
+        return start(random_params(seed))
+
+    def init_from(params: Params) -> TrainState:
+        params = jax.device_put(params, shardings.params)
+        # The parameters do not pass through the program, which would copy them.
+        rest = jax.jit(lambda params: start(params).replace(params=None), out_shardings=shardings.replace(params=None))
+        return rest(params).replace(params=params)
+
+    def start_params(
+        seed: int, random: Collection[str], read: Callable[[str, jax.Array | None], Any]
+    ) -> Params:
+        places = {path: place for path, place in _by_path(shardings.params).items() if path in random}
+        # Only these leave the program: XLA computes no others.
+        some = lambda seed: {path: x for path, x in _by_path(random_params(seed)).items() if path in places}  # noqa: E731
+        values = jax.jit(some, out_shardings=places)(seed) if places else {}
+
+        def put(path, place):
+            name = _name(path)
+            value = read(name, values.get(name))
+            if isinstance(value, jax.Array):
+                return value
+            return jax.make_array_from_callback(value.shape, place, lambda index: np.array(value[index]))
+
+        return jax.tree_util.tree_map_with_path(put, shardings.params)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # The key depends on the seed and the step alone, so that a resumed run draws what the first would have drawn.
@@ -237,7 +268,8 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, shardings
         ),
         init=jax.jit(init, out_shardings=shardings),
-        init_from=jax.jit(init_from, out_shardings=shardings),
+        init_from=init_from,
+        start_params=start_params,
         step=jax.jit(
             step,
             donate_argnums=0,
@@ -246,6 +278,14 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
         ),
         model=merge,
     )
+
+
+def _name(path: tuple) -> str:
+    return ".".join(entry.key for entry in path)
+
+
+def _by_path(params: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def start_report(config: TrainConfig, trainer: Trainer, source: Any, vocab_size: int) -> str:

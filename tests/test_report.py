@@ -21,7 +21,7 @@ from flax import nnx
 from PIL import Image
 
 import mammut
-from mammut import attention_maps, checkpoint, testing
+from mammut import attention_maps, checkpoint, model_folder, testing
 from mammut.config import DataConfig, TrainConfig
 from mammut.predictions import Predictions
 from mammut.report import write_report
@@ -115,7 +115,7 @@ def run(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("reports") / "run"
     data = make_data(folder.parent / "data")
     config = TrainConfig(model=testing.tiny_config(), data=DataConfig(train=data, val=data, batch_size=8), steps=1234)
-    checkpoint.save(folder, testing.tiny_model(), testing.tiny_processor())
+    model_folder.save(folder, testing.tiny_model(), testing.tiny_processor())
     checkpoint.write_run(folder, config, ["--steps", "1234"])
     steps = [
         {"step": step, "train/loss": 9.0 / step, "train/loss_contrastive": 5 / step, "train/loss_caption": 4 / step}

@@ -1,6 +1,7 @@
 """`python train.py`: a run from start to end, killed and resumed bit for bit, and everything it refuses."""
 
 import contextlib
+import dataclasses
 import html
 import importlib.util
 import json
@@ -24,11 +25,15 @@ from PIL import Image
 import mammut
 from mammut import checkpoint, recipes, sharding, synthetic
 from mammut.checkpoint import Checkpoints, Restored
-from mammut.config import MeshConfig, TrainConfig
+from mammut.config import MeshConfig, TokenizerConfig, TrainConfig
+from mammut.model_folder import open_model
 from mammut.predictions import Predictions
+from mammut.processor import ImageTransform, Processor
+from mammut.sources import open_source
 from mammut.tasks import ImageTextTask
-from mammut.testing import tiny_processor
+from mammut.testing import tiny_config, tiny_model, tiny_processor
 from mammut.training import TrainState, make_trainer
+from mammut.warm_start import resample_positions
 
 TRAIN = pathlib.Path(__file__).parents[1] / "train.py"
 STEPS, BATCH = 30, 16
@@ -232,19 +237,107 @@ def test_a_run_starts_from_the_weights_and_the_processor_of_another(program, str
     assert set(labels.settings["classes"]) == {"circle", "cross", "square", "triangle"}
 
 
+def test_a_run_starts_from_an_image_encoder_alone_and_would_resume_without_it(program):
+    """The tower brings its architecture and the way images are taken; the recipe has the rest."""
+    config = tiny_config()
+    tower = dataclasses.replace(config.vision, depth=1, class_token=True)
+    config = dataclasses.replace(config, vision=tower)
+    transform = ImageTransform(16, mode="longest", interpolation="bilinear")
+    processor = Processor(tiny_processor().tokenizer, transform, config.text.max_length)
+    before = tiny_model(config)
+    mammut.save(program.folder / "tower", before, processor)
+    argv = ["--init-vision", "tower", "--model.vision.image-size", "24", "--task", "caption", "--data.val", "None"]
+    still = ["--optimizer.learning-rate", "1e-9", "--steps", "2", "--optimizer.warmup-steps", "0"]
+    out, _ = program.run("small.py", "--workdir", "seen", *argv, *still)
+    assert re.search(r"^vision.pos_embed +288  resampled init_vision tower, 2 x 2 -> 3 x 3, bicubic$", out, re.M)
+    assert re.search(r"^vision.layers +[\d,]+  loaded    init_vision tower$", out, re.M)
+    assert re.search(r"^text.layers +[\d,]+  random    in nothing it starts from$", out, re.M)
+    assert re.search(r"^text.layers +[\d,]+  left out  init_vision tower, of no image encoder$", out, re.M)
+
+    model, processor = mammut.load(program.folder / "seen")
+    assert model.config.vision == dataclasses.replace(tower, image_size=24)
+    assert model.config.text == recipes.load_recipe(program.recipe).model.text
+    assert processor.image == dataclasses.replace(transform, image_size=24) and processor.max_length == 16
+    table = resample_positions(np.asarray(before.vision.pos_embed[...]), (3, 3), "bicubic")
+    np.testing.assert_allclose(model.vision.pos_embed[...], table, rtol=0, atol=1e-7)
+    same = [(m.vision.layers.mlp.up.kernel[...], m.vision.class_embed[...]) for m in (before, model)]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-7), *same)
+    assert 0 < abs(np.asarray(model.text.token_embed.embedding[...])).mean() < 0.1  # 0.02, in the tower's file 0.2
+
+    shutil.rmtree(program.folder / "tower")
+    run = recipes.resolve(None, TRAIN, program.folder / "seen", ["--steps", "3"], resume=True)
+    assert run.starts == {} and run.config.init_vision == "tower" and run.config.model == model.config
+
+
+@pytest.fixture
+def model_folder(tmp_path) -> pathlib.Path:
+    mammut.save(tmp_path / "model", tiny_model(), tiny_processor())
+    return tmp_path / "model"
+
+
 @pytest.mark.parametrize("argv, message", [
-    (["--init", "nowhere"], "nowhere is no model folder (no config.json) and no run (no run.json)"),
-    (["--init", "run", "--model.vision.width", "64"], "init run, is another one: model.vision.width is 64, it was 16"),
-    (["--init", "run", "--tokenizer.path", "x.model"], "tokenizer.replace True"),
+    (["--init", "nowhere"], "nowhere is no model folder (no manifest.json)"),
+    (["--init-vision", "nowhere"], "nowhere is no model folder (no manifest.json)"),
+    (["--init", "model", "--model.vision.width", "64"],
+     "the model to start from, init model, is another one: model.vision.width is 64, it was 32"),
+    (["--init-vision", "model", "--model.vision.depth", "3", "--model.vision.mlp-dim", "8"],
+     "init_vision model, is another one: model.vision.depth is 3, it was 2; model.vision.mlp_dim is 8, it was 64"),
+    (["--init-text", "model", "--model.text.vocab-size", "50"], "model.text.vocab_size is 50, it was 60"),
+    (["--init", "model", "--tokenizer.path", "x.model"], "tokenizer.path and init are given: tokenizer.replace True"),
+    (["--init-text", "model", "--tokenizer.path", "x.model"], "tokenizer.path and init_text are given"),
+    (["--init", "model", "--tokenizer.replace", "True", "--model.text.pad-id", "7", "--model.text.vocab-size", "64"],
+     "model.text.pad_id is 7, the pad of the new vocabulary is 0"),
 ])  # fmt: skip
-def test_a_run_does_not_start_from_a_model_that_is_not_there_or_another(refusal, train, tmp_path, argv, message):
-    write_run(tmp_path / "run", train)
+def test_a_run_does_not_start_from_a_model_that_is_not_there_or_another(refusal, model_folder, argv, message):
     assert message in refusal("small.py", "--workdir", "new", *argv)
 
 
+@pytest.mark.parametrize("overrides, sizes", [
+    ([], (16, 8, 12, 60)),
+    (["--model.vision.image-size", "20", "--model.vision.patch_size=10"], (20, 10, 12, 60)),
+    (["--model.text.max-length", "30", "--model.text.vocab_size", "7", "--tokenizer.replace", "True"], (16, 8, 30, 7)),
+])  # fmt: skip
+def test_the_sizes_of_a_model_to_start_from_can_be_overridden(model_folder, tmp_path, overrides, sizes):
+    """Sizes that the recipe's own architecture could not have are no error."""
+    recipe = recipes.load_recipe(write_recipe(tmp_path))
+    config, starts = recipes.with_overrides(recipe, ["--init", str(model_folder), *overrides])
+    vision, text = config.model.vision, config.model.text
+    assert (vision.image_size, vision.patch_size, text.max_length, text.vocab_size) == sizes
+    assert list(starts) == ["init"] and vision.width == 32 and config.optimizer == recipe.optimizer
+
+
+def test_a_task_that_the_model_cannot_do_is_refused():
+    model = tiny_config()
+    mute = dataclasses.replace(model.text, depth=0, text_only_depth=2)
+    with pytest.raises(ValueError, match="task is 'caption', but with model.text.depth 0 nothing is said"):
+        TrainConfig(task="caption", model=dataclasses.replace(model, text=mute))
+    blind = dataclasses.replace(model, text=dataclasses.replace(model.text, pooling="none"))
+    with pytest.raises(ValueError, match="task is 'image_text', but with model.text.pooling 'none'"):
+        TrainConfig(model=blind)
+    assert TrainConfig(task="caption", model=blind).model == blind
+
+
+def test_a_model_without_a_tokenizer_wants_to_be_told_of_one(train, tmp_path, model_folder):
+    tiny_processor().save(tmp_path / "vocabulary")
+    opened = open_model(model_folder)
+    bare = {"init_text": dataclasses.replace(opened, processor=None)}
+    config = TrainConfig(model=opened.config)
+    source = open_source("synthetic:val[:8]", image_size=16)
+    with pytest.raises(ValueError, match="init_text .*model comes without a tokenizer: tokenizer.path says where"):
+        train.make_processor(config, source, bare)
+    path = str(tmp_path / "vocabulary" / "tokenizer.model")
+    config = dataclasses.replace(config, tokenizer=TokenizerConfig(path=path))
+    processor = train.make_processor(config, source, bare)
+    text = ["one red circle"]
+    assert np.array_equal(processor.encode_text(text)[0], tiny_processor().encode_text(text)[0])
+    with pytest.raises(ValueError, match="tokenizer.path and init_text are given"):
+        train.make_processor(config, source, {"init_text": opened})
+
+
 def test_compile_only_tells_the_memory_of_the_step_and_trains_nothing(program, straight):
-    out, _ = program.run("small.py", "--workdir", "compiled", "--compile-only")
+    out, _ = program.run("small.py", "--workdir", "compiled", "--compile-only", "--init", "straight")
     assert re.search(r"compiled in \d+ s; MB a device: .*temporaries \d+\.\d", out)
+    assert re.search(r"text.layers +[\d,]+  loaded    init straight", out)
     assert "parameters" in out and "step 1/" not in out
     assert not (program.folder / "compiled").exists()
 

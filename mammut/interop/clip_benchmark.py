@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-import mammut.checkpoint
+import mammut.model_folder
 from mammut.generate import caption
 from mammut.model import MaMMUT
 from mammut.processor import ImageLike, ImageTransform, Processor
@@ -107,7 +107,7 @@ def load(pretrained: str, model_name: str = "", cache_dir: str | None = None, de
 
     The other arguments are those that it calls every loader with; JAX chooses the device itself.
     """
-    model = ClipBenchmarkModel(*mammut.checkpoint.load(pretrained))
+    model = ClipBenchmarkModel(*mammut.model_folder.load(pretrained))
     return model, model.transform, model.tokenizer
 
 

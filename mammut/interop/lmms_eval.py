@@ -21,7 +21,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.utils import simple_parse_args_string
 
-import mammut.checkpoint
+import mammut.model_folder
 from mammut.generate import generate_text
 from mammut.model import MaMMUT
 from mammut.processor import Processor
@@ -57,7 +57,7 @@ class LmmsEvalModel(lmms):
         batch_size = str((additional_config or {}).get("batch_size") or 32)
         if not batch_size.isdigit():
             raise ValueError(f"batch_size is {batch_size!r}, expected a number")
-        return cls(*mammut.checkpoint.load(given.pop("pretrained")), int(batch_size), **given)
+        return cls(*mammut.model_folder.load(given.pop("pretrained")), int(batch_size), **given)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """What the model says after each question, up to a string of `until`, `max_new_tokens` or its own length.

@@ -9,17 +9,21 @@ on either side is an error unless the table lists it with a reason.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import jax
 import numpy as np
+from flax import nnx
 
 from mammut.config import ModelConfig
+from mammut.model import MaMMUT
 from mammut.processor import Processor
 from mammut.tensor_files import CheckpointError, TensorSpec
 
 Shape = tuple[int, ...]
 
 
+@runtime_checkable
 class Tensors(Protocol):
     """Named arrays that are read one by one: a `mammut.tensor_files.TensorFile`, or what a table makes of one."""
 
@@ -49,6 +53,16 @@ class OpenedModel:
     notes: tuple[str, ...] = ()  # what of its files has no place in our model, and what of ours they do not have; why
 
 
+def model_specs(config: ModelConfig) -> dict[str, TensorSpec]:
+    """Shape and type of every parameter of a MaMMUT, by path such as "text.layers.attn.query.kernel"."""
+    state = nnx.state(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))), nnx.Param)
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
+    return {
+        ".".join(entry.key for entry in path): TensorSpec(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves
+    }
+
+
+@runtime_checkable
 class Layout(Protocol):
     """How one of their tensors holds one or several of our parameters, one layer of each where those are stacked."""
 
@@ -141,7 +155,7 @@ class Transposed:
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """The weight of a torch.nn.Conv2d over patches, [outputs, 3, patch, patch], of our kernel [patch * patch * 3, D]."""
+    """The weight of a torch.nn.Conv2d over patches, [outputs, 3, patch, patch], of our kernel [patch ** 2 * 3, D]."""
 
     patch_size: int
 
@@ -245,6 +259,8 @@ class Table:
     def to_theirs(self, ours: Tensors) -> LazyTensors:
         """Their tensors, read from our parameters; each has the type of the parameter it is made of.
 
+        Layers of one parameter follow each other: read in this order, every parameter is read once.
+
         Raises:
           CheckpointError: a parameter has no place in their format; all of them are named.
         """
@@ -253,13 +269,21 @@ class Table:
         entries = {entry.theirs: entry for entry in self.entries}
         shapes = self._their_shapes(ours.specs)
 
+        held: dict[str, np.ndarray] = {}
+
         def read(key: str) -> np.ndarray:
             entry = entries[key]
-            arrays = [ours.read(path) for path in entry.ours]
-            return entry.layout.save([array if entry.layer is None else array[entry.layer] for array in arrays])
+            for path in held.keys() - set(entry.ours):
+                del held[path]
+            for path in entry.ours:
+                if path not in held:
+                    held[path] = ours.read(path)
+            arrays = [held[path] if entry.layer is None else held[path][entry.layer] for path in entry.ours]
+            return entry.layout.save(arrays)
 
-        dtypes = {key: ours.specs[entry.ours[0]].dtype for key, entry in entries.items()}
-        return LazyTensors({key: TensorSpec(shape, dtypes[key]) for key, shape in shapes.items()}, read)
+        in_order = sorted(entries, key=lambda key: entries[key].ours)
+        specs = {key: TensorSpec(shapes[key], ours.specs[entries[key].ours[0]].dtype) for key in in_order}
+        return LazyTensors(specs, read)
 
     def _our_shapes(self, entry: Entry, ours: Mapping[str, TensorSpec]) -> list[Shape]:
         shapes = [tuple(ours[path].shape) for path in entry.ours]

@@ -1,0 +1,76 @@
+"""Turns one model format into another, one tensor at a time.
+
+    python -m mammut.convert SRC DST --to mammut|open_clip [--dtype float32|bfloat16] [--overwrite]
+
+SRC is whatever `mammut.load` reads. DST is a folder: ours, or one that open_clip loads ("local-dir:DST"); a model that
+open_clip's format cannot express is refused, with the fields that stand in the way.
+"""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import sys
+
+import numpy as np
+
+from mammut.interop import open_clip
+from mammut.interop.rules import LazyTensors, OpenedModel
+from mammut.model_folder import open_model, save_opened
+from mammut.tensor_files import TensorSpec
+
+
+def convert(
+    source: pathlib.Path, target: pathlib.Path, to: str, *, dtype: str | None = None, overwrite: bool = False
+) -> OpenedModel:
+    """Reads `source`, writes `target`, with a progress bar on a terminal; returns what was converted.
+
+    Raises:
+      ValueError: the source cannot be read, the target is used, or its format cannot express the model.
+    """
+    from tqdm import tqdm
+
+    opened = open_model(source)
+    if dtype is not None:
+        opened = stored_as(opened, dtype)
+    total = sum(spec.nbytes for spec in opened.tensors.specs.values())
+    write = save_opened if to == "mammut" else open_clip.save
+    with tqdm(total=total, unit="B", unit_scale=True, desc=str(target), disable=None) as bar:
+        write(target, opened, overwrite=overwrite, progress=bar.update)
+    return opened
+
+
+def stored_as(opened: OpenedModel, dtype: str) -> OpenedModel:
+    """The same model with its parameters in another type; the scalars of the contrastive loss stay float32."""
+    config = dataclasses.replace(opened.config, param_dtype=dtype)
+    specs = {
+        name: TensorSpec(spec.shape, np.dtype("float32" if spec.shape == () else dtype))
+        for name, spec in opened.tensors.specs.items()
+    }
+    tensors = LazyTensors(specs, lambda name: opened.tensors.read(name).astype(specs[name].dtype))
+    return dataclasses.replace(opened, config=config, tensors=tensors)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mammut.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=pathlib.Path, metavar="SRC")
+    parser.add_argument("target", type=pathlib.Path, metavar="DST")
+    parser.add_argument("--to", choices=["mammut", "open_clip"], required=True)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of what is written; default: as it is read")
+    parser.add_argument("--overwrite", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        opened = convert(args.source, args.target, args.to, dtype=args.dtype, overwrite=args.overwrite)
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert: {error}")
+    for note in opened.notes:
+        print(note)
+    specs = opened.tensors.specs.values()
+    parameters = sum(math.prod(spec.shape) for spec in specs)
+    print(f"{args.target}: {len(specs)} tensors, {parameters:,} parameters, {sum(s.nbytes for s in specs):,} bytes")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

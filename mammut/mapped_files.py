@@ -1,0 +1,183 @@
+"""Files of tensors, mapped: what every format has in common once its header is understood.
+
+A file is mapped whole and read through views, so nothing is loaded before it is asked for, and what was read last is
+let go of at the next read: resident memory stays near the largest tensor, however large the file.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import mmap
+import pathlib
+import stat
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+MAX_TENSORS = 100_000
+MAX_HEADER = 100_000_000  # bytes
+_MAX_JSON_VALUES = 32 * MAX_TENSORS  # a tensor's entry has about a dozen
+_MAX_BYTES = 2**48  # of one tensor: beyond every file, within every integer NumPy computes strides in
+_MAX_AXES = 32
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of another model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor is, without its values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes its values take."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: what it is, and how to read it."""
+
+    spec: TensorSpec
+    read: Callable[[], np.ndarray]
+
+
+def tensor_spec(where: str, shape: Sequence[Any], dtype: np.dtype) -> TensorSpec:
+    """The spec of a shape that a stranger wrote.
+
+    Raises:
+      CheckpointError: no array can have it.
+    """
+    # The values are not shown: an integer of a million digits, or a list that holds itself, is what may be here.
+    if len(shape) > _MAX_AXES or not all(type(size) is int and size >= 0 for size in shape):
+        raise CheckpointError(f"{where} has no shape of at most {_MAX_AXES} axes, none of them negative")
+    if math.prod(max(size, 1) for size in shape) * dtype.itemsize > _MAX_BYTES:
+        raise CheckpointError(f"{where} is said to take more than {_MAX_BYTES} bytes")
+    return TensorSpec(tuple(shape), dtype)
+
+
+def array_view(
+    where: str,
+    buffer: Any,
+    start: int,
+    spec: TensorSpec,
+    strides: tuple[int, ...] | None = None,
+    byteorder: str = "little",
+) -> np.ndarray:
+    """The tensor that lies `start` bytes into a buffer; read-only, and a view unless the bytes must be swapped.
+
+    Args:
+      where: file and key, for errors.
+      buffer: what holds the bytes; the caller has checked that the tensor lies within.
+      strides: in bytes; None is C order.
+      byteorder: "little" or "big", as `sys.byteorder`.
+    """
+    if 0 in spec.shape:
+        array = np.empty(spec.shape, spec.dtype)
+    else:
+        array = np.ndarray(spec.shape, spec.dtype, buffer, start, strides)
+    if spec.dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
+        raise CheckpointError(f"{where} holds bytes that are neither true nor false")
+    if byteorder != sys.byteorder:
+        array = array.byteswap()
+    array.flags.writeable = False
+    return array
+
+
+class MappedFile:
+    """A regular file, mapped for reading. It must not be cut short while arrays of it are in use.
+
+    Raises:
+      CheckpointError: it is missing, empty, a folder or a pipe, or cannot be read.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self._resident = (0, 0)
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # asked before opening: a pipe without a writer would wait forever
+                raise CheckpointError(f"{path} is a folder, a pipe or a device, expected a file")
+            if status.st_size == 0:
+                raise CheckpointError(f"{path} is empty")
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        self.size = len(self._map)
+
+    def bytes(self, start: int, stop: int) -> bytes:
+        """A copy of a range, shorter where the file ends."""
+        return self._map[start:stop]
+
+    def crc32(self, start: int, stop: int) -> int:
+        """The CRC-32 of a range."""
+        self._use(start, stop)
+        with memoryview(self._map)[start:stop] as view:
+            return zlib.crc32(view)
+
+    def array(
+        self,
+        where: str,
+        start: int,
+        spec: TensorSpec,
+        strides: tuple[int, ...] | None = None,
+        byteorder: str = "little",
+    ) -> np.ndarray:
+        """The tensor that lies at `start`: `array_view` of the file."""
+        self._use(start, start + spec.nbytes)
+        return array_view(where, self._map, start, spec, strides, byteorder)
+
+    def let_go(self) -> None:
+        """Gives back the memory of all that was read; arrays in use stay valid and are read again from the file."""
+        self._release(0, self.size)
+
+    def _use(self, start: int, stop: int) -> None:
+        """Lets go of what was read last, unless this is a part of it."""
+        if not self._resident[0] <= start <= stop <= self._resident[1]:
+            self._release(*self._resident)
+            self._resident = (start, stop)
+
+    def _release(self, start: int, stop: int) -> None:
+        if stop > start and hasattr(mmap, "MADV_DONTNEED"):
+            start -= start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+def json_object(raw: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that a stranger wrote.
+
+    Raises:
+      CheckpointError: it is none, names a key twice, or would take far more memory than a list of tensors does.
+    """
+    if len(raw) > MAX_HEADER or sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
+        raise CheckpointError(f"{where} is too large for a list of at most {MAX_TENSORS} tensors")
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_distinct, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON, or nested without end
+        raise CheckpointError(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} is a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        key, count = collections.Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} is there {count} times")
+    return value
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")

@@ -1,0 +1,362 @@
+"""Model folders: exact when whole, refused when damaged, placed parameter by parameter on any mesh."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import mammut
+from mammut import checkpoint, sharding
+from mammut.config import MeshConfig
+from mammut.model_folder import model_specs, open_model
+from mammut.tensor_files import CheckpointError
+from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
+
+TEXTS = ["one red circle on the left", "two squares", ""]
+
+
+def by_name(tree) -> dict[str, np.ndarray]:
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_identical(tree, expected) -> None:
+    got, want = by_name(tree), by_name(expected)
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        assert got[name].dtype == x.dtype and got[name].shape == x.shape, name
+        assert got[name].tobytes() == x.tobytes(), name
+
+
+def flip(path: pathlib.Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def one_sentence(error: pytest.ExceptionInfo) -> str:
+    text = str(error.value)
+    assert text and "\n" not in text.strip()
+    return text
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    mammut.save(folder, tiny_model(), tiny_processor())
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> pathlib.Path:
+    """A copy to damage."""
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def sign(folder: pathlib.Path) -> None:
+    """Makes the manifest fit the files again, as one would who changed them on purpose."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest:
+        content = (folder / name).read_bytes()
+        manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def rewrite_weights(folder: pathlib.Path, change: Callable[[dict], None]) -> None:
+    arrays = load_file(folder / "model.safetensors")
+    change(arrays)
+    save_file(arrays, folder / "model.safetensors")
+    sign(folder)
+
+
+def rewrite_config(folder: pathlib.Path, change: Callable[[dict], None]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    sign(folder)
+
+
+def test_a_saved_model_loads_bit_for_bit_with_its_processor(saved):
+    model, processor = mammut.load(saved)
+    expected, expected_processor = tiny_model(), tiny_processor()
+    assert model.config == expected.config
+    assert_identical(nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(nnx.state(expected)))
+    for got, want in zip(processor.encode_text(TEXTS), expected_processor.encode_text(TEXTS), strict=True):
+        np.testing.assert_array_equal(got, want)
+    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    np.testing.assert_array_equal(processor.image(picture), expected_processor.image(picture))
+
+    batch = tiny_batch()
+    graphdef = nnx.graphdef(expected)
+    embed = jax.jit(lambda state: nnx.merge(graphdef, state).encode_text(batch["tokens"], batch["text_valid"]))
+    np.testing.assert_array_equal(embed(nnx.state(model)), embed(nnx.state(expected)))
+
+
+def test_weights_in_bfloat16_stay_bfloat16(tmp_path):
+    config = dataclasses.replace(tiny_config(), param_dtype="bfloat16", logit_bias_init=-10.0)
+    model = tiny_model(config)
+    mammut.save(tmp_path / "model", model, tiny_processor())
+    loaded, _ = mammut.load(tmp_path / "model")
+    assert loaded.config == config
+    assert loaded.text.token_embed.embedding.dtype == jnp.bfloat16 and loaded.logit_scale.dtype == jnp.float32
+    assert_identical(nnx.to_pure_dict(nnx.state(loaded)), nnx.to_pure_dict(nnx.state(model)))
+
+
+def test_the_weights_are_named_by_their_path_and_need_nothing_of_this_library(saved):
+    arrays = load_file(saved / "model.safetensors")
+    assert arrays["vision.layers.attn.query.kernel"].shape == (2, 32, 2, 16)
+    assert arrays["text.token_embed.embedding"].shape == (60, 48)
+    assert sum(x.size for x in arrays.values()) == mammut.model.num_params(tiny_config())["total"]
+
+
+def test_a_folder_that_holds_a_model_is_not_overwritten_unasked(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="holds config.json already"):
+        mammut.save(folder, tiny_model(seed=1), tiny_processor())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    mammut.save(folder, tiny_model(seed=1), tiny_processor(), overwrite=True)
+    loaded = nnx.to_pure_dict(nnx.state(mammut.load(folder)[0]))
+    assert_identical(loaded, nnx.to_pure_dict(nnx.state(tiny_model(seed=1))))
+
+
+FILES = ["config.json", "model.safetensors", "processor.json", "tokenizer.model"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flipped bit", "cut short", "longer", "gone"])
+def test_every_damage_to_a_file_is_noticed_and_the_file_named(folder, name, damage):
+    assert {path.name for path in folder.iterdir()} == {*FILES, "manifest.json", "README.md"}
+    path = folder / name
+    if damage == "flipped bit":
+        flip(path)
+    elif damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] if damage == "cut short" else path.read_bytes() + b" ")
+    with pytest.raises(CheckpointError, match=rf"is damaged: {name} ") as error:
+        mammut.load(folder)
+    assert str(folder) in one_sentence(error)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "{}]", '{"config.json": 3}', '{"config.json": {}}'])
+def test_a_manifest_that_is_none_is_an_error_that_names_it(folder, content):
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match="manifest.json") as error:
+        mammut.load(folder)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("content", ["", "no JSON", "[1, 2]", "\udcff"])
+def test_a_config_that_is_no_json_object_is_an_error_that_names_it(folder, content):
+    (folder / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    sign(folder)
+    with pytest.raises(CheckpointError, match=r"config\.json (is not a JSON file|holds list)") as error:
+        mammut.load(folder)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c.update(version=99), "format 'mammut' version 99, expected 'mammut' version 1"),
+    (lambda c: c.update(format="open_clip"), "format 'open_clip' version 1"),
+    (lambda c: c.pop("version"), "version None"),
+    (lambda c: c.pop("model"), "holds NoneType, expected an object"),
+    (lambda c: c["model"].update(colour="red"), "has colour, which ModelConfig does not know"),
+    (lambda c: c["model"]["text"].update(depth=5), "depth 5 is not a multiple of cross_attn_every 2"),
+])  # fmt: skip
+def test_a_config_that_cannot_be_is_refused_by_its_file(folder, change, message):
+    rewrite_config(folder, change)
+    with pytest.raises(CheckpointError) as error:
+        mammut.load(folder)
+    assert message in one_sentence(error) and str(folder / "config.json") in str(error.value)
+
+
+def test_a_setting_of_another_type_is_an_error_that_names_the_file(folder, tmp_path):
+    rewrite_config(folder, lambda c: c["model"]["text"].update(width="48"))
+    with pytest.raises(CheckpointError, match=f"{folder / 'config.json'} does not hold a ModelConfig"):
+        mammut.load(folder)
+    (tmp_path / "run.json").write_text('{"config": {"steps": "many"}, "overrides": []}')
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'run.json'} does not hold a TrainConfig"):
+        checkpoint.read_run(tmp_path)
+
+
+def test_the_config_of_another_model_is_refused_and_every_misfit_named(folder):
+    rewrite_config(folder, lambda c: c["model"]["vision"].update(width=64))
+    with pytest.raises(CheckpointError, match="does not fit its config") as error:
+        mammut.load(folder)
+    text = one_sentence(error)
+    assert "vision.patch_embed.kernel is float32[192, 32], expected float32[192, 64]" in text
+    assert "image_projection.kernel is float32[32, 48], expected float32[64, 48]" in text
+    assert "text." not in text.replace("does not fit its config", "")
+
+
+def test_keys_missing_left_over_misshapen_and_of_another_type_are_all_reported_at_once(folder):
+    def change(arrays):
+        del arrays["text.norm.scale"], arrays["vision.pos_embed"]
+        arrays["text.norm.gain"] = np.zeros(3, np.float32)
+        arrays["text.pos_embed"] = arrays["text.pos_embed"][:-1]
+        arrays["logit_scale"] = arrays["logit_scale"].astype(np.float16)
+
+    rewrite_weights(folder, change)
+    with pytest.raises(CheckpointError, match="model.safetensors does not fit its config") as error:
+        mammut.load(folder)
+    text = one_sentence(error)
+    for problem in (
+        "text.norm.scale is missing",
+        "vision.pos_embed is missing",
+        "text.norm.gain is not a parameter of the model",
+        "text.pos_embed is float32[11, 48], expected float32[12, 48]",
+        "logit_scale is float16[], expected float32[]",
+    ):
+        assert problem in text
+
+
+def test_weights_that_are_no_safetensors_are_refused(folder):
+    (folder / "model.safetensors").write_bytes(b"\x80\x04pickle" * 10)
+    sign(folder)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        mammut.load(folder)
+
+
+def test_a_processor_that_cannot_be_read_is_a_checkpoint_error_too(folder):
+    (folder / "processor.json").write_text("{}")
+    sign(folder)
+    with pytest.raises(CheckpointError, match="processor"):
+        mammut.load(folder)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_without_a_model_is_refused(tmp_path, exists):
+    folder = tmp_path / "nothing"
+    if exists:
+        folder.mkdir()
+    with pytest.raises(CheckpointError, match=r"nothing is no model folder \(no manifest.json\), no run") as error:
+        mammut.load(folder)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../outside", "a/../../outside"])
+def test_a_manifest_cannot_reach_out_of_its_folder(folder, name):
+    (folder.parent / "outside").write_text("secret")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {name: {"bytes": 6, "sha256": "0" * 64}}))
+    with pytest.raises(CheckpointError, match="which is not in") as error:
+        mammut.load(folder)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("field, value", [("width", 2**40), ("depth", 10**9), ("mlp_dim", -1), ("vocab_size", 1.5)])
+def test_absurd_sizes_are_refused_before_anything_is_made(folder, field, value):
+    rewrite_config(folder, lambda c: c["model"]["text"].update({field: value}))
+    with pytest.raises(CheckpointError, match=field) as error:
+        mammut.load(folder)
+    one_sentence(error)
+
+
+# --- many files, many devices
+
+
+def test_weights_past_a_size_are_several_files_that_load_as_one(saved, tmp_path):
+    model = tiny_model()
+    mammut.save(tmp_path / "model", model, tiny_processor(), max_shard_bytes=20_000)
+    shards = sorted(path.name for path in (tmp_path / "model").glob("model-*.safetensors"))
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    assert len(shards) > 3 and set(index["weight_map"].values()) == set(shards)
+    assert set(index["weight_map"]) == set(model_specs(model.config))
+    loaded = mammut.load(tmp_path / "model")[0]
+    assert_identical(nnx.to_pure_dict(nnx.state(loaded)), nnx.to_pure_dict(nnx.state(model)))
+
+    flip(tmp_path / "model" / shards[1])
+    with pytest.raises(CheckpointError, match=rf"is damaged: {shards[1]} "):
+        mammut.load(tmp_path / "model")
+    mammut.save(tmp_path / "model", model, tiny_processor(), overwrite=True)  # in one file again: no shard is left
+    assert not list((tmp_path / "model").glob("model-*")) and not list((tmp_path / "model").glob("*.index.json"))
+    assert_identical(
+        nnx.to_pure_dict(nnx.state(mammut.load(tmp_path / "model")[0])), nnx.to_pure_dict(nnx.state(model))
+    )
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, model=2)])
+def test_parameters_go_straight_to_their_devices(saved, mesh):
+    mesh = sharding.make_mesh(mesh)
+    model = mammut.load(saved, mesh=mesh)[0]
+    state = nnx.to_pure_dict(nnx.state(model))
+    assert_identical(state, nnx.to_pure_dict(nnx.state(tiny_model())))
+    kernel = state["text"]["token_embed"]["embedding"]
+    assert kernel.sharding.mesh == mesh and len(kernel.addressable_shards) == 8
+    assert kernel.addressable_shards[0].data.size < kernel.size
+    embed = jax.jit(lambda state, image: nnx.merge(nnx.graphdef(model), state).encode_image(image))
+    expected = jax.jit(lambda state, image: nnx.merge(nnx.graphdef(model), state).encode_image(image))
+    image = tiny_batch()["image"]
+    one_device = nnx.state(mammut.load(saved)[0])
+    with jax.set_mesh(mesh):
+        got = embed(nnx.state(model), image)
+    np.testing.assert_allclose(got, expected(one_device, image), atol=1e-5)
+
+
+def test_loading_and_saving_hold_one_copy_of_the_model(tmp_path):
+    """Of 500 MB of parameters; a second copy would be 500 MB more."""
+    code = f"""
+import dataclasses, resource, sys
+import jax, numpy as np
+import mammut
+from mammut import testing
+from mammut.interop.rules import LazyTensors, OpenedModel
+from mammut.model_folder import model_specs, save_opened
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+config = testing.tiny_config()
+config = dataclasses.replace(config, text=dataclasses.replace(config.text, width=1536, num_heads=8, mlp_dim=4096))
+specs = model_specs(config)
+jax.block_until_ready(jax.numpy.zeros(3))
+before = peak()
+read = lambda name: np.full(specs[name].shape, 0.5, specs[name].dtype)
+save_opened({str(tmp_path / "model")!r}, OpenedModel(config, LazyTensors(specs, read), testing.tiny_processor(), "it"))
+saved = peak() - before
+model, _ = mammut.load({str(tmp_path / "model")!r})
+print(sum(spec.nbytes for spec in specs.values()) // 2**20, saved, peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    size, saved, loaded = map(int, done.stdout.split())
+    assert 400 < size < 600
+    assert saved < 0.6 * size  # the largest parameter is a quarter of it
+    assert loaded < 1.8 * size  # what is mapped of the file counts until it is let go
+
+
+# --- the card
+
+
+def test_the_card_says_what_the_model_is_and_what_it_scored(folder):
+    assert "No evaluation is recorded" in (folder / "README.md").read_text()
+    (folder / "eval").mkdir()
+    scores = {"task": "caption", "data": "coco:val", "metrics": {"cider": 1.2345, "by_type": {"x": 1}}}
+    (folder / "eval" / "caption_val.json").write_text(json.dumps(scores))
+    mammut.save(folder, tiny_model(), tiny_processor(), overwrite=True)
+    card = (folder / "README.md").read_text()
+    total = mammut.model.num_params(tiny_config())["total"]
+    assert f"| parameters | {total:,} |" in card and "| caption | coco:val | cider | 1.234 |" in card
+    assert "16 x 16 pixels (squash), patches of 8" in card and "library_name: mammut" in card
+
+
+def test_a_card_that_somebody_else_wrote_is_left_alone(folder):
+    (folder / "README.md").write_text("# My notes\n")
+    mammut.save(folder, tiny_model(), tiny_processor(), overwrite=True)
+    assert (folder / "README.md").read_text() == "# My notes\n"
+    mammut.load(folder)
+
+
+def test_opening_a_folder_reads_no_parameter(saved):
+    opened = open_model(saved)
+    assert {name: (spec.shape, spec.dtype) for name, spec in opened.tensors.specs.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in model_specs(tiny_config()).items()
+    }
+    assert opened.config == tiny_config() and opened.processor.vocab_size == tiny_processor().vocab_size
