@@ -399,7 +399,7 @@ class TrainConfig:
     # A model to start from, of any format that mammut.load reads: its weights, processor and `model` settings, of which
     # image and patch size and text length may differ. `mammut.warm_start` has the rules. None: random weights.
     init: str | None = None
-    # An image encoder alone: its weights and `model.vision` settings, but for how it is pooled; and how it takes images.
+    # An image encoder alone: its weights, its `model.vision` settings but for the pooling, and how it takes images.
     init_vision: str | None = None
     init_text: str | None = None  # a text decoder alone: its weights, `model.text` settings and tokenizer
     model: ModelConfig = ModelConfig()

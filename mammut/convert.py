@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from mammut.interop import open_clip
+from mammut.interop import open_clip_export
 from mammut.interop.rules import LazyTensors, OpenedModel
 from mammut.model_folder import open_model, save_opened
 from mammut.tensor_files import TensorSpec
@@ -34,7 +34,7 @@ def convert(
     if dtype is not None:
         opened = stored_as(opened, dtype)
     total = sum(spec.nbytes for spec in opened.tensors.specs.values())
-    write = save_opened if to == "mammut" else open_clip.save
+    write = save_opened if to == "mammut" else open_clip_export.save
     with tqdm(total=total, unit="B", unit_scale=True, desc=str(target), disable=None) as bar:
         write(target, opened, overwrite=overwrite, progress=bar.update)
     return opened

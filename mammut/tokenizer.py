@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 _CLIP_MERGES = 49_152 - 256 - 2  # the file holds more lines than CLIP uses
+_CLIP_BYTES = 2**24  # five times the file; what a stranger's would unpack to beyond is not read
 _CLIP_START, _CLIP_END = 49_406, 49_407
 _CLIP_SPECIAL = {  # open_clip's spelling, then OpenAI's
     "<start_of_text>": _CLIP_START,
@@ -119,7 +120,8 @@ class ClipTokenizer(Tokenizer):
         from tokenizers import Regex, models, pre_tokenizers
         from tokenizers import Tokenizer as Pipeline
 
-        lines = gzip.decompress(content).decode("utf-8").split("\n")[1 : 1 + _CLIP_MERGES]
+        text = gzip.GzipFile(fileobj=io.BytesIO(content)).read(_CLIP_BYTES).decode("utf-8", "ignore")
+        lines = text.split("\n")[1 : 1 + _CLIP_MERGES]
         merges = [tuple(line.split()) for line in lines]
         if len(merges) < _CLIP_MERGES or any(len(merge) != 2 for merge in merges):
             raise ValueError(f"expected a heading and {_CLIP_MERGES} lines of two pieces")

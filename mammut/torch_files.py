@@ -16,8 +16,8 @@ import numpy as np
 from mammut.mapped_files import CheckpointError, StoredTensor, tensor_spec
 from mammut.zip_files import Member, ZipArchive
 
-_MAX_PICKLE = 32_000_000  # bytes: a training checkpoint of 3,500 tensors has half a million
-_MAX_OPCODES = 2_000_000  # such a checkpoint has 140,000
+_MAX_PICKLE = 32_000_000  # bytes: a checkpoint of 855 parameters with AdamW's state has 0.3 million
+_MAX_OPCODES = 2_000_000  # the same checkpoint has 0.1 million
 _MAX_SIZE = 2**48  # of an axis, a stride, an offset, a storage
 _SAVE_AGAIN = "save it again with torch.save(model.state_dict(), ...) of torch 1.6 or later, or as safetensors"
 

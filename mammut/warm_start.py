@@ -284,10 +284,10 @@ def _why_left_out(
 ) -> str:
     """Why a parameter of a start has no place in the model; "": it should have one."""
     tower = f"init_{path.partition('.')[0]}"
-    if name == tower:
+    if name == "init" and tower in starts:
+        return f"{tower} takes its place"
+    if name in ("init", tower):
         return _start_of(path, config, starts, new_vocabulary)[1]
-    if name == "init":
-        return f"{tower} takes its place" if tower in starts else _start_of(path, config, starts, new_vocabulary)[1]
     return "of no " + {"init_vision": "image encoder", "init_text": "text decoder"}[name]
 
 

@@ -13,7 +13,11 @@ import mammut
 from mammut import presets
 
 ROOT = pathlib.Path(__file__).parents[1]
-MODULES = {path.stem: path for path in (ROOT / "mammut").glob("*.py") if path.stem != "__init__"}
+MODULES = {
+    ".".join(path.relative_to(ROOT / "mammut").with_suffix("").parts): path
+    for path in (ROOT / "mammut").rglob("*.py")
+    if path.stem != "__init__"
+}
 HEAVY = (
     *("tensorflow", "tensorflow_datasets", "torch", "PIL", "big_vision", "grain", "orbax", "array_record"),
     *("sentencepiece", "tokenizers", "ftfy", "transformers", "tyro", "tensorboardX"),
@@ -21,8 +25,12 @@ HEAVY = (
 )
 # Each may import those before it, in groups that do not know each other.
 LAYERS = (
-    ("typing", "config"),
-    ("masks", "sharding", "search"),
+    ("typing",),
+    ("config", "mapped_files"),
+    ("zip_files",),
+    ("torch_files",),
+    ("tensor_files",),
+    ("masks", "sharding", "search", "manifest"),
     ("layers",),
     ("vit", "decoder"),
     ("model",),
@@ -30,8 +38,13 @@ LAYERS = (
     ("tasks",),
     ("training", "tokenizer"),
     ("processor",),
-    ("generate", "checkpoint", "benchmarks"),
-    ("sources", "recipes"),
+    ("generate", "checkpoint", "benchmarks", "model_card", "interop.rules"),
+    ("interop.json_object", "warm_start"),
+    ("interop.open_clip_config", "interop.open_clip_tables", "interop.open_clip_tokenizer", "interop.big_vision_tables"),
+    ("interop.open_clip_export", "interop.big_vision_weights"),
+    ("interop.open_clip",),
+    ("model_folder",),
+    ("sources", "recipes", "convert"),
     ("data", "metrics", "vqa_metrics", "ptb_tokenizer", "predictions"),
     ("caption_metrics",),
     ("predict", "scoring", "attention_maps"),
@@ -54,7 +67,7 @@ def imported_by(path: pathlib.Path) -> set[str]:
 
 @functools.cache
 def neighbours(module: str) -> frozenset[str]:
-    names = {name.split(".")[1] for name in imported_by(MODULES[module]) if name.startswith("mammut.")}
+    names = {name.removeprefix("mammut.") for name in imported_by(MODULES[module])}
     return frozenset(names & set(MODULES))
 
 

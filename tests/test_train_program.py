@@ -294,12 +294,15 @@ def test_a_run_does_not_start_from_a_model_that_is_not_there_or_another(refusal,
 
 @pytest.mark.parametrize("overrides, sizes", [
     ([], (16, 8, 12, 60)),
+    (["--model.vision.image-size", "24"], (24, 8, 12, 60)),
     (["--model.vision.image-size", "20", "--model.vision.patch_size=10"], (20, 10, 12, 60)),
     (["--model.text.max-length", "30", "--model.text.vocab_size", "7", "--tokenizer.replace", "True"], (16, 8, 30, 7)),
 ])  # fmt: skip
 def test_the_sizes_of_a_model_to_start_from_can_be_overridden(model_folder, tmp_path, overrides, sizes):
-    """Sizes that the recipe's own architecture could not have are no error."""
-    recipe = recipes.load_recipe(write_recipe(tmp_path))
+    """Sizes that the recipe's own patches would not fit are no error."""
+    path = write_recipe(tmp_path)
+    path.write_text(path.read_text().replace("patch_size=8", "patch_size=16"))
+    recipe = recipes.load_recipe(path)
     config, starts = recipes.with_overrides(recipe, ["--init", str(model_folder), *overrides])
     vision, text = config.model.vision, config.model.text
     assert (vision.image_size, vision.patch_size, text.max_length, text.vocab_size) == sizes

@@ -1,4 +1,4 @@
-"""big_vision's arrays and our parameters: what the model in a file is, by its names and shapes, and the table for it."""
+"""big_vision's arrays and our parameters: what model a file holds, by names and shapes, and the table for it."""
 
 import dataclasses
 import math
@@ -91,7 +91,7 @@ class Found:
                 return make(*args, **kwargs)
             except ValueError as error:
                 problems = [str(error)]
-        raise CheckpointError(f"{self._where} is no model of big_vision that mammut has, too: {'; '.join(problems)}")
+        raise CheckpointError(f"{self._where} is no model of big_vision that mammut can be: {'; '.join(problems)}")
 
 
 def _todays_name(name: str, inlined_head: bool) -> str:
@@ -126,9 +126,11 @@ def image_encoder(found: Found, image_size: int | None) -> Model:
     """
     prefix = next((prefix for prefix in ("img/", "encoder/") if found.under(prefix)), "")
     vision = _vision(found, prefix, image_size)
-    unused = _classifier(found, prefix) | {name: "of a contrastive loss" for name in ("t", "b") if prefix and name in found}
+    unused = _classifier(found, prefix)
+    unused |= {name: "of a contrastive loss" for name in ("t", "b") if prefix and name in found}
     config = found.build(ModelConfig, vision.config, image_projection="separate")
-    return Model(config, vision.entries, None, unused, vision.zero, vision.computed, (*vision.notes, *vision.pooling_note))
+    notes = *vision.notes, *vision.pooling_note
+    return Model(config, vision.entries, None, unused, vision.zero, vision.computed, notes)
 
 
 def two_towers(found: Found) -> Model:
@@ -171,9 +173,9 @@ def two_towers(found: Found) -> Model:
         entries.append(Entry("b", ("logit_bias",), Reshaped((1,))))
     else:
         zero["logit_bias"] = "the model was trained without"
-    notes = *vision.notes, *vision.pooling_note, "text.pooling is 'last'; the file does not tell pool_type 'last' from others"
+    note = "text.pooling is 'last'; the file does not tell pool_type 'last' from 'first', 'mean' and 'max'"
     form = "end" if vocab_size == _GEMMA_VOCAB else "end_filled"
-    return Model(config, entries, form, {}, zero, {}, notes)
+    return Model(config, entries, form, {}, zero, {}, (*vision.notes, *vision.pooling_note, note))
 
 
 def cappa(found: Found, image_size: int | None, max_length: int | None) -> Model:
@@ -188,7 +190,7 @@ def cappa(found: Found, image_size: int | None, max_length: int | None) -> Model
     _, vocab_size = found.shape("decoder/LogitsDense/kernel", 2)
     rows, _ = found.shape("decoder/EmbedTargets/embedding", 2)
     biased = any(name.endswith("/MLP/Dense_0/bias") for name in found.under("decoder/"))
-    found.require("encoder/cls" not in found, f"{found.key('encoder/cls')}: the decoder sees a class token, expected none")
+    found.require("encoder/cls" not in found, f"{found.key('encoder/cls')}: there is a class token, expected none")
     if learned := "pos_embedding_decoder" in found:
         _, max_length, _ = found.shape("pos_embedding_decoder", 3)
     else:
@@ -201,11 +203,17 @@ def cappa(found: Found, image_size: int | None, max_length: int | None) -> Model
     )  # fmt: skip
     config = found.build(ModelConfig, vision.config, text, image_projection="none")
     masked = int(rows == vocab_size + 1)  # also trained to predict all tokens at once, from one that stands for them
-    notes = [*vision.notes, *([f"the last row of {found.key('decoder/EmbedTargets/embedding')} is not used: of masked tokens"] * masked)]
-    entries = vision.entries + [
-        Entry("decoder/EmbedTargets/embedding", ("text.token_embed.embedding",), _Among(Same(), 0, masked)),
-        *([Entry("pos_embedding_decoder", ("text.pos_embed",), _Batched(Same()))] if learned else ()),
-    ]
+    notes = list(vision.notes)
+    if masked:
+        notes.append(f"the last row of {found.key('decoder/EmbedTargets/embedding')} is not used: of masked tokens")
+    entries = [*vision.entries]
+    entries.append(Entry("decoder/EmbedTargets/embedding", ("text.token_embed.embedding",), _Among(Same(), 0, masked)))
+    computed = dict(vision.computed)
+    if learned:
+        entries.append(Entry("pos_embedding_decoder", ("text.pos_embed",), _Batched(Same())))
+    else:
+        computed["text.pos_embed"] = lambda: sincos2d(1, max_length, width)
+        notes.append("text.pos_embed is computed: the file has no positions")
     norms = {"1": "text.layers.attn_norm", "2": "text.cross_layers.attn_norm", "3": "text.layers.mlp_norm"}
     for name, at in layers.each():
         for number, ours in norms.items():
@@ -219,10 +227,6 @@ def cappa(found: Found, image_size: int | None, max_length: int | None) -> Model
     zero = vision.zero | dict.fromkeys(("logit_scale", "logit_bias"), "there is no contrastive pass")
     if not biased:
         zero |= {f"{ours}.bias": "the last norm alone has a bias" for ours in norms.values()}
-    computed = dict(vision.computed)
-    if not learned:
-        computed["text.pos_embed"] = lambda: sincos2d(1, max_length, width)
-        notes.append("text.pos_embed is computed: the file has no positions")
     return Model(config, entries, "start_end", _classifier(found, "encoder/"), zero, computed, tuple(notes))
 
 

@@ -81,4 +81,6 @@ class JsonObject:
 
 def shown(value: Any) -> str:
     """A JSON value for an error, cut short."""
+    if isinstance(value, dict | list):  # nested without end, perhaps
+        return "an object" if isinstance(value, dict) else "a list"
     return f"{json.dumps(value):.60}"

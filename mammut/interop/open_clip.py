@@ -112,6 +112,12 @@ def _processor(folder: pathlib.Path, config: ModelConfig, files: dict[str, Any],
             processor = Processor(tokenizer, transform, config.text.max_length)
     except ValueError as error:
         raise CheckpointError(f"{told}: {error}") from error
+    image_size, length = processor.image.image_size, processor.max_length
+    if image_size != config.vision.image_size or length > config.text.max_length:
+        raise CheckpointError(
+            f"{folder / 'processor.json'} is of another model: it makes images of {image_size} pixels and texts of "
+            f"{length} tokens, {told} has {config.vision.image_size} and {config.text.max_length}"
+        )
     if processor.vocab_size > config.text.vocab_size:
         raise CheckpointError(
             f"{told} has a vocab_size of {config.text.vocab_size}, too few for the {processor.vocab_size} ids of its "

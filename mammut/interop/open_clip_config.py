@@ -25,7 +25,7 @@ NORM_EPS = 1e-5  # PyTorch's
 # Keys without effect on what a trained model computes: of its making, its training, its tokenizer (read elsewhere), ...
 _MAKING = {"custom_text", "cast_dtype", "output_dict", "output_tokens", "nonscalar_logit_scale", "zero_init_residual"}
 _MAKING |= {"init_logit_scale", "init_logit_bias", "timm_model_pretrained", "hf_model_pretrained"}
-_TRAINING = {"patch_dropout", "timm_drop", "timm_drop_path"}
+_TRAINING = {"patch_dropout", "timm_drop", "timm_drop_path", "freeze_pad_embed"}
 _TOKENIZER = {"hf_tokenizer_name", "tokenizer_type", "tiktoken_name", "tokenizer_mode", "tokenizer_kwargs"}
 _TOKENIZER |= {"bos_id", "eos_id", "variable_text"}
 # ... of a tower that timm or Hugging Face would make: `timm_model_name` and `hf_model_name` themselves are refused, ...
@@ -37,8 +37,18 @@ _UNREAD |= {"block_type", "scaled_cosine_attn", "scale_heads", "scale_attn_inner
 _UNREAD |= {"is_multimodal_decoder"}
 _MODERN = {"qk_norm", "attn_gated", "pos_embed", "rope_temperature", "mlp_type", "norm_type", "norm_eps", "tie_lm_head"}
 _MODERN |= {"pre_norm", "norm_placement", "reg_tokens", "value_residual", "attention_bias", "mlp_bias", "gate_bias"}
-_OF_TEXT = _MAKING | _TOKENIZER | _HF | _UNREAD
-_OF_DECODER = _OF_TEXT | {"embed_cls", "no_causal_mask", "act_kwargs", "norm_kwargs", "pad_id"}
+_OF_TEXT = _MAKING | _TRAINING | _TOKENIZER | _HF | _UNREAD
+_OF_DECODER = _OF_TEXT | {"embed_cls", "correct_cls_mask", "no_causal_mask", "act_kwargs", "norm_kwargs", "pad_id"}
+
+
+OPENMAMMUT_SIZES = {  # decoder width; vision width, heads, layers; decoder layers; whether all of those have an MLP
+    **dict.fromkeys(("ViT-S-32", "ViT-S-16", "ViT-S-14"), (384, 384, 6, 12, 12, False)),
+    **dict.fromkeys(("ViT-M-32", "ViT-M-16", "ViT-M-14"), (512, 512, 8, 12, 12, False)),
+    **dict.fromkeys(("ViT-B-32", "ViT-B-14"), (512, 768, 12, 12, 12, False)),
+    "ViT-B-16": (768, 768, 12, 12, 12, True),
+    **dict.fromkeys(("ViT-L-32", "ViT-L-16", "ViT-L-14"), (768, 1024, 16, 24, 12, True)),
+    **dict.fromkeys(("ViT-H-32", "ViT-H-16", "ViT-H-14"), (1024, 1280, 16, 32, 24, True)),
+}
 
 
 def openmammut(size: str) -> dict[str, Any]:
@@ -71,16 +81,6 @@ def openmammut(size: str) -> dict[str, Any]:
     }
 
 
-OPENMAMMUT_SIZES = {  # decoder width; vision width, heads, layers; decoder layers; whether all of those have an MLP
-    **dict.fromkeys(("ViT-S-32", "ViT-S-16", "ViT-S-14"), (384, 384, 6, 12, 12, False)),
-    **dict.fromkeys(("ViT-M-32", "ViT-M-16", "ViT-M-14"), (512, 512, 8, 12, 12, False)),
-    **dict.fromkeys(("ViT-B-32", "ViT-B-14"), (512, 768, 12, 12, 12, False)),
-    "ViT-B-16": (768, 768, 12, 12, 12, True),
-    **dict.fromkeys(("ViT-L-32", "ViT-L-16", "ViT-L-14"), (768, 1024, 16, 24, 12, True)),
-    **dict.fromkeys(("ViT-H-32", "ViT-H-16", "ViT-H-14"), (1024, 1280, 16, 32, 24, True)),
-}
-
-
 def model_config(model_cfg: Any, preprocess_cfg: Any, where: str) -> ModelConfig:
     """The architecture that the two objects of `open_clip_config.json` tell; `where` names their file in errors.
 
@@ -88,15 +88,23 @@ def model_config(model_cfg: Any, preprocess_cfg: Any, where: str) -> ModelConfig
       CheckpointError: it is none of the families above, or a key has a value that our model cannot have. All such keys
         are named.
     """
+    config, problems = try_model_config(model_cfg, preprocess_cfg)
+    if config is None:
+        raise CheckpointError(f"{where} tells of a model that mammut does not have: {'; '.join(problems)}")
+    return config
+
+
+def try_model_config(model_cfg: Any, preprocess_cfg: Any) -> tuple[ModelConfig | None, list[str]]:
+    """`model_config`, or None and all that stands in its way."""
     problems: list[str] = []
     fields = _fields(model_cfg, preprocess_cfg, problems)
-    if not problems:
-        try:
-            vision, text = VisionConfig(**fields.pop("vision")), DecoderConfig(**fields.pop("text"))
-            return ModelConfig(vision=vision, text=text, **fields)
-        except ValueError as error:
-            problems.append(str(error))
-    raise CheckpointError(f"{where} tells of a model that mammut does not have: {'; '.join(problems)}")
+    if problems:
+        return None, problems
+    try:
+        vision, text = VisionConfig(**fields.pop("vision")), DecoderConfig(**fields.pop("text"))
+        return ModelConfig(vision=vision, text=text, **fields), []
+    except ValueError as error:
+        return None, [str(error)]
 
 
 def _fields(model_cfg: Any, preprocess_cfg: Any, problems: list[str]) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from mammut.config import LayerConfig, ModelConfig, VisionConfig
-from mammut.interop.open_clip_config import NORM_EPS, mlp_dim, model_config
+from mammut.interop.open_clip_config import NORM_EPS, mlp_dim, try_model_config
 from mammut.interop.open_clip_tables import table
 from mammut.interop.rules import OpenedModel
 from mammut.manifest import write_json
 from mammut.processor import Processor
-from mammut.tensor_files import CheckpointError, TensorSpec, write_safetensors
+from mammut.tensor_files import TensorSpec, write_safetensors
 from mammut.tokenizer import ClipTokenizer, MissingTokenizer
 
 CONFIG_FILE = "open_clip_config.json"
@@ -93,7 +93,7 @@ def _preprocess_json(processor: Processor, vision: VisionConfig) -> dict[str, An
 def to_open_clip(config: ModelConfig) -> dict[str, Any]:
     """The `model_cfg` of a model: of CoCa, of openMaMMUT's fork where `pad_id` is 0, else of open_clip's main branch.
 
-    It is right when `model_config` makes the same of it; what is about training or arithmetic alone is not compared.
+    What is about training or arithmetic alone is left out; for the rest, reading it back gives the same config.
 
     Raises:
       ValueError: the format cannot express the model; all the fields that stand in the way are named.
@@ -118,12 +118,11 @@ def to_open_clip(config: ModelConfig) -> dict[str, Any]:
     else:
         model_cfg["multimodal_cfg"] = {**sizes, "layers": text.depth, **_decoder_json(config)}
     model_cfg["custom_text"] = True
-    try:
-        read = _comparable(model_config(model_cfg, None, "its config"))
-    except CheckpointError as error:
-        raise ValueError(f"open_clip cannot express this model: {error}") from error
-    if differences := _differences(_comparable(config), read):
-        raise ValueError(f"open_clip cannot express this model: {'; '.join(differences)}")
+    read, problems = try_model_config(model_cfg, None)
+    if read is not None:
+        problems = _differences(_comparable(config), _comparable(read))
+    if problems:
+        raise ValueError(f"open_clip cannot express this model: {'; '.join(problems)}")
     return model_cfg
 
 

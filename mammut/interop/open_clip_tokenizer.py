@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+from mammut.interop.json_object import shown
 from mammut.manifest import read_json_object
 from mammut.tokenizer import ClipTokenizer, MissingTokenizer, Tokenizer, load_tokenizer
 
@@ -25,30 +26,35 @@ def open_tokenizer(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: i
       ValueError: a file is damaged, or the texts would not become `[start] ids [end]`, which all models of ours take.
     """
     kind, name = text_cfg.get("tokenizer_type"), text_cfg.get("hf_tokenizer_name")
-    options = dict(text_cfg.get("tokenizer_kwargs") or {})
-    default = {"tiktoken": None}.get(kind, "whitespace" if name else "lower")
-    clean, mode = options.pop("clean", default), text_cfg.get("tokenizer_mode")
+    options = text_cfg.get("tokenizer_kwargs") or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"its tokenizer_kwargs are {shown(options)}, expected an object")
+    default = None if kind == "tiktoken" else "whitespace" if name else "lower"
+    clean, mode = options.get("clean", default), text_cfg.get("tokenizer_mode")
     if kind not in (None, "", "tiktoken") or clean not in (None, "whitespace", "lower") or mode:
         raise ValueError(
-            f"its tokenizer has tokenizer_type {kind!r}, tokenizer_mode {mode!r} and clean {clean!r}, expected "
-            "'tiktoken' or none, no mode, and 'whitespace', 'lower' or none"
+            f"its tokenizer has tokenizer_type {shown(kind)}, tokenizer_mode {shown(mode)} and clean {shown(clean)}, "
+            'expected "tiktoken" or null, no mode, and "whitespace", "lower" or null'
         )
-    if odd := {key: value for key, value in options.items() if not (key in ("add_bos", "add_eos") and value is True)}:
-        raise ValueError(f"its tokenizer_kwargs have {odd}, which mammut does not have")
+    if odd := options.keys() - {"clean"} - {key for key in ("add_bos", "add_eos") if options.get(key) is True}:
+        raise ValueError(f"its tokenizer_kwargs have {', '.join(sorted(odd))}, which mammut cannot do")
     if kind or name:
         return _named(folder, text_cfg, vocab_size, clean)
     if clean != "lower":
-        raise ValueError(f"its tokenizer is CLIP's with clean {clean!r}, expected 'lower'")
+        raise ValueError(f'its tokenizer is CLIP\'s with clean {shown(clean)}, expected "lower"')
     return _clip(folder, text_cfg, vocab_size)
 
 
 def _clip(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """CLIP's byte-pair encoding, or the SentencePiece model that somebody put there for another."""
-    files = [*sorted(folder.glob("*.txt.gz")), *sorted(folder.glob("*.model"))]
-    if files:
-        return load_tokenizer(files[0], lowercase=True)
-    if (folder / "tokenizer.json").exists() and (merges := _merges(folder / "tokenizer.json")):
-        return ClipTokenizer(merges, True)
+    """CLIP's byte-pair encoding; or the SentencePiece model that somebody put there, for texts as they are."""
+    if files := [*sorted(folder.glob("*.txt.gz")), *sorted(folder.glob("*.model"))]:
+        return load_tokenizer(files[0], lowercase=False)
+    path = folder / "tokenizer.json"
+    if path.exists() and (merges := _merges(path)):
+        try:
+            return ClipTokenizer(merges, True)
+        except Exception as error:  # the library raises its own kinds
+            raise ValueError(f"{path} has merges that are not CLIP's: {error}") from error
     if vocab_size < _CLIP_VOCAB:
         needs = f"its {vocab_size} ids are too few for CLIP's: put its *.model or *.txt.gz into {folder}"
         return MissingTokenizer(_special_ids(text_cfg, vocab_size), vocab_size, needs)
@@ -89,7 +95,7 @@ def _special_ids(text_cfg: dict[str, Any], vocab_size: int) -> tuple[int | None,
     ids = [text_cfg.get(f"{role}_id") for role in _SPECIAL]
     for role, token in zip(_SPECIAL, ids, strict=True):
         if token is not None and not (type(token) is int and 0 <= token < vocab_size):
-            raise ValueError(f"{role}_id is {token!r}, expected one of the {vocab_size} of the vocabulary")
+            raise ValueError(f"{role}_id is {shown(token)}, expected one of the {vocab_size} of the vocabulary")
     return tuple(ids)
 
 

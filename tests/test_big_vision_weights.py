@@ -1,0 +1,528 @@
+"""Models of big_vision: their numerics once more, in Flax Linen, whose modules name their parameters as big_vision's do."""
+
+import pathlib
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import scipy.ndimage
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mammut.interop.big_vision_weights import open_model
+from mammut.interop.rules import OpenedModel
+from mammut.model import MaMMUT
+from mammut.model_folder import load, place, save
+from mammut.tensor_files import CheckpointError
+from mammut.vit import EncoderOutput
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SIZE, PATCH, WIDTH, TEXT_WIDTH, LENGTH, VOCAB = 24, 8, 32, 24, 10, 61
+IMAGE_DEPTH, TEXT_DEPTH = 3, 2
+
+
+class MlpBlock(nn.Module):
+    size: int
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = nn.gelu(nn.Dense(self.size, use_bias=self.bias)(x))
+        return nn.Dense(x.shape[-1], use_bias=self.bias)(hidden)
+
+
+class Encoder1DBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4)(y, y)
+        return x + MlpBlock(80)(nn.LayerNorm()(x))
+
+
+class Encoder(nn.Module):
+    depth: int
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.depth):
+            x = Encoder1DBlock(name=f"encoderblock_{i}")(x)
+        return nn.LayerNorm(name="encoder_norm")(x)
+
+
+class MAPHead(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        probe = self.param("probe", nn.initializers.normal(), (1, 1, x.shape[-1]))
+        probe = jnp.broadcast_to(probe, (len(x), 1, x.shape[-1]))
+        x = nn.MultiHeadDotProductAttention(num_heads=4)(probe, x)
+        return (x + MlpBlock(80)(nn.LayerNorm()(x)))[:, 0]
+
+
+class Vit(nn.Module):
+    """Returns the patches and the image: both for `pool` "mean", "class" or "map"."""
+
+    pool: str
+    head: int | None = None
+    learned: bool = True
+
+    @nn.compact
+    def __call__(self, image):
+        x = nn.Conv(WIDTH, (PATCH, PATCH), (PATCH, PATCH), padding="VALID", name="embedding")(image)
+        x = x.reshape(len(x), -1, WIDTH)
+        if self.learned:
+            x = x + self.param("pos_embedding", nn.initializers.normal(), (1, x.shape[1], WIDTH))
+        else:
+            x = x + positions_by_the_formula(SIZE // PATCH, SIZE // PATCH, WIDTH)
+        if self.pool == "class":
+            first = self.param("cls", nn.initializers.normal(), (1, 1, WIDTH))
+            x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, WIDTH)), x], axis=1)
+        x = Encoder(IMAGE_DEPTH, name="Transformer")(x)
+        pooled = x.mean(1) if self.pool == "mean" else x[:, 0] if self.pool == "class" else MAPHead()(x)
+        patches = x[:, 1:] if self.pool == "class" else x
+        return patches, pooled if self.head is None else nn.Dense(self.head, name="head")(pooled)
+
+
+class TextTower(nn.Module):
+    head: int | None
+
+    @nn.compact
+    def __call__(self, text):
+        x = nn.Embed(VOCAB, TEXT_WIDTH)(text)
+        x = x + self.param("pos_embedding", nn.initializers.normal(), (1, LENGTH, TEXT_WIDTH))
+        x = Encoder(TEXT_DEPTH)(x)[:, -1]
+        return x if self.head is None else nn.Dense(self.head, name="head")(x)
+
+
+class Siglip(nn.Module):
+    pool: str = "map"
+    heads: tuple = (None, WIDTH)
+
+    @nn.compact
+    def __call__(self, image, text):
+        self.param("t", nn.initializers.normal(), (1,))
+        self.param("b", nn.initializers.normal(), (1,))
+        embeds = Vit(self.pool, self.heads[0], name="img")(image)[1], TextTower(self.heads[1], name="txt")(text)
+        return [z / jnp.linalg.norm(z, axis=1, keepdims=True) for z in embeds]
+
+
+class EncDecBlock(nn.Module):
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x, image, mask):
+        y = nn.LayerNorm(use_bias=self.bias, name="LayerNorm1")(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4, use_bias=False, name="SelfAttn")(y, y, mask=mask)
+        y = nn.LayerNorm(use_bias=self.bias, name="LayerNorm2")(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4, use_bias=False, name="CrossAttn")(y, image)
+        return x + MlpBlock(72, self.bias, name="MLP")(nn.LayerNorm(use_bias=self.bias, name="LayerNorm3")(x))
+
+
+class Decoder(nn.Module):
+    bias: bool
+    masked: bool
+
+    @nn.compact
+    def __call__(self, image, text, positions):
+        start = jnp.zeros_like(text[:, :1])
+        shifted = jnp.concatenate([start, text[:, :-1]], axis=1)
+        x = nn.Embed(VOCAB + self.masked, WIDTH, name="EmbedTargets")(shifted) + positions
+        mask = nn.make_causal_mask(text)
+        for i in range(TEXT_DEPTH):
+            x = EncDecBlock(self.bias, name=f"EncDecBlock{i}")(x, image, mask)
+        return nn.Dense(VOCAB, name="LogitsDense")(nn.LayerNorm(name="LayerNorm")(x))
+
+
+class Cappa(nn.Module):
+    bias: bool = True
+    masked: bool = False
+    learned: bool = True
+
+    @nn.compact
+    def __call__(self, image, text):
+        encoded = Vit("mean", learned=self.learned, name="encoder")(image)[0]
+        positions = positions_by_the_formula(1, LENGTH, WIDTH)
+        if self.learned:
+            positions = self.param("pos_embedding_decoder", nn.initializers.normal(), (1, LENGTH, WIDTH))
+        return Decoder(self.bias, self.masked, name="decoder")(encoded, text, positions)
+
+
+def positions_by_the_formula(down: int, across: int, width: int) -> np.ndarray:
+    rows = []
+    for y in range(down):
+        for x in range(across):
+            turns = [10_000 ** (-i / (width // 4 - 1)) for i in range(width // 4)]
+            rows.append([f(at * turn) for at in (x, y) for f in (np.sin, np.cos) for turn in turns])
+    return np.array(rows, np.float32)
+
+
+def image_and_text() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    image = rng.uniform(-1, 1, (3, SIZE, SIZE, 3)).astype(np.float32)
+    return image, rng.integers(0, VOCAB, (3, LENGTH), np.int32)
+
+
+def arrays_and_outputs(module: nn.Module, *args) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """Random parameters of a module, flat, and what it makes of `args` with them."""
+    shapes = flatten_dict(jax.eval_shape(module.init, jax.random.key(0), *args)["params"], sep="/")
+    rng = np.random.default_rng(1)
+    arrays = {}
+    for name, leaf in shapes.items():
+        values = rng.normal(size=leaf.shape) * (0.3 if leaf.ndim > 1 else 0.2) + name.endswith("scale")
+        arrays[name] = values.astype(np.float32)
+    return arrays, outputs_of(module, arrays, *args)
+
+
+def outputs_of(module: nn.Module, arrays: dict[str, np.ndarray], *args) -> list[np.ndarray]:
+    with jax.default_matmul_precision("highest"):
+        outputs = jax.jit(module.apply)({"params": unflatten_dict(arrays, sep="/")}, *args)
+    return [np.asarray(x) for x in jax.tree.leaves(outputs)]
+
+
+def written(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> pathlib.Path:
+    np.savez(folder / "model.npz", **arrays)
+    return folder / "model.npz"
+
+
+def encoded_by(opened: OpenedModel, image: np.ndarray) -> EncoderOutput:
+    """What the image encoder alone makes of images."""
+    assert opened.parts == ("vision",)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: MaMMUT(opened.config, rngs=nnx.Rngs(0))).vision)
+
+    def read(path, leaf):
+        return jnp.asarray(opened.tensors.read(".".join(["vision", *(entry.key for entry in path)])))
+
+    params = jax.tree_util.tree_map_with_path(read, nnx.to_pure_dict(state))
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))(params, image)
+
+
+def called(model: MaMMUT, method: str, *args) -> np.ndarray:
+    graphdef, params = nnx.split(model)
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.jit(lambda params, *x: getattr(nnx.merge(graphdef, params), method)(*x))(params, *args))
+
+
+def embeddings(model: MaMMUT, image: np.ndarray, text: np.ndarray) -> list[np.ndarray]:
+    return [called(model, "encode_image", image), called(model, "encode_text", text, np.ones(text.shape, bool))]
+
+
+def shifted(text: np.ndarray) -> np.ndarray:
+    """As our decoder is given a text: with the start, which CapPa puts there itself."""
+    return np.concatenate([np.zeros_like(text[:, :1]), text[:, :-1]], axis=1)
+
+
+def assert_close(ours, theirs) -> None:
+    assert np.abs(theirs).max() > 0.1  # else the bound says nothing
+    np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+
+
+def scanned(arrays: dict[str, np.ndarray], stem: str, axis: int) -> dict[str, np.ndarray]:
+    """The arrays of layers `stem`0, `stem`1, ... stacked on `axis`, as `scan=True` stores them."""
+    stacked, rest = {}, {}
+    for name, array in arrays.items():
+        match = re.fullmatch(rf"(.*{stem})_?(\d+)(/.*)", name)
+        if match is None:
+            rest[name] = array
+        else:
+            stacked.setdefault(match[1] + match[3], []).append(array)
+    assert stacked
+    return rest | {name: np.stack(layers, axis) for name, layers in stacked.items()}
+
+
+def prefixed(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {f"{prefix}{name}": array for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("pool", ["mean", "class", "map"])
+def test_an_image_encoder_gives_the_patches_and_the_image_of_its_original(pool, tmp_path):
+    image, _ = image_and_text()
+    arrays, (patches, pooled) = arrays_and_outputs(Vit(pool), image)
+    opened = open_model(written(tmp_path, arrays | {"head/kernel": np.ones((WIDTH, 7)), "head/bias": np.ones(7)}))
+    encoded = encoded_by(opened, image)
+    assert_close(encoded.tokens, patches)
+    assert_close(encoded.pooled, pooled)
+    assert opened.processor is None
+    assert "head/kernel, head/bias is not used: of a classifier" in opened.notes
+
+
+def test_layers_in_one_array_are_the_layers_one_by_one(tmp_path):
+    image, _ = image_and_text()
+    arrays, (patches, pooled) = arrays_and_outputs(Vit("map"), image)
+    encoded = encoded_by(open_model(written(tmp_path, scanned(arrays, "encoderblock", 0))), image)
+    assert_close(encoded.tokens, patches)
+    assert_close(encoded.pooled, pooled)
+
+
+OLD_BLOCK = {
+    "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
+    "LayerNorm_1": "LayerNorm_2",
+    "MlpBlock_0": "MlpBlock_3",
+}
+
+
+@pytest.mark.parametrize("place", ["Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding"])
+def test_an_old_file_with_a_position_of_the_class_token_is_read(place, tmp_path):
+    """Its blocks count their modules together, and the class token's position comes first."""
+    image, _ = image_and_text()
+    arrays, _ = arrays_and_outputs(Vit("class"), image)
+    own = np.full((1, 1, WIDTH), 0.3, np.float32)
+    old = {
+        re.sub(r"(?<=encoderblock_\d/)\w+", lambda match: OLD_BLOCK.get(match[0], match[0]), name): array
+        for name, array in arrays.items()
+    }
+    old[place] = np.concatenate([own, old.pop("pos_embedding")], axis=1)
+    patches, pooled = outputs_of(Vit("class"), arrays | {"cls": arrays["cls"] + own}, image)
+    encoded = encoded_by(open_model(written(tmp_path, old)), image)
+    assert_close(encoded.tokens, patches)
+    assert_close(encoded.pooled, pooled)
+
+
+def test_an_old_file_whose_map_head_is_no_module_is_read(tmp_path):
+    image, _ = image_and_text()
+    arrays, (_, pooled) = arrays_and_outputs(Vit("map"), image)
+    old = {name.removeprefix("MAPHead_0/"): array for name, array in arrays.items()}
+    assert_close(encoded_by(open_model(written(tmp_path, old)), image).pooled, pooled)
+
+
+def test_a_position_of_a_class_token_that_is_not_there_is_left_out(tmp_path):
+    image, _ = image_and_text()
+    arrays, (patches, _) = arrays_and_outputs(Vit("mean"), image)
+    row = np.full((1, 1, WIDTH), 0.3, np.float32)
+    opened = open_model(
+        written(tmp_path, arrays | {"pos_embedding": np.concatenate([row, arrays["pos_embedding"]], axis=1)})
+    )
+    assert_close(encoded_by(opened, image).tokens, patches)
+    assert "the first row of pos_embedding is not used: of a class token, which is not there" in opened.notes
+
+
+def test_positions_that_are_computed_are_computed_for_a_given_size(tmp_path):
+    image, _ = image_and_text()
+    arrays, (patches, _) = arrays_and_outputs(Vit("mean", learned=False), image)
+    path = written(tmp_path, arrays)
+    assert_close(encoded_by(open_model(path, image_size=SIZE), image).tokens, patches)
+    with pytest.raises(CheckpointError, match="pos_embedding is missing: if .* say for which image_size"):
+        open_model(path)
+
+
+@pytest.mark.parametrize("pool", ["map", "mean", "class"])
+@pytest.mark.parametrize("heads", [(None, WIDTH), (20, 20)], ids=str)
+def test_both_towers_give_their_embeddings(pool, heads, tmp_path):
+    batch = image_and_text()
+    arrays, embeds = arrays_and_outputs(Siglip(pool, heads), *batch)
+    model, _ = load(written(tmp_path, arrays))
+    for ours, theirs in zip(embeddings(model, *batch), embeds, strict=True):
+        assert_close(ours, theirs)
+    assert float(model.logit_scale[...]) == arrays["t"][0]  # of both the logarithm
+    assert float(model.logit_bias[...]) == arrays["b"][0]
+
+
+def test_the_parameters_of_a_train_state_are_those_that_are_read(tmp_path):
+    batch = image_and_text()
+    arrays, embeds = arrays_and_outputs(Siglip(), *batch)
+    state = prefixed(arrays, "params/") | prefixed(arrays, "opt/0/mu/") | {"chrono/examples_seen": np.int64(7)}
+    for top in ("params/", "opt/target/"):
+        named = {name.replace("params/", top): array for name, array in state.items()}
+        path = written(tmp_path, scanned(scanned(named, "img/Transformer/encoderblock", 0), "encoderblock", 0))
+        opened = open_model(path)
+        for ours, theirs in zip(embeddings(place(opened), *batch), embeds, strict=True):
+            assert_close(ours, theirs)
+        assert any(re.fullmatch(r".* arrays, opt/0/mu/.* to .*, are not used: of the training.*", note) for note in opened.notes)
+
+
+def test_bfloat16_is_widened_exactly(tmp_path):
+    """NumPy stores it as two bytes of no type."""
+    arrays, _ = arrays_and_outputs(Siglip(), *image_and_text())
+    half = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
+    opened = open_model(written(tmp_path, {name: array.view("V2") for name, array in half.items()}))
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    same = open_model(written(wide, {name: array.astype(np.float32) for name, array in half.items()}))
+    for name, spec in opened.tensors.specs.items():
+        assert spec.dtype == np.float32
+        np.testing.assert_array_equal(opened.tensors.read(name), same.tensors.read(name))
+
+
+def test_a_model_without_a_bias_has_one_of_zero(tmp_path):
+    arrays, _ = arrays_and_outputs(Siglip(), *image_and_text())
+    del arrays["b"]
+    opened = open_model(written(tmp_path, arrays))
+    assert opened.tensors.read("logit_bias") == 0
+    assert "logit_bias is 0: the model was trained without" in opened.notes
+
+
+def test_the_image_encoder_of_two_towers_is_a_part_of_their_file(tmp_path):
+    image, text = image_and_text()
+    arrays, _ = arrays_and_outputs(Siglip(), image, text)
+    path = written(tmp_path, arrays)
+    _, pooled = outputs_of(Vit("map"), {n[4:]: array for n, array in arrays.items() if n.startswith("img/")}, image)
+    opened = open_model(f"{path}:img")
+    assert_close(encoded_by(opened, image).pooled, pooled)
+    assert any("not used: not of img/" in note for note in opened.notes)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scan", [True, False])
+def test_captions_have_the_logits_of_the_original(bias, scan, tmp_path):
+    image, text = image_and_text()
+    arrays, (logits,) = arrays_and_outputs(Cappa(bias, masked=scan), image, text)
+    if scan:
+        arrays = scanned(scanned(arrays, "encoderblock", 0), "EncDecBlock", 1)
+    opened = open_model(written(tmp_path, arrays))
+    assert_close(called(place(opened), "caption_logits", image, shifted(text)), logits)
+    assert any("of masked tokens" in note for note in opened.notes) == scan
+    assert any("the last norm alone has a bias" in note for note in opened.notes) != bias
+
+
+def test_a_caption_model_with_computed_positions_needs_both_sizes(tmp_path):
+    image, text = image_and_text()
+    arrays, (logits,) = arrays_and_outputs(Cappa(learned=False), image, text)
+    path = written(tmp_path, arrays)
+    model = place(open_model(path, image_size=SIZE, max_length=LENGTH))
+    assert_close(called(model, "caption_logits", image, shifted(text)), logits)
+    with pytest.raises(CheckpointError, match="pos_embedding_decoder is missing.*max_length; .*image_size"):
+        open_model(path)
+
+
+def test_positions_are_resampled_to_another_image_size_with_corners_on_corners(tmp_path):
+    image, text = image_and_text()
+    arrays, _ = arrays_and_outputs(Siglip(), image, text)
+    path = written(tmp_path, arrays)
+    larger = np.random.default_rng(2).uniform(-1, 1, (2, 40, 40, 3)).astype(np.float32)
+    grid = scipy.ndimage.zoom(arrays["img/pos_embedding"].reshape(3, 3, WIDTH), (5 / 3, 5 / 3, 1), order=1)
+    arrays["img/pos_embedding"] = grid.reshape(1, 25, WIDTH)
+    embeds = outputs_of(Siglip(), arrays, larger, text[:2])
+    model, processor = load(path, image_size=40)
+    assert_close(called(model, "encode_image", larger), embeds[0])
+    assert processor.image.image_size == 40
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory) -> bytes:
+    """Of the kind that big_vision uses: pad 0, end 1, unknown 2, and no start."""
+    import sentencepiece
+
+    stem = tmp_path_factory.mktemp("vocabulary") / "v"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red circle on a green square", "two dogs run in the snow"]), model_prefix=str(stem),
+        vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    return stem.with_suffix(".model").read_bytes()
+
+
+def test_texts_of_two_towers_end_in_ends_and_have_no_start(vocabulary, tmp_path):
+    arrays, _ = arrays_and_outputs(Siglip(), *image_and_text())
+    path = written(tmp_path, arrays)
+    (tmp_path / "cc_en.model").write_bytes(vocabulary)
+    model, processor = load(path)
+    ids = processor.tokenizer.encode("red dogs")
+    batch = processor(text=["Red DOGS", "a red circle on a green square on a red circle", ""])
+    assert batch["tokens"][0].tolist() == ids + [1] * (LENGTH - len(ids))
+    assert batch["tokens"][1, -1] == 1 and 1 not in batch["tokens"][1, :-1]
+    assert batch["tokens"][2].tolist() == [1] * LENGTH
+    save(tmp_path / "saved", model, processor)
+    again, restored = load(tmp_path / "saved")
+    np.testing.assert_array_equal(restored(text=["Red DOGS"])["tokens"], batch["tokens"][:1])
+    np.testing.assert_array_equal(again.text.pos_embed[...], model.text.pos_embed[...])
+
+
+def test_texts_of_captions_start_with_zero(vocabulary, tmp_path):
+    arrays, _ = arrays_and_outputs(Cappa(), *image_and_text())
+    path = written(tmp_path, arrays)
+    (tmp_path / "cc_en.model").write_bytes(vocabulary)
+    _, processor = load(path)
+    ids = processor.tokenizer.encode("red dogs")
+    assert processor(text=["red dogs"])["tokens"][0].tolist() == [0, *ids, 1] + [0] * (LENGTH - len(ids) - 2)
+
+
+def test_without_a_vocabulary_texts_alone_are_refused(vocabulary, tmp_path):
+    arrays, _ = arrays_and_outputs(Siglip(), *image_and_text())
+    path = written(tmp_path, arrays)
+    processor = open_model(path).processor
+    assert processor(images=[np.zeros((30, 50, 3), np.uint8)])["image"].shape == (1, SIZE, SIZE, 3)
+    with pytest.raises(ValueError, match=f"one \\*.model file, beside {path} \\(there is none\\)"):
+        processor(text=["a dog"])
+    for name in ("a.model", "b.model"):
+        (tmp_path / name).write_bytes(vocabulary)
+    with pytest.raises(ValueError, match="there are a.model, b.model"):
+        open_model(path).processor(text=["a dog"])
+    (tmp_path / "b.model").unlink()
+    (tmp_path / "a.model").write_bytes(b"no vocabulary")
+    with pytest.raises(CheckpointError, match="a.model cannot be used"):
+        open_model(path)
+
+
+def siglip() -> dict[str, np.ndarray]:
+    return arrays_and_outputs(Siglip(), *image_and_text())[0]
+
+
+def test_whatever_array_is_missing_is_named(tmp_path):
+    for make in (Siglip, Cappa):
+        arrays, _ = arrays_and_outputs(make(), *image_and_text())
+        one_of_each = {re.sub(r"(?<=encoderblock_|.EncDecBlock)\d", "N", name): name for name in arrays}
+        for name in one_of_each.values():
+            left = {other: array for other, array in arrays.items() if other != name}
+            if name == "b":
+                continue
+            with pytest.raises(CheckpointError, match=f"model.npz .*{re.escape(name)}"):
+                open_model(written(tmp_path, left))
+
+
+def test_every_mismatch_is_named_at_once(tmp_path):
+    arrays = siglip()
+    block = "img/Transformer/encoderblock_1/MlpBlock_0/Dense_0"
+    arrays[f"{block}/kernels"] = arrays.pop(f"{block}/kernel")
+    arrays["txt/head/bias"] = np.ones(5, np.float32)
+    arrays["img/MAPHead_0/LayerNorm_0/scale"] = np.ones(WIDTH, np.int32)
+    with pytest.raises(CheckpointError) as caught:
+        open_model(written(tmp_path, arrays))
+    for problem in (
+        f"{block}/kernel is missing",
+        f"{block}/kernels is not a tensor of this model",
+        "txt/head/bias is [5], expected [32]",
+        "img/MAPHead_0/LayerNorm_0/scale holds int32, expected floats",
+    ):
+        assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+BLOCK = "img/Transformer/encoderblock_0"
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("img/embedding/kernel", np.ones((8, 6, 3, WIDTH)), r"img/embedding/kernel is \[8, 6, 3, 32\], expected square"),
+        ("img/embedding/kernel", np.ones((8, 8, WIDTH)), r"is \[8, 8, 32\], expected 4 axes"),
+        ("img/pos_embedding", np.ones((1, 15, WIDTH)), "img/pos_embedding is of 15 positions, expected those of a square"),
+        ("img/pos_embedding", np.ones((1, 0, WIDTH)), r"img/pos_embedding is \[1, 0, 32\], expected 3 axes, none"),
+        ("img/pos_embedding", np.ones((1, 40_000**2, 0)), r"img/pos_embedding is \[1, 1600000000, 0\]"),
+        (f"{BLOCK}/MultiHeadDotProductAttention_0/query/kernel", np.ones((WIDTH, 5, 8)), "not a multiple of num_heads 5"),
+        ("img/Transformer/encoderblock_999999/LayerNorm_0/scale", np.ones(WIDTH), "depth is 1000000, expected at most"),
+        ("img/Transformer/encoderblock_99999999999/LayerNorm_0/scale", np.ones(WIDTH), "9999/LayerNorm_0/scale is not a tensor"),
+        ("img/Transformer/encoderblock/LayerNorm_0/scale", np.ones((3, WIDTH)), "query/kernel is missing"),
+        (f"{BLOCK}/MlpBlock_3/Dense_0/kernel", np.ones((WIDTH, 80)), "are names of the same array"),
+        ("txt/MAPHead_0/probe", np.ones((1, 1, TEXT_WIDTH)), "txt/MAPHead_0/: texts are pooled by a MAP head"),
+        ("img/pre_logits/kernel", np.ones((WIDTH, WIDTH)), "img/pre_logits/: there is a layer before the image's head"),
+        ("img/cls", np.ones((1, 1, 5)), r"img/cls is \[1, 1, 5\], expected \[1, 1, 32\]"),
+        ("t", np.ones(()), r"t is \[\], expected 1 axes"),
+        ("surplus", np.ones(2), "surplus is not a tensor of this model"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_a_model_is_refused_by_name(name, array, message, tmp_path):
+    with pytest.raises(CheckpointError, match=f"model.npz .*{message}"):
+        open_model(written(tmp_path, siglip() | {name: array.astype(np.float32)}))
+
+
+def test_a_file_of_anything_else_is_refused(tmp_path):
+    for arrays in ({}, {"x": np.ones(3)}, {"params/x": np.ones(3)}):
+        with pytest.raises(CheckpointError, match="model.npz is no model of big_vision.*kernel is missing"):
+            open_model(written(tmp_path, arrays))
+    with pytest.raises(CheckpointError, match="model.npz"):
+        open_model(written(tmp_path, {"x": np.array([{}], object)}))
+    with pytest.raises(CheckpointError, match="missing.npz"):
+        open_model(tmp_path / "missing.npz")
