@@ -22,6 +22,7 @@ from mammut import checkpoint, data, model_folder, sharding, sources
 from mammut.config import TrainConfig
 from mammut.evaluation import Evaluation, Evaluator
 from mammut.interop.rules import OpenedModel
+from mammut.model_card import write_card
 from mammut.processor import ImageTransform, Processor
 from mammut.recipes import Run, resolve
 from mammut.report import write_report
@@ -133,11 +134,12 @@ def train(run: Run, *, resume: bool, only_compile: bool) -> None:
             state, done = loop(config, trainer, state, start, batches, evaluator, checkpoints, log)
             if not done:
                 return
-            model_folder.save(workdir, trainer.model(jax.device_get(state.params)), processor, overwrite=True)
+            model_folder.save(workdir, trainer.model(state.params), processor, overwrite=True)
             if evaluator:
                 evaluation = evaluator(state.params)
                 log.evaluation(config.steps, "val", evaluation, samples=SAMPLES_PRINTED)
                 save_evaluation(workdir, "val", evaluation)
+            write_card(workdir, config.model, processor)
             log.print(f"model saved: mammut.load({str(workdir)!r})")
         print(f"report: {write_report(workdir)}")
 

@@ -224,7 +224,7 @@ def _processor(folder: pathlib.Path) -> Processor:
 def _tensors_of(model: MaMMUT) -> LazyTensors:
     arrays = _by_name(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     specs = {name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}
-    return LazyTensors(specs, lambda name: np.asarray(arrays[name]))
+    return LazyTensors(specs, lambda name: np.asarray(arrays[name]))  # off their devices one by one
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -141,7 +141,7 @@ from mammut.interop.rules import LazyTensors, OpenedModel, model_specs
 from mammut.model_folder import save_opened
 from tests.test_convert import MAMMUT2
 text = dataclasses.replace(MAMMUT2.text, width=1200, num_heads=12, mlp_dim=4800)
-config = dataclasses.replace(MAMMUT2, text=text)
+config = dataclasses.replace(MAMMUT2, text=text, embed_dim=1200)
 specs = model_specs(config)
 jax.block_until_ready(jax.numpy.zeros(3))
 read = lambda name: np.full(specs[name].shape, 0.5, specs[name].dtype)

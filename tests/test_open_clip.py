@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import shutil
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -348,3 +349,27 @@ def test_a_folder_is_not_overwritten_unasked(tmp_path):
     sizes = []
     open_clip.save(tmp_path / "out", opened, overwrite=True, progress=sizes.append)
     assert sum(sizes) == sum(spec.nbytes for spec in opened.tensors.specs.values()) - 4  # all but the logit bias
+
+
+def test_a_model_is_written_with_few_of_its_parameters_in_memory(tmp_path):
+    opened = open_clip.open_model(write_folder(tmp_path / "in", CONFIGS["modern"], random_arrays(CONFIGS["modern"])))
+    held, most, reads = weakref.WeakSet(), 0, []
+
+    def read(name):
+        nonlocal most
+        array = opened.tensors.read(name).view(_Watched)
+        held.add(array)
+        most = max(most, len(held))
+        reads.append(name)
+        return array
+
+    watched = dataclasses.replace(opened, tensors=LazyTensors(opened.tensors.specs, read))
+    open_clip.save(tmp_path / "out", watched)
+    assert sorted(reads) == sorted([*opened.tensors.specs])  # each once; the logit bias, to see whether it is 0
+    assert most <= 4  # queries, keys and values are one tensor in PyTorch
+
+
+class _Watched(np.ndarray):
+    """Hashed by identity: an array of NumPy's own cannot be in a set."""
+
+    __hash__ = object.__hash__

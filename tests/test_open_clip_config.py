@@ -75,6 +75,11 @@ def test_all_keys_that_cannot_be_are_named_at_once():
         assert name in str(error.value)
 
 
+def test_the_width_of_an_mlp_is_rounded_down_as_in_pytorch():
+    model_cfg = changed(CONFIGS["mammut2"], "vision_cfg.mlp_ratio", 2.68)  # of 32: 85.76
+    assert open_clip.model_config(model_cfg, None, "it").vision.mlp_dim == 85
+
+
 def test_a_clip_has_no_decoder_and_is_refused():
     model_cfg = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
     with pytest.raises(CheckpointError, match="it has no decoder$"):

@@ -321,7 +321,6 @@ def _classifier(found: Found, prefix: str) -> dict[str, str]:
     return dict.fromkeys(found.under(f"{prefix}head/") + found.under(f"{prefix}pre_logits/"), "of a classifier")
 
 
-# Layouts; nothing is written in this format, so they only load.
 @dataclasses.dataclass(frozen=True)
 class _Batched:
     """As `layout`, behind an axis of size 1."""
@@ -334,10 +333,13 @@ class _Batched:
     def load(self, theirs, ours, place):
         return self.layout.load(theirs[0], ours, place)
 
+    def save(self, ours):
+        return self.layout.save(ours)[None]
+
 
 @dataclasses.dataclass(frozen=True)
 class _Among:
-    """As `layout`, among more rows of theirs, so many `before` and `after`."""
+    """As `layout`, among more rows of theirs, so many `before` and `after`, which are zeros when it is written."""
 
     layout: Layout
     before: int
@@ -350,6 +352,10 @@ class _Among:
     def load(self, theirs, ours, place):
         return self.layout.load(theirs[self.before : len(theirs) - self.after], ours, place)
 
+    def save(self, ours):
+        rows = self.layout.save(ours)
+        return np.pad(rows, [(self.before, self.after), *[(0, 0)] * (rows.ndim - 1)])
+
 
 @dataclasses.dataclass(frozen=True)
 class _SecondAxis:
@@ -361,6 +367,9 @@ class _SecondAxis:
 
     def load(self, theirs, ours, place):
         return theirs.swapaxes(0, 1)
+
+    def save(self, ours):
+        return ours[0].swapaxes(0, 1)
 
 
 _At = tuple[Layout, int | None]  # how an array lies, and which layer of ours it is; None: the whole parameter

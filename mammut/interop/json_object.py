@@ -69,14 +69,13 @@ class JsonObject:
 
     def only(self, key: str, *values: Any) -> None:
         """Refuses what is none of `values`, for which there is nothing in our model; a key left out is the first."""
-        value = self.value(key, values[0])
-        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values):
+        if self.value(key, values[0]) not in values:
             self.refuse(key, " or ".join(map(shown, values)))
 
     def close(self, without_effect: Collection[str] = ()) -> None:
         """Refuses the keys that were not asked for."""
         unknown = sorted(self._values.keys() - self._known - set(without_effect))
-        self._problems += [f"{self.name}.{key} is not known" for key in unknown]
+        self._problems += [f"{self.name}.{shown(key)[1:-1]} is not known" for key in unknown]
 
 
 def shown(value: Any) -> str:

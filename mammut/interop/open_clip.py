@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 from mammut.config import ModelConfig
+from mammut.interop.json_object import shown
 from mammut.interop.open_clip_config import CLIP_VOCAB, OPENMAMMUT_SIZES, image_transform, model_config, openmammut
 from mammut.interop.open_clip_export import CONFIG_FILE, WEIGHTS_FILE, save, to_open_clip
 from mammut.interop.open_clip_tables import table
@@ -60,9 +61,10 @@ def open_model(path: pathlib.Path, config: dict[str, Any] | None = None) -> Open
         config = read_json_object(folder / CONFIG_FILE)
     theirs = open_tensors(weights)
     if config is None:
-        config = {"model_cfg": _recognised(theirs)}
+        config, told = {"model_cfg": _recognised(theirs)}, str(weights)
     if unknown := config.keys() - {"model_cfg", "preprocess_cfg"}:
-        raise CheckpointError(f"{told} has {', '.join(sorted(unknown))}, expected model_cfg and preprocess_cfg")
+        names = ", ".join(map(shown, sorted(unknown)))
+        raise CheckpointError(f"{told} has {names}, expected model_cfg and preprocess_cfg")
     ours = model_config(config.get("model_cfg"), config.get("preprocess_cfg"), told)
     rules = table(ours, theirs.specs)
     tensors = rules.to_ours(theirs, model_specs(ours), str(weights))

@@ -40,7 +40,6 @@ _MODERN |= {"pre_norm", "norm_placement", "reg_tokens", "value_residual", "atten
 _OF_TEXT = _MAKING | _TRAINING | _TOKENIZER | _HF | _UNREAD
 _OF_DECODER = _OF_TEXT | {"embed_cls", "correct_cls_mask", "no_causal_mask", "act_kwargs", "norm_kwargs", "pad_id"}
 
-
 OPENMAMMUT_SIZES = {  # decoder width; vision width, heads, layers; decoder layers; whether all of those have an MLP
     **dict.fromkeys(("ViT-S-32", "ViT-S-16", "ViT-S-14"), (384, 384, 6, 12, 12, False)),
     **dict.fromkeys(("ViT-M-32", "ViT-M-16", "ViT-M-14"), (512, 512, 8, 12, 12, False)),
