@@ -72,6 +72,7 @@ class LayerConfig:
     mlp_bias: bool = True
     qk_norm: bool = False  # a norm over each head's queries and keys
     attn_gate: bool = False  # what a layer attended to is multiplied by a sigmoid of the layer's normed input
+    gate_bias: bool = True
 
     def __post_init__(self):
         _require_choices(self)
@@ -164,6 +165,7 @@ class DecoderConfig(LayerConfig):
     # Layers in front of the others, without cross-attention, that alone make the text embedding: the text tower of
     # CoCa; with `depth` 0, a model without a caption pass, that of SigLIP.
     text_only_depth: int = 0
+    text_only_heads: int | None = None  # None: `num_heads`
     causal_contrastive: bool = False  # the contrastive pass is causal, too
     class_token: bool = False  # a learned token at the end of the contrastive pass
     # Pads that no token attends to: in both passes, in the contrastive pass, in none. "shifted" is open_clip's CoCa: of
@@ -186,6 +188,11 @@ class DecoderConfig(LayerConfig):
         _require(
             self.mlp_before_cross_attn or self.cross_attn_position != "inside",
             "DecoderConfig.mlp_before_cross_attn is False, which cross_attn_position 'inside' has no place for",
+        )
+        heads = self.text_only_heads
+        _require(
+            heads is None or (heads > 0 and self.width % heads == 0),
+            f"DecoderConfig.text_only_heads is {heads}, expected a divisor of the width {self.width}",
         )
         _require(
             self.class_token == (self.pooling == "class"),

@@ -8,6 +8,7 @@
 Which pass runs is the name of the method called, never inferred from an argument that is missing.
 """
 
+import dataclasses
 import math
 import operator
 from collections.abc import Callable
@@ -66,8 +67,8 @@ class TextDecoder(nnx.Module):
         text = config.text
         self.config, self.remat, self.unroll, self.dtype = text, config.remat, config.unroll, dtypes.compute
 
-        def layers(depth, **options):
-            return stack(lambda r: Layer(text, rngs=r, dtypes=dtypes, **options), depth, rngs=rngs) if depth else None
+        def layers(depth, config=text, **options):
+            return stack(lambda r: Layer(config, rngs=r, dtypes=dtypes, **options), depth, rngs=rngs) if depth else None
 
         def vectors(count):
             values = 0.02 * jax.random.normal(rngs.params(), (count, text.width))
@@ -88,7 +89,8 @@ class TextDecoder(nnx.Module):
         )
         self.vocab_head_bias = param(jnp.zeros(text.vocab_size, dtypes.param), "vocab") if text.vocab_bias else None
         self.bare_layers = None if text.mlp_before_cross_attn else layers(groups, has_mlp=False)
-        self.text_only_layers = layers(text.text_only_depth)
+        text_only = dataclasses.replace(text, num_heads=text.text_only_heads or text.num_heads)
+        self.text_only_layers = layers(text.text_only_depth, text_only)
         self.text_only_norm = make_norm(text, dtypes=dtypes) if text.text_only_depth else None
         self.class_embed = vectors(1) if text.class_token else None
 

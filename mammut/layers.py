@@ -173,7 +173,7 @@ class Attention(nnx.Module):
         self.key = Linear(others, heads, **options)
         self.value = Linear(others, heads, **options)
         self.out = Linear(heads, embed, **options)
-        self.gate = Linear(embed, heads, **options) if config.attn_gate else None
+        self.gate = Linear(embed, heads, **{**options, "use_bias": config.gate_bias}) if config.attn_gate else None
         norms = [
             make_norm(config, dtypes=dtypes, width=heads["head_size"], axis="head_size") if config.qk_norm else None
             for _ in range(2)

@@ -139,7 +139,7 @@ class ImageTransform:
         from PIL.Image import Resampling
 
         if self.interpolation == "bilinear_aliased":
-            return _resized_without_antialiasing(np.array(picture), size, box or (0, 0, *picture.size))
+            return _resized_without_antialiasing(np.array(picture), size, box or (0.0, 0.0, *map(float, picture.size)))
         filters = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR}
         return np.array(picture.resize(size, filters[self.interpolation], box=box))
 

@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -21,7 +22,7 @@ COCA = {
     "embed_dim": 24,
     "vision_cfg": VISION | {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 3},
     "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
-    "multimodal_cfg": TEXT | {"layers": 2},
+    "multimodal_cfg": TEXT | {"layers": 2, "heads": 6},
 }
 CONFIGS = {
     "fork": {"embed_dim": 24, "vision_cfg": MAMMUT_VISION, "text_cfg": FORK_TEXT},
@@ -40,7 +41,8 @@ CONFIGS = {
     "modern": {
         "embed_dim": 20,
         "vision_cfg": MAMMUT_VISION | {"norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"}},
-        "multimodal_cfg": MODERN | {"qk_norm": True, "attn_gated": True, "proj_type": "linear", "pool_type": "eos"},
+        "multimodal_cfg": MODERN
+        | {"qk_norm": True, "attn_gated": True, "gate_bias": True, "proj_type": "linear", "pool_type": "eos"},
     },
     "modern with LayerNorms": {
         "embed_dim": 24,
@@ -51,6 +53,19 @@ CONFIGS = {
     "coca": COCA,
     "coca as wide as its images": {**COCA, "vision_cfg": COCA["vision_cfg"] | {"width": 24, "head_width": 8}},
 }
+
+
+def original_package():
+    """open_clip itself. torchvision's wheel names operators of a GPU library that is not there beside CPU torch."""
+    torch = pytest.importorskip("torch")
+    register = torch.library.register_fake
+
+    def register_known(name, *args, **kwargs):
+        return (lambda function: function) if str(name).startswith("torchvision::") else register(name, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.library, "register_fake", register_known)
+        return pytest.importorskip("open_clip", exc_type=ImportError)
 
 
 def write_folder(folder: pathlib.Path, model_cfg: dict, arrays: dict, **preprocess_cfg) -> pathlib.Path:

@@ -189,7 +189,8 @@ def test_an_id_that_is_a_pad_by_config_is_one_wherever_it_stands():
     )
     model = nnx.merge(*weights("coca"))
     masked = {"tokens": jnp.asarray(tokens), "text_valid": jnp.asarray(valid)}
-    assert int(ImageTextTask(LossConfig()).caption_tokens(model, masked)) == 4 * (LENGTH - 2)  # all but the start and the pad
+    # All but the start and the pad.
+    assert int(ImageTextTask(LossConfig()).caption_tokens(model, masked)) == 4 * (LENGTH - 2)
 
 
 def test_in_coca_the_token_after_a_pad_is_hidden_and_not_the_pad():

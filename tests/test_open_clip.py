@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from open_clip_models import COCA, CONFIGS, open_specs, random_arrays, write_folder
+from open_clip_models import COCA, CONFIGS, open_specs, original_package, random_arrays, write_folder
 from safetensors.numpy import load_file
 
 from mammut.config import LossConfig
@@ -229,7 +229,7 @@ def test_our_own_numbers_come_back_as_they_were_also_in_bfloat16(tmp_path):
 
 
 def test_a_coca_of_ours_gives_the_same_in_open_clip(tmp_path):
-    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("open_clip", exc_type=ImportError)
+    torch, theirs = pytest.importorskip("torch"), original_package()
     config = open_clip.model_config({**COCA, "text_cfg": COCA["text_cfg"] | {"vocab_size": 49_408}}, None, "it")
     model = tiny_model(config)
     arrays = {".".join(path): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(nnx.state(model))}

@@ -98,6 +98,30 @@ def test_interpolation_is_used():
     assert (bilinear == np.asarray(picture.resize((20, 20), PIL.Image.Resampling.BILINEAR))).all()
 
 
+def test_aliased_bilinear_looks_at_two_pixels_a_side_and_cuts_fractions_off():
+    """Enlarged, the outermost new pixels are those of the edge; reduced, what lies between is not seen."""
+    row = np.array([0, 10, 21, 255, 9, 100, 201, 7], np.uint8)
+
+    def resized(row, size):
+        picture = np.broadcast_to(row[None, :, None], (5, len(row), 3)).copy()
+        pixels = ImageTransform(size, interpolation="bilinear_aliased")(picture)
+        assert pixels.shape == (size, size, 3) and (pixels == pixels[:1, :, :1]).all()
+        return pixels[0, :, 0].tolist()
+
+    assert resized(row, 2) == [15, 150]  # (10 + 21) / 2, (100 + 201) / 2
+    assert resized(row[:2], 4) == [0, 2, 7, 10]
+    assert resized(row, 8) == row.tolist()
+
+
+def test_aliased_bilinear_does_not_mix_up_the_sides():
+    picture = noise(20, 30)
+    aliased = ImageTransform(10, interpolation="bilinear_aliased")
+    tall = aliased(picture.transpose(1, 0, 2).copy())
+    np.testing.assert_array_equal(tall.transpose(1, 0, 2), aliased(picture))
+    rng = np.random.default_rng(0)
+    np.testing.assert_array_equal(aliased.random_resized_crop(picture, rng, (1.0, 1.0), (1.0, 1.0)), aliased(picture))
+
+
 def test_a_thread_of_pixels_is_not_blown_up():
     transform = ImageTransform(224, mode="shortest", max_image_pixels=10**6)
     assert cause_of(np.zeros((1, 10**5), np.uint8), transform) == "oversized"
@@ -373,6 +397,30 @@ def test_a_long_text_keeps_its_end(processor):
     assert processor.decode(tokens)[1:] == ["a dog", ""]
 
 
+@pytest.mark.parametrize(("text_form", "pad"), [("end", 0), ("end_filled", 2)])
+def test_without_a_start_the_end_comes_once_or_to_the_last_place(processor, text_form, pad, tmp_path):
+    endless = Processor(processor.tokenizer, processor.image, 12, text_form)
+    ids = processor.tokenizer.encode("a dog")
+    tokens, text_valid = endless.encode_text(["a dog", "", "a dog " * 50])
+    assert tokens[0].tolist() == [*ids, 2] + [pad] * (11 - len(ids))
+    assert text_valid[0].sum() == len(ids) + 1
+    assert tokens[1].tolist() == [2] + [pad] * 11
+    assert tokens[2, :-1].tolist() == processor.tokenizer.encode("a dog " * 50)[:11] and tokens[2, -1] == 2
+    assert endless.decode(tokens)[:2] == ["a dog", ""]
+    assert endless.room("") == 11 and processor.room("") == 10
+    endless.save(tmp_path)
+    np.testing.assert_array_equal(Processor.load(tmp_path).encode_text(["a dog"])[0], tokens[:1])
+
+
+def test_a_processor_saved_before_there_were_text_forms_has_the_first(processor, tmp_path):
+    processor.save(tmp_path)
+    path = tmp_path / "processor.json"
+    values = json.loads(path.read_text())
+    assert values.pop("text_form") == "start_end"
+    path.write_text(json.dumps(values))
+    assert Processor.load(tmp_path).text_form == "start_end"
+
+
 def test_a_batch_of_images_and_text(processor):
     batch = processor(images=[noise(), PIL.Image.fromarray(noise(9, 5))], text=["A dog", "a ball", ""])
     assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
@@ -440,9 +488,10 @@ def check_saved(processor, folder):
     ("change", "message"),
     [
         ({"format": 2}, "has format 2, this version reads 1"),
-        ({"extra": 1}, "expected format, image, max_length and tokenizer"),
+        ({"extra": 1}, "expected format, image, max_length, text_form and tokenizer"),
         ({"max_length": 1}, "max_length is 1, expected at least 2"),
         ({"image": {"image_size": 8, "colour": 1}}, "processor.json: image has colour"),
+        ({"text_form": "ends"}, "text_form.*ends"),
         ({"image": {}}, "processor.json holds a value of the wrong type"),
         ({"tokenizer": None}, "processor.json holds a value of the wrong type"),
         ({"tokenizer": {"kind": "sentencepiece", "file": "/etc/passwd"}}, "tokenizer settings"),

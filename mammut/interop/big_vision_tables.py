@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
@@ -266,11 +265,7 @@ def _vision(found: Found, prefix: str, image_size: int | None) -> _Vision:
         f"{found.key(embedding)} is {list(kernel)}, expected square patches of 3 channels",
     )
     class_token, map_head = f"{prefix}cls" in found, bool(found.under(f"{prefix}MAPHead_0/"))
-    entries = [
-        Entry(embedding, ("vision.patch_embed.kernel",), Reshaped(kernel)),
-        Entry(f"{prefix}embedding/bias", ("vision.patch_embed.bias",)),
-        *_encoder_entries(f"{prefix}Transformer/", layers, "vision.layers", "vision.norm"),
-    ]
+    ours, layout = ("vision.pos_embed",), Rows()
     zero = {"vision.class_pos_embed": "the class token has no position"} if class_token else {}
     computed, notes = {}, []
     if positions in found:
@@ -280,18 +275,27 @@ def _vision(found: Found, prefix: str, image_size: int | None) -> _Vision:
             count - side**2 in (0, 1), f"{found.key(positions)} is of {count} positions, expected those of a square"
         )
         image_size = patch * side
-        ours, layout = ("vision.pos_embed",), Rows()
         if count > side**2 and class_token:  # of the time when the class token had a position
             ours, layout, zero = ("vision.class_pos_embed", *ours), Joined(Rows()), {}
         elif count > side**2:
             layout = _Among(Rows(), 1, 0)
             notes.append(f"the first row of {found.key(positions)} is not used: of a class token, which is not there")
-        entries.append(Entry(positions, ours, _Batched(layout)))
     else:
         _require_computable(found, positions, "image_size", image_size, width)
         side = (image_size or 0) // patch
         computed["vision.pos_embed"] = lambda: sincos2d(side, side, width).reshape(side, side, width)
         notes.append("vision.pos_embed is computed: the file has no positions")
+    # Before the entries, of which there may be too many: the config has a limit.
+    config = found.build(
+        VisionConfig, image_size=image_size, patch_size=patch, class_token=class_token, depth=layers.depth,
+        pooling="map" if map_head else "class" if class_token else "mean", **sizes,
+    )  # fmt: skip
+    entries = [
+        Entry(embedding, ("vision.patch_embed.kernel",), Reshaped(kernel)),
+        Entry(f"{prefix}embedding/bias", ("vision.patch_embed.bias",)),
+        *([] if computed else [Entry(positions, ours, _Batched(layout))]),
+        *_encoder_entries(f"{prefix}Transformer/", layers, "vision.layers", "vision.norm"),
+    ]
     if class_token:
         entries.append(Entry(f"{prefix}cls", ("vision.class_embed",), Reshaped((1, 1, width))))
     if map_head:
@@ -300,10 +304,6 @@ def _vision(found: Found, prefix: str, image_size: int | None) -> _Vision:
         entries += _attention(f"{head}/{_ATTENTION}", "vision.pool.attn", _KERNEL)
         entries += _each(f"{head}/LayerNorm_0", "vision.pool.mlp_norm", _SCALE)
         entries += _mlp(f"{head}/MlpBlock_0", "vision.pool.mlp", _KERNEL)
-    config = found.build(
-        VisionConfig, image_size=image_size, patch_size=patch, class_token=class_token, depth=layers.depth,
-        pooling="map" if map_head else "class" if class_token else "mean", **sizes,
-    )  # fmt: skip
     return _Vision(config, entries, zero, computed, tuple(notes))
 
 
@@ -399,9 +399,9 @@ def _layers(found: Found, stem: str, scale: str, axis: int) -> tuple[_Layers, Ca
     """
     stacked = stem.removesuffix("_")
     if not found.under(f"{stacked}/"):
-        numbers = (re.match(r"(\d{1,6})/", name[len(stem) :]) for name in found.under(stem))
-        depth = 1 + max((int(number[1]) for number in numbers if number), default=0)
-        return _Layers(stem, depth, None), lambda name, axes: found.shape(f"{stem}0/{name}", axes)
+        # Counted, not the largest number: what a number promises need not be there.
+        numbers = {name[len(stem) :].partition("/")[0] for name in found.under(stem)}
+        return _Layers(stem, len(numbers), None), lambda name, axes: found.shape(f"{stem}0/{name}", axes)
 
     def shape(name: str, axes: int) -> Shape:
         sizes = found.shape(f"{stacked}/{name}", axes + 1)

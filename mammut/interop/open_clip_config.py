@@ -277,8 +277,6 @@ def _classic(cfg: JsonObject, quick: bool) -> dict[str, Any]:
 def _modern(cfg: JsonObject) -> dict[str, Any]:
     norm = cfg.choice("norm_type", None, {None: "rms", "rmsnorm": "rms", "layernorm": "layer"})
     bias, gated = cfg.flag("attention_bias", None), cfg.flag("attn_gated")
-    if gated:
-        cfg.only("gate_bias", None, bias)
     read = _mammut2(cfg) | {
         "activation": cfg.choice("mlp_type", "swiglu", {"swiglu": "swiglu", "mlp": "gelu", "relu2": "relu2"}),
         "norm": norm,
@@ -287,6 +285,7 @@ def _modern(cfg: JsonObject) -> dict[str, Any]:
         "mlp_bias": cfg.flag("mlp_bias", None),
         "qk_norm": cfg.flag("qk_norm"),
         "attn_gate": gated,
+        "gate_bias": bias if cfg.value("gate_bias", None) is None else cfg.flag("gate_bias"),
         "cross_attn_position": "inside",
         "positions": "rope",
         "rope_theta": cfg.number("rope_temperature", 10_000.0, 1.0, 1e12),
@@ -299,15 +298,14 @@ def _modern(cfg: JsonObject) -> dict[str, Any]:
     for key in ("value_residual", "pre_norm", "proj_bias"):
         cfg.only(key, False)
     cfg.only("reg_tokens", 0)
-    cfg.close(_OF_DECODER | {"gate_bias", "use_pad_mask"})
+    cfg.close(_OF_DECODER | {"use_pad_mask"})
     return read
 
 
 def _coca(text: JsonObject, multimodal: JsonObject, quick: bool) -> dict[str, Any]:
-    read = _sizes(text) | _torch_layers(quick)
-    for key, value in _sizes(multimodal).items():
-        if value != read[key]:
-            multimodal.refuse({"num_heads": "heads"}.get(key, key), f"{read[key]}, as in model_cfg.text_cfg")
+    early, read = _sizes(text), _sizes(multimodal) | _torch_layers(quick)
+    if early["width"] != read["width"]:
+        multimodal.refuse("width", f"{early['width']}, as in model_cfg.text_cfg")
     length = text.whole("context_length", 77, low=2)
     if multimodal.whole("context_length", 77) < length:
         multimodal.refuse("context_length", f"{length} or more, as in model_cfg.text_cfg")
@@ -325,6 +323,7 @@ def _coca(text: JsonObject, multimodal: JsonObject, quick: bool) -> dict[str, An
         "mlp_dim": 4 * read["width"],
         "depth": multimodal.whole("layers", 12, high=2**10),
         "text_only_depth": text.whole("layers", 12, high=2**10),
+        "text_only_heads": None if early["num_heads"] == read["num_heads"] else early["num_heads"],
         "cross_attn_every": 1,
         "max_length": length,
         "vocab_size": text.whole("vocab_size", CLIP_VOCAB, high=2**24),

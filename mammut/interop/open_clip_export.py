@@ -110,7 +110,8 @@ def to_open_clip(config: ModelConfig) -> dict[str, Any]:
     if text.text_only_depth:
         projection = {} if config.text_projection else {"proj_type": "none"}
         extra = {"embed_cls": True, "output_tokens": True, **projection}
-        model_cfg["text_cfg"] = {**sizes, "layers": text.text_only_depth, **extra}
+        heads = text.text_only_heads or text.num_heads
+        model_cfg["text_cfg"] = {**sizes, "layers": text.text_only_depth, "heads": heads, **extra}
         model_cfg["multimodal_cfg"] = {**sizes, "layers": text.depth}
     elif text.pad_id == 0 or not text.mlp_before_cross_attn:
         extra = {"output_tokens": True, "does_full_decoding": True, "has_mlp": text.mlp_before_cross_attn}
@@ -177,6 +178,7 @@ def _decoder_json(config: ModelConfig) -> dict[str, Any]:
         "qk_norm": text.qk_norm,
         "attn_gated": text.attn_gate,
         "attention_bias": text.attn_bias,
+        **({"gate_bias": text.gate_bias} if text.attn_gate else {}),
         "mlp_bias": text.mlp_bias,
         "tie_lm_head": text.tie_embeddings,
     }
@@ -197,6 +199,9 @@ def _comparable(config: ModelConfig) -> dict[str, Any]:
         del vision["pool_queries"], vision["pool_heads"]
     if config.text.positions == "learned":
         del text["rope_theta"]
+    if not config.text.attn_gate:
+        del text["gate_bias"]
+    text["text_only_heads"] = config.text.text_only_heads or config.text.num_heads
     if config.text.norm == "rms":
         del text["norm_bias"]
     if config.text.cross_attn_every == 1 and config.text.cross_attn_position == "last":

@@ -186,5 +186,5 @@ def _modern_attention(theirs: str, ours: str, text: DecoderConfig, layer: int) -
         yield from _norm(f"{theirs}.q_norm", f"{ours}.query_norm", text, layer)
         yield from _norm(f"{theirs}.k_norm", f"{ours}.key_norm", text, layer)
     if text.attn_gate:
-        yield from _affine(f"{theirs}.gate", f"{ours}.gate", bias=text.attn_bias, layer=layer)
+        yield from _affine(f"{theirs}.gate", f"{ours}.gate", bias=text.gate_bias, layer=layer)
     yield from _affine(f"{theirs}.proj", f"{ours}.out", Transposed(2), text.attn_bias, layer)
