@@ -221,7 +221,7 @@ class ModelConfig:
     text: DecoderConfig = DecoderConfig()
     embed_dim: int | None = None  # E of the embeddings; None: the decoder's width
     # From the image encoder: one map takes the tokens to the decoder and, averaged, to the embedding; two maps do; one
-    # makes the embedding and the decoder sees the tokens as they are; none, the widths being equal.
+    # makes the embedding and the decoder sees the tokens as they are; none does either.
     image_projection: Literal["shared", "separate", "embedding", "none"] = "shared"
     text_projection: bool = False  # a map takes the pooled text to the embedding
     projection_bias: bool = True
@@ -273,13 +273,6 @@ class ModelConfig:
             f"ModelConfig.embed_dim {self.embed_size} is not a multiple of VisionConfig.pool_heads "
             f"{self.vision.pool_heads}",
         )
-        _require(
-            self.image_projection in ("shared", "separate")
-            or not self.text.depth
-            or self.vision_size == self.text.width,
-            f"ModelConfig.image_projection is {self.image_projection!r}, which needs image tokens of the text width "
-            f"{self.text.width}, not {self.vision_size}",
-        )
 
     @property
     def embed_size(self) -> int:
@@ -290,6 +283,11 @@ class ModelConfig:
     def vision_size(self) -> int:
         """The size of an image token; learned queries have that of the embedding."""
         return self.embed_size if self.vision.pooling == "queries" else self.vision.width
+
+    @property
+    def image_token_size(self) -> int:
+        """The size of an image token as the decoder attends to it."""
+        return self.text.width if self.image_projection in ("shared", "separate") else self.vision_size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,7 +80,9 @@ class TextDecoder(nnx.Module):
         # Self-attention layers: those with an MLP, and those without, one in each group, where there are any.
         self.layers = layers(text.depth if text.mlp_before_cross_attn else text.depth - groups)
         inside = text.cross_attn_position == "inside"
-        self.cross_layers = layers(groups, has_mlp=not inside, image_norm=text.image_norm)
+        self.cross_layers = layers(
+            groups, has_mlp=not inside, image_norm=text.image_norm, image_width=config.image_token_size
+        )
         self.norm = make_norm(text, dtypes=dtypes) if text.depth else None
         self.vocab_head = (
             None
@@ -133,9 +135,9 @@ class TextDecoder(nnx.Module):
         return self.norm(self._scan(group, x, self._groups(), self._unrolled_groups))
 
     def caption_pass(
-        self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], image_tokens: Float[Array, "B P D"]
+        self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], image_tokens: Float[Array, "B P Dv"]
     ) -> Float[Array, "B L D"]:
-        """Causal features that see the image, float[B, L, D]; `image_tokens` come in the decoder's width."""
+        """Causal features that see the image, float[B, L, D]; `image_tokens` come from `MaMMUT.image_tokens`."""
         x, mask, rotate = self._caption_start(tokens, text_valid)
 
         def group(x, stacked):
@@ -149,7 +151,7 @@ class TextDecoder(nnx.Module):
         return self.norm(self._scan(group, x, self._groups(), self._unrolled_groups))
 
     def cross_attention(
-        self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], image_tokens: Float[Array, "B P D"]
+        self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], image_tokens: Float[Array, "B P Dv"]
     ) -> Float[Array, "G B N L P"]:
         """Where the caption pass looks: the weights float32[G, B, N, L, P] of its G cross-attention layers, in order.
 
@@ -175,7 +177,7 @@ class TextDecoder(nnx.Module):
         return jax.lax.scan(group, x, self._groups())[1]
 
     def prefill(
-        self, tokens: Int[Array, "B L"], image_tokens: Float[Array, "B P D"], length: int
+        self, tokens: Int[Array, "B L"], image_tokens: Float[Array, "B P Dv"], length: int
     ) -> tuple[Float[Array, "B L D"], DecodeCache]:
         """The caption pass over prompts, and the cache to go on from it, with room for `length` positions.
 

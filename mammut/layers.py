@@ -239,15 +239,23 @@ class Layer(nnx.Module):
     """A pre-norm transformer layer: attention, then an MLP, each added to its input.
 
     Called with `kv` it attends to those keys and values, of an image or of a cache (`image_keys_values`,
-    `own_keys_values`); without, to its own tokens. `has_mlp` False leaves the MLP out; `image_norm` norms image tokens.
+    `own_keys_values`); without, to its own tokens. `has_mlp` False leaves the MLP out; `image_norm` norms image tokens,
+    which have the size `image_width`; None: the tower's width.
     """
 
     def __init__(
-        self, config: LayerConfig, *, rngs: nnx.Rngs, dtypes: Dtypes, has_mlp: bool = True, image_norm: bool = False
+        self,
+        config: LayerConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtypes: Dtypes,
+        has_mlp: bool = True,
+        image_norm: bool = False,
+        image_width: int | None = None,
     ):
         self.attn_norm = make_norm(config, dtypes=dtypes)
-        self.attn = Attention(config, rngs=rngs, dtypes=dtypes)
-        self.image_norm = make_norm(config, dtypes=dtypes) if image_norm else None
+        self.attn = Attention(config, rngs=rngs, dtypes=dtypes, kv_width=image_width)
+        self.image_norm = make_norm(config, dtypes=dtypes, width=image_width) if image_norm else None
         self.mlp_norm = make_norm(config, dtypes=dtypes) if has_mlp else None
         self.mlp = MLP(config, rngs=rngs, dtypes=dtypes) if has_mlp else None
 

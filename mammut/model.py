@@ -78,6 +78,10 @@ class MaMMUT(nnx.Module):
         Other ways are values of `DecoderConfig.pooling`; "mean_all" and "last" want texts padded to `max_length`, as
         they were in training.
         """
+        return unit(self.text_vector(tokens, text_valid))
+
+    def text_vector(self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]) -> Float[Array, "B E"]:
+        """What `encode_text` gives, float[B, E] of any length."""
         features, pooling = self.text.contrastive_pass(tokens, text_valid), self.config.text.pooling
         if pooling == "mean":
             weights = self.text.valid(tokens, text_valid).astype(jnp.float32)[..., None]
@@ -91,7 +95,7 @@ class MaMMUT(nnx.Module):
             pooled = features[:, -1]
         if self.text_embed_projection is not None:
             pooled = self.text_embed_projection(pooled.astype(self.text.dtype))
-        return unit(pooled)
+        return pooled.astype(jnp.float32)
 
     def caption_logits(
         self, image: Image, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"] | None = None
@@ -163,8 +167,9 @@ def forward_flops(config: ModelConfig) -> dict[str, int]:
     patches, length = vision.grid[0] * vision.grid[1], text.max_length
     tokens = patches + vision.class_token
 
-    def attention(tower, asking, attended, causal=False):
-        maps = 2 * tower.width * tower.width * ((3 if tower.attn_gate else 2) * asking + 2 * attended)
+    def attention(tower, asking, attended, causal=False, size=None):  # `size` of what is attended to
+        own = (3 if tower.attn_gate else 2) * asking * tower.width
+        maps = 2 * tower.width * (own + 2 * attended * (size or tower.width))
         return maps + 4 * asking * attended * tower.width // (2 if causal else 1)
 
     def mlp(tower, asking):
@@ -187,7 +192,8 @@ def forward_flops(config: ModelConfig) -> dict[str, int]:
     }
     to_decoder = config.image_projection in ("shared", "separate")
     to_embedding = config.image_projection in ("separate", "embedding")
-    cross = attention(text, length, vision.num_tokens) + (0 if inside else mlp(text, length))
+    cross = attention(text, length, vision.num_tokens, size=config.image_token_size)
+    cross += 0 if inside else mlp(text, length)
     contrastive = (text_only, text_only) if text_only else (text.depth, mlps)
     early = text_layers(text_only, text_only, causal=True) if text.depth else 0
     return {

@@ -36,6 +36,7 @@ What = Literal["loaded", "resampled", "cut", "in part", "random", "left out"]
 _USE = ("pooling", "pool_queries", "pool_heads", "norm_after_pooling", "cropped_pos_embed")
 # What may differ from the models to start from: how it is computed, and what has a rule.
 _COMPUTED = {"model.dtype", "model.param_dtype", "model.remat", "model.unroll", "model.vision.cropped_pos_embed"}
+_COMPUTED |= {"model.logit_scale_init", "model.logit_bias_init"}  # of what is not random
 SIZES = {"model.vision.image_size", "model.vision.patch_size", "model.text.max_length"}
 VOCABULARY = {"model.text.vocab_size", "model.text.pad_id"}
 _OF_VOCABULARY = {"text.token_embed.embedding", "text.vocab_head.kernel", "text.vocab_head_bias"}

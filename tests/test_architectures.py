@@ -88,8 +88,8 @@ CONFIGS = {
     "cappa": ModelConfig(
         VISION,
         dataclasses.replace(
-            TEXT, width=32, num_heads=2, cross_attn_every=1, cross_attn_position="inside", pooling="none",
-            attn_bias=False, mlp_bias=False, norm_bias=False, vocab_bias=True, activation="relu2",
+            TEXT, cross_attn_every=1, cross_attn_position="inside", pooling="none", attn_bias=False, mlp_bias=False,
+            norm_bias=False, vocab_bias=True, activation="relu2",
         ),
         image_projection="none",
     ),
@@ -262,10 +262,7 @@ def test_the_counts_of_parameters_and_image_tokens_are_those_of_the_model(name):
     assert num_params(config)["total"] == sum(leaf.size for leaf in leaves)
     graphdef, params = weights(name)
     tokens = jax.eval_shape(lambda p, x: nnx.merge(graphdef, p).image_tokens(x).tokens, params, batch_of(name)["image"])
-    assert tokens.shape[1:] == (
-        config.vision.num_tokens,
-        config.text.width if config.text.depth else config.vision_size,
-    )
+    assert tokens.shape[1:] == (config.vision.num_tokens, config.image_token_size)
 
 
 def matrix_flops(jaxpr) -> int:
@@ -330,7 +327,6 @@ def test_a_pass_that_a_model_does_not_have_is_refused_by_the_field():
         ({"embed_dim": 20}, "embed_dim is 20, which without text_projection is the text width 24"),
         ({"vision": dataclasses.replace(VISION, pooling="map")}, "image_projection is 'shared', which goes with"),
         ({"image_projection": "none"}, "image_projection is 'none', which needs images of 24 numbers, not 32"),
-        ({"image_projection": "embedding"}, "needs image tokens of the text width 24, not 32"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_by_their_fields(changes, message):

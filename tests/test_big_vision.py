@@ -99,6 +99,7 @@ def test_two_towers_are_the_models_own_embeddings():
     np.testing.assert_allclose(out["img/pre_logits"], encoded.pooled, atol=1e-5)
     pooled = jax.jit(lambda x: tiny_model().image_tokens(x))(image).pooled
     np.testing.assert_allclose(out["img/norm"] * zimg, pooled, atol=1e-5)
+    np.testing.assert_allclose(out["txt/norm"] * ztxt, directly("text_vector", text, valid), atol=1e-5)
 
 
 def test_one_tower_alone_gives_none_for_the_other():

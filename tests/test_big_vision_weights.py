@@ -24,7 +24,7 @@ from mammut.vit import EncoderOutput
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SIZE, PATCH, WIDTH, TEXT_WIDTH, LENGTH, VOCAB = 24, 8, 32, 24, 10, 61
-DECODER_WIDTH = 32  # of captions
+DECODER_WIDTH = 40  # of captions
 IMAGE_DEPTH, TEXT_DEPTH = 3, 2
 
 

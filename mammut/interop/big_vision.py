@@ -120,8 +120,8 @@ class Model:
 
         Returns:
           Of "embeddings": `zimg` and `ztxt`, float32[B, E] of unit norm, None where not given; and a dict with the
-          factor "t" and the summand "b" of the logits, float32[1] each, "t/parameter", the logarithm of "t", and of the
-          images "img/norm", "img/normalized" and "img/pre_logits", the encoder's own vector. Of "logits":
+          factor "t" and the summand "b" of the logits, float32[1] each, "t/parameter", the logarithm of "t", "img/norm",
+          "img/normalized", the same of "txt", and "img/pre_logits", the encoder's own vector. Of "logits":
           float32[B, L, V], of every token given those before it. With `return_enc_features`: the image tokens, and
           a dict with "encoded" and "pre_logits".
 
@@ -174,7 +174,9 @@ def _embeddings(model: MaMMUT, image: Any, text: Any, crop_key: jax.Array | None
         out["img/pre_logits"] = model.vision(image, crop_key).pooled
     if text is not None:
         tokens = text.astype(jnp.int32)
-        out["txt/normalized"] = ztxt = model.encode_text(tokens, jnp.ones(tokens.shape, bool))
+        pooled = model.text_vector(tokens, jnp.ones(tokens.shape, bool))
+        out["txt/norm"] = jnp.linalg.norm(pooled, axis=1, keepdims=True)
+        out["txt/normalized"] = ztxt = unit(pooled)
     return zimg, ztxt, out
 
 
