@@ -56,11 +56,11 @@ def make_processor(config: TrainConfig, source: sources.Source, starts: dict[Sta
     of = {name: opened.processor for name, opened in starts.items()}
     text, settings = config.model.text, config.tokenizer
     decoder = next((name for name in ("init_text", "init") if name in starts), None)
-    tokenizer = None
+    tokenizer = missing = None
     if decoder and not settings.replace:
         tokenizer = of[decoder] and of[decoder].tokenizer
         if isinstance(tokenizer, MissingTokenizer):
-            tokenizer = None
+            tokenizer, missing = None, tokenizer
         if tokenizer and settings.path:
             raise ValueError(f"tokenizer.path and {decoder} are given: tokenizer.replace True takes another vocabulary")
         if not (tokenizer or settings.path):
@@ -82,6 +82,8 @@ def make_processor(config: TrainConfig, source: sources.Source, starts: dict[Sta
     image = dataclasses.replace(image, image_size=size, max_image_pixels=config.data.max_image_pixels)
     form = of[decoder].text_form if of.get(decoder) else "start_end"
     processor = Processor(tokenizer, image, text.max_length, form)
+    if missing:
+        missing.require_same_ids(tokenizer)
     if settings.replace and text.pad_id not in (None, processor.pad_id):
         raise ValueError(f"model.text.pad_id is {text.pad_id}, the pad of the new vocabulary is {processor.pad_id}")
     return processor

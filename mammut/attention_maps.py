@@ -46,7 +46,8 @@ def word_maps(model: MaMMUT, processor: Processor, images: Sequence[Any], texts:
     graphdef, params = nnx.split(model)
     weights = np.asarray(_mean_weights(graphdef, params, batch["image"], batch["tokens"], batch["text_valid"]))
     grid = model.config.vision.grid
-    weights = weights[..., -grid[0] * grid[1] :]  # without the class token
+    weights = weights[..., -grid[0] * grid[1] :]  # without the class token, whose share is spread over the patches
+    weights = weights / weights.sum(-1, keepdims=True)
     maps = []
     for row, tokens, valid in zip(weights, batch["tokens"], batch["text_valid"]):
         ids = tokens[1 : valid.sum() - 1].tolist()

@@ -27,7 +27,7 @@ def _require(condition: bool, message: str) -> None:
 def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{type(config).__name__}.{name} is {value}, expected a positive number")
+        _require(0 < value < math.inf, f"{type(config).__name__}.{name} is {value}, expected a positive number")
 
 
 def _require_at_most(config: Any, limits: dict[str, int]) -> None:
@@ -112,7 +112,13 @@ class VisionConfig(LayerConfig):
             self.image_size % self.patch_size == 0,
             f"VisionConfig.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}",
         )
-        _require(min(self.image_std) > 0, f"VisionConfig.image_std is {self.image_std}, expected positive numbers")
+        for name, low in (("image_mean", -math.inf), ("image_std", 0)):
+            values = getattr(self, name)
+            expected = "finite" if name == "image_mean" else "positive"
+            _require(
+                all(low < value < math.inf for value in values),
+                f"VisionConfig.{name} is {values}, expected {expected} numbers",
+            )
         _require(
             self.class_token or self.pooling != "class",
             "VisionConfig.pooling is 'class', which needs class_token True",
@@ -188,6 +194,14 @@ class DecoderConfig(LayerConfig):
         _require(
             self.mlp_before_cross_attn or self.cross_attn_position != "inside",
             "DecoderConfig.mlp_before_cross_attn is False, which cross_attn_position 'inside' has no place for",
+        )
+        _require(
+            self.pad_id is None or 0 <= self.pad_id < self.vocab_size,
+            f"DecoderConfig.pad_id is {self.pad_id}, expected an id below vocab_size {self.vocab_size}",
+        )
+        _require(
+            not self.vocab_bias or self.depth > 0,
+            "DecoderConfig.vocab_bias is True, which needs a caption pass: depth is 0",
         )
         heads = self.text_only_heads
         _require(
@@ -497,5 +511,5 @@ def _fits(value: Any, kind: Any) -> bool:
         kinds = get_args(kind)
         return isinstance(value, list | tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, float) or type(value) is int and abs(value) < 2**53
     return type(value) is kind

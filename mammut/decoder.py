@@ -3,7 +3,7 @@
 | pass | self-attention | cross-attention | gives |
 |---|---|---|---|
 | contrastive pass | bidirectional, pads masked | none | features whose masked mean is the text embedding |
-| caption pass | causal | after every k-th layer | features whose vocabulary scores are the caption's logits |
+| caption pass | causal | once in every k layers | features whose vocabulary scores are the caption's logits |
 
 Which pass runs is the name of the method called, never inferred from an argument that is missing.
 """
@@ -56,7 +56,7 @@ class DecodeCache:
 
 
 class TextDecoder(nnx.Module):
-    """`depth` self-attention layers, with a cross-attention layer of its own MLP after every `cross_attn_every`-th.
+    """`depth` self-attention layers, and a cross-attention layer with its own MLP for every `cross_attn_every` of them.
 
     The paper inserts M cross-attention layers, M about half of N, of the decoder's own width and MLP; only with an MLP
     of their own do they have the 420M parameters it counts. It does not state their slots: here, the end of each group.
@@ -233,6 +233,8 @@ class TextDecoder(nnx.Module):
             past.valid, self.valid(tokens, jnp.ones(rows, bool))[None, None, :, None], position, axis=3
         )
         seen = (jnp.arange(valid.shape[3]) <= position)[None, None, None]
+        if self.config.pad_id is not None and self.config.pad_masking == "both":
+            seen = seen & valid[0, 0][:, None, None, :]
 
         def remember(kept, layer, x, old, mask):
             new = layer.own_keys_values(x, rotate)

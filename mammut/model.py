@@ -114,7 +114,8 @@ class MaMMUT(nnx.Module):
     ) -> Float[Array, "G B N L P"]:
         """Where `caption_logits` looks: float32[G, B, N, L, P] of G cross-attention layers and N heads.
 
-        Row i of a text weighs the P patches, row by row from the top left, when it predicts token i + 1; it sums to 1.
+        Row i of a text weighs the P image tokens that the decoder sees, as `image_tokens` gives them, when it predicts
+        token i + 1; it sums to 1.
         """
         if text_valid is None:
             text_valid = jnp.ones(tokens.shape, bool)
@@ -153,6 +154,7 @@ def num_params(config: ModelConfig) -> dict[str, int]:
     counts = {"vision": 0, "image_projection": 0, "token_embed": 0, "layers": 0, "cross_layers": 0, "other": 0}
     for path, param in nnx.to_flat_state(nnx.state(abstract, nnx.Param)):
         part = path[1] if path[0] == "text" else path[0]
+        part = "layers" if part in ("bare_layers", "text_only_layers") else part
         counts[part if part in counts else "other"] += param.get_value().size
     return {**counts, "total": sum(counts.values())}
 

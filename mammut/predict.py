@@ -19,13 +19,13 @@ from mammut import sharding
 from mammut.data import EvalBatch, describe_bad, eval_batches
 from mammut.generate import generate
 from mammut.losses import caption_loss
-from mammut.masks import caption_labels
 from mammut.metrics import nearest
 from mammut.model import MaMMUT, logical_axes
 from mammut.predictions import Predictions
 from mammut.processor import Processor
 from mammut.search import GenerateConfig
 from mammut.sources import Example, Question, Source
+from mammut.tasks import labels
 
 Method = Literal["contrastive", "likelihood"]
 
@@ -378,9 +378,9 @@ class Predictor:
 def _text_logprob(model: MaMMUT, image_tokens, rows, tokens, text_valid) -> jax.Array:
     """log P of each text given the image at its row of `image_tokens`: float[R]."""
     features = model.text.caption_pass(tokens, text_valid, image_tokens[rows])
-    labels, loss_mask = caption_labels(tokens, text_valid)
+    targets, loss_mask = labels(model, {"tokens": tokens, "text_valid": text_valid})
     head = {"vocab_kernel": model.text.vocab_kernel, "vocab_bias": model.text.vocab_bias}
-    return -caption_loss(features, labels=labels, loss_mask=loss_mask, **head).sum(1)
+    return -caption_loss(features, labels=targets, loss_mask=loss_mask, **head).sum(1)
 
 
 def _ranking(ranked: np.ndarray, scores: np.ndarray) -> dict[str, list]:

@@ -52,7 +52,13 @@ def resolve(
         config, starts = with_overrides(load_recipe(recipe or default_recipe), overrides)
         return Run(config, workdir, overrides, starts)
     saved, saved_overrides = checkpoint.read_run(workdir)
-    base = with_overrides(load_recipe(recipe), saved_overrides)[0] if recipe else saved
+    base = saved
+    if recipe:
+        base = load_recipe(recipe)
+        # What a run started from need not be there any more: its architecture is in run.json.
+        if saved.init or saved.init_vision or saved.init_text:
+            base = dataclasses.replace(base, model=saved.model)
+        base = parse_overrides(base, saved_overrides)
     config = parse_overrides(base, overrides)
     if changed := differences(to_dict(saved), to_dict(config), RESUMABLE):
         raise ValueError(f"the run in {workdir} cannot go on with another config: {'; '.join(changed)} in its run.json")

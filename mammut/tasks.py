@@ -79,10 +79,10 @@ class ImageTextTask:
 
     def caption_tokens(self, model: MaMMUT, batch: Batch) -> jax.Array:
         """How many labels the caption loss of the batch has, at least 1."""
-        return jnp.maximum(_labels(model, batch)[1].sum(), 1)
+        return jnp.maximum(labels(model, batch)[1].sum(), 1)
 
     def _caption_sum(self, model: MaMMUT, features: jax.Array, batch: Batch) -> jax.Array:
-        return _summed_caption_loss(self.config, model, features, *_labels(model, batch))
+        return _summed_caption_loss(self.config, model, features, *labels(model, batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +107,15 @@ class TextTask:
         """The loss summed over the target tokens of a micro-batch."""
         image_tokens = model.image_tokens(batch["image"], crop_key).tokens
         features = model.text.caption_pass(batch["tokens"], batch["text_valid"], image_tokens)
-        return _summed_caption_loss(self.config, model, features, *_labels(model, batch, batch["target"]))
+        return _summed_caption_loss(self.config, model, features, *labels(model, batch, batch["target"]))
 
     def target_tokens(self, model: MaMMUT, batch: Batch) -> jax.Array:
         """How many labels the loss of the batch has, at least 1."""
-        return jnp.maximum(_labels(model, batch, batch["target"])[1].sum(), 1)
+        return jnp.maximum(labels(model, batch, batch["target"])[1].sum(), 1)
 
 
-def _labels(model: MaMMUT, batch: Batch, target: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def labels(model: MaMMUT, batch: Batch, target: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """What the caption pass of `model` is to predict, int[B, L], and where, bool[B, L]: see `caption_labels`."""
     tokens, text_valid = batch["tokens"], batch["text_valid"]
     if model.config.text.pad_id is not None:  # no label, wherever it stands; as an input it is a token like any other
         real = model.text.valid(tokens, text_valid)

@@ -261,6 +261,14 @@ class MissingTokenizer(Tokenizer):
         """Raises ValueError: there is nothing to save."""
         self._refuse()
 
+    def require_same_ids(self, tokenizer: Tokenizer) -> None:
+        """Raises ValueError where a special id that is known is another one in `tokenizer`, which takes its place."""
+        names = "start", "end", "pad"
+        others = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+        for name, known, other in zip(names, self._special_ids, others):
+            if known is not None and known != other:
+                raise ValueError(f"the vocabulary given has the {name} id {other}, the model was trained with {known}")
+
     def _special_id(self, place: int) -> int:
         token = self._special_ids[place]
         return self._refuse() if token is None else token

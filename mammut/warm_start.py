@@ -187,7 +187,8 @@ class WarmStart:
 def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> ModelConfig:
     """`config` with the architecture of what it starts from.
 
-    `init` brings all of it; `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder.
+    `init` brings all of it, but for what `config` sets of how it is computed (dtype, param_dtype, remat, unroll,
+    cropped positions); `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder.
 
     Raises:
       ValueError: a start holds no such part, or the parts do not go together.
@@ -199,9 +200,15 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
                 f"{name} {opened.where} holds {' and '.join(opened.parts)} alone, expected {' and '.join(missing)} "
                 "as well: init_vision takes an image encoder, init_text a text decoder, init a whole model"
             )
+    vision, text, asked = config.vision, config.text, config
     if "init" in starts:
         config = starts["init"].config
-    vision, text = config.vision, config.text
+        # How a model is computed is the run's business, as far as the run says anything of it.
+        defaults, named = ModelConfig(), ("dtype", "param_dtype", "remat", "unroll")
+        computed = {name: getattr(asked, name) for name in named if getattr(asked, name) != getattr(defaults, name)}
+        cropped = config.vision.cropped_pos_embed or vision.cropped_pos_embed
+        vision, text = dataclasses.replace(config.vision, cropped_pos_embed=cropped), config.text
+        config = dataclasses.replace(config, **computed)
     if "init_vision" in starts:
         use = {name: getattr(vision, name) for name in _USE}
         vision = dataclasses.replace(starts["init_vision"].config.vision, **use)
@@ -305,7 +312,10 @@ def _rule(
     if path == "text.pos_embed" and new > old:
         why = f"{old} of {new} positions, the others random"
         return "in part", why, lambda value, random: np.concatenate([value[:old], random[old:new], value[old:]])
-    return "loaded", "", lambda value, _: value
+    pooled, here = opened.config.vision.norm_after_pooling, config.vision.norm_after_pooling
+    moved = path.startswith("vision.norm.") and pooled != here
+    why = f"there of {'the pooled image' if pooled else 'the tokens'}, here not" if moved else ""
+    return "loaded", why, lambda value, _: value
 
 
 def _read(theirs: Tensors, path: str, rule: Callable, dtype: np.dtype, random: Any) -> np.ndarray:

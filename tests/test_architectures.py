@@ -13,6 +13,7 @@ from flax import nnx
 from mammut import sharding
 from mammut.config import DecoderConfig, LossConfig, MeshConfig, ModelConfig, VisionConfig
 from mammut.model import MaMMUT, forward_flops, logical_axes, num_params
+from mammut.predict import _text_logprob
 from mammut.tasks import ImageTextTask, TextTask
 from mammut.testing import tiny_batch, tiny_model
 
@@ -78,6 +79,7 @@ CONFIGS = {
         text_projection=True,
         projection_bias=False,
     ),
+    "pad_by_id": ModelConfig(VISION, dataclasses.replace(TEXT, pad_id=0)),
     "siglip": ModelConfig(
         dataclasses.replace(VISION, pooling="map"),
         dataclasses.replace(TEXT, depth=0, text_only_depth=2, pooling="last", pad_masking="none"),
@@ -130,7 +132,7 @@ def _cached_logits(graphdef, params, image, tokens):
     return jnp.stack(out, axis=1)
 
 
-@pytest.mark.parametrize("name", CAPTIONING)
+@pytest.mark.parametrize("name", ["openmammut_small", "bare_last", "moderntext", "coca", "cappa", "pad_by_id"])
 def test_the_cached_step_equals_the_full_pass(name):
     """Also behind a token that passes for a pad: id 0 inside a text."""
     batch = batch_of(name)
@@ -193,6 +195,18 @@ def test_an_id_that_is_a_pad_by_config_is_one_wherever_it_stands():
     assert int(ImageTextTask(LossConfig()).caption_tokens(model, masked)) == 4 * (LENGTH - 2)
 
 
+def test_the_probability_of_a_text_is_of_the_tokens_the_loss_is_of():
+    """Where an id passes for a pad, nothing was learnt of it as a label."""
+    model, batch = nnx.merge(*weights("pad_by_id")), batch_of("pad_by_id", batch_size=1)
+    tokens, valid = batch["tokens"].copy(), np.ones((1, LENGTH), bool)
+    tokens[:, 3] = 0
+    image_tokens = model.image_tokens(batch["image"]).tokens
+    found = _text_logprob(model, image_tokens, np.array([0]), jnp.asarray(tokens), jnp.asarray(valid))
+    logp = jax.nn.log_softmax(model.caption_logits(batch["image"], tokens)[0])
+    expected = sum(logp[i, tokens[0, i + 1]] for i in range(LENGTH - 1) if tokens[0, i + 1] != 0)
+    np.testing.assert_allclose(found, [expected], rtol=1e-5)
+
+
 def test_in_coca_the_token_after_a_pad_is_hidden_and_not_the_pad():
     """By hand: what open_clip's misplaced mask says of one text with a pad in the middle."""
     batch = batch_of("coca")
@@ -206,7 +220,7 @@ def test_in_coca_the_token_after_a_pad_is_hidden_and_not_the_pad():
         assert (changed < 1e-6) == hidden, place
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["openmammut_small", "moderntext", "coca", "siglip", "cappa"])
 def test_every_parameter_is_trained_by_the_losses_the_model_has(name):
     config = CONFIGS[name]
     graphdef, params = weights(name)
@@ -342,6 +356,11 @@ def test_parts_that_do_not_fit_are_refused_by_their_fields(changes, message):
         ({"cross_attn_position": "inside", "mlp_before_cross_attn": False}, "mlp_before_cross_attn is False"),
         ({"pad_masking": "shifted"}, "'shifted', which needs class_token and text_only_depth"),
         ({"depth": 0}, "depth is 0, expected at least 1 layer"),
+        ({"depth": 0, "text_only_depth": 2, "vocab_bias": True}, "vocab_bias is True, which needs a caption pass"),
+        ({"pad_id": VOCAB}, "pad_id is 50, expected an id below vocab_size 50"),
+        ({"pad_id": -1}, "pad_id is -1, expected an id below vocab_size 50"),
+        ({"norm_eps": float("inf")}, "norm_eps is inf, expected a positive number"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan, expected a positive number"),
         ({"width": 2**40 * 3}, "width is .*, expected at most 65536"),
     ],
 )

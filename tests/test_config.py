@@ -229,3 +229,15 @@ def test_the_paper_sections_defaults_hold():
     assert (loss.contrastive_weight, loss.caption_weight, loss.focal_alpha, loss.focal_gamma) == (1, 1, 0.5, 1)
     assert (optimizer.name, optimizer.weight_decay, optimizer.learning_rate) == ("adamw", 0.01, 1e-3)
     assert DecoderConfig().max_length == 64 and DecoderConfig().cross_attn_every == 2
+
+
+@pytest.mark.parametrize("value", [[0.5, float("nan"), 0.5], [0.5, float("inf"), 0.5]])
+@pytest.mark.parametrize("name", ["image_mean", "image_std"])
+def test_pixel_statistics_that_are_no_numbers_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"VisionConfig\.{name} is .*, expected (finite|positive) numbers"):
+        from_dict(VisionConfig, {name: value})
+
+
+def test_an_integer_too_large_for_a_float_is_refused_where_one_is_expected():
+    with pytest.raises(ValueError, match="expected float for VisionConfig.norm_eps"):
+        from_dict(VisionConfig, {"norm_eps": 10**400})

@@ -16,6 +16,7 @@ from mammut.interop.rules import LazyTensors, OpenedModel
 from mammut.tasks import ImageTextTask
 from mammut.tensor_files import TensorSpec
 from mammut.testing import tiny_config, tiny_model, tiny_processor
+from mammut.tokenizer import MissingTokenizer
 from mammut.training import make_trainer
 from mammut.vit import patchify
 from mammut.warm_start import at_image_size, resample_patches, resample_positions, start_config, warm_start
@@ -372,3 +373,20 @@ def test_a_model_at_another_image_size_has_that_grid_and_processor():
     assert same.config == CONFIG and np.array_equal(same.tensors.read("logit_scale"), small.tensors.read("logit_scale"))
     with pytest.raises(ValueError, match="VisionConfig.image_size 20 is not a multiple of patch_size 8"):
         at_image_size(small, 20)
+
+
+def test_a_run_says_how_the_model_it_starts_from_is_computed():
+    """What it leaves at the defaults is the model's own."""
+    config = tiny_config()
+    asked = dataclasses.replace(config, dtype="bfloat16", remat="full")
+    started = start_config(asked, {"init": opened(dataclasses.replace(config, unroll=3))})
+    assert (started.dtype, started.remat, started.unroll) == ("bfloat16", "full", 3)
+    assert started.vision == config.vision and started.text == config.text
+
+
+def test_a_vocabulary_for_a_model_that_came_without_has_its_special_ids():
+    missing = MissingTokenizer((1, 2, None), 60, "nothing")
+    tokenizer = tiny_processor().tokenizer  # start 1, end 2, pad 0
+    missing.require_same_ids(tokenizer)
+    with pytest.raises(ValueError, match="has the end id 2, the model was trained with 7"):
+        MissingTokenizer((1, 7, 0), 60, "nothing").require_same_ids(tokenizer)

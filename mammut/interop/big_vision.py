@@ -120,8 +120,8 @@ class Model:
 
         Returns:
           Of "embeddings": `zimg` and `ztxt`, float32[B, E] of unit norm, None where not given; and a dict with the
-          factor "t" and the summand "b" of the logits, float32[1] each, "t/parameter", the logarithm of "t", "img/norm",
-          "img/normalized", the same of "txt", and "img/pre_logits", the encoder's own vector. Of "logits":
+          factor "t" and the summand "b" of the logits, float32[1] each, "t/parameter", the logarithm of "t",
+          "img/norm", "img/normalized", the same of "txt", and "img/pre_logits", the encoder's own vector. Of "logits":
           float32[B, L, V], of every token given those before it. With `return_enc_features`: the image tokens, and
           a dict with "encoded" and "pre_logits".
 
