@@ -24,7 +24,7 @@ from mammut.scoring import Scores, require_same_set, save_scores, score
 from mammut.sources import Source, open_source
 
 _SUFFIX = ".predictions.jsonl"
-_MODEL_FILES = ".npz", ".safetensors", ".pt", ".pth", ".bin", ".ckpt"
+_MODEL_FILES = ".npz", ".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Options:
     checkpoint: Annotated[str, tyro.conf.Positional]
     # What to evaluate on: jsonl:PATH, tfds:NAME/SPLIT, coco:..., vqav2:..., each with an optional [a:b].
     data: str | None = None
-    # Where the scores go; the predictions go beside them. By default CHECKPOINT/eval/PROGRAM_DATA.json.
+    # Where the scores go; the predictions go beside them. By default CHECKPOINT/eval/PROGRAM_DATA.json, of a
+    # file FOLDER/eval/PROGRAM_FILE_DATA.json.
     out: pathlib.Path | None = None
     batch_size: int = 64  # examples at a time, over all devices
     limit: int | None = None  # only the first so many examples
@@ -67,7 +68,7 @@ def run(
     try:
         options = tyro.cli(options_class, args=argv, prog=program, description=description)
         given = pathlib.Path(options.checkpoint).expanduser()
-        if given.is_file() and given.suffix not in _MODEL_FILES:
+        if given.is_file() and not given.name.endswith(_MODEL_FILES):
             return _score_again(options, given, task, field)
         return _evaluate(options, given, task, field, predict)
     except (ValueError, OSError) as error:
@@ -91,8 +92,7 @@ def _evaluate(options: AnyOptions, checkpoint: pathlib.Path, task: Task, field: 
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
     if options.data is None:
         raise ValueError("--data is missing, expected what to evaluate on: jsonl:PATH, tfds:NAME/SPLIT, ...")
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    out = options.out or folder / "eval" / f"{task}_{_name(options.data)}.json"
+    out = options.out or _default_out(checkpoint, task, options)
     if out.suffix != ".json":
         raise ValueError(f"--out is {out}, expected a name that ends in .json")
     mesh = sharding.make_mesh(options.mesh)
@@ -144,6 +144,14 @@ def _lines(metrics: dict[str, Any], most: int = 12) -> list[str]:
         else:
             lines.append(f"{key:<24} {value:.4f}" if isinstance(value, float) else f"{key:<24} {value}")
     return lines
+
+
+def _default_out(checkpoint: pathlib.Path, task: Task, options: Options) -> pathlib.Path:
+    """A folder holds one model; of a file, its name tells it from the others beside it. A part of a set is named."""
+    name = _name(options.data) + (f"_first_{options.limit}" if options.limit else "")
+    if checkpoint.is_dir():
+        return checkpoint / "eval" / f"{task}_{name}.json"
+    return checkpoint.parent / "eval" / f"{task}_{_name(checkpoint.name)}_{name}.json"
 
 
 def _name(data: str) -> str:

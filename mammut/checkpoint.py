@@ -154,11 +154,16 @@ class Checkpoints:
         return Restored(step, loaded["state"], saved.custom_metadata["data"])
 
     def restore_params(self) -> Any:
-        """The parameters of the newest good checkpoint as host arrays, a nested dict."""
+        """The parameters of the newest good checkpoint as host arrays, a nested dict; nothing else of it is read."""
+        from orbax.checkpoint import v1 as ocp
+
         step = self._newest_good()
-        saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]
-        abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), saved)
-        return self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]["params"]
+        saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]["params"]
+        abstract = {"params": jax.tree.map(lambda x: np.empty(x.shape, x.dtype), saved)}
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]["params"]
 
     def _newest_good(self) -> int:
         steps = self.steps

@@ -444,7 +444,11 @@ class TrainConfig:
         _require(0 <= self.seed < 2**31, f"TrainConfig.seed is {self.seed}, expected 0 to {2**31 - 1}")
         _require(self.eval_every >= 0, f"TrainConfig.eval_every is {self.eval_every}, expected at least 0")
         text = self.model.text
-        _require(text.depth > 0, f"TrainConfig.task is {self.task!r}, but with model.text.depth 0 nothing is said")
+        _require(
+            text.depth > 0,
+            f"TrainConfig.task is {self.task!r}, which needs a caption pass: model.text.depth is 0 (of a SigLIP, "
+            "init_vision takes the image encoder)",
+        )
         _require(
             self.task != "image_text" or text.pooling != "none",
             "TrainConfig.task is 'image_text', but with model.text.pooling 'none' there is no text embedding",

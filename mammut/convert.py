@@ -15,15 +15,25 @@ import sys
 import numpy as np
 
 from mammut.interop import open_clip_export
-from mammut.interop.rules import LazyTensors, OpenedModel
+from mammut.interop.rules import LazyTensors, OpenedModel, rounded
 from mammut.model_folder import open_model, save_opened
 from mammut.tensor_files import TensorSpec
 
 
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What was written."""
+
+    tensors: int
+    nbytes: int
+    parameters: int  # of the model that was read
+    notes: tuple[str, ...]  # what of either format the other does not have, in sentences
+
+
 def convert(
     source: pathlib.Path, target: pathlib.Path, to: str, *, dtype: str | None = None, overwrite: bool = False
-) -> OpenedModel:
-    """Reads `source`, writes `target`, with a progress bar on a terminal; returns what was converted.
+) -> Converted:
+    """Reads `source`, writes `target`, with a progress bar on a terminal.
 
     Raises:
       ValueError: the source cannot be read, the target is used, or its format cannot express the model.
@@ -33,11 +43,18 @@ def convert(
     opened = open_model(source)
     if dtype is not None:
         opened = stored_as(opened, dtype)
-    total = sum(spec.nbytes for spec in opened.tensors.specs.values())
+    specs, sizes = opened.tensors.specs.values(), []
+    total = sum(spec.nbytes for spec in specs)
     write = save_opened if to == "mammut" else open_clip_export.save
     with tqdm(total=total, unit="B", unit_scale=True, desc=str(target), disable=None) as bar:
-        write(target, opened, overwrite=overwrite, progress=bar.update)
-    return opened
+
+        def progress(nbytes: int) -> None:
+            sizes.append(nbytes)
+            bar.update(nbytes)
+
+        notes = write(target, opened, overwrite=overwrite, progress=progress)
+    parameters = sum(math.prod(spec.shape) for spec in specs)
+    return Converted(len(sizes), sum(sizes), parameters, (*opened.notes, *notes))
 
 
 def stored_as(opened: OpenedModel, dtype: str) -> OpenedModel:
@@ -47,7 +64,11 @@ def stored_as(opened: OpenedModel, dtype: str) -> OpenedModel:
         name: TensorSpec(spec.shape, np.dtype("float32" if spec.shape == () else dtype))
         for name, spec in opened.tensors.specs.items()
     }
-    tensors = LazyTensors(specs, lambda name: opened.tensors.read(name).astype(specs[name].dtype))
+
+    def read(name: str) -> np.ndarray:
+        return rounded(opened.tensors.read(name), specs[name].dtype, f"{opened.where}: {name}")
+
+    tensors = LazyTensors(specs, read)
     return dataclasses.replace(opened, config=config, tensors=tensors)
 
 
@@ -58,18 +79,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("source", type=pathlib.Path, metavar="SRC")
     parser.add_argument("target", type=pathlib.Path, metavar="DST")
     parser.add_argument("--to", choices=["mammut", "open_clip"], required=True)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of what is written; default: as it is read")
+    kept = "of what is written; default: as mammut holds it, float32 for the files of others"
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=kept)
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args(argv)
     try:
-        opened = convert(args.source, args.target, args.to, dtype=args.dtype, overwrite=args.overwrite)
+        done = convert(args.source, args.target, args.to, dtype=args.dtype, overwrite=args.overwrite)
     except (ValueError, OSError) as error:
         sys.exit(f"convert: {error}")
-    for note in opened.notes:
+    for note in done.notes:
         print(note)
-    specs = opened.tensors.specs.values()
-    parameters = sum(math.prod(spec.shape) for spec in specs)
-    print(f"{args.target}: {len(specs)} tensors, {parameters:,} parameters, {sum(s.nbytes for s in specs):,} bytes")
+    print(f"{args.target}: {done.tensors} tensors, {done.nbytes:,} bytes, of a model of {done.parameters:,} parameters")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""Manifests, the size and SHA-256 of every file of a folder, and the JSON files around them."""
+"""Manifests, the size and SHA-256 of every file of a folder; its JSON files; how its files are replaced all at once."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import shutil
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from mammut.tensor_files import CheckpointError
+from mammut.mapped_files import MAX_HEADER, CheckpointError, MappedFile, json_object
+
+_MAX_CONFIG = 4_000_000  # bytes
 
 
 def make_manifest(folder: pathlib.Path, files: list[pathlib.Path]) -> dict[str, Any]:
@@ -20,7 +25,7 @@ def check_manifest(folder: pathlib.Path, manifest: pathlib.Path) -> list[str]:
     """What is wrong with the files of `folder`, or with the manifest that lists them."""
     problems = []
     try:
-        for name, entry in read_json_object(manifest).items():
+        for name, entry in read_json_object(manifest, MAX_HEADER).items():
             path, size, sha256 = folder / name, entry["bytes"], entry["sha256"]
             if pathlib.PurePosixPath(name).is_absolute() or ".." in pathlib.PurePosixPath(name).parts:
                 problems.append(f"{manifest} lists {name}, which is not in {folder}")
@@ -44,21 +49,39 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def read_json_object(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json_object(path: pathlib.Path, max_bytes: int = _MAX_CONFIG) -> dict[str, Any]:
+    """The object in a JSON file that a stranger may have written.
 
     Raises:
-      CheckpointError: the file is missing, or holds something else.
+      CheckpointError: the file is missing, no regular file or larger than `max_bytes`; or it holds something else, a
+        key twice, or NaN or Infinity.
     """
+    file = MappedFile(path)
+    if file.size > max_bytes:
+        raise CheckpointError(f"{path} has {file.size} bytes, expected at most {max_bytes}")
+    return json_object(file.bytes(0, file.size), str(path))
+
+
+@contextlib.contextmanager
+def replacing(folder: pathlib.Path, last: str, stale: Collection[str] = ()) -> Iterator[pathlib.Path]:
+    """A folder to write files to, whose files take the places of those in `folder` at the end.
+
+    Only then does `folder` change: its file `last` is removed first and put there last, so that a folder that has it is
+    complete; of the files `stale`, those not written are removed.
+    """
+    new = folder / ".partial"
+    shutil.rmtree(new, ignore_errors=True)  # of one that was killed
+    new.mkdir(parents=True)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (ValueError, OSError, RecursionError) as error:  # neither JSON nor UTF-8, no file, nested without end
-        raise CheckpointError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, expected a JSON object")
-    return value
+        yield new
+        names = {path.name for path in new.iterdir()}
+        (folder / last).unlink(missing_ok=True)
+        for name in set(stale) - names:
+            (folder / name).unlink(missing_ok=True)
+        for name in (*sorted(names - {last}), last):
+            os.replace(new / name, folder / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -158,10 +158,11 @@ def json_object(raw: bytes, where: str) -> dict[str, Any]:
     """The JSON object that a stranger wrote.
 
     Raises:
-      CheckpointError: it is none, names a key twice, or would take far more memory than a list of tensors does.
+      CheckpointError: it is none, names a key twice, holds NaN or Infinity, or would take far more memory than a list
+        of tensors does.
     """
     if len(raw) > MAX_HEADER or sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
-        raise CheckpointError(f"{where} is too large for a list of at most {MAX_TENSORS} tensors")
+        raise CheckpointError(f"{where} has more than {MAX_HEADER} bytes or {_MAX_JSON_VALUES} values")
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_distinct, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON, or nested without end

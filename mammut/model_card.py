@@ -1,10 +1,11 @@
 """The model card: a README.md beside the weights that says what they are, how to load them, and what they scored."""
 
-import json
 import pathlib
 from typing import Any
 
 from mammut.config import ModelConfig
+from mammut.manifest import read_json_object
+from mammut.mapped_files import CheckpointError
 from mammut.model import num_params
 from mammut.processor import Processor
 
@@ -19,22 +20,30 @@ def write_card(folder: pathlib.Path, config: ModelConfig, processor: Processor) 
     path = folder / "README.md"
     if path.exists() and _MARK not in path.read_text("utf-8", errors="replace"):
         return
-    vision, text, counts = config.vision, config.text, num_params(config)
+    vision, text, counts, name = config.vision, config.text, num_params(config), folder.resolve().name
+    retrieves, captions = text.pooling != "none", text.depth > 0
+    if retrieves and captions:
+        kind = "A vision-language model of the MaMMUT family (arXiv 2303.16839): one image encoder, one text decoder."
+    else:
+        kind = f"A vision-language model: an image encoder, a text {'decoder' if captions else 'encoder'}."
+    use = 'image_embed = model.encode_image(processor(images=["photo.jpg"])["image"])'
+    if not retrieves:
+        use = 'captions = mammut.caption(model, processor, ["photo.jpg"])'
+    tags = ["image-text-retrieval"] * retrieves + ["image-captioning"] * captions
     lines = [
         "---",
         _MARK,
-        "tags: [vision-language, image-text-retrieval, image-captioning, jax]",
+        f"tags: [{', '.join(['vision-language', *tags, 'jax'])}]",
         "---",
         "",
-        f"# {folder.resolve().name}",
+        f"# {name}",
         "",
-        "A vision-language model of the MaMMUT family (arXiv 2303.16839): one image encoder, one text decoder.",
+        kind,
         "",
         "```python",
         "import mammut",
-        f'model, processor = mammut.load("{folder.name}")',
-        'batch = processor(images=["photo.jpg"], text=["a dog on grass"])',
-        'image_embed = model.encode_image(batch["image"])',
+        f'model, processor = mammut.load("{name}")',
+        use,
         "```",
         "",
         "| | |",
@@ -62,7 +71,11 @@ def _training(path: pathlib.Path) -> list[str]:
         return [
             f"| trained on | {data['train']}; {config['steps']:,} steps of {data['batch_size']:,}, "
             f"task {config['task']} |",
-            *([f"| started from | {config['init']} |"] if config.get("init") else []),
+            *(
+                f"| {what} started from | {config[name]} |"
+                for name, what in (("init", "model"), ("init_vision", "image encoder"), ("init_text", "text decoder"))
+                if config.get(name)
+            ),
             f"| optimizer | {optimizer['name']}, peak rate {optimizer['learning_rate']:g}, "
             f"weight decay {optimizer['weight_decay']:g}, seed {config['seed']} |",
         ]
@@ -85,7 +98,6 @@ def _scores(folder: pathlib.Path) -> list[str]:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(path)
+    except CheckpointError:
         return {}
-    return value if isinstance(value, dict) else {}

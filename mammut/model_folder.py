@@ -14,28 +14,33 @@ parameter after parameter goes to its place on the mesh, so that no second copy 
 
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from mammut import checkpoint
 from mammut.config import ModelConfig, to_dict
 from mammut.interop import big_vision_weights, open_clip
-from mammut.interop.rules import LazyTensors, OpenedModel, model_specs
-from mammut.manifest import check_manifest, make_manifest, read_json_object, write_json
+from mammut.interop.open_clip_export import CONFIG_FILE
+from mammut.interop.rules import LazyTensors, OpenedModel, model_specs, require_target
+from mammut.manifest import check_manifest, make_manifest, read_json_object, replacing, write_json
+from mammut.mapped_files import MAX_HEADER
 from mammut.model import MaMMUT, logical_axes
 from mammut.model_card import write_card
 from mammut.processor import Processor
-from mammut.sharding import param_shardings
+from mammut.sharding import MESH_AXES, param_shardings
 from mammut.tensor_files import CheckpointError, TensorSpec, open_tensors, write_sharded
+from mammut.tokenizer import MissingTokenizer
 from mammut.warm_start import at_image_size
 
 _VERSION = 1
 _WEIGHTS = "model"
+_WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 MAX_SHARD_BYTES = 4 * 2**30
 
 
@@ -50,7 +55,8 @@ def save(
     """Writes a model folder; weights of more than `max_shard_bytes` become several files.
 
     Raises:
-      ValueError: the folder holds a model already and `overwrite` is False, or the processor has no vocabulary to save.
+      ValueError: the folder holds a model already and `overwrite` is False, or one of open_clip; or the processor is of
+        another model.
     """
     opened = OpenedModel(model.config, _tensors_of(model), processor, "the model")
     save_opened(folder, opened, overwrite=overwrite, max_shard_bytes=max_shard_bytes)
@@ -63,32 +69,33 @@ def save_opened(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """`save` of a model that is still in its files: one tensor of it is held at a time.
 
-    `progress` is called with the bytes of each tensor written.
+    A folder that holds a model keeps it until all of the new one is written. `progress` is called with the bytes of
+    each tensor written.
+
+    Returns:
+      What the folder is without, in sentences.
+
+    Raises:
+      ValueError: as for `save`; or `opened` is a part of a model, or read from `folder` itself.
     """
     folder = pathlib.Path(folder)
-    if opened.processor is None or set(opened.parts) != {"vision", "text", "rest"}:
-        raise ValueError(f"{opened.where} is {' and '.join(opened.parts)} without a processor, expected a whole model")
-    files = ["config.json", "processor.json", *opened.processor.tokenizer.files]
-    weights = sorted(path.name for path in folder.glob(f"{_WEIGHTS}*.safetensors*"))
-    there = [name for name in (*files, "manifest.json") if (folder / name).exists()] + weights
-    if there and not overwrite:
-        raise ValueError(f"{folder} holds {there[0]} already: give a new folder, or overwrite=True")
-    folder.mkdir(parents=True, exist_ok=True)
-    # The manifest is removed first and written last: a folder with a manifest is complete.
-    (folder / "manifest.json").unlink(missing_ok=True)
-    for name in weights:
-        (folder / name).unlink()
-    opened.processor.save(folder)
+    files = ["config.json", "processor.json", *opened.processor.tokenizer.files] if opened.processor else []
+    weights = sorted(path.name for path in folder.glob("*") if _WEIGHT_FILES.fullmatch(path.name))
+    require_target(folder, opened, [*files, "manifest.json", *weights], [CONFIG_FILE], overwrite)
     specs, read = opened.tensors.specs, opened.tensors.read
-    files += write_sharded(
-        folder, _WEIGHTS, specs, read, max_bytes=max_shard_bytes, metadata={"format": "mammut"}, progress=progress
-    )
-    write_json(folder / "config.json", {"format": "mammut", "version": _VERSION, "model": to_dict(opened.config)})
-    write_json(folder / "manifest.json", make_manifest(folder, [folder / name for name in files]))
+    with replacing(folder, "manifest.json", stale=weights) as new:
+        opened.processor.save(new)
+        files += write_sharded(
+            new, _WEIGHTS, specs, read, max_bytes=max_shard_bytes, metadata={"format": "mammut"}, progress=progress
+        )
+        write_json(new / "config.json", {"format": "mammut", "version": _VERSION, "model": to_dict(opened.config)})
+        write_json(new / "manifest.json", make_manifest(new, [new / name for name in files]))
     write_card(folder, opened.config, opened.processor)
+    tokenizer = opened.processor.tokenizer
+    return (tokenizer.problem,) if isinstance(tokenizer, MissingTokenizer) else ()
 
 
 def load(
@@ -105,8 +112,11 @@ def load(
     Raises:
       CheckpointError: none of these is there, a file is damaged or missing, or the weights do not fit the config. Every
         mismatch is named.
+      ValueError: `image_size` is no positive multiple of the patch size.
     """
-    opened = open_model(path)
+    if image_size is not None and (type(image_size) is not int or image_size < 1):
+        raise ValueError(f"image_size is {image_size!r}, expected a positive whole number of pixels")
+    opened = open_model(path, image_size=image_size)
     if opened.processor is None or set(opened.parts) != {"vision", "text", "rest"}:
         raise CheckpointError(
             f"{opened.where} holds {' and '.join(opened.parts)} alone, expected a whole model: a run can start from it "
@@ -117,21 +127,28 @@ def load(
     return place(opened, mesh), opened.processor
 
 
-def open_model(path: str | os.PathLike) -> OpenedModel:
+def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> OpenedModel:
     """What `load` loads, with nothing but headers read.
+
+    `image_size` is that of a model of big_vision whose positions are computed, which its file does not tell.
 
     Raises:
       CheckpointError: as for `load`.
     """
     path = pathlib.Path(path)
-    if (path / "manifest.json").exists():
+    if os.path.exists(path / "manifest.json"):
         return _open_model_folder(path)
-    if (path / "checkpoints").is_dir():
+    if os.path.isdir(path / "checkpoints"):
         return _open_run(path)
     if big_vision_weights.is_big_vision(path):
-        return big_vision_weights.open_model(path)
+        return big_vision_weights.open_model(path, image_size=image_size)
     if open_clip.is_open_clip(path):
         return open_clip.open_model(path)
+    if not os.path.exists(path):
+        raise CheckpointError(f"there is no {path}: expected a folder or a file on this machine, nothing is downloaded")
+    weights = sorted(item.name for item in path.glob("*.*") if open_clip.is_open_clip(item)) if path.is_dir() else []
+    if weights:
+        raise CheckpointError(f"{path} holds {weights[0]} and no {CONFIG_FILE}, which says what model it is of")
     raise CheckpointError(
         f"{path} is no model folder (no manifest.json), no run (no checkpoints), no folder with an "
         "open_clip_config.json, and no .npz, .pt or .safetensors file"
@@ -139,7 +156,16 @@ def open_model(path: str | os.PathLike) -> OpenedModel:
 
 
 def place(opened: OpenedModel, mesh: Mesh | None = None) -> MaMMUT:
-    """The model with its parameters on `mesh`, or on the default device."""
+    """The model with its parameters on `mesh`, or on the default device.
+
+    Raises:
+      ValueError: the mesh has other axes than those of `mammut.sharding.make_mesh`, or other than automatic ones.
+    """
+    if mesh is not None and (set(mesh.axis_names) - set(MESH_AXES) or set(mesh.axis_types) != {AxisType.Auto}):
+        raise ValueError(
+            f"the mesh has the axes {mesh.axis_names} of {', '.join(map(str, mesh.axis_types))}, expected automatic "
+            f"axes among {MESH_AXES}: mammut.sharding.make_mesh makes one"
+        )
     abstract = nnx.eval_shape(lambda: MaMMUT(opened.config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     state = nnx.to_pure_dict(state)
@@ -164,9 +190,9 @@ def read_model_config(path: str | os.PathLike) -> ModelConfig:
       CheckpointError: the path is none of these.
     """
     path = pathlib.Path(path)
-    if (path / "config.json").exists():
+    if os.path.exists(path / "config.json"):
         return _model_config(path / "config.json")
-    if (path / "run.json").exists():
+    if os.path.exists(path / "run.json"):
         return checkpoint.read_run(path)[0].model
     return open_model(path).config
 
@@ -177,9 +203,14 @@ def _open_model_folder(folder: pathlib.Path) -> OpenedModel:
     config = _model_config(folder / "config.json")
     index = folder / f"{_WEIGHTS}.safetensors.index.json"
     weights = index if index.exists() else folder / f"{_WEIGHTS}.safetensors"
-    tensors = open_tensors(weights)
+    tensors, processor = open_tensors(weights), _processor(folder)
+    opened = {"config.json", "processor.json", *processor.tokenizer.files, weights.name}
+    if weights == index:
+        opened |= set(read_json_object(index, MAX_HEADER)["weight_map"].values())
+    if unlisted := sorted(opened - read_json_object(folder / "manifest.json", MAX_HEADER).keys()):
+        raise CheckpointError(f"{folder / 'manifest.json'} does not list {', '.join(unlisted)}")
     _require_fit(config, tensors.specs, str(weights))
-    return OpenedModel(config, tensors, _processor(folder), str(folder))
+    return OpenedModel(config, tensors, processor, str(folder))
 
 
 def _open_run(folder: pathlib.Path) -> OpenedModel:

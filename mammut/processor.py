@@ -27,7 +27,8 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
 from mammut import config
-from mammut.tokenizer import Tokenizer, read_object, restore_tokenizer
+from mammut.manifest import read_json_object
+from mammut.tokenizer import Tokenizer, restore_tokenizer
 
 # bytes, a path, a PIL image, or uint8[height, width], [height, width, 1], [height, width, 3] or [height, width, 4]
 ImageLike = Any
@@ -36,6 +37,7 @@ TextForm = Literal["start_end", "end", "end_filled"]
 
 _FILE = "processor.json"
 _FORMAT = 1
+_MAX_LENGTH = 2**17  # as DecoderConfig's
 # Named, so that no picture from the web reaches the formats Pillow hands to other programs (EPS to Ghostscript).
 _FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"
 _PILLOW_LIMIT = threading.Lock()
@@ -181,8 +183,8 @@ class Processor:
     def __init__(
         self, tokenizer: Tokenizer, image: ImageTransform, max_length: int, text_form: TextForm = "start_end"
     ):
-        if type(max_length) is not int or max_length < 2:
-            raise ValueError(f"max_length is {max_length!r}, expected at least 2 tokens: start and end")
+        if type(max_length) is not int or not 2 <= max_length <= _MAX_LENGTH:
+            raise ValueError(f"max_length is {max_length!r}, expected 2 tokens, start and end, to {_MAX_LENGTH}")
         if text_form not in get_args(TextForm):
             raise ValueError(f"text_form is {text_form!r}, expected one of {', '.join(get_args(TextForm))}")
         self.tokenizer = tokenizer
@@ -302,18 +304,20 @@ class Processor:
           ValueError: a file is missing or damaged, or of another format than this version writes.
         """
         path = pathlib.Path(folder) / _FILE
-        values = {"text_form": "start_end"} | read_object(path)  # the one that was there first
+        values = {"text_form": "start_end"} | read_json_object(path)  # the one that was there first
         if values.get("format") != _FORMAT:
             raise ValueError(f"{path} has format {values.get('format')!r}, this version reads {_FORMAT}")
         if set(values) != {"format", "image", "max_length", "text_form", "tokenizer"}:
             expected = "format, image, max_length, text_form and tokenizer"
             raise ValueError(f"{path} has {sorted(values)}, expected {expected}")
         try:
-            image = config.from_dict(ImageTransform, values["image"], f"{path}: image")
+            image = config.from_dict(ImageTransform, values["image"], "image")
             tokenizer = restore_tokenizer(path.parent, values["tokenizer"])
             return cls(tokenizer, image, values["max_length"], values["text_form"])
         except (TypeError, AttributeError) as error:
             raise ValueError(f"{path} holds a value of the wrong type: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 @contextlib.contextmanager

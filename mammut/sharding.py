@@ -49,7 +49,7 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: A
     for axis, size in zip(axes, shape, strict=True):
         entry = []
         for mesh_axis in RULES[axis] if axis else ():
-            ways = mesh.shape[mesh_axis]
+            ways = mesh.shape.get(mesh_axis, 1)
             if mesh_axis not in used and ways > 1 and size % ways == 0:
                 entry.append(mesh_axis)
                 size //= ways

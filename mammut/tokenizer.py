@@ -19,6 +19,8 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from mammut.manifest import read_json_object
+
 _CLIP_MERGES = 49_152 - 256 - 2  # the file holds more lines than CLIP uses
 _CLIP_BYTES = 2**24  # five times the file; what a stranger's would unpack to beyond is not read
 _CLIP_START, _CLIP_END = 49_406, 49_407
@@ -45,6 +47,7 @@ _HF_TOKENS = {
     "pad": (("pad_token",), ("<pad>", "[PAD]", "<|pad|>")),
 }
 _SETTINGS = "kind", "lowercase", "vocab_size", "bos_id", "eos_id", "pad_id"
+_MAX_VOCAB = 2**24
 _MIN_VOCAB_FOR_BYTES = 512  # byte pieces take 256 places; a smaller vocabulary needs them for characters and words
 
 
@@ -198,7 +201,7 @@ class HuggingFaceTokenizer(Tokenizer):
         beside = [path.with_name(name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
         told = {}
         for config in filter(pathlib.Path.is_file, beside):
-            told |= read_object(config)
+            told |= read_json_object(config)
         return cls(path.read_bytes(), lowercase, told | named)
 
     def save(self, folder: pathlib.Path) -> dict[str, Any]:
@@ -257,9 +260,32 @@ class MissingTokenizer(Tokenizer):
         """The pad; raises ValueError where it is not known."""
         return self._special_id(2)
 
+    @property
+    def problem(self) -> str:
+        """What is missing, and what to do, as a sentence."""
+        return f"the model came without a vocabulary for its texts: {self._needs}, and load or convert it again"
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]):
+        """What had these `settings()`; raises ValueError when they are none."""
+        match settings:
+            case {"vocab_size": int(size), "needs": str(needs), **rest} if (
+                rest.keys() == {"kind", "bos_id", "eos_id", "pad_id"} and type(size) is int and 1 <= size <= _MAX_VOCAB
+            ):
+                ids = rest["bos_id"], rest["eos_id"], rest["pad_id"]
+                if all(token is None or type(token) is int and 0 <= token < size for token in ids):
+                    return cls(ids, size, needs)
+        raise ValueError(f"settings of a missing tokenizer are {settings}, expected a vocab_size, ids below it, needs")
+
+    def settings(self) -> dict[str, Any]:
+        """Its ids, null where they are not known, and what it needs."""
+        bos_id, eos_id, pad_id = self._special_ids
+        ids = {"bos_id": bos_id, "eos_id": eos_id, "pad_id": pad_id}
+        return {"kind": self.kind, "vocab_size": self.vocab_size, **ids, "needs": self._needs}
+
     def save(self, folder: pathlib.Path) -> dict[str, Any]:
-        """Raises ValueError: there is nothing to save."""
-        self._refuse()
+        """Returns `settings()`: there is no file."""
+        return self.settings()
 
     def require_same_ids(self, tokenizer: Tokenizer) -> None:
         """Raises ValueError where a special id that is known is another one in `tokenizer`, which takes its place."""
@@ -280,7 +306,7 @@ class MissingTokenizer(Tokenizer):
         self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise ValueError(f"the model came without a vocabulary for its texts: {self._needs}")
+        raise ValueError(self.problem)
 
 
 def load_tokenizer(path: str | pathlib.Path, lowercase: bool, **named: Any) -> Tokenizer:
@@ -303,6 +329,8 @@ def load_tokenizer(path: str | pathlib.Path, lowercase: bool, **named: Any) -> T
 
 def restore_tokenizer(folder: pathlib.Path, settings: dict[str, Any]) -> Tokenizer:
     """The tokenizer whose `save(folder)` returned `settings`; raises ValueError when file and settings do not fit."""
+    if settings.get("kind") == MissingTokenizer.kind:
+        return MissingTokenizer.from_settings(settings)
     classes = ClipTokenizer, SentencePieceTokenizer, HuggingFaceTokenizer
     cls = next((cls for cls in classes if cls.kind == settings.get("kind")), None)
     if cls is None or set(settings) != set(_SETTINGS):
@@ -350,19 +378,6 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int, lowercase: boo
             f"no vocabulary of vocab_size {vocab_size} (model.text.vocab_size) fits these captions: {reason}"
         ) from error
     return SentencePieceTokenizer(model.getvalue(), lowercase)
-
-
-def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in the file `path`; raises ValueError naming the file when it is missing or holds none."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, expected a JSON object")
-    return value
 
 
 def _read(cls: type[Tokenizer], path: pathlib.Path, lowercase: bool, **named: Any) -> Tokenizer:

@@ -91,7 +91,7 @@ def torch_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
     key has them.
 
     Raises:
-      CheckpointError: the file is damaged, would run code, or holds no state dict.
+      CheckpointError: the file is damaged, calls what does not rebuild tensors, or holds no state dict.
     """
     path = archive.file.path
     pickles = [name for name in archive.members if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -282,7 +282,9 @@ def _set_items(target: dict, items: list[Any]) -> None:
 
 def _known(where: str, name: str) -> _Global:
     if name not in _KNOWN:
-        raise CheckpointError(f"{where} wants to call {name[:200]!r}, which would run code: {_SAVE_AGAIN}")
+        raise CheckpointError(
+            f"{where} wants to call {name[:200]!r}, none of the few functions that rebuild tensors: {_SAVE_AGAIN}"
+        )
     return _Global(name)
 
 

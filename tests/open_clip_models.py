@@ -3,6 +3,7 @@
 import copy
 import json
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -56,7 +57,11 @@ CONFIGS = {
 
 
 def original_package():
-    """open_clip itself. torchvision's wheel names operators of a GPU library that is not there beside CPU torch."""
+    """open_clip itself, which imports torchvision.
+
+    torchvision's wheel names operators of a GPU library that is not there beside CPU torch. Installed like any other
+    package it would break whoever imports it, so it may lie in a folder of its own in the environment.
+    """
     torch = pytest.importorskip("torch")
     register = torch.library.register_fake
 
@@ -65,6 +70,7 @@ def original_package():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.library, "register_fake", register_known)
+        patch.syspath_prepend(pathlib.Path(sys.prefix) / "torchvision")
         return pytest.importorskip("open_clip", exc_type=ImportError)
 
 

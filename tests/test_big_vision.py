@@ -317,7 +317,7 @@ def test_whatever_does_not_fit_is_named(folder, init_params):
         "vision.depth is 3, it was 2": lambda: big_vision.load(None, folder, fields(vision={"depth": 3})),
         "model_init names head, expected a path, or some of": lambda: big_vision.load(None, {"head": folder}, fields()),
         "model_cfg is None, expected the arguments": lambda: big_vision.load(init_params, {"img": folder}),
-        "nowhere is no model folder": lambda: big_vision.load(None, "nowhere", fields()),
+        "there is no nowhere": lambda: big_vision.load(None, "nowhere", fields()),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()

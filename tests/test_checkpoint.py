@@ -6,6 +6,8 @@ import json
 import logging
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -272,9 +274,36 @@ def test_a_run_without_a_model_folder_loads_from_its_newest_good_checkpoint(work
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
 
 
+def test_the_parameters_of_a_run_are_read_without_its_moments(tmp_path):
+    """Of 300 MB; the parameters take none of them."""
+    code = f"""
+import pathlib, resource, sys
+import numpy as np
+from mammut.checkpoint import Checkpoints
+with Checkpoints(pathlib.Path({str(tmp_path)!r}), keep=2) as checkpoints:
+    if sys.argv[1] == "save":
+        state = {{"params": {{"a": np.arange(9.0)}}, "opt_state": {{"mu": np.full((75, 10**6), 0.5, np.float32)}}}}
+        checkpoints.save(1, state, {{}})
+    else:
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+        before = peak()
+        print(checkpoints.restore_params(), peak() - before)
+"""
+    root = pathlib.Path(__file__).parents[1]
+    for what in ("save", "load"):
+        done = subprocess.run([sys.executable, "-c", code, what], capture_output=True, text=True, cwd=root)
+        assert done.returncode == 0, done.stderr
+    params, _, grown = done.stdout.strip().rpartition(" ")
+    assert params == "{'a': array([0., 1., 2., 3., 4., 5., 6., 7., 8.])}" and int(grown) < 100
+
+
 @pytest.mark.parametrize("content, message", [
-    ("{", "is not a JSON file"),
-    ("[]", "holds list, expected a JSON object"),
+    ("{", "is not JSON"),
+    ("", "is empty"),
+    ("[]", "is a JSON list, expected an object"),
+    ('{"config": {}, "config": {}, "overrides": []}', "the key 'config' is there 2 times"),
+    ('{"config": {"steps": NaN}, "overrides": []}', "NaN is no number"),
+    (" " * 4_000_001 + "{}", "has 4000003 bytes, expected at most 4000000"),
     ('{"config": {}}', "is not a run's config, expected the keys config and overrides"),
     ('{"config": {"colour": 1}, "overrides": []}', "has colour, which TrainConfig does not know"),
     (None, "is missing"),

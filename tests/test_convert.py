@@ -18,6 +18,7 @@ import mammut
 from mammut import convert
 from mammut.config import DecoderConfig, ModelConfig, VisionConfig
 from mammut.testing import tiny_batch, tiny_model, tiny_processor
+from mammut.tokenizer import MissingTokenizer
 
 MAMMUT2 = ModelConfig(
     VisionConfig(
@@ -68,8 +69,10 @@ def assert_same_files(one: pathlib.Path, other: pathlib.Path) -> None:
 def test_a_model_goes_to_open_clip_and_back_bit_for_bit(ours, tmp_path):
     said = run(ours, tmp_path / "theirs", "--to", "open_clip")
     total = mammut.model.num_params(MAMMUT2)["total"]
-    assert f"{tmp_path / 'theirs'}: " in said and f"{total:,} parameters" in said
     theirs = load_file(tmp_path / "theirs" / "open_clip_model.safetensors")
+    written = f"{len(theirs)} tensors, {sum(x.nbytes for x in theirs.values()):,} bytes"
+    assert f"{tmp_path / 'theirs'}: {written}, of a model of {total:,} parameters" in said
+    assert "open_clip takes CLIP's tokenizer for this model" in said
     assert theirs["visual.conv1.weight"].shape == (32, 3, 8, 8) and theirs["text.lm_head"].shape == (24, 60)
     config = json.loads((tmp_path / "theirs" / "open_clip_config.json").read_text())
     assert config["model_cfg"]["multimodal_cfg"]["cross_attn_ratio"] == 2
@@ -112,6 +115,36 @@ def test_a_model_of_our_own_kind_is_not_for_open_clip_and_the_fields_are_named(t
     for field in ("image_projection", "cross_attn_position", "tie_embeddings", "class_token"):
         assert field in message
     assert not (tmp_path / "theirs").exists()
+
+
+def test_numbers_that_bfloat16_does_not_hold_are_refused(tmp_path):
+    model = tiny_model()
+    model.text.norm.scale[...] = jnp.full(model.text.norm.scale.shape, 3.4e38)
+    mammut.save(tmp_path / "ours", model, tiny_processor())
+    message = refusal(tmp_path / "ours", tmp_path / "half", "--to", "mammut", "--dtype", "bfloat16")
+    assert f"{tmp_path / 'ours'}: text.norm.scale holds finite numbers that are too large for bfloat16" in message
+    assert not list((tmp_path / "half").iterdir())
+
+
+def test_a_model_without_its_vocabulary_goes_through_and_the_converter_says_so(tmp_path, capsys):
+    processor = tiny_processor(MAMMUT2)
+    missing = mammut.Processor(MissingTokenizer((1, 2, 0), 60, "put it into here"), processor.image, 12)
+    mammut.save(tmp_path / "ours", tiny_model(MAMMUT2), missing)
+    convert.main([str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "open_clip"])
+    assert "open_clip takes CLIP's tokenizer" in capsys.readouterr().out
+    convert.main([str(tmp_path / "theirs"), str(tmp_path / "back"), "--to", "mammut"])
+    assert "the model came without a vocabulary for its texts: " in capsys.readouterr().out
+    assert_same_files(tmp_path / "ours" / "model.safetensors", tmp_path / "back" / "model.safetensors")
+
+
+@pytest.mark.parametrize("to", ["mammut", "open_clip"])
+def test_a_target_that_is_a_file_or_the_source_is_refused(ours, tmp_path, to):
+    (tmp_path / "file").write_text("text")
+    assert "file is a file, expected a folder" in refusal(ours, tmp_path / "file", "--to", to, "--overwrite")
+    before = {path.name: path.read_bytes() for path in ours.iterdir()}
+    message = refusal(ours, ours, "--to", to, "--overwrite")
+    assert "is read from" in message or "holds manifest.json" in message
+    assert {path.name: path.read_bytes() for path in ours.iterdir()} == before
 
 
 def test_what_is_there_is_overwritten_only_when_asked(ours, tmp_path):

@@ -9,9 +9,12 @@ import pytest
 from PIL import Image
 
 import mammut
+from mammut.interop import open_clip
 from mammut.metrics import retrieval_recall
+from mammut.model_folder import open_model
 from mammut.predictions import Predictions
 from mammut.scoring import score
+from mammut.tensor_files import open_tensors, write_sharded
 from mammut.testing import tiny_model, tiny_processor
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -163,7 +166,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(refusal, folder, name, argv
 
 
 def test_a_folder_without_a_model_is_refused(refusal, folder):
-    assert "is no model folder" in refusal("vqa", folder / "nowhere", "--data", f"jsonl:{folder / 'set.jsonl'}")
+    assert "there is no " in refusal("vqa", folder / "nowhere", "--data", f"jsonl:{folder / 'set.jsonl'}")
 
 
 def test_questions_without_answers_are_answered_and_not_scored(folder, tmp_path):
@@ -179,3 +182,20 @@ def test_labels_that_are_not_among_the_classes_are_refused(folder, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         ask(folder, "classify", tmp_path / "x.json", "--classes", str(tmp_path / "classes.json"))
     assert "'1.png' is 'green circle', not one of the 2 classes" in stopped.value.code
+
+
+def test_two_model_files_of_one_folder_have_their_own_scores(folder, tmp_path):
+    """One of them in shards, whose index is a model and not predictions."""
+    vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, "pool_type": "avg"}
+    text = {"context_length": 12, "vocab_size": 60, "width": 24, "heads": 3, "layers": 4, "cross_attn_ratio": 2}
+    model_cfg = {"embed_dim": 24, "vision_cfg": vision, "multimodal_cfg": text, "custom_text": True}
+    config = open_clip.model_config(model_cfg, None, "it")
+    mammut.save(tmp_path / "ours", tiny_model(config), tiny_processor(config))
+    open_clip.save(tmp_path, open_model(tmp_path / "ours"))
+    tensors = open_tensors(tmp_path / "open_clip_model.safetensors")
+    write_sharded(tmp_path, "large", tensors.specs, tensors.read, max_bytes=100_000)
+    for name in ("open_clip_model.safetensors", "large.safetensors.index.json"):
+        run("retrieval", tmp_path / name, "--data", f"jsonl:{folder / 'set.jsonl'}", "--batch-size", "8")
+    scores = [json.loads(path.read_text()) for path in (tmp_path / "eval").glob("*.json")]
+    found = {values["checkpoint"] for values in scores}
+    assert found == {str(tmp_path / "open_clip_model.safetensors"), str(tmp_path / "large.safetensors.index.json")}

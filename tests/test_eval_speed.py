@@ -99,7 +99,7 @@ def test_another_compute_type_changes_no_weight(checkpoint):
     ("--preset _vit", "--preset is '_vit', expected a function"),
     ("CHECKPOINT --new-tokens 12", "--new-tokens is 12, expected fewer than the 12 of DecoderConfig.max_length in "),
     ("CHECKPOINT --new-tokens 3 --beams 60", "num_beams is 60, expected fewer than the 60 of the vocabulary"),
-    ("/nowhere", "/nowhere is no model folder "),
+    ("/nowhere", "there is no /nowhere"),
 ])  # fmt: skip
 def test_what_cannot_be_timed_is_refused_in_one_sentence(checkpoint, arguments, expected):
     with pytest.raises(SystemExit) as error:

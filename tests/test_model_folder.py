@@ -19,9 +19,12 @@ from safetensors.numpy import load_file, save_file
 import mammut
 from mammut import checkpoint, sharding
 from mammut.config import MeshConfig
-from mammut.model_folder import model_specs, open_model
+from mammut.interop.rules import LazyTensors, OpenedModel
+from mammut.model_card import write_card
+from mammut.model_folder import model_specs, open_model, save_opened
 from mammut.tensor_files import CheckpointError
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
+from mammut.tokenizer import MissingTokenizer
 
 TEXTS = ["one red circle on the left", "two squares", ""]
 
@@ -129,6 +132,101 @@ def test_a_folder_that_holds_a_model_is_not_overwritten_unasked(folder):
     assert_identical(loaded, nnx.to_pure_dict(nnx.state(tiny_model(seed=1))))
 
 
+def test_a_save_that_fails_leaves_the_model_that_is_there(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    opened = OpenedModel(tiny_config(), open_model(folder).tensors, tiny_processor(), "it")
+
+    def read(name):
+        if name == "vision.pos_embed":
+            raise OSError("no space left on device")
+        return opened.tensors.read(name)
+
+    failing = dataclasses.replace(opened, tensors=LazyTensors(opened.tensors.specs, read))
+    with pytest.raises(OSError, match="no space left"):
+        save_opened(folder, failing, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    mammut.load(folder)
+    (folder / ".partial").mkdir()
+    (folder / ".partial" / "model.safetensors").write_text("of a save that was killed")
+    save_opened(folder, opened, overwrite=True)
+    assert {path.name for path in folder.iterdir()} == before.keys()
+    mammut.load(folder)
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors"])
+def test_a_model_is_not_saved_to_where_it_is_read_from(folder, name):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    opened = dataclasses.replace(open_model(folder), where=str(folder / name))
+    with pytest.raises(ValueError, match="is where .* is read from: give a new folder"):
+        save_opened(folder.parent / "copy" / ".." / folder.name if name else folder, opened, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_of_open_clip_and_a_file_are_not_written_to_even_when_asked(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "open_clip_config.json").write_text("{}")
+    (tmp_path / "file").write_text("text")
+    for name, message in (("theirs", "holds open_clip_config.json of a folder of another kind"), ("file", "is a file")):
+        with pytest.raises(ValueError, match=message):
+            mammut.save(tmp_path / name, tiny_model(), tiny_processor(), overwrite=True)
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["open_clip_config.json"]
+
+
+def test_weights_of_other_names_are_nobodys_business(folder):
+    (folder / "model_ema.safetensors").write_text("mine")
+    mammut.save(folder, tiny_model(), tiny_processor(), overwrite=True)
+    assert (folder / "model_ema.safetensors").read_text() == "mine"
+
+
+def other_processor(what: str) -> mammut.Processor:
+    processor = tiny_processor()
+    if what == "vocabulary":
+        return mammut.Processor(MissingTokenizer((1, 2, 0), 61, "nothing"), processor.image, 12)
+    image = dataclasses.replace(processor.image, image_size=24 if what == "image" else 16)
+    return mammut.Processor(processor.tokenizer, image, 11 if what == "length" else 12)
+
+
+@pytest.mark.parametrize("what, message", [
+    ("vocabulary", "the tokenizer has 61 ids, too many for a vocab_size of 60"),
+    ("image", "images of 24 pixels, expected an image_size of 16"),
+    ("length", "texts of 11 tokens, expected a max_length of 12"),
+])  # fmt: skip
+def test_the_processor_of_another_model_is_neither_saved_nor_loaded(folder, tmp_path, what, message):
+    with pytest.raises(ValueError, match=f"the processor of the model is of another model: {message}"):
+        mammut.save(tmp_path / "new", tiny_model(), other_processor(what))
+    assert not (tmp_path / "new").exists()
+    other_processor(what).save(folder)
+    sign(folder)
+    with pytest.raises(CheckpointError, match=f"the processor of {folder} is of another model: {message}"):
+        mammut.load(folder)
+
+
+def test_a_model_without_a_vocabulary_is_saved_and_still_wants_one(tmp_path):
+    tiny = tiny_processor()
+    missing = mammut.Processor(MissingTokenizer((1, 2, None), 60, "put it into here"), tiny.image, 12)
+    mammut.save(tmp_path / "model", tiny_model(), missing)
+    _, processor = mammut.load(tmp_path / "model")
+    assert processor.bos_id == 1 and processor(images=[np.zeros((5, 7, 3), np.uint8)])["image"].shape == (1, 16, 16, 3)
+    with pytest.raises(ValueError, match="put it into here"):
+        processor(text=["a dog"])
+
+
+@pytest.mark.parametrize("image_size", [True, 0, -8])
+def test_an_image_size_that_is_none_is_refused(saved, image_size):
+    with pytest.raises(ValueError, match="image_size is .*, expected a positive whole number"):
+        mammut.load(saved, image_size=image_size)
+
+
+LONG = "a" * 5000
+
+
+@pytest.mark.parametrize("name", [LONG, f"{LONG}.npz", f"{LONG}.pt", "b/" * 3000 + "x.safetensors", "\0"])
+def test_a_path_that_can_be_none_is_a_checkpoint_error(name):
+    with pytest.raises(CheckpointError) as error:
+        mammut.load(name)
+    one_sentence(error)
+
+
 FILES = ["config.json", "model.safetensors", "processor.json", "tokenizer.model"]
 
 
@@ -148,7 +246,7 @@ def test_every_damage_to_a_file_is_noticed_and_the_file_named(folder, name, dama
     assert str(folder) in one_sentence(error)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "{}]", '{"config.json": 3}', '{"config.json": {}}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "{}]", "{}", '{"config.json": 3}', '{"config.json": {}}'])
 def test_a_manifest_that_is_none_is_an_error_that_names_it(folder, content):
     (folder / "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match="manifest.json") as error:
@@ -156,11 +254,30 @@ def test_a_manifest_that_is_none_is_an_error_that_names_it(folder, content):
     one_sentence(error)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_that_is_opened_must_be_in_the_manifest(folder, name):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest[name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=f"manifest.json does not list {name}$"):
+        mammut.load(folder)
+
+
+def test_every_shard_that_is_opened_must_be_in_the_manifest(tmp_path):
+    mammut.save(tmp_path, tiny_model(), tiny_processor(), max_shard_bytes=100_000)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    shard = next(name for name in manifest if name.startswith("model-00002"))
+    del manifest[shard]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=f"manifest.json does not list {shard}$"):
+        mammut.load(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["", "no JSON", "[1, 2]", "\udcff"])
 def test_a_config_that_is_no_json_object_is_an_error_that_names_it(folder, content):
     (folder / "config.json").write_bytes(content.encode(errors="surrogateescape"))
     sign(folder)
-    with pytest.raises(CheckpointError, match=r"config\.json (is not a JSON file|holds list)") as error:
+    with pytest.raises(CheckpointError, match=r"config\.json is (empty|not JSON|a JSON list)") as error:
         mammut.load(folder)
     one_sentence(error)
 
@@ -239,7 +356,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path, exists):
     folder = tmp_path / "nothing"
     if exists:
         folder.mkdir()
-    with pytest.raises(CheckpointError, match=r"nothing is no model folder \(no manifest.json\), no run") as error:
+    message = r"nothing is no model folder \(no manifest.json\), no run" if exists else "there is no .*nothing"
+    with pytest.raises(CheckpointError, match=message) as error:
         mammut.load(folder)
     one_sentence(error)
 
@@ -347,6 +465,29 @@ def test_the_card_says_what_the_model_is_and_what_it_scored(folder):
     assert "16 x 16 pixels (squash), patches of 8" in card and "library_name: mammut" in card
 
 
+def test_the_card_says_where_the_model_is_and_what_it_started_from(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    train = mammut.config.TrainConfig(model=tiny_config(), init_vision="vit.npz", init_text="bert")
+    checkpoint.write_run(folder, train, [])
+    mammut.save(".", tiny_model(), tiny_processor(), overwrite=True)
+    card = (folder / "README.md").read_text()
+    assert f'mammut.load("{folder.name}")' in card and f"# {folder.name}\n" in card
+    assert "| image encoder started from | vit.npz |" in card and "| text decoder started from | bert |" in card
+
+
+@pytest.mark.parametrize("change, tags, family", [
+    ({}, {"image-text-retrieval", "image-captioning"}, True),
+    ({"depth": 0, "text_only_depth": 2, "vocab_bias": False}, {"image-text-retrieval"}, False),
+    ({"pooling": "none"}, {"image-captioning"}, False),
+])  # fmt: skip
+def test_the_card_promises_what_the_model_can_do(tmp_path, change, tags, family):
+    config = dataclasses.replace(tiny_config(), text=dataclasses.replace(tiny_config().text, **change))
+    write_card(tmp_path, config, tiny_processor())
+    card = (tmp_path / "README.md").read_text()
+    assert {tag for tag in ("image-text-retrieval", "image-captioning") if tag in card} == tags
+    assert ("of the MaMMUT family" in card) == family
+
+
 def test_a_card_that_somebody_else_wrote_is_left_alone(folder):
     (folder / "README.md").write_text("# My notes\n")
     mammut.save(folder, tiny_model(), tiny_processor(), overwrite=True)
@@ -360,3 +501,22 @@ def test_opening_a_folder_reads_no_parameter(saved):
         name: (spec.shape, spec.dtype) for name, spec in model_specs(tiny_config()).items()
     }
     assert opened.config == tiny_config() and opened.processor.vocab_size == tiny_processor().vocab_size
+
+
+def test_a_mesh_may_have_fewer_axes_and_one_of_another_kind_is_refused(saved):
+    devices = np.array(jax.devices())
+    fewer = jax.sharding.Mesh(devices, ("fsdp",))
+    kernel = mammut.load(saved, mesh=fewer)[0].text.token_embed.embedding[...]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+    for mesh in (jax.sharding.Mesh(devices, ("x",)), jax.make_mesh((8,), ("fsdp",))):
+        with pytest.raises(ValueError, match="expected automatic axes among .*: mammut.sharding.make_mesh") as error:
+            mammut.load(saved, mesh=mesh)
+        one_sentence(error)
+
+
+def test_a_path_where_nothing_is_and_weights_without_their_config_are_told_apart(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no .*laion/model: expected a folder or a file on this machine"):
+        mammut.load(tmp_path / "laion/model")
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="holds open_clip_model.safetensors and no open_clip_config.json"):
+        mammut.load(tmp_path)

@@ -351,6 +351,72 @@ def test_a_folder_is_not_overwritten_unasked(tmp_path):
     assert sum(sizes) == sum(spec.nbytes for spec in opened.tensors.specs.values()) - 4  # all but the logit bias
 
 
+def test_a_model_that_cannot_be_written_whole_leaves_the_one_that_is_there(tmp_path):
+    opened = open_clip.open_model(write_folder(tmp_path / "in", CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"])))
+    open_clip.save(tmp_path / "out", opened)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def read(name):
+        if name == "text.norm.scale":
+            raise OSError("no space left on device")
+        return opened.tensors.read(name)
+
+    failing = dataclasses.replace(opened, tensors=LazyTensors(opened.tensors.specs, read))
+    with pytest.raises(OSError, match="no space left"):
+        open_clip.save(tmp_path / "out", failing, overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_folder_that_is_read_from_or_of_another_kind_is_never_written_to(tmp_path):
+    folder = write_folder(tmp_path / "in", CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"]))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "link").symlink_to(folder)
+    for source in (folder, folder / "open_clip_model.safetensors"):
+        with pytest.raises(ValueError, match="is where .*in.* is read from: give a new folder"):
+            open_clip.save(tmp_path / "link", open_clip.open_model(source), overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (tmp_path / "out").mkdir()
+    for name in ("manifest.json", "run.json"):
+        (tmp_path / "out" / name).write_text("{}")
+        with pytest.raises(ValueError, match=f"holds {name} of a folder of another kind"):
+            open_clip.save(tmp_path / "out", open_clip.open_model(folder), overwrite=True)
+        (tmp_path / "out" / name).unlink()
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_processor_that_open_clip_cannot_express_is_refused_by_name(tmp_path):
+    opened = open_clip.open_model(write_folder(tmp_path / "in", CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"])))
+    image = ImageTransform(16, interpolation="bilinear_aliased")
+    processor = Processor(opened.processor.tokenizer, image, 12, "end_filled")
+    message = "interpolation is 'bilinear_aliased', expected 'bicubic' or 'bilinear'; text_form is 'end_filled'"
+    with pytest.raises(ValueError, match=message):
+        open_clip.save(tmp_path / "out", dataclasses.replace(opened, processor=processor))
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_float32_does_not_hold_are_refused_and_those_that_are_none_stay(tmp_path):
+    arrays = random_arrays(CONFIGS["mammut2"])
+    wide = arrays["text.ln_final.weight"].astype(np.float64)
+    wide[:3] = np.nan, np.inf, 1e300
+    folder = write_folder(tmp_path, CONFIGS["mammut2"], arrays | {"text.ln_final.weight": wide})
+    read = open_clip.open_model(folder).tensors.read
+    with pytest.raises(CheckpointError, match="safetensors: text.ln_final.weight holds finite numbers .* float32"):
+        read("text.norm.scale")
+    wide[2] = 1e30
+    folder = write_folder(tmp_path, CONFIGS["mammut2"], arrays | {"text.ln_final.weight": wide})
+    np.testing.assert_array_equal(
+        open_clip.open_model(folder).tensors.read("text.norm.scale"), wide.astype(np.float32)
+    )
+
+
+@pytest.mark.parametrize("config", [b'{"model_cfg": {}, "model_cfg": {}}', b'{"model_cfg": {"embed_dim": NaN}}'])
+def test_a_config_with_a_key_twice_or_without_a_number_is_refused(tmp_path, config):
+    folder = write_folder(tmp_path, CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"]))
+    (folder / "open_clip_config.json").write_bytes(config)
+    with pytest.raises(CheckpointError, match="open_clip_config.json is not JSON: (the key|NaN)"):
+        open_clip.open_model(folder)
+
+
 def test_a_model_is_written_with_few_of_its_parameters_in_memory(tmp_path):
     opened = open_clip.open_model(write_folder(tmp_path / "in", CONFIGS["modern"], random_arrays(CONFIGS["modern"])))
     held, most, reads = weakref.WeakSet(), 0, []

@@ -56,7 +56,7 @@ def test_without_a_vocabulary_images_and_ready_tokens_still_work(tmp_path):
 def test_a_vocabulary_that_is_larger_than_the_model_is_refused(shared, tmp_path):
     folder = write_folder(tmp_path, CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"]))
     shutil.copy(next((shared / "vocabs").rglob("*.txt.gz")), folder)
-    with pytest.raises(CheckpointError, match="vocab_size of 60, too few for the 49408 ids"):
+    with pytest.raises(CheckpointError, match="the tokenizer has 49408 ids, too many for a vocab_size of 60"):
         open_clip.open_model(folder)
 
 
@@ -112,8 +112,9 @@ def test_clips_merges_in_a_tokenizer_json_are_clips_tokenizer(shared, tmp_path):
 def test_a_processor_of_another_model_is_refused(tmp_path):
     folder = write_folder(tmp_path, CONFIGS["mammut"], random_arrays(CONFIGS["mammut"]))
     processor = tiny_processor()
-    Processor(processor.tokenizer, ImageTransform(48), processor.max_length).save(folder)
-    with pytest.raises(CheckpointError, match="processor.json is of another model: it makes images of 48 pixels"):
+    Processor(processor.tokenizer, ImageTransform(48), 5).save(folder)
+    message = "is of another model: images of 48 pixels, expected an image_size of 16; texts of 5 tokens, expected"
+    with pytest.raises(CheckpointError, match=message):
         open_clip.open_model(folder)
 
 

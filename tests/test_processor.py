@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -489,12 +490,15 @@ def check_saved(processor, folder):
     [
         ({"format": 2}, "has format 2, this version reads 1"),
         ({"extra": 1}, "expected format, image, max_length, text_form and tokenizer"),
-        ({"max_length": 1}, "max_length is 1, expected at least 2"),
+        ({"max_length": 1}, "processor.json: max_length is 1, expected 2 tokens"),
+        ({"max_length": 2**17 + 1}, "processor.json: max_length is 131073, expected 2 tokens, .* to 131072"),
+        ({"image": {"image_size": 0}}, "processor.json: ImageTransform.image_size is 0"),
         ({"image": {"image_size": 8, "colour": 1}}, "processor.json: image has colour"),
         ({"text_form": "ends"}, "text_form.*ends"),
         ({"image": {}}, "processor.json holds a value of the wrong type"),
         ({"tokenizer": None}, "processor.json holds a value of the wrong type"),
         ({"tokenizer": {"kind": "sentencepiece", "file": "/etc/passwd"}}, "tokenizer settings"),
+        ({"tokenizer": {"kind": "missing", "vocab_size": 9}}, "processor.json: settings of a missing tokenizer"),
     ],
 )
 def test_a_changed_processor_file_is_refused(processor, tmp_path, change, message):
@@ -506,7 +510,7 @@ def test_a_changed_processor_file_is_refused(processor, tmp_path, change, messag
 
 
 def test_missing_and_damaged_files_are_named(processor, tmp_path):
-    with pytest.raises(ValueError, match="no file .*processor.json"):
+    with pytest.raises(ValueError, match="processor.json is missing"):
         Processor.load(tmp_path)
     processor.save(tmp_path)
     (tmp_path / "tokenizer.model").unlink()
@@ -514,6 +518,10 @@ def test_missing_and_damaged_files_are_named(processor, tmp_path):
         Processor.load(tmp_path)
     (tmp_path / "processor.json").write_text("{")
     with pytest.raises(ValueError, match="processor.json is not JSON"):
+        Processor.load(tmp_path)
+    (tmp_path / "processor.json").unlink()
+    os.mkfifo(tmp_path / "processor.json")  # must not be waited for
+    with pytest.raises(ValueError, match="processor.json is a folder, a pipe or a device, expected a file"):
         Processor.load(tmp_path)
 
 

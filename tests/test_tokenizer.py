@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from mammut.testing import shared_dir
-from mammut.tokenizer import load_tokenizer, restore_tokenizer, train_sentencepiece
+from mammut.tokenizer import MissingTokenizer, load_tokenizer, restore_tokenizer, train_sentencepiece
 
 SHARED = shared_dir()
 needs_shared = pytest.mark.skipif(SHARED is None, reason="the shared folder with the reference encodings is absent")
@@ -213,6 +213,9 @@ def test_a_damaged_config_beside_tokenizer_json_is_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
         load_tokenizer(path, lowercase=True)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "eos_token": "<end>"}')
+    with pytest.raises(ValueError, match="tokenizer_config.json is not JSON: the key 'eos_token' is there 2 times"):
+        load_tokenizer(path, lowercase=True)
 
 
 def test_an_unknown_kind_of_file_is_refused(tmp_path):
@@ -254,4 +257,25 @@ def test_restoring_refuses_what_does_not_fit(tmp_path):
         restore_tokenizer(tmp_path, settings)
     (tmp_path / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match="no vocabulary file .*tokenizer.model"):
+        restore_tokenizer(tmp_path, settings)
+
+
+def test_a_missing_vocabulary_is_still_missing_once_saved(tmp_path):
+    missing = MissingTokenizer((1, 2, None), 60, "put it into here")
+    settings = json.loads(json.dumps(missing.save(tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+    restored = restore_tokenizer(tmp_path, settings)
+    assert restored.settings() == settings
+    assert (restored.vocab_size, restored.bos_id, restored.eos_id) == (60, 1, 2)
+    for call in (lambda: restored.pad_id, lambda: restored.encode("a"), lambda: restored.decode([3])):
+        with pytest.raises(ValueError, match="came without a vocabulary for its texts: put it into here, and load or"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 0}, {"vocab_size": True}, {"bos_id": 60}, {"pad_id": -1}, {"needs": 1}, {"more": 1}]
+)
+def test_settings_of_a_missing_vocabulary_that_cannot_be_are_refused(tmp_path, change):
+    settings = MissingTokenizer((1, 2, None), 60, "put it into here").settings() | change
+    with pytest.raises(ValueError, match="settings of a missing tokenizer are"):
         restore_tokenizer(tmp_path, settings)

@@ -276,8 +276,8 @@ def model_folder(tmp_path) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--init", "nowhere"], "nowhere is no model folder (no manifest.json)"),
-    (["--init-vision", "nowhere"], "nowhere is no model folder (no manifest.json)"),
+    (["--init", "nowhere"], "there is no nowhere: expected a folder or a file"),
+    (["--init-vision", "nowhere"], "there is no nowhere: expected a folder or a file"),
     (["--init", "model", "--model.vision.width", "64"],
      "the model to start from, init model, is another one: model.vision.width is 64, it was 32"),
     (["--init-vision", "model", "--model.vision.depth", "3", "--model.vision.mlp-dim", "8"],
@@ -312,7 +312,7 @@ def test_the_sizes_of_a_model_to_start_from_can_be_overridden(model_folder, tmp_
 def test_a_task_that_the_model_cannot_do_is_refused():
     model = tiny_config()
     mute = dataclasses.replace(model.text, depth=0, text_only_depth=2)
-    with pytest.raises(ValueError, match="task is 'caption', but with model.text.depth 0 nothing is said"):
+    with pytest.raises(ValueError, match="task is 'caption', which needs a caption pass: model.text.depth is 0"):
         TrainConfig(task="caption", model=dataclasses.replace(model, text=mute))
     blind = dataclasses.replace(model, text=dataclasses.replace(model.text, pooling="none"))
     with pytest.raises(ValueError, match="task is 'image_text', but with model.text.pooling 'none'"):
@@ -557,7 +557,7 @@ def test_a_recipe_of_another_model_does_not_resume_a_run(refusal, train, tmp_pat
 def test_a_run_whose_config_is_damaged_is_not_resumed(refusal, train, tmp_path):
     write_run(tmp_path / "run", train)
     (tmp_path / "run" / "run.json").write_text("{")
-    assert refusal("--workdir", "run", "--resume").startswith("run/run.json is not a JSON file")
+    assert refusal("--workdir", "run", "--resume").startswith("run/run.json is not JSON")
 
 
 def test_a_recipe_that_is_missing_or_makes_no_config_is_refused(refusal, tmp_path):

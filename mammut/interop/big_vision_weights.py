@@ -98,11 +98,6 @@ def _tokenizer(file: pathlib.Path, vocab_size: int) -> Tokenizer:
         needs = f"put its SentencePiece vocabulary, one *.model file, beside {file} ({seen})"
         return MissingTokenizer(_SPECIAL_IDS, vocab_size, needs)
     try:
-        tokenizer = load_tokenizer(beside[0], lowercase=True)
+        return load_tokenizer(beside[0], lowercase=True)
     except ValueError as error:
         raise CheckpointError(f"{file} is not loaded: {error}") from error
-    if tokenizer.vocab_size > vocab_size:
-        raise CheckpointError(
-            f"{beside[0]} has {tokenizer.vocab_size} ids, too many for {file} with its vocabulary of {vocab_size}"
-        )
-    return tokenizer

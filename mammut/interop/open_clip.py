@@ -4,6 +4,7 @@ A folder as on the Hugging Face hub is read, `open_clip_config.json` beside the 
 without one: what it is without can be told of the 15 openMaMMUT sizes alone.
 """
 
+import os
 import pathlib
 from typing import Any
 
@@ -37,8 +38,8 @@ _FILES = ".safetensors", ".pt", ".pth", ".bin", ".ckpt"
 def is_open_clip(path: pathlib.Path) -> bool:
     """Whether `path` looks like a model of open_clip: a folder with its config, or a file of weights."""
     path = pathlib.Path(path)
-    if path.is_dir():
-        return (path / CONFIG_FILE).exists()
+    if os.path.isdir(path):
+        return os.path.exists(path / CONFIG_FILE)
     return path.name.endswith((*_FILES, ".safetensors.index.json"))
 
 
@@ -54,11 +55,13 @@ def open_model(path: pathlib.Path, config: dict[str, Any] | None = None) -> Open
         do not fit it. Every mismatch is named.
     """
     path = pathlib.Path(path)
-    folder = path if path.is_dir() else path.parent
-    weights = _weights(path) if path.is_dir() else path
+    folder = path if os.path.isdir(path) else path.parent
+    weights = _weights(path) if folder == path else path
     told = str(folder / CONFIG_FILE) if config is None else "the config given"
-    if config is None and (folder / CONFIG_FILE).exists():
+    if config is None and os.path.exists(folder / CONFIG_FILE):
         config = read_json_object(folder / CONFIG_FILE)
+        if "model_cfg" not in config and "vision_cfg" in config:  # as in open_clip's own model_configs
+            config = {"model_cfg": config}
     theirs = open_tensors(weights)
     if config is None:
         config, told = {"model_cfg": _recognised(theirs)}, str(weights)
@@ -107,22 +110,9 @@ def _processor(folder: pathlib.Path, config: ModelConfig, files: dict[str, Any],
     text_cfg = files["model_cfg"].get("text_cfg") or files["model_cfg"]["multimodal_cfg"]
     try:
         if (folder / "processor.json").exists():
-            processor = Processor.load(folder)
-        else:
-            tokenizer = open_tokenizer(folder, text_cfg, config.text.vocab_size)
-            transform = image_transform(files.get("preprocess_cfg"), config.vision.image_size)
-            processor = Processor(tokenizer, transform, config.text.max_length)
+            return Processor.load(folder)
+        tokenizer = open_tokenizer(folder, text_cfg, config.text.vocab_size)
+        transform = image_transform(files.get("preprocess_cfg"), config.vision.image_size)
+        return Processor(tokenizer, transform, config.text.max_length)
     except ValueError as error:
         raise CheckpointError(f"{told}: {error}") from error
-    image_size, length = processor.image.image_size, processor.max_length
-    if image_size != config.vision.image_size or length > config.text.max_length:
-        raise CheckpointError(
-            f"{folder / 'processor.json'} is of another model: it makes images of {image_size} pixels and texts of "
-            f"{length} tokens, {told} has {config.vision.image_size} and {config.text.max_length}"
-        )
-    if processor.vocab_size > config.text.vocab_size:
-        raise CheckpointError(
-            f"{told} has a vocab_size of {config.text.vocab_size}, too few for the {processor.vocab_size} ids of its "
-            "tokenizer"
-        )
-    return processor

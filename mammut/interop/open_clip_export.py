@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from mammut.config import LayerConfig, ModelConfig, VisionConfig
-from mammut.interop.open_clip_config import NORM_EPS, mlp_dim, try_model_config
+from mammut.interop.open_clip_config import CLIP_VOCAB, NORM_EPS, mlp_dim, try_model_config
 from mammut.interop.open_clip_tables import table
-from mammut.interop.rules import OpenedModel
-from mammut.manifest import write_json
+from mammut.interop.rules import OpenedModel, require_target
+from mammut.manifest import replacing, write_json
 from mammut.processor import Processor
 from mammut.tensor_files import TensorSpec, write_safetensors
-from mammut.tokenizer import ClipTokenizer, MissingTokenizer
+from mammut.tokenizer import ClipTokenizer, MissingTokenizer, Tokenizer
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -27,27 +27,30 @@ def save(
     *,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Writes a folder as on the Hugging Face hub, one tensor at a time: config, weights, and our processor's files.
 
-    open_clip takes CLIP's tokenizer for it; tokens of another vocabulary have to come from our processor.
+    open_clip takes CLIP's tokenizer for it; tokens of another vocabulary have to come from our processor. Nothing in
+    the folder changes until all is written.
 
     Args:
       folder: made where it is missing.
       opened: a whole model.
-      overwrite: replaces what is there.
+      overwrite: replaces a model of open_clip that is there, never a model folder of ours or a run.
       progress: called with the bytes of each tensor written.
 
+    Returns:
+      What open_clip does not do as our processor does, in sentences.
+
     Raises:
-      ValueError: the folder holds a model already, `opened` is a part of a model, or open_clip cannot express it.
+      ValueError: the folder holds a model already or is where `opened` is read from, `opened` is a part of a model, or
+        open_clip cannot express the model or its processor.
     """
     folder = pathlib.Path(folder)
-    if opened.processor is None or set(opened.parts) != {"vision", "text", "rest"}:
-        raise ValueError(f"{opened.where} is {' and '.join(opened.parts)} without a processor, expected a whole model")
+    files = CONFIG_FILE, WEIGHTS_FILE, "processor.json"
+    require_target(folder, opened, files, ("manifest.json", "run.json"), overwrite)
     model_cfg = to_open_clip(opened.config)
-    there = [name for name in (CONFIG_FILE, WEIGHTS_FILE, "processor.json") if (folder / name).exists()]
-    if there and not overwrite:
-        raise ValueError(f"{folder} holds {there[0]} already: give a new folder, or overwrite=True")
+    preprocess_cfg = _preprocess_json(opened.processor, opened.config.vision)
     names = {"logit_scale", "text.lm_head.weight"}
     if bias := float(opened.tensors.read("logit_bias")):  # open_clip has none unless the config says so
         model_cfg["init_logit_bias"] = bias
@@ -57,16 +60,21 @@ def save(
         model_cfg["multimodal_cfg"] |= _special_ids(opened.processor)
     # What open_clip's files of such a model are called; see `table`.
     theirs = table(opened.config, dict.fromkeys(names, TensorSpec((), np.dtype("float32")))).to_theirs(opened.tensors)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in there:  # the config is removed first and written last: a folder that has it is complete
-        (folder / name).unlink()
-    write_safetensors(
-        folder / WEIGHTS_FILE, dict(theirs.specs), theirs.read, metadata={"format": "pt"}, progress=progress
-    )
-    if not isinstance(opened.processor.tokenizer, MissingTokenizer):
-        opened.processor.save(folder)
-    preprocess_cfg = _preprocess_json(opened.processor, opened.config.vision)
-    write_json(folder / CONFIG_FILE, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+    with replacing(folder, CONFIG_FILE, stale=["processor.json"]) as new:
+        write_safetensors(
+            new / WEIGHTS_FILE, dict(theirs.specs), theirs.read, metadata={"format": "pt"}, progress=progress
+        )
+        if not isinstance(opened.processor.tokenizer, MissingTokenizer):  # else it is looked for again when it is read
+            opened.processor.save(new)
+        write_json(new / CONFIG_FILE, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+    if _has_clip_ids(opened.processor.tokenizer):
+        return ()
+    return ("open_clip takes CLIP's tokenizer for this model: texts must become tokens by mammut's processor instead",)
+
+
+def _has_clip_ids(tokenizer: Tokenizer) -> bool:
+    missing = isinstance(tokenizer, MissingTokenizer) and tokenizer.vocab_size == CLIP_VOCAB
+    return missing or isinstance(tokenizer, ClipTokenizer)
 
 
 def _special_ids(processor: Processor) -> dict[str, int]:
@@ -78,7 +86,13 @@ def _special_ids(processor: Processor) -> dict[str, int]:
 
 
 def _preprocess_json(processor: Processor, vision: VisionConfig) -> dict[str, Any]:
-    image = processor.image
+    image, problems = processor.image, []
+    if image.interpolation not in ("bicubic", "bilinear"):
+        problems.append(f"ImageTransform.interpolation is {image.interpolation!r}, expected 'bicubic' or 'bilinear'")
+    if processor.text_form != "start_end":
+        problems.append(f"text_form is {processor.text_form!r}, expected 'start_end'")
+    if problems:
+        raise ValueError(f"open_clip cannot express this processor: {'; '.join(problems)}")
     return {
         "size": vision.image_size,
         "mode": "RGB",

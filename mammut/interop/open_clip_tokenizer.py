@@ -8,6 +8,7 @@ from typing import Any
 
 from mammut.interop.json_object import shown
 from mammut.manifest import read_json_object
+from mammut.mapped_files import MAX_HEADER
 from mammut.tokenizer import ClipTokenizer, MissingTokenizer, Tokenizer, load_tokenizer
 
 _CLIP_IDS = 49_406, 49_407, 0  # start, end, pad
@@ -67,7 +68,7 @@ def _clip(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int) -> To
 
 def _merges(path: pathlib.Path) -> bytes | None:
     """CLIP's merges in a Hugging Face `tokenizer.json`, as the file that `ClipTokenizer` reads; None: of another."""
-    model = read_json_object(path).get("model")
+    model = read_json_object(path, MAX_HEADER).get("model")
     merges = model.get("merges") if isinstance(model, dict) else None
     if not isinstance(merges, list) or len(merges) != _CLIP_MERGES:
         return None

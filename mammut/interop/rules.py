@@ -8,10 +8,13 @@ on either side is an error unless the table lists it with a reason.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+import pathlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -41,7 +44,11 @@ class LazyTensors:
 
 @dataclasses.dataclass(frozen=True)
 class OpenedModel:
-    """A model whose files were opened and checked, and whose parameters are read when they are asked for."""
+    """A model whose files were opened and checked, and whose parameters are read when they are asked for.
+
+    Raises:
+      CheckpointError: the processor makes other images or texts than the config's model takes; all of it is named.
+    """
 
     config: ModelConfig
     tensors: Tensors  # ours, by path such as "text.layers.attn.query.kernel"
@@ -51,6 +58,46 @@ class OpenedModel:
     parts: tuple[str, ...] = ("vision", "text", "rest")
     positions: Literal["bicubic", "bilinear"] = "bicubic"  # how its makers resample the position grid
     notes: tuple[str, ...] = ()  # what of its files has no place in our model, and what of ours they do not have; why
+
+    def __post_init__(self):
+        if self.processor is None:
+            return
+        image, vision, text = self.processor.image, self.config.vision, self.config.text
+        problems = []
+        if self.processor.vocab_size > text.vocab_size:
+            found = f"the tokenizer has {self.processor.vocab_size} ids"
+            problems.append(f"{found}, too many for a vocab_size of {text.vocab_size}")
+        if image.image_size != vision.image_size:
+            problems.append(f"images of {image.image_size} pixels, expected an image_size of {vision.image_size}")
+        if self.processor.max_length != text.max_length:
+            problems.append(f"texts of {self.processor.max_length} tokens, expected a max_length of {text.max_length}")
+        if problems:
+            raise CheckpointError(f"the processor of {self.where} is of another model: {'; '.join(problems)}")
+
+
+def require_target(
+    folder: pathlib.Path, opened: OpenedModel, files: Collection[str], foreign: Collection[str], overwrite: bool
+) -> None:
+    """Whether a model may be written to `folder`, asked before anything is touched.
+
+    Args:
+      files: what would be written, or of an older model there removed.
+      foreign: files of folders of another kind, which are not overwritten even when asked.
+
+    Raises:
+      ValueError: `opened` is a part of a model, is read from `folder` itself, or there is something in the way.
+    """
+    if opened.processor is None or set(opened.parts) != {"vision", "text", "rest"}:
+        raise ValueError(f"{opened.where} is {' and '.join(opened.parts)} without a processor, expected a whole model")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a folder to write to")
+    if there := [name for name in foreign if os.path.exists(folder / name)]:
+        raise ValueError(f"{folder} holds {there[0]} of a folder of another kind: give a new folder")
+    if (there := [name for name in files if os.path.exists(folder / name)]) and not overwrite:
+        raise ValueError(f"{folder} holds {there[0]} already: give a new folder, or overwrite=True")
+    home = opened.where if os.path.isdir(opened.where) else os.path.dirname(opened.where) or "."
+    if overwrite and os.path.exists(opened.where) and folder.is_dir() and os.path.samefile(home, folder):
+        raise ValueError(f"{folder} is where {opened.where} is read from: give a new folder")
 
 
 def model_specs(config: ModelConfig) -> dict[str, TensorSpec]:
@@ -76,8 +123,20 @@ class Layout(Protocol):
         """Their tensor, from our parameters."""
 
 
+class _InOrder:
+    """The same numbers in the same order: all that differs is the shape."""
+
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+        """Ours."""
+        return theirs.reshape(ours[place])
+
+    def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Theirs."""
+        return ours[0].reshape(self.shape([ours[0].shape]))
+
+
 @dataclasses.dataclass(frozen=True)
-class Reshaped:
+class Reshaped(_InOrder):
     """The same numbers in the same order, in another shape."""
 
     theirs: Shape
@@ -86,17 +145,9 @@ class Reshaped:
         """As given."""
         return self.theirs
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
-        """Ours."""
-        return theirs.reshape(ours[place])
-
-    def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Theirs."""
-        return ours[0].reshape(self.theirs)
-
 
 @dataclasses.dataclass(frozen=True)
-class Same:
+class Same(_InOrder):
     """The same numbers in the same shape, or with `flat` axes joined to one: a bias [N, K] is theirs as [N * K]."""
 
     flat: bool = False
@@ -105,30 +156,14 @@ class Same:
         """Ours, or its size."""
         return (math.prod(ours[0]),) if self.flat else ours[0]
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
-        """Ours."""
-        return theirs.reshape(ours[place])
-
-    def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Theirs."""
-        return ours[0].reshape(-1) if self.flat else ours[0]
-
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Rows(_InOrder):
     """The same numbers with all axes but the last joined to one: of a vector [D] a row, of a grid [I, J, D] I * J."""
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
         """[rows, D]."""
         return math.prod(ours[0][:-1]), ours[0][-1]
-
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
-        """Ours."""
-        return theirs.reshape(ours[place])
-
-    def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Theirs."""
-        return ours[0].reshape(-1, ours[0].shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +257,8 @@ class Table:
     def to_ours(self, theirs: Tensors, ours: Mapping[str, TensorSpec], where: str) -> LazyTensors:
         """Our parameters, of the specs `ours`, read from `theirs`; `where` names the file in errors.
 
-        Floats of any size are taken and come out as `ours` has them.
+        Floats of any size are taken and come out as `ours` has them; to read one that is too large for that raises
+        CheckpointError.
 
         Raises:
           CheckpointError: a key is missing, left over, of another shape or not of floats; all of them are named.
@@ -251,6 +287,7 @@ class Table:
             out = np.empty(spec.shape, spec.dtype)
             for entry, place in places[path]:
                 value = entry.layout.load(theirs.read(entry.theirs), self._our_shapes(entry, ours), place)
+                value = rounded(value, spec.dtype, f"{where}: {entry.theirs}")
                 out[... if entry.layer is None else entry.layer] = value
             return out
 
@@ -305,6 +342,21 @@ class Table:
             if layers != {None} and layers != set(range(spec.shape[0] if spec.shape else 0)):
                 problems.append(f"there is nothing for {'a layer of ' if layers else ''}the parameter {path}")
         return problems
+
+
+def rounded(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
+    """The floats as another type's; `where` names file and key in errors.
+
+    Raises:
+      CheckpointError: a finite one is beyond the type's largest.
+    """
+    if float(ml_dtypes.finfo(array.dtype).max) <= float(ml_dtypes.finfo(dtype).max):
+        return array.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype)
+    if (np.isinf(narrow) & ~np.isinf(array)).any():
+        raise CheckpointError(f"{where} holds finite numbers that are too large for {dtype}")
+    return narrow
 
 
 def _is_float(dtype: Any) -> bool:
