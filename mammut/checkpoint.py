@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -193,11 +194,15 @@ def _mismatches(saved: Any, expected: Any) -> list[str]:
             for path, leaf in names
         }
 
-    saved, expected = flat(saved), flat(expected)
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - saved.keys())]
-    problems += [f"{name} is left over" for name in sorted(saved.keys() - expected.keys())]
-    for name in sorted(saved.keys() & expected.keys()):
-        got, want = saved[name], expected[name]
+    return mismatches(flat(saved), flat(expected), "is left over")
+
+
+def mismatches(found: Mapping[str, Any], expected: Mapping[str, Any], left_over: str) -> list[str]:
+    """Where named arrays, or what has their shape and dtype, differ; `left_over` is said of those not expected."""
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{name} {left_over}" for name in sorted(found.keys() - expected.keys())]
+    for name in sorted(found.keys() & expected.keys()):
+        got, want = found[name], expected[name]
         if tuple(got.shape) != tuple(want.shape) or got.dtype != want.dtype:
             problems.append(f"{name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}")
     return problems

@@ -224,14 +224,7 @@ def _open_run(folder: pathlib.Path) -> OpenedModel:
 
 def _require_fit(config: ModelConfig, specs: Any, where: str) -> None:
     """Reports every key that is missing, left over, misshapen or of another type."""
-    expected = model_specs(config)
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - specs.keys())]
-    problems += [f"{name} is not a parameter of the model" for name in sorted(specs.keys() - expected.keys())]
-    for name in sorted(expected.keys() & specs.keys()):
-        want, got = expected[name], specs[name]
-        if tuple(want.shape) != tuple(got.shape) or want.dtype != got.dtype:
-            problems.append(f"{name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}")
-    if problems:
+    if problems := checkpoint.mismatches(specs, model_specs(config), "is not a parameter of the model"):
         raise CheckpointError(f"{where} does not fit its config: {'; '.join(problems)}")
 
 

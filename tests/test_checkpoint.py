@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from damage import assert_identical, flip, one_sentence
 from flax import nnx
 
 import mammut
@@ -25,30 +26,6 @@ from mammut.training import TrainState, make_trainer
 
 TEXTS = ["one red circle on the left", "two squares", ""]
 CONFIG = TrainConfig(model=tiny_config(), data=DataConfig(batch_size=8), steps=10)
-
-
-def by_name(tree) -> dict[str, np.ndarray]:
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def assert_identical(tree, expected) -> None:
-    got, want = by_name(tree), by_name(expected)
-    assert got.keys() == want.keys()
-    for name, x in want.items():
-        assert got[name].dtype == x.dtype and got[name].shape == x.shape, name
-        assert got[name].tobytes() == x.tobytes(), name
-
-
-def flip(path: pathlib.Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def one_sentence(error: pytest.ExceptionInfo) -> str:
-    text = str(error.value)
-    assert text and "\n" not in text.strip()
-    return text
 
 
 def abstract_state(config: TrainConfig = CONFIG, mesh: MeshConfig | None = None) -> TrainState:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from damage import assert_identical, flip, one_sentence
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -27,30 +28,6 @@ from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 from mammut.tokenizer import MissingTokenizer
 
 TEXTS = ["one red circle on the left", "two squares", ""]
-
-
-def by_name(tree) -> dict[str, np.ndarray]:
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def assert_identical(tree, expected) -> None:
-    got, want = by_name(tree), by_name(expected)
-    assert got.keys() == want.keys()
-    for name, x in want.items():
-        assert got[name].dtype == x.dtype and got[name].shape == x.shape, name
-        assert got[name].tobytes() == x.tobytes(), name
-
-
-def flip(path: pathlib.Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def one_sentence(error: pytest.ExceptionInfo) -> str:
-    text = str(error.value)
-    assert text and "\n" not in text.strip()
-    return text
 
 
 @pytest.fixture(scope="module")
