@@ -19,6 +19,7 @@ import sys
 import jax
 
 from mammut import checkpoint, data, model_folder, sharding, sources
+from mammut.compile_report import compile_report
 from mammut.config import TrainConfig
 from mammut.evaluation import Evaluation, Evaluator
 from mammut.interop.rules import OpenedModel
@@ -30,7 +31,7 @@ from mammut.run_log import RunLog
 from mammut.scoring import save_scores, score
 from mammut.tasks import TASKS
 from mammut.tokenizer import MissingTokenizer, load_tokenizer, train_sentencepiece
-from mammut.training import Trainer, TrainState, compile_report, make_trainer, start_report
+from mammut.training import Trainer, TrainState, make_trainer, start_report
 from mammut.warm_start import Start, WarmStart, warm_start
 
 DEFAULT_RECIPE = pathlib.Path(__file__).parent / "configs" / "tiny.py"
@@ -44,6 +45,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--workdir", type=pathlib.Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--topology")
     # The recipe comes first: later on, a bare word is the value of an override.
     first = argv[:1] if argv and not argv[0].startswith("-") else []
     args, overrides = parser.parse_known_args(argv[len(first) :])
@@ -89,7 +91,7 @@ def make_processor(config: TrainConfig, source: sources.Source, starts: dict[Sta
     return processor
 
 
-def train(run: Run, *, resume: bool, only_compile: bool) -> None:
+def train(run: Run, *, resume: bool) -> None:
     """The run. What can be refused is refused before anything is compiled, and before anything is written."""
     config, workdir = run.config, run.workdir
     if config.compilation_cache:
@@ -112,9 +114,6 @@ def train(run: Run, *, resume: bool, only_compile: bool) -> None:
         print(start_report(config, trainer, source, processor.vocab_size), flush=True)
         if warm:
             print(warm, flush=True)
-        if only_compile:
-            print(compile_report(config, trainer))
-            return
         if not resume:
             processor.save(workdir)
             checkpoint.write_run(workdir, config, run.overrides)
@@ -212,7 +211,10 @@ def main(argv: list[str]) -> None:
     args, overrides = parse_args(argv)
     try:
         run = resolve(args.recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
-        train(run, resume=args.resume, only_compile=args.compile_only)
+        if args.compile_only:
+            print(compile_report(run.config, args.topology))
+        else:
+            train(run, resume=args.resume)
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("MAMMUT_TRACEBACK"):
             raise

@@ -101,6 +101,9 @@ class VisionConfig(LayerConfig):
     pool_heads: int = 8  # of pooling "queries"
     norm_after_pooling: bool = False  # the last norm is of the pooled image alone; the decoder sees tokens without
     cropped_pos_embed: bool = False  # train with a random crop of the position table for each image (RO-ViT)
+    patch_drop: float = 0.0  # in training, this share of an image's patches is left out at random (FLIP)
+    # Images of this size are taken too, with the positions resampled: those of `TrainConfig.low_image_steps`.
+    low_image_size: int | None = None
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels scaled to 0..1
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
@@ -112,6 +115,13 @@ class VisionConfig(LayerConfig):
             self.image_size % self.patch_size == 0,
             f"VisionConfig.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}",
         )
+        low = self.low_image_size
+        _require(
+            low is None or (0 < low < self.image_size and low % self.patch_size == 0),
+            f"VisionConfig.low_image_size is {low}, expected a multiple of patch_size {self.patch_size} below "
+            f"image_size {self.image_size}",
+        )
+        _require_share(self, "patch_drop")
         for name, low in (("image_mean", -math.inf), ("image_std", 0)):
             values = getattr(self, name)
             expected = "finite" if name == "image_mean" else "positive"
@@ -245,6 +255,10 @@ class ModelConfig:
     param_dtype: Dtype = "float32"  # storage
     remat: Remat = "none"  # what the backward pass keeps of a layer: all of it, its matrix products, its input
     unroll: int = 1  # layers unrolled per step of the scan over layers; a small model on a CPU wants all of them
+    # Training runs the decoder twice, or once with both passes stacked on a new axis: split weights are gathered once.
+    passes: Literal["two_calls", "fused"] = "two_calls"
+    # auto: a fused kernel where there is one that works here, else XLA's.
+    image_attention: Literal["auto", "xla"] = "auto"
 
     def __post_init__(self):
         _require_choices(self)
@@ -304,6 +318,11 @@ class ModelConfig:
         return self.text.width if self.image_projection in ("shared", "separate") else self.vision_size
 
 
+# How a run computes and trains a model, which its weights do not depend on: fields of ModelConfig and VisionConfig.
+RUN_FIELDS = ("dtype", "param_dtype", "remat", "unroll", "passes", "image_attention")
+RUN_VISION_FIELDS = ("cropped_pos_embed", "patch_drop", "low_image_size")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the examples come from and how an image becomes an array."""
@@ -356,12 +375,16 @@ class LossConfig:
     focal_normalization: Literal["batch", "pairs"] = "batch"  # divide the sum over B x B pairs by B (paper) or B * B
     label_smoothing: float = 0.0  # of the caption loss
     z_loss: float = 0.0  # weight of log(Z)^2 in the caption loss
+    # Of the contrastive loss: every device holds its rows of the B x B matrix, or the texts go round the devices and
+    # only tiles of `contrastive_chunk` texts are ever held.
+    contrastive_form: Literal["matrix", "ring"] = "matrix"
+    contrastive_chunk: int = 4_096
     vocab_chunk: int = 16  # text positions whose logits are held at once by the caption loss
 
     def __post_init__(self):
         _require_choices(self)
         _require_share(self, "label_smoothing")
-        _require_positive(self, "vocab_chunk")
+        _require_positive(self, "vocab_chunk", "contrastive_chunk")
         _require(0 < self.focal_alpha < 1, f"LossConfig.focal_alpha is {self.focal_alpha}, expected 0 < alpha < 1")
         for name in ("contrastive_weight", "caption_weight", "focal_gamma", "z_loss"):
             _require(getattr(self, name) >= 0, f"LossConfig.{name} is {getattr(self, name)}, expected at least 0")
@@ -428,6 +451,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     steps: int = 10_000
+    low_image_steps: int = 0  # the first so many steps see images of `model.vision.low_image_size` (RECLIP, CLIPA)
     seed: int = 0  # of the initial weights, the data order, the crops
     accumulation: int = 1  # micro-batches a step; the contrastive loss still sees the whole batch
     log_every: int = 50  # steps
@@ -435,14 +459,20 @@ class TrainConfig:
     checkpoint_every: int = 1_000  # steps; there is always one at the end
     keep_checkpoints: int = 2
     max_nonfinite_steps: int = 10  # stop after so many skipped updates in a row
+    step_timeout: float = 3_600.0  # seconds; a process that makes no step for so long says where it is and ends
     compilation_cache: str | None = "~/.cache/mammut/xla"
 
     def __post_init__(self):
         _require_choices(self)
         _require_positive(self, "steps", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints")
-        _require_positive(self, "max_nonfinite_steps")
+        _require_positive(self, "max_nonfinite_steps", "step_timeout")
         _require(0 <= self.seed < 2**31, f"TrainConfig.seed is {self.seed}, expected 0 to {2**31 - 1}")
-        _require(self.eval_every >= 0, f"TrainConfig.eval_every is {self.eval_every}, expected at least 0")
+        for name in ("eval_every", "low_image_steps"):
+            _require(getattr(self, name) >= 0, f"TrainConfig.{name} is {getattr(self, name)}, expected at least 0")
+        _require(
+            not self.low_image_steps or self.model.vision.low_image_size is not None,
+            f"TrainConfig.low_image_steps is {self.low_image_steps}, which needs model.vision.low_image_size",
+        )
         text = self.model.text
         _require(
             text.depth > 0,

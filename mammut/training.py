@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -303,25 +302,3 @@ def start_report(config: TrainConfig, trainer: Trainer, source: Any, vocab_size:
         f"{total / 1e9:,.1f} GFLOP a step, backward included: "
         + ", ".join(f"{part} {count / total:.0%}" for part, count in flops.items()),
     ])
-
-
-def compile_report(config: TrainConfig, trainer: Trainer) -> str:
-    """Compiles the step for the devices of the mesh and says what it takes of each; runs nothing."""
-    rows, text, side = config.data.batch_size, config.model.text, config.model.vision.image_size
-    place = sharding.batch_sharding(trainer.mesh)
-    batch = {
-        "image": jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8, sharding=place),
-        "tokens": jax.ShapeDtypeStruct((rows, text.max_length), jnp.int32, sharding=place),
-        "text_valid": jax.ShapeDtypeStruct((rows, text.max_length), jnp.bool_, sharding=place),
-        "target": jax.ShapeDtypeStruct((rows, text.max_length), jnp.bool_, sharding=place),
-    }
-    start = time.perf_counter()
-    memory = trainer.step.lower(trainer.abstract_state, batch).compile().memory_analysis()
-    sizes = {
-        "arguments": memory.argument_size_in_bytes,
-        "of them donated": memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-    }
-    return f"compiled in {time.perf_counter() - start:.0f} s; MB a device: " + ", ".join(
-        f"{name} {size / 1e6:,.1f}" for name, size in sizes.items()
-    )

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from mammut.config import ModelConfig, VisionConfig, differences, to_dict
+from mammut.config import RUN_FIELDS, RUN_VISION_FIELDS, ModelConfig, VisionConfig, differences, to_dict
 from mammut.interop.rules import LazyTensors, OpenedModel, Tensors, model_specs
 from mammut.tensor_files import TensorSpec
 
@@ -33,9 +33,9 @@ Start = Literal["init", "init_vision", "init_text"]  # fields of `TrainConfig`
 What = Literal["loaded", "resampled", "cut", "in part", "random", "left out"]
 
 # Of an image encoder: how a model uses it, not what it is.
-_USE = ("pooling", "pool_queries", "pool_heads", "norm_after_pooling", "cropped_pos_embed")
+_USE = ("pooling", "pool_queries", "pool_heads", "norm_after_pooling")
 # What may differ from the models to start from: how it is computed, and what has a rule.
-_COMPUTED = {"model.dtype", "model.param_dtype", "model.remat", "model.unroll", "model.vision.cropped_pos_embed"}
+_COMPUTED = {f"model.{name}" for name in RUN_FIELDS} | {f"model.vision.{name}" for name in RUN_VISION_FIELDS}
 _COMPUTED |= {"model.logit_scale_init", "model.logit_bias_init"}  # of what is not random
 SIZES = {"model.vision.image_size", "model.vision.patch_size", "model.text.max_length"}
 VOCABULARY = {"model.text.vocab_size", "model.text.pad_id"}
@@ -187,8 +187,8 @@ class WarmStart:
 def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> ModelConfig:
     """`config` with the architecture of what it starts from.
 
-    `init` brings all of it, but for what `config` sets of how it is computed (dtype, param_dtype, remat, unroll,
-    cropped positions); `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder.
+    `init` brings all of it, but for what `config` sets of how it is computed (`dtype` to `image_attention`) and how
+    images are trained on; `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder.
 
     Raises:
       ValueError: a start holds no such part, or the parts do not go together.
@@ -204,13 +204,14 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
     if "init" in starts:
         config = starts["init"].config
         # How a model is computed is the run's business, as far as the run says anything of it.
-        defaults, named = ModelConfig(), ("dtype", "param_dtype", "remat", "unroll")
-        computed = {name: getattr(asked, name) for name in named if getattr(asked, name) != getattr(defaults, name)}
-        cropped = config.vision.cropped_pos_embed or vision.cropped_pos_embed
-        vision, text = dataclasses.replace(config.vision, cropped_pos_embed=cropped), config.text
+        computed = {name: getattr(asked, name) for name in RUN_FIELDS}
+        computed = {name: value for name, value in computed.items() if value != getattr(ModelConfig(), name)}
+        run = {name: getattr(vision, name) for name in RUN_VISION_FIELDS}
+        run["cropped_pos_embed"] |= config.vision.cropped_pos_embed
+        vision, text = dataclasses.replace(config.vision, **run), config.text
         config = dataclasses.replace(config, **computed)
     if "init_vision" in starts:
-        use = {name: getattr(vision, name) for name in _USE}
+        use = {name: getattr(vision, name) for name in _USE + RUN_VISION_FIELDS}
         vision = dataclasses.replace(starts["init_vision"].config.vision, **use)
     if "init_text" in starts:
         text = starts["init_text"].config.text

@@ -50,7 +50,7 @@ LAYERS = (
     ("caption_metrics",),
     ("predict", "scoring", "attention_maps"),
     ("evaluation", "report_pictures"),
-    ("report", "run_log"),
+    ("report", "run_log", "compile_report"),
 )
 
 

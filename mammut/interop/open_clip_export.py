@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mammut.config import LayerConfig, ModelConfig, VisionConfig
+from mammut.config import RUN_FIELDS, RUN_VISION_FIELDS, LayerConfig, ModelConfig, VisionConfig
 from mammut.interop.open_clip_config import CLIP_VOCAB, NORM_EPS, mlp_dim, try_model_config
 from mammut.interop.open_clip_tables import table
 from mammut.interop.rules import OpenedModel, require_target
@@ -203,9 +203,9 @@ def _comparable(config: ModelConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     vision, text = fields["vision"], fields["text"]
     fields["embed_dim"] = config.embed_size
-    for name in ("logit_scale_init", "logit_bias_init", "dtype", "param_dtype", "remat", "unroll"):
+    for name in ("logit_scale_init", "logit_bias_init", *RUN_FIELDS):
         del fields[name]
-    for name in ("cropped_pos_embed", "image_mean", "image_std"):
+    for name in ("image_mean", "image_std", *RUN_VISION_FIELDS):
         del vision[name]
     if config.vision.pooling == "queries":
         del vision["norm_after_pooling"]
