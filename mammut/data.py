@@ -1,11 +1,13 @@
 """From a source to batches: every example read by index, shuffled anew each epoch, split by process, resumable.
 
 `TrainBatches` draws endless training batches from a source, `eval_batches` passes over it once, `prefetch` moves
-batches to the device ahead of the step. Batches are NumPy arrays of this process' share.
+batches to the device ahead of the step, `measure_reading` times them. Batches are NumPy arrays of this process' share.
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +18,14 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
 from mammut.config import DataConfig
-from mammut.processor import BadImage, Processor
+from mammut.processor import BadImage, ImageTransform, Processor
 from mammut.sources import BadExample, Example, Source
 
 _log = logging.getLogger(__name__)
 
 _MIN_READ = 100  # the share of bad examples is judged from so many examples on
 _MAX_BAD_IN_A_ROW = 100
+_STALLED = 30.0  # seconds without a batch, after each of which a warning is logged
 
 
 class TooManyBadExamples(ValueError):
@@ -49,6 +52,10 @@ class TrainBatches:
     In place of an example that cannot be used another is drawn at random, so batches stay full and all processes stay
     at the same position.
 
+    However many processes there are, batch k of all of them together has the same examples, drawn alike. Their order
+    in it differs where the processes' shares are put one after the other, as `jax.make_array_from_process_local_data`
+    does; the losses, sums over a batch, do not depend on it.
+
     Shapes of a batch, b = config.batch_size // process_count:
       image uint8[b, image_size, image_size, 3], tokens int32[b, L], text_valid bool[b, L],
       target bool[b, L]: the tokens to be said, not those of a question.
@@ -60,11 +67,14 @@ class TrainBatches:
       seed: Of the order, captions, crops and flips.
       process_index: This process, of `process_count`.
       process_count: Processes that share each batch; row i of the whole batch goes to process i % process_count.
+      low_image_size: Pixels of the images of the first `low_steps` batches of the run, drawn alike, before those of
+        the processor's size.
+      low_steps: 0 for none.
       state: What `state()` returned; the batches then go on from there.
 
     Raises:
-      ValueError: the set is smaller than a batch, the batch is not a multiple of `process_count`, or `state` belongs to
-        another set or seed.
+      ValueError: the set is smaller than a batch, the batch is not a multiple of `process_count`, `low_steps` comes
+        without `low_image_size`, or `state` belongs to another set or seed.
       TooManyBadExamples: when iterating, more than `config.max_bad_share` of the examples could not be used.
     """
 
@@ -77,6 +87,8 @@ class TrainBatches:
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
+        low_image_size: int | None = None,
+        low_steps: int = 0,
         state: dict[str, Any] | None = None,
     ):
         import grain
@@ -86,7 +98,10 @@ class TrainBatches:
             raise ValueError(
                 f"{source.spec!r} has {len(source)} examples, expected at least data.batch_size {config.batch_size}"
             )
+        if low_steps and low_image_size is None:
+            raise ValueError(f"low_steps is {low_steps} and low_image_size None, expected the size of those images")
         self._source, self._processor, self._config = source, processor, config
+        self._low_image_size, self._low_end = low_image_size, low_steps * config.batch_size
         start = {"examples": len(source), "seed": seed, "position": 0, "read": 0, "bad": {}}
         self._state = start if state is None else state
         for name in ("examples", "seed"):
@@ -98,21 +113,50 @@ class TrainBatches:
         self._read = self._state["read"]
         self._bad = collections.Counter(self._state["bad"])
         self._position = self._state["position"]  # in examples of all processes
-        self._process_count = process_count
-        # Randomness before the slice: it belongs to the position in the run, whichever process reads it.
-        self._reads = iter(
-            grain.MapDataset.range(len(source))
-            .seed(seed)
-            .shuffle()
-            .repeat()
-            .random_map(self._load)[self._position + process_index :: process_count]
-            .to_iter_dataset(grain.ReadOptions(config.threads, max(config.threads, self._rows)))
-        )
+        self._process_index, self._process_count = process_index, process_count
+        self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        self._options = grain.ReadOptions(config.threads, max(config.threads, self._rows))
+        self._reads = self._open()
 
     def __iter__(self) -> "TrainBatches":
         return self
 
+    @property
+    def threads(self) -> int:
+        """How many threads read."""
+        return self._config.threads
+
+    def time_stages(self, examples: int = 200) -> dict[str, float]:
+        """Milliseconds for each stage of a random example, in this thread alone: see `measure_reading`."""
+        rng, stages = np.random.default_rng(0), collections.Counter(record_ms=0.0, image_ms=0.0, text_ms=0.0)
+        for index in rng.integers(len(self._source), size=examples):
+            times = [time.perf_counter()]
+            with contextlib.suppress(BadExample, BadImage):
+                example = self._source[int(index)]
+                times.append(time.perf_counter())
+                self._view(self._processor.image, example, rng)
+                times.append(time.perf_counter())
+                self._processor.encode_pairs([self._pair(example, rng)])
+                times.append(time.perf_counter())
+            for name, seconds in zip(stages, np.diff(times).tolist()):
+                stages[name] += 1000 * seconds / examples
+        return dict(stages)
+
+    def _open(self) -> Iterator[_Read]:
+        """Reads on from the position, ahead of it, in images of one size."""
+        transform = self._processor.image
+        self._low = self._position < self._low_end
+        if self._low:
+            transform = dataclasses.replace(transform, image_size=self._low_image_size)
+        # Randomness before the slice: it belongs to the position in the run, whichever process reads it.
+        drawn = self._order.random_map(functools.partial(self._load, transform))
+        mine = drawn[self._position + self._process_index :: self._process_count]
+        return iter(mine.to_iter_dataset(self._options))
+
     def __next__(self) -> dict[str, np.ndarray]:
+        if self._low and self._position >= self._low_end:
+            self._reads.close()
+            self._reads = self._open()
         reads = []
         while len(reads) < self._rows:
             read = next(self._reads)
@@ -133,6 +177,11 @@ class TrainBatches:
         return self._state
 
     @property
+    def spec(self) -> str:
+        """The name of the source in messages."""
+        return self._source.spec
+
+    @property
     def bad_counts(self) -> dict[str, int]:
         """How many examples could not be used since the start of the run, by cause; this process' share."""
         return dict(self._bad)
@@ -141,14 +190,14 @@ class TrainBatches:
         """Stops reading ahead."""
         self._reads.close()
 
-    def _load(self, index: int, rng: np.random.Generator) -> _Read:
+    def _load(self, transform: ImageTransform, index: int, rng: np.random.Generator) -> _Read:
         bad = []
         try:
             while len(bad) < _MAX_BAD_IN_A_ROW:
                 try:
                     example = self._source[int(index)]
                     pair = self._pair(example, rng)
-                    return _Read(bad, example, self._view(example, rng), pair)
+                    return _Read(bad, example, self._view(transform, example, rng), pair)
                 except (BadExample, BadImage) as error:
                     bad.append((error.cause, str(error)))
                     index = rng.integers(len(self._source))
@@ -170,8 +219,8 @@ class TrainBatches:
             )
         return prompt, text
 
-    def _view(self, example: Example, rng: np.random.Generator) -> np.ndarray:
-        transform, config = self._processor.image, self._config
+    def _view(self, transform: ImageTransform, example: Example, rng: np.random.Generator) -> np.ndarray:
+        config = self._config
         if config.blind:
             return np.zeros((transform.image_size, transform.image_size, 3), np.uint8)
         if config.crop_scale == (1, 1):
@@ -195,7 +244,8 @@ def prefetch(
     """Reads and transfers up to `size` batches ahead in a thread of its own.
 
     Yields `(transfer(batch), state, wait)`: the state after exactly this batch, not after those read ahead, and the
-    seconds the caller had to wait for it. Whatever the thread raises is raised here.
+    seconds the caller had to wait for it. Whatever the thread raises is raised here. A caller that waits for 30 seconds
+    is told so by a warning that names the source, and again after every 30 seconds more.
     """
 
     def load() -> tuple[Any, dict[str, Any]]:
@@ -207,13 +257,39 @@ def prefetch(
     try:
         ahead = collections.deque(pool.submit(load) for _ in range(size))
         while True:
-            start = time.perf_counter()
-            batch, state = ahead.popleft().result()
+            start, first = time.perf_counter(), ahead.popleft()
+            while not futures.wait([first], _STALLED).done:
+                waited = time.perf_counter() - start
+                _log.warning("no batch from %r for %.0f s: its disk or network may be stuck", batches.spec, waited)
+            batch, state = first.result()
             wait = time.perf_counter() - start
             ahead.append(pool.submit(load))
             yield batch, state, wait
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def measure_reading(batches: TrainBatches, seconds: float = 5.0) -> dict[str, float]:
+    """How fast training batches are made here, apart from any device; takes `seconds` and a little more.
+
+    Returns:
+      `images_per_s` of this process and its `threads`; `cores_busy`, the CPU seconds of the process per second; and,
+      from 200 examples one after the other in one thread, the milliseconds of each for its `record_ms` (the source),
+      `image_ms` (reading the file where the source has not, decoding, cropping, resizing) and `text_ms` (tokenizing).
+
+    Raises:
+      ValueError: `seconds` is not positive.
+      TooManyBadExamples: as when iterating.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds is {seconds}, expected a positive number")
+    next(batches)  # starts the threads
+    images, start, cpu = 0, time.perf_counter(), time.process_time()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        images += len(next(batches)["image"])
+    cpu = time.process_time() - cpu
+    rates = {"images_per_s": images / elapsed, "threads": batches.threads, "cores_busy": cpu / elapsed}
+    return rates | batches.time_stages()
 
 
 @dataclasses.dataclass

@@ -1,8 +1,8 @@
-"""Packs a JSONL set into a tensorflow-datasets set: a few large files in place of many small ones.
+"""Packs a JSONL set, or tar shards, into a tensorflow-datasets set: a few large files in place of many small ones.
 
     python -m mammut.prepare jsonl:PATH --data-dir DIR --name NAME
 
-writes DIR/NAME/1.0.0 with one split, `train`, in the order of the lines. It is then read as `tfds:NAME/train` with
+writes DIR/NAME/1.0.0 with one split, `train`, in the order of the set. It is then read as `tfds:NAME/train` with
 data.tfds_dir DIR, and by `tfds.builder(NAME, data_dir=DIR)` anywhere else. TensorFlow is not needed.
 """
 
@@ -22,12 +22,12 @@ _VERSION = "1.0.0"
 
 
 def prepare(spec: str, data_dir: str, name: str, max_bad_share: float = DataConfig.max_bad_share) -> dict[str, int]:
-    """Writes the examples of a JSONL source as the tensorflow-datasets set `name`, fields image and captions.
+    """Writes the examples of a source as the tensorflow-datasets set `name`, fields image and captions.
 
-    Images keep their original bytes. Lines and images that cannot be used are left out.
+    Images keep their original bytes. Examples that cannot be used are left out.
 
     Args:
-      spec: `jsonl:PATH`, with an optional slice; see `mammut.sources.open_source`.
+      spec: `jsonl:PATH` or `tar:PATTERN`, with an optional slice; see `mammut.sources.open_source`.
       data_dir: The `data_dir` of tensorflow-datasets.
       name: Of the set: lower-case letters, digits and underscores.
       max_bad_share: Nothing is written if more than this share of the examples cannot be used.
@@ -38,8 +38,8 @@ def prepare(spec: str, data_dir: str, name: str, max_bad_share: float = DataConf
     Raises:
       ValueError: the spec or the name is not of that form, the set exists already, or too much of it cannot be used.
     """
-    if not spec.startswith("jsonl:"):
-        raise ValueError(f"the set to prepare is {spec!r}, expected jsonl:PATH")
+    if not spec.startswith(("jsonl:", "tar:")):
+        raise ValueError(f"the set to prepare is {spec!r}, expected jsonl:PATH or tar:PATTERN")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"--name is {name!r}, expected lower-case letters, digits and underscores, a letter first")
     folder = pathlib.Path(data_dir).expanduser().resolve()
@@ -85,7 +85,7 @@ def _write(source: Source, examples: list[int], folder: pathlib.Path, name: str)
                 }
             )
             description = f"Images and captions of {source.spec}."
-            # Not shuffled: examples keep the order of the lines.
+            # Not shuffled: examples keep the order of the set.
             return tfds.core.DatasetInfo(
                 builder=self, description=description, features=features, disable_shuffling=True
             )
@@ -96,7 +96,7 @@ def _write(source: Source, examples: list[int], folder: pathlib.Path, name: str)
         def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
             for key, index in enumerate(examples):
                 example = source[index]
-                image = pathlib.Path(example.image).read_bytes()
+                image = example.image if isinstance(example.image, bytes) else example.image.read_bytes()
                 yield key, {"image": image, "image/filename": example.key, "captions": example.captions}
 
     builder = Captions(data_dir=str(folder), file_format="array_record")
@@ -104,8 +104,8 @@ def _write(source: Source, examples: list[int], folder: pathlib.Path, name: str)
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description="Pack a JSONL set into a tensorflow-datasets set.")
-    parser.add_argument("spec", help="jsonl:PATH, with an optional [a:b]")
+    parser = argparse.ArgumentParser(description="Pack a JSONL set or tar shards into a tensorflow-datasets set.")
+    parser.add_argument("spec", help="jsonl:PATH or tar:PATTERN, with an optional [a:b]")
     parser.add_argument("--data-dir", required=True, help="the data_dir of tensorflow-datasets")
     parser.add_argument("--name", required=True, help="the name of the set")
     parser.add_argument("--max-bad-share", type=float, default=DataConfig.max_bad_share)

@@ -1,4 +1,4 @@
-"""Sets of examples by index: drawn scenes, JSON lines, benchmarks as downloaded, prepared tensorflow-datasets sets.
+"""Sets of examples by index: drawn scenes, JSON lines, tar shards, benchmarks as downloaded, prepared tfds sets.
 
 A source is opened for one `Field`: captions, questions with answers ("qa"), or the name of what an image shows.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mammut import benchmarks, synthetic
+from mammut import benchmarks, synthetic, tar_shards
 from mammut.config import Field
 
 
@@ -91,6 +91,10 @@ def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None, fiel
         exactly one; and with the field asked for: "captions", a list of texts; "qa", a list of
         `{"question", "answers": [...]}`, optionally with "question_id", "answer_type" and "question_type"; or "name".
         Only the place of each line is kept in memory.
+        `tar:PATTERN`: plain tar files as webdataset has them, such as `tar:data/{00000..00127}.tar`; wildcards go, too,
+        and several patterns joined by `::`. Files that share a key are an example: an image (jpg, jpeg, png, webp) and
+        a caption in a `txt`, or a `json` that has the field asked for as a JSON line has it, or one "caption", as
+        img2dataset writes it. The shards' headers are read once; see `mammut.tar_shards`.
         `coco:ANNOTATIONS.json,IMAGES`, `karpathy:DATASET.json,IMAGES,SPLIT` (captions) and
         `vqav2:QUESTIONS.json,ANNOTATIONS.json,IMAGES` (qa; without answers where ANNOTATIONS.json is left empty):
         benchmarks as they are downloaded, IMAGES a folder, no comma in a path; see `mammut.benchmarks`.
@@ -114,6 +118,8 @@ def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None, fiel
         source = _Synthetic(name, image_size, field)
     elif kind == "jsonl" and name:
         source = _Jsonl(spec, pathlib.Path(name).expanduser(), field)
+    elif kind == "tar" and name:
+        source = _Tar(spec, name, field)
     elif kind in benchmarks.FORMS and name:
         source = _Benchmark(spec, kind, name, field)
     elif kind == "tfds" and all(name.rpartition("/")):
@@ -121,7 +127,8 @@ def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None, fiel
     else:
         forms = ", ".join(f"{kind}:{form}" for kind, (_, form) in benchmarks.FORMS.items())
         raise ValueError(
-            f"data source {spec!r} is not synthetic:train, synthetic:val, jsonl:PATH, {forms} or tfds:NAME/SPLIT, "
+            f"data source {spec!r} is not synthetic:train, synthetic:val, jsonl:PATH, tar:PATTERN, {forms} or "
+            "tfds:NAME/SPLIT, "
             "each with an optional [a:b] in examples or percent, [a:b:step], or [!a:b:step] for all the others"
         )
 
@@ -204,14 +211,7 @@ class _Jsonl(Source):
     def __getitem__(self, index: int) -> Example:
         where = f"{self._path}, line {self._numbers[index]}"
         start, end = self._bounds[index : index + 2].tolist()
-        try:
-            record = json.loads(os.pread(self._file, end - start, start).decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise BadExample(f"{where} is not UTF-8", "not UTF-8") from error
-        except (ValueError, RecursionError) as error:
-            raise BadExample(f"{where} is not JSON", "not JSON") from error
-        if not isinstance(record, dict):
-            raise BadExample(f"{where} is not a JSON object", "not an object")
+        record = _record(os.pread(self._file, end - start, start), where)
         file = record.get("file")
         if not isinstance(file, str) or not file:
             video = ", but the frames of a video, which cannot be read yet" if "frames" in record else ""
@@ -219,6 +219,57 @@ class _Jsonl(Source):
         if self._field not in record:
             raise BadExample(f'{where} has no "{self._field}"', "missing field")
         return _example(self._path.parent / file, file, self._field, record[self._field], where)
+
+
+class _Tar(Source):
+    def __init__(self, spec: str, pattern: str, field: Field):
+        try:
+            self._shards = tar_shards.TarShards(pattern)
+        except ValueError as error:
+            raise ValueError(f"data source {spec!r}: {error}") from error
+        paths = [os.path.abspath(path) for path in self._shards.paths]
+        folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+        self._names = [os.path.relpath(path, folder) for path in paths]
+        self._field = field
+        self._said_in = (tar_shards.TXT, tar_shards.JSON) if field == "captions" else (tar_shards.JSON,)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, index: int) -> Example:
+        name, image = self._read(index, (tar_shards.IMAGE,), "no image")
+        return self._example(index, image, name)
+
+    def pairs(self, index: int) -> list[tuple[str, str]]:
+        return self._example(index, None, "").pairs
+
+    def _example(self, index: int, image: Any, image_name: str) -> Example:
+        name, content = self._read(index, self._said_in, _ABSENT[self._field])
+        shard = self._shards.shard(index)
+        where = f"{self._shards.paths[shard]}, {name}"
+        if name.lower().endswith(".json"):
+            record = _record(content, where)
+            if self._field == "captions" and isinstance(record.get("caption"), str):
+                record = {"captions": [record["caption"]]} | record
+            if self._field not in record:
+                raise BadExample(f'{where} has no "{self._field}"', "missing field")
+            value = record[self._field]
+        else:
+            value = [_decoded(content, where).strip()]
+        # Named with the shard: another may have the same names.
+        key, questions = (f"{self._names[shard]}/{file}" for file in (image_name, name))
+        return _example(image, key, self._field, value, where, questions)
+
+    def _read(self, index: int, columns: tuple[int, ...], absent: str) -> tuple[str, bytes]:
+        """The first of the files that the example has."""
+        shards = self._shards
+        column = next((column for column in columns if shards.count(index, column)), None)
+        if column is not None and shards.count(index, column) == 1:
+            return shards.read(index, column)
+        where = f"{shards.paths[shards.shard(index)]}, the key of {shards.name(index)}"
+        if column is None:
+            raise BadExample(f"{where} has {absent}", absent)
+        raise BadExample(f"{where} has two files of one name", "duplicate key")
 
 
 class _Benchmark(Source):
@@ -331,6 +382,25 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist())
     return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _record(content: bytes, where: str) -> dict[str, Any]:
+    """A JSON object."""
+    text = _decoded(content, where)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadExample(f"{where} is not JSON", "not JSON") from error
+    if not isinstance(record, dict):
+        raise BadExample(f"{where} is not a JSON object", "not an object")
+    return record
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadExample(f"{where} is not UTF-8", "not UTF-8") from error
 
 
 _ABSENT: dict[Field, str] = {"captions": "no caption", "qa": "no question", "name": "no name"}

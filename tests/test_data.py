@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from mammut import data, prepare, sources, synthetic
 from mammut.config import DataConfig
 from mammut.processor import ImageTransform, Processor
+from mammut.run_log import RunLog
 from mammut.testing import shared_dir
 from mammut.tokenizer import train_sentencepiece
 
@@ -125,6 +127,7 @@ def assert_same(first: list[dict], second: list[dict]) -> None:
         ("imagenet", "synthetic:train"),
         ("synthetic:test", "synthetic:val"),
         ("jsonl:", "jsonl:PATH"),
+        ("tar:", "tar:PATTERN"),
         ("jsonl:/nowhere/set.jsonl", "/nowhere/set.jsonl"),
         ("tfds:flickr", "tfds:NAME/SPLIT"),
         ("synthetic:val[5]", r"\[a:b\]"),
@@ -402,7 +405,145 @@ def test_crops_are_taken_where_asked_for():
     assert len(columns(dataclasses.replace(CONFIG, crop_scale=(0.2, 0.6)))) > 3
 
 
+# Small images first
+
+LOW = 8
+
+
+def test_the_first_steps_have_small_images_drawn_alike(tmp_path):
+    source = open_set(write_set_with_bad(tmp_path, 16))
+    config = dataclasses.replace(CONFIG, max_bad_share=0.7, crop_scale=(0.2, 0.8), horizontal_flip=True)
+    full = take(train(source, config), 12)
+    small = processor()
+    small = Processor(small.tokenizer, ImageTransform(image_size=LOW), small.max_length)
+    all_small = take(data.TrainBatches(source, small, config, seed=0), 9)
+    mixed = take(train(source, config, low_image_size=LOW, low_steps=9), 12)  # 9 batches of 4 pass an epoch of 31
+    assert [batch["image"].shape[1:] for batch in mixed] == [(LOW, LOW, 3)] * 9 + [(SIZE, SIZE, 3)] * 3
+    assert_same(mixed, all_small + full[9:])
+    assert_same(mixed, [batch | {"image": other["image"]} for batch, other in zip(full, mixed, strict=True)])
+
+
+@pytest.mark.parametrize("done", [0, 2, 4, 5, 7])
+def test_small_images_end_at_the_same_step_in_a_resumed_run_of_more_processes(tmp_path, done):
+    source = open_set(write_set(tmp_path, 11))
+    options = {"low_image_size": LOW, "low_steps": 5}
+    whole = take(train(source, dataclasses.replace(CONFIG, threads=1), **options), 8)
+    batches = train(source, **options)
+    take(batches, done)
+    state = json.loads(json.dumps(batches.state()))
+    half = train(source, state=state, process_index=1, process_count=2, **options)
+    assert_same(take(half, 8 - done), [{name: rows[1::2] for name, rows in batch.items()} for batch in whole[done:]])
+    assert_same(take(train(source, state=state, **options), 8 - done), whole[done:])
+
+
+def test_steps_of_small_images_need_their_size(tmp_path):
+    with pytest.raises(ValueError, match="low_steps is 3 and low_image_size None"):
+        train(open_set(write_set(tmp_path, 10)), low_steps=3)
+
+
 # Prefetch
+
+
+class Gated(sources.Source):
+    """Drawn scenes, each read when the gate is open."""
+
+    spec = "jsonl:/on/a/stuck/disk"
+
+    def __init__(self):
+        self.gate = threading.Event()
+        self._scenes = open_set("synthetic:val")
+
+    def __len__(self):
+        return 96
+
+    def __getitem__(self, index):
+        self.gate.wait()
+        return self._scenes[index]
+
+
+def test_a_source_that_stalls_is_named_until_it_goes_on(monkeypatch, caplog):
+    monkeypatch.setattr(data, "_STALLED", 0.05)
+    source = Gated()
+    batches = train(source)
+    ahead = data.prefetch(batches, lambda batch: batch)
+
+    def release():
+        for _ in range(2_000):
+            if len(caplog.messages) >= 3:
+                break
+            time.sleep(0.01)
+        source.gate.set()
+
+    with caplog.at_level(logging.WARNING):
+        thread = threading.Thread(target=release)
+        thread.start()
+        _, _, wait = next(ahead)
+        thread.join()
+    assert wait >= 0.15 and len(caplog.messages) >= 3
+    assert all("no batch from 'jsonl:/on/a/stuck/disk' for " in message for message in caplog.messages)
+    ahead.close()
+    batches.close()
+
+
+def test_a_batch_that_is_there_is_not_waited_for():
+    source, read = Gated(), threading.Semaphore(0)
+    source.gate.set()
+    batches = train(source)
+    ahead = data.prefetch(batches, lambda batch: read.release(), size=2)
+    next(ahead)  # starts reading
+    for _ in range(3):
+        read.acquire()
+    source.gate.clear()  # two batches are ready, and no other will come
+    waits = [next(ahead)[2] for _ in range(2)]
+    threading.Timer(1, source.gate.set).start()
+    waits += [next(ahead)[2]]
+    assert waits[0] < 0.5 and waits[1] < 0.5
+    ahead.close()
+    batches.close()
+
+
+class Slow(sources.Source):
+    """20 milliseconds an example."""
+
+    spec = "slow"
+
+    def __init__(self):
+        self._scenes = open_set("synthetic:val")
+
+    def __len__(self):
+        return 96
+
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return self._scenes[index]
+
+
+@pytest.mark.parametrize(("slow", "low", "high"), [("data", 0.5, 1.0), ("step", 0.0, 0.5)])
+def test_the_wait_in_the_log_is_the_share_of_time_without_a_batch(tmp_path, slow, low, high):
+    source = Slow() if slow == "data" else open_set("synthetic:val")
+    batches = train(source, dataclasses.replace(CONFIG, threads=1))
+    ahead = data.prefetch(batches, lambda batch: batch)
+    log = RunLog(tmp_path, start=0, steps=9, batch_size=4, silent=False)
+    for step in range(1, 10):
+        _, _, waited = next(ahead)
+        if slow == "step":
+            time.sleep(0.1)
+        log.step(step, {"loss": 1.0, "nonfinite": 0}, waited, record=step == 9)
+    ahead.close()
+    batches.close()
+    log.close()
+    _, last = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert low < last["perf/data_wait"] < high
+
+
+def test_the_rate_of_reading_is_that_of_the_source():
+    batches = train(Slow(), dataclasses.replace(CONFIG, threads=1))
+    found = data.measure_reading(batches, seconds=0.5)
+    batches.close()
+    assert 0 < found["images_per_s"] < 50 * (1 + 8 / 20) and found["threads"] == 1  # 8 may have been read before
+    assert found["record_ms"] >= 20 and found["image_ms"] > 0 and found["text_ms"] > 0 and found["cores_busy"] > 0
+    with pytest.raises(ValueError, match="seconds is 0.0, expected a positive number"):
+        data.measure_reading(batches, seconds=0.0)
 
 
 def prefetch_threads() -> list[threading.Thread]:
