@@ -1,14 +1,16 @@
 """The mesh and the one table that maps logical axes to mesh axes.
 
 Layers name the logical axes of their parameters and activations; only this file knows which mesh axis each becomes. The
-mesh has `AxisType.Auto` axes: the compiler places everything that is not constrained here. (`jax.make_mesh` would
-choose `Explicit`, where shardings are part of array types and an embedding gather needs one of its own.)
+mesh has `AxisType.Auto` axes: the compiler places everything that is not constrained here. (With `Explicit` axes
+shardings are part of array types, and an embedding gather needs one of its own.)
 """
 
+import math
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mammut.config import MeshConfig
@@ -34,12 +36,25 @@ RULES: dict[str, tuple[str, ...]] = {
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """A `data` x `fsdp` x `model` mesh over `devices` (default: all).
 
+    Within a TPU slice, neighbours along a mesh axis are neighbours in the torus. Across slices (or GPU boxes), whose
+    network is far slower, goes `data` first, which communicates once a step; then `fsdp`, then `model`.
+
     Raises:
       ValueError: the sizes in `config` do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    slices = left = len({getattr(device, "slice_index", 0) for device in devices})
+    across = []
+    for size in sizes:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    if slices > 1:
+        within = [size // count for size, count in zip(sizes, across, strict=True)]
+        arranged = create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    else:
+        arranged = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:

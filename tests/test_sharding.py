@@ -11,10 +11,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from mammut import sharding
-from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mammut.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mammut.hlo import Program
 from mammut.model import num_params
 from mammut.sharding import partition_spec
-from mammut.tasks import ImageTextTask
+from mammut.tasks import ImageTextTask, caption_sum
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 from mammut.training import TrainState, make_optimizer, make_trainer
 
@@ -164,12 +165,69 @@ def test_heads_mlp_and_vocabulary_are_split_over_the_model_axis():
     assert query.shape[2] == 3 and query.sharding.spec == PartitionSpec(None, "fsdp", None, None)
 
 
-def test_the_fsdp_step_gathers_and_reduces_and_never_reshuffles():
-    text = run("fsdp 8").text
-    kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-    operations = {kind for kind in kinds if kind in text}
-    assert "all-gather" in operations and operations & {"all-reduce", "reduce-scatter"}
-    assert operations <= {"all-gather", "all-reduce", "reduce-scatter"}
+@functools.cache
+def fsdp_program(passes: str = "two_calls", accumulation: int = 1) -> Program:
+    """The step over 8 devices that split the parameters, compiled."""
+    config = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, passes=passes), accumulation=accumulation
+    )
+    if config == CONFIG:
+        return Program(run("fsdp 8").text)
+    mesh = sharding.make_mesh(MESHES["fsdp 8"])
+    trainer = make_trainer(config, ImageTextTask(config.loss), mesh)
+    with jax.set_mesh(mesh):
+        batch = sharding.device_batch(tiny_batch(batch_size=16), mesh)
+        return Program(trainer.step.lower(trainer.abstract_state, batch).compile(compiler_options=QUICK).as_text())
+
+
+@pytest.mark.parametrize("passes, accumulation", [("two_calls", 1), ("fused", 1), ("two_calls", 2)])
+def test_the_fsdp_step_gathers_and_reduces_and_never_reshuffles(passes, accumulation):
+    program = fsdp_program(passes, accumulation)
+    kinds = {collective.kind for collective in program.collectives()}
+    assert "all-gather" in kinds and kinds & {"all-reduce", "reduce-scatter"}
+    assert kinds <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert program.unknown_loops == 0
+
+
+def test_fused_passes_gather_the_decoders_weights_half_as_often():
+    text = CONFIG.model.text
+    own = {text.width, text.mlp_dim, text.num_heads, text.width // text.num_heads, text.depth, text.num_cross_layers, 1}
+
+    def gathered(passes):  # bytes of what has the decoder's sizes, and no others
+        collectives = [c for c in fsdp_program(passes).collectives() if c.kind == "all-gather"]
+        mine = [c for c in collectives if all(set(s.dims) <= own and len(s.dims) > 1 for s in c.shapes)]
+        return sum(c.runs * c.bytes for c in mine)
+
+    assert gathered("fused") < 0.7 * gathered("two_calls")
+
+
+def test_a_vocabulary_split_over_the_model_axis_is_never_gathered_and_its_gradient_is_reduced_once():
+    mesh, vocab, width = sharding.make_mesh(MESHES["2 x 2 x 2"]), 1_000, 32
+    table = jax.sharding.NamedSharding(mesh, partition_spec(("vocab", "embed"), (vocab, width), mesh))
+    rows = sharding.batch_sharding(mesh)
+
+    def loss(table, features, labels, mask):
+        return caption_sum(LossConfig(vocab_chunk=4), features, table.T, None, labels, mask)  # in four chunks
+
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((vocab, width), float), ((16, 16, width), float), ((16, 16), int), ((16, 16), bool))
+    ]
+    with jax.set_mesh(mesh):
+        step = jax.jit(
+            jax.value_and_grad(loss, argnums=(0, 1)), in_shardings=(table, rows, rows, rows),
+            out_shardings=(None, (table, rows)),
+        )  # fmt: skip
+        program = Program(step.lower(*args).compile(compiler_options=QUICK).as_text())
+    sizes = [(c, max(size for s in c.shapes for size in (*s.dims, 0))) for c in program.collectives()]
+    with_vocabulary = [c for c, size in sizes if size >= vocab // 2]
+    assert max(size for _, size in sizes) == vocab // 2
+    assert all(c.group[1] - c.group[0] > 1 for c in with_vocabulary)  # neighbours share the model axis
+    assert {c.kind for c in with_vocabulary} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert sum(c.runs for c in with_vocabulary if c.kind != "all-gather") == 1
+    # The whole step: no array that is exchanged has the vocabulary as a dimension.
+    whole = Program(run("2 x 2 x 2").text).collectives()
+    assert not [c for c in whole if any(CONFIG.model.text.vocab_size in s.dims for s in c.shapes)]
 
 
 def test_data_parallelism_gathers_no_parameter_and_fsdp_does():

@@ -1,0 +1,37 @@
+"""What makers state of the devices that a model trains on: the ceilings of a measurement or an estimate."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """The figures of one device, as JAX counts devices."""
+
+    flops: float  # of bfloat16 products, a second, without sparsity
+    memory: float  # bytes
+    memory_bandwidth: float  # bytes a second
+    link: float  # bytes a second, one way, to one neighbour (of a GPU: to all others in the box)
+    network: float  # bytes a second, one way, to devices of other slices (of a GPU: of other boxes)
+    ring: int | None = None  # an axis of a slice closes into a ring where its length is a multiple of this
+
+
+GIB = 2.0**30
+# By what `device_kind` begins with. TPU: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x ("bidirectional ICI
+# bandwidth per chip" over both ways and 4 or 6 ports; network: that of a host's cards over its chips); a TPU7x chip is
+# two devices. GPU: NVIDIA's data sheets of A100, H100 SXM and H200 (NVLink one way; one 400 Gbit/s card a GPU, an A100
+# 200).
+CHIPS = {
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 50e9, 3.125e9, ring=16),
+    "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, ring=4),
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 1638e9, 100e9, 12.5e9, ring=16),
+    "TPU7x": Chip(2307e12 / 2, 192 * GIB / 2, 7380e9 / 2, 100e9 / 2, 12.5e9 / 2, ring=4),
+    "NVIDIA A100": Chip(312e12, 80e9, 2039e9, 300e9, 25e9),
+    "NVIDIA H100": Chip(989e12, 80e9, 3350e9, 450e9, 50e9),
+    "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9, 50e9),
+}
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The figures of a device by `jax.Device.device_kind`; None for one that is not in the table, such as a CPU."""
+    names = [name for name in CHIPS if device_kind.startswith(name)]
+    return CHIPS[max(names, key=len)] if names else None
