@@ -301,6 +301,12 @@ class ModelConfig:
             f"ModelConfig.embed_dim {self.embed_size} is not a multiple of VisionConfig.pool_heads "
             f"{self.vision.pool_heads}",
         )
+        text = self.text
+        _require(
+            self.passes != "fused" or (text.pooling not in ("none", "class") and not text.text_only_depth),
+            "ModelConfig.passes is 'fused', which needs two passes over the same tokens and layers: not "
+            f"DecoderConfig.pooling {text.pooling!r} with text_only_depth {text.text_only_depth}",
+        )
 
     @property
     def embed_size(self) -> int:

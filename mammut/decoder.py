@@ -5,7 +5,8 @@
 | contrastive pass | bidirectional, pads masked | none | features whose masked mean is the text embedding |
 | caption pass | causal | once in every k layers | features whose vocabulary scores are the caption's logits |
 
-Which pass runs is the name of the method called, never inferred from an argument that is missing.
+Which pass runs is the name of the method called, never inferred from an argument that is missing. `both_passes` runs
+the two in one traversal, stacked on an axis of their own.
 """
 
 import dataclasses
@@ -111,16 +112,8 @@ class TextDecoder(nnx.Module):
         if text.pooling == "none":
             raise ValueError("the model has no contrastive pass: DecoderConfig.pooling is 'none'")
         x = self._embed(tokens, class_token=text.class_token)
-        length = x.shape[1]
-        valid = self.valid(tokens, text_valid)
-        if text.pad_masking == "none":
-            valid = jnp.ones((1, length), bool)
-        elif text.pad_masking == "shifted":
-            valid = shift_valid(valid)
-        else:
-            valid = jnp.pad(valid, ((0, 0), (0, length - valid.shape[1])), constant_values=True)
-        mask = attn_mask(valid, jnp.full(length, text.causal_contrastive))
-        rotate = self._rotation(jnp.arange(length))
+        mask = self._contrastive_mask(tokens, text_valid, x.shape[1])
+        rotate = self._rotation(jnp.arange(x.shape[1]))
         if self.text_only_layers is not None:
             return self.text_only_norm(self._text_only(x, mask, rotate))
         if self.bare_layers is None:
@@ -145,10 +138,43 @@ class TextDecoder(nnx.Module):
                 stacked,
                 x,
                 lambda layer, x: layer.attend(x, mask=mask, rotate=rotate),
-                lambda layer, x: layer.attend(x, layer.image_keys_values(image_tokens)),
+                lambda layer, x: layer(x, layer.image_keys_values(image_tokens)),
             )
 
         return self.norm(self._scan(group, x, self._groups(), self._unrolled_groups))
+
+    def both_passes(
+        self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], image_tokens: Float[Array, "B P Dv"]
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"]]:
+        """What `contrastive_pass` and `caption_pass` give, in one traversal: under FSDP each weight is gathered once.
+
+        The passes lie on a new leading axis, float[2, B, L, D]: side by side on the batch axis, which is split over
+        devices, rows would move between them. Cross-attention layers see the caption pass alone. `ModelConfig` refuses
+        models whose passes differ in length or layers.
+        """
+        x, caption_mask, rotate = self._caption_start(tokens, text_valid)
+        contrastive_mask = self._contrastive_mask(tokens, text_valid, x.shape[1])
+        masks = jnp.stack(jnp.broadcast_arrays(contrastive_mask, caption_mask))
+
+        def in_both(step, *stacked):
+            # No mesh axis for the new dimension: that pins it whole, where `None` would leave it to the compiler.
+            return jax.vmap(step, spmd_axis_name=())(*stacked)
+
+        def see_image(layer, x):
+            return jnp.stack([x[0], layer(x[1], layer.image_keys_values(image_tokens))])
+
+        def group(x, stacked):
+            return self._caption_group(
+                stacked,
+                x,
+                lambda layer, x: in_both(lambda x, mask: layer.attend(x, mask=mask, rotate=rotate), x, masks),
+                see_image,
+                lambda layer, x: in_both(layer.feed_forward, x),
+            )
+
+        x = jnp.stack([x, x])
+        contrastive, caption = self.norm(self._scan(group, x, self._groups(), self._unrolled_groups))
+        return contrastive, caption
 
     def cross_attention(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], image_tokens: Float[Array, "B P Dv"]
@@ -163,16 +189,16 @@ class TextDecoder(nnx.Module):
         def group(x, stacked):
             weights = []
 
-            def attend_image(layer, x):
+            def see_image(layer, x):
                 image, query = layer.image_keys_values(image_tokens), layer.attn.queries(layer.attn_norm(x))
                 scores = jnp.einsum("BLNK,BPNK->BNLP", query, image.key, preferred_element_type=jnp.float32)
                 weights.append(jax.nn.softmax(scores / math.sqrt(query.shape[-1]), axis=-1))
-                return layer.attend(x, image)
+                return layer(x, image)
 
             def attend_text(layer, x):
                 return layer.attend(x, mask=mask, rotate=rotate)
 
-            return self._caption_group(stacked, x, attend_text, attend_image), weights[0]
+            return self._caption_group(stacked, x, attend_text, see_image), weights[0]
 
         return jax.lax.scan(group, x, self._groups())[1]
 
@@ -202,14 +228,14 @@ class TextDecoder(nnx.Module):
         def group(x, stacked):
             kept, image = [], []
 
-            def attend_image(layer, x):
+            def see_image(layer, x):
                 image.append(layer.image_keys_values(image_tokens))
-                return layer.attend(x, image[0])
+                return layer(x, image[0])
 
             def attend_text(layer, x):
                 return remember(kept, layer, x, mask, rotate)
 
-            x = self._caption_group(stacked, x, attend_text, attend_image)
+            x = self._caption_group(stacked, x, attend_text, see_image)
             return x, (_stacked(kept), image[0])
 
         x, (layers, image) = jax.lax.scan(group, x, self._groups())
@@ -260,11 +286,11 @@ class TextDecoder(nnx.Module):
             def attend_text(layer, x):
                 return remember(kept, layer, x, jax.tree.map(operator.itemgetter(len(kept)), old), seen)
 
-            def attend_image(layer, x):
+            def see_image(layer, x):
                 # The rows of an image ask together, as if they were the tokens of one text: its cache is not repeated.
-                return layer.attend(x.reshape(images, rows // images, -1), image).reshape(rows, 1, -1)
+                return layer(x.reshape(images, rows // images, -1), image).reshape(rows, 1, -1)
 
-            x = self._caption_group(stacked, x, attend_text, attend_image)
+            x = self._caption_group(stacked, x, attend_text, see_image)
             return x, _stacked(kept)
 
         x, layers = jax.lax.scan(group, x, (self._groups(), past.layers, cache.image))
@@ -294,18 +320,40 @@ class TextDecoder(nnx.Module):
                     x = layer(jax.tree.map(operator.itemgetter(i), self.text_only_layers), x, early, rotate)
         return x, mask, rotate
 
-    def _caption_group(self, stacked: Any, x: jax.Array, attend_text: Callable, attend_image: Callable) -> jax.Array:
-        """One group of the caption pass; `attend_text(layer, x)` and `attend_image(layer, x)` are its attention."""
+    def _caption_group(
+        self,
+        stacked: Any,
+        x: jax.Array,
+        attend_text: Callable,
+        see_image: Callable,
+        feed_forward: Callable = Layer.feed_forward,
+    ) -> jax.Array:
+        """One group of the caption pass: `attend_text(layer, x)` is the self-attention of a layer, `feed_forward` its
+        MLP, `see_image(layer, x)` a whole cross-attention layer.
+        """
         cross_layer, position = stacked[-1], self.config.cross_attn_position
         slot = self.config.cross_attn_every - 1 if position == "last" else 0
         for i, layer in enumerate(self._in_order(stacked)):
             x = attend_text(layer, x)
             if i == slot and position == "inside":
-                x = attend_image(cross_layer, x)
-            x = layer.feed_forward(x)
+                x = see_image(cross_layer, x)
+            x = feed_forward(layer, x)
             if i == slot and position != "inside":
-                x = cross_layer.feed_forward(attend_image(cross_layer, x))
+                x = see_image(cross_layer, x)
         return x
+
+    def _contrastive_mask(
+        self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], length: int
+    ) -> Bool[Array, "#B 1 Lc Lc"]:
+        """Who attends to whom in the contrastive pass, over `length` positions: a class token stands after the text."""
+        text, valid = self.config, self.valid(tokens, text_valid)
+        if text.pad_masking == "none":
+            valid = jnp.ones((1, length), bool)
+        elif text.pad_masking == "shifted":
+            valid = shift_valid(valid)
+        else:
+            valid = jnp.pad(valid, ((0, 0), (0, length - valid.shape[1])), constant_values=True)
+        return attn_mask(valid, jnp.full(length, text.causal_contrastive))
 
     def _text_only(self, x: jax.Array, mask: jax.Array, rotate: Rotation | None) -> jax.Array:
         return self._scan(

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from mammut.config import Activation, LayerConfig, Remat
+from mammut.kernels import attention_kernel
 from mammut.sharding import constrain
 from mammut.typing import Array
 
@@ -35,6 +36,16 @@ def param(value: jax.Array, *axes: str | None) -> nnx.Param:
     return nnx.Param(value, axes=axes)
 
 
+def recomputed(function: Callable) -> Callable:
+    """The same function; its backward pass keeps its arguments alone and computes the rest again.
+
+    For what is cheap to compute and has large intermediates: a norm or an activation costs less than writing and
+    reading what its gradient needs, also where the layers around it are not recomputed (`ModelConfig.remat`).
+    """
+    # XLA may well find it cheaper to keep something: outside of a loop nothing forbids it.
+    return jax.checkpoint(function, prevent_cse=False)
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, with scale and, unless told otherwise, bias."""
 
@@ -44,12 +55,16 @@ class LayerNorm(nnx.Module):
         self.bias = param(jnp.zeros(width, dtypes.param), axis) if use_bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        x32 = x.astype(jnp.float32)
-        mean = x32.mean(-1, keepdims=True)
-        centred = x32 - mean
-        variance = (centred * centred).mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.eps) * self.scale[...]
-        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+        @recomputed
+        def normed(x, scale, bias):
+            x32 = x.astype(jnp.float32)
+            mean = x32.mean(-1, keepdims=True)
+            centred = x32 - mean
+            variance = (centred * centred).mean(-1, keepdims=True)
+            y = centred * jax.lax.rsqrt(variance + self.eps) * scale
+            return (y if bias is None else y + bias).astype(x.dtype)
+
+        return normed(x, self.scale[...], None if self.bias is None else self.bias[...])
 
 
 class RMSNorm(nnx.Module):
@@ -60,9 +75,13 @@ class RMSNorm(nnx.Module):
         self.scale = param(jnp.ones(width, dtypes.param), axis)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        x32 = x.astype(jnp.float32)
-        y = x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        @recomputed
+        def normed(x, scale):
+            x32 = x.astype(jnp.float32)
+            y = x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + self.eps)
+            return (y * scale).astype(x.dtype)
+
+        return normed(x, self.scale[...])
 
 
 def make_norm(config: LayerConfig, *, dtypes: Dtypes, width: int | None = None, axis: str = "embed") -> nnx.Module:
@@ -162,10 +181,20 @@ def rotation(positions: Int[Array, "L"], head_size: int, theta: float) -> Rotati
 class Attention(nnx.Module):
     """Multi-head attention of some tokens to keys and values made of the same or of other tokens.
 
-    `kv_width` is the width of those others where it differs. `config` says what it has beside the four maps.
+    `kv_width` is the width of those others where it differs. `config` says what it has beside the four maps. `fused`
+    lets a fused kernel take over where there is no mask.
     """
 
-    def __init__(self, config: LayerConfig, *, rngs: nnx.Rngs, dtypes: Dtypes, kv_width: int | None = None):
+    def __init__(
+        self,
+        config: LayerConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtypes: Dtypes,
+        kv_width: int | None = None,
+        fused: bool = False,
+    ):
+        self.fused = fused
         heads = {"heads": config.num_heads, "head_size": config.width // config.num_heads}
         embed, others = {"embed": config.width}, {"embed": kv_width or config.width}
         options: dict[str, Any] = {"rngs": rngs, "dtypes": dtypes, "use_bias": config.attn_bias}
@@ -199,9 +228,10 @@ class Attention(nnx.Module):
         rotate: Rotation | None = None,
     ) -> Float[Array, "B L D"]:
         query = self.queries(x, rotate)
-        if mask is None:  # where there is no mask a fused kernel can take over; their mask handling has open bugs
-            attended = jax.nn.dot_product_attention(query, kv.key, kv.value)
-        else:
+        if mask is None:
+            kernel = attention_kernel(query.dtype, *query.shape[1::2]) if self.fused else "xla"
+            attended = jax.nn.dot_product_attention(query, kv.key, kv.value, implementation=kernel)
+        else:  # by hand: the mask handling of fused kernels has open bugs, and texts are short
             attended = dot_product_attention(query, kv.key, kv.value, mask)
         if self.gate is not None:
             attended = attended * jax.nn.sigmoid(self.gate(x))
@@ -209,10 +239,10 @@ class Attention(nnx.Module):
 
 
 _ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "gelu": recomputed(lambda x: jax.nn.gelu(x, approximate=False)),
+    "gelu_tanh": recomputed(lambda x: jax.nn.gelu(x, approximate=True)),
+    "quick_gelu": recomputed(lambda x: x * jax.nn.sigmoid(1.702 * x)),
+    "relu2": recomputed(lambda x: jnp.square(jax.nn.relu(x))),
 }
 
 
@@ -240,7 +270,7 @@ class Layer(nnx.Module):
 
     Called with `kv` it attends to those keys and values, of an image or of a cache (`image_keys_values`,
     `own_keys_values`); without, to its own tokens. `has_mlp` False leaves the MLP out; `image_norm` norms image tokens,
-    which have the size `image_width`; None: the tower's width.
+    which have the size `image_width`; None: the tower's width. `fused` is that of `Attention`.
     """
 
     def __init__(
@@ -252,9 +282,10 @@ class Layer(nnx.Module):
         has_mlp: bool = True,
         image_norm: bool = False,
         image_width: int | None = None,
+        fused: bool = False,
     ):
         self.attn_norm = make_norm(config, dtypes=dtypes)
-        self.attn = Attention(config, rngs=rngs, dtypes=dtypes, kv_width=image_width)
+        self.attn = Attention(config, rngs=rngs, dtypes=dtypes, kv_width=image_width, fused=fused)
         self.image_norm = make_norm(config, dtypes=dtypes, width=image_width) if image_norm else None
         self.mlp_norm = make_norm(config, dtypes=dtypes) if has_mlp else None
         self.mlp = MLP(config, rngs=rngs, dtypes=dtypes) if has_mlp else None
@@ -275,8 +306,9 @@ class Layer(nnx.Module):
         rotate: Rotation | None = None,
     ) -> Float[Array, "B L D"]:
         """The first half of the layer."""
-        kv = self.own_keys_values(x, rotate) if kv is None else kv
-        return constrain(x + self.attn(self.attn_norm(x), kv, mask, rotate), "batch", None, "embed")
+        normed = self.attn_norm(x)
+        kv = self.attn.keys_values(normed, rotate) if kv is None else kv
+        return constrain(x + self.attn(normed, kv, mask, rotate), "batch", None, "embed")
 
     def feed_forward(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """The second half: `x` as it is where there is no MLP."""

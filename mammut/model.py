@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int, Key, UInt8
 from mammut.config import ModelConfig
 from mammut.decoder import TextDecoder
 from mammut.layers import Dtypes, Linear
+from mammut.sharding import constrain
 from mammut.typing import Array
-from mammut.vit import EncoderOutput, ViT
+from mammut.vit import EncoderOutput, ViT, patches_kept
 
 Image = UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"]
 
@@ -58,9 +59,13 @@ class MaMMUT(nnx.Module):
     def image_tokens(self, image: Image, crop_key: Key[Array, ""] | None = None) -> EncoderOutput:
         """The image as the decoder takes it, `tokens` float[B, P, D]; `pooled` float[B, E], of any length."""
         encoded = self.vision(image, crop_key)
-        tokens = encoded.tokens if self.image_projection is None else self.image_projection(encoded.tokens)
+        # Pinned, as every layer's output: unpinned, the backward pass of micro-batches moved them between devices.
+        tokens = constrain(encoded.tokens, "batch", None, "embed")
+        if self.image_projection is not None:
+            tokens = constrain(self.image_projection(tokens), "batch", None, "embed")
         if self.config.image_projection == "shared":
-            return EncoderOutput(tokens, tokens.mean(1, dtype=jnp.float32), encoded.grid)
+            pooled = constrain(tokens.mean(1, dtype=jnp.float32), "batch", "embed")
+            return EncoderOutput(tokens, pooled, encoded.grid)
         pooled = encoded.pooled
         if self.image_embed_projection is not None:
             pooled = self.image_embed_projection(pooled.astype(self.vision.dtype)).astype(jnp.float32)
@@ -82,7 +87,12 @@ class MaMMUT(nnx.Module):
 
     def text_vector(self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]) -> Float[Array, "B E"]:
         """What `encode_text` gives, float[B, E] of any length."""
-        features, pooling = self.text.contrastive_pass(tokens, text_valid), self.config.text.pooling
+        return self._pooled_text(self.text.contrastive_pass(tokens, text_valid), tokens, text_valid)
+
+    def _pooled_text(
+        self, features: Float[Array, "B Lc D"], tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
+    ) -> Float[Array, "B E"]:
+        pooling = self.config.text.pooling
         if pooling == "mean":
             weights = self.text.valid(tokens, text_valid).astype(jnp.float32)[..., None]
             pooled = (features.astype(jnp.float32) * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
@@ -128,12 +138,20 @@ class MaMMUT(nnx.Module):
         text_valid: Bool[Array, "B L"],
         crop_key: Key[Array, ""] | None = None,
     ) -> TwoPassOutput:
-        """Both passes on one batch, with the image encoded once: what a training step needs."""
+        """Both passes on one batch, with the image encoded once: what a training step needs.
+
+        `ModelConfig.passes` says whether in two calls of the decoder or in one traversal; the numbers are the same.
+        """
         encoded = self.image_tokens(image, crop_key)
+        if self.config.passes == "fused":
+            contrastive, caption = self.text.both_passes(tokens, text_valid, encoded.tokens)
+        else:
+            contrastive = self.text.contrastive_pass(tokens, text_valid)
+            caption = self.text.caption_pass(tokens, text_valid, encoded.tokens)
         return TwoPassOutput(
             image_embed=unit(encoded.pooled),
-            text_embed=self.encode_text(tokens, text_valid),
-            features=self.text.caption_pass(tokens, text_valid, encoded.tokens),
+            text_embed=unit(self._pooled_text(contrastive, tokens, text_valid)),
+            features=caption,
         )
 
 
@@ -159,15 +177,18 @@ def num_params(config: ModelConfig) -> dict[str, int]:
     return {**counts, "total": sum(counts.values())}
 
 
-def forward_flops(config: ModelConfig) -> dict[str, int]:
+def forward_flops(config: ModelConfig, training: bool = False) -> dict[str, int]:
     """FLOPs of one example forward (2 a multiply-add), by part: vision, contrastive pass, caption pass, vocabulary.
 
-    Attention counts in full where it is bidirectional and half where it is causal. A training step is three times the
-    sum; what remat recomputes is not counted, nor are the B x B contrastive logits.
+    With `training`, what it is in a training step, where `VisionConfig.patch_drop` leaves patches out; such a step is
+    three times the sum. Attention counts in full where it is bidirectional and half where it is causal. What remat
+    recomputes is not counted, nor are the B x B contrastive logits.
     """
     vision, text = config.vision, config.text
     patches, length = vision.grid[0] * vision.grid[1], text.max_length
-    tokens = patches + vision.class_token
+    dropped = patches - patches_kept(patches, vision.patch_drop) if training else 0
+    tokens = patches - dropped + vision.class_token
+    seen = vision.num_tokens - (0 if vision.pooling == "queries" else dropped)  # by the decoder
 
     def attention(tower, asking, attended, causal=False, size=None):  # `size` of what is attended to
         own = (3 if tower.attn_gate else 2) * asking * tower.width
@@ -194,7 +215,7 @@ def forward_flops(config: ModelConfig) -> dict[str, int]:
     }
     to_decoder = config.image_projection in ("shared", "separate")
     to_embedding = config.image_projection in ("separate", "embedding")
-    cross = attention(text, length, vision.num_tokens, size=config.image_token_size)
+    cross = attention(text, length, seen, size=config.image_token_size)
     cross += 0 if inside else mlp(text, length)
     contrastive = (text_only, text_only) if text_only else (text.depth, mlps)
     early = text_layers(text_only, text_only, causal=True) if text.depth else 0
@@ -202,7 +223,7 @@ def forward_flops(config: ModelConfig) -> dict[str, int]:
         "vision": projected(patches, vision.patch_size**2 * 3, vision.width)
         + vision.depth * (attention(vision, tokens, tokens) + mlp(vision, tokens))
         + pool.get(vision.pooling, 0)
-        + to_decoder * projected(vision.num_tokens, config.vision_size, text.width)
+        + to_decoder * projected(seen, config.vision_size, text.width)
         + to_embedding * projected(1, config.vision_size, config.embed_size),
         "contrastive_pass": 0
         if text.pooling == "none"

@@ -18,6 +18,8 @@ from mammut.typing import Array
 _CROP_RESOLUTION = 64
 _CROP_AREA = (0.1, 1.0)
 _CROP_ASPECT = (0.5, 2.0)
+# Of the key of an image's crop: `crop_pos_embed` splits it in four, and a split's i-th key is what `fold_in` i gives.
+_DROP_STREAM = 4
 
 
 @struct.dataclass
@@ -26,7 +28,8 @@ class EncoderOutput:
 
     tokens: jax.Array  # float[B, P, D]: the patches row by row, after the class token where that is one of them
     pooled: jax.Array  # float32[B, D], by `VisionConfig.pooling` the mean over P or another
-    grid: tuple[int, int] = struct.field(pytree_node=False)  # patches down and across
+    # Patches down and across; None where `VisionConfig.patch_drop` left some out, others of each image.
+    grid: tuple[int, int] | None = struct.field(pytree_node=False)
 
 
 class QueryPool(nnx.Module):
@@ -77,7 +80,8 @@ class ViT(nnx.Module):
         )
         positions = jax.random.normal(rngs.params(), (*vision.grid, vision.width)) / math.sqrt(vision.width)
         self.pos_embed = param(positions.astype(dtypes.param), None, None, "embed")
-        self.layers = stack(lambda r: Layer(vision, rngs=r, dtypes=dtypes), vision.depth, rngs=rngs)
+        fused = config.image_attention == "auto"
+        self.layers = stack(lambda r: Layer(vision, rngs=r, dtypes=dtypes, fused=fused), vision.depth, rngs=rngs)
         # After the rest, so that these options leave the random weights of the rest as they are.
 
         def vector():
@@ -99,27 +103,42 @@ class ViT(nnx.Module):
         image: UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"],
         crop_key: Key[Array, ""] | None = None,
     ) -> EncoderOutput:
-        """Encodes images of `image_size`.
+        """Encodes images of `image_size`, or of `low_image_size`.
+
+        Smaller images have the position table resampled to their patches (RECLIP, arXiv 2304.06028; CLIPA-v2, arXiv
+        2306.15658: most of the training on small images, the end of it on whole ones): bilinear with antialiasing, so
+        that a position is the average of those it covers. It is done here and not in the table, whose gradient is then
+        the same map transposed: one table learns from both sizes, and the change of size needs no change of weights.
 
         Args:
           image: uint8[B, height, width, 3] RGB, normalised here; or float, taken as normalised already.
-          crop_key: with it, and with `cropped_pos_embed`, each image sees a random crop of the position table.
+          crop_key: given in training. With `cropped_pos_embed` each image sees a random crop of the position table,
+            with `patch_drop` a random subset of its patches.
 
         Raises:
-          ValueError: the images are not of `VisionConfig.image_size`.
+          ValueError: the images are of another size.
         """
-        size = self.config.image_size
-        if image.shape[1:] != (size, size, 3):
-            raise ValueError(f"images are {image.shape[1:]}, expected {(size, size, 3)} from VisionConfig.image_size")
+        vision = self.config
+        sizes = [size for size in (vision.image_size, vision.low_image_size) if size is not None]
+        if image.shape[1:] not in [(size, size, 3) for size in sizes]:
+            low = "" if len(sizes) == 1 else f" or {(sizes[1], sizes[1], 3)} from low_image_size"
+            raise ValueError(
+                f"images are {image.shape[1:]}, expected {(sizes[0], sizes[0], 3)} from VisionConfig.image_size{low}"
+            )
         if image.dtype == jnp.uint8:
             mean, std = jnp.array(self.config.image_mean), jnp.array(self.config.image_std)
             image = (image.astype(jnp.float32) / 255 - mean) / std
-        x = self.patch_embed(patchify(image.astype(self.dtype), self.config.patch_size))
+        x = self.patch_embed(patchify(image.astype(self.dtype), vision.patch_size))
 
         pos_embed = constrain(self.pos_embed[...].astype(self.dtype), None, None, None)
-        if self.config.cropped_pos_embed and crop_key is not None:
+        grid = image.shape[1] // vision.patch_size, image.shape[2] // vision.patch_size
+        if grid != vision.grid:
+            pos_embed = jax.image.resize(pos_embed, (*grid, vision.width), "bilinear", antialias=True)
+        if vision.cropped_pos_embed and crop_key is not None:
             pos_embed = crop_pos_embed(crop_key, pos_embed, image.shape[0])
         x = x + pos_embed.reshape(-1, *x.shape[1:])
+        if vision.patch_drop and crop_key is not None:
+            x, grid = drop_patches(jax.random.fold_in(crop_key, _DROP_STREAM), x, vision.patch_drop), None
         if self.class_embed is not None:
             first = (self.class_embed[...] + self.class_pos_embed[...]).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, x.shape[2])), x], axis=1)
@@ -128,7 +147,7 @@ class ViT(nnx.Module):
             x = self.input_norm(x)
 
         x = scan(lambda x, layer: layer(x), x, self.layers, remat=self.remat, unroll=self.unroll)
-        return EncoderOutput(*self._pooled(x), self.config.grid)
+        return EncoderOutput(*self._pooled(x), grid)
 
     def _pooled(self, x: Float[Array, "B P D"]) -> tuple[jax.Array, jax.Array]:
         """The decoder's tokens, and one vector for the image in float32."""
@@ -154,6 +173,22 @@ def patchify(image: Float[Array, "B height width 3"], patch_size: int) -> Float[
     down, across = height // patch_size, width // patch_size
     x = image.reshape(batch, down, patch_size, across, patch_size, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, down * across, patch_size * patch_size * channels)
+
+
+def patches_kept(patches: int, patch_drop: float) -> int:
+    """How many of the patches of an image `drop_patches` keeps: a whole number, at least one."""
+    return max(1, round((1 - patch_drop) * patches))
+
+
+def drop_patches(key: Key[Array, ""], x: Float[Array, "B P D"], patch_drop: float) -> Float[Array, "B Q D"]:
+    """A random subset of the patches of each image, float[B, Q, D] of Q = `patches_kept`, in their order.
+
+    FLIP (arXiv 2212.00794, section 3): half of the patches make half of the image encoder's work, and of its memory.
+    """
+    x = constrain(x, "batch", "patch", "embed")
+    shuffled = jnp.argsort(jax.random.uniform(key, x.shape[:2]), axis=1)
+    kept = jnp.sort(shuffled[:, : patches_kept(x.shape[1], patch_drop)], axis=1)
+    return jnp.take_along_axis(x, kept[..., None], axis=1)
 
 
 def crop_pos_embed(
