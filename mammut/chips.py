@@ -16,22 +16,27 @@ class Chip:
 
 
 GIB = 2.0**30
-# By what `device_kind` begins with. TPU: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x ("bidirectional ICI
+# By `jax.Device.device_kind`, to the letter: an A100 of 40 GB is not one of 80. TPU: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x ("bidirectional ICI
 # bandwidth per chip" over both ways and 4 or 6 ports; network: that of a host's cards over its chips); a TPU7x chip is
-# two devices. GPU: NVIDIA's data sheets of A100, H100 SXM and H200 (NVLink one way; one 400 Gbit/s card a GPU, an A100
+# two devices. GPU: NVIDIA's data sheets of A100, H100 and H200, all SXM (NVLink one way; one 400 Gbit/s card a GPU, an A100
 # 200).
+_V5E = Chip(197e12, 16 * GIB, 819e9, 50e9, 3.125e9, ring=16)
+_V5P = Chip(459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, ring=4)
+_V6E = Chip(918e12, 32 * GIB, 1638e9, 100e9, 12.5e9, ring=16)
 CHIPS = {
-    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 50e9, 3.125e9, ring=16),
-    "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, ring=4),
-    "TPU v6 lite": Chip(918e12, 32 * GIB, 1638e9, 100e9, 12.5e9, ring=16),
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
     "TPU7x": Chip(2307e12 / 2, 192 * GIB / 2, 7380e9 / 2, 100e9 / 2, 12.5e9 / 2, ring=4),
-    "NVIDIA A100": Chip(312e12, 80e9, 2039e9, 300e9, 25e9),
-    "NVIDIA H100": Chip(989e12, 80e9, 3350e9, 450e9, 50e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2039e9, 300e9, 25e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3350e9, 450e9, 50e9),
     "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9, 50e9),
 }
 
 
 def find_chip(device_kind: str) -> Chip | None:
     """The figures of a device by `jax.Device.device_kind`; None for one that is not in the table, such as a CPU."""
-    names = [name for name in CHIPS if device_kind.startswith(name)]
-    return CHIPS[max(names, key=len)] if names else None
+    return CHIPS.get(device_kind)

@@ -41,15 +41,17 @@ def compile_report(config: TrainConfig, topology: str | None = None) -> str:
     devices = jax.devices() if topology is None else topology_devices(topology)
     mesh = sharding.make_mesh(config.mesh, devices)
     start = time.perf_counter()
-    compiled = compile_step(config, make_trainer(config, TASKS[config.task](config.loss), mesh))
-    seconds = time.perf_counter() - start
-    program, chip = Program(compiled.as_text()), find_chip(devices[0].device_kind)
+    with jax.set_mesh(mesh):
+        compiled = compile_step(config, make_trainer(config, TASKS[config.task](config.loss), mesh))
+        seconds = time.perf_counter() - start
+        memory = _memory_lines(config, compiled.memory_analysis(), chip := find_chip(devices[0].device_kind))
+    program = Program(compiled.as_text())
     collectives = program.collectives()
     return "\n".join([
         f"compiled in {seconds:.0f} s for {topology or 'the devices here'}: {len(devices)} x {devices[0].device_kind}, "
         f"mesh {' x '.join(f'{name} {size}' for name, size in mesh.shape.items())}; "
         f"{config.data.batch_size // len(devices):,} examples a device, remat {config.model.remat}",
-        *_memory_lines(config, compiled.memory_analysis(), chip),
+        *memory,
         *_flops_lines(config, len(devices)),
         *_collective_lines(collectives, mesh),
         *_loop_lines(program),

@@ -17,7 +17,7 @@ _BYTES = {"pred": 1, "c64": 8, "c128": 16}
 # What moves nothing by itself.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "iota", "opt-barrier", "custom-call",
+    "partition-id", "replica-id", "iota", "opt-barrier",
 }  # fmt: skip
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _PASSED_ON = {"tuple", "parameter", *KINDS}
@@ -188,10 +188,15 @@ class Program:
     def _accessed(self, name: str, i: Instruction) -> int:
         if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")):
             return 0
+        # Calls of a library, cuBLAS say, begin so; the others are marks, of shardings or of memory set aside.
+        if i.opcode == "custom-call" and 'custom_call_target="__' not in i.attributes:
+            return 0
         if i.opcode == "fusion":
             return self._fusion(name, i)
         given = [shape for operand in i.operands for shape in self._shapes(name, operand)]
-        if i.opcode.endswith("-start"):  # of a copy or a slice, or of a collective: what it was given, what it gives
+        if i.opcode == "all-gather-start":  # its shapes are what it was given and what it gives
+            return _hbm(given) + _hbm(i.shapes[-1:])
+        if i.opcode.endswith("-start"):  # of a copy or a slice, or of another collective: as much is given as is got
             moved = min((shape.bytes for shape in i.shapes if len(shape.dims)), default=0)
             return moved * (any(s.in_hbm for s in given) + any(s.in_hbm for s in i.shapes if s.bytes == moved))
         written = _hbm(i.shapes)

@@ -1,20 +1,19 @@
 """What to say when a run does not fit into the memory of a device: how much did not, and what helps."""
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 
 import jax
 
 from mammut.config import TrainConfig
+from mammut.sharding import RULES
 
 # What the backends say of the amount: TPU compiler, then allocators.
 _AMOUNTS = (
     r"Used [\d.]+\w* of [\d.]+\w*(?: \w+)?",
     r"[Oo]ut of memory (?:while trying to allocate|allocating|trying to allocate) [\d.,]+ ?\w+",
-    r"total memory required for [\w ]+ \([\d.]+\w*\) exceeds available \w+ \([\d.]+\w*\)",
-    r"total memory required for [\w ]+ \([\d.]+\w*\) exceeds available \w+ \([\d.]+\w*\)",
-    r"total memory required for [\w ]+ \([\d.]+\w*\) exceeds available \w+ \([\d.]+\w*\)",
     r"total memory required for [\w ]+ \([\d.]+\w*\) exceeds available \w+ \([\d.]+\w*\)",
 )
 
@@ -34,9 +33,11 @@ def out_of_memory_advice(config: TrainConfig, error: BaseException) -> str:
     """
     said = next((found[0] for amount in _AMOUNTS if (found := re.search(amount, str(error)))), None)
     amount = f" ({said[0].lower()}{said[1:]})" if said else ""
-    rows = config.data.batch_size // config.accumulation
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
+    rows, left = divmod(config.data.batch_size, config.accumulation * ways)  # of a device in a micro-batch
     knobs = []
-    if rows > 1:
+    if rows > 1 and not left:
         factor = next(n for n in range(2, rows + 1) if rows % n == 0)
         knobs.append(f"--accumulation {factor * config.accumulation} (now {config.accumulation})")
     if config.model.remat != "full":

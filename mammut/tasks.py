@@ -10,17 +10,22 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from mammut.config import Field, LossConfig
 from mammut.losses import (
-    caption_loss,
     contrastive_logits,
     focal_contrastive,
+    focal_pairs,
     sigmoid_contrastive,
+    sigmoid_pairs,
     softmax_contrastive,
+    summed_caption_loss,
 )
 from mammut.masks import caption_labels
 from mammut.model import MaMMUT
+from mammut.ring_loss import ring_pairs, ring_softmax
+from mammut.sharding import constrain, partition_spec
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -55,20 +60,36 @@ class ImageTextTask:
 
     def contrastive(self, model: MaMMUT, image_embed: jax.Array, text_embed: jax.Array) -> jax.Array:
         """The contrastive loss over all pairs of the batch; of `model` it uses the logit scale and bias alone."""
-        config = self.config
-        scale, bias = model.logit_scale[...], model.logit_bias[...]
-        if config.contrastive == "softmax":  # a bias would cancel
-            losses = softmax_contrastive(contrastive_logits(image_embed, text_embed, scale))
+        config, scale, bias = self.config, model.logit_scale[...], model.logit_bias[...]
+        if config.contrastive == "softmax":
+            bias = 0.0  # it would cancel
+        if config.contrastive_form == "ring":
+            return self._ring(image_embed, text_embed, scale, bias).mean()
+        # All texts are gathered, once: each device scores its own images with them.
+        image_embed, text_embed = constrain(image_embed, "batch", None), constrain(text_embed, None, None)
+        logits = constrain(contrastive_logits(image_embed, text_embed, scale, bias), "batch", None)
+        if config.contrastive == "softmax":
+            losses = softmax_contrastive(logits)
         elif config.contrastive == "sigmoid":
-            losses = sigmoid_contrastive(contrastive_logits(image_embed, text_embed, scale, bias))
+            losses = sigmoid_contrastive(logits)
         else:
             losses = focal_contrastive(
-                contrastive_logits(image_embed, text_embed, scale, bias),
-                gamma=config.focal_gamma,
-                alpha=config.focal_alpha,
-                normalization=config.focal_normalization,
+                logits, gamma=config.focal_gamma, alpha=config.focal_alpha, normalization=config.focal_normalization
             )
         return losses.mean()
+
+    def _ring(
+        self, image_embed: jax.Array, text_embed: jax.Array, scale: jax.Array, bias: jax.Array | float
+    ) -> jax.Array:
+        config = self.config
+        if config.contrastive == "softmax":
+            return ring_softmax(image_embed, text_embed, scale, chunk=config.contrastive_chunk)
+        pairs = sigmoid_pairs
+        if config.contrastive == "focal":
+            pairs = functools.partial(focal_pairs, gamma=config.focal_gamma, alpha=config.focal_alpha)
+        losses = ring_pairs(pairs, image_embed, text_embed, scale, bias, chunk=config.contrastive_chunk)
+        by_pairs = config.contrastive == "focal" and config.focal_normalization == "pairs"
+        return losses / len(losses) if by_pairs else losses
 
     def embed_and_caption(
         self, model: MaMMUT, batch: Batch, crop_key: jax.Array
@@ -82,7 +103,8 @@ class ImageTextTask:
         return jnp.maximum(labels(model, batch)[1].sum(), 1)
 
     def _caption_sum(self, model: MaMMUT, features: jax.Array, batch: Batch) -> jax.Array:
-        return _summed_caption_loss(self.config, model, features, *labels(model, batch))
+        head = model.text.vocab_kernel, model.text.vocab_bias
+        return caption_sum(self.config, features, *head, *labels(model, batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +129,8 @@ class TextTask:
         """The loss summed over the target tokens of a micro-batch."""
         image_tokens = model.image_tokens(batch["image"], crop_key).tokens
         features = model.text.caption_pass(batch["tokens"], batch["text_valid"], image_tokens)
-        return _summed_caption_loss(self.config, model, features, *labels(model, batch, batch["target"]))
+        head = model.text.vocab_kernel, model.text.vocab_bias
+        return caption_sum(self.config, features, *head, *labels(model, batch, batch["target"]))
 
     def target_tokens(self, model: MaMMUT, batch: Batch) -> jax.Array:
         """How many labels the loss of the batch has, at least 1."""
@@ -123,19 +146,35 @@ def labels(model: MaMMUT, batch: Batch, target: jax.Array | None = None) -> tupl
     return caption_labels(tokens, text_valid, target)
 
 
-def _summed_caption_loss(
-    config: LossConfig, model: MaMMUT, features: jax.Array, labels: jax.Array, loss_mask: jax.Array
+def caption_sum(
+    config: LossConfig,
+    features: jax.Array,
+    vocab_kernel: jax.Array,
+    vocab_bias: jax.Array | None,
+    labels: jax.Array,
+    loss_mask: jax.Array,
 ) -> jax.Array:
-    return caption_loss(
-        features,
-        model.text.vocab_kernel,
-        labels,
-        loss_mask,
-        vocab_bias=model.text.vocab_bias,
-        label_smoothing=config.label_smoothing,
-        z_loss=config.z_loss,
-        chunk=config.vocab_chunk,
-    ).sum()
+    """`summed_caption_loss` over the batch, on every device over its own rows.
+
+    Else the vocabulary's kernel would be gathered, and its gradient reduced, once for every chunk.
+    """
+    options = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss, "chunk": config.vocab_chunk}
+
+    def summed(features, vocab_kernel, vocab_bias, labels, loss_mask):
+        return summed_caption_loss(features, vocab_kernel, labels, loss_mask, vocab_bias=vocab_bias, **options)[None]
+
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = None if mesh.empty else partition_spec(("batch",), labels.shape[:1], mesh)[0]
+    if axes:
+        rows, whole = PartitionSpec(axes), PartitionSpec()
+        summed = jax.shard_map(
+            summed,
+            in_specs=(rows, whole, whole, rows, rows),
+            out_specs=rows,
+            axis_names={axes} if isinstance(axes, str) else set(axes),
+            check_vma=False,
+        )
+    return summed(features, vocab_kernel, vocab_bias, labels, loss_mask).sum()
 
 
 TASKS: dict[str, Callable[[LossConfig], ImageTextTask | TextTask]] = {

@@ -87,20 +87,22 @@ def accumulated_gradients(
 
     micros, keys = _micro_batches(batch, crop_key, accumulation)
     embeds = jax.lax.map(lambda xs: task.embed(merge(params), _pinned(xs[0]), xs[1]), (micros, keys))
-    flat = jax.tree.map(lambda x: sharding.constrain(x.reshape(-1, x.shape[-1]), "batch", None), embeds)
+    # In the order of the batch again: its rows never leave their devices.
+    flat = [sharding.constrain(x.swapaxes(0, 1).reshape(-1, x.shape[-1]), "batch", None) for x in embeds]
 
     def contrastive_loss(params, image_embed, text_embed):
         return task.contrastive(merge(params), image_embed, text_embed)
 
     contrastive, (grads, *embed_grads) = jax.value_and_grad(contrastive_loss, argnums=(0, 1, 2))(params, *flat)
-    embed_grads = jax.tree.map(lambda g, e: g.reshape(e.shape), tuple(embed_grads), embeds)
+    embed_grads = [_split(g, accumulation) for g in embed_grads]
     num_tokens = task.caption_tokens(merge(params), batch)
     weight = task.config.contrastive_weight
     grads = jax.tree.map(lambda g: weight * g, grads)
 
     def step(carry, xs):
         grads, caption = carry
-        micro, key, (image_grad, text_grad) = xs
+        micro, key, embed_grads = xs
+        image_grad, text_grad = (sharding.constrain(grad, "batch", None) for grad in embed_grads)
 
         def surrogate(params):
             (image_embed, text_embed), caption_sum = task.embed_and_caption(merge(params), _pinned(micro), key)
@@ -138,11 +140,12 @@ def accumulated_text_gradients(
 
 def _micro_batches(batch: Batch, crop_key: jax.Array, accumulation: int) -> tuple[Batch, jax.Array]:
     """The batch with a leading axis of micro-batches, and a key for each."""
+    return {name: _split(x, accumulation) for name, x in batch.items()}, jax.random.split(crop_key, accumulation)
 
-    def split(x):  # every device gives rows to every micro-batch, so nothing moves between devices
-        return x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
 
-    return jax.tree.map(split, batch), jax.random.split(crop_key, accumulation)
+def _split(x: jax.Array, accumulation: int) -> jax.Array:
+    """[B, ...] -> [accumulation, B / accumulation, ...]; every device gives rows to each, so nothing moves."""
+    return x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
 
 
 def _pinned(micro: Batch) -> Batch:
@@ -290,7 +293,8 @@ def _by_path(params: Any) -> dict[str, Any]:
 def start_report(config: TrainConfig, trainer: Trainer, source: Any, vocab_size: int) -> str:
     """What a run is about to do: its data, its parameters and their placement, the FLOPs of a step."""
     params = trainer.abstract_state.params
-    flops = {part: 3 * count * config.data.batch_size for part, count in forward_flops(config.model).items()}
+    forward = forward_flops(config.model, training=True)
+    flops = {part: 3 * count * config.data.batch_size for part, count in forward.items()}
     if config.task != "image_text":
         del flops["contrastive_pass"]
     total = sum(flops.values())

@@ -107,7 +107,8 @@ def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
     Raises:
       ValueError: `image_size` is not a multiple of the patch size.
     """
-    vision = dataclasses.replace(opened.config.vision, image_size=image_size)
+    # Of the sizes that its training went through, the smaller one may not be below this one.
+    vision = dataclasses.replace(opened.config.vision, image_size=image_size, low_image_size=None)
     resampled = _resampling("vision.pos_embed", opened, vision)
     specs, read = dict(opened.tensors.specs), opened.tensors.read
     if resampled:

@@ -215,6 +215,22 @@ def devices_of(*lengths: int, slices: int = 1) -> list[Device]:
     return [Device(place, s) for s in range(slices) for place in np.ndindex(*lengths)]
 
 
+def test_traffic_of_gpu_programs_holds_library_calls_and_asynchronous_gathers():
+    text = """HloModule m
+
+ENTRY %main (x: f32[64,64], s: f32[4,64]) -> f32[64,64] {
+  %x = f32[64,64]{1,0} parameter(0)
+  %s = f32[4,64]{1,0} parameter(1)
+  %product = f32[64,64]{1,0} custom-call(%x, %x), custom_call_target="__cublas$gemm"
+  %mark = f32[64,64]{1,0} custom-call(%product), custom_call_target="Sharding"
+  %begun = (f32[4,64]{1,0}, f32[64,64]{1,0}) all-gather-start(%s), channel_id=1, replica_groups=[1,16]<=[16], \
+dimensions={0}
+  ROOT %done = f32[64,64]{1,0} all-gather-done(%begun)
+}
+""".replace("\\\n", "")
+    assert Program(text).bytes_accessed() == 3 * 64 * 64 * 4 + (4 * 64 + 64 * 64) * 4
+
+
 def test_the_estimate_is_the_roofline_by_hand():
     empty = Program("")
     chip = Chip(flops=1e9, memory=1e9, memory_bandwidth=1e9, link=1e6, network=1e5, ring=4)
@@ -233,7 +249,9 @@ def test_the_estimate_is_the_roofline_by_hand():
 
 def test_known_chips_are_found_by_the_kind_of_their_devices_and_others_are_not():
     assert find_chip("TPU v5 lite").flops == 197e12 and find_chip("TPU v5").flops == 459e12
+    assert find_chip("TPU v5e") == find_chip("TPU v5 lite") and find_chip("TPU v5p") == find_chip("TPU v5")
     assert find_chip("NVIDIA H200").memory > find_chip("NVIDIA H100 80GB HBM3").memory
+    assert find_chip("NVIDIA A100-SXM4-40GB") is None  # not one of 80 GB
     assert find_chip("cpu") is None
 
 

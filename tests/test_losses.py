@@ -1,20 +1,24 @@
 """Losses against numbers worked by hand, loops in float64, and themselves: in chunks, over devices, at extremes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mammut.config import MeshConfig
+from mammut.config import LossConfig, MeshConfig
 from mammut.losses import (
     caption_loss,
     contrastive_logits,
     focal_contrastive,
     sigmoid_contrastive,
     softmax_contrastive,
+    summed_caption_loss,
 )
-from mammut.sharding import make_mesh
+from mammut.sharding import batch_sharding, make_mesh, partition_spec
+from mammut.tasks import caption_sum
 
 # What is here is compiled more than it is run.
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -250,3 +254,79 @@ def test_the_caption_loss_is_summed_in_float32_for_features_in_bfloat16():
     assert losses.dtype == jnp.float32
     expected = caption_by_loop(np.asarray(features), np.asarray(kernel), labels, mask, 0, 0)
     np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-4)
+
+
+# Its sum, with the gradient taken on the way
+
+
+@pytest.mark.parametrize("chunk", [4, 16])
+@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.2, 0.05)])
+def test_the_summed_loss_has_the_value_and_the_gradients_of_the_sum(caption, label_smoothing, z_loss, chunk):
+    bias = np.linspace(-1, 1, VOCAB, dtype=np.float32)
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "chunk": chunk}
+
+    def run(loss):
+        def scaled(features, vocab_kernel, vocab_bias):
+            arrays = {**caption, "features": features, "vocab_kernel": vocab_kernel, "vocab_bias": vocab_bias}
+            return 0.3 * loss(**arrays, **options).sum()
+
+        arrays = caption["features"], caption["vocab_kernel"], bias
+        return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1, 2)))(*arrays), jax.jit(scaled)(*arrays)
+
+    expected, got = run(caption_loss), run(summed_caption_loss)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert np.abs(a - b).max() <= 1e-6 * np.abs(b).max()
+
+
+def test_a_masked_token_has_no_gradient_in_the_summed_loss_either(caption):
+    def loss(features):
+        return summed_caption_loss(**{**caption, "features": features}, label_smoothing=0.1, z_loss=0.1, chunk=4)
+
+    grad = np.asarray(jax.grad(loss)(caption["features"]))
+    assert (grad[~caption["loss_mask"]] == 0).all() and (np.abs(grad[caption["loss_mask"]]).max(-1) > 0).all()
+
+
+def test_the_gradients_of_the_summed_loss_are_of_the_types_of_its_arguments(caption):
+    rounded = [jnp.bfloat16(caption[name]) for name in ("features", "vocab_kernel")]
+
+    def loss(features, vocab_kernel):
+        return summed_caption_loss(features, vocab_kernel, caption["labels"], caption["loss_mask"], chunk=4)
+
+    grads = jax.grad(loss, argnums=(0, 1))
+    for grad, want in zip(grads(*rounded), grads(*map(jnp.float32, rounded)), strict=True):
+        assert grad.dtype == jnp.bfloat16 and want.dtype == jnp.float32
+        np.testing.assert_allclose(grad.astype(jnp.float32), want, atol=0.02 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 1, 8), MeshConfig(2, 2, 2), MeshConfig(1, 8, 1)])
+def test_the_vocabulary_is_gathered_once_where_fsdp_splits_it_and_stays_split_over_model(mesh):
+    """Four chunks, by the task: nothing as large as the kernel travels in their loop."""
+    rng = np.random.default_rng(0)
+    features, embedding = rng.normal(size=(16, 16, 24)), rng.normal(size=(1_000, 24))
+    labels, mask = rng.integers(0, 1_000, (16, 16), np.int32), np.ones((16, 16), bool)
+    mask[:, 13:] = False
+
+    def loss(features, embedding, labels, mask):
+        return caption_sum(LossConfig(vocab_chunk=4), features, embedding.T, None, labels, mask)
+
+    run = jax.value_and_grad(loss, argnums=(0, 1))
+    args = [jnp.asarray(x) for x in (np.float32(features), np.float32(embedding), labels, mask)]
+    expected = jax.jit(run)(*args)
+    mesh = make_mesh(mesh)
+    rows = batch_sharding(mesh)
+    table = NamedSharding(mesh, partition_spec(("vocab", "embed"), embedding.shape, mesh))
+    with jax.set_mesh(mesh):
+        program = jax.jit(run, in_shardings=(rows, table, rows, rows), out_shardings=(None, (rows, table)))
+        program = program.lower(*args).compile()
+        got = program(*map(jax.device_put, args, program.input_shardings[0]))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    text = program.as_text()
+    assert "all-to-all" not in text and "collective-permute" not in text
+    local = 1_000 // mesh.shape["model"]
+    gathered = re.findall(r"= (\S+?)\{\S* all-gather\(", text)
+    assert gathered == ([f"f32[24,{local}]"] if mesh.shape["fsdp"] > 1 else [])
+    reduced = [line for line in text.splitlines() if re.search(r" all-reduce\(", line) and f"f32[24,{local}]" in line]
+    assert len(reduced) == (1 if mesh.shape["fsdp"] > 1 else 0) and not any("while" in line for line in reduced)
+    if mesh.shape["model"] > 1:
+        assert not re.search(r"f32\[[\d,]*\b1000\b[\d,]*\]", text)  # neither the table nor scores, whole

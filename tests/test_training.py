@@ -298,9 +298,12 @@ class AllContrastive(ImageTextTask):
     def contrastive(self, model, image_embed, text_embed):
         mixture = {"softmax": 1.0, "sigmoid": 0.37, "focal": 0.83}
         return sum(
-            weight * ImageTextTask(LossConfig(name)).contrastive(model, image_embed, text_embed)
+            weight * ImageTextTask(self.of(name)).contrastive(model, image_embed, text_embed)
             for name, weight in mixture.items()
         )
+
+    def of(self, name):
+        return dataclasses.replace(self.config, contrastive=name)
 
 
 @pytest.fixture(scope="module")
@@ -317,9 +320,11 @@ def whole_batch():
     return task, graphdef, params, gradient(params, BATCH)
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
-def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumulation):
+@pytest.mark.parametrize("accumulation, form", [(2, "matrix"), (4, "matrix"), (8, "ring")])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumulation, form):
+    """The last have one pair each; the ring takes the eight in tiles of three."""
     task, graphdef, params, (expected, expected_metrics) = whole_batch
+    task = AllContrastive(dataclasses.replace(task.config, contrastive_form=form, contrastive_chunk=3))
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradient(params, batch):
@@ -333,6 +338,59 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumul
     assert grads.keys() == expected.keys()
     for name, want in expected.items():
         assert np.abs(grads[name] - want).max() <= 1e-5 * max(np.abs(want).max(), 1), name
+
+
+def test_both_forwards_of_a_micro_batch_see_the_same_patches():
+    """Each micro-batch drops patches, and crops positions, by a key of its own: a direct gradient uses it once."""
+    config = tiny_config()
+    vision = dataclasses.replace(config.vision, patch_drop=0.5, cropped_pos_embed=True)
+    graphdef, params = nnx.split(tiny_model(dataclasses.replace(config, vision=vision)))
+    task, params = ImageTextTask(LossConfig()), nnx.to_pure_dict(params)
+
+    def merge(params):
+        return nnx.merge(graphdef, params)
+
+    def direct(params, batch, key):
+        model, embeds, caption = merge(params), [], 0.0
+        for i, micro_key in enumerate(jax.random.split(key, 4)):  # rows go to the micro-batches in turn
+            out, caption_sum = task.embed_and_caption(model, {k: x[i::4] for k, x in batch.items()}, micro_key)
+            embeds.append(out)
+            caption += caption_sum
+        contrastive = task.contrastive(model, *(jnp.concatenate(x) for x in zip(*embeds, strict=True)))
+        return task.total(contrastive, caption / task.caption_tokens(model, batch))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def gradients(params, batch, key):
+        return jax.grad(direct, has_aux=True)(params, batch, key), accumulated_gradients(
+            task, merge, params, batch, key, 4
+        )
+
+    (expected, expected_metrics), (grads, metrics) = gradients(params, BATCH, jax.random.key(3))
+    (_, other), _ = gradients(params, BATCH, jax.random.key(4))
+    assert abs(float(other["loss"]) / float(metrics["loss"]) - 1) > 1e-3  # the key matters
+    assert float(metrics["loss"]) == pytest.approx(float(expected_metrics["loss"]), rel=1e-5)
+    expected, grads = by_name(expected), by_name(grads)
+    for name, want in expected.items():
+        assert np.abs(grads[name] - want).max() <= 1e-5 * max(np.abs(want).max(), 1), name
+
+
+def test_one_device_takes_a_step_of_32768_pairs_without_their_matrix():
+    """Compiled, not run: in micro-batches of 512 it needs a quarter of a byte for a pair."""
+    batch_size, config = 32_768, tiny_config()
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(config, text=dataclasses.replace(config.text, max_length=4)),
+        data=DataConfig(batch_size=batch_size),
+        loss=LossConfig(contrastive_form="ring", contrastive_chunk=512),
+        accumulation=64,
+    )
+    trainer = one_device_trainer(config)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), tiny_batch(config.model, 1)
+    )
+    with jax.set_mesh(trainer.mesh):
+        step = trainer.step.lower(trainer.abstract_state, batch).compile(compiler_options=QUICK)
+    assert step.memory_analysis().temp_size_in_bytes < batch_size**2 / 4
 
 
 @pytest.mark.parametrize("contrastive", ["softmax", "sigmoid", "focal"])
