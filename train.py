@@ -4,35 +4,39 @@
 
 The recipe's `get_config()` returns the run's `TrainConfig`; any of its fields can be overridden by its dotted name
 (`--optimizer.learning-rate 1e-3`). A fresh run never writes into a used folder; `--resume` continues one bit for bit.
+
+One process drives all devices of its machine. A run over several is this command on each, with the same folder:
+
+    --distributed                     the processes that a TPU pod, Slurm or Open MPI has started
+    --coordinator HOST:PORT --num-processes N --process-id I      others; HOST is that of process 0
+    --peer-timeout SECONDS            a process not heard of for so long ends all (default: 100)
 """
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
 import pathlib
-import signal
 import sys
 
 import jax
 
-from mammut import checkpoint, data, model_folder, sharding, sources
+from mammut import checkpoint, data, distributed, model_folder, sharding, sources
 from mammut.compile_report import compile_report
 from mammut.config import TrainConfig
 from mammut.evaluation import Evaluation, Evaluator
-from mammut.interop.rules import OpenedModel
+from mammut.memory_advice import enough_memory
 from mammut.model_card import write_card
-from mammut.processor import ImageTransform, Processor
-from mammut.recipes import Run, resolve
+from mammut.processor import Processor
+from mammut.recipes import Run, require_same, resolve
 from mammut.report import write_report
 from mammut.run_log import RunLog
+from mammut.run_processor import shared_processor
 from mammut.scoring import save_scores, score
 from mammut.tasks import TASKS
-from mammut.tokenizer import MissingTokenizer, load_tokenizer, train_sentencepiece
 from mammut.training import Trainer, TrainState, make_trainer, start_report
-from mammut.warm_start import Start, WarmStart, warm_start
+from mammut.warm_start import WarmStart, warm_start
 
 DEFAULT_RECIPE = pathlib.Path(__file__).parent / "configs" / "tiny.py"
 SAMPLES_PRINTED = 10
@@ -40,12 +44,18 @@ SAMPLES_PRINTED = 10
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Splits the command line into this program's own arguments and the overrides of the config."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, add_help=False)  # fmt: skip
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__)  # the fields of the config follow
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--workdir", type=pathlib.Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--topology")
+    parser.add_argument("--distributed", action="store_true")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num-processes", type=int)
+    parser.add_argument("--process-id", type=int)
+    parser.add_argument("--peer-timeout", type=float, default=distributed.Processes.timeout)
     # The recipe comes first: later on, a bare word is the value of an override.
     first = argv[:1] if argv and not argv[0].startswith("-") else []
     args, overrides = parser.parse_known_args(argv[len(first) :])
@@ -53,103 +63,89 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, overrides
 
 
-def make_processor(config: TrainConfig, source: sources.Source, starts: dict[Start, OpenedModel]) -> Processor:
-    """The processor of a fresh run: of what it starts from, or with a given or a newly trained vocabulary."""
-    of = {name: opened.processor for name, opened in starts.items()}
-    text, settings = config.model.text, config.tokenizer
-    decoder = next((name for name in ("init_text", "init") if name in starts), None)
-    tokenizer = missing = None
-    if decoder and not settings.replace:
-        tokenizer = of[decoder] and of[decoder].tokenizer
-        if isinstance(tokenizer, MissingTokenizer):
-            tokenizer, missing = None, tokenizer
-        if tokenizer and settings.path:
-            raise ValueError(f"tokenizer.path and {decoder} are given: tokenizer.replace True takes another vocabulary")
-        if not (tokenizer or settings.path):
-            raise ValueError(
-                f"{decoder} {starts[decoder].where} comes without a tokenizer: tokenizer.path says where it is, "
-                "tokenizer.replace True takes another"
-            )
-    if tokenizer is None and settings.path:
-        tokenizer = load_tokenizer(settings.path, settings.lowercase)
-    elif tokenizer is None:
-        tokenizer = train_sentencepiece(sources.texts(source), text.vocab_size, settings.lowercase)
-    if tokenizer.vocab_size > text.vocab_size:
-        raise ValueError(
-            f"tokenizer.path {settings.path} has {tokenizer.vocab_size} pieces, more than the {text.vocab_size} of "
-            "model.text.vocab_size"
-        )
-    size = config.model.vision.image_size
-    image = next((of[name].image for name in ("init_vision", "init") if of.get(name)), ImageTransform(size))
-    image = dataclasses.replace(image, image_size=size, max_image_pixels=config.data.max_image_pixels)
-    form = of[decoder].text_form if of.get(decoder) else "start_end"
-    processor = Processor(tokenizer, image, text.max_length, form)
-    if missing:
-        missing.require_same_ids(tokenizer)
-    if settings.replace and text.pad_id not in (None, processor.pad_id):
-        raise ValueError(f"model.text.pad_id is {text.pad_id}, the pad of the new vocabulary is {processor.pad_id}")
-    return processor
+def train(run: Run, watchdog: distributed.Watchdog, *, resume: bool) -> None:
+    """The run. What can be refused is refused before anything is compiled, and before anything is written.
 
-
-def train(run: Run, *, resume: bool) -> None:
-    """The run. What can be refused is refused before anything is compiled, and before anything is written."""
+    Of several processes all come through here. Each reads its share of the data; the first writes and prints.
+    """
     config, workdir = run.config, run.workdir
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.compilation_cache).expanduser()))
-    if jax.process_count() > 1:
-        raise ValueError(f"there are {jax.process_count()} processes, expected 1: runs over several are not there yet")
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        # Read back from the cache, a program for several CPU devices runs its collectives in no order: a deadlock.
+        jax.config.update("jax_enable_compilation_cache", False)
     mesh = sharding.make_mesh(config.mesh)
+    share, shares = distributed.batch_share(mesh)
     task = TASKS[config.task](config.loss)
     settings = {"image_size": config.model.vision.image_size, "tfds_dir": config.data.tfds_dir, "field": task.field}
+    watchdog.doing("opening the data")
     source = sources.open_source(config.data.train, **settings)
     val = config.data.val and sources.open_source(config.data.val, **settings)
     warm = warm_start(config.model, run.starts, new_vocabulary=config.tokenizer.replace) if run.starts else None
-    processor = Processor.load(workdir) if resume else make_processor(config, source, run.starts)
+    watchdog.doing("making the vocabulary")
+    processor = Processor.load(workdir) if resume else shared_processor(config, source, run.starts)
 
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, task, mesh)
-        evaluator = val and Evaluator(val, processor, config, trainer, str(workdir))
-        open_batches = functools.partial(data.TrainBatches, source, processor, config.data, seed=config.seed)
+        evaluator = val and Evaluator(val, processor, config, trainer, str(workdir), watchdog.alive)
+        place = {"process_index": share, "process_count": shares}
+        low = {"low_image_size": config.model.vision.low_image_size, "low_steps": config.low_image_steps}
+        open_batches = functools.partial(
+            data.TrainBatches, source, processor, config.data, seed=config.seed, **place, **low
+        )
         batches = open_batches()
-        print(start_report(config, trainer, source, processor.vocab_size), flush=True)
+        distributed.say(start_report(config, trainer, source, processor.vocab_size))
         if warm:
-            print(warm, flush=True)
-        if not resume:
+            distributed.say(str(warm))
+        distributed.meet("nothing is refused")
+        if distributed.first() and not resume:
             processor.save(workdir)
             checkpoint.write_run(workdir, config, run.overrides)
+        distributed.meet("the folder is made")
+        checkpoint.require_shared(workdir)
         checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints, cleanup=True)
         start, state = 0, None
-        if checkpoints.steps:
+        # By the list of process 0: that of another may be of a moment ago, and all have to restore.
+        if distributed.from_first("has checkpoints", lambda: b"yes" if checkpoints.steps else b""):
+            watchdog.doing("restoring")
             restored = checkpoints.restore(trainer.abstract_state)
-            start, state, batches = restored.step, restored.state, open_batches(state=restored.data)
+            start, state = restored.step, restored.state
+            batches = open_batches(state=checkpoint.position_of_one(restored.data, share))
         if start > config.steps:
             raise ValueError(f"steps is {config.steps}, {workdir} has a checkpoint of step {start}: expected no fewer")
-        if resume:
+        if distributed.first() and resume:
             checkpoint.write_run(workdir, config, run.overrides)  # what may change in a resumed run is changed for good
             # Until the run is done again, the model is that of the newest checkpoint, not what an earlier end exported.
             (workdir / "manifest.json").unlink(missing_ok=True)
-        log = RunLog(workdir, start=start, steps=config.steps, batch_size=config.data.batch_size)
+        silent = not distributed.first()
+        log = RunLog(workdir, start=start, steps=config.steps, batch_size=config.data.batch_size, silent=silent)
         log.print(f"{'resuming' if resume else 'starting'} at step {start} of {config.steps} in {workdir}")
-        with contextlib.closing(log), contextlib.closing(checkpoints), contextlib.closing(batches):
+        with contextlib.closing(log), checkpoints, contextlib.closing(batches):
             state = fresh_state(config, trainer, warm) if state is None else state
-            state, done = loop(config, trainer, state, start, batches, evaluator, checkpoints, log)
+            state, done = loop(config, trainer, state, start, batches, share, evaluator, checkpoints, log, watchdog)
             if not done:
                 return
+            watchdog.doing("saving the model")
             model_folder.save(workdir, trainer.model(state.params), processor, overwrite=True)
-            if evaluator:
-                evaluation = evaluator(state.params)
+            watchdog.doing("the last evaluation")
+            evaluation = evaluator and evaluator(state.params)
+            if silent:
+                return
+            if evaluation:
                 log.evaluation(config.steps, "val", evaluation, samples=SAMPLES_PRINTED)
                 save_evaluation(workdir, "val", evaluation)
             write_card(workdir, config.model, processor)
             log.print(f"model saved: mammut.load({str(workdir)!r})")
+        watchdog.doing("the report")
         print(f"report: {write_report(workdir)}")
 
 
 def fresh_state(config: TrainConfig, trainer: Trainer, warm: WarmStart | None) -> TrainState:
     """The state at step 0: random weights, or those of what the run starts from."""
-    if warm is None:
-        return trainer.init(config.seed)
-    return trainer.init_from(trainer.start_params(config.seed, warm.random, warm.read))
+    with enough_memory(config):
+        if warm is None:
+            return trainer.init(config.seed)
+        return trainer.init_from(trainer.start_params(config.seed, warm.random, warm.read))
 
 
 def save_evaluation(workdir: pathlib.Path, name: str, evaluation: Evaluation) -> None:
@@ -166,27 +162,38 @@ def loop(
     state: TrainState,
     start: int,
     batches: data.TrainBatches,
+    share: int,
     evaluator: Evaluator | None,
     checkpoints: checkpoint.Checkpoints,
     log: RunLog,
+    watchdog: distributed.Watchdog,
 ) -> tuple[TrainState, bool]:
     """Steps from `start` to `config.steps`; returns the state, and False if a SIGTERM ended it (and saved it) early."""
-    terminated = []
-    signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
+    termination = distributed.Termination()
     metrics, position = None, batches.state()
+    take_step = distributed.compiled_by_all(trainer.step)
     transfer = functools.partial(sharding.device_batch, mesh=trainer.mesh)
     with contextlib.closing(data.prefetch(batches, transfer)) as transferred:
         for step in range(start + 1, config.steps + 1):
+            watchdog.doing(f"waiting for the batch of step {step}")
             batch, position, waited = next(transferred)
-            before, (state, metrics) = metrics, trainer.step(state, batch)
+            watchdog.doing(f"step {step}")
+            before = metrics
+            with enough_memory(config):
+                state, metrics = take_step(state, batch)
+                if before is None:
+                    jax.block_until_ready(metrics)
             # One step behind: waiting for this step's metrics would leave the device idle while the host goes on.
             check_finite(before, config)
             log.step(step, metrics, waited, record=step % config.log_every == 0)
-            stop, last = bool(terminated), step == config.steps
+            stop, last = termination.now(), step == config.steps
             # Before the checkpoint: a run killed in an evaluation does it again when it is resumed.
             if evaluator and config.eval_every and step % config.eval_every == 0 and not (stop or last):
+                watchdog.doing(f"the evaluation at step {step}")
                 log.evaluation(step, "val", evaluator(state.params), samples=2)
             if step % config.checkpoint_every == 0 or last or stop:
+                watchdog.doing(f"saving step {step}")
+                position = checkpoint.position_of_all(step, position, share)
                 checkpoints.save(step, state, position)
             if stop and not last:
                 log.print(f"SIGTERM: saved step {step}, go on with --resume")
@@ -198,7 +205,7 @@ def loop(
 
 
 def check_finite(metrics: dict[str, jax.Array] | None, config: TrainConfig) -> None:
-    """Stops the run after too many skipped updates in a row."""
+    """Stops the run after too many skipped updates in a row; all processes have the same metrics."""
     if metrics is not None and int(metrics["nonfinite_in_a_row"]) >= config.max_nonfinite_steps:
         raise FloatingPointError(
             f"the loss or its gradient was not finite {config.max_nonfinite_steps} steps in a row "
@@ -210,12 +217,23 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     args, overrides = parse_args(argv)
     try:
-        run = resolve(args.recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
+        asked = distributed.Processes(
+            args.distributed, args.coordinator, args.num_processes, args.process_id, args.peer_timeout
+        )
+        if args.topology and not args.compile_only:
+            raise ValueError(f"--topology {args.topology} is given without --compile-only, which compiles for it")
+        if args.compile_only and (asked.cluster or asked.count is not None):
+            raise ValueError("--compile-only is given with several processes, expected one process for all devices")
         if args.compile_only:
+            run = resolve(args.recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
             print(compile_report(run.config, args.topology))
-        else:
-            train(run, resume=args.resume)
-    except (ValueError, FloatingPointError, OSError) as error:
+            return
+        with distributed.processes(asked, "train.py"):
+            run = resolve(args.recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
+            require_same(run)
+            with distributed.Watchdog(run.config.step_timeout, "train.py") as watchdog:
+                train(run, watchdog, resume=args.resume)
+    except distributed.EXPECTED as error:
         if os.environ.get("MAMMUT_TRACEBACK"):
             raise
         sys.exit(f"train.py: {error}")

@@ -16,7 +16,7 @@ import jax
 import tyro
 
 import mammut
-from mammut import sharding
+from mammut import distributed, sharding
 from mammut.config import Field, MeshConfig
 from mammut.predict import Predictor, place
 from mammut.predictions import Predictions, Task
@@ -66,6 +66,7 @@ def run(
     """
     program = f"python -m eval.{task}"
     try:
+        distributed.require_one_process(program)
         options = tyro.cli(options_class, args=argv, prog=program, description=description)
         given = pathlib.Path(options.checkpoint).expanduser()
         if given.is_file() and not given.name.endswith(_MODEL_FILES):

@@ -1,34 +1,49 @@
-"""Times generation with and without the cache: the same images, the same search, the same run.
+"""Times a model: its training step, its generation, its data, its start; how they grow; and a peer beside it.
 
-    python -m eval.speed [CHECKPOINT] [--preset NAME] [--batch-sizes 1 16 64] [--beams 1 4] [--out FILE.json]
+    python -m eval.speed [CHECKPOINT] [--preset NAME] [--what train parts ...] [--out FILE.json]
+    python -m eval.speed --peer open_clip [--peer-family coca] [--peer-size tiny] [--out FILE.json]
 
-The cached loop is `mammut.generate.generate`. The uncached one runs the caption pass over all places of the text for
-each new token, and so makes the image's keys and values again each time, and for every beam; it encodes the image once,
-too. Both make --new-tokens tokens from a start token: nothing ends early. A time is that of a batch, image encoder
-included; ms/token divides it by --new-tokens, tokens/s counts those of the best text of each image.
+| --what   | measures |
+|---|---|
+| train    | images/s of the real training step on noise, TFLOP/s, MFU, memory |
+| parts    | the same step in parts, each compiled alone; the second text pass in time and in FLOPs |
+| generate | captions/s of `mammut.generate.generate` beside the same search without its cache |
+| growth   | the step over batch, resolution and text length, with the exponent of each, and over devices |
+| startup  | seconds to the end of a first step in a fresh process: cold, then with the compilation cache |
+| data     | images/s of --data |
+
+The uncached search runs the caption pass over all places of the text for each new token, and so makes the image's keys
+and values again each time, and for every beam. Texts have --new-tokens tokens after a start token: nothing ends early.
+Times are medians of batches that are waited for; an IQR is that of the single times. With --peer the two run the same
+work on the same weights in turn, A-B-B-A, which is checked first: see `mammut.speed.peers`.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
+import platform
 import sys
-import time
-from typing import Annotated, Any
+import tempfile
+from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import jaxlib
 import numpy as np
 import tyro
 from flax import nnx
 
 import mammut
-from mammut.config import Dtype, ModelConfig, to_dict
-from mammut.generate import generate
-from mammut.search import Decoding, GenerateConfig, Generation, search
+from mammut.config import DataConfig, ModelConfig, to_dict
+from mammut.search import GenerateConfig
+from mammut.speed import beside_peer, child, growth, tables
+from mammut.speed.generation import measure_generation
+from mammut.speed.parts import measure_parts
+from mammut.speed.peers import SIZES, Family, Mode, OpenClip, num_cores, peer_config
+from mammut.speed.train_step import FORMULA, RunSettings, computed, make_step, measure, measured_peak
 
-_NO_END = -1  # an id that no token has
+What = Literal["train", "parts", "generate", "growth", "startup", "data"]
+Axis = Literal["batch", "image_size", "length", "devices"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,173 +52,202 @@ class Options:
 
     # A model folder or run. Without one: random weights.
     checkpoint: Annotated[str | None, tyro.conf.Positional] = None
-    # A function of mammut.presets, for random weights; its max_length follows --new-tokens. By default: tiny.
+    # A function of mammut.presets, for random weights. By default: tiny.
     preset: str | None = None
-    batch_sizes: tuple[int, ...] = (1, 16, 64)
+    what: tuple[What, ...] = ("train", "parts", "generate", "growth", "startup")
+    run: Annotated[RunSettings, tyro.conf.arg(name="")] = RunSettings()
+    batch_size: int = 32  # of the training step
+    steps: int | None = None  # that are timed; None: 20, on a CPU 10
+    warmup: int = 5  # steps before them
+    grow: tuple[Axis, ...] = ("batch", "image_size", "length", "devices")
+    # Sizes to grow over, by default 0.5, 1 and 2 (images: 1.5) times the model's; devices: 1, 2, 4, 8.
+    grow_sizes: tuple[int, ...] | None = None
+    batch_sizes: tuple[int, ...] = (1, 16, 64)  # of generation
     beams: tuple[int, ...] = (1, 4)  # 1: greedy
     new_tokens: int = 20  # of every text
-    # The compute type; by default the model's. Only in float32 can the two loops be expected to say all the same.
-    dtype: Dtype | None = None
-    rounds: int = 3  # each loop is timed twice a round: cached, uncached, uncached, cached
+    rounds: int = 3  # of turns: first to last and back
+    data: str | None = None  # what to read, as in an evaluation's --data
+    threads: int = 4  # that read and decode it
+    # open_clip to compare with: "open_clip", or a folder that holds the package or its src.
+    peer: str | None = None
+    peer_family: Family = "coca"
+    peer_size: Literal["tiny", "small"] = "tiny"
+    # A model of open_clip's instead: the name of one of its configs, or a JSON file; the batch is --batch-size.
+    peer_config: str | None = None
+    vocab_size: int = 49_408  # of a model of --peer-size
+    peer_modes: tuple[Mode, ...] = ("eager",)  # of PyTorch
     # A JSON file for all numbers, single times included.
     out: pathlib.Path | None = None
 
     def __post_init__(self):
-        for name in ("batch_sizes", "beams"):
+        for name in ("batch_sizes", "beams", "what", "peer_modes"):
             values = getattr(self, name)
-            if min(values, default=0) < 1:
+            if not values or type(values[0]) is int and min(values) < 1:
                 given = " ".join(map(str, values)) or "empty"
-                raise ValueError(f"--{name.replace('_', '-')} is {given}, expected numbers of at least 1")
-        if self.new_tokens < 1:
-            raise ValueError(f"--new-tokens is {self.new_tokens}, expected at least 1")
+                expected = "numbers of at least 1" if name in ("batch_sizes", "beams") else "one or more"
+                raise ValueError(f"--{name.replace('_', '-')} is {given}, expected {expected}")
+        for name, low in (("new_tokens", 1), ("batch_size", 1), ("steps", 1), ("warmup", 0), ("vocab_size", 8)):
+            if (value := getattr(self, name)) is not None and value < low:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least {low}")
         if self.rounds < 3:
             raise ValueError(f"--rounds is {self.rounds}, expected at least 3, for medians of 6 times")
         if self.checkpoint is not None and self.preset is not None:
             raise ValueError(f"both CHECKPOINT {self.checkpoint} and --preset {self.preset} are given, expected one")
+        if self.peer is not None and (self.checkpoint or self.preset):
+            raise ValueError("--peer is given with a model, expected --peer-size or --peer-config: both sides build it")
+        if "data" in self.what and self.data is None:
+            raise ValueError("--what has data, expected --data with what to read: jsonl:PATH, tfds:NAME/SPLIT, ...")
+        if self.grow_sizes is not None and len(self.grow) != 1:
+            raise ValueError(f"--grow-sizes is given for {len(self.grow)} of --grow, expected one")
         if self.out is not None and self.out.suffix != ".json":
             raise ValueError(f"--out is {self.out}, expected a name that ends in .json")
 
 
-def load_model(options: Options) -> tuple[mammut.MaMMUT, int, str]:
-    """The model to time, the id of its start token, and where it is from, in words."""
+def load_model(options: Options) -> tuple[mammut.MaMMUT, mammut.Processor | None, str]:
+    """The model to time as it is stored, its processor if it has one, and where it is from, in words."""
     if options.checkpoint is not None:
         model, processor = mammut.load(options.checkpoint)
-        places = model.config.text.max_length
-        if options.new_tokens >= places:
-            raise ValueError(
-                f"--new-tokens is {options.new_tokens}, expected fewer than the {places} of DecoderConfig.max_length "
-                f"in {options.checkpoint}"
-            )
-        bos_id, source = processor.bos_id, options.checkpoint
+        return model, processor, options.checkpoint
+    name = options.preset or "tiny"
+    preset = vars(mammut.presets).get(name)
+    # Beside the presets, the module holds the classes and helpers that they are made of.
+    if name.startswith("_") or isinstance(preset, type) or not callable(preset):
+        raise ValueError(f"--preset is {name!r}, expected a function of mammut.presets such as tiny or mammut_b16")
+    return mammut.MaMMUT(preset(), rngs=nnx.Rngs(0)), None, f"preset {name} with random weights"
+
+
+def generation_rows(options: Options, model: mammut.MaMMUT, bos_id: int) -> list[dict[str, Any]]:
+    """Every batch size with every number of beams; each is printed as it is done."""
+    places, side = model.config.text.max_length, model.config.vision.image_size
+    if options.new_tokens >= places:
+        raise ValueError(
+            f"--new-tokens is {options.new_tokens}, expected fewer than the {places} of DecoderConfig.max_length"
+        )
+    print(tables.GENERATION, flush=True)
+    noise, rows = np.random.default_rng(0), []
+    for batch_size in options.batch_sizes:
+        image = jax.device_put(noise.integers(0, 256, (batch_size, side, side, 3), np.uint8))
+        start = jax.device_put(np.full((batch_size, 1), bos_id, np.int32))
+        for beams in options.beams:
+            config = GenerateConfig(max_new_tokens=options.new_tokens, num_beams=beams)
+            rows.append(measure_generation(model, image, start, config, options.rounds))
+            print(tables.generation(rows[-1]), flush=True)
+    return rows
+
+
+def growth_rows(options: Options, model: ModelConfig, steps: int, peak: float) -> list[dict[str, Any]]:
+    """The step over all that --grow names; each is printed as it is done."""
+    found = []
+    for axis in options.grow:
+        if axis == "devices":
+            counts = list(options.grow_sizes or [n for n in (1, 2, 4, 8) if options.batch_size % n == 0])
+            found.append(child.over_devices(options.run.train_config(model, options.batch_size), counts))
+        else:
+            sizes = options.grow_sizes or growth.default_sizes(axis, model, options.batch_size)
+            timed = {"steps": steps, "warmup": options.warmup, "peak": peak}
+            found.append(growth.measure_growth(axis, sizes, model, options.batch_size, options.run, **timed))
+        print(tables.grown(found[-1]), flush=True)
+    return found
+
+
+def reading(options: Options, model: ModelConfig, processor: mammut.Processor | None) -> dict[str, float]:
+    """Images/s of --data, decoded and cropped as in training."""
+    from mammut import data, sources, testing
+
+    source = sources.open_source(options.data, image_size=model.vision.image_size, field="captions")
+    processor = processor or testing.tiny_processor(model)
+    config = DataConfig(train=options.data, batch_size=options.batch_size, threads=options.threads)
+    return data.measure_reading(data.TrainBatches(source, processor, config, seed=0))
+
+
+def measure_model(options: Options) -> dict[str, Any]:
+    """All that --what names, printed part by part."""
+    model, processor, source = load_model(options)
+    config, bos_id = options.run.applied(model.config), processor.bos_id if processor else 1
+    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+    print(f"{source}: {parameters / 1e6:.1f}M parameters, {config.dtype}, remat {config.remat}, unroll {config.unroll}")
+    result: dict[str, Any] = {"model": source, "parameters": parameters, "config": to_dict(config)}
+    steps = options.steps or (10 if jax.default_backend() == "cpu" else 20)
+    if {"train", "parts", "growth"} & {*options.what}:
+        result["peak_flops"] = peak = measured_peak(config.dtype)
+        print(f"peak: {peak / 1e12:.3g} TFLOP/s, measured in {config.dtype} products\nTFLOP/s: {FORMULA}")
+    if {"train", "parts"} & {*options.what}:
+        step = make_step(options.run.train_config(model.config, options.batch_size), model)
+    if "train" in options.what:
+        result["train"] = measure(step, steps, options.warmup, peak)
+        print(tables.steps([result["train"]]), flush=True)
+    if "parts" in options.what:
+        result["parts"] = measure_parts(step, options.rounds)
+        print(tables.parts(result["parts"]), flush=True)
+    step = None  # its memory is that of the next
+    if "generate" in options.what:
+        result["new_tokens"], result["rounds"] = options.new_tokens, options.rounds
+        result["generate"] = generation_rows(options, computed(model, options.run), bos_id)
+    if "growth" in options.what:
+        result["growth"] = growth_rows(options, model.config, steps, peak)
+    if "startup" in options.what:
+        with tempfile.TemporaryDirectory() as cache:
+            run = options.run.train_config(model.config, options.batch_size)
+            result["startup"] = child.startup(run, cache)
+        print(tables.startup(result["startup"]), flush=True)
+    if "data" in options.what:
+        result["data"] = {"spec": options.data, **reading(options, model.config, processor)}
+        print(tables.data(result["data"]), flush=True)
+    return result
+
+
+def measure_peer(options: Options) -> dict[str, Any]:
+    """The training step and the generator of both, on one set of weights."""
+    if options.peer_config is None:
+        size = SIZES[options.peer_size]
+        model_cfg, rows = peer_config(size, options.peer_family, options.vocab_size), size.batch
     else:
-        name = options.preset or "tiny"
-        preset = vars(mammut.presets).get(name)
-        # Beside the presets, the module holds the classes and helpers that they are made of.
-        if name.startswith("_") or isinstance(preset, type) or not callable(preset):
-            raise ValueError(f"--preset is {name!r}, expected a function of mammut.presets such as tiny or mammut_b16")
-        config: ModelConfig = preset()
-        text = dataclasses.replace(config.text, max_length=1 + options.new_tokens)
-        model = mammut.MaMMUT(dataclasses.replace(config, text=text), rngs=nnx.Rngs(0))
-        bos_id, source = 1, f"preset {name} with random weights"
-    if options.dtype is not None:
-        config = dataclasses.replace(model.config, dtype=options.dtype)
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda: mammut.MaMMUT(config, rngs=nnx.Rngs(0))))
-        model = nnx.merge(graphdef, nnx.state(model))
-    return model, bos_id, source
+        model_cfg, rows = options.peer_config, options.batch_size
+    peer = OpenClip(options.peer, model_cfg, options.peer_family, rows)
+    ours = beside_peer.load_ours(peer)
+    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(ours)))
+    print(f"{options.peer_family} of {peer.version}: {parameters / 1e6:.1f}M parameters")
+    result: dict[str, Any] = {
+        "peer": peer.version,
+        "family": options.peer_family,
+        "model_cfg": peer.model_cfg,
+        "parameters": parameters,
+        "config": to_dict(options.run.applied(ours.config)),
+        "threads": num_cores(),
+        "environment": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "XLA_FLAGS")},
+    }
+    if "train" in options.what:
+        turns = {"rounds": options.rounds, "per_turn": max(1, (options.steps or 24) // (2 * options.rounds))}
+        result["train"] = beside_peer.train(peer, ours, options.run, modes=options.peer_modes, **turns)
+        print(tables.beside(result["train"]), flush=True)
+    if "generate" in options.what:
+        result["generate"], ours = [], beside_peer.load_ours(peer)  # training has moved the peer's weights
+        for images in options.batch_sizes:
+            for beams in options.beams:
+                case = images, beams, options.new_tokens
+                row = beside_peer.generation(peer, ours, options.run, *case, rounds=options.rounds)
+                result["generate"].append(row)
+                print(tables.beside_generation(row), flush=True)
+    return result
 
 
-def cached(model: mammut.MaMMUT, image: jax.Array, start: jax.Array, config: GenerateConfig) -> Generation:
-    """`generate` from start tokens int[B, 1], without an end."""
-    return generate(model, image, start, jnp.ones(start.shape, bool), config, eos_id=_NO_END)
-
-
-def uncached(model: mammut.MaMMUT, image: jax.Array, start: jax.Array, config: GenerateConfig) -> Generation:
-    """The same by the caption pass over the whole text at every step."""
-
-    def step(text, position, image_tokens):
-        features = model.text.caption_pass(text, jnp.ones(text.shape, bool), image_tokens)
-        return model.text.logits(features[:, position]), image_tokens
-
-    def take(image_tokens, beam):
-        # The rows of an image see the same image tokens: what matters is how many there are.
-        rows_now = len(image_tokens) // len(beam)
-        return jnp.repeat(image_tokens, beam.shape[1] // rows_now, axis=0)
-
-    decoding = Decoding(step, take, model.image_tokens(image).tokens)
-    text = jnp.pad(start, ((0, 0), (0, config.max_new_tokens)), constant_values=_NO_END)
-    return search(decoding, text, jnp.ones(len(text), int), config, eos_id=_NO_END)
-
-
-def time_case(
-    model: mammut.MaMMUT, image: jax.Array, start: jax.Array, config: GenerateConfig, rounds: int
-) -> dict[str, Any]:
-    """Both loops for one batch: first whether they give the same texts, then their times."""
-    graphdef, params = nnx.split(model)
-    row: dict[str, Any] = {"batch": len(image), "beams": config.num_beams}
-    programs, found = {}, {}
-    for name, loop in (("cached", cached), ("uncached", uncached)):
-
-        def run(params, image, start, loop=loop):
-            return loop(nnx.merge(graphdef, params), image, start, config)
-
-        began = time.perf_counter()
-        programs[name] = jax.jit(run).lower(params, image, start).compile()
-        row[name] = {"compile_s": time.perf_counter() - began}
-        found[name] = jax.device_get(programs[name](params, image, start))
-    of_cached, of_uncached = found.values()
-    row["steps"] = [int(of_cached.steps), int(of_uncached.steps)]
-    row["texts_equal"] = int((of_cached.tokens[:, 0] == of_uncached.tokens[:, 0]).all(1).sum())
-    row["max_score_difference"] = float(abs(of_cached.scores[:, 0] - of_uncached.scores[:, 0]).max())
-
-    times = {name: [] for name in programs}
-    for name in ("cached", "uncached", "uncached", "cached") * rounds:
-        began = time.perf_counter()
-        jax.block_until_ready(programs[name](params, image, start))
-        times[name].append(time.perf_counter() - began)
-    for name, seconds in times.items():
-        low, median, high = (float(x) for x in np.percentile(seconds, [25, 50, 75]))
-        row[name] |= {
-            "seconds": median,
-            "seconds_iqr": high - low,
-            "captions_per_s": len(image) / median,
-            "new_tokens_per_s": len(image) * config.max_new_tokens / median,
-            "ms_per_token": 1000 * median / config.max_new_tokens,
-            "all_seconds": seconds,
-        }
-    row["speedup"] = row["uncached"]["seconds"] / row["cached"]["seconds"]
-    return row
-
-
-HEADING = (
-    f"{'batch':>5} {'beams':>5} {'equal':>7} {'loop':<8} {'compile s':>9} {'ms/batch':>9} {'IQR':>8} "
-    f"{'captions/s':>10} {'tokens/s':>9} {'ms/token':>8} {'speedup':>8}"
-)
-
-
-def lines(row: dict[str, Any]) -> str:
-    """A case as two lines of the table."""
-    equal = f"{row['texts_equal']}/{row['batch']}"
-    cases = {"cached": f"{row['batch']:>5} {row['beams']:>5} {equal:>7}", "uncached": " " * 19}
-    ends = {"cached": f" {row['speedup']:>7.2f}x", "uncached": ""}
-    return "\n".join(
-        f"{case} {name:<8} {row[name]['compile_s']:>9.1f} {1000 * row[name]['seconds']:>9.1f} "
-        f"{1000 * row[name]['seconds_iqr']:>8.1f} {row[name]['captions_per_s']:>10.1f} "
-        f"{row[name]['new_tokens_per_s']:>9.0f} {row[name]['ms_per_token']:>8.2f}{ends[name]}"
-        for name, case in cases.items()
-    )
-
-
-def measure(options: Options) -> dict[str, Any]:
-    """Times all cases, prints each as it is done, and writes the file."""
+def run(options: Options) -> dict[str, Any]:
+    """Times, prints, and writes the file."""
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-    model, bos_id, source = load_model(options)
-    config, device = model.config, jax.devices()[0]
-    size = config.vision.image_size
-    result = {
-        "model": source,
-        "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model))),
-        "config": to_dict(config),
-        "machine": {"platform": device.platform, "device": device.device_kind, "cpu_cores": os.cpu_count()},
-        "versions": {"mammut": mammut.__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__},
-        "new_tokens": options.new_tokens,
-        "rounds": options.rounds,
-        "rows": [],
+    device = jax.devices()[0]
+    place = f"{jax.device_count()} {device.device_kind} ({device.platform}), {num_cores()} CPU cores"
+    print(f"{place}, jax {jax.__version__}, jaxlib {jaxlib.__version__}")
+    machine = {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cpu_cores": num_cores(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
-    print(f"{source}: {result['parameters'] / 1e6:.1f}M parameters, {config.dtype}, {options.new_tokens} new tokens")
-    print(f"one {device.device_kind} ({device.platform}), {os.cpu_count()} CPU cores, jax {jax.__version__}")
-    print(HEADING, flush=True)
-    noise = np.random.default_rng(0)
-    for batch_size in options.batch_sizes:
-        image = jax.device_put(noise.integers(0, 256, (batch_size, size, size, 3), np.uint8), device)
-        start = jax.device_put(np.full((batch_size, 1), bos_id, np.int32), device)
-        for beams in options.beams:
-            search_config = GenerateConfig(max_new_tokens=options.new_tokens, num_beams=beams)
-            # Float32 is to mean float32: a GPU's products would have 10 bits otherwise, and texts come apart.
-            with jax.default_matmul_precision("highest" if config.dtype == "float32" else None):
-                row = time_case(model, image, start, search_config, options.rounds)
-            result["rows"].append(row)
-            print(lines(row), flush=True)
+    versions = {"mammut": mammut.__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    told = {"machine": machine, "versions": versions | {"python": platform.python_version()}}
+    result = told | (measure_model(options) if options.peer is None else measure_peer(options))
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
         print(f"times: {options.out}")
@@ -212,9 +256,8 @@ def measure(options: Options) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     try:
-        options = tyro.cli(Options, args=argv, prog="python -m eval.speed", description=__doc__)
-        measure(options)
-    except (ValueError, OSError) as error:
+        run(tyro.cli(Options, args=argv, prog="python -m eval.speed", description=__doc__))
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("MAMMUT_TRACEBACK"):
             raise
         sys.exit(f"python -m eval.speed: {error}")

@@ -4,6 +4,7 @@ The checkpoints are Orbax steps, each atomic, with the position in the data in i
 bit silently, so each step has a manifest of checksums too; `restore` falls back to the newest step that passes.
 """
 
+import collections
 import dataclasses
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mammut import distributed
 from mammut.config import TrainConfig, from_dict, to_dict
 from mammut.manifest import check_manifest, make_manifest, read_json_object, write_json
 from mammut.tensor_files import CheckpointError
@@ -40,6 +42,31 @@ def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
     return read_config(TrainConfig, run["config"], path), run["overrides"]
 
 
+def require_shared(workdir: pathlib.Path) -> None:
+    """Raises ValueError where a process does not see the `run.json` that process 0 has written."""
+    if not (workdir / "run.json").is_file():
+        raise ValueError(
+            f"--workdir {workdir} is without the run.json that process 0 has written there: expected a folder on a "
+            "file system that all processes share"
+        )
+
+
+def position_of_all(step: int, position: dict[str, Any], share: int) -> dict[str, Any]:
+    """The position in the data with the counts of all shares in place of those of `share` alone, on process 0."""
+    parts = {}
+    for part, read, bad in distributed.gather(f"counts/{step}", [share, position["read"], position["bad"]]):
+        parts[part] = read, bad  # processes of the same share have read the same
+    bad = collections.Counter()
+    for _, counts in parts.values():
+        bad.update(counts)
+    return position | {"read": sum(read for read, _ in parts.values()), "bad": dict(bad)}
+
+
+def position_of_one(position: dict[str, Any], share: int) -> dict[str, Any]:
+    """The position for one share to go on from: the first takes over the counts, whatever wrote them."""
+    return position if share == 0 else position | {"read": 0, "bad": {}}
+
+
 def read_config(cls: type, values: Any, path: pathlib.Path) -> Any:
     """A config of type `cls` from the values in the file `path`; raises CheckpointError when they are none."""
     try:
@@ -61,7 +88,8 @@ class Checkpoints:
     """The checkpoints of a run, under `workdir/checkpoints`, the newest `keep` of them.
 
     `save` returns once the arrays are copied from the devices; writing goes on behind. `cleanup` removes what
-    a killed run left half-written: for the run itself, not for those who read beside it.
+    a killed run left half-written: for the run itself, not for those who read beside it. Of several processes, all save
+    and restore, each its part of the arrays; process 0 writes and checks the checksums.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int, *, cleanup: bool = False):
@@ -88,8 +116,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # What the others have to finish too may never end once this process has failed: the step is left half-written.
+        if kind is None or jax.process_count() == 1:
+            self.close()
 
     @property
     def steps(self) -> list[int]:
@@ -97,7 +127,7 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def save(self, step: int, state: Any, data: Any) -> None:
-        """Saves `state` (arrays) and `data` (JSON: the position in the data) as one step.
+        """Saves `state` (arrays) and `data` (JSON: the position in the data, that of process 0) as one step.
 
         A second save of a step does nothing. An error of an earlier background write is raised here.
         """
@@ -115,7 +145,7 @@ class Checkpoints:
     def _finish(self, step: int, response: Any) -> None:
         try:
             response.result()
-            if jax.process_index() == 0:
+            if distributed.first():  # Orbax has waited for all
                 folder = self._folder / str(step)
                 write_json(self._manifests / f"{step}.json", make_manifest(folder, _files(folder)))
                 for manifest in self._manifests.glob("*.json"):
@@ -144,7 +174,8 @@ class Checkpoints:
         Raises:
           CheckpointError: there is none, or the state saved is of another model or optimizer.
         """
-        step = self._newest_good()
+        # One process reads it all for its checksums, and all restore the same.
+        step = int(distributed.from_first("restored", lambda: str(self._newest_good()).encode()))
         saved = self._checkpointer.checkpointables_metadata(step)
         if problems := _mismatches(saved.metadata["state"], abstract_state):
             raise CheckpointError(

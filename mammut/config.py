@@ -382,7 +382,7 @@ class LossConfig:
     label_smoothing: float = 0.0  # of the caption loss
     z_loss: float = 0.0  # weight of log(Z)^2 in the caption loss
     # Of the contrastive loss: every device holds its rows of the B x B matrix, or the texts go round the devices and
-    # only tiles of `contrastive_chunk` texts are ever held.
+    # only tiles of `contrastive_chunk` images by as many texts are ever held.
     contrastive_form: Literal["matrix", "ring"] = "matrix"
     contrastive_chunk: int = 4_096
     vocab_chunk: int = 16  # text positions whose logits are held at once by the caption loss

@@ -1,6 +1,7 @@
 """What a run says of itself on its validation set: the predictions and scores of the evaluation programs."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from mammut import sharding
@@ -34,17 +35,22 @@ class Evaluator:
     | vqa | greedy answers | exact_match; vqa_acc where the questions have enough answers |
     | classify | the likeliest of the set's names | top1, top5, mean_per_class_recall |
 
+    `alive` is called with every batch. Several processes all evaluate, and come to the same.
+
     Raises:
       ValueError: `data.eval_batch_size` does not divide over the mesh, or more than `data.max_bad_share` of the first
         batch could not be used.
     """
 
-    def __init__(self, source: Source, processor: Processor, config: TrainConfig, trainer: Trainer, checkpoint: str):
+    def __init__(
+        self, source: Source, processor: Processor, config: TrainConfig, trainer: Trainer, checkpoint: str,
+        alive: Callable[[], None],
+    ):  # fmt: skip
         data = config.data
         sharding.require_divisible(data.eval_batch_size, trainer.mesh, "data.eval_batch_size")
         settings = {"batch_size": data.eval_batch_size, "threads": data.threads, "max_bad_share": data.max_bad_share}
         self._predictor = Predictor(
-            trainer.model, processor, trainer.mesh, checkpoint=checkpoint, blind=data.blind, **settings
+            trainer.model, processor, trainer.mesh, checkpoint=checkpoint, blind=data.blind, alive=alive, **settings
         )
         self._source, self._processor, self._task, self._limit = source, processor, config.task, data.val_examples
         # A set that cannot be used is found out now, not after hours of training.

@@ -21,9 +21,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
-from mammut import checkpoint
+from mammut import checkpoint, distributed
 from mammut.config import ModelConfig, to_dict
 from mammut.interop import big_vision_weights, open_clip
 from mammut.interop.open_clip_export import CONFIG_FILE
@@ -54,11 +55,17 @@ def save(
 ) -> None:
     """Writes a model folder; weights of more than `max_shard_bytes` become several files.
 
+    Of several processes, all call it, process 0 writes: parameters split over them are brought together one by one.
+
     Raises:
       ValueError: the folder holds a model already and `overwrite` is False, or one of open_clip; or the processor is of
         another model.
     """
     opened = OpenedModel(model.config, _tensors_of(model), processor, "the model")
+    if not distributed.first():
+        for name in opened.tensors.specs:  # in the order in which they are written
+            opened.tensors.read(name)
+        return
     save_opened(folder, opened, overwrite=overwrite, max_shard_bytes=max_shard_bytes)
 
 
@@ -248,7 +255,14 @@ def _processor(folder: pathlib.Path) -> Processor:
 def _tensors_of(model: MaMMUT) -> LazyTensors:
     arrays = _by_name(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     specs = {name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}
-    return LazyTensors(specs, lambda name: np.asarray(arrays[name]))  # off their devices one by one
+
+    def read(name: str) -> np.ndarray:  # off their devices one by one
+        array = arrays[name]
+        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+            return multihost_utils.process_allgather(array, tiled=True)
+        return np.asarray(array)
+
+    return LazyTensors(specs, read)
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

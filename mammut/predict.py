@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from mammut import sharding
+from mammut import distributed, sharding
 from mammut.data import EvalBatch, describe_bad, eval_batches
 from mammut.generate import generate
 from mammut.losses import caption_loss
@@ -51,6 +51,7 @@ class Predictor:
       checkpoint: the folder the parameters are of, to be named in predictions.
       blind: every image is black.
       max_bad_share: more examples that cannot be used than this share are an error.
+      alive: called with every batch that the model is asked about.
 
     Raises:
       ValueError: `batch_size` does not divide over the mesh. When called: too many examples cannot be used, or, as
@@ -69,16 +70,19 @@ class Predictor:
         max_bad_share: float = 0.1,
         blind: bool = False,
         progress: bool = False,
+        alive: Callable[[], None] = lambda: None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         sharding.require_divisible(batch_size, mesh, "batch_size")
         self._processor, self._mesh, self._checkpoint, self._batch_size = processor, mesh, checkpoint, batch_size
         self._threads, self._max_bad_share, self._blind, self._progress = threads, max_bad_share, blind, progress
+        self._alive = alive
         replicated = jax.NamedSharding(mesh, jax.P())
 
         def compiled(function, out_shardings=replicated):
-            return jax.jit(lambda params, *args: function(model_of(params), *args), out_shardings=out_shardings)
+            of_params = lambda params, *args: function(model_of(params), *args)  # noqa: E731
+            return distributed.compiled_by_all(jax.jit(of_params, out_shardings=out_shardings))
 
         @functools.cache
         def generator(config: GenerateConfig):
@@ -369,6 +373,7 @@ class Predictor:
 
     def _call(self, function: Callable, params: Any, *args: Any) -> Any:
         placed = (sharding.replicated_batch(x, self._mesh) if isinstance(x, np.ndarray) else x for x in args)
+        self._alive()
         return function(params, *placed)
 
     def _array(self, function: Callable, params: Any, *args: Any) -> np.ndarray:

@@ -3,22 +3,25 @@
 import argparse
 import dataclasses
 import importlib.util
+import json
 import pathlib
 import sys
 
-from mammut import checkpoint
+from mammut import checkpoint, distributed
 from mammut.config import TrainConfig, differences, to_dict
 from mammut.interop.rules import OpenedModel
 from mammut.model_folder import open_model
 from mammut.warm_start import SIZES, VOCABULARY, Start, start_config
 
-# What a resumed run may change: how it is watched, placed and fed, and how long it goes on (the learning rate follows
-# the new length from there); nothing else.
+# What a resumed run may change: how it is watched, placed and fed, what memory it takes, and how long it goes on (the
+# learning rate follows the new length from there); nothing else.
 RESUMABLE = {
-    "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps", "mesh",
-    "compilation_cache", "data.val", "data.eval_batch_size", "data.val_examples", "data.threads", "data.max_bad_share",
-    "data.tfds_dir",
+    "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps", "step_timeout",
+    "mesh", "model.remat", "loss.vocab_chunk", "compilation_cache", "data.val", "data.eval_batch_size",
+    "data.val_examples", "data.threads", "data.max_bad_share", "data.tfds_dir",
 }  # fmt: skip
+
+PER_PROCESS = {"compilation_cache", "data.threads", "data.tfds_dir"}  # what each process may have of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,14 @@ def resolve(
     if changed := differences(to_dict(saved), to_dict(config), RESUMABLE):
         raise ValueError(f"the run in {workdir} cannot go on with another config: {'; '.join(changed)} in its run.json")
     return Run(config, workdir, saved_overrides + overrides, {})
+
+
+def require_same(run: Run) -> None:
+    """Raises ValueError on the processes that were asked for another run than process 0."""
+    asked = json.loads(json.dumps(to_dict(run.config) | {"workdir": str(run.workdir)}))
+    of_first = json.loads(distributed.from_first("run", lambda: json.dumps(asked).encode()))
+    if changed := differences(of_first, asked, PER_PROCESS):
+        raise ValueError(f"this process was asked for another run than process 0: {'; '.join(changed)} there")
 
 
 def load_recipe(path: pathlib.Path) -> TrainConfig:

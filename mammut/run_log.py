@@ -14,11 +14,14 @@ class RunLog:
     """The log of a run in `workdir`: `metrics.jsonl` (one object a step logged, appended to) and TensorBoard events.
 
     On a terminal the losses, rates and time left are in a progress bar; elsewhere in one line every `log_every` steps.
-    What a run logged past the checkpoint it is resumed from (`start`) is dropped: it is logged again.
+    What a run logged past the checkpoint it is resumed from (`start`) is dropped: it is logged again. Of several
+    processes one logs; with `silent`, nothing is printed or written.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, start: int, steps: int, batch_size: int):
-        self._steps, self._batch_size = steps, batch_size
+    def __init__(self, workdir: pathlib.Path, *, start: int, steps: int, batch_size: int, silent: bool):
+        self._steps, self._batch_size, self._silent = steps, batch_size, silent
+        if silent:
+            return
         self._step: int | None = None  # of the last record
         self._time, self._waited = time.perf_counter(), 0.0
         from tensorboardX import SummaryWriter
@@ -35,6 +38,8 @@ class RunLog:
 
         The first step of a run is recorded without rates: it is mostly compilation.
         """
+        if self._silent:
+            return
         self._waited += waited
         self._bar.update()
         compiled = self._step is None
@@ -66,6 +71,8 @@ class RunLog:
 
     def evaluation(self, step: int, name: str, evaluation: Evaluation, samples: int) -> None:
         """Records an evaluation and prints it, with the first `samples` texts that the model said."""
+        if self._silent:
+            return
         self.record(step, {f"eval/{name}/{metric}": value for metric, value in evaluation.metrics.items()})
         images, metrics = evaluation.num_images, dict(evaluation.metrics)
         lines = [f"{name} at step {step}: {images} images, {evaluation.num_texts} texts"]
@@ -96,11 +103,15 @@ class RunLog:
 
     def print(self, text: str) -> None:
         """Prints between the bar's updates."""
+        if self._silent:
+            return
         self._bar.write(text, file=sys.stdout)
         sys.stdout.flush()
 
     def close(self) -> None:
         """Closes the files."""
+        if self._silent:
+            return
         self._bar.close()
         self._board.close()
         self._file.close()

@@ -23,9 +23,10 @@ from flax import nnx
 from PIL import Image
 
 import mammut
-from mammut import checkpoint, recipes, sharding, synthetic
+from mammut import checkpoint, recipes, run_processor, sharding, synthetic
 from mammut.checkpoint import Checkpoints, Restored
 from mammut.config import MeshConfig, TokenizerConfig, TrainConfig
+from mammut.memory_advice import enough_memory, out_of_memory_advice
 from mammut.model_folder import open_model
 from mammut.predictions import Predictions
 from mammut.processor import ImageTransform, Processor
@@ -320,28 +321,27 @@ def test_a_task_that_the_model_cannot_do_is_refused():
     assert TrainConfig(task="caption", model=blind).model == blind
 
 
-def test_a_model_without_a_tokenizer_wants_to_be_told_of_one(train, tmp_path, model_folder):
+def test_a_model_without_a_tokenizer_wants_to_be_told_of_one(tmp_path, model_folder):
     tiny_processor().save(tmp_path / "vocabulary")
     opened = open_model(model_folder)
     bare = {"init_text": dataclasses.replace(opened, processor=None)}
     config = TrainConfig(model=opened.config)
     source = open_source("synthetic:val[:8]", image_size=16)
     with pytest.raises(ValueError, match="init_text .*model comes without a tokenizer: tokenizer.path says where"):
-        train.make_processor(config, source, bare)
+        run_processor.make_processor(config, source, bare)
     path = str(tmp_path / "vocabulary" / "tokenizer.model")
     config = dataclasses.replace(config, tokenizer=TokenizerConfig(path=path))
-    processor = train.make_processor(config, source, bare)
+    processor = run_processor.make_processor(config, source, bare)
     text = ["one red circle"]
     assert np.array_equal(processor.encode_text(text)[0], tiny_processor().encode_text(text)[0])
     with pytest.raises(ValueError, match="tokenizer.path and init_text are given"):
-        train.make_processor(config, source, {"init_text": opened})
+        run_processor.make_processor(config, source, {"init_text": opened})
 
 
 def test_compile_only_tells_the_memory_of_the_step_and_trains_nothing(program, straight):
     out, _ = program.run("small.py", "--workdir", "compiled", "--compile-only", "--init", "straight")
-    assert re.search(r"compiled in \d+ s; MB a device: .*temporaries \d+\.\d", out)
-    assert re.search(r"text.layers +[\d,]+  loaded    init straight", out)
-    assert "parameters" in out and "step 1/" not in out
+    assert re.search(r"compiled in \d+ s for the devices here: 1 x cpu, mesh data 1 x fsdp 1 x model 1", out)
+    assert re.search(r"temporaries +\d+\.\d", out) and "step 1/" not in out
     assert not (program.folder / "compiled").exists()
 
 
@@ -382,6 +382,14 @@ def test_a_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_from_there(prog
     assert f"resuming at step {last} of {STEPS}" in out
     assert_same_run(workdir, straight[0])
     assert [row["step"] for row in metrics(workdir)] == [*range(1, STEPS + 1)]  # no step was done twice
+
+
+def test_help_tells_of_the_program_and_of_every_setting(train, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0 and "--coordinator HOST:PORT --num-processes N --process-id I" in said
+    assert "One process drives all devices of its machine" in said and "--optimizer.learning-rate" in said
 
 
 # --- what stops a run
@@ -607,3 +615,45 @@ def test_an_override_that_is_unknown_or_impossible_is_refused_with_what_would_do
     assert stopped.value.code not in (0, None)
     assert told in capsys.readouterr().err + str(stopped.value.code)
     assert not (tmp_path / "new").exists()
+
+
+# --- out of memory
+
+TERABYTES = ["--model.text.width", "65536", "--model.text.mlp-dim", "262144", "--model.text.depth", "64"]
+
+
+def test_a_model_that_no_memory_holds_ends_in_one_sentence_with_what_helps(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["small.py", "--workdir", "new", *TERABYTES, "--model.remat", "full", "--data.val", "None",
+                    "--task", "caption", "--compilation-cache", "None"])  # fmt: skip
+    message = stopped.value.code
+    assert message.startswith("train.py: the run does not fit into the memory of a device (out of memory allocating ")
+    assert "\n" not in message and "--accumulation 2 (now 1), a larger --mesh.fsdp (now 1)" in message
+    assert "--loss.vocab-chunk 8 (now 16)" in message and "--model.remat" not in message
+
+
+@pytest.mark.parametrize("said, amount", [
+    ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB.", "out of memory while trying to allocate"),
+    ("RESOURCE_EXHAUSTED: Ran out of memory. Used 20.00G of 15.75G hbm. Exceeded by ...", "used 20.00G of 15.75G hbm"),
+])  # fmt: skip
+def test_how_much_memory_is_missing_is_told_in_the_words_of_the_device(said, amount):
+    config = TrainConfig(model=tiny_config(), accumulation=128)
+    assert f"a device ({amount}" in out_of_memory_advice(config, RuntimeError(said))
+    assert "--accumulation 256 (now 128), --model.remat full" in out_of_memory_advice(config, RuntimeError(said))
+    with pytest.raises(RuntimeError, match="another"), enough_memory(config):
+        raise jax.errors.JaxRuntimeError("INTERNAL: another error")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "v5e:4x4"], "--topology v5e:4x4 is given without --compile-only"),
+        (["--compile-only", "--distributed"], "--compile-only is given with several processes"),
+        (["--num-processes", "0"], "--num-processes is 0, expected at least 1"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(train, arguments, message):
+    with pytest.raises(SystemExit, match=f"^train.py: {message}"):
+        train.main(arguments)

@@ -1,0 +1,109 @@
+"""What was measured as lines of text."""
+
+from typing import Any
+
+GENERATION = (
+    f"{'batch':>5} {'beams':>5} {'equal':>7} {'loop':<8} {'compile s':>9} {'ms/batch':>9} {'IQR':>8} "
+    f"{'captions/s':>10} {'tokens/s':>9} {'ms/token':>8} {'speedup':>8}"
+)
+_STEPS = (
+    f"{'batch':>6} {'px':>5} {'text':>5} {'images/s':>9} {'ms/step':>9} {'IQR':>8} {'TFLOP/s':>8} {'MFU':>6} "
+    f"{'GiB':>7} {'temp GiB':>8} {'compile s':>9}"
+)
+
+
+def generation(row: dict[str, Any]) -> str:
+    """Both loops of a batch, two lines under `GENERATION`."""
+    equal = f"{row['texts_equal']}/{row['batch']}"
+    cases = {"cached": f"{row['batch']:>5} {row['beams']:>5} {equal:>7}", "uncached": " " * 19}
+    ends = {"cached": f" {row['speedup']:>7.2f}x", "uncached": ""}
+    return "\n".join(
+        f"{case} {name:<8} {row[name]['compile_s']:>9.1f} {1000 * row[name]['seconds']:>9.1f} "
+        f"{1000 * row[name]['seconds_iqr']:>8.1f} {row[name]['captions_per_s']:>10.1f} "
+        f"{row[name]['new_tokens_per_s']:>9.0f} {row[name]['ms_per_token']:>8.2f}{ends[name]}"
+        for name, case in cases.items()
+    )
+
+
+def steps(rows: list[dict[str, Any]]) -> str:
+    """Training steps, a line each under a heading."""
+    return "\n".join([
+        _STEPS,
+        *(
+            f"{row['batch']:>6} {row['image_size']:>5} {row['length']:>5} {row['per_s']:>9.1f} "
+            f"{1000 * row['seconds']:>9.1f} {1000 * row['seconds_iqr']:>8.1f} {row['tflops']:>8.3f} {row['mfu']:>6.1%} "
+            f"{row['memory_gib']['total']:>7.2f} "
+            f"{row['memory_gib']['temporaries']:>8.2f} {row['compile_s']:>9.1f}"
+            for row in rows
+        ),
+    ])  # fmt: skip
+
+
+def parts(rows: dict[str, Any]) -> str:
+    """The parts of a step, a line each."""
+    lines = [f"{'part':<28} {'ms':>9} {'share':>7} {'of FLOPs':>8}"]
+    for name, row in rows.items():
+        flops = f"{row['flops_share']:>8.1%}" if "flops_share" in row else ""
+        lines.append(f"{name:<28} {1000 * row['seconds']:>9.1f} {row['share']:>7.1%} {flops}".rstrip())
+    return "\n".join(lines)
+
+
+def grown(found: dict[str, Any]) -> str:
+    """The rows of one axis and its exponents."""
+    exponents = ", ".join(f"{name} {value:.2f}" for name, value in found["exponents"].items())
+    if found["axis"] != "devices":
+        return f"{steps(found['rows'])}\nexponents in {found['axis']}: {exponents}"
+    lines = [f"{'devices':>7} {'state GiB':>10} {'temp GiB':>9}   of one device; fake devices share the cores"]
+    for row in found["rows"]:
+        memory = row["memory_gib"]
+        lines.append(f"{row['devices']:>7} {memory['state_and_batch']:>10.4f} {memory['temporaries']:>9.4f}")
+    return "\n".join([*lines, f"exponents in devices: {exponents}"])
+
+
+def startup(found: dict[str, Any]) -> str:
+    """Seconds to the end of a first step, cold and warm."""
+    names = list(found["cold"])
+    return "\n".join([
+        f"{'first step':<10} " + " ".join(f"{name + ' s':>10}" for name in names),
+        *(f"{case:<10} " + " ".join(f"{found[case][name]:>10.1f}" for name in names) for case in found),
+    ])  # fmt: skip
+
+
+def data(found: dict[str, Any]) -> str:
+    """The rate of reading, and what it was measured with."""
+    rest = ", ".join(f"{name} {value:.3g}" for name, value in found.items() if isinstance(value, int | float))
+    return f"data {found['spec']}: {rest}"
+
+
+def beside(row: dict[str, Any]) -> str:
+    """Training steps of both: that they compute the same, their times and ratios."""
+    apart = ", ".join(f"{name} {value:.1e}" for name, value in row["losses"]["relative_difference"].items())
+    ours = row["losses"]["mammut"]
+    lines = [
+        f"same weights, batch of {row['batch']}: contrastive loss {ours['contrastive_loss']:.6f}, caption loss "
+        f"{ours['caption_loss']:.6f}, gradient norm {ours['grad_norm']:.4f}; apart by (relative) {apart}",
+        f"{'train step':<16} {'images/s':>9} {'ms':>9} {'IQR':>8}",
+    ]
+    for name, times in row["times"].items():
+        label = name if name == "mammut" else f"peer, {name}"
+        lines.append(
+            f"{label:<16} {times['per_s']:>9.1f} {1000 * times['seconds']:>9.1f} {1000 * times['seconds_iqr']:>8.1f}"
+        )
+    lines += [f"ahead of the peer, {mode}: {_interval(found)}" for mode, found in row["speedup"].items()]
+    return "\n".join(lines)
+
+
+def beside_generation(row: dict[str, Any]) -> str:
+    """Generation of both, or why the peer's was not run."""
+    case = f"{row['batch']} images, {row['beams']} beams, {row['new_tokens']} tokens"
+    if "not_run" in row:
+        return f"{case}: not run: {row['not_run']}"
+    rates = ", ".join(f"{name} {times['captions_per_s']:.2f} captions/s" for name, times in row["times"].items())
+    equal = f", texts equal {row['texts_equal']}/{row['batch']}" if "texts_equal" in row else ""
+    alone = "" if row["peer_images_at_once"] > 1 or row["batch"] == 1 else ", the peer image by image"
+    return f"{case}: {rates}{equal}{alone}; ahead of the peer: {_interval(row['speedup'])}"
+
+
+def _interval(found: dict[str, float]) -> str:
+    interval = f"95 %: {found['low']:.2f} to {found['high']:.2f}"
+    return f"{found['ratio']:.2f}x ({interval}; fastest calls {found['of_fastest']:.2f}x)"
