@@ -136,8 +136,9 @@ def train(run: Run, watchdog: distributed.Watchdog, *, resume: bool) -> None:
                 save_evaluation(workdir, "val", evaluation)
             write_card(workdir, config.model, processor)
             log.print(f"model saved: mammut.load({str(workdir)!r})")
-        watchdog.doing("the report")
-        print(f"report: {write_report(workdir)}")
+    # Outside of the mesh: the first process asks the model alone, and would wait for the others for ever.
+    watchdog.doing("the report")
+    print(f"report: {write_report(workdir)}")
 
 
 def fresh_state(config: TrainConfig, trainer: Trainer, warm: WarmStart | None) -> TrainState:
