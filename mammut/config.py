@@ -8,7 +8,8 @@ built, in one sentence that names the field.
 import dataclasses
 import math
 import types
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Callable
+from typing import Any, Literal, Union, get_args, get_origin
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu2", "swiglu"]
 Dtype = Literal["float32", "bfloat16"]
@@ -46,12 +47,14 @@ def _require_share(config: Any, *names: str) -> None:
 def _require_choices(config: Any) -> None:
     # Unchecked, a misspelt choice would silently be the last one: code asks for one value after the other, then "else".
     for field in dataclasses.fields(config):
-        if get_origin(field.type) is Literal:
-            value, choices = getattr(config, field.name), get_args(field.type)
-            _require(
-                value in choices,
-                f"{type(config).__name__}.{field.name} is {value!r}, expected one of {', '.join(choices)}",
-            )
+        kinds = get_args(field.type) if get_origin(field.type) in (Union, types.UnionType) else (field.type,)
+        for kind in kinds:
+            if get_origin(kind) is Literal:
+                value, choices = getattr(config, field.name), get_args(kind)
+                _require(
+                    value in choices or (value is None and type(None) in kinds),
+                    f"{type(config).__name__}.{field.name} is {value!r}, expected one of {', '.join(choices)}",
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,12 @@ class LayerConfig:
     norm_eps: float = 1e-6
     norm_bias: bool = True  # of LayerNorm; an RMSNorm has none
     attn_bias: bool = True
+    attn_out_bias: bool | None = None  # of attention's last map; None: as `attn_bias`
+    attn_scale: bool = True  # attention scores are divided by the root of the head size; GPT-Neo's are not
     mlp_bias: bool = True
+    # serial: the MLP reads what attention has been added to. parallel: both read one norm of the layer's input (GPT-J);
+    # parallel_two_norms: each has a norm of its own (GPT-NeoX).
+    layout: Literal["serial", "parallel", "parallel_two_norms"] = "serial"
     qk_norm: bool = False  # a norm over each head's queries and keys
     attn_gate: bool = False  # what a layer attended to is multiplied by a sigmoid of the layer's normed input
     gate_bias: bool = True
@@ -165,14 +173,19 @@ class DecoderConfig(LayerConfig):
 
     vocab_size: int = 64_000
     max_length: int = 64  # tokens, start and end included
-    cross_attn_every: int = 2  # one cross-attention layer for every k self-attention layers
+    cross_attn_every: int = 2  # one cross-attention layer for every k self-attention layers; 0: none
     # Where in such a group: after its last layer or its first, as a layer with an MLP of its own; or between the
     # self-attention and the MLP of the first, without.
     cross_attn_position: Literal["last", "first", "inside"] = "last"
     mlp_before_cross_attn: bool = True  # False: the layer that a cross-attention layer follows has no MLP
     image_norm: bool = False  # every cross-attention layer norms the image tokens first
-    positions: Literal["learned", "rope"] = "learned"  # rope: rotary, of interleaved pairs, in self-attention
+    # Rotary, in self-attention: rope turns interleaved pairs of a head's numbers (GPT-J), rope_half pairs its first
+    # half with its second (GPT-NeoX).
+    positions: Literal["learned", "rope", "rope_half"] = "learned"
+    rope_dims: int | None = None  # the first so many of a head's numbers are turned; None: all
     rope_theta: float = 10_000.0
+    # In the caption pass a token of layer i sees the last local_windows[i % n] tokens, itself included; 0: all.
+    local_windows: tuple[int, ...] = (0,)
     tie_embeddings: bool = True  # the vocabulary head is the token embedding, transposed
     vocab_bias: bool = False
     # How the contrastive pass becomes an embedding: the mean over real tokens, over all positions, the token at the
@@ -188,18 +201,39 @@ class DecoderConfig(LayerConfig):
     # its text-only layers, and one position too late.
     pad_masking: Literal["both", "contrastive", "none", "shifted"] = "both"
     pad_id: int | None = None  # this id is a pad wherever it stands; None: only `text_valid` tells
+    param_dtype: Dtype | None = None  # storage of the decoder's parameters; None: `ModelConfig.param_dtype`
 
     def __post_init__(self):
         super().__post_init__()
-        _require_positive(self, "vocab_size", "cross_attn_every", "rope_theta")
+        _require_positive(self, "vocab_size", "rope_theta")
         _require_at_most(self, {"vocab_size": 2**24, "max_length": 2**17, "text_only_depth": 2**10})
         _require(self.max_length >= 2, f"DecoderConfig.max_length is {self.max_length}, expected at least 2 tokens")
         for name in ("depth", "text_only_depth"):
             _require(getattr(self, name) >= 0, f"DecoderConfig.{name} is {getattr(self, name)}, expected at least 0")
         _require(self.depth + self.text_only_depth > 0, "DecoderConfig.depth is 0, expected at least 1 layer")
+        every, windows = self.cross_attn_every, self.local_windows
+        _require(every >= 0, f"DecoderConfig.cross_attn_every is {every}, expected at least 0")
         _require(
-            self.depth % self.cross_attn_every == 0,
-            f"DecoderConfig.depth {self.depth} is not a multiple of cross_attn_every {self.cross_attn_every}",
+            not every or self.depth % every == 0,
+            f"DecoderConfig.depth {self.depth} is not a multiple of cross_attn_every {every}",
+        )
+        _require(
+            len(windows) > 0 and min(windows) >= 0 and (every or self.depth) % len(windows) == 0,
+            f"DecoderConfig.local_windows is {windows}, expected numbers of tokens, 0 or more, as many as divide "
+            f"{f'cross_attn_every {every}' if every else f'the depth {self.depth}'}",
+        )
+        _require(
+            windows == (0,) or self.pooling == "none",
+            f"DecoderConfig.local_windows is {windows}, which needs pooling 'none': a contrastive pass has no windows",
+        )
+        _require(
+            self.layout == "serial" or not every or self.cross_attn_position != "inside",
+            f"DecoderConfig.layout is {self.layout!r}, which has no place between attention and MLP for "
+            "cross_attn_position 'inside'",
+        )
+        _require(
+            every or self.mlp_before_cross_attn,
+            "DecoderConfig.mlp_before_cross_attn is False, which needs cross-attention: cross_attn_every is 0",
         )
         _require(
             self.mlp_before_cross_attn or self.cross_attn_position != "inside",
@@ -222,9 +256,16 @@ class DecoderConfig(LayerConfig):
             self.class_token == (self.pooling == "class"),
             f"DecoderConfig.class_token is {self.class_token}, which does not go with pooling {self.pooling!r}",
         )
+        head_size = self.width // self.num_heads
         _require(
-            self.positions == "learned" or self.width // self.num_heads % 2 == 0,
-            f"DecoderConfig.positions is 'rope', which needs heads of even size, not {self.width // self.num_heads}",
+            self.positions == "learned" or head_size % 2 == 0,
+            f"DecoderConfig.positions is {self.positions!r}, which needs heads of even size, not {head_size}",
+        )
+        dims = self.rope_dims
+        _require(
+            dims is None or (self.positions != "learned" and 0 < dims <= head_size and dims % 2 == 0),
+            f"DecoderConfig.rope_dims is {dims}, expected an even number up to the head size {head_size}, with rotary "
+            f"positions, not {self.positions!r}",
         )
         _require(
             self.pad_masking != "shifted" or (self.class_token and self.text_only_depth > 0),
@@ -234,19 +275,63 @@ class DecoderConfig(LayerConfig):
     @property
     def num_cross_layers(self) -> int:
         """Layers that attend to the image."""
-        return self.depth // self.cross_attn_every
+        return self.depth // self.cross_attn_every if self.cross_attn_every else 0
+
+    @property
+    def group_size(self) -> int:
+        """Self-attention layers that are laid out together: those that share a cross-attention layer, or windows."""
+        return self.cross_attn_every or len(self.local_windows)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Small modules on the maps, attentions and MLPs of a model that is otherwise left as it is (`mammut.adapters`).
+
+    Several with one `name` make up one adapter, which is saved, loaded and switched on as a whole.
+    """
+
+    name: str = "default"
+    # Bottlenecks (down, ReLU, up) on the output of an attention or MLP: of its output (sequential), or of its input
+    # (parallel), times a learned number (scaled_parallel). lora: a product of two thin matrices beside a linear map.
+    # ia3: a learned factor for each output of a map, or input of an MLP's second.
+    kind: Literal["sequential", "parallel", "scaled_parallel", "lora", "ia3"] = "sequential"
+    # Patterns of paths (fnmatch), such as text.layers.mlp, text.layers.attn.query, vision.layers.*.value
+    sites: tuple[str, ...] = ("text.layers.mlp",)
+    reduction: int = 4  # of a bottleneck: the width over its hidden size
+    rank: int = 8  # of lora
+    alpha: float = 8.0  # of lora: the product is multiplied by alpha / rank
+    norm: bool = False  # of a bottleneck: a layer norm in front
+    # magma: N(0, 1e-3) cut at 2e-3, biases too (MAGMA); zero: the second map is zero, the adapter changes nothing yet.
+    # lora and ia3 always change nothing at first.
+    init: Literal["magma", "zero"] = "magma"
+
+    def __post_init__(self):
+        _require_choices(self)
+        _require_positive(self, "reduction", "rank", "alpha")
+        _require(
+            self.name.isidentifier(), f"AdapterConfig.name is {self.name!r}, expected letters, digits and underscores"
+        )
+        _require(len(self.sites) > 0, "AdapterConfig.sites is empty, expected patterns such as text.layers.mlp")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A MaMMUT: one image encoder and one text decoder."""
+    """One image encoder and one text decoder: a MaMMUT, or with an image prefix a MAGMA (arXiv 2112.05253)."""
 
     vision: VisionConfig = VisionConfig()
     text: DecoderConfig = DecoderConfig()
     embed_dim: int | None = None  # E of the embeddings; None: the decoder's width
     # From the image encoder: one map takes the tokens to the decoder and, averaged, to the embedding; two maps do; one
-    # makes the embedding and the decoder sees the tokens as they are; none does either.
-    image_projection: Literal["shared", "separate", "embedding", "none"] = "shared"
+    # takes them to the decoder and there is no embedding; one makes the embedding and the decoder sees the tokens as
+    # they are; none does either.
+    image_projection: Literal["shared", "separate", "decoder", "embedding", "none"] = "shared"
+    # How the decoder sees the image: its cross-attention layers attend to the image tokens, or these stand in front of
+    # the text, in place of its start token.
+    conditioning: Literal["cross_attention", "prefix"] = "cross_attention"
+    prefix_tokens: int | None = None  # so many are made of the pooled image; None: every image token is one
+    prefix_dropout: float = 0.0  # in training, after the projection
+    prefix_norm: bool = False  # a layer norm after that
+    adapters: tuple[AdapterConfig, ...] = ()
     text_projection: bool = False  # a map takes the pooled text to the embedding
     projection_bias: bool = True
     logit_scale_init: float = 1 / 0.07  # the inverse temperature of the contrastive logits at the start
@@ -302,11 +387,49 @@ class ModelConfig:
             f"{self.vision.pool_heads}",
         )
         text = self.text
+        prefix = self.conditioning == "prefix"
+        _require(
+            prefix == (text.cross_attn_every == 0),
+            f"ModelConfig.conditioning is {self.conditioning!r}, which does not go with DecoderConfig.cross_attn_every "
+            f"{text.cross_attn_every}: 0 goes with 'prefix', others with 'cross_attention'",
+        )
+        _require_share(self, "prefix_dropout")
+        _require(
+            prefix or (self.prefix_tokens is None and not self.prefix_dropout and not self.prefix_norm),
+            "ModelConfig.prefix_tokens, prefix_dropout and prefix_norm need conditioning 'prefix'",
+        )
+        _require(
+            self.prefix_tokens is None
+            or (self.prefix_tokens > 0 and self.image_projection in ("separate", "decoder")),
+            f"ModelConfig.prefix_tokens is {self.prefix_tokens}, expected at least 1, with image_projection 'separate' "
+            f"or 'decoder', not {self.image_projection!r}",
+        )
+        _require(
+            self.image_projection != "decoder" or text.pooling == "none",
+            f"ModelConfig.image_projection is 'decoder', which makes no image embedding for DecoderConfig.pooling "
+            f"{text.pooling!r}",
+        )
+        _require(
+            not prefix or self.image_token_size == text.width,
+            f"ModelConfig.image_projection is {self.image_projection!r}, which leaves image tokens of "
+            f"{self.image_token_size} numbers: a prefix has those of the decoder, {text.width}",
+        )
+        _require(
+            self.text_length >= 2,
+            f"DecoderConfig.max_length {text.max_length} has no room for text after the {self.num_prefix_tokens} "
+            "tokens of an image",
+        )
+        _require(
+            not prefix or not text.text_only_depth,
+            f"DecoderConfig.text_only_depth is {text.text_only_depth}, expected 0 with ModelConfig.conditioning "
+            "'prefix'",
+        )
         _require(
             self.passes != "fused" or (text.pooling not in ("none", "class") and not text.text_only_depth),
             "ModelConfig.passes is 'fused', which needs two passes over the same tokens and layers: not "
             f"DecoderConfig.pooling {text.pooling!r} with text_only_depth {text.text_only_depth}",
         )
+        _require(not prefix or self.passes != "fused", "ModelConfig.passes is 'fused', which has no place for a prefix")
 
     @property
     def embed_size(self) -> int:
@@ -321,7 +444,19 @@ class ModelConfig:
     @property
     def image_token_size(self) -> int:
         """The size of an image token as the decoder attends to it."""
-        return self.text.width if self.image_projection in ("shared", "separate") else self.vision_size
+        return self.text.width if self.image_projection in ("shared", "separate", "decoder") else self.vision_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Positions of the decoder that an image takes; 0 where cross-attention sees it."""
+        if self.conditioning != "prefix":
+            return 0
+        return self.vision.num_tokens if self.prefix_tokens is None else self.prefix_tokens
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a text beside its image, start and end included: an image prefix takes the start's place."""
+        return self.text.max_length - max(self.num_prefix_tokens - 1, 0)
 
 
 # How a run computes and trains a model, which its weights do not depend on: fields of ModelConfig and VisionConfig.
@@ -366,6 +501,7 @@ class TokenizerConfig:
     # Of a run that starts from a model (TrainConfig.init, init_text): False keeps that model's tokenizer, or says that
     # `path` is it where the model comes without; True makes one as above, and the token embeddings start from random.
     replace: bool = False
+    max_length: int | None = None  # tokens of a text, start and end included; None: as many as the model has places for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,6 +538,8 @@ class OptimizerConfig:
 
     name: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = 1e-3  # the peak
+    # Peaks of some parameters, by pattern of their path, such as ("vision.*", 2e-6); the first that fits counts.
+    learning_rates: tuple[tuple[str, float], ...] = ()
     warmup_steps: int = 0
     schedule: Literal["cosine", "linear"] = "cosine"  # from the peak to 0 at the last step
     weight_decay: float = 0.01  # decoupled: multiplied by the learning rate
@@ -450,6 +588,9 @@ class TrainConfig:
     # An image encoder alone: its weights, its `model.vision` settings but for the pooling, and how it takes images.
     init_vision: str | None = None
     init_text: str | None = None  # a text decoder alone: its weights, `model.text` settings and tokenizer
+    # Patterns of paths (fnmatch) of the parameters to train, such as adapters.*; the others are frozen: they have no
+    # gradient and no optimizer state.
+    trainable: tuple[str, ...] = ("*",)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -534,19 +675,33 @@ def from_dict(cls: type, values: Any, where: str = "config"):
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
             value = from_dict(kind, value, f"{where}: {name}")
+        elif _is_list_of(kind, dataclasses.is_dataclass) and isinstance(value, list | tuple):
+            value = [from_dict(get_args(kind)[0], item, f"{where}: {name}") for item in value]
         elif not _fits(value, kind):
             expected = kind.__name__ if isinstance(kind, type) else str(kind)
             raise ValueError(f"{where} has {name} {value!r}, expected {expected} for {cls.__name__}.{name}")
-        built[name] = tuple(value) if isinstance(value, list) else value
+        built[name] = _as_tuples(value)
     return cls(**built)
+
+
+def _is_list_of(kind: Any, what: Callable[[Any], bool] = lambda item: True) -> bool:
+    """Whether a field's type is that of a tuple of any length, of items that are `what`."""
+    args = get_args(kind)
+    return get_origin(kind) is tuple and len(args) == 2 and args[1] is Ellipsis and what(args[0])
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a JSON value can be of the type of a field."""
     if get_origin(kind) is Literal:
         return isinstance(value, str)  # which one, the config checks itself
-    if isinstance(kind, types.UnionType):
+    if get_origin(kind) in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(kind))
+    if _is_list_of(kind):
+        return isinstance(value, list | tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
         return isinstance(value, list | tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))

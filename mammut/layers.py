@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jaxtyping import Bool, Float, Int
 
 from mammut.config import Activation, LayerConfig, Remat
@@ -92,6 +92,11 @@ def make_norm(config: LayerConfig, *, dtypes: Dtypes, width: int | None = None, 
     return LayerNorm(width, config.norm_eps, dtypes=dtypes, axis=axis, use_bias=config.norm_bias)
 
 
+def adapted(module: nnx.Module, function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`function(x)`, the work of `module`, or what its adapter makes of both (`mammut.adapters` puts it there)."""
+    return function(x) if module.adapter is None else module.adapter(function, x)
+
+
 class Linear(nnx.Module):
     """An affine map from axes `inputs` to axes `outputs`, each a dict of logical axis name to size.
 
@@ -115,8 +120,12 @@ class Linear(nnx.Module):
         kernel = stddev * jax.random.truncated_normal(rngs.params(), -2, 2, shape, jnp.float32) / 0.87962566
         self.kernel = param(kernel.astype(dtypes.param), *inputs, *outputs)
         self.bias = param(jnp.zeros(tuple(outputs.values()), dtypes.param), *outputs) if use_bias else None
+        self.adapter: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return adapted(self, self._map, x)
+
+    def _map(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         n = self.num_inputs
         y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), n)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
@@ -140,10 +149,14 @@ def dot_product_attention(
     key: Float[Array, "B S N K"],
     value: Float[Array, "B S N K"],
     mask: Bool[Array, "#B 1 L S"] | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "B L N K"]:
-    """Softmax attention with float32 scores. A row whose keys are all masked attends evenly: defined, never NaN."""
+    """Softmax attention with float32 scores, times `scale`; None: over the root of the head size.
+
+    A row whose keys are all masked attends evenly: defined, never NaN.
+    """
     scores = jnp.einsum("BLNK,BSNK->BNLS", query, key, preferred_element_type=jnp.float32)
-    scores = scores / math.sqrt(query.shape[-1])
+    scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
@@ -157,25 +170,36 @@ class KeyValue(NamedTuple):
     value: jax.Array  # float[B, S, N, K]
 
 
-class Rotation(NamedTuple):
-    """Rotary positions (arXiv 2104.09864) of L tokens: cosines and sines, float32[L, K / 2] each."""
+@struct.dataclass
+class Rotation:
+    """Rotary positions (arXiv 2104.09864) of L tokens: cosines and sines, float32[L, R / 2] or [B, L, R / 2] each.
+
+    The first R of a head's numbers are turned, in pairs (0, 1), (2, 3), ..., or, where `halves`, (0, R / 2),
+    (1, R / 2 + 1), ...
+    """
 
     cos: jax.Array
     sin: jax.Array
+    halves: bool = struct.field(pytree_node=False, default=False)
 
     def __call__(self, x: Float[Array, "B L N K"]) -> Float[Array, "B L N K"]:
-        """Turns the pairs (0, 1), (2, 3), ... of each head's numbers by the angles of their token."""
-        even, odd = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-        cos, sin = self.cos[:, None], self.sin[:, None]
-        turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-        return turned.reshape(x.shape).astype(x.dtype)
+        """Turns the pairs of each head's numbers by the angles of their token."""
+        size = 2 * self.cos.shape[-1]
+        turned, rest = x[..., :size].astype(jnp.float32), x[..., size:]
+        pairs = (size // 2, 2) if not self.halves else (2, size // 2)
+        axis = -2 if self.halves else -1
+        first, second = jnp.moveaxis(turned.reshape(*x.shape[:-1], *pairs), axis, 0)
+        cos, sin = jnp.expand_dims(self.cos, -2), jnp.expand_dims(self.sin, -2)
+        turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=axis)
+        turned = turned.reshape(*x.shape[:-1], size).astype(x.dtype)
+        return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-def rotation(positions: Int[Array, "L"], head_size: int, theta: float) -> Rotation:
-    """The rotary angles of tokens at `positions`: position * theta ^ (-2 i / K) for pair i."""
-    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angles = positions[:, None].astype(jnp.float32) * frequencies
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+def rotation(positions: Int[Array, "*B L"], size: int, theta: float, *, halves: bool = False) -> Rotation:
+    """The rotary angles of tokens at `positions`: position * theta ^ (-2 i / size) for pair i."""
+    frequencies = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return Rotation(jnp.cos(angles), jnp.sin(angles), halves)
 
 
 class Attention(nnx.Module):
@@ -195,13 +219,16 @@ class Attention(nnx.Module):
         fused: bool = False,
     ):
         self.fused = fused
+        self.scale = None if config.attn_scale else 1.0
+        self.adapter: nnx.Module | None = nnx.data(None)
         heads = {"heads": config.num_heads, "head_size": config.width // config.num_heads}
         embed, others = {"embed": config.width}, {"embed": kv_width or config.width}
         options: dict[str, Any] = {"rngs": rngs, "dtypes": dtypes, "use_bias": config.attn_bias}
         self.query = Linear(embed, heads, **options)
         self.key = Linear(others, heads, **options)
         self.value = Linear(others, heads, **options)
-        self.out = Linear(heads, embed, **options)
+        out_bias = config.attn_bias if config.attn_out_bias is None else config.attn_out_bias
+        self.out = Linear(heads, embed, **{**options, "use_bias": out_bias})
         self.gate = Linear(embed, heads, **{**options, "use_bias": config.gate_bias}) if config.attn_gate else None
         norms = [
             make_norm(config, dtypes=dtypes, width=heads["head_size"], axis="head_size") if config.qk_norm else None
@@ -227,12 +254,17 @@ class Attention(nnx.Module):
         mask: Bool[Array, "#B 1 L S"] | None = None,
         rotate: Rotation | None = None,
     ) -> Float[Array, "B L D"]:
+        return adapted(self, lambda x: self._attend(x, kv, mask, rotate), x)
+
+    def _attend(self, x: jax.Array, kv: KeyValue, mask: jax.Array | None, rotate: Rotation | None) -> jax.Array:
         query = self.queries(x, rotate)
         if mask is None:
             kernel = attention_kernel(query.dtype, *query.shape[1::2]) if self.fused else "xla"
-            attended = jax.nn.dot_product_attention(query, kv.key, kv.value, implementation=kernel)
+            attended = jax.nn.dot_product_attention(
+                query, kv.key, kv.value, scale=self.scale, implementation=kernel
+            )
         else:  # by hand: the mask handling of fused kernels has open bugs, and texts are short
-            attended = dot_product_attention(query, kv.key, kv.value, mask)
+            attended = dot_product_attention(query, kv.key, kv.value, mask, self.scale)
         if self.gate is not None:
             attended = attended * jax.nn.sigmoid(self.gate(x))
         return self.out(attended)
@@ -251,6 +283,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: LayerConfig, *, rngs: nnx.Rngs, dtypes: Dtypes):
         self.activation = config.activation
+        self.adapter: nnx.Module | None = nnx.data(None)
         options: dict[str, Any] = {"rngs": rngs, "dtypes": dtypes, "use_bias": config.mlp_bias}
         self.up = Linear({"embed": config.width}, {"mlp": config.mlp_dim}, **options)
         self.down = Linear({"mlp": config.mlp_dim}, {"embed": config.width}, **options)
@@ -259,6 +292,9 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return adapted(self, self._map, x)
+
+    def _map(self, x: jax.Array) -> jax.Array:
         hidden = constrain(self.up(x), "batch", None, "mlp")
         if self.gate is None:
             return self.down(_ACTIVATIONS[self.activation](hidden))
@@ -266,7 +302,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """A pre-norm transformer layer: attention, then an MLP, each added to its input.
+    """A pre-norm transformer layer: attention, then an MLP, each added to its input; or both to one input, parallel.
 
     Called with `kv` it attends to those keys and values, of an image or of a cache (`image_keys_values`,
     `own_keys_values`); without, to its own tokens. `has_mlp` False leaves the MLP out; `image_norm` norms image tokens,
@@ -287,7 +323,8 @@ class Layer(nnx.Module):
         self.attn_norm = make_norm(config, dtypes=dtypes)
         self.attn = Attention(config, rngs=rngs, dtypes=dtypes, kv_width=image_width, fused=fused)
         self.image_norm = make_norm(config, dtypes=dtypes, width=image_width) if image_norm else None
-        self.mlp_norm = make_norm(config, dtypes=dtypes) if has_mlp else None
+        self.parallel = config.layout != "serial"
+        self.mlp_norm = make_norm(config, dtypes=dtypes) if has_mlp and config.layout != "parallel" else None
         self.mlp = MLP(config, rngs=rngs, dtypes=dtypes) if has_mlp else None
 
     def own_keys_values(self, x: Float[Array, "B L D"], rotate: Rotation | None = None) -> KeyValue:
@@ -305,14 +342,19 @@ class Layer(nnx.Module):
         mask: Bool[Array, "#B 1 L S"] | None = None,
         rotate: Rotation | None = None,
     ) -> Float[Array, "B L D"]:
-        """The first half of the layer."""
+        """The first half of the layer; of a parallel one, whose MLP reads the same input, all of it."""
         normed = self.attn_norm(x)
         kv = self.attn.keys_values(normed, rotate) if kv is None else kv
-        return constrain(x + self.attn(normed, kv, mask, rotate), "batch", None, "embed")
+        y = x + self.attn(normed, kv, mask, rotate)
+        if self.parallel and self.mlp is not None:
+            y = y + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
+        return constrain(y, "batch", None, "embed")
 
     def feed_forward(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """The second half: `x` as it is where there is no MLP."""
-        return x if self.mlp is None else constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, "embed")
+        """The second half: `x` as it is where there is no MLP, or none left to do."""
+        if self.mlp is None or self.parallel:
+            return x
+        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, "embed")
 
     def __call__(
         self,
