@@ -88,7 +88,7 @@ def train(run: Run, watchdog: distributed.Watchdog, *, resume: bool) -> None:
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, task, mesh)
         evaluator = val and Evaluator(val, processor, config, trainer, str(workdir), watchdog.alive)
-        place = {"process_index": share, "process_count": shares}
+        place = {"process_index": share, "process_count": shares, "images": task.sees_images}
         low = {"low_image_size": config.model.vision.low_image_size, "low_steps": config.low_image_steps}
         open_batches = functools.partial(
             data.TrainBatches, source, processor, config.data, seed=config.seed, **place, **low
@@ -126,9 +126,9 @@ def train(run: Run, watchdog: distributed.Watchdog, *, resume: bool) -> None:
             if not done:
                 return
             watchdog.doing("saving the model")
-            model_folder.save(workdir, trainer.model(state.params), processor, overwrite=True)
+            model_folder.save(workdir, trainer.model(state.all_params), processor, overwrite=True)
             watchdog.doing("the last evaluation")
-            evaluation = evaluator and evaluator(state.params)
+            evaluation = evaluator and evaluator(state.all_params)
             if silent:
                 return
             if evaluation:
@@ -191,7 +191,7 @@ def loop(
             # Before the checkpoint: a run killed in an evaluation does it again when it is resumed.
             if evaluator and config.eval_every and step % config.eval_every == 0 and not (stop or last):
                 watchdog.doing(f"the evaluation at step {step}")
-                log.evaluation(step, "val", evaluator(state.params), samples=2)
+                log.evaluation(step, "val", evaluator(state.all_params), samples=2)
             if step % config.checkpoint_every == 0 or last or stop:
                 watchdog.doing(f"saving step {step}")
                 position = checkpoint.position_of_all(step, position, share)

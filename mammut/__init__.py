@@ -5,10 +5,19 @@ TensorFlow and PyTorch never.
 """
 
 from mammut import presets
-from mammut.config import DecoderConfig, ModelConfig, TrainConfig, VisionConfig
+from mammut.adapting import (
+    add_adapter,
+    load_adapter,
+    merge_adapter,
+    num_adapter_params,
+    remove_adapter,
+    save_adapter,
+    set_active_adapters,
+)
+from mammut.config import AdapterConfig, DecoderConfig, ModelConfig, ResNetConfig, TrainConfig, VisionConfig
 from mammut.generate import Text, answer, caption, generate_text
 from mammut.model import MaMMUT
-from mammut.model_folder import load, save
+from mammut.model_folder import load, load_language_model, save
 from mammut.processor import BadImage, ImageTransform, Processor
 from mammut.search import GenerateConfig
 from mammut.tensor_files import CheckpointError
@@ -16,6 +25,7 @@ from mammut.tensor_files import CheckpointError
 __all__ = [
     # a model and its processor
     "load",
+    "load_language_model",
     "save",
     "MaMMUT",
     "Processor",
@@ -26,11 +36,21 @@ __all__ = [
     "generate_text",
     "Text",
     "GenerateConfig",
+    # adapters
+    "add_adapter",
+    "remove_adapter",
+    "set_active_adapters",
+    "merge_adapter",
+    "num_adapter_params",
+    "save_adapter",
+    "load_adapter",
     # its configuration
     "presets",
     "ModelConfig",
     "VisionConfig",
+    "ResNetConfig",
     "DecoderConfig",
+    "AdapterConfig",
     "TrainConfig",
     # what can go wrong
     "BadImage",

@@ -1,7 +1,8 @@
-"""A run's folder: its config, and its checkpoints, each the whole state of the run.
+"""A run's folder: its config, and its checkpoints, each all that a step of the run changes.
 
 The checkpoints are Orbax steps, each atomic, with the position in the data in its metadata. Orbax restores a flipped
 bit silently, so each step has a manifest of checksums too; `restore` falls back to the newest step that passes.
+The frozen parameters are the same in all of them: they are written once, as safetensors with a manifest, to `frozen/`.
 """
 
 import collections
@@ -10,18 +11,21 @@ import logging
 import os
 import pathlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from mammut import distributed
+from mammut import distributed, partition
 from mammut.config import TrainConfig, from_dict, to_dict
-from mammut.manifest import check_manifest, make_manifest, read_json_object, write_json
-from mammut.tensor_files import CheckpointError
+from mammut.manifest import check_manifest, make_manifest, read_json_object, replacing, write_json
+from mammut.tensor_files import CheckpointError, TensorFile, TensorSpec, open_tensors, write_safetensors
 
 _log = logging.getLogger(__name__)
+
+_FROZEN_FILE, _FROZEN_MANIFEST = "frozen.safetensors", "manifest.json"
 
 
 def write_run(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) -> None:
@@ -75,6 +79,23 @@ def read_config(cls: type, values: Any, path: pathlib.Path) -> Any:
         raise CheckpointError(f"{path} does not hold a {cls.__name__}: {error}") from error
 
 
+def host_tensors(arrays: Mapping[str, Any]) -> tuple[dict[str, TensorSpec], Callable[[str], np.ndarray]]:
+    """The specs of arrays by name, and what brings one to the host, to be written with `tensor_files`.
+
+    Of several processes, all bring all of them, in the order of the specs, which is that in which they are written.
+    """
+    specs = {name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}
+    specs = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
+
+    def read(name: str) -> np.ndarray:
+        array = arrays[name]
+        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+            return multihost_utils.process_allgather(array, tiled=True)
+        return np.asarray(array)
+
+    return specs, read
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint: the state, and what was saved beside it."""
@@ -97,6 +118,7 @@ class Checkpoints:
 
         logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file at INFO
         self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._frozen = self._folder.parent / "frozen"
         self._manifests = self._folder.parent / "checkpoint_manifests"
         latest = ocp.training.preservation_policies.LatestN(keep)
         try:
@@ -127,9 +149,10 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def save(self, step: int, state: Any, data: Any) -> None:
-        """Saves `state` (arrays) and `data` (JSON: the position in the data, that of process 0) as one step.
+        """Saves a `TrainState` and `data` (JSON: the position in the data, that of process 0) as one step.
 
-        A second save of a step does nothing. An error of an earlier background write is raised here.
+        The first of a run writes what is frozen, too, before it returns. A second save of a step does nothing. An error
+        of an earlier background write is raised here.
         """
         self.wait()
         for newer in self._left_behind:  # Orbax saves no step older than one that is there
@@ -137,8 +160,11 @@ class Checkpoints:
         self._left_behind = []
         if step in self.steps:
             return
+        if state.frozen and not self.steps:
+            self._save_frozen(state.frozen)
         self._manifests.mkdir(parents=True, exist_ok=True)
-        response = self._checkpointer.save_checkpointables_async(step, {"state": state}, custom_metadata={"data": data})
+        saved = {"state": _changing(state)}
+        response = self._checkpointer.save_checkpointables_async(step, saved, custom_metadata={"data": data})
         self._writing = threading.Thread(target=self._finish, args=(step, response), daemon=True)
         self._writing.start()
 
@@ -153,6 +179,26 @@ class Checkpoints:
                         manifest.unlink()
         except BaseException as error:  # raised by the next wait()
             self._error = error
+
+    def _save_frozen(self, frozen: Any) -> None:
+        specs, read = host_tensors(partition.by_name(frozen))
+        if not distributed.first():
+            for name in specs:
+                read(name)
+            return
+        with replacing(self._frozen, _FROZEN_MANIFEST) as new:
+            write_safetensors(new / _FROZEN_FILE, specs, read)
+            write_json(new / _FROZEN_MANIFEST, make_manifest(new, [new / _FROZEN_FILE]))
+
+    def _open_frozen(self) -> TensorFile:
+        """What is frozen; process 0 checks the checksums."""
+
+        def problems() -> bytes:
+            return "; ".join(check_manifest(self._frozen, self._frozen / _FROZEN_MANIFEST)).encode()
+
+        if found := distributed.from_first("has frozen parameters", problems).decode():
+            raise CheckpointError(f"{self._frozen}, the frozen parameters of the run, is damaged: {found}")
+        return open_tensors(self._frozen / _FROZEN_FILE)
 
     def wait(self) -> None:
         """Waits for the background write; raises its error."""
@@ -176,17 +222,33 @@ class Checkpoints:
         """
         # One process reads it all for its checksums, and all restore the same.
         step = int(distributed.from_first("restored", lambda: str(self._newest_good()).encode()))
-        saved = self._checkpointer.checkpointables_metadata(step)
-        if problems := _mismatches(saved.metadata["state"], abstract_state):
+        saved, changing = self._checkpointer.checkpointables_metadata(step), _changing(abstract_state)
+        if problems := _mismatches(saved.metadata["state"], changing):
             raise CheckpointError(
                 f"{self._folder / str(step)} does not fit this run's model and optimizer: {'; '.join(problems)}"
             )
-        loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state})
+        frozen = self._restore_frozen(abstract_state.frozen) if abstract_state.frozen else {}
+        loaded = self._checkpointer.load_checkpointables(step, {"state": changing})
         self._left_behind = [newer for newer in self.steps if newer > step]
-        return Restored(step, loaded["state"], saved.custom_metadata["data"])
+        return Restored(step, abstract_state.replace(**loaded["state"], frozen=frozen), saved.custom_metadata["data"])
 
-    def restore_params(self) -> Any:
-        """The parameters of the newest good checkpoint as host arrays, a nested dict; nothing else of it is read."""
+    def _restore_frozen(self, abstract: Any) -> Any:
+        file = self._open_frozen()
+        if problems := mismatches(file.specs, partition.by_name(abstract), "is left over"):
+            raise CheckpointError(f"{file.path} does not fit this run's model: {'; '.join(problems)}")
+
+        def put(path, leaf):
+            array = file.read(partition.path_name(path))
+            # A copy of what is mapped: an array on the CPU may share its memory, and a step gives it away.
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.array(array[index]))
+
+        return jax.tree_util.tree_map_with_path(put, abstract)
+
+    def restore_params(self) -> dict[str, np.ndarray]:
+        """The parameters of the newest good checkpoint as host arrays by name; nothing else of it is read.
+
+        Those that are frozen are views of their file.
+        """
         from orbax.checkpoint import v1 as ocp
 
         step = self._newest_good()
@@ -195,7 +257,12 @@ class Checkpoints:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            return self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]["params"]
+            loaded = self._checkpointer.load_checkpointables(step, {"state": abstract})
+        params = partition.by_name(loaded["state"]["params"])
+        if self._frozen.exists():
+            file = self._open_frozen()
+            params |= {name: file.read(name) for name in file.specs}
+        return params
 
     def _newest_good(self) -> int:
         steps = self.steps
@@ -213,6 +280,11 @@ class Checkpoints:
             return unchecked[0]
         damaged = f": all of {steps} are damaged" if steps else ""
         raise CheckpointError(f"{self._folder} holds no good checkpoint{damaged}")
+
+
+def _changing(state: Any) -> dict[str, Any]:
+    """The fields of a train state that a step changes."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "frozen"}
 
 
 def _mismatches(saved: Any, expected: Any) -> list[str]:

@@ -89,14 +89,15 @@ def compile_step(config: TrainConfig, trainer: Trainer) -> Any:
     Raises:
       ValueError: the step does not fit into the memory of the devices, with the settings that help.
     """
-    rows, text, side = config.data.batch_size, config.model.text, config.model.vision.image_size
+    rows, length, side = config.data.batch_size, config.text_length, config.model.vision.image_size
     place = sharding.batch_sharding(trainer.mesh)
     batch = {
-        "image": jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8, sharding=place),
-        "tokens": jax.ShapeDtypeStruct((rows, text.max_length), jnp.int32, sharding=place),
-        "text_valid": jax.ShapeDtypeStruct((rows, text.max_length), jnp.bool_, sharding=place),
-        "target": jax.ShapeDtypeStruct((rows, text.max_length), jnp.bool_, sharding=place),
+        "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place),
+        "text_valid": jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=place),
+        "target": jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=place),
     }
+    if config.task != "text":
+        batch["image"] = jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8, sharding=place)
     try:
         with jax.set_mesh(trainer.mesh):
             return trainer.step.lower(trainer.abstract_state, batch).compile()

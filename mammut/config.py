@@ -9,7 +9,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Callable
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu2", "swiglu"]
 Dtype = Literal["float32", "bfloat16"]
@@ -42,6 +42,16 @@ def _require_share(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(0 <= value < 1, f"{type(config).__name__}.{name} is {value}, expected a number in [0, 1)")
+
+
+def _require_pixels(config: Any) -> None:
+    # `image_mean` and `image_std` of either tower.
+    for name, low, expected in (("image_mean", -math.inf, "finite"), ("image_std", 0, "positive")):
+        values = getattr(config, name)
+        _require(
+            all(low < value < math.inf for value in values),
+            f"{type(config).__name__}.{name} is {values}, expected {expected} numbers",
+        )
 
 
 def _require_choices(config: Any) -> None:
@@ -130,13 +140,7 @@ class VisionConfig(LayerConfig):
             f"image_size {self.image_size}",
         )
         _require_share(self, "patch_drop")
-        for name, low in (("image_mean", -math.inf), ("image_std", 0)):
-            values = getattr(self, name)
-            expected = "finite" if name == "image_mean" else "positive"
-            _require(
-                all(low < value < math.inf for value in values),
-                f"VisionConfig.{name} is {values}, expected {expected} numbers",
-            )
+        _require_pixels(self)
         _require(
             self.class_token or self.pooling != "class",
             "VisionConfig.pooling is 'class', which needs class_token True",
@@ -162,6 +166,87 @@ class VisionConfig(LayerConfig):
         if self.pooling == "queries":
             return self.pool_queries - 1
         return self.grid[0] * self.grid[1] + (self.class_token and self.pooling == "mean_all")
+
+    @property
+    def summary(self) -> str:
+        """In words, for reports and model cards."""
+        return f"patches of {self.patch_size}; {self.depth} layers of width {self.width}, {self.num_heads} heads"
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+    """A ResNet image encoder, four stages of bottlenecks; an image token is what its last stage says of 32 x 32 pixels.
+
+    clip: that of CLIP (arXiv 2103.00020, section 2.4) without its attention pool: three convolutions first, averages
+    in place of strides, batch norms that keep their stored statistics. nf: the norm-free ResNet (arXiv 2101.08692):
+    standardised kernels, activations in front. The defaults are CLIP's RN50; RN50x16, that of MAGMA, has stem_width 96,
+    stages (6, 8, 18, 8) and an image_size of 384.
+    """
+
+    kind: Literal["clip", "nf"] = "clip"
+    stem_width: int = 64  # channels of the stem; those of the bottlenecks, and 2, 4 and 8 times as many in later stages
+    stages: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottlenecks of each
+    image_size: int = 224  # pixels; images are square
+    # Images of this size are taken too: those of `TrainConfig.low_image_steps`.
+    low_image_size: int | None = None
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # of pixels scaled to 0..1: CLIP's
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    # What a `VisionConfig` may say, and what holds of every ResNet.
+    pooling: ClassVar[str] = "mean"
+    norm_after_pooling: ClassVar[bool] = False
+    class_token: ClassVar[bool] = False
+    cropped_pos_embed: ClassVar[bool] = False
+    patch_drop: ClassVar[float] = 0.0
+
+    def __post_init__(self):
+        _require_choices(self)
+        _require_positive(self, "stem_width", "image_size")
+        _require_at_most(self, {"stem_width": 2**11, "image_size": 2**14})
+        _require(
+            all(0 < depth <= 2**10 for depth in self.stages),
+            f"ResNetConfig.stages is {self.stages}, expected numbers of bottlenecks, 1 to {2**10}",
+        )
+        _require(
+            self.kind != "clip" or self.stem_width % 2 == 0,
+            f"ResNetConfig.stem_width is {self.stem_width}, expected an even number: the stem begins with half of it",
+        )
+        _require(
+            self.image_size % 32 == 0, f"ResNetConfig.image_size {self.image_size} is not a multiple of 32, its stride"
+        )
+        low = self.low_image_size
+        _require(
+            low is None or (0 < low < self.image_size and low % 32 == 0),
+            f"ResNetConfig.low_image_size is {low}, expected a multiple of 32 below image_size {self.image_size}",
+        )
+        _require_pixels(self)
+
+    @property
+    def width(self) -> int:
+        """The size of an image token: the channels of the last stage."""
+        return 32 * self.stem_width
+
+    @property
+    def depth(self) -> int:
+        """Bottlenecks of all stages."""
+        return sum(self.stages)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Image tokens down and across."""
+        return self.image_size // 32, self.image_size // 32
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens that the decoder attends to."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def summary(self) -> str:
+        """In words, for reports and model cards."""
+        kind = {"clip": "CLIP's ResNet", "nf": "a norm-free ResNet"}[self.kind]
+        stages = ", ".join(map(str, self.stages))
+        return f"{kind}, stages of {stages} bottlenecks, stem of {self.stem_width}, tokens of {self.width} numbers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +317,7 @@ class DecoderConfig(LayerConfig):
             "cross_attn_position 'inside'",
         )
         _require(
-            every or self.mlp_before_cross_attn,
+            every > 0 or self.mlp_before_cross_attn,
             "DecoderConfig.mlp_before_cross_attn is False, which needs cross-attention: cross_attn_every is 0",
         )
         _require(
@@ -318,7 +403,7 @@ class AdapterConfig:
 class ModelConfig:
     """One image encoder and one text decoder: a MaMMUT, or with an image prefix a MAGMA (arXiv 2112.05253)."""
 
-    vision: VisionConfig = VisionConfig()
+    vision: VisionConfig | ResNetConfig = VisionConfig()
     text: DecoderConfig = DecoderConfig()
     embed_dim: int | None = None  # E of the embeddings; None: the decoder's width
     # From the image encoder: one map takes the tokens to the decoder and, averaged, to the embedding; two maps do; one
@@ -381,11 +466,12 @@ class ModelConfig:
             f"ModelConfig.image_projection is 'none', which needs images of {self.embed_size} numbers, not "
             f"{self.vision_size}",
         )
-        _require(
-            self.vision.pooling != "queries" or self.embed_size % self.vision.pool_heads == 0,
-            f"ModelConfig.embed_dim {self.embed_size} is not a multiple of VisionConfig.pool_heads "
-            f"{self.vision.pool_heads}",
-        )
+        if self.vision.pooling == "queries":
+            _require(
+                self.embed_size % self.vision.pool_heads == 0,
+                f"ModelConfig.embed_dim {self.embed_size} is not a multiple of VisionConfig.pool_heads "
+                f"{self.vision.pool_heads}",
+            )
         text = self.text
         prefix = self.conditioning == "prefix"
         _require(
@@ -476,6 +562,9 @@ class DataConfig:
     crop_scale: tuple[float, float] = (1.0, 1.0)  # area of the random crop as a share of the image; (1, 1): none
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the random crop, relative to the image's
     horizontal_flip: bool = False  # off: a mirrored image contradicts "left" and "right" in its caption
+    # What the model goes on from, in training and evaluation: {} is the question, of captions and names nothing, as in
+    # "Q: {} A:" and "A picture of".
+    prompt: str = "{}"
     blind: bool = False  # every image is black: what can be said from the text alone, to compare with
     threads: int = 4  # decode and resize in so many threads
     max_bad_share: float = 0.1  # stop when more than this share of the examples read could not be used
@@ -489,6 +578,11 @@ class DataConfig:
         _require(0 < low <= high <= 1, f"DataConfig.crop_scale is {self.crop_scale}, expected 0 < low <= high <= 1")
         low, high = self.crop_ratio
         _require(0 < low <= high, f"DataConfig.crop_ratio is {self.crop_ratio}, expected 0 < low <= high")
+
+    def prompt_of(self, question: str) -> str:
+        """What the model goes on from when it is asked a question, or, where that is empty, nothing."""
+        prompt = self.prompt.replace("{}", question)
+        return prompt if question else prompt.strip()  # a space before a caption is the tokenizer's business
 
 
 @dataclasses.dataclass(frozen=True)
@@ -541,7 +635,8 @@ class OptimizerConfig:
     # Peaks of some parameters, by pattern of their path, such as ("vision.*", 2e-6); the first that fits counts.
     learning_rates: tuple[tuple[str, float], ...] = ()
     warmup_steps: int = 0
-    schedule: Literal["cosine", "linear"] = "cosine"  # from the peak to 0 at the last step
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # from the peak to 0 at `decay_steps`, or at the peak
+    decay_steps: int | None = None  # None: the last step
     weight_decay: float = 0.01  # decoupled: multiplied by the learning rate
     b1: float = 0.9
     b2: float = 0.95  # AdamW's second moment; Adafactor sets its own
@@ -554,6 +649,12 @@ class OptimizerConfig:
         _require_share(self, "b1", "b2")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             _require(getattr(self, name) >= 0, f"OptimizerConfig.{name} is {getattr(self, name)}, expected at least 0")
+        for pattern, peak in self.learning_rates:
+            _require(
+                0 < peak < math.inf,
+                f"OptimizerConfig.learning_rates has {peak} for {pattern!r}, expected a positive number (what is not "
+                "to be trained TrainConfig.trainable leaves out)",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -580,8 +681,9 @@ class MeshConfig:
 class TrainConfig:
     """One training run. The resolved config is saved beside its checkpoints."""
 
-    # A key of mammut.tasks.TASKS: both losses on captions, or the caption pass alone on captions, answers, names.
-    task: Literal["image_text", "caption", "vqa", "classify"] = "image_text"
+    # A key of mammut.tasks.TASKS: both losses on captions; the caption pass alone on captions, answers, names; or on
+    # captions without their images, whose files need not be there: a language model, such as `init_text` starts from.
+    task: Literal["image_text", "caption", "vqa", "classify", "text"] = "image_text"
     # A model to start from, of any format that mammut.load reads: its weights, processor and `model` settings, of which
     # image and patch size and text length may differ. `mammut.warm_start` has the rules. None: random weights.
     init: str | None = None
@@ -631,6 +733,15 @@ class TrainConfig:
             "TrainConfig.task is 'image_text', but with model.text.pooling 'none' there is no text embedding",
         )
         _require(
+            self.task != "vqa" or "{}" in self.data.prompt,
+            f"data.prompt is {self.data.prompt!r}, expected a text with {{}} in it, the place of the question",
+        )
+        longest = self.model.text_length
+        _require(
+            2 <= self.text_length <= longest,
+            f"tokenizer.max_length is {self.text_length}, expected 2 to the {longest} that model.text has places for",
+        )
+        _require(
             self.data.batch_size % self.accumulation == 0,
             f"data.batch_size {self.data.batch_size} is not a multiple of accumulation {self.accumulation}",
         )
@@ -638,6 +749,16 @@ class TrainConfig:
             self.optimizer.warmup_steps < self.steps,
             f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below steps {self.steps}",
         )
+        decay = self.optimizer.decay_steps
+        _require(
+            decay is None or decay >= self.steps,
+            f"optimizer.decay_steps is {decay}, expected at least the {self.steps} of steps",
+        )
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a text, start and end included, as a fresh run's processor makes them."""
+        return self.model.text_length if self.tokenizer.max_length is None else self.tokenizer.max_length
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -672,7 +793,7 @@ def from_dict(cls: type, values: Any, where: str = "config"):
         raise ValueError(f"{where} has {', '.join(unknown)}, which {cls.__name__} does not know")
     built = {}
     for name, value in values.items():
-        kind = fields[name].type
+        kind = _dataclass_for(value, fields[name].type)
         if dataclasses.is_dataclass(kind):
             value = from_dict(kind, value, f"{where}: {name}")
         elif _is_list_of(kind, dataclasses.is_dataclass) and isinstance(value, list | tuple):
@@ -682,6 +803,15 @@ def from_dict(cls: type, values: Any, where: str = "config"):
             raise ValueError(f"{where} has {name} {value!r}, expected {expected} for {cls.__name__}.{name}")
         built[name] = _as_tuples(value)
     return cls(**built)
+
+
+def _dataclass_for(value: Any, kind: Any) -> Any:
+    """Of a field that holds one of several dataclasses, that which knows most of the value's names, or the first."""
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
+    if not options or not all(map(dataclasses.is_dataclass, options)):
+        return kind
+    names = set(value) if isinstance(value, dict) else set()
+    return max(options, key=lambda option: len(names & {field.name for field in dataclasses.fields(option)}))
 
 
 def _is_list_of(kind: Any, what: Callable[[Any], bool] = lambda item: True) -> bool:

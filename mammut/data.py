@@ -56,6 +56,8 @@ class TrainBatches:
     in it differs where the processes' shares are put one after the other, as `jax.make_array_from_process_local_data`
     does; the losses, sums over a batch, do not depend on it.
 
+    A text to be said follows `config.prompt`, with its question in place of the {}.
+
     Shapes of a batch, b = config.batch_size // process_count:
       image uint8[b, image_size, image_size, 3], tokens int32[b, L], text_valid bool[b, L],
       target bool[b, L]: the tokens to be said, not those of a question.
@@ -70,6 +72,7 @@ class TrainBatches:
       low_image_size: Pixels of the images of the first `low_steps` batches of the run, drawn alike, before those of
         the processor's size.
       low_steps: 0 for none.
+      images: False: no image is opened, and a batch has none.
       state: What `state()` returned; the batches then go on from there.
 
     Raises:
@@ -89,6 +92,7 @@ class TrainBatches:
         process_count: int = 1,
         low_image_size: int | None = None,
         low_steps: int = 0,
+        images: bool = True,
         state: dict[str, Any] | None = None,
     ):
         import grain
@@ -100,7 +104,11 @@ class TrainBatches:
             )
         if low_steps and low_image_size is None:
             raise ValueError(f"low_steps is {low_steps} and low_image_size None, expected the size of those images")
-        self._source, self._processor, self._config = source, processor, config
+        if processor.room(config.prompt_of("")) < 1:
+            raise ValueError(
+                f"data.prompt is {config.prompt!r}, which leaves no room in a text of {processor.max_length} tokens"
+            )
+        self._source, self._processor, self._config, self._images = source, processor, config, images
         self._low_image_size, self._low_end = low_image_size, low_steps * config.batch_size
         start = {"examples": len(source), "seed": seed, "position": 0, "read": 0, "bad": {}}
         self._state = start if state is None else state
@@ -169,8 +177,8 @@ class TrainBatches:
         self._position += self._rows * self._process_count
         self._state = self._state | {"position": self._position, "read": self._read, "bad": self.bad_counts}
         tokens, text_valid, target = self._processor.encode_pairs([read.pair for read in reads])
-        image = np.stack([read.image for read in reads])
-        return {"image": image, "tokens": tokens, "text_valid": text_valid, "target": target}
+        texts = {"tokens": tokens, "text_valid": text_valid, "target": target}
+        return {"image": np.stack([read.image for read in reads]), **texts} if self._images else texts
 
     def state(self) -> dict[str, Any]:
         """The position after the batches handed out so far, as JSON values."""
@@ -209,18 +217,21 @@ class TrainBatches:
         pairs = example.pairs
         if not pairs:
             raise BadExample(f"{example.key} has no answer to learn", "no answer")
-        prompt, text = pairs[rng.integers(len(pairs))]
+        question, text = pairs[rng.integers(len(pairs))]
+        prompt = self._config.prompt_of(question)
         # A caption that is too long is cut; half an answer would be learnt as a whole one.
-        if prompt and len(self._processor.tokenizer.encode(text)) > self._processor.room(prompt):
+        if question and len(self._processor.encode_after(prompt, text)) > self._processor.room(prompt):
             longest = self._processor.max_length
             raise BadExample(
-                f"{example.key}: {prompt!r} with {text!r} has more tokens than DecoderConfig.max_length {longest}",
+                f"{example.key}: {prompt!r} with {text!r} has more than the {longest} tokens of a text",
                 "too long",
             )
         return prompt, text
 
-    def _view(self, transform: ImageTransform, example: Example, rng: np.random.Generator) -> np.ndarray:
+    def _view(self, transform: ImageTransform, example: Example, rng: np.random.Generator) -> np.ndarray | None:
         config = self._config
+        if not self._images:
+            return None
         if config.blind:
             return np.zeros((transform.image_size, transform.image_size, 3), np.uint8)
         if config.crop_scale == (1, 1):

@@ -1,12 +1,19 @@
-"""The text decoder and its two passes over the same weights (paper, section 3.2).
+"""The text decoder and its passes over the same weights (MaMMUT, section 3.2; MAGMA, arXiv 2112.05253, section 3).
 
-| pass | self-attention | cross-attention | gives |
+| pass | self-attention | the image | gives |
 |---|---|---|---|
-| contrastive pass | bidirectional, pads masked | none | features whose masked mean is the text embedding |
-| caption pass | causal | once in every k layers | features whose vocabulary scores are the caption's logits |
+| contrastive pass | bidirectional, pads masked | unseen | features whose masked mean is the text embedding |
+| caption pass | causal | cross-attention, once in every k layers | features whose vocabulary scores are the logits |
+| caption pass | causal | a prefix in place of the start token | the same |
+| language pass | causal | unseen | the same, of a text alone |
 
-Which pass runs is the name of the method called, never inferred from an argument that is missing. `both_passes` runs
-the two in one traversal, stacked on an axis of their own.
+Which pass runs is the name of the method called, never inferred from an argument that is missing; how the caption pass
+sees the image is the model's `ModelConfig.conditioning`. `both_passes` runs two in one traversal, stacked on an axis of
+their own.
+
+An image prefix, float[B, P, D], may be any sequence of embeddings, such as that of several images and the texts between
+them. It has the place of the start token: positions are [prefix, tokens[:, 1:]], and the feature of the prefix's last
+position is the start's. So tokens, labels, loss masks and features are those of a text [start, ..., end] either way.
 """
 
 import dataclasses
@@ -45,7 +52,17 @@ class TextCache:
 
     layers: KeyValue  # float[groups, layers of a group, R, S, N, K] each
     text_only: KeyValue | None  # float[1, text_only_depth, R, S, N, K] each
-    valid: jax.Array  # bool[1, 1, R, S]: no pad, by `DecoderConfig.pad_id`
+    valid: jax.Array  # bool[1, 1, R, S]: no pad, by `DecoderConfig.pad_id`, or of the prefix
+    prefix: "Prefix | None" = None
+
+
+@struct.dataclass
+class Prefix:
+    """What stands before the text of R rows, in place of the start token, as far as a cache needs it."""
+
+    last: jax.Array  # float[1, 1, R, D]: the embedding of its last position
+    before: jax.Array  # int[1, 1, R]: its positions before the last, without pads
+    size: int = struct.field(pytree_node=False)  # its positions, pads included
 
 
 @struct.dataclass
@@ -53,7 +70,7 @@ class DecodeCache:
     """Keys and values of the caption pass; R rows of text share the B images."""
 
     text: TextCache
-    image: KeyValue  # float[groups, B, P, N, K] each, by group of layers
+    image: KeyValue | None  # float[groups, B, P, N, K] each, by group of layers; None: there is no cross-attention
 
 
 class TextDecoder(nnx.Module):
@@ -67,6 +84,7 @@ class TextDecoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtypes: Dtypes):
         text = config.text
         self.config, self.remat, self.unroll, self.dtype = text, config.remat, config.unroll, dtypes.compute
+        self.has_prefix = config.conditioning == "prefix"
 
         def layers(depth, config=text, **options):
             return stack(lambda r: Layer(config, rngs=r, dtypes=dtypes, **options), depth, rngs=rngs) if depth else None
@@ -128,18 +146,44 @@ class TextDecoder(nnx.Module):
         return self.norm(self._scan(group, x, self._groups(), self._unrolled_groups))
 
     def caption_pass(
-        self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], image_tokens: Float[Array, "B P Dv"]
+        self,
+        tokens: Int[Array, "B L"],
+        text_valid: Bool[Array, "B L"],
+        image_tokens: Float[Array, "B P Dv"],
+        prefix_valid: Bool[Array, "B P"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """Causal features that see the image, float[B, L, D]; `image_tokens` come from `MaMMUT.image_tokens`."""
-        x, mask, rotate = self._caption_start(tokens, text_valid)
+        """Causal features that see the image, float[B, L, D]; `image_tokens` come from `MaMMUT.image_tokens`.
+
+        Of an image prefix, `prefix_valid` marks what is no pad; None: all of it. Pads stand at its front.
+        """
+        x, mask, rotate = self._caption_start(tokens, text_valid, image_tokens, prefix_valid)
+        x = self._causal(x, mask, rotate, lambda layer, x: layer(x, layer.image_keys_values(image_tokens)))
+        return x[:, image_tokens.shape[1] - 1 :] if self.has_prefix else x
+
+    def language_pass(self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Causal features of a text alone, float[B, L, D]: those of a language model."""
+        return self.causal_pass(self.token_embed(tokens), self.valid(tokens, text_valid))
+
+    def causal_pass(
+        self, x: Float[Array, "B L D"], valid: Bool[Array, "B L"] | None = None
+    ) -> Float[Array, "B L D"]:
+        """Causal features of embeddings, float[B, L, D], cross-attention left out.
+
+        Positions are added here; they count what is `valid`, so that pads may stand in front. None: all is.
+        """
+        self._require_causal()
+        valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
+        x, mask, rotate = self._placed(x, valid)
+        if self.text_only_layers is not None:
+            x = self._text_only(x, mask, rotate)
+        return self._causal(x, mask, rotate, lambda layer, x: x)
+
+    def _causal(self, x: jax.Array, mask: jax.Array, rotate: Rotation | None, see_image: Callable) -> jax.Array:
+        def attend_text(layer, x, window):
+            return layer.attend(x, mask=_within(mask, window), rotate=rotate)
 
         def group(x, stacked):
-            return self._caption_group(
-                stacked,
-                x,
-                lambda layer, x: layer.attend(x, mask=mask, rotate=rotate),
-                lambda layer, x: layer(x, layer.image_keys_values(image_tokens)),
-            )
+            return self._caption_group(stacked, x, attend_text, see_image)
 
         return self.norm(self._scan(group, x, self._groups(), self._unrolled_groups))
 
@@ -152,7 +196,7 @@ class TextDecoder(nnx.Module):
         devices, rows would move between them. Cross-attention layers see the caption pass alone. `ModelConfig` refuses
         models whose passes differ in length or layers.
         """
-        x, caption_mask, rotate = self._caption_start(tokens, text_valid)
+        x, caption_mask, rotate = self._caption_start(tokens, text_valid, image_tokens)
         contrastive_mask = self._contrastive_mask(tokens, text_valid, x.shape[1])
         masks = jnp.stack(jnp.broadcast_arrays(contrastive_mask, caption_mask))
 
@@ -167,7 +211,7 @@ class TextDecoder(nnx.Module):
             return self._caption_group(
                 stacked,
                 x,
-                lambda layer, x: in_both(lambda x, mask: layer.attend(x, mask=mask, rotate=rotate), x, masks),
+                lambda layer, x, _: in_both(lambda x, mask: layer.attend(x, mask=mask, rotate=rotate), x, masks),
                 see_image,
                 lambda layer, x: in_both(layer.feed_forward, x),
             )
@@ -183,8 +227,13 @@ class TextDecoder(nnx.Module):
 
         Those of one text position and head sum to 1 over the image tokens. At position i they serve to predict token
         i + 1. The caption pass itself need not hold them: a fused kernel never does.
+
+        Raises:
+          ValueError: the model has no cross-attention.
         """
-        x, mask, rotate = self._caption_start(tokens, text_valid)
+        if not self.config.num_cross_layers:
+            raise ValueError("the model has no cross-attention: DecoderConfig.cross_attn_every is 0")
+        x, mask, rotate = self._caption_start(tokens, text_valid, image_tokens)
 
         def group(x, stacked):
             weights = []
@@ -195,23 +244,34 @@ class TextDecoder(nnx.Module):
                 weights.append(jax.nn.softmax(scores / math.sqrt(query.shape[-1]), axis=-1))
                 return layer(x, image)
 
-            def attend_text(layer, x):
-                return layer.attend(x, mask=mask, rotate=rotate)
+            def attend_text(layer, x, window):
+                return layer.attend(x, mask=_within(mask, window), rotate=rotate)
 
             return self._caption_group(stacked, x, attend_text, see_image), weights[0]
 
         return jax.lax.scan(group, x, self._groups())[1]
 
     def prefill(
-        self, tokens: Int[Array, "B L"], image_tokens: Float[Array, "B P Dv"], length: int
-    ) -> tuple[Float[Array, "B L D"], DecodeCache]:
-        """The caption pass over prompts, and the cache to go on from it, with room for `length` positions.
+        self,
+        tokens: Int[Array, "B L"],
+        image_tokens: Float[Array, "B P Dv"],
+        length: int,
+        prefix_valid: Bool[Array, "B P"] | None = None,
+    ) -> tuple[Float[Array, "B Lp D"], DecodeCache]:
+        """The caption pass over prompts, and the cache to go on from it, with room for `length` positions of text.
 
         Pads may stand at the end of a prompt: what the cache holds of them is overwritten before it is attended to.
+        Features are of all positions, those of a prefix included.
         """
         text_valid = jnp.ones(tokens.shape, bool)
-        valid = self.valid(tokens, text_valid)
-        room = ((0, 0), (0, length - tokens.shape[1]))
+        valid, prefix = self.valid(tokens, text_valid), None
+        if self.has_prefix:
+            batch, size, _ = image_tokens.shape
+            prefix_valid = jnp.ones((batch, size), bool) if prefix_valid is None else prefix_valid
+            valid = self._behind_prefix(prefix_valid, valid)
+            prefix = Prefix(image_tokens[None, None, :, -1], prefix_valid[None, None, :, :-1].sum(-1), size)
+            length += size - 1
+        room = ((0, 0), (0, length - valid.shape[1]))
 
         def remember(kept, layer, x, mask, rotate):
             kv = layer.own_keys_values(x, rotate)
@@ -223,7 +283,7 @@ class TextDecoder(nnx.Module):
         def text_only_layer(layer, x, mask, rotate):
             return layer.feed_forward(remember(text_only, layer, x, mask, rotate))
 
-        x, mask, rotate = self._caption_start(tokens, text_valid, text_only_layer)
+        x, mask, rotate = self._caption_start(tokens, text_valid, image_tokens, prefix_valid, text_only_layer)
 
         def group(x, stacked):
             kept, image = [], []
@@ -232,15 +292,16 @@ class TextDecoder(nnx.Module):
                 image.append(layer.image_keys_values(image_tokens))
                 return layer(x, image[0])
 
-            def attend_text(layer, x):
-                return remember(kept, layer, x, mask, rotate)
+            def attend_text(layer, x, window):
+                return remember(kept, layer, x, _within(mask, window), rotate)
 
             x = self._caption_group(stacked, x, attend_text, see_image)
-            return x, (_stacked(kept), image[0])
+            return x, (_stacked(kept), image[0] if image else None)
 
         x, (layers, image) = jax.lax.scan(group, x, self._groups())
         text_only = jax.tree.map(lambda y: y[None], _stacked(text_only)) if text_only else None
-        return self.norm(x), DecodeCache(TextCache(layers, text_only, jnp.pad(valid, room)[None, None]), image)
+        valid = jnp.pad(valid, room)[None, None]
+        return self.norm(x), DecodeCache(TextCache(layers, text_only, valid, prefix), image)
 
     def cached_step(
         self, tokens: Int[Array, "R"], position: Int[Array, ""], cache: DecodeCache
@@ -248,25 +309,28 @@ class TextDecoder(nnx.Module):
         """The caption pass for one more token of each of R rows, all at `position`: float[R, D], and the next cache.
 
         R is a multiple of the B images of the cache: rows [i * R / B, (i + 1) * R / B) belong to image i, whose keys
-        and values they share.
+        and values they share. Position 0 of a model with an image prefix is the prefix's last.
         """
-        rows, images, past = tokens.shape[0], cache.image.key.shape[1], cache.text
+        rows, past = tokens.shape[0], cache.text
         x = self.token_embed(tokens[:, None])
+        if past.prefix is None:
+            slot, places = position, position[None, None]
+        else:
+            x = jnp.where(position == 0, past.prefix.last[0, 0][:, None], x)
+            slot, places = position + past.prefix.size - 1, (past.prefix.before[0, 0] + position)[:, None]
         if self.pos_embed is not None:
-            x = x + self.pos_embed[...][position].astype(self.dtype)
-        rotate = self._rotation(position[None])
+            x = x + self.pos_embed[...][places].astype(self.dtype)
+        rotate = self._rotation(places)
         valid = jax.lax.dynamic_update_slice_in_dim(
-            past.valid, self.valid(tokens, jnp.ones(rows, bool))[None, None, :, None], position, axis=3
+            past.valid, self.valid(tokens, jnp.ones(rows, bool))[None, None, :, None], slot, axis=3
         )
-        seen = (jnp.arange(valid.shape[3]) <= position)[None, None, None]
-        if self.config.pad_id is not None and self.config.pad_masking == "both":
+        seen = (jnp.arange(valid.shape[3]) <= slot)[None, None, None]
+        if past.prefix is not None or (self.config.pad_id is not None and self.config.pad_masking == "both"):
             seen = seen & valid[0, 0][:, None, None, :]
 
         def remember(kept, layer, x, old, mask):
             new = layer.own_keys_values(x, rotate)
-            kept.append(
-                jax.tree.map(lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n, position, axis=1), old, new)
-            )
+            kept.append(jax.tree.map(lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n, slot, axis=1), old, new))
             return layer.attend(x, kept[-1], mask, rotate)
 
         text_only = past.text_only
@@ -283,30 +347,46 @@ class TextDecoder(nnx.Module):
             stacked, old, image = stacked
             kept = []
 
-            def attend_text(layer, x):
-                return remember(kept, layer, x, jax.tree.map(operator.itemgetter(len(kept)), old), seen)
+            def attend_text(layer, x, window):
+                own = jax.tree.map(operator.itemgetter(len(kept)), old)
+                return remember(kept, layer, x, own, _within(seen, window, slot))
 
             def see_image(layer, x):
                 # The rows of an image ask together, as if they were the tokens of one text: its cache is not repeated.
+                images = image.key.shape[0]
                 return layer(x.reshape(images, rows // images, -1), image).reshape(rows, 1, -1)
 
             x = self._caption_group(stacked, x, attend_text, see_image)
             return x, _stacked(kept)
 
         x, layers = jax.lax.scan(group, x, (self._groups(), past.layers, cache.image))
-        return self.norm(x)[:, 0], DecodeCache(TextCache(layers, text_only, valid), cache.image)
+        return self.norm(x)[:, 0], DecodeCache(TextCache(layers, text_only, valid, past.prefix), cache.image)
+
+    def _require_causal(self) -> None:
+        if not self.config.depth:
+            raise ValueError("the model has no caption pass: DecoderConfig.depth is 0")
 
     def _caption_start(
-        self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], layer: Callable | None = None
-    ) -> tuple[Float[Array, "B L D"], Bool[Array, "#B 1 L L"], Rotation | None]:
-        """What the groups of the caption pass start from: the embedded text, after the text-only layers; mask, angles.
+        self,
+        tokens: Int[Array, "B L"],
+        text_valid: Bool[Array, "B L"],
+        image_tokens: Float[Array, "B P Dv"],
+        prefix_valid: Bool[Array, "B P"] | None = None,
+        layer: Callable | None = None,
+    ) -> tuple[Float[Array, "B Lp D"], Bool[Array, "#B 1 Lp Lp"], Rotation | None]:
+        """What the groups of the caption pass start from: the embedded text, behind its prefix where there is one, and
+        after the text-only layers; mask, angles.
 
         `layer(layer, x, mask, rotate)` runs one text-only layer, for those who keep something of each.
         """
-        if not self.config.depth:
-            raise ValueError("the model has no caption pass: DecoderConfig.depth is 0")
-        causal = jnp.ones(tokens.shape[1], bool)
+        self._require_causal()
         valid = self.valid(tokens, text_valid)
+        if self.has_prefix:
+            prefix_valid = jnp.ones(image_tokens.shape[:2], bool) if prefix_valid is None else prefix_valid
+            valid = self._behind_prefix(prefix_valid, valid)
+            x = jnp.concatenate([image_tokens.astype(self.dtype), self.token_embed(tokens[:, 1:])], axis=1)
+            return self._placed(x[:, : valid.shape[1]], valid)
+        causal = jnp.ones(tokens.shape[1], bool)
         both = self.config.pad_masking == "both"
         mask = attn_mask(valid if both else jnp.ones((1, tokens.shape[1]), bool), causal)
         rotate = self._rotation(jnp.arange(tokens.shape[1]))
@@ -320,6 +400,24 @@ class TextDecoder(nnx.Module):
                     x = layer(jax.tree.map(operator.itemgetter(i), self.text_only_layers), x, early, rotate)
         return x, mask, rotate
 
+    def _behind_prefix(self, prefix_valid: Bool[Array, "B P"], valid: Bool[Array, "B L"]) -> Bool[Array, "B Lp"]:
+        """What is no pad, of prefix and text together; before the first token of a text, all of the prefix but its
+        last position.
+        """
+        together = jnp.concatenate([prefix_valid, valid[:, 1:]], axis=1)
+        return together[:, : prefix_valid.shape[1] - 1 + valid.shape[1]]
+
+    def _placed(
+        self, x: Float[Array, "B L D"], valid: Bool[Array, "B L"]
+    ) -> tuple[Float[Array, "B L D"], Bool[Array, "B 1 L L"], Rotation | None]:
+        """Embeddings with their positions, which count what is valid; mask, angles."""
+        self._require_length(x.shape[1])
+        places = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+        if self.pos_embed is not None:
+            x = x + constrain(self.pos_embed[...].astype(self.dtype), None, None)[places]
+        mask = attn_mask(valid, jnp.ones(x.shape[1], bool))
+        return constrain(x, "batch", "text", "embed"), mask, self._rotation(places)
+
     def _caption_group(
         self,
         stacked: Any,
@@ -328,13 +426,13 @@ class TextDecoder(nnx.Module):
         see_image: Callable,
         feed_forward: Callable = Layer.feed_forward,
     ) -> jax.Array:
-        """One group of the caption pass: `attend_text(layer, x)` is the self-attention of a layer, `feed_forward` its
-        MLP, `see_image(layer, x)` a whole cross-attention layer.
+        """One group of the caption pass: `attend_text(layer, x, window)` is the self-attention of a layer,
+        `feed_forward` its MLP, `see_image(layer, x)` a whole cross-attention layer.
         """
-        cross_layer, position = stacked[-1], self.config.cross_attn_position
-        slot = self.config.cross_attn_every - 1 if position == "last" else 0
+        text, cross_layer, position = self.config, stacked[-1], self.config.cross_attn_position
+        slot = (text.cross_attn_every - 1 if position == "last" else 0) if cross_layer is not None else None
         for i, layer in enumerate(self._in_order(stacked)):
-            x = attend_text(layer, x)
+            x = attend_text(layer, x, text.local_windows[i % len(text.local_windows)])
             if i == slot and position == "inside":
                 x = see_image(cross_layer, x)
             x = feed_forward(layer, x)
@@ -365,32 +463,33 @@ class TextDecoder(nnx.Module):
 
     @property
     def _unrolled_groups(self) -> int:
-        return max(1, self.unroll // self.config.cross_attn_every)
+        return max(1, self.unroll // self.config.group_size)
 
     @property
     def _shifted(self) -> bool:
         return self.config.pad_masking == "shifted"
 
-    def _groups(self) -> tuple[Layer | None, Layer | None, Layer]:
+    def _groups(self) -> tuple[Layer | None, Layer | None, Layer | None]:
         """Self-attention layers with axes [groups, layers of a group] in front, those without MLP, cross-attention."""
-        groups = self.config.num_cross_layers
+        groups = self.config.depth // self.config.group_size
         layers = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), self.layers)
         return layers, self.bare_layers, self.cross_layers
 
-    def _in_order(self, stacked: tuple[Layer | None, Layer | None, Layer]) -> list[Layer]:
+    def _in_order(self, stacked: tuple[Layer | None, Layer | None, Layer | None]) -> list[Layer]:
         """The self-attention layers of one group."""
         layers, bare, _ = stacked
-        count = self.config.cross_attn_every - (bare is not None)
+        count = self.config.group_size - (bare is not None)
         full = [jax.tree.map(operator.itemgetter(i), layers) for i in range(count)]
         if bare is None:
             return full
         return [*full, bare] if self.config.cross_attn_position == "last" else [bare, *full]
 
-    def _rotation(self, positions: Int[Array, "L"]) -> Rotation | None:
+    def _rotation(self, positions: Int[Array, "*B L"]) -> Rotation | None:
         text = self.config
         if text.positions == "learned":
             return None
-        return rotation(positions, text.width // text.num_heads, text.rope_theta)
+        size = text.rope_dims or text.width // text.num_heads
+        return rotation(positions, size, text.rope_theta, halves=text.positions == "rope_half")
 
     def logits(self, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token scores float32[..., V] of features of the caption pass."""
@@ -410,9 +509,7 @@ class TextDecoder(nnx.Module):
         return None if self.vocab_head_bias is None else self.vocab_head_bias[...].astype(jnp.float32)
 
     def _embed(self, tokens: Int[Array, "B L"], class_token: bool = False) -> Float[Array, "B Lc D"]:
-        length, longest = tokens.shape[1], self.config.max_length
-        if length > longest:
-            raise ValueError(f"the text has {length} tokens, DecoderConfig.max_length is {longest}")
+        self._require_length(tokens.shape[1])
         x = self.token_embed(tokens)
         if class_token:
             last = jnp.broadcast_to(self.class_embed[...].astype(self.dtype), (x.shape[0], 1, x.shape[2]))
@@ -420,6 +517,22 @@ class TextDecoder(nnx.Module):
         if self.pos_embed is not None:
             x = x + constrain(self.pos_embed[: x.shape[1]].astype(self.dtype), "text", None)
         return constrain(x, "batch", "text", "embed")
+
+
+    def _require_length(self, length: int) -> None:
+        if length > self.config.max_length:
+            what = "the text" if not self.has_prefix else "prefix and text together"
+            raise ValueError(f"{what} has {length} tokens, DecoderConfig.max_length is {self.config.max_length}")
+
+
+def _within(
+    mask: Bool[Array, "#B 1 L S"], window: int, first: Int[Array, ""] | int = 0
+) -> Bool[Array, "#B 1 L S"]:
+    """`mask` for queries at `first` and after that see no further back than `window` tokens; 0: as it is."""
+    if not window:
+        return mask
+    asking, asked = jnp.arange(mask.shape[2]) + first, jnp.arange(mask.shape[3])
+    return mask & (asking[:, None] - asked < window)
 
 
 def _stacked(kept: list[KeyValue]) -> KeyValue:

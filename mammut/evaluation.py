@@ -1,16 +1,22 @@
 """What a run says of itself on its validation set: the predictions and scores of the evaluation programs."""
 
+import collections
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
-from mammut import sharding
-from mammut.config import TrainConfig
+import jax
+import numpy as np
+
+from mammut import distributed, sharding
+from mammut.config import LossConfig, TrainConfig
 from mammut.predict import Predictor
 from mammut.predictions import Predictions
 from mammut.processor import Processor
 from mammut.scoring import score
 from mammut.sources import BadExample, Source
+from mammut.tasks import TASKS
 from mammut.training import Trainer
 
 
@@ -34,6 +40,7 @@ class Evaluator:
     | caption | greedy captions | cider, bleu_1 ... bleu_4, rouge_l (without Java) |
     | vqa | greedy answers | exact_match; vqa_acc where the questions have enough answers |
     | classify | the likeliest of the set's names | top1, top5, mean_per_class_recall |
+    | text | - | loss of a token, perplexity |
 
     `alive` is called with every batch. Several processes all evaluate, and come to the same.
 
@@ -50,13 +57,16 @@ class Evaluator:
         sharding.require_divisible(data.eval_batch_size, trainer.mesh, "data.eval_batch_size")
         settings = {"batch_size": data.eval_batch_size, "threads": data.threads, "max_bad_share": data.max_bad_share}
         self._predictor = Predictor(
-            trainer.model, processor, trainer.mesh, checkpoint=checkpoint, blind=data.blind, alive=alive, **settings
-        )
+            trainer.model, processor, trainer.mesh, checkpoint=checkpoint, blind=data.blind or config.task == "text",
+            alive=alive, **settings,
+        )  # fmt: skip
         self._source, self._processor, self._task, self._limit = source, processor, config.task, data.val_examples
+        self._prompt, self._stem = data.prompt, data.prompt_of("")
         # A set that cannot be used is found out now, not after hours of training.
         self._predictor.check(source, min(data.eval_batch_size, data.val_examples))
         self._classes = class_names(source) if config.task == "classify" else []
         self._caption_limit = min(data.eval_batch_size, data.val_examples)
+        self._language = _Language(processor, config, trainer, alive)
 
     def __call__(self, params: Any) -> Evaluation:
         """Evaluates the parameters, inside `jax.set_mesh`.
@@ -67,18 +77,23 @@ class Evaluator:
           ValueError: more than `data.max_bad_share` of the examples could not be used.
         """
         ask, source, limit = self._predictor, self._source, self._limit
+        if self._task == "text":
+            return self._language(params, source, limit)
         if self._task == "image_text":
             retrieval = ask.retrieval(params, source, limit=limit)
-            captions = ask.captions(params, source, limit=self._caption_limit)
+            captions = ask.captions(params, source, prompt=self._stem, limit=self._caption_limit)
             metrics = score(retrieval).metrics | {"caption_exact": self._exact(captions)}
             images, texts = retrieval.settings["images"], retrieval.settings["texts"]
             return Evaluation(metrics, [retrieval, captions], images, texts, retrieval.left_out)
         if self._task == "caption":
-            predictions = ask.captions(params, source, limit=limit)
+            predictions = ask.captions(params, source, prompt=self._stem, limit=limit)
         elif self._task == "vqa":
-            predictions = ask.answers(params, source, limit=limit)
+            predictions = ask.answers(params, source, prompt=self._prompt, limit=limit)
         else:
-            predictions = ask.classes(params, source, self._classes, method="likelihood", limit=limit)
+            templates = (f"{self._stem} {{}}".strip(),)
+            predictions = ask.classes(
+                params, source, self._classes, templates=templates, method="likelihood", limit=limit
+            )
         metrics = score(predictions, java=False).metrics
         metrics = {name: value for name, value in metrics.items() if isinstance(value, float)}
         images = len({record["index"] for record in predictions.records})
@@ -89,6 +104,40 @@ class Evaluator:
         given_back = lambda texts: self._processor.decode(self._processor.encode_text(texts)[0])  # noqa: E731
         exact = [record["prediction"] in given_back(record["references"]) for record in captions.records]
         return sum(exact) / len(exact)
+
+
+class _Language:
+    """How well a model foretells the texts of a set without their images."""
+
+    def __init__(self, processor: Processor, config: TrainConfig, trainer: Trainer, alive: Callable[[], None]):
+        self._processor, self._data, self._mesh, self._alive = processor, config.data, trainer.mesh, alive
+        task = TASKS["text"](LossConfig(vocab_chunk=config.loss.vocab_chunk))
+
+        def loss(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            model = trainer.model(params)
+            return task.loss_sum(model, batch, jax.random.key(0)), task.target_tokens(model, batch)
+
+        replicated = jax.NamedSharding(trainer.mesh, jax.P())
+        self._loss = distributed.compiled_by_all(jax.jit(loss, out_shardings=replicated))
+
+    def __call__(self, params: Any, source: Source, limit: int) -> Evaluation:
+        pairs, bad = [], collections.Counter()
+        for index in range(min(limit, len(source))):
+            try:
+                pairs += [(self._data.prompt_of(question), text) for question, text in source.pairs(index)]
+            except BadExample as error:
+                bad[error.cause] += 1
+        total, tokens, rows = 0.0, 0, self._data.eval_batch_size
+        for start in range(0, len(pairs), rows):
+            arrays = self._processor.encode_pairs(pairs[start : start + rows])
+            padded = (np.pad(x, ((0, rows - len(x)), (0, 0))) for x in arrays)
+            names = ("tokens", "text_valid", "target")
+            batch = {name: sharding.replicated_batch(x, self._mesh) for name, x in zip(names, padded, strict=True)}
+            self._alive()
+            loss, count = self._loss(params, batch)
+            total, tokens = total + float(loss), tokens + int(count)
+        metrics = {"loss_caption": total / tokens, "perplexity": math.exp(min(total / tokens, 700))}
+        return Evaluation(metrics, [], min(limit, len(source)), len(pairs), dict(bad))
 
 
 def class_names(source: Source) -> list[str]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Int, Key
+from jaxtyping import Bool, Float, Int, Key
 
 from mammut.model import Image, MaMMUT
 from mammut.processor import Processor
@@ -35,7 +35,7 @@ def generate(
 ) -> Generation:
     """Continues prompts, given their images. Pure: to be called under `jax.jit`, on any mesh.
 
-    L of what comes back is `DecoderConfig.max_length`, or Q + `config.max_new_tokens` where that is less.
+    L of what comes back is `ModelConfig.text_length`, or Q + `config.max_new_tokens` where that is less.
 
     Args:
       image: uint8[B, height, width, 3].
@@ -48,14 +48,40 @@ def generate(
         key alone, not on the rows beside it.
 
     Raises:
-      ValueError: the prompt leaves no room below `DecoderConfig.max_length`, there are not fewer beams than tokens in
+      ValueError: the prompt leaves no room below `ModelConfig.text_length`, there are not fewer beams than tokens in
         the vocabulary, no images, not as many prompts as images, or no keys to sample with.
     """
+    if not len(prompt) or len(prompt) != len(image):
+        raise ValueError(f"there are {len(prompt)} prompts for {len(image)} images, expected one each, and one or more")
+    image_tokens = model.image_tokens(image).tokens
+    settings = {"eos_id": eos_id, "vocab_size": vocab_size, "keys": keys}
+    return generate_after(model, image_tokens, prompt, prompt_valid, config, **settings)
+
+
+def generate_after(
+    model: MaMMUT,
+    image_tokens: Float[Array, "B P D"],
+    prompt: Int[Array, "B Q"],
+    prompt_valid: Bool[Array, "B Q"],
+    config: GenerateConfig = GenerateConfig(),
+    *,
+    eos_id: int,
+    prefix_valid: Bool[Array, "B P"] | None = None,
+    vocab_size: int | None = None,
+    keys: Key[Array, "B"] | None = None,
+) -> Generation:
+    """`generate` with the images as the decoder takes them, or, of a model with an image prefix, with any prefix.
+
+    Such a prefix may hold several images and texts between them (`mammut.prompts`), with pads in front where
+    `prefix_valid` is False. L is what `DecoderConfig.max_length` leaves, or less.
+    """
     text, (rows, width) = model.config.text, prompt.shape
-    if not rows or rows != len(image):
-        raise ValueError(f"there are {rows} prompts for {len(image)} images, expected one each, and at least one")
-    if width >= text.max_length:
-        raise ValueError(f"prompts have {width} tokens, expected fewer than DecoderConfig.max_length {text.max_length}")
+    longest = text.max_length - (image_tokens.shape[1] - 1 if model.decoder.has_prefix else 0)
+    if width >= longest:
+        raise ValueError(
+            f"prompts have {width} tokens, expected fewer than the {longest} for which DecoderConfig.max_length "
+            f"{text.max_length} has room"
+        )
     vocab_size = min(text.vocab_size, vocab_size or text.vocab_size)
     if config.num_beams >= vocab_size:
         raise ValueError(f"num_beams is {config.num_beams}, expected fewer than the {vocab_size} of the vocabulary")
@@ -63,14 +89,15 @@ def generate(
         raise ValueError(f"GenerateConfig.temperature is {config.temperature}, expected a key for each row with it")
 
     prompt_valid = jnp.asarray(prompt_valid).at[:, 0].set(True)
-    length = min(text.max_length, width + (config.max_new_tokens or text.max_length))
+    length = min(longest, width + (config.max_new_tokens or longest))
     tokens = jnp.full((rows, length), eos_id, jnp.int32).at[:, :width].set(jnp.where(prompt_valid, prompt, eos_id))
     # The loop starts with a prompt's last token, at the latest: what precedes the last column is enough.
-    _, cache = model.text.prefill(prompt[:, :-1], model.image_tokens(image).tokens, length)
+    decoder = model.decoder
+    _, cache = decoder.prefill(prompt[:, :-1], image_tokens, length, prefix_valid)
 
     def step(text, position, cache):
-        features, cache = model.text.cached_step(text[:, position], position, cache)
-        return model.text.logits(features)[:, :vocab_size], cache
+        features, cache = decoder.cached_step(text[:, position], position, cache)
+        return decoder.logits(features)[:, :vocab_size], cache
 
     def take(cache, beam):
         # Image by image, so that on a mesh no row leaves its device; the image's keys and values have no beams.
@@ -128,7 +155,7 @@ def generate_text(
         return []
     # Few sizes, so that a call with other images or prompts can use what was compiled: powers of two.
     batch_size = min(batch_size, _power_of_two(len(ids)))
-    width = min(_power_of_two(max(map(len, ids))), model.config.text.max_length - 1)
+    width = min(_power_of_two(max(map(len, ids))), model.config.text_length - 1)
     graphdef, params = nnx.split(model)
     settings = {"eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
     texts: list[Text] = []
@@ -158,7 +185,7 @@ def generate_text(
 
 def _prompt_ids(model: MaMMUT, processor: Processor, images: Sequence[Any] | np.ndarray, prompts: Any) -> list:
     """The ids of each image's prompt, the start first."""
-    vocab_size, max_length = model.config.text.vocab_size, model.config.text.max_length
+    vocab_size, text_length = model.config.text.vocab_size, model.config.text_length
     if processor.vocab_size > vocab_size:
         raise ValueError(
             f"the processor's vocabulary has {processor.vocab_size} ids, DecoderConfig.vocab_size of the model is "
@@ -171,10 +198,10 @@ def _prompt_ids(model: MaMMUT, processor: Processor, images: Sequence[Any] | np.
         raise ValueError(f"there are {len(prompts)} prompts for {len(images)} images")
     ids = [[processor.bos_id, *processor.encode_prompt(text)] for text in prompts]
     for i, row in enumerate(ids):
-        if len(row) >= max_length:
+        if len(row) >= text_length:
             raise ValueError(
-                f"prompt {i}, {prompts[i]!r:.60}, has {len(row)} tokens with the start, expected fewer than "
-                f"DecoderConfig.max_length {max_length}"
+                f"prompt {i}, {prompts[i]!r:.60}, has {len(row)} tokens with the start, expected fewer than the "
+                f"{text_length} for which DecoderConfig.max_length {model.config.text.max_length} has room"
             )
     return ids
 

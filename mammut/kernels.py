@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mammut.config import ModelConfig
+from mammut.config import ModelConfig, ResNetConfig
 
 Kernel = Literal["cudnn", "xla"]
 
@@ -26,13 +26,13 @@ _TOLERANCE = 0.03
 
 
 def image_attention_kernel(config: ModelConfig, platform: str | None = None) -> Kernel:
-    """What the attention of the image tower of `config` runs on, whole images of `image_size` given.
+    """What the attention of the image tower of `config` runs on, whole images of `image_size` given; a ResNet has none.
 
     `platform` is "cpu", "gpu" or "tpu"; None: that of the current mesh, or the default one.
     """
     vision = config.vision
     tokens = math.prod(vision.grid) + vision.class_token
-    if config.image_attention == "xla":
+    if config.image_attention == "xla" or isinstance(vision, ResNetConfig):
         return "xla"
     return attention_kernel(jnp.dtype(config.dtype), tokens, vision.width // vision.num_heads, platform)
 

@@ -387,6 +387,11 @@ _REMAT_POLICIES = {
 }
 
 
+def keeping(step: Callable, remat: Remat) -> Callable:
+    """The same step; its backward pass keeps what `remat` says."""
+    return step if remat == "none" else jax.checkpoint(step, policy=_REMAT_POLICIES[remat])
+
+
 def scan(step: Callable, x: jax.Array, layers: Any, *, remat: Remat, unroll: int) -> jax.Array:
     """`x = step(x, layer)` for each layer of a stack, as one `jax.lax.scan`.
 
@@ -394,7 +399,6 @@ def scan(step: Callable, x: jax.Array, layers: Any, *, remat: Remat, unroll: int
     products, "full" everything from the layer's input. `unroll` layers are laid out in each turn of the loop: XLA's CPU
     code is up to 1.7 times faster when all are.
     """
-    if remat != "none":
-        step = jax.checkpoint(step, policy=_REMAT_POLICIES[remat])
+    step = keeping(step, remat)
     depth = jax.tree.leaves(layers)[0].shape[0]
     return jax.lax.scan(lambda x, layer: (step(x, layer), None), x, layers, unroll=min(unroll, depth))[0]

@@ -1,5 +1,6 @@
-"""MaMMUT: one image encoder, one text decoder, two passes."""
+"""MaMMUT: one image encoder, one text decoder, two passes; and MAGMA: an image prefix and adapters on that decoder."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,12 +8,18 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Bool, Float, Int, Key, UInt8
 
-from mammut.config import ModelConfig
+from mammut.adapters import Adapters
+from mammut.config import ModelConfig, ResNetConfig
 from mammut.decoder import TextDecoder
-from mammut.layers import Dtypes, Linear
+from mammut.layers import Dtypes, LayerNorm, Linear
+from mammut.resnet import ResNet
 from mammut.sharding import constrain
 from mammut.typing import Array
 from mammut.vit import EncoderOutput, ViT, patches_kept
+
+# Of the key of an image's crop: that of a patch drop is 4 (`vit`).
+_DROPOUT_STREAM = 5
+_PREFIX_NORM_EPS = 1e-5  # PyTorch's default, as in MAGMA
 
 Image = UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"]
 
@@ -34,41 +41,76 @@ class MaMMUT(nnx.Module):
     map brings image tokens to the decoder's width, so E is that width. Images are uint8 and normalised on the device.
     The models of others, from openMaMMUT to SigLIP and CapPa, are values of `ModelConfig` (`mammut.interop`).
 
+    With `ModelConfig.conditioning` "prefix" it is the model of "MAGMA: Multimodal Augmentation of Generative Models
+    through Adapter-based Finetuning" (arXiv 2112.05253): the image tokens, mapped to the decoder's width, dropped out
+    and normed, stand in front of the text.
+
     `MaMMUT(presets.mammut_b16(), rngs=nnx.Rngs(0))` makes random weights.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtypes = Dtypes(jnp.dtype(config.dtype), jnp.dtype(config.param_dtype))
-        self.vision = ViT(config, rngs=rngs, dtypes=dtypes)
+        tower = ResNet if isinstance(config.vision, ResNetConfig) else ViT
+        self.vision = tower(config, rngs=rngs, dtypes=dtypes)
 
-        def linear(inputs, outputs):
-            maps = {"embed": inputs}, {"shared": outputs}
+        def linear(inputs, outputs, split=None):
+            maps = {"embed": inputs}, {**({"patch": split} if split else {}), "shared": outputs}
             return Linear(*maps, rngs=rngs, dtypes=dtypes, use_bias=config.projection_bias)
 
-        to_decoder = config.image_projection in ("shared", "separate")
-        self.image_projection = linear(config.vision_size, config.text.width) if to_decoder else None
-        self.text = TextDecoder(config, rngs=rngs, dtypes=dtypes)
+        to_decoder = config.image_projection in ("shared", "separate", "decoder")
+        size = config.vision_size, config.text.width
+        self.image_projection = linear(*size, config.prefix_tokens) if to_decoder else None
+        text_dtypes = dataclasses.replace(dtypes, param=jnp.dtype(config.text.param_dtype or config.param_dtype))
+        self.text = TextDecoder(config, rngs=rngs, dtypes=text_dtypes)
         to_embedding = config.image_projection in ("separate", "embedding")
         self.image_embed_projection = linear(config.vision_size, config.embed_size) if to_embedding else None
         self.text_embed_projection = linear(config.text.width, config.embed_size) if config.text_projection else None
         # Scalars of the contrastive loss stay float32 whatever the storage type; the scale is kept as its logarithm.
         self.logit_scale = nnx.Param(jnp.log(jnp.float32(config.logit_scale_init)), axes=())
         self.logit_bias = nnx.Param(jnp.float32(config.logit_bias_init), axes=())
+        self.prefix_norm = LayerNorm(config.text.width, _PREFIX_NORM_EPS, dtypes=dtypes) if config.prefix_norm else None
+        # Last, so that they leave the random weights of the rest as they are.
+        towers = {"text": self.text, "vision": self.vision}
+        self.adapters = Adapters(config.adapters, towers, rngs=rngs, dtypes=dtypes) if config.adapters else None
+        self.active_adapters = tuple(dict.fromkeys(adapter.name for adapter in config.adapters))
+
+    @property
+    def encoder(self) -> ViT | ResNet:
+        """The image encoder as it works: `vision` with the active adapters."""
+        return self._adapted(self.vision, "vision")
+
+    @property
+    def decoder(self) -> TextDecoder:
+        """The text decoder as it works: `text` with the active adapters."""
+        return self._adapted(self.text, "text")
+
+    def _adapted(self, tower: nnx.Module, name: str) -> nnx.Module:
+        return self.adapters.attached(tower, name, self.active_adapters) if self.active_adapters else tower
 
     def image_tokens(self, image: Image, crop_key: Key[Array, ""] | None = None) -> EncoderOutput:
-        """The image as the decoder takes it, `tokens` float[B, P, D]; `pooled` float[B, E], of any length."""
-        encoded = self.vision(image, crop_key)
+        """The image as the decoder takes it, `tokens` float[B, P, D]; `pooled` float[B, E], of any length.
+
+        `crop_key` is given in training: beside what the encoder draws from it (`ViT`), a prefix is dropped out.
+        """
+        encoded = self.encoder(image, crop_key)
         # Pinned, as every layer's output: unpinned, the backward pass of micro-batches moved them between devices.
         tokens = constrain(encoded.tokens, "batch", None, "embed")
+        if self.config.prefix_tokens is not None:
+            tokens = encoded.pooled.astype(tokens.dtype)
         if self.image_projection is not None:
             tokens = constrain(self.image_projection(tokens), "batch", None, "embed")
+        pooled = encoded.pooled
         if self.config.image_projection == "shared":
             pooled = constrain(tokens.mean(1, dtype=jnp.float32), "batch", "embed")
-            return EncoderOutput(tokens, pooled, encoded.grid)
-        pooled = encoded.pooled
-        if self.image_embed_projection is not None:
+        elif self.image_embed_projection is not None:
             pooled = self.image_embed_projection(pooled.astype(self.vision.dtype)).astype(jnp.float32)
+        dropout = self.config.prefix_dropout
+        if dropout and crop_key is not None:
+            kept = jax.random.bernoulli(jax.random.fold_in(crop_key, _DROPOUT_STREAM), 1 - dropout, tokens.shape)
+            tokens = jnp.where(kept, tokens / (1 - dropout), 0)
+        if self.prefix_norm is not None:
+            tokens = self.prefix_norm(tokens)
         return EncoderOutput(tokens, pooled, encoded.grid)
 
     def encode_image(self, image: Image, crop_key: Key[Array, ""] | None = None) -> Float[Array, "B E"]:
@@ -87,7 +129,7 @@ class MaMMUT(nnx.Module):
 
     def text_vector(self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]) -> Float[Array, "B E"]:
         """What `encode_text` gives, float[B, E] of any length."""
-        return self._pooled_text(self.text.contrastive_pass(tokens, text_valid), tokens, text_valid)
+        return self._pooled_text(self.decoder.contrastive_pass(tokens, text_valid), tokens, text_valid)
 
     def _pooled_text(
         self, features: Float[Array, "B Lc D"], tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
@@ -117,7 +159,7 @@ class MaMMUT(nnx.Module):
         if text_valid is None:
             text_valid = jnp.ones(tokens.shape, bool)
         image_tokens = self.image_tokens(image).tokens
-        return self.text.logits(self.text.caption_pass(tokens, text_valid, image_tokens))
+        return self.text.logits(self.decoder.caption_pass(tokens, text_valid, image_tokens))
 
     def cross_attention(
         self, image: Image, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"] | None = None
@@ -129,7 +171,7 @@ class MaMMUT(nnx.Module):
         """
         if text_valid is None:
             text_valid = jnp.ones(tokens.shape, bool)
-        return self.text.cross_attention(tokens, text_valid, self.image_tokens(image).tokens)
+        return self.decoder.cross_attention(tokens, text_valid, self.image_tokens(image).tokens)
 
     def two_pass(
         self,
@@ -144,10 +186,10 @@ class MaMMUT(nnx.Module):
         """
         encoded = self.image_tokens(image, crop_key)
         if self.config.passes == "fused":
-            contrastive, caption = self.text.both_passes(tokens, text_valid, encoded.tokens)
+            contrastive, caption = self.decoder.both_passes(tokens, text_valid, encoded.tokens)
         else:
-            contrastive = self.text.contrastive_pass(tokens, text_valid)
-            caption = self.text.caption_pass(tokens, text_valid, encoded.tokens)
+            contrastive = self.decoder.contrastive_pass(tokens, text_valid)
+            caption = self.decoder.caption_pass(tokens, text_valid, encoded.tokens)
         return TwoPassOutput(
             image_embed=unit(encoded.pooled),
             text_embed=unit(self._pooled_text(contrastive, tokens, text_valid)),
@@ -169,7 +211,11 @@ def logical_axes(model: nnx.Module) -> dict[tuple[str, ...], tuple[str | None, .
 def num_params(config: ModelConfig) -> dict[str, int]:
     """Parameters of a MaMMUT without making one: by part, and their `total`."""
     abstract = nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0)))
-    counts = {"vision": 0, "image_projection": 0, "token_embed": 0, "layers": 0, "cross_layers": 0, "other": 0}
+    counts = {
+        **{"vision": 0, "image_projection": 0, "token_embed": 0, "layers": 0, "cross_layers": 0},
+        **({"adapters": 0} if config.adapters else {}),
+        "other": 0,
+    }
     for path, param in nnx.to_flat_state(nnx.state(abstract, nnx.Param)):
         part = path[1] if path[0] == "text" else path[0]
         part = "layers" if part in ("bare_layers", "text_only_layers") else part
@@ -213,7 +259,7 @@ def forward_flops(config: ModelConfig, training: bool = False) -> dict[str, int]
         "queries": 4 * vision.pool_queries * tokens * config.vision_size
         + projected(2, config.vision_size, vision.pool_queries * config.vision_size + tokens * vision.width),
     }
-    to_decoder = config.image_projection in ("shared", "separate")
+    to_decoder = config.image_projection in ("shared", "separate", "decoder")
     to_embedding = config.image_projection in ("separate", "embedding")
     cross = attention(text, length, seen, size=config.image_token_size)
     cross += 0 if inside else mlp(text, length)

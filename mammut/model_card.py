@@ -49,8 +49,7 @@ def write_card(folder: pathlib.Path, config: ModelConfig, processor: Processor) 
         "| | |",
         "|---|---|",
         f"| parameters | {counts['total']:,} |",
-        f"| image | {vision.image_size} x {vision.image_size} pixels ({processor.image.mode}), patches of "
-        f"{vision.patch_size}; {vision.depth} layers of width {vision.width} |",
+        f"| image | {vision.image_size} x {vision.image_size} pixels ({processor.image.mode}), {vision.summary} |",
         f"| text | up to {text.max_length} tokens of {text.vocab_size:,} ({processor.tokenizer.kind}); "
         f"{text.text_only_depth + text.depth} layers of width {text.width}; {text.num_cross_layers} see the image |",
         f"| embedding | {config.embed_size} numbers |",

@@ -21,22 +21,23 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from mammut import checkpoint, distributed
 from mammut.config import ModelConfig, to_dict
-from mammut.interop import big_vision_weights, open_clip
+from mammut.decoder import TextDecoder
+from mammut.interop import big_vision_weights, huggingface, open_clip, resnets
 from mammut.interop.open_clip_export import CONFIG_FILE
 from mammut.interop.rules import LazyTensors, OpenedModel, model_specs, require_target
 from mammut.manifest import check_manifest, make_manifest, read_json_object, replacing, write_json
 from mammut.mapped_files import MAX_HEADER
 from mammut.model import MaMMUT, logical_axes
 from mammut.model_card import write_card
+from mammut.partition import by_name
 from mammut.processor import Processor
 from mammut.sharding import MESH_AXES, param_shardings
 from mammut.tensor_files import CheckpointError, TensorSpec, open_tensors, write_sharded
-from mammut.tokenizer import MissingTokenizer
+from mammut.tokenizer import MissingTokenizer, Tokenizer
 from mammut.warm_start import at_image_size
 
 _VERSION = 1
@@ -112,7 +113,8 @@ def load(
 
     Args:
       path: a model folder of ours; a run, for its newest good checkpoint; a folder or file of open_clip's MaMMUT and
-        CoCa or of LAION's openMaMMUT; a SigLIP or CapPa `.npz` of big_vision. `mammut.interop` says which.
+        CoCa or of LAION's openMaMMUT; a SigLIP or CapPa `.npz` of big_vision. `mammut.interop` says which. Parts of a
+        model are refused: `load_language_model` reads the language models of Hugging Face.
       mesh: where the parameters go, split by `mammut.sharding.RULES`. None: one device.
       image_size: pixels; the position table is resampled to it, as the model's makers do. None: as it was trained.
 
@@ -125,13 +127,35 @@ def load(
         raise ValueError(f"image_size is {image_size!r}, expected a positive whole number of pixels")
     opened = open_model(path, image_size=image_size)
     if opened.processor is None or set(opened.parts) != {"vision", "text", "rest"}:
+        use = {
+            ("vision",): "a run can start from it with --init-vision",
+            ("text",): "mammut.load_language_model reads it, and a run can start from it with --init-text",
+        }
         raise CheckpointError(
-            f"{opened.where} holds {' and '.join(opened.parts)} alone, expected a whole model: a run can start from it "
-            "with --init-vision or --init-text"
+            f"{opened.where} holds {' and '.join(opened.parts)} alone, expected a whole model: "
+            f"{use.get(opened.parts, 'a run can start from it with --init')}"
         )
     if image_size is not None:
         opened = at_image_size(opened, image_size)
     return place(opened, mesh), opened.processor
+
+
+def load_language_model(path: str | os.PathLike, *, mesh: Mesh | None = None) -> tuple[TextDecoder, Tokenizer]:
+    """A text decoder and its tokenizer: a GPT-2, GPT-Neo, GPT-J or GPT-NeoX (Pythia) folder of Hugging Face.
+
+    Of a whole model, such as `load` reads, it is that model's decoder.
+
+    Args:
+      path: the folder.
+      mesh: as for `load`.
+
+    Raises:
+      CheckpointError: as for `load`; or there is no text decoder.
+    """
+    opened = open_model(path)
+    if opened.processor is None or "text" not in opened.parts:
+        raise CheckpointError(f"{opened.where} holds {' and '.join(opened.parts)} alone, expected a text decoder")
+    return place(opened, mesh, part="text"), opened.processor.tokenizer
 
 
 def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> OpenedModel:
@@ -149,8 +173,10 @@ def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> Ope
         return _open_run(path)
     if big_vision_weights.is_big_vision(path):
         return big_vision_weights.open_model(path, image_size=image_size)
-    if open_clip.is_open_clip(path):
+    if open_clip.is_open_clip(path) or resnets.is_timm(path):
         return open_clip.open_model(path)
+    if huggingface.is_huggingface(path):
+        return huggingface.open_model(path)
     if not os.path.exists(path):
         raise CheckpointError(f"there is no {path}: expected a folder or a file on this machine, nothing is downloaded")
     weights = sorted(item.name for item in path.glob("*.*") if open_clip.is_open_clip(item)) if path.is_dir() else []
@@ -158,12 +184,12 @@ def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> Ope
         raise CheckpointError(f"{path} holds {weights[0]} and no {CONFIG_FILE}, which says what model it is of")
     raise CheckpointError(
         f"{path} is no model folder (no manifest.json), no run (no checkpoints), no folder with an "
-        "open_clip_config.json, and no .npz, .pt or .safetensors file"
+        "open_clip_config.json or a config.json of a known model_type, and no .npz, .pt or .safetensors file"
     )
 
 
-def place(opened: OpenedModel, mesh: Mesh | None = None) -> MaMMUT:
-    """The model with its parameters on `mesh`, or on the default device.
+def place(opened: OpenedModel, mesh: Mesh | None = None, part: str | None = None) -> MaMMUT | TextDecoder:
+    """The model, or the `part` of it with that name, with its parameters on `mesh`, or on the default device.
 
     Raises:
       ValueError: the mesh has other axes than those of `mammut.sharding.make_mesh`, or other than automatic ones.
@@ -174,12 +200,13 @@ def place(opened: OpenedModel, mesh: Mesh | None = None) -> MaMMUT:
             f"axes among {MESH_AXES}: mammut.sharding.make_mesh makes one"
         )
     abstract = nnx.eval_shape(lambda: MaMMUT(opened.config, rngs=nnx.Rngs(0)))
+    abstract, prefix = (abstract, "") if part is None else (getattr(abstract, part), f"{part}.")
     graphdef, state = nnx.split(abstract)
     state = nnx.to_pure_dict(state)
     shardings = mesh and param_shardings(state, logical_axes(abstract), mesh)
 
     def put(path, leaf, sharding=None):
-        array = opened.tensors.read(".".join(entry.key for entry in path))
+        array = opened.tensors.read(prefix + ".".join(entry.key for entry in path))
         # A copy of what is mapped: an array on the CPU may share its memory, and files change.
         array = array if array.flags.writeable else np.array(array)
         if sharding is None:
@@ -197,7 +224,7 @@ def read_model_config(path: str | os.PathLike) -> ModelConfig:
       CheckpointError: the path is none of these.
     """
     path = pathlib.Path(path)
-    if os.path.exists(path / "config.json"):
+    if os.path.exists(path / "config.json") and not (huggingface.is_huggingface(path) or resnets.is_timm(path)):
         return _model_config(path / "config.json")
     if os.path.exists(path / "run.json"):
         return checkpoint.read_run(path)[0].model
@@ -223,7 +250,7 @@ def _open_model_folder(folder: pathlib.Path) -> OpenedModel:
 def _open_run(folder: pathlib.Path) -> OpenedModel:
     config, _ = checkpoint.read_run(folder)
     with checkpoint.Checkpoints(folder, keep=config.keep_checkpoints) as checkpoints:
-        arrays = _by_name(checkpoints.restore_params())
+        arrays = checkpoints.restore_params()
     specs = {name: TensorSpec(array.shape, array.dtype) for name, array in arrays.items()}
     _require_fit(config.model, specs, str(folder / "checkpoints"))
     return OpenedModel(config.model, LazyTensors(specs, arrays.__getitem__), _processor(folder), str(folder))
@@ -253,19 +280,4 @@ def _processor(folder: pathlib.Path) -> Processor:
 
 
 def _tensors_of(model: MaMMUT) -> LazyTensors:
-    arrays = _by_name(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    specs = {name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}
-
-    def read(name: str) -> np.ndarray:  # off their devices one by one
-        array = arrays[name]
-        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
-            return multihost_utils.process_allgather(array, tiled=True)
-        return np.asarray(array)
-
-    return LazyTensors(specs, read)
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-    return {
-        ".".join(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return LazyTensors(*checkpoint.host_tensors(by_name(nnx.to_pure_dict(nnx.state(model, nnx.Param)))))

@@ -101,21 +101,28 @@ class Predictor:
             pass
 
     def captions(
-        self, params: Any, source: Source, config: GenerateConfig = GenerateConfig(), *, limit: int | None = None
+        self,
+        params: Any,
+        source: Source,
+        config: GenerateConfig = GenerateConfig(),
+        *,
+        prompt: str = "",
+        limit: int | None = None,
     ) -> Predictions:
-        """A caption of every image."""
-        records, seen = [], set()
+        """A caption of every image: what the model says after `prompt`, which is no part of it."""
+        records, seen, ids = [], set(), self._processor.encode_prompt(prompt)
 
         def rows():
             for index, image, example in self._examples(source, limit, left_out):
                 _require_new(example.key, seen, source)
                 records.append({"key": example.key, "index": index, "references": example.captions})
-                yield image, []
+                yield image, ids
 
         left_out = collections.Counter()
-        for number, said in enumerate(self._texts(params, rows(), config)):
+        for number, said in enumerate(self._texts(params, rows(), config, 1 + len(ids))):
             records[number] |= said
-        return self._predictions("caption", records, source, left_out, _settings(config))
+        settings = _settings(config) | ({"prompt": prompt} if prompt else {})
+        return self._predictions("caption", records, source, left_out, settings)
 
     def answers(
         self,
@@ -382,7 +389,7 @@ class Predictor:
 
 def _text_logprob(model: MaMMUT, image_tokens, rows, tokens, text_valid) -> jax.Array:
     """log P of each text given the image at its row of `image_tokens`: float[R]."""
-    features = model.text.caption_pass(tokens, text_valid, image_tokens[rows])
+    features = model.decoder.caption_pass(tokens, text_valid, image_tokens[rows])
     targets, loss_mask = labels(model, {"tokens": tokens, "text_valid": text_valid})
     head = {"vocab_kernel": model.text.vocab_kernel, "vocab_bias": model.text.vocab_bias}
     return -caption_loss(features, labels=targets, loss_mask=loss_mask, **head).sum(1)

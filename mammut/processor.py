@@ -238,15 +238,28 @@ class Processor:
         text_valid, target = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
         for row, (prompt, text) in enumerate(pairs):
             start = [*self._start, *self.encode_prompt(prompt)]
-            ids = (start + self.tokenizer.encode(text))[: self.max_length - 1] + [self.eos_id]
+            ids = (start + self.encode_after(prompt, text))[: self.max_length - 1] + [self.eos_id]
             tokens[row, : len(ids)] = ids
             text_valid[row, : len(ids)] = True
             target[row, len(start) : len(ids)] = True
         return tokens, text_valid, target
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """The ids of a prompt, without the start; none of the empty prompt."""
+        """The ids of a prompt, without the start; none of the empty prompt.
+
+        Where the vocabulary tells words by the space in front, a prompt ends without one: the text after it has it.
+        """
+        prompt = prompt.rstrip() if self.tokenizer.needs_space else prompt
         return self.tokenizer.encode(prompt) if prompt else []
+
+    def encode_after(self, prompt: str, text: str) -> list[int]:
+        """The ids of a text to be said after a prompt: after "A:" it may have to be " yes", after the empty one "yes".
+
+        "yes" is also what is said straight after an image (MAGMA).
+        """
+        if self.tokenizer.needs_space and prompt.strip() and text and not text[0].isspace():
+            text = f" {text}"
+        return self.tokenizer.encode(text)
 
     def room(self, prompt: str) -> int:
         """How many tokens of text fit between a prompt and the end; negative where the prompt itself does not fit."""

@@ -113,7 +113,8 @@ def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
     """The config with `--dotted.name VALUE` overrides; an unknown name is refused, with the nearest that exists."""
     import tyro
 
-    flags = (tyro.conf.FlagConversionOff,)  # every override has a value, booleans too
+    # Every override has a value, booleans too; of which kind the image encoder is, the recipe says.
+    flags = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     return tyro.cli(TrainConfig, default=config, args=overrides, prog="train.py", config=flags)
 
 

@@ -233,8 +233,7 @@ def _model_facts(config: ModelConfig) -> dict[str, str]:
     vision, text = config.vision, config.text
     return {
         "model": f"{num_params(config)['total']:,} parameters, {config.dtype}",
-        "image": f"{vision.image_size} pixels in patches of {vision.patch_size}; "
-        f"width {vision.width}, depth {vision.depth}, {vision.num_heads} heads",
+        "image": f"{vision.image_size} pixels; {vision.summary}",
         "text": f"up to {text.max_length} tokens of {text.vocab_size:,}; "
         f"width {text.width}, depth {text.depth}, {text.num_heads} heads, cross-attention after every "
         f"{text.cross_attn_every} layers",

@@ -82,14 +82,14 @@ class RunLog:
             recalls = [f"  R@{k} {metrics.pop(f'{key}_r{k}'):.1%}" for k in (1, 5, 10) if f"{key}_r{k}" in metrics]
             lines += [f"  {way}{''.join(recalls)}"] if recalls else []
         metrics.pop("mean_recall", None)
-        last = evaluation.predictions[-1]
+        records = evaluation.predictions[-1].records if evaluation.predictions else []
         if "caption_exact" in metrics:
             exact = metrics.pop("caption_exact")
-            lines.append(f"  captions equal to a reference: {exact:.1%} of {len(last.records)}")
+            lines.append(f"  captions equal to a reference: {exact:.1%} of {len(records)}")
         lines += [f"  {metric} {value:.4f}" for metric, value in metrics.items()]
         if evaluation.bad:
             lines.append(f"  examples that could not be used: {describe_bad(evaluation.bad)}")
-        for record in last.records[:samples]:
+        for record in records[:samples]:
             lines += [f"  {record['key']}", *(f"    {line}" for line in _sample(record))]
         self.print("\n".join(lines))
         self._restart_clock(step)  # the rates leave the evaluation out

@@ -64,7 +64,7 @@ def make_processor(config: TrainConfig, source: sources.Source, starts: dict[Sta
     image = next((of[name].image for name in ("init_vision", "init") if of.get(name)), ImageTransform(size))
     image = dataclasses.replace(image, image_size=size, max_image_pixels=config.data.max_image_pixels)
     form = of[decoder].text_form if of.get(decoder) else "start_end"
-    processor = Processor(tokenizer, image, text.max_length, form)
+    processor = Processor(tokenizer, image, config.text_length, form)
     if missing:
         missing.require_same_ids(tokenizer)
     if settings.replace and text.pad_id not in (None, processor.pad_id):

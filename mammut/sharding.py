@@ -30,6 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "patch": (),
     "text": (),
     "head_size": (),
+    "rank": (),
 }
 
 

@@ -7,6 +7,7 @@ apart, so that a step may run in micro-batches and still see every negative (`tr
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ class ImageTextTask:
     Batch: `image` uint8[B, height, width, 3], `tokens` int[B, L], `text_valid` bool[B, L].
     """
 
+    sees_images: ClassVar[bool] = True
     config: LossConfig
     field: Field = "captions"  # what its examples are made of
 
@@ -117,6 +119,7 @@ class TextTask:
     Batch: `image` uint8[B, height, width, 3], `tokens` int[B, L], `text_valid` bool[B, L], `target` bool[B, L].
     """
 
+    sees_images: ClassVar[bool] = True
     config: LossConfig
     field: Field
 
@@ -127,14 +130,28 @@ class TextTask:
 
     def loss_sum(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> jax.Array:
         """The loss summed over the target tokens of a micro-batch."""
-        image_tokens = model.image_tokens(batch["image"], crop_key).tokens
-        features = model.text.caption_pass(batch["tokens"], batch["text_valid"], image_tokens)
+        features = self.features(model, batch, crop_key)
         head = model.text.vocab_kernel, model.text.vocab_bias
         return caption_sum(self.config, features, *head, *labels(model, batch, batch["target"]))
+
+    def features(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> jax.Array:
+        """What the next tokens are predicted from, float[B, L, D]."""
+        image_tokens = model.image_tokens(batch["image"], crop_key).tokens
+        return model.decoder.caption_pass(batch["tokens"], batch["text_valid"], image_tokens)
 
     def target_tokens(self, model: MaMMUT, batch: Batch) -> jax.Array:
         """How many labels the loss of the batch has, at least 1."""
         return jnp.maximum(labels(model, batch, batch["target"])[1].sum(), 1)
+
+
+class LanguageTask(TextTask):
+    """Language modelling: the texts of `TextTask`, of which the model sees no image; its batch has none."""
+
+    sees_images: ClassVar[bool] = False
+
+    def features(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> jax.Array:
+        """What the next tokens are predicted from, float[B, L, D]: the tokens before."""
+        return model.decoder.language_pass(batch["tokens"], batch["text_valid"])
 
 
 def labels(model: MaMMUT, batch: Batch, target: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -182,4 +199,5 @@ TASKS: dict[str, Callable[[LossConfig], ImageTextTask | TextTask]] = {
     "caption": functools.partial(TextTask, field="captions"),
     "vqa": functools.partial(TextTask, field="qa"),
     "classify": functools.partial(TextTask, field="name"),
+    "text": functools.partial(LanguageTask, field="captions"),
 }

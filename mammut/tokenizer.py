@@ -59,6 +59,9 @@ class Tokenizer(abc.ABC):
 
     kind: str
     files: tuple[str, ...]  # their names in a saved folder, the vocabulary first
+    # Whether a text that follows another has to bring the space between them along: byte-level BPE tells a word by it,
+    # where other vocabularies add it themselves.
+    needs_space = False
 
     def __init__(self, content: bytes, lowercase: bool, special_ids: tuple[int, int, int], vocab_size: int):
         self._content = content
@@ -194,6 +197,7 @@ class HuggingFaceTokenizer(Tokenizer):
         special_ids = _special_ids(*(self._find(role, named) for role in ("bos", "eos", "pad")))
         vocab_size = 1 + max(*self._pipeline.get_vocab().values(), *special_ids)
         super().__init__(content, lowercase, special_ids, vocab_size)
+        self.needs_space = self.decode(self.encode("a") + self.encode("b")) == "ab"
 
     @classmethod
     def from_file(cls, path: pathlib.Path, lowercase: bool, **named: Any):

@@ -1,4 +1,8 @@
-"""Train state, optimizer and the jitted step."""
+"""Train state, optimizer and the jitted step.
+
+What is frozen (`TrainConfig.trainable`) is a tree of its own beside the trained parameters: no gradient is taken of it,
+the optimizer does not know it, and a step hands its arrays on as they are.
+"""
 
 import dataclasses
 import math
@@ -12,32 +16,38 @@ import optax
 from flax import nnx, struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mammut import sharding
+from mammut import partition, sharding
 from mammut.config import MAX_LOGIT_SCALE, OptimizerConfig, TrainConfig
 from mammut.model import MaMMUT, forward_flops, logical_axes
+from mammut.partition import Params, by_name, path_name
 from mammut.tasks import Batch, ImageTextTask, Metrics, TextTask
-
-Params = Any  # nested dict of arrays
 
 
 @struct.dataclass
 class TrainState:
-    """All that a step changes."""
+    """All that a step changes, and the parameters that it does not."""
 
     step: Any  # int32: updates done or skipped
-    params: Params
+    params: Params  # the trained ones
     opt_state: Any
     nonfinite: Any  # int32: updates skipped for a loss or gradient that was not finite
     nonfinite_in_a_row: Any  # int32
+    frozen: Params = struct.field(default_factory=dict)  # the others; {} where all are trained
+
+    @property
+    def all_params(self) -> Params:
+        """The parameters of the whole model."""
+        return partition.merged(self.params, self.frozen)
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then cosine or linear decay to 0 at `steps`."""
-    peak, decay_steps = config.learning_rate, steps - config.warmup_steps
+    """Linear warm-up from 0 to the peak, then cosine or linear decay to 0 at `decay_steps` or `steps`, or neither."""
+    peak, decay_steps = config.learning_rate, (config.decay_steps or steps) - config.warmup_steps
     if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, decay_steps)
     else:
-        decay = optax.linear_schedule(peak, 0.0, decay_steps)
+        end = 0.0 if config.schedule == "linear" else peak
+        decay = optax.linear_schedule(peak, end, decay_steps)
     warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
@@ -51,7 +61,14 @@ def decay_mask(params: Params) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW or Adafactor, with the schedule and decoupled weight decay of `config`."""
+    """Clipping, then AdamW or Adafactor, with the schedule and decoupled weight decay of `config`.
+
+    A parameter of `config.learning_rates` has its update, weight decay included, times its peak / `learning_rate`: the
+    schedule has the same shape for all.
+
+    Raises:
+      ValueError: from `init`, a pattern of `learning_rates` fits no parameter.
+    """
     schedule = learning_rate_schedule(config, steps)
     if config.name == "adamw":
         scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
@@ -67,7 +84,30 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         scale,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
+        *([_scale_by_group(config)] if config.learning_rates else []),
     )
+
+
+def _scale_by_group(config: OptimizerConfig) -> optax.GradientTransformation:
+    peaks = dict(config.learning_rates)
+
+    def patterns(params: Params) -> dict[str, str]:
+        return partition.first_fitting(by_name(params), [pattern for pattern, _ in config.learning_rates])
+
+    def init(params: Params) -> optax.EmptyState:
+        patterns(params)
+        return optax.EmptyState()
+
+    def update(updates: Params, state: optax.EmptyState, params: Params = None) -> tuple[Params, optax.EmptyState]:
+        of = patterns(updates)
+
+        def scale(path, update):
+            name = path_name(path)
+            return update * (peaks[of[name]] / config.learning_rate) if name in of else update
+
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def accumulated_gradients(
@@ -160,8 +200,9 @@ class Trainer:
     them over. `start_params(seed, random, read)` makes such weights one by one, without a second copy of the model:
     that of a path such as "text.norm.scale" is `read(path, value)`, `value` being the random one of `init`, or None
     where `random` does not have the path.
-    `step(state, batch)` donates the state it is given and returns the next, with the metrics of the batch;
-    `model(params)` is the model with these weights. All are called inside `jax.set_mesh(mesh)`.
+    `step(state, batch)` donates the state it is given and returns the next, with the metrics of the batch; what is
+    frozen stays where it is in memory. `model(params)` is the model with the weights `TrainState.all_params`.
+    All are called inside `jax.set_mesh(mesh)`.
     """
 
     mesh: Mesh
@@ -177,7 +218,8 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
     """Builds the pieces of a run without computing anything.
 
     Raises:
-      ValueError: the batch does not divide over the mesh.
+      ValueError: the batch does not divide over the mesh, or a pattern of `trainable` or `optimizer.learning_rates`
+        fits no parameter.
     """
     sharding.require_divisible(config.data.batch_size // config.accumulation, mesh, "data.batch_size / accumulation")
     abstract_model = nnx.eval_shape(lambda: MaMMUT(config.model, rngs=nnx.Rngs(0)))
@@ -192,44 +234,48 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
         model = MaMMUT(config.model, rngs=nnx.Rngs(params=jax.random.key(seed)))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
-    def start(params: Params) -> TrainState:
+    def start(params: Params, frozen: Params) -> TrainState:
         zero = jnp.int32(0)
-        return TrainState(zero, params, optimizer.init(params), zero, zero)
+        return TrainState(zero, params, optimizer.init(params), zero, zero, frozen)
 
     def init(seed: jax.Array) -> TrainState:
-        return start(random_params(seed))
+        return start(*partition.split(random_params(seed), trained))
 
     def init_from(params: Params) -> TrainState:
-        params = jax.device_put(params, shardings.params)
+        params, frozen = partition.split(jax.device_put(params, param_shardings), trained)
         # The parameters do not pass through the program, which would copy them.
-        rest = jax.jit(lambda params: start(params).replace(params=None), out_shardings=shardings.replace(params=None))
-        return rest(params).replace(params=params)
+        rest = jax.jit(
+            lambda params: start(params, {}).replace(params=None),
+            out_shardings=shardings.replace(params=None, frozen={}),
+        )
+        return rest(params).replace(params=params, frozen=frozen)
 
     def start_params(
         seed: int, random: Collection[str], read: Callable[[str, jax.Array | None], Any]
     ) -> Params:
-        places = {path: place for path, place in _by_path(shardings.params).items() if path in random}
+        places = {path: place for path, place in by_name(param_shardings).items() if path in random}
         # Only these leave the program: XLA computes no others.
-        some = lambda seed: {path: x for path, x in _by_path(random_params(seed)).items() if path in places}  # noqa: E731
+        some = lambda seed: {path: x for path, x in by_name(random_params(seed)).items() if path in places}  # noqa: E731
         values = jax.jit(some, out_shardings=places)(seed) if places else {}
 
         def put(path, place):
-            name = _name(path)
+            name = path_name(path)
             value = read(name, values.get(name))
             if isinstance(value, jax.Array):
                 return value
             return jax.make_array_from_callback(value.shape, place, lambda index: np.array(value[index]))
 
-        return jax.tree_util.tree_map_with_path(put, shardings.params)
+        return jax.tree_util.tree_map_with_path(put, param_shardings)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # The key depends on the seed and the step alone, so that a resumed run draws what the first would have drawn.
         crop_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        whole = lambda params: merge(partition.merged(params, state.frozen))  # noqa: E731
         if config.accumulation > 1:
             accumulated = accumulated_gradients if isinstance(task, ImageTextTask) else accumulated_text_gradients
-            grads, metrics = accumulated(task, merge, state.params, batch, crop_key, config.accumulation)
+            grads, metrics = accumulated(task, whole, state.params, batch, crop_key, config.accumulation)
         else:
-            grads, metrics = jax.grad(lambda params: task.loss(merge(params), batch, crop_key), has_aux=True)(
+            grads, metrics = jax.grad(lambda params: task.loss(whole(params), batch, crop_key), has_aux=True)(
                 state.params
             )
         grad_norm = optax.global_norm(grads)
@@ -237,14 +283,15 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # Capped here and not in the loss, where the gradient would vanish at the cap and hold the scale there for good.
-        params["logit_scale"] = jnp.minimum(params["logit_scale"], math.log(MAX_LOGIT_SCALE))
+        if "logit_scale" in params:
+            params["logit_scale"] = jnp.minimum(params["logit_scale"], math.log(MAX_LOGIT_SCALE))
         # A NaN would spread from one batch to every parameter and moment: such an update leaves all as they were.
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         learning_rate = schedule(state.step - state.nonfinite)  # the optimizer counts the updates it applied
         skipped = 1 - finite.astype(jnp.int32)
-        state = TrainState(
+        state = state.replace(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
@@ -254,15 +301,17 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
         metrics |= {
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "logit_scale": jnp.exp(params["logit_scale"]),
+            "logit_scale": jnp.exp(state.all_params["logit_scale"]),
             "nonfinite": state.nonfinite,
             "nonfinite_in_a_row": state.nonfinite_in_a_row,
         }
         return state, metrics
 
+    abstract_params = jax.eval_shape(random_params, 0)
+    trained = partition.trained_names(by_name(abstract_params), config.trainable)
     abstract_state = jax.eval_shape(init, 0)
-    param_shardings = sharding.param_shardings(abstract_state.params, logical_axes(abstract_model), mesh)
-    shardings = sharding.state_shardings(abstract_state, abstract_state.params, param_shardings, mesh)
+    param_shardings = sharding.param_shardings(abstract_params, logical_axes(abstract_model), mesh)
+    shardings = sharding.state_shardings(abstract_state, abstract_params, param_shardings, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     return Trainer(
         mesh=mesh,
@@ -282,17 +331,9 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
     )
 
 
-def _name(path: tuple) -> str:
-    return ".".join(entry.key for entry in path)
-
-
-def _by_path(params: Any) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-
-
 def start_report(config: TrainConfig, trainer: Trainer, source: Any, vocab_size: int) -> str:
     """What a run is about to do: its data, its parameters and their placement, the FLOPs of a step."""
-    params = trainer.abstract_state.params
+    state = trainer.abstract_state
     forward = forward_flops(config.model, training=True)
     flops = {part: 3 * count * config.data.batch_size for part, count in forward.items()}
     if config.task != "image_text":
@@ -302,7 +343,24 @@ def start_report(config: TrainConfig, trainer: Trainer, source: Any, vocab_size:
     return "\n".join([
         f"data: {source.spec}, {len(source):,} examples, {config.data.batch_size} a step; {vocab_size:,} text pieces",
         f"mesh: {mesh} on {trainer.mesh.devices.flat[0].device_kind}",
-        sharding.placement_report(params, jax.tree.map(lambda x: x.sharding, params)),
+        sharding.placement_report(state.all_params, jax.tree.map(lambda x: x.sharding, state.all_params)),
+        *_trained_line(state),
         f"{total / 1e9:,.1f} GFLOP a step, backward included: "
         + ", ".join(f"{part} {count / total:.0%}" for part, count in flops.items()),
     ])
+
+
+def _trained_line(state: TrainState) -> list[str]:
+    if not state.frozen:
+        return []
+    (trained, size), (frozen, frozen_size), (_, moments) = map(_size, (state.params, state.frozen, state.opt_state))
+    return [
+        f"trained: {trained:,} parameters, {trained / (trained + frozen):.2%} of all ({size / 1e6:,.1f} MB, and "
+        f"{moments / 1e6:,.1f} MB of optimizer state); frozen: {frozen:,} ({frozen_size / 1e6:,.1f} MB)"
+    ]
+
+
+def _size(tree: Any) -> tuple[int, int]:
+    """How many numbers, in how many bytes."""
+    leaves = jax.tree.leaves(tree)
+    return sum(x.size for x in leaves), sum(x.size * x.dtype.itemsize for x in leaves)

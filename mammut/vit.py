@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Float, Key, UInt8
 
-from mammut.config import ModelConfig, VisionConfig
+from mammut.config import ModelConfig, ResNetConfig, VisionConfig
 from mammut.layers import MLP, Attention, Dtypes, Layer, Linear, make_norm, param, scan, stack
 from mammut.sharding import constrain
 from mammut.typing import Array
@@ -119,16 +119,7 @@ class ViT(nnx.Module):
           ValueError: the images are of another size.
         """
         vision = self.config
-        sizes = [size for size in (vision.image_size, vision.low_image_size) if size is not None]
-        if image.shape[1:] not in [(size, size, 3) for size in sizes]:
-            low = "" if len(sizes) == 1 else f" or {(sizes[1], sizes[1], 3)} from low_image_size"
-            raise ValueError(
-                f"images are {image.shape[1:]}, expected {(sizes[0], sizes[0], 3)} from VisionConfig.image_size{low}"
-            )
-        if image.dtype == jnp.uint8:
-            mean, std = jnp.array(self.config.image_mean), jnp.array(self.config.image_std)
-            image = (image.astype(jnp.float32) / 255 - mean) / std
-        x = self.patch_embed(patchify(image.astype(self.dtype), vision.patch_size))
+        x = self.patch_embed(patchify(normalised(image, vision).astype(self.dtype), vision.patch_size))
 
         pos_embed = constrain(self.pos_embed[...].astype(self.dtype), None, None, None)
         grid = image.shape[1] // vision.patch_size, image.shape[2] // vision.patch_size
@@ -165,6 +156,24 @@ class ViT(nnx.Module):
         else:
             pooled = tokens.mean(1, dtype=jnp.float32)
         return tokens, self.norm(pooled) if after else pooled
+
+
+def normalised(
+    image: UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"], config: VisionConfig | ResNetConfig
+) -> Float[Array, "B height width 3"]:
+    """Pixels as the encoder of `config` takes them; those that are float already are left as they are.
+
+    Raises:
+      ValueError: the images are of none of its sizes.
+    """
+    sizes = [size for size in (config.image_size, config.low_image_size) if size is not None]
+    if image.shape[1:] not in [(size, size, 3) for size in sizes]:
+        low = "" if len(sizes) == 1 else f" or {(sizes[1], sizes[1], 3)} from low_image_size"
+        expected = f"{(sizes[0], sizes[0], 3)} from {type(config).__name__}.image_size{low}"
+        raise ValueError(f"images are {image.shape[1:]}, expected {expected}")
+    if image.dtype != jnp.uint8:
+        return image
+    return (image.astype(jnp.float32) / 255 - jnp.array(config.image_mean)) / jnp.array(config.image_std)
 
 
 def patchify(image: Float[Array, "B height width 3"], patch_size: int) -> Float[Array, "B P F"]:

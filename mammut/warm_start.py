@@ -3,7 +3,8 @@
 A run starts from a whole model (`TrainConfig.init`), from an image encoder (`init_vision`), a text decoder
 (`init_text`), or from a whole model one or both of whose towers another replaces. The rules:
 
-  image size        the position grid is resampled as the model's makers do it; a class token keeps its position
+  image size        the position grid is resampled as the model's makers do it; a class token keeps its position. A
+                    ResNet needs nothing
   patch size        the patch kernel is resized by pseudo-inverse (FlexiViT), the position grid as above
   text length       shorter: the first positions; longer: those there are, the new ones random. A class token keeps its
                     own; rotary positions need nothing
@@ -25,10 +26,19 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from mammut.config import RUN_FIELDS, RUN_VISION_FIELDS, ModelConfig, VisionConfig, differences, to_dict
+from mammut.config import (
+    RUN_FIELDS,
+    RUN_VISION_FIELDS,
+    ModelConfig,
+    ResNetConfig,
+    VisionConfig,
+    differences,
+    to_dict,
+)
 from mammut.interop.rules import LazyTensors, OpenedModel, Tensors, model_specs
 from mammut.tensor_files import TensorSpec
 
+Tower = VisionConfig | ResNetConfig
 Start = Literal["init", "init_vision", "init_text"]  # fields of `TrainConfig`
 What = Literal["loaded", "resampled", "cut", "in part", "random", "left out"]
 
@@ -36,6 +46,7 @@ What = Literal["loaded", "resampled", "cut", "in part", "random", "left out"]
 _USE = ("pooling", "pool_queries", "pool_heads", "norm_after_pooling")
 # What may differ from the models to start from: how it is computed, and what has a rule.
 _COMPUTED = {f"model.{name}" for name in RUN_FIELDS} | {f"model.vision.{name}" for name in RUN_VISION_FIELDS}
+_COMPUTED |= {"model.text.param_dtype"}
 _COMPUTED |= {"model.logit_scale_init", "model.logit_bias_init"}  # of what is not random
 SIZES = {"model.vision.image_size", "model.vision.patch_size", "model.text.max_length"}
 VOCABULARY = {"model.text.vocab_size", "model.text.pad_id"}
@@ -105,7 +116,7 @@ def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
     """The model for images of another size: its position grid is resampled, everything else stays as it is.
 
     Raises:
-      ValueError: `image_size` is not a multiple of the patch size.
+      ValueError: `image_size` is not a multiple of the patch size, or of the stride of a ResNet.
     """
     # Of the sizes that its training went through, the smaller one may not be below this one.
     vision = dataclasses.replace(opened.config.vision, image_size=image_size, low_image_size=None)
@@ -128,10 +139,12 @@ def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
 
 
 def _resampling(
-    path: str, opened: OpenedModel, vision: VisionConfig
+    path: str, opened: OpenedModel, vision: Tower
 ) -> tuple[str, Callable[[np.ndarray], np.ndarray]] | None:
     """How a parameter gets the sizes of `vision`, in words and as a function; None: it has them."""
     old = opened.config.vision
+    if isinstance(old, ResNetConfig):
+        return None
     if path == "vision.pos_embed" and old.grid != vision.grid:
         grids = " -> ".join(f"{down} x {across}" for down, across in (old.grid, vision.grid))
         return f"{grids}, {opened.positions}", lambda x: resample_positions(x, vision.grid, opened.positions)
@@ -189,7 +202,8 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
     """`config` with the architecture of what it starts from.
 
     `init` brings all of it, but for what `config` sets of how it is computed (`dtype` to `image_attention`) and how
-    images are trained on; `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder.
+    images are trained on; `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder but for
+    its storage.
 
     Raises:
       ValueError: a start holds no such part, or the parts do not go together.
@@ -207,16 +221,24 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
         # How a model is computed is the run's business, as far as the run says anything of it.
         computed = {name: getattr(asked, name) for name in RUN_FIELDS}
         computed = {name: value for name, value in computed.items() if value != getattr(ModelConfig(), name)}
-        run = {name: getattr(vision, name) for name in RUN_VISION_FIELDS}
-        run["cropped_pos_embed"] |= config.vision.cropped_pos_embed
-        vision, text = dataclasses.replace(config.vision, **run), config.text
+        run = _fields(vision, RUN_VISION_FIELDS, config.vision)
+        if "cropped_pos_embed" in run:
+            run["cropped_pos_embed"] |= config.vision.cropped_pos_embed
+        text = dataclasses.replace(config.text, param_dtype=text.param_dtype or config.text.param_dtype)
+        vision = dataclasses.replace(config.vision, **run)
         config = dataclasses.replace(config, **computed)
     if "init_vision" in starts:
-        use = {name: getattr(vision, name) for name in _USE + RUN_VISION_FIELDS}
-        vision = dataclasses.replace(starts["init_vision"].config.vision, **use)
+        theirs = starts["init_vision"].config.vision
+        vision = dataclasses.replace(theirs, **_fields(vision, _USE + RUN_VISION_FIELDS, theirs))
     if "init_text" in starts:
-        text = starts["init_text"].config.text
+        text = dataclasses.replace(starts["init_text"].config.text, param_dtype=text.param_dtype)
     return dataclasses.replace(config, vision=vision, text=text)
+
+
+def _fields(vision: Tower, names: tuple[str, ...], other: Tower) -> dict[str, Any]:
+    """Those of `vision` among `names` that an encoder of the kind of `other` has, too."""
+    known = {field.name for field in dataclasses.fields(vision)} & {field.name for field in dataclasses.fields(other)}
+    return {name: getattr(vision, name) for name in names if name in known}
 
 
 def warm_start(

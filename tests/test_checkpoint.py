@@ -257,10 +257,11 @@ def test_the_parameters_of_a_run_are_read_without_its_moments(tmp_path):
 import pathlib, resource, sys
 import numpy as np
 from mammut.checkpoint import Checkpoints
+from mammut.training import TrainState
 with Checkpoints(pathlib.Path({str(tmp_path)!r}), keep=2) as checkpoints:
     if sys.argv[1] == "save":
-        state = {{"params": {{"a": np.arange(9.0)}}, "opt_state": {{"mu": np.full((75, 10**6), 0.5, np.float32)}}}}
-        checkpoints.save(1, state, {{}})
+        zero, moments = np.zeros((), np.int32), {{"mu": np.full((75, 10**6), 0.5, np.float32)}}
+        checkpoints.save(1, TrainState(zero, {{"a": np.arange(9.0)}}, moments, zero, zero), {{}})
     else:
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
         before = peak()

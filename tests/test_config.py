@@ -56,7 +56,7 @@ def test_every_field_survives_json():
             value = getattr(config, field.name)
             if dataclasses.is_dataclass(value):
                 values[field.name] = changed(value)
-            elif isinstance(value, float) and field.name not in ("focal_alpha", "max_bad_share"):
+            elif isinstance(value, float) and field.name not in ("focal_alpha", "max_bad_share", "prefix_dropout"):
                 values[field.name] = value / 2 + 0.015625
         return dataclasses.replace(config, **values)
 
@@ -109,7 +109,7 @@ REFUSED = [
     (VisionConfig, "image_std", (0.5, 0.0, 0.5)),
     (DecoderConfig, "vocab_size", 0),
     (DecoderConfig, "max_length", 1),
-    (DecoderConfig, "cross_attn_every", 0),
+    (DecoderConfig, "cross_attn_every", -1),
     (DecoderConfig, "cross_attn_every", 5),
     (DecoderConfig, "depth", 13),
     (ModelConfig, "logit_scale_init", 0.0),

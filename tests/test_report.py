@@ -152,7 +152,7 @@ def test_page_of_a_run_has_all_its_sections_in_order(page):
 def test_page_describes_the_run(page, run):
     assert page.all("title") and page.words.startswith("run – mammut report")
     total = sum(x.size for x in jax.tree.leaves(nnx.state(testing.tiny_model())))
-    for text in (f"{total:,} parameters", "16 pixels in patches of 8", "1,234 steps of 8", "--steps 1234"):
+    for text in (f"{total:,} parameters", "16 pixels; patches of 8; 2 layers", "1,234 steps of 8", "--steps 1234"):
         assert text in page.words
     assert f"by mammut {mammut.__version__}" in page.words
 

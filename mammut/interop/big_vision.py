@@ -138,7 +138,7 @@ class Model:
             return method(variables, image) if text is None else method(variables, image, text)
         model = self._merge(variables)
         if return_enc_features:
-            tokens, pooled = model.image_tokens(image).tokens, model.vision(image).pooled
+            tokens, pooled = model.image_tokens(image).tokens, model.encoder(image).pooled
             return tokens, {"encoded": tokens, "pre_logits": pooled}
         crop_key = rngs["dropout"] if train and rngs and self.config.vision.cropped_pos_embed else None
         if crop_key is not None and not jnp.issubdtype(crop_key.dtype, jax.dtypes.prng_key):
@@ -160,7 +160,7 @@ class Model:
 
     def _logits(self, model: MaMMUT, image_tokens: jax.Array, text: Any) -> jax.Array:
         tokens = jnp.pad(text[:, :-1], ((0, 0), (1, 0)), constant_values=self._start_id).astype(jnp.int32)
-        return model.text.logits(model.text.caption_pass(tokens, jnp.ones(tokens.shape, bool), image_tokens))
+        return model.text.logits(model.decoder.caption_pass(tokens, jnp.ones(tokens.shape, bool), image_tokens))
 
 
 def _embeddings(model: MaMMUT, image: Any, text: Any, crop_key: jax.Array | None) -> tuple[Any, Any, dict[str, Any]]:
@@ -171,7 +171,7 @@ def _embeddings(model: MaMMUT, image: Any, text: Any, crop_key: jax.Array | None
         pooled = model.image_tokens(image, crop_key).pooled
         out["img/norm"] = jnp.linalg.norm(pooled, axis=1, keepdims=True)
         out["img/normalized"] = zimg = unit(pooled)
-        out["img/pre_logits"] = model.vision(image, crop_key).pooled
+        out["img/pre_logits"] = model.encoder(image, crop_key).pooled
     if text is not None:
         tokens = text.astype(jnp.int32)
         pooled = model.text_vector(tokens, jnp.ones(tokens.shape, bool))

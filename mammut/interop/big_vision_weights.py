@@ -10,14 +10,12 @@ tell is taken as big_vision's configs have it, and said in the notes of what is 
     embedding/ Transformer/ ...       an image encoder alone (models/vit.py), also in the names of older versions
 """
 
-import collections
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
 
 from mammut.interop.big_vision_tables import Found, Model, cappa, image_encoder, two_towers
-from mammut.interop.rules import LazyTensors, OpenedModel, Table, model_specs
+from mammut.interop.rules import LazyTensors, OpenedModel, Table, model_specs, unused_notes
 from mammut.processor import ImageTransform, Processor
 from mammut.tensor_files import CheckpointError, open_tensors
 from mammut.tokenizer import MissingTokenizer, Tokenizer, load_tokenizer
@@ -65,19 +63,9 @@ def open_model(
     entries = [dataclasses.replace(entry, theirs=found.key(entry.theirs)) for entry in model.entries]
     read = Table(entries, unused, constant).to_ours(theirs, specs, str(path)).read
     tensors = LazyTensors(specs, lambda name: model.computed[name]() if name in model.computed else read(name))
-    notes = (*_unused_notes(unused), *(f"{name} is 0: {why}" for name, why in model.zero.items()), *model.notes)
+    notes = (*unused_notes(unused), *(f"{name} is 0: {why}" for name, why in model.zero.items()), *model.notes)
     processor = None if model.text_form is None else _processor(pathlib.Path(file), model)
     return OpenedModel(model.config, tensors, processor, str(path), parts, "bilinear", notes)
-
-
-def _unused_notes(unused: Mapping[str, str]) -> Iterator[str]:
-    """A sentence for each reason: the moments of an optimizer are thousands of arrays."""
-    groups = collections.defaultdict(list)
-    for key, why in unused.items():
-        groups[why].append(key)
-    for why, keys in groups.items():
-        named = f"{', '.join(keys)} is" if len(keys) < 4 else f"{len(keys)} arrays, {keys[0]} to {keys[-1]}, are"
-        yield f"{named} not used: {why}"
 
 
 def _processor(file: pathlib.Path, model: Model) -> Processor:

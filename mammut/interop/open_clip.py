@@ -1,7 +1,7 @@
 """Models of open_clip: MaMMUT and CoCa, and LAION's openMaMMUT (`open_clip_config` says which), in and out.
 
 A folder as on the Hugging Face hub is read, `open_clip_config.json` beside the weights, or a file of weights with or
-without one: what it is without can be told of the 15 openMaMMUT sizes alone.
+without one: what it is without can be told of the 15 openMaMMUT sizes alone, and of the ResNets (`resnets`).
 """
 
 import os
@@ -9,6 +9,7 @@ import pathlib
 from typing import Any
 
 from mammut.config import ModelConfig
+from mammut.interop import resnets
 from mammut.interop.json_object import shown
 from mammut.interop.open_clip_config import CLIP_VOCAB, OPENMAMMUT_SIZES, image_transform, model_config, openmammut
 from mammut.interop.open_clip_export import CONFIG_FILE, WEIGHTS_FILE, save, to_open_clip
@@ -44,7 +45,7 @@ def is_open_clip(path: pathlib.Path) -> bool:
 
 
 def open_model(path: pathlib.Path, config: dict[str, Any] | None = None) -> OpenedModel:
-    """A model with its processor; nothing but headers is read of the weights.
+    """A model with its processor, or a ResNet image encoder alone; nothing but headers is read of the weights.
 
     Args:
       path: a folder with `open_clip_config.json` and weights, or a file of weights, a training checkpoint included.
@@ -63,6 +64,8 @@ def open_model(path: pathlib.Path, config: dict[str, Any] | None = None) -> Open
         if "model_cfg" not in config and "vision_cfg" in config:  # as in open_clip's own model_configs
             config = {"model_cfg": config}
     theirs = open_tensors(weights)
+    if resnets.is_resnet(theirs.specs):
+        return resnets.open_resnet(theirs, folder, config, str(path))
     if config is None:
         config, told = {"model_cfg": _recognised(theirs)}, str(weights)
     if unknown := config.keys() - {"model_cfg", "preprocess_cfg"}:

@@ -126,7 +126,7 @@ def _fields(model_cfg: Any, preprocess_cfg: Any, problems: list[str]) -> dict[st
     else:
         problems.append("neither model_cfg.multimodal_cfg nor model_cfg.text_cfg.does_full_decoding: it has no decoder")
     top.close(_MAKING)
-    image = _preprocess(preprocess_cfg, problems)
+    image = read_preprocess(preprocess_cfg, problems)
     return {
         "vision": {**vision, "image_mean": image["mean"], "image_std": image["std"]},
         "embed_dim": embed_dim,
@@ -139,12 +139,13 @@ def _fields(model_cfg: Any, preprocess_cfg: Any, problems: list[str]) -> dict[st
 
 def image_transform(preprocess_cfg: Any, image_size: int) -> ImageTransform:
     """The transform of a `preprocess_cfg` that `model_config` has taken; the size is the model's, as in open_clip."""
-    image = _preprocess(preprocess_cfg, [])
+    image = read_preprocess(preprocess_cfg, [])
     return ImageTransform(image_size, image["mode"], image["interpolation"], image["fill"])
 
 
-def _preprocess(values: Any, problems: list[str]) -> dict[str, Any]:
-    image = JsonObject("preprocess_cfg", {} if values is None else values, problems)
+def read_preprocess(values: Any, problems: list[str], name: str = "preprocess_cfg") -> dict[str, Any]:
+    """Its mode, interpolation, fill, mean and std as `ImageTransform` and the image encoder have them."""
+    image = JsonObject(name, {} if values is None else values, problems)
     read = {
         "mode": image.choice(
             "resize_mode", None, {None: "shortest", "shortest": "shortest", "longest": "longest", "squash": "squash"}

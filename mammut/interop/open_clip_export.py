@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mammut.config import RUN_FIELDS, RUN_VISION_FIELDS, LayerConfig, ModelConfig, VisionConfig
+from mammut.config import RUN_FIELDS, RUN_VISION_FIELDS, LayerConfig, ModelConfig, ResNetConfig, VisionConfig
 from mammut.interop.open_clip_config import CLIP_VOCAB, NORM_EPS, mlp_dim, try_model_config
 from mammut.interop.open_clip_tables import table
 from mammut.interop.rules import OpenedModel, require_target
@@ -113,6 +113,8 @@ def to_open_clip(config: ModelConfig) -> dict[str, Any]:
       ValueError: the format cannot express the model; all the fields that stand in the way are named.
     """
     text = config.text
+    if isinstance(config.vision, ResNetConfig):
+        raise ValueError("open_clip cannot express this model: its ResNets have an attention pool, ours has none")
     sizes = {
         "context_length": text.max_length,
         "vocab_size": text.vocab_size,

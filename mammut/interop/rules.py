@@ -6,11 +6,12 @@ what comes out is `Tensors`, which read when they are asked. Every mismatch is r
 on either side is an error unless the table lists it with a reason.
 """
 
+import collections
 import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -167,6 +168,20 @@ class Rows(_InOrder):
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernel(_InOrder):
+    """The weight of transformers' Conv1D, [inputs, outputs], of our kernel [*inputs, *outputs].
+
+    `inputs` of the kernel's axes are inputs, as for `Transposed`.
+    """
+
+    inputs: int = 1
+
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        """[inputs, outputs]."""
+        return math.prod(ours[0][: self.inputs]), math.prod(ours[0][self.inputs :])
+
+
+@dataclasses.dataclass(frozen=True)
 class Transposed:
     """The weight of a torch.nn.Linear, [outputs, inputs], for our kernel [*inputs, *outputs].
 
@@ -209,24 +224,26 @@ class Patches:
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Several of our parameters one after the other along their first axis, each in `layout`: fused q, k and v."""
+    """Several of our parameters one after the other along an axis of theirs, each in `layout`: fused q, k and v."""
 
     layout: Layout
+    axis: int = 0
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """The sum along the first axis."""
+        """The sum along the axis."""
         shapes = [self.layout.shape([shape]) for shape in ours]
-        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+        size = sum(shape[self.axis] for shape in shapes)
+        return *shapes[0][: self.axis], size, *shapes[0][self.axis + 1 :]
 
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
         """Ours."""
-        sizes = [self.layout.shape([shape])[0] for shape in ours]
-        start = sum(sizes[:place])
-        return self.layout.load(theirs[start : start + sizes[place]], ours[place : place + 1], 0)
+        ends = np.cumsum([self.layout.shape([shape])[self.axis] for shape in ours])
+        part = np.split(theirs, ends[:-1], axis=self.axis)[place]
+        return self.layout.load(part, ours[place : place + 1], 0)
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
         """Theirs."""
-        return np.concatenate([self.layout.save([array]) for array in ours])
+        return np.concatenate([self.layout.save([array]) for array in ours], axis=self.axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,6 +359,16 @@ class Table:
             if layers != {None} and layers != set(range(spec.shape[0] if spec.shape else 0)):
                 problems.append(f"there is nothing for {'a layer of ' if layers else ''}the parameter {path}")
         return problems
+
+
+def unused_notes(unused: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each reason: the moments of an optimizer are thousands of arrays."""
+    groups = collections.defaultdict(list)
+    for key, why in unused.items():
+        groups[why].append(key)
+    for why, keys in groups.items():
+        named = f"{', '.join(keys)} is" if len(keys) < 4 else f"{len(keys)} arrays, {keys[0]} to {keys[-1]}, are"
+        yield f"{named} not used: {why}"
 
 
 def rounded(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:

@@ -29,7 +29,7 @@ def uncached(model: MaMMUT, image: jax.Array, start: jax.Array, config: Generate
     """The same by the caption pass over the whole text at every step."""
 
     def step(text, position, image_tokens):
-        features = model.text.caption_pass(text, jnp.ones(text.shape, bool), image_tokens)
+        features = model.decoder.caption_pass(text, jnp.ones(text.shape, bool), image_tokens)
         return model.text.logits(features[:, position]), image_tokens
 
     def take(image_tokens, beam):

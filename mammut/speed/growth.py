@@ -14,8 +14,9 @@ Axis = Literal["batch", "image_size", "length"]
 def default_sizes(axis: Axis, model: ModelConfig, batch_size: int) -> tuple[int, ...]:
     """Half, once and twice what the model or the batch has, of images 0.5, 1 and 1.5 times."""
     if axis == "image_size":
-        patch, side = model.vision.patch_size, model.vision.grid[0]
-        return tuple(sorted({patch * max(1, round(side * share)) for share in (0.5, 1, 1.5)}))
+        side = model.vision.grid[0]
+        pixels = model.vision.image_size // side  # of an image token
+        return tuple(sorted({pixels * max(1, round(side * share)) for share in (0.5, 1, 1.5)}))
     whole = batch_size if axis == "batch" else model.text.max_length
     return tuple(sorted({max(2, whole // 2), whole, 2 * whole}))
 

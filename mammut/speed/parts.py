@@ -43,7 +43,7 @@ def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
     key = jax.random.key(0)
     encode = jax.jit(lambda params: merge(params).image_tokens(batch["image"], key))
     encoded = encode(params)
-    features = jax.jit(lambda params, x: merge(params).text.caption_pass(tokens, valid, x))(params, encoded.tokens)
+    features = jax.jit(lambda params, x: merge(params).decoder.caption_pass(tokens, valid, x))(params, encoded.tokens)
     vector = jax.jit(lambda params: unit(merge(params).text_vector(tokens, valid)))(params)
 
     def image(model):
@@ -52,10 +52,10 @@ def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
 
     functions = {"image encoder": (image, ())}
     if config.model.passes == "fused":
-        functions["both passes"] = lambda model, x: model.text.both_passes(tokens, valid, x), (encoded.tokens,)
+        functions["both passes"] = lambda model, x: model.decoder.both_passes(tokens, valid, x), (encoded.tokens,)
     else:
         functions["contrastive pass"] = lambda model: model.text_vector(tokens, valid), ()
-        functions["caption pass"] = lambda model, x: model.text.caption_pass(tokens, valid, x), (encoded.tokens,)
+        functions["caption pass"] = lambda model, x: model.decoder.caption_pass(tokens, valid, x), (encoded.tokens,)
     functions["vocabulary and caption loss"] = loss_of_captions, (features,)
     functions["contrastive loss"] = task.contrastive, (unit(encoded.pooled), vector)
     parts = {name: _gradients(merge, params, *function) for name, function in functions.items()}
