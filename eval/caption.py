@@ -4,24 +4,40 @@
     python -m eval.caption FILE.predictions.jsonl
 
 Where Java and pycocoevalcap are found they score; without, the same BLEU, ROUGE-L and CIDEr are computed here.
+A model with an image prefix can be shown examples first, in the format of MAGMA:
+
+    python -m eval.caption CHECKPOINT --data jsonl:PATH --shots 4
+
+asks for each image: image, "A picture of" and a caption of 4 others of the set, then the image and "A picture of".
 """
 
 import dataclasses
 import sys
 
-from eval import program
+from eval import few_shot, program
 from mammut.search import GenerateConfig
+
+_NEW_TOKENS = 50  # after examples, as MAGMA has for NoCaps
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(program.Options):
+class Options(few_shot.Options):
+    """Options of this program."""
+
     num_beams: int = 4  # 1: greedy
     length_penalty: float = 1.0  # a beam's log-probability is divided by its length to this power
+    prompt: str | None = None  # what the caption goes on from; by default nothing, with --shots "A picture of"
+    max_new_tokens: int | None = None  # of a caption; by default 50 with --shots, else as many as there is room for
 
 
 def predict(predictor, params, source, options):
-    config = GenerateConfig(num_beams=options.num_beams, length_penalty=options.length_penalty)
-    return predictor.captions(params, source, config, limit=options.limit)
+    shown = few_shot.few_shot(predictor, source, options, "captions")
+    prompt = ("A picture of" if shown else "") if options.prompt is None else options.prompt
+    default = _NEW_TOKENS if shown else None
+    max_new_tokens = default if options.max_new_tokens is None else options.max_new_tokens
+    settings = {"num_beams": options.num_beams, "length_penalty": options.length_penalty}
+    config = GenerateConfig(**settings, max_new_tokens=max_new_tokens)
+    return predictor.captions(params, source, config, prompt=prompt, limit=options.limit, few_shot=shown)
 
 
 def main(argv: list[str]) -> None:

@@ -48,6 +48,11 @@ class Options:
     blind: bool = False  # every image is black: what can be said from the text alone
     mesh: MeshConfig = MeshConfig()
 
+    @property
+    def part(self) -> str:
+        """What of the set is asked and how, as part of the scores' file name; empty: all of it, as always."""
+        return f"_first_{self.limit}" if self.limit else ""
+
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
@@ -149,7 +154,7 @@ def _lines(metrics: dict[str, Any], most: int = 12) -> list[str]:
 
 def _default_out(checkpoint: pathlib.Path, task: Task, options: Options) -> pathlib.Path:
     """A folder holds one model; of a file, its name tells it from the others beside it. A part of a set is named."""
-    name = _name(options.data) + (f"_first_{options.limit}" if options.limit else "")
+    name = _name(options.data) + options.part
     if checkpoint.is_dir():
         return checkpoint / "eval" / f"{task}_{name}.json"
     return checkpoint.parent / "eval" / f"{task}_{_name(checkpoint.name)}_{name}.json"

@@ -19,6 +19,7 @@ from mammut.generate import Text, answer, caption, generate_text
 from mammut.model import MaMMUT
 from mammut.model_folder import load, load_language_model, save
 from mammut.processor import BadImage, ImageTransform, Processor
+from mammut.prompts import generate_prompts
 from mammut.search import GenerateConfig
 from mammut.tensor_files import CheckpointError
 
@@ -34,6 +35,7 @@ __all__ = [
     "caption",
     "answer",
     "generate_text",
+    "generate_prompts",
     "Text",
     "GenerateConfig",
     # adapters

@@ -1,4 +1,4 @@
-"""Which part of the picture each word of a caption comes from: cross-attention, as a map over the patches."""
+"""Which part of the picture each word of a caption comes from: attention to the image, as a map over the patches."""
 
 import functools
 from collections.abc import Sequence
@@ -34,12 +34,14 @@ def word_maps(model: MaMMUT, processor: Processor, images: Sequence[Any], texts:
 
     Raises:
       ValueError: an image cannot be read, there are not as many images as texts, or the decoder sees learned queries
-        (`VisionConfig.pooling`) and no patches.
+        (`VisionConfig.pooling`) or tokens of the pooled image (`ModelConfig.prefix_tokens`) and no patches.
     """
     if len(images) != len(texts):
         raise ValueError(f"there are {len(images)} images for {len(texts)} texts, expected one each")
     if model.config.vision.pooling == "queries":
         raise ValueError("VisionConfig.pooling is 'queries': the decoder looks at those, expected patches")
+    if model.config.prefix_tokens is not None:
+        raise ValueError("ModelConfig.prefix_tokens are made of the pooled image: the decoder sees no patches")
     if not texts:
         return []
     batch = processor(images=list(images), text=list(texts))

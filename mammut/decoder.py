@@ -17,7 +17,6 @@ position is the start's. So tokens, labels, loss masks and features are those of
 """
 
 import dataclasses
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +34,7 @@ from mammut.layers import (
     Layer,
     Linear,
     Rotation,
+    attention_weights,
     make_norm,
     param,
     rotation,
@@ -226,30 +226,32 @@ class TextDecoder(nnx.Module):
         """Where the caption pass looks: the weights float32[G, B, N, L, P] of its G cross-attention layers, in order.
 
         Those of one text position and head sum to 1 over the image tokens. At position i they serve to predict token
-        i + 1. The caption pass itself need not hold them: a fused kernel never does.
-
-        Raises:
-          ValueError: the model has no cross-attention.
+        i + 1. The caption pass itself need not hold them: a fused kernel never does. With an image prefix they are the
+        shares that the image has in the self-attention of all G layers, and sum to 1 with those of the text.
         """
-        if not self.config.num_cross_layers:
-            raise ValueError("the model has no cross-attention: DecoderConfig.cross_attn_every is 0")
         x, mask, rotate = self._caption_start(tokens, text_valid, image_tokens)
+        size = image_tokens.shape[1]
 
         def group(x, stacked):
             weights = []
 
             def see_image(layer, x):
                 image, query = layer.image_keys_values(image_tokens), layer.attn.queries(layer.attn_norm(x))
-                scores = jnp.einsum("BLNK,BPNK->BNLP", query, image.key, preferred_element_type=jnp.float32)
-                weights.append(jax.nn.softmax(scores / math.sqrt(query.shape[-1]), axis=-1))
+                weights.append(attention_weights(query, image.key, scale=layer.attn.scale))
                 return layer(x, image)
 
             def attend_text(layer, x, window):
-                return layer.attend(x, mask=_within(mask, window), rotate=rotate)
+                kv, seen = layer.own_keys_values(x, rotate), _within(mask, window)
+                if self.has_prefix:
+                    query = layer.attn.queries(layer.attn_norm(x), rotate)
+                    shares = attention_weights(query, kv.key, seen, layer.attn.scale)
+                    weights.append(shares[:, :, size - 1 :, :size])
+                return layer.attend(x, kv, seen, rotate)
 
-            return self._caption_group(stacked, x, attend_text, see_image), weights[0]
+            return self._caption_group(stacked, x, attend_text, see_image), jnp.stack(weights)
 
-        return jax.lax.scan(group, x, self._groups())[1]
+        weights = jax.lax.scan(group, x, self._groups())[1]
+        return weights.reshape(-1, *weights.shape[2:])
 
     def prefill(
         self,

@@ -52,7 +52,9 @@ def generate(
         the vocabulary, no images, not as many prompts as images, or no keys to sample with.
     """
     if not len(prompt) or len(prompt) != len(image):
-        raise ValueError(f"there are {len(prompt)} prompts for {len(image)} images, expected one each, and one or more")
+        raise ValueError(
+            f"there are {len(prompt)} prompts for {len(image)} images, expected one each, and at least one"
+        )
     image_tokens = model.image_tokens(image).tokens
     settings = {"eos_id": eos_id, "vocab_size": vocab_size, "keys": keys}
     return generate_after(model, image_tokens, prompt, prompt_valid, config, **settings)
@@ -170,27 +172,33 @@ def generate_text(
         if config.temperature > 0:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.array(padded))
         out = jax.device_get(_generate(graphdef, params, image, prompt, prompt_valid, config, keys=keys, **settings))
-        for row in range(rows):
-            if not np.isfinite(out.scores[row, 0]):
-                raise ValueError(
-                    f"the model's logits for image {start + row} are not numbers: its parameters are damaged, or its "
-                    "training diverged"
-                )
-            first = len(ids[start + row])
-            logprobs = out.logprobs[row, 0, first : first + out.num_tokens[row, 0]].tolist()
-            text = processor.tokenizer.decode(out.tokens[row, 0, first:].tolist()).strip()
-            texts.append(Text(text, sum(logprobs), tuple(logprobs)))
+        own = range(start, start + rows)
+        texts += texts_of(out, [len(ids[i]) for i in own], processor, [f"image {i}" for i in own])
+    return texts
+
+
+def texts_of(out: Generation, lengths: Sequence[int], processor: Processor, names: Sequence[str]) -> list[Text]:
+    """The best text of each of the first rows, what follows its prompt of so many tokens.
+
+    Raises:
+      ValueError: a row's logits were not numbers; `names` says whose.
+    """
+    texts = []
+    for row, (first, name) in enumerate(zip(lengths, names, strict=True)):
+        if not np.isfinite(out.scores[row, 0]):
+            raise ValueError(
+                f"the model's logits for {name} are not numbers: its parameters are damaged, or its training diverged"
+            )
+        logprobs = out.logprobs[row, 0, first : first + out.num_tokens[row, 0]].tolist()
+        text = processor.tokenizer.decode(out.tokens[row, 0, first:].tolist()).strip()
+        texts.append(Text(text, sum(logprobs), tuple(logprobs)))
     return texts
 
 
 def _prompt_ids(model: MaMMUT, processor: Processor, images: Sequence[Any] | np.ndarray, prompts: Any) -> list:
     """The ids of each image's prompt, the start first."""
-    vocab_size, text_length = model.config.text.vocab_size, model.config.text_length
-    if processor.vocab_size > vocab_size:
-        raise ValueError(
-            f"the processor's vocabulary has {processor.vocab_size} ids, DecoderConfig.vocab_size of the model is "
-            f"{vocab_size}: they do not belong together"
-        )
+    text_length = model.config.text_length
+    require_same_vocabulary(model, processor)
     prompts = [""] * len(images) if prompts is None else prompts
     if isinstance(prompts, str) or not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"prompts is {prompts!r:.80}, expected a list of str")
@@ -204,6 +212,16 @@ def _prompt_ids(model: MaMMUT, processor: Processor, images: Sequence[Any] | np.
                 f"{text_length} for which DecoderConfig.max_length {model.config.text.max_length} has room"
             )
     return ids
+
+
+def require_same_vocabulary(model: MaMMUT, processor: Processor) -> None:
+    """Raises ValueError where the processor has ids that the model does not."""
+    vocab_size = model.config.text.vocab_size
+    if processor.vocab_size > vocab_size:
+        raise ValueError(
+            f"the processor's vocabulary has {processor.vocab_size} ids, DecoderConfig.vocab_size of the model is "
+            f"{vocab_size}: they do not belong together"
+        )
 
 
 def _power_of_two(n: int) -> int:

@@ -144,14 +144,13 @@ class Embedding(nnx.Module):
         return constrain(self.embedding[...].astype(self.dtype), "vocab", None)[tokens]
 
 
-def dot_product_attention(
+def attention_weights(
     query: Float[Array, "B L N K"],
     key: Float[Array, "B S N K"],
-    value: Float[Array, "B S N K"],
     mask: Bool[Array, "#B 1 L S"] | None = None,
     scale: float | None = None,
-) -> Float[Array, "B L N K"]:
-    """Softmax attention with float32 scores, times `scale`; None: over the root of the head size.
+) -> Float[Array, "B N L S"]:
+    """Softmax in float32 of the scores times `scale`; None: over the root of the head size.
 
     A row whose keys are all masked attends evenly: defined, never NaN.
     """
@@ -159,7 +158,18 @@ def dot_product_attention(
     scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def dot_product_attention(
+    query: Float[Array, "B L N K"],
+    key: Float[Array, "B S N K"],
+    value: Float[Array, "B S N K"],
+    mask: Bool[Array, "#B 1 L S"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B L N K"]:
+    """The values weighed by `attention_weights`."""
+    weights = attention_weights(query, key, mask, scale).astype(value.dtype)
     return jnp.einsum("BNLS,BSNK->BLNK", weights, value)
 
 

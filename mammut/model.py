@@ -167,7 +167,8 @@ class MaMMUT(nnx.Module):
         """Where `caption_logits` looks: float32[G, B, N, L, P] of G cross-attention layers and N heads.
 
         Row i of a text weighs the P image tokens that the decoder sees, as `image_tokens` gives them, when it predicts
-        token i + 1; it sums to 1.
+        token i + 1; it sums to 1. With an image prefix they are of the G self-attention layers, and the text has the
+        rest.
         """
         if text_valid is None:
             text_valid = jnp.ones(tokens.shape, bool)

@@ -6,8 +6,10 @@ and classification by that likelihood.
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 from typing import Any, Literal
 
 import jax
@@ -17,18 +19,29 @@ from jax.sharding import Mesh
 
 from mammut import distributed, sharding
 from mammut.data import EvalBatch, describe_bad, eval_batches
+from mammut.few_shot import FewShot, Query, answer_part
 from mammut.generate import generate
 from mammut.losses import caption_loss
 from mammut.metrics import nearest
 from mammut.model import MaMMUT, logical_axes
 from mammut.predictions import Predictions
 from mammut.processor import Processor
+from mammut.prompts import (
+    EncodedPrompt,
+    encode_prompt,
+    generate_interleaved,
+    padded_size,
+    prompt_batch,
+    prompt_room,
+    require_room,
+)
 from mammut.search import GenerateConfig
 from mammut.sources import Example, Question, Source
 from mammut.tasks import labels
 
 Method = Literal["contrastive", "likelihood"]
 
+_TOO_LONG = {"prediction": "", "logprob": 0.0, "too_long": True}  # what is said of what does not fit the context
 _RANKED = 10  # of the candidates of a query, so many are kept: recall at 10 needs no more
 
 
@@ -77,7 +90,7 @@ class Predictor:
         sharding.require_divisible(batch_size, mesh, "batch_size")
         self._processor, self._mesh, self._checkpoint, self._batch_size = processor, mesh, checkpoint, batch_size
         self._threads, self._max_bad_share, self._blind, self._progress = threads, max_bad_share, blind, progress
-        self._alive = alive
+        self._alive, self._model_of = alive, model_of
         replicated = jax.NamedSharding(mesh, jax.P())
 
         def compiled(function, out_shardings=replicated):
@@ -89,7 +102,12 @@ class Predictor:
             ids = {"eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
             return compiled(lambda model, image, prompt, valid: generate(model, image, prompt, valid, config, **ids))
 
-        self._generator = generator
+        @functools.cache
+        def interleaved_generator(config: GenerateConfig):
+            ids = {"bos_id": processor.bos_id, "eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
+            return compiled(lambda model, *batch: generate_interleaved(model, *batch, config, **ids))
+
+        self._generator, self._interleaved_generator = generator, interleaved_generator
         self._encode_image = compiled(lambda model, image: model.encode_image(image))
         self._encode_text = compiled(lambda model, tokens, valid: model.encode_text(tokens, valid))
         self._image_tokens = compiled(lambda model, image: model.image_tokens(image).tokens, None)
@@ -108,20 +126,29 @@ class Predictor:
         *,
         prompt: str = "",
         limit: int | None = None,
+        few_shot: FewShot | None = None,
     ) -> Predictions:
-        """A caption of every image: what the model says after `prompt`, which is no part of it."""
+        """A caption of every image: what the model says after `prompt`, which is no part of it.
+
+        With `few_shot`, after examples, and only up to a line break or the next `prompt`.
+        """
         records, seen, ids = [], set(), self._processor.encode_prompt(prompt)
 
         def rows():
             for index, image, example in self._examples(source, limit, left_out):
                 _require_new(example.key, seen, source)
                 records.append({"key": example.key, "index": index, "references": example.captions})
-                yield image, ids
+                yield image, ids if few_shot is None else Query(index, example.key, prompt)
 
         left_out = collections.Counter()
-        for number, said in enumerate(self._texts(params, rows(), config, 1 + len(ids))):
-            records[number] |= said
+        if few_shot is None:
+            said = self._texts(params, rows(), config, 1 + len(ids))
+        else:
+            said = self._few_shot_texts(params, rows(), config, few_shot, prompt)
+        for number, values in enumerate(said):
+            records[number] |= values
         settings = _settings(config) | ({"prompt": prompt} if prompt else {})
+        settings |= few_shot.settings if few_shot else {}
         return self._predictions("caption", records, source, left_out, settings)
 
     def answers(
@@ -132,10 +159,12 @@ class Predictor:
         *,
         prompt: str = "{}",
         limit: int | None = None,
+        few_shot: FewShot | None = None,
     ) -> Predictions:
         """An answer to every question; the empty one, marked `too_long`, to a question longer than the context.
 
-        The model is asked to go on from `prompt`, with the question in place of its {}.
+        The model is asked to go on from `prompt`, with the question in place of its {}. With `few_shot`, after examples,
+        and only up to a line break or the next example ("Q:").
         """
         _require_slot(prompt, "prompt")
         records = []
@@ -148,22 +177,30 @@ class Predictor:
 
         def rows():
             for index, image, example in self._examples(source, limit, left_out):
-                for question in example.qa:
+                for place, question in enumerate(example.qa):
                     _require_new(question.id, seen, source)
                     record = record_of(index, example, question)
                     records.append(record)
                     text = prompt.replace("{}", question.text)
+                    if few_shot is not None:
+                        asked.append(record)
+                        yield image, Query(index, example.key, text, place, question.question_type)
+                        continue
                     if self._processor.room(text) < 1:
-                        record |= {"prediction": "", "logprob": 0.0, "too_long": True}
+                        record |= _TOO_LONG
                         continue
                     asked.append(record)
                     yield image, self._processor.encode_prompt(text)
 
         asked, seen, left_out = [], set(), collections.Counter()
-        width = self._processor.max_length - 1
-        for number, said in enumerate(self._texts(params, rows(), config, width)):
-            asked[number] |= said
+        if few_shot is None:
+            said = self._texts(params, rows(), config, self._processor.max_length - 1)
+        else:
+            said = self._few_shot_texts(params, rows(), config, few_shot, prompt)
+        for number, values in enumerate(said):
+            asked[number] |= values
         settings = _settings(config) | ({} if prompt == "{}" else {"prompt": prompt})
+        settings |= few_shot.settings if few_shot else {}
         return self._predictions("vqa", records, source, left_out, settings)
 
     def retrieval(
@@ -277,11 +314,16 @@ class Predictor:
         return self._predictions("classify", records, source, left_out, settings)
 
     @property
+    def image_size(self) -> int:
+        """The pixels of a side of what the model sees."""
+        return self._processor.image.image_size
+
+    @property
     def _image_shape(self) -> tuple[int, int, int]:
-        return (self._processor.image.image_size,) * 2 + (3,)
+        return self.image_size, self.image_size, 3
 
     def _predictions(self, task, records, source, left_out, settings) -> Predictions:
-        settings = settings | {"image_size": self._processor.image.image_size, "blind": self._blind}
+        settings = settings | {"image_size": self.image_size, "blind": self._blind}
         return Predictions(task, records, source.spec, self._checkpoint, settings, dict(left_out))
 
     def _batches(self, source: Source, limit: int | None, left_out: collections.Counter) -> Iterator[EvalBatch]:
@@ -328,6 +370,51 @@ class Predictor:
                 own = out.tokens[row, 0].tolist()[len(prompts[row]) :]
                 text = processor.tokenizer.decode(own).strip()
                 yield {"prediction": text, "logprob": float(out.logprobs[row, 0].sum())}
+
+    def _few_shot_texts(
+        self,
+        params: Any,
+        rows: Iterable[tuple[np.ndarray, Query]],
+        config: GenerateConfig,
+        few_shot: FewShot,
+        prompt: str,
+    ) -> Iterator[dict[str, Any]]:
+        """What is said after each query's examples, with the log-probability of all that was generated.
+
+        What is generated has `config.max_new_tokens` at most, or else as many as a text of the processor's.
+        """
+        if prompt.endswith(" "):
+            raise ValueError(f"the prompt {prompt!r} ends in a space, expected none: what is said begins with it")
+        processor, model_config = self._processor, self._model_of(params).config
+        config = dataclasses.replace(config, max_new_tokens=config.max_new_tokens or processor.max_length - 1)
+        room, image_tokens = prompt_room(model_config, config.max_new_tokens), model_config.num_prefix_tokens
+        try:
+            require_room(few_shot.shots + 1, 0, room, model_config)
+        except ValueError as error:
+            raise ValueError(f"a query after {few_shot.shots} shots {error}") from error
+        blank = np.zeros(self._image_shape, np.uint8)
+        read = (lambda _: blank) if self._blind else processor.image
+
+        def encoded(row: tuple[np.ndarray, Query]) -> EncodedPrompt:
+            image, query = row
+            return encode_prompt(few_shot.pieces(query, image, prompt, read), processor, image_tokens)
+
+        with futures.ThreadPoolExecutor(self._threads) as pool:
+            for prompts in _ahead(pool.map(encoded, chunk) for chunk in _chunked(rows, self._batch_size)):
+                prompts = list(prompts)
+                fitting = [own for own in prompts if len(own) <= room]
+                said = []
+                if fitting:
+                    size = min(padded_size(max(map(len, fitting))), room)
+                    padded = fitting + fitting[:1] * (self._batch_size - len(fitting))
+                    batch = prompt_batch(padded, size, self._image_shape)
+                    out = jax.device_get(self._call(self._interleaved_generator(config), params, *batch))
+                    for tokens, logprobs in zip(out.tokens[: len(fitting), 0, 1:], out.logprobs[:, 0], strict=False):
+                        text = answer_part(processor.tokenizer.decode(tokens.tolist()), prompt)
+                        said.append({"prediction": text, "logprob": float(logprobs.sum())})
+                said = iter(said)
+                for own in prompts:
+                    yield next(said) if len(own) <= room else _TOO_LONG
 
     def _embed_texts(self, params: Any, encoded: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         embeds = []
@@ -426,3 +513,13 @@ def _chunked(rows: Iterable, size: int) -> Iterator[list]:
             chunk = []
     if chunk:
         yield chunk
+
+
+def _ahead(items: Iterable) -> Iterator:
+    """`items`, the next of which is started before the one before is used."""
+    started = collections.deque()
+    for item in items:
+        started.append(item)
+        if len(started) > 1:
+            yield started.popleft()
+    yield from started

@@ -13,6 +13,10 @@ then there are as many records. Those of each task (`index` is the example's pla
     retrieval  query "image" or "text", id (of the query), relevant [id], ranked [id, best first], scores [float];
                an image query has key and index, a text query its text. Ids count images and texts from 0.
                reranked [id, best first] and reranked_scores, where candidates were scored again by caption likelihood
+
+A record of caption or vqa whose prompt did not fit the model's context has too_long and the empty prediction. After
+examples (`shots` in the settings), the prediction ends at a line break or the next example, and the logprob is that of
+all that was generated.
 """
 
 import dataclasses

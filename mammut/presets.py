@@ -2,10 +2,12 @@
 
 S, B and L are the ViT sizes of the field, each with a decoder of the same width and depth. The two `paper_*` presets
 are the models of the MaMMUT paper (arXiv 2303.16839): sizes from its text and tables; patch size, heads and vocabulary,
-which it does not state, are ours (16 pixels, 64-wide heads, 64,000 pieces).
+which it does not state, are ours (16 pixels, 64-wide heads, 64,000 pieces). The `magma_*` presets, `frozen` and `limber`
+put an image in front of GPT-J 6B; their language model comes from a file (`TrainConfig.init_text`), and stays as it is
+where `TrainConfig.trainable` says so, as the recipes of the same names do.
 """
 
-from mammut.config import DecoderConfig, ModelConfig, VisionConfig
+from mammut.config import AdapterConfig, DecoderConfig, ModelConfig, ResNetConfig, VisionConfig
 
 
 def _vit(patch_size: int, width: int, depth: int, image_size: int = 224) -> VisionConfig:
@@ -67,3 +69,69 @@ def paper_2b() -> ModelConfig:
     """The paper's main model (section 4.1): ViT-H and a decoder of 18 x 1536, cross-attention every second layer."""
     vision = VisionConfig(patch_size=16, width=1280, depth=32, num_heads=16, mlp_dim=5120)
     return ModelConfig(vision=vision, text=_decoder(1536, 18, mlp_dim=12_288), dtype="bfloat16", remat="full")
+
+
+def _gpt_j() -> DecoderConfig:
+    """GPT-J 6B in bfloat16."""
+    return DecoderConfig(
+        vocab_size=50_400, max_length=2_048, width=4096, depth=28, num_heads=16, mlp_dim=16_384, norm_eps=1e-5,
+        layout="parallel", attn_bias=False, positions="rope", rope_dims=64, cross_attn_every=0, tie_embeddings=False,
+        vocab_bias=True, pooling="none", param_dtype="bfloat16",
+    )  # fmt: skip
+
+
+def _on_gpt_j(vision: ResNetConfig, **settings) -> ModelConfig:
+    return ModelConfig(
+        vision=vision,
+        text=_gpt_j(),
+        conditioning="prefix",
+        image_projection="decoder",
+        dtype="bfloat16",
+        remat="full",
+        **settings,
+    )
+
+
+def _rn50x16() -> ResNetConfig:
+    return ResNetConfig(stem_width=96, stages=(6, 8, 18, 8), image_size=384)
+
+
+def magma_v1() -> ModelConfig:
+    """MAGMA as its public checkpoint: CLIP's RN50x16, an adapter of a quarter of the width behind every MLP."""
+    return _on_gpt_j(_rn50x16(), prefix_dropout=0.1, prefix_norm=True, adapters=(AdapterConfig(reduction=4),))
+
+
+def magma_v2() -> ModelConfig:
+    """MAGMA as trained on the large mix: adapters of an eighth of the width behind every MLP and every attention."""
+    adapters = (AdapterConfig(sites=("text.layers.mlp", "text.layers.attn"), reduction=8),)
+    return _on_gpt_j(_rn50x16(), prefix_dropout=0.1, prefix_norm=True, adapters=adapters)
+
+
+def frozen() -> ModelConfig:
+    """Frozen (arXiv 2106.13884) as MAGMA's authors rebuilt it: two tokens of a norm-free ResNet-50, no adapters."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+    vision = ResNetConfig(kind="nf", image_size=256, image_mean=mean, image_std=std)
+    return _on_gpt_j(vision, prefix_tokens=2)
+
+
+def limber() -> ModelConfig:
+    """LiMBeR (arXiv 2209.15162): one linear map between CLIP's RN50x16 and the language model."""
+    return _on_gpt_j(_rn50x16())
+
+
+def magma_tiny() -> ModelConfig:
+    """MAGMA in 3M parameters, for 64-pixel images: trains on a CPU in minutes."""
+    return ModelConfig(
+        vision=VisionConfig(image_size=64, patch_size=8, width=192, depth=6, num_heads=3, mlp_dim=768),
+        text=DecoderConfig(
+            vocab_size=3_000, max_length=96, width=128, depth=4, num_heads=4, mlp_dim=512, norm_eps=1e-5,
+            layout="parallel", attn_bias=False, positions="rope", rope_dims=16, cross_attn_every=0,
+            tie_embeddings=False, vocab_bias=True, pooling="none",
+        ),
+        conditioning="prefix",
+        image_projection="decoder",
+        prefix_dropout=0.1,
+        prefix_norm=True,
+        adapters=(AdapterConfig(reduction=4),),
+        unroll=6,
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from mammut.caption_metrics import caption_scores
 from mammut.metrics import classification_scores, ranking_recall
 from mammut.predictions import Predictions
 from mammut.sources import BadExample, Source
-from mammut.vqa_metrics import vqa_scores
+from mammut.vqa_metrics import magma_truncated_accuracy, vqa_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,13 @@ def _caption(predictions: Predictions, java: bool | None) -> Scores:
     scores = caption_scores(said, [record["references"] for record in predictions.records], java=java)
     notes = [f"scored by {scores.tool}, text split by {scores.tokenizer}"]
     notes += [f"no {name}: {reason}" for name, reason in scores.left_out.items()]
+    notes += _too_long(predictions.records)
     return Scores(scores.metrics, notes, {"captions": len(said)})
+
+
+def _too_long(records: list[dict[str, Any]]) -> list[str]:
+    count = sum(record.get("too_long", False) for record in records)
+    return [f"{count} prompts are longer than the model's context: answered with the empty text"] if count else []
 
 
 def _vqa(predictions: Predictions) -> Scores:
@@ -61,9 +67,15 @@ def _vqa(predictions: Predictions) -> Scores:
     ]
     if scores.vqa_acc is None:
         notes.append(f"no VQA accuracy: {scores.vqa_acc_missing}")
-    if too_long := sum(record.get("too_long", False) for record in records):
-        notes.append(f"{too_long} questions are longer than the model's context: answered with the empty text")
+    notes += _too_long(records)
     metrics = {} if scores.vqa_acc is None else {"vqa_acc": scores.vqa_acc}
+    if "shots" in predictions.settings and scores.vqa_acc is not None:
+        own = [magma_truncated_accuracy(record["prediction"], record["answers"]) for record in records]
+        metrics["magma_truncated_accuracy"] = sum(own) / len(own)
+        notes.append(
+            "magma_truncated_accuracy, MAGMA's own score, cuts what was said to the word count of the longest answer: "
+            "a leak that raises it, not to be compared with vqa_acc"
+        )
     metrics |= {"exact_match": scores.exact_match, "most_common_exact_match": scores.most_common_exact_match}
     for by in ("by_answer_type", "by_question_type"):
         for name, own in getattr(scores, by).items():

@@ -36,8 +36,9 @@ def tiny_model(config: ModelConfig | None = None, seed: int = 0) -> MaMMUT:
     def draw(path, leaf):
         name = jax.tree_util.keystr(path)
         values = 0.2 * np.random.default_rng([seed, zlib.crc32(name.encode())]).normal(size=leaf.shape)
-        values = np.abs(values) if "['variance']" in name else values
-        return jnp.asarray(values + ("['scale']" in name or "['variance']" in name), leaf.dtype)
+        if any(f"['{leaf}']" in name for leaf in ("scale", "gain", "variance")):
+            values = 1 + np.abs(values) if "variance" in name else 1 + values
+        return jnp.asarray(values, leaf.dtype)
 
     graphdef, params = nnx.split(abstract)
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, params))

@@ -42,10 +42,10 @@ _TENSORS = {
     f"torch._utils.{name}"
     for name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter", "_rebuild_parameter_with_state")
 }
-# What stands beside the tensors of a training checkpoint: a NumPy learning rate, a device. None of it is kept.
+# What stands beside the tensors of a training checkpoint: a NumPy learning rate, a device, a set. None of it is kept.
 _UNKEPT = {
     "torch.Size", "torch.device", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-    "_codecs.encode",
+    "_codecs.encode", "__builtin__.set", "builtins.set",
 }  # fmt: skip
 _KNOWN = {"collections.OrderedDict"} | _TENSORS | _UNKEPT | _STORAGES.keys() | _DTYPES.keys()
 
@@ -86,8 +86,8 @@ class _Tensor:
 def torch_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
     """The tensors of the state dict in a `torch.save` archive, as views of its storages.
 
-    The state dict is the saved dict itself if all its values are tensors, else its entry "state_dict" or "model"; what
-    else was saved is not reported. The prefixes "module." and "_orig_mod." of wrapped models are taken off where every
+    The state dict is the saved dict itself if all its values are tensors, else its entry "state_dict", "model" or
+    "module" (DeepSpeed); what else was saved is not reported. The prefixes "module." and "_orig_mod." of wrapped models are taken off where every
     key has them.
 
     Raises:
@@ -120,7 +120,7 @@ def _state_dict(saved: Any, path: str) -> dict[str, _Tensor]:
     if not isinstance(saved, dict):
         raise CheckpointError(f"{path} does not hold a dict: {_SAVE_AGAIN}")
     state = saved
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model", "module"):
         if isinstance(inner := saved.get(key), dict):
             state, path = inner, f"{path}, entry {key!r}"
             break

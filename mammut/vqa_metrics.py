@@ -91,6 +91,26 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return sum(min(1.0, (matches - (answer == prediction)) / 3) for answer in answers) / len(answers)
 
 
+def magma_truncated_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """MAGMA's own accuracy of one prediction, a share 0..1: not comparable with `vqa_accuracy`, which is the official.
+
+    The prediction is lower-cased, cut at "q:" or a line break, normalised, and then cut to as many words as the longest
+    of the answers has: that tells it how long to be, and raises scores. Each answer in turn is set aside and it scores
+    min(1, matches / 3) against the others, normalised in any case; the mean of these. Reference: `vqa_eval.py` of
+    Aleph-Alpha/magma at 5f11ad3.
+
+    Raises:
+      ValueError: fewer than 2 answers.
+    """
+    _check_answers(answers)
+    if len(answers) < 2:
+        raise ValueError(f"MAGMA's accuracy compares with the other answers of a question, got {len(answers)} answer")
+    said = _normalize(prediction.lower().partition("q:")[0].partition("\n")[0])
+    said = " ".join(said.split()[: max(len(answer.split()) for answer in answers)])
+    matches = [_normalize(answer) == said for answer in answers]
+    return _mean([min(1.0, (sum(matches) - match) / 3) for match in matches])
+
+
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:
     """Whether the normalised prediction is one of the normalised answers.
 

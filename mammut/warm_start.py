@@ -202,8 +202,8 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
     """`config` with the architecture of what it starts from.
 
     `init` brings all of it, but for what `config` sets of how it is computed (`dtype` to `image_attention`) and how
-    images are trained on; `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder but for
-    its storage.
+    images are trained on; `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder but
+    for its storage, and where that has no cross-attention, an image prefix.
 
     Raises:
       ValueError: a start holds no such part, or the parts do not go together.
@@ -232,7 +232,10 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
         vision = dataclasses.replace(theirs, **_fields(vision, _USE + RUN_VISION_FIELDS, theirs))
     if "init_text" in starts:
         text = dataclasses.replace(starts["init_text"].config.text, param_dtype=text.param_dtype)
-    return dataclasses.replace(config, vision=vision, text=text)
+    prefix = {}
+    if not text.cross_attn_every and config.conditioning != "prefix":
+        prefix = {"conditioning": "prefix", "image_projection": "decoder"}
+    return dataclasses.replace(config, vision=vision, text=text, **prefix)
 
 
 def _fields(vision: Tower, names: tuple[str, ...], other: Tower) -> dict[str, Any]:

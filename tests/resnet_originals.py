@@ -11,7 +11,7 @@ from mammut.config import ResNetConfig
 
 
 def original(config: ResNetConfig) -> Any:
-    """open_clip's ModifiedResNet or timm's NormFreeNet, in inference mode: no weight, bias or statistic is at its start."""
+    """open_clip's ModifiedResNet or timm's NormFreeNet, in inference mode; nothing in it is as it was made."""
     torch = pytest.importorskip("torch", reason="the originals are PyTorch modules")
     original_package()  # and with it timm, which needs the same care
     torch.manual_seed(0)

@@ -23,7 +23,11 @@ from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BOTTLENECKS = ("sequential", "parallel", "scaled_parallel")
-BATCH = tiny_batch()
+# Half as deep as `tiny_config`, which compiles faster.
+CONFIG = dataclasses.replace(
+    tiny_config(), text=dataclasses.replace(tiny_config().text, depth=2, cross_attn_every=1)
+)
+BATCH = tiny_batch(CONFIG)
 IMAGE, TOKENS, VALID = (jnp.asarray(BATCH[name]) for name in ("image", "tokens", "text_valid"))
 
 
@@ -35,15 +39,14 @@ def adapter(kind: str, name: str = "", **options) -> AdapterConfig:
 
 def with_adapters(*configs: AdapterConfig, base: ModelConfig | None = None) -> MaMMUT:
     """A model with random numbers in its adapters, too; the base is that of `tiny_model`."""
-    return tiny_model(dataclasses.replace(base or tiny_config(), adapters=configs))
+    return tiny_model(dataclasses.replace(base or CONFIG, adapters=configs))
 
 
 def prefix_config() -> ModelConfig:
     """The model of `tiny_config` with its image in front of the text, and nothing for retrieval."""
-    base = tiny_config()
-    text = dataclasses.replace(base.text, cross_attn_every=0, pooling="none", max_length=16)
+    text = dataclasses.replace(CONFIG.text, cross_attn_every=0, pooling="none", max_length=16)
     options = {"conditioning": "prefix", "image_projection": "decoder", "prefix_norm": True}
-    return dataclasses.replace(base, text=text, **options)
+    return dataclasses.replace(CONFIG, text=text, **options)
 
 
 @jax.jit
@@ -66,7 +69,7 @@ def params(model: nnx.Module) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def base() -> MaMMUT:
-    return tiny_model()
+    return tiny_model(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -92,22 +95,24 @@ def test_adapters_that_start_from_zero_change_nothing_at_all(base):
     @jax.jit
     def generated(model):
         prompt = jnp.ones((4, 1), int)
-        return generate(model, IMAGE, prompt, prompt == 1, GenerateConfig(num_beams=2), eos_id=2)
+        return generate(model, IMAGE, prompt, prompt == 1, GenerateConfig(max_new_tokens=3), eos_id=2)
 
     for function in (outputs, generated):
         expected, got = (jax.tree.leaves(function(m)) for m in (base, model))
         assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", BOTTLENECKS)
-def test_a_fresh_bottleneck_of_magma_changes_every_output_a_little(kind, base, plain):
-    model = mammut.add_adapter(base, adapter(kind), rngs=nnx.Rngs(0))
-    moved = apart(outputs(model), plain)
+def test_a_fresh_bottleneck_of_magma_changes_every_output_a_little(base, plain):
+    model = mammut.add_adapter(base, *map(adapter, BOTTLENECKS), rngs=nnx.Rngs(0))
+    for kind in BOTTLENECKS:
+        drawn = params(model.adapters[kind])
+        values = np.concatenate([x.ravel() for name, x in drawn.items() if not name.endswith("scale")])
+        assert np.abs(values).max() == np.float32(2e-3)
+        # The standard deviation of a standard normal number clipped at 2 is 0.9594.
+        assert values.std() == pytest.approx(0.9594e-3, rel=0.03) and abs(values.mean()) < 5e-5
+        assert all((x == 1).all() for name, x in drawn.items() if name.endswith("scale"))
+    moved = apart(outputs(mammut.set_active_adapters(model, "parallel")), plain)
     assert all(1e-6 < value < 0.1 for value in moved.values()), moved
-    drawn = np.concatenate([x.ravel() for name, x in params(model.adapters).items() if not name.endswith("scale")])
-    assert np.abs(drawn).max() == np.float32(2e-3)
-    # The standard deviation of a standard normal number clipped at 2 is 0.9594.
-    assert drawn.std() == pytest.approx(0.9594e-3, rel=0.03) and abs(drawn.mean()) < 5e-5
 
 
 @pytest.mark.parametrize("site", ["text.layers.mlp", "text.cross_layers.attn", "vision.layers.attn"])
@@ -122,32 +127,35 @@ def test_an_adapter_changes_what_goes_through_its_site_alone(site, plain):
     assert all(value == 0 for name, value in moved.items() if name not in through[site])
 
 
-@pytest.mark.parametrize("kind", [*BOTTLENECKS, "lora", "ia3"])
-def test_gradients_reach_every_parameter_of_every_adapter(kind):
-    model = with_adapters(adapter(kind, norm=True))
+@pytest.mark.parametrize("of", ["logits", "text"])
+def test_gradients_reach_every_parameter_of_every_adapter_that_a_pass_goes_through(of):
+    model = with_adapters(*(adapter(kind, norm=True) for kind in (*BOTTLENECKS, "lora", "ia3")))
 
     @jax.jit
     @jax.grad
     def gradient(adapters):
         changed = jax.tree.map(lambda leaf: leaf, model)
         changed.adapters = adapters
-        return outputs(changed)["logits"].var() + (outputs(changed)["text"] ** 3).sum()
+        if of == "logits":
+            return changed.caption_logits(IMAGE, TOKENS, VALID).var()
+        return (changed.encode_text(TOKENS, VALID) ** 3).sum()
 
-    silent = [name for name, value in params(gradient(model.adapters)).items() if not np.abs(value).max() > 1e-9]
-    assert silent == []
+    silent = {name for name, value in params(gradient(model.adapters)).items() if not np.abs(value).max() > 1e-9}
+    elsewhere = {name for name in params(model.adapters) if not name.split(".")[1].startswith("text/layers")}
+    assert silent == (set() if of == "logits" else elsewhere)
 
 
 def test_both_passes_in_one_traversal_are_adapted_as_in_two_calls():
     configs = adapter("sequential"), adapter("lora"), adapter("ia3")
 
     def two_pass(passes):
-        model = with_adapters(*configs, base=dataclasses.replace(tiny_config(), passes=passes))
+        model = with_adapters(*configs, base=dataclasses.replace(CONFIG, passes=passes))
         return jax.jit(lambda model: vars(model.two_pass(IMAGE, TOKENS, VALID)))(model)
 
     assert max(apart(two_pass("fused"), two_pass("two_calls")).values()) < 1e-5
 
 
-@pytest.mark.parametrize("config", [tiny_config(), prefix_config()], ids=["cross-attention", "prefix"])
+@pytest.mark.parametrize("config", [CONFIG, prefix_config()], ids=["cross-attention", "prefix"])
 def test_cached_steps_are_adapted_as_the_whole_pass_is(config):
     model = with_adapters(adapter("scaled_parallel", norm=True), adapter("lora"), adapter("ia3"), base=config)
     tokens, begun = TOKENS[:1].repeat(4, 0), 5
@@ -157,7 +165,7 @@ def test_cached_steps_are_adapted_as_the_whole_pass_is(config):
         image, decoder = model.image_tokens(IMAGE).tokens, model.decoder
         whole = decoder.caption_pass(tokens, jnp.ones(tokens.shape, bool), image)
         first, cache = decoder.prefill(tokens[:, :begun], image, tokens.shape[1])
-        steps = [first]
+        steps = [first[:, -begun:]]
         for position in range(begun, tokens.shape[1]):
             row, cache = decoder.cached_step(tokens[:, position], jnp.int32(position), cache)
             steps.append(row[:, None])
@@ -198,11 +206,11 @@ def test_two_adapters_of_one_name_share_no_site(base):
 
 
 def test_every_stack_of_layers_has_sites(base):
-    vision = dataclasses.replace(tiny_config().vision, attn_gate=True, activation="swiglu")
+    vision = dataclasses.replace(CONFIG.vision, attn_gate=True, activation="swiglu")
     text = dataclasses.replace(
         tiny_config().text, pooling="end", text_only_depth=1, mlp_before_cross_attn=False, qk_norm=True
     )
-    model = with_adapters(adapter("lora"), base=dataclasses.replace(tiny_config(), vision=vision, text=text))
+    model = with_adapters(adapter("lora"), base=dataclasses.replace(CONFIG, vision=vision, text=text))
     sites = set(model.adapters["lora"])
     for stack in ("text/layers", "text/cross_layers", "text/bare_layers", "text/text_only_layers", "vision/layers"):
         assert f"{stack}/attn/query" in sites
@@ -211,9 +219,8 @@ def test_every_stack_of_layers_has_sites(base):
 
 
 def test_a_model_with_adapters_has_the_random_weights_of_one_without():
-    config = tiny_config()
-    adapted = dataclasses.replace(config, adapters=(adapter("sequential"), adapter("lora")))
-    without, with_them = (params(MaMMUT(c, rngs=nnx.Rngs(3))) for c in (config, adapted))
+    configs = CONFIG, dataclasses.replace(CONFIG, adapters=(AdapterConfig(), adapter("lora", sites=("*.query",))))
+    without, with_them = (params(MaMMUT(config, rngs=nnx.Rngs(3))) for config in configs)
     assert all(np.array_equal(with_them[name], value) for name, value in without.items())
     assert {name.split(".")[0] for name in with_them.keys() - without.keys()} == {"adapters"}
 
@@ -222,22 +229,18 @@ def test_a_model_with_adapters_has_the_random_weights_of_one_without():
 
 
 def test_adapters_of_one_base_are_switched_on_and_off(several, plain):
-    alone = {}
-    for name in ("first", "second", "third"):
-        only = functools.reduce(mammut.remove_adapter, {"first", "second", "third"} - {name}, several)
-        alone[name] = outputs(only)
-        assert max(apart(outputs(mammut.set_active_adapters(several, name)), alone[name]).values()) == 0
-        assert min(apart(alone[name], plain).values()) > 1e-3
-    assert min(apart(alone["first"], alone["second"]).values()) > 1e-3
+    alone = outputs(mammut.remove_adapter(mammut.remove_adapter(several, "first"), "third"))
+    assert max(apart(outputs(mammut.set_active_adapters(several, "second")), alone).values()) == 0
+    assert min(apart(alone, plain).values()) > 1e-3
+    assert min(apart(alone, outputs(several)).values()) > 1e-3
     assert max(apart(outputs(mammut.set_active_adapters(several)), plain).values()) == 0
-    backwards = mammut.set_active_adapters(several, "third", "first")
-    assert backwards.active_adapters == ("first", "third")
+    assert mammut.set_active_adapters(several, "third", "first").active_adapters == ("first", "third")
     assert several.active_adapters == ("first", "second", "third")
 
 
 def test_adding_and_removing_leaves_the_model_that_was_given_alone(base, plain):
     added = mammut.add_adapter(base, adapter("lora"), rngs=nnx.Rngs(0))
-    assert base.adapters is None and base.config == tiny_config() and base.active_adapters == ()
+    assert base.adapters is None and base.config == CONFIG and base.active_adapters == ()
     assert max(apart(outputs(base), plain).values()) == 0
     removed = mammut.remove_adapter(added, "lora")
     assert nnx.graphdef(removed) == nnx.graphdef(base)
@@ -259,8 +262,8 @@ def test_a_name_is_given_once(several):
 
 
 def test_parameters_are_counted_by_adapter(several):
-    # rank 3 on the maps of 4 layers of width 48 (heads 3 x 16, MLP 80), and on value of 2 layers of width 32.
-    assert mammut.num_adapter_params(several, "second") == 4 * 3 * (4 * (48 + 48) + 2 * (48 + 80)) + 2 * 3 * (32 + 32)
+    # rank 3 on the maps of 2 layers of width 48 (heads 3 x 16, MLP 80), and on value of 2 layers of width 32.
+    assert mammut.num_adapter_params(several, "second") == 2 * 3 * (4 * (48 + 48) + 2 * (48 + 80)) + 2 * 3 * (32 + 32)
     names = ("first", "second", "third")
     assert mammut.num_adapter_params(several) == sum(mammut.num_adapter_params(several, name) for name in names)
 
@@ -345,7 +348,7 @@ def test_the_maps_that_make_a_prefix_are_saved_with_its_adapter_and_others_when_
     ],
 )
 def test_an_adapter_of_another_base_is_refused(part, change, message, folder):
-    config = tiny_config()
+    config = CONFIG
     if part:
         change = {part: dataclasses.replace(getattr(config, part), **change)}
     with pytest.raises(ValueError, match=message):
@@ -353,14 +356,14 @@ def test_an_adapter_of_another_base_is_refused(part, change, message, folder):
 
 
 def test_how_a_base_is_computed_and_stored_makes_no_other_base(folder):
-    config = tiny_config()
+    config = CONFIG
     text = dataclasses.replace(config.text, param_dtype="bfloat16")
     vision = dataclasses.replace(config.vision, patch_drop=0.5)
     options = {"param_dtype": "bfloat16", "remat": "full", "unroll": 2, "adapters": (adapter("ia3"),)}
     other = dataclasses.replace(config, text=text, vision=vision, **options)
-    assert base_hash(other) == base_hash(config) != base_hash(dataclasses.replace(config, prefix_norm=False, embed_dim=48))
+    assert base_hash(other) == base_hash(config) != base_hash(tiny_config())
     loaded = mammut.load_adapter(tiny_model(other), folder)
-    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.adapters["second"])} == {jnp.bfloat16}
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.adapters["second"])} == {jnp.dtype("bfloat16")}
 
 
 def test_a_damaged_adapter_is_refused(folder, base):
@@ -376,7 +379,7 @@ def test_a_damaged_adapter_is_refused(folder, base):
 
 
 def test_a_model_folder_holds_the_adapters_too(several, tmp_path):
-    mammut.save(tmp_path, several, tiny_processor())
+    mammut.save(tmp_path, several, tiny_processor(CONFIG))
     loaded, _ = mammut.load(tmp_path)
     assert loaded.config == several.config and loaded.active_adapters == several.active_adapters
     got, expected = params(loaded), params(several)
@@ -387,7 +390,7 @@ def test_a_model_folder_holds_the_adapters_too(several, tmp_path):
 
 
 def test_adapters_on_a_mesh_do_what_they_do_on_one_device():
-    model = with_adapters(adapter("sequential"), adapter("scaled_parallel", norm=True), adapter("lora"), adapter("ia3"))
+    model = with_adapters(*(adapter(kind, norm=True) for kind in (*BOTTLENECKS, "lora", "ia3")))
     axes, graphdef = logical_axes(model), nnx.graphdef(model)
     of_adapters = {path: names for path, names in axes.items() if path[0] == "adapters"}
     assert of_adapters and all(names[0] == "layer" and {*names} <= {*sharding.RULES} for names in of_adapters.values())
@@ -397,15 +400,12 @@ def test_adapters_on_a_mesh_do_what_they_do_on_one_device():
     split = shardings["adapters"]["sequential"]["text/layers/mlp"]["down"]["kernel"].spec
     assert tuple(split) == (None, "fsdp", "model")
 
-    def loss(state, batch):
-        found = nnx.merge(graphdef, state).two_pass(batch["image"], batch["tokens"], batch["text_valid"])
-        return (found.features**2).mean() + (found.text_embed * found.image_embed).sum()
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def logits(state, batch):
+        return nnx.merge(graphdef, state).caption_logits(batch["image"], batch["tokens"], batch["text_valid"])
 
-    step = jax.jit(jax.value_and_grad(loss))
-    value, gradient = step(state, BATCH)
+    expected = logits(state, BATCH)
     with jax.set_mesh(mesh):
         placed = jax.tree.map(jax.device_put, state, shardings)
-        split_value, split_gradient = step(placed, sharding.device_batch(BATCH, mesh))
-    assert float(split_value) == pytest.approx(float(value), rel=1e-5)
-    for want, got in zip(jax.tree.leaves(gradient), jax.tree.leaves(split_gradient), strict=True):
-        assert np.abs(np.asarray(got) - np.asarray(want)).max() <= 1e-4 * max(np.abs(np.asarray(want)).max(), 1e-2)
+        got = logits(placed, sharding.device_batch(BATCH, mesh))
+    assert np.abs(np.asarray(got) - np.asarray(expected)).max() < 1e-5 * np.abs(np.asarray(expected)).max()

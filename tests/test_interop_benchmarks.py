@@ -465,7 +465,7 @@ def test_a_likelihood_without_an_image_is_refused(speaker):
 
 def test_texts_that_do_not_fit_are_refused(speaker):
     long = "one red circle on the left or right " * 3
-    with pytest.raises(ValueError, match="tokens with the start, expected fewer than DecoderConfig.max_length 12"):
+    with pytest.raises(ValueError, match="tokens with the start, expected fewer than the 12 for"):
         ask(speaker, [long], GREEDY)
     for text in ("", long):
         message = f"a prompt of 2 tokens and a continuation {text!r:.60} of .* together no more than .*max_length 12"

@@ -1,4 +1,4 @@
-"""Language models of Hugging Face: every number against transformers, on random weights; config, tokenizer, bad files."""
+"""Language models of Hugging Face: each number against transformers, on random weights; configs, tokenizers, files."""
 
 import dataclasses
 import json
@@ -14,16 +14,15 @@ import pytest
 
 import mammut
 from mammut import losses
-from mammut.config import DecoderConfig, ModelConfig, TrainConfig, VisionConfig
+from mammut.config import DecoderConfig, ModelConfig, VisionConfig
 from mammut.decoder import TextDecoder
 from mammut.interop.huggingface_config import decoder_config
 from mammut.interop.huggingface_tables import table
 from mammut.interop.rules import model_specs
 from mammut.model_folder import open_model, read_model_config
 from mammut.processor import ImageTransform, Processor
-from mammut.run_processor import make_processor
-from mammut.tensor_files import CheckpointError, open_tensors, write_safetensors
-from mammut.testing import tiny_processor
+from mammut.tensor_files import CheckpointError, TensorSpec, open_tensors, write_safetensors
+from mammut.testing import tiny_model, tiny_processor
 from mammut.tokenizer import MissingTokenizer, restore_tokenizer
 from mammut.warm_start import start_config, warm_start
 
@@ -44,7 +43,7 @@ MODELS = {
 VARIANTS = [
     ("GPT2", GPT | {"scale_attn_weights": False, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-2}),
     ("GPTNeo", NEO | {"attention_types": [[["local", "global", "global", "local"], 1]], "window_size": 3}),
-    ("GPTJ", GPT | {"tie_word_embeddings": True, "activation_function": "quick_gelu", "rotary_dim": 16}),  # all of a head is turned
+    ("GPTJ", GPT | {"tie_word_embeddings": True, "activation_function": "quick_gelu", "rotary_dim": 16}),
     ("GPTNeoX", NEOX | {"attention_bias": False, "tie_word_embeddings": True, "layer_norm_eps": 1e-2}),
 ]
 TEXT = np.random.default_rng(0).integers(0, VOCAB, (3, 20)).astype(np.int32)
@@ -222,19 +221,30 @@ def test_logits_of_a_wide_model_are_those_of_transformers(kind, settings, atol, 
 
 
 def test_shards_and_a_pickle_hold_the_same_model(gpt2, tmp_path):
-    whole = logits(mammut.load_language_model(gpt2)[0], TEXT)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(gpt2)
     save(theirs, tmp_path / "shards", max_shard_size="50KB")
     assert len([*(tmp_path / "shards").glob("*.safetensors")]) > 2
     (tmp_path / "pickle").mkdir()
     shutil.copy(gpt2 / "config.json", tmp_path / "pickle")
     torch.save(theirs.state_dict(), tmp_path / "pickle" / "pytorch_model.bin")  # with the head, which is the embedding
+    whole = open_model(gpt2)
     for name in ("shards", "pickle"):
-        np.testing.assert_array_equal(logits(mammut.load_language_model(tmp_path / name)[0], TEXT), whole)
+        opened = open_model(tmp_path / name)
+        assert opened.config == whole.config and opened.tensors.specs == whole.tensors.specs
+        for path in whole.tensors.specs:
+            np.testing.assert_array_equal(opened.tensors.read(path), whole.tensors.read(path), err_msg=path)
 
 
-@pytest.mark.parametrize("name, embed_out", [("gpt2", False), ("gpt_neo", False), ("gptj", False), ("gpt_neox", True)])
-def test_names_of_older_files_are_read(name, embed_out, tmp_path):
+@pytest.mark.parametrize(
+    "name, attention",
+    [
+        ("gpt2", "h.0.attn"),
+        ("gpt_neo", "h.0.attn.attention"),
+        ("gptj", "h.0.attn"),
+        ("gpt_neox", "layers.0.attention"),
+    ],
+)
+def test_names_of_older_files_are_read(name, attention, tmp_path):
     """Names without the prefix of the model; of GPT-NeoX the head's; masks and angles that are no parameters."""
     kind, settings = MODELS[name]
     theirs = make(kind, settings)
@@ -242,10 +252,9 @@ def test_names_of_older_files_are_read(name, embed_out, tmp_path):
     state = {key: value.numpy() for key, value in theirs.state_dict().items()}
     prefix = "gpt_neox." if kind == "GPTNeoX" else "transformer."
     state = {key.removeprefix(prefix): value for key, value in state.items()}
-    attention = {"GPT2": "h.0.attn", "GPTNeo": "h.0.attn.attention", "GPTJ": "h.0.attn", "GPTNeoX": "layers.0.attention"}
-    state |= {f"{attention[kind]}.bias": np.ones((1, 1, 8, 8), np.uint8)}
-    state |= {f"{attention[kind]}.masked_bias": np.float32(-1e4).reshape(())}
-    if embed_out:
+    state |= {f"{attention}.bias": np.ones((1, 1, 8, 8), np.uint8)}
+    state |= {f"{attention}.masked_bias": np.full((), -1e4, np.float32)}
+    if kind == "GPTNeoX":
         state["embed_out.weight"] = state.pop("lm_head.weight")
         state["layers.0.attention.rotary_emb.inv_freq"] = np.ones(2, np.float32)
     torch.save({key: torch.tensor(value) for key, value in state.items()}, tmp_path / "pytorch_model.bin")
@@ -383,7 +392,7 @@ def test_windows_are_cut_to_their_shortest_period(depth, kinds, windows):
         ("gptj", {"rotary_dim": 63}, "rope_dims is 63, expected an even number"),
         ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is an object, expected null"),
         ("gpt_neox", {"rope_parameters": {"rope_type": "yarn"}}, 'rope_type is "yarn", expected "default"'),
-        ("gpt_neox", {"rope_parameters": {"rope_theta": 1e4}}, "rotary_emb_base is 20000, expected 10000.0, as rope_th"),
+        ("gpt_neox", {"rope_parameters": {"rope_theta": 1e4}}, "rotary_emb_base is 20000, expected 10000.0"),
         ("gpt_neox", {"rotary_pct": 0.01}, "rope_dims is 0, expected an even number"),
     ],
 )
@@ -532,6 +541,18 @@ def test_a_base_is_held_in_bfloat16_where_the_run_says_so(talking):
     assert specs["image_projection.kernel"].dtype == np.float32
 
 
+def test_ids_of_a_padded_vocabulary_are_never_generated(talking):
+    """The head prefers them, but they are no ids of the tokenizer: its `decode` would refuse them."""
+    config = prefix_model(talking)
+    model = tiny_model(config)
+    model.text, tokenizer = mammut.load_language_model(talking)
+    assert logits(model.text, TEXT).argmax(-1).min() >= tokenizer.vocab_size
+    processor = Processor(tokenizer, ImageTransform(16), config.text_length)
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    found = mammut.generate_text(model, processor, images, ["A:"] * 2, mammut.GenerateConfig(max_new_tokens=4))
+    assert [len(text.token_logprobs) for text in found] == [4, 4]
+
+
 def test_loading_it_as_a_whole_model_says_what_it_is(gpt2):
     with pytest.raises(CheckpointError, match="holds text alone, expected a whole model: mammut.load_language_model"):
         mammut.load(gpt2)
@@ -561,8 +582,7 @@ def test_weights_that_do_not_fit_are_named_all_at_once(gpt2, tmp_path):
     del tensors["transformer.h.1.ln_2.bias"]
     tensors["transformer.h.0.attn.c_attn.weight"] = np.zeros((192, 64), np.float32)
     tensors["transformer.h.0.adapter.weight"] = np.zeros(3, np.float32)
-    specs = {name: file.specs.get(name, tensors[name]) for name in tensors}
-    specs = {name: type(file.specs["transformer.wte.weight"])(tensors[name].shape, tensors[name].dtype) for name in specs}
+    specs = {name: TensorSpec(value.shape, value.dtype) for name, value in tensors.items()}
     write_safetensors(folder / "model.safetensors", specs, tensors.__getitem__)
     with pytest.raises(CheckpointError) as caught:
         open_model(folder)

@@ -24,16 +24,19 @@ from mammut.config import (
     from_dict,
     to_dict,
 )
+from mammut.interop.rules import model_specs
+from mammut.layers import Dtypes
 from mammut.model import forward_flops, logical_axes
 from mammut.recipes import parse_overrides
-from mammut.resnet import resnet_flops
+from mammut.resnet import ResNet, resnet_flops
 from mammut.sharding import param_shardings
 from mammut.tasks import ImageTextTask
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 from mammut.training import make_trainer
 
-CLIP = ResNetConfig(stem_width=8, stages=(1, 2, 3, 1), image_size=64)
-NORM_FREE = ResNetConfig(kind="nf", stem_width=8, stages=(2, 1, 1, 2), image_size=64)
+CLIP = ResNetConfig(stem_width=8, stages=(1, 2, 1, 1), image_size=64)
+NORM_FREE = ResNetConfig(kind="nf", stem_width=8, stages=(1, 3, 1, 1), image_size=64)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 BOTH = pytest.mark.parametrize("vision", [CLIP, NORM_FREE], ids=["clip", "nf"])
 RN50X16 = ResNetConfig(stem_width=96, stages=(6, 8, 18, 8), image_size=384)
 STATISTICS = "mean", "variance"
@@ -57,24 +60,27 @@ def test_tokens_of_an_image_depend_on_no_other_image_in_training_either(vision):
     tower, batch = tiny_model(with_tower(vision)).vision, images(3)
     trained = jax.jit(lambda x: tower(x, jax.random.key(0)))(batch)
     alone = jax.jit(tower.__call__)(batch[1:2])
-    np.testing.assert_allclose(trained.tokens[1:2], alone.tokens, atol=1e-5)
-    assert np.abs(trained.tokens[0] - trained.tokens[1]).max() > 0.01
+    largest = np.abs(alone.tokens).max()
+    np.testing.assert_allclose(trained.tokens[1:2], alone.tokens, atol=1e-5 * largest)
+    assert np.abs(trained.tokens[0] - trained.tokens[1]).max() > 0.01 * largest
 
 
 @BOTH
 def test_tokens_lie_row_by_row_and_are_averaged(vision):
-    """The same rows, shown to an encoder for images of twice the size, make the same token far from the border."""
-    encoded = tiny_model(with_tower(vision)).vision(images(2))
-    assert encoded.tokens.shape == (2, 4, 256) and encoded.grid == (2, 2) == vision.grid and vision.num_tokens == 4
-    np.testing.assert_allclose(encoded.pooled, encoded.tokens.mean(1), atol=1e-6)
-    assert encoded.tokens.min() >= 0 and encoded.pooled.dtype == jnp.float32
+    tower, pixels = tiny_model(with_tower(vision)).vision, images(1)
+    encode = jax.jit(tower.__call__)
+    encoded = encode(pixels)
+    assert encoded.tokens.shape == (1, 4, 256) and encoded.grid == (2, 2) == vision.grid and vision.num_tokens == 4
+    np.testing.assert_allclose(encoded.pooled, encoded.tokens.mean(1), rtol=1e-5)
+    pixels[:, :2, -2:] = 255 - pixels[:, :2, -2:]  # in the upper right corner
+    moved = np.abs(encode(pixels).tokens - encoded.tokens).max(2)[0]
+    assert moved.argmax() == 1
 
 
 @BOTH
 def test_bfloat16_stays_close_to_float32(vision):
-    exact, rounded = (
-        tiny_model(with_tower(vision, dtype=dtype)).vision(images(2)).tokens for dtype in ("float32", "bfloat16")
-    )
+    towers = (tiny_model(with_tower(vision, dtype=dtype)).vision for dtype in ("float32", "bfloat16"))
+    exact, rounded = (jax.jit(tower.__call__)(images(2)).tokens for tower in towers)
     assert rounded.dtype == jnp.bfloat16
     error = np.abs(np.asarray(rounded, np.float32) - exact)
     assert 0 < error.max() < 0.05 * np.abs(exact).max()
@@ -102,10 +108,10 @@ def test_steps_of_training_move_everything_but_the_statistics():
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, ImageTextTask(config.loss), mesh)
         state = trainer.init_from(nnx.to_pure_dict(nnx.state(tiny_model(config.model), nnx.Param)))
-        before = leaves(trainer.model(jax.tree.map(np.array, state.params)))
+        before = leaves(trainer.model(jax.tree.map(np.array, state.all_params)))
         for seed in range(2):
             state, metrics = trainer.step(state, sharding.device_batch(tiny_batch(config.model, seed=seed), mesh))
-        after = leaves(trainer.model(state.params))
+        after = leaves(trainer.model(state.all_params))
     assert np.isfinite(metrics["loss"])
     for name in (name for name in before if name.startswith("vision.")):
         assert np.array_equal(before[name], after[name]) == name.endswith(STATISTICS), name
@@ -113,28 +119,25 @@ def test_steps_of_training_move_everything_but_the_statistics():
 
 @BOTH
 def test_a_new_encoder_keeps_its_numbers_in_bounds(vision):
-    """The last convolution of a new bottleneck is zero, so that depth changes nothing at the start."""
-    shallow, deep = (
-        nnx.jit(lambda config=config: mammut.MaMMUT(config, rngs=nnx.Rngs(0)).vision(images(2)).tokens)()
-        for config in (with_tower(vision), with_tower(dataclasses.replace(vision, stages=(3, 3, 3, 3))))
-    )
-    assert shallow.shape == deep.shape and 0.01 < deep.std() < 10 and 0.3 < deep.std() / shallow.std() < 3
+    config, dtypes = with_tower(dataclasses.replace(vision, stages=(2, 2, 2, 2))), Dtypes(jnp.float32, jnp.float32)
+    tower = ResNet(config, rngs=nnx.Rngs(0), dtypes=dtypes)
+    tokens = jax.jit(tower.__call__)(images(2)).tokens
+    assert 0.05 < tokens.std() < 5
 
 
 @pytest.mark.parametrize(("remat", "unroll"), [("dots", 2), ("full", 1)])
 def test_recomputing_and_unrolling_change_no_gradient(remat, unroll):
     def gradients(config):
         graphdef, params = nnx.split(tiny_model(config).vision)
-        found = jax.jit(jax.grad(lambda params: jnp.square(nnx.merge(graphdef, params)(images(2)).tokens).sum()))(params)
-        return leaves(nnx.merge(graphdef, found))
+        loss = jax.grad(lambda params: jnp.square(nnx.merge(graphdef, params)(images(2)).tokens).sum())
+        return leaves(nnx.merge(graphdef, jax.jit(loss)(params)))
 
-    vision = dataclasses.replace(NORM_FREE, stages=(1, 3, 1, 1))
-    plain, other = gradients(with_tower(vision)), gradients(with_tower(vision, remat=remat, unroll=unroll))
+    plain, other = (gradients(with_tower(NORM_FREE, **how)) for how in ({}, {"remat": remat, "unroll": unroll}))
     for name, value in plain.items():
         np.testing.assert_allclose(other[name], value, atol=1e-4 * np.abs(value).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("vision", [CLIP, NORM_FREE], ids=["clip", "nf"])
+@BOTH
 def test_a_mesh_changes_no_token(vision):
     model = tiny_model(with_tower(vision)).vision
     graphdef, params = nnx.split(model)
@@ -151,7 +154,8 @@ def test_a_mesh_changes_no_token(vision):
 
 def test_images_of_another_size_are_refused_in_a_sentence_that_names_the_field():
     tower = tiny_model(with_tower(dataclasses.replace(CLIP, image_size=96, low_image_size=64))).vision
-    assert tower(images(1, 64)).grid == (2, 2) and tower(images(1, 96)).grid == (3, 3)
+    grids = [jax.eval_shape(tower.__call__, images(1, size)).grid for size in (64, 96)]
+    assert grids == [(2, 2), (3, 3)]
     sizes = r"\(32, 32, 3\), expected \(96, 96, 3\) from ResNetConfig.image_size or \(64, 64, 3\) from low_image_size"
     with pytest.raises(ValueError, match=sizes):
         tower(images(1, 32))
@@ -159,11 +163,11 @@ def test_images_of_another_size_are_refused_in_a_sentence_that_names_the_field()
 
 def test_the_encoder_of_magma_has_its_published_sizes():
     """136.2 million parameters without the pool, and 12 x 12 tokens of 3072 numbers."""
-    abstract = nnx.eval_shape(lambda: mammut.MaMMUT(with_tower(RN50X16), rngs=nnx.Rngs(0)).vision)
-    flat = nnx.to_flat_state(nnx.state(abstract, nnx.Param))
-    sizes = {path: math.prod(param.get_value().shape) for path, param in flat}
-    assert sum(size for path, size in sizes.items() if path[-1] not in STATISTICS) == 136_202_640
-    encoded = jax.eval_shape(lambda: abstract(jnp.zeros((2, 384, 384, 3), jnp.uint8)))
+    specs = {name: spec for name, spec in model_specs(with_tower(RN50X16)).items() if name.startswith("vision.")}
+    sizes = {name: math.prod(spec.shape) for name, spec in specs.items()}
+    assert sum(size for name, size in sizes.items() if not name.endswith(STATISTICS)) == 136_202_640
+    pixels = jnp.zeros((2, 384, 384, 3), jnp.uint8)
+    XX
     assert encoded.tokens.shape == (2, 144, 3072) and encoded.grid == (12, 12)
     assert (RN50X16.num_tokens, RN50X16.width) == (144, 3072) == encoded.tokens.shape[1:]
 
@@ -195,9 +199,9 @@ def test_a_model_with_a_resnet_is_saved_loaded_and_looked_into(tmp_path):
     mammut.save(tmp_path / "model", model, processor)
     again, _ = mammut.load(tmp_path / "model")
     assert again.config == config
-    logits = model.caption_logits(batch["image"], batch["tokens"])
-    np.testing.assert_array_equal(again.caption_logits(batch["image"], batch["tokens"]), logits)
-    assert "a norm-free ResNet, stages of 2, 1, 1, 2 bottlenecks" in (tmp_path / "model/README.md").read_text()
+    logits, same = (nnx.jit(lambda m: m.caption_logits(batch["image"], batch["tokens"]))(m) for m in (model, again))
+    np.testing.assert_array_equal(same, logits)
+    assert "a norm-free ResNet, stages of 1, 3, 1, 1 bottlenecks" in (tmp_path / "model/README.md").read_text()
     maps = word_maps(again, processor, list(batch["image"][:1]), ["one red circle"])
     assert [word.weights.shape for word in maps[0]] == [(2, 2)] * 3
 
@@ -228,7 +232,6 @@ def test_overrides_name_the_fields_of_either_encoder(capsys):
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("kind", "resnext", "'resnext', expected one of clip, nf"),
         ("image_size", 100, "image_size 100 is not a multiple of 32"),
         ("image_size", 0, "image_size is 0, expected a positive number"),
         ("low_image_size", 224, "low_image_size is 224, expected a multiple of 32 below image_size 224"),

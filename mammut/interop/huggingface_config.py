@@ -237,11 +237,12 @@ def _gpt_neox(config: JsonObject, problems: list[str]) -> dict[str, Any]:
 
 def _told_once(default: float, low: float, high: float, *places: tuple[JsonObject, str]) -> float:
     """The number at the first of the places that has one; what another says must be the same."""
-    told = [(config, key, config.number(key, low, low, high)) for config, key in places if config.value(key) is not None]
-    for config, key, number in told[1:]:
-        if number != told[0][2]:
-            config.refuse(key, f"{told[0][2]}, as {told[0][1]}")
-    return told[0][2] if told else default
+    told = [(config, key) for config, key in places if config.value(key) is not None]
+    numbers = [config.number(key, low, low, high) for config, key in told]
+    for (config, key), number in zip(told, numbers):
+        if number != numbers[0]:
+            config.refuse(key, f"{numbers[0]}, as {told[0][1]}")
+    return numbers[0] if numbers else default
 
 
 _MODELS: dict[str, Callable[[JsonObject, list[str]], dict[str, Any]]] = {

@@ -1,7 +1,7 @@
 """Models of open_clip: MaMMUT and CoCa, and LAION's openMaMMUT (`open_clip_config` says which), in and out.
 
 A folder as on the Hugging Face hub is read, `open_clip_config.json` beside the weights, or a file of weights with or
-without one: what it is without can be told of the 15 openMaMMUT sizes alone, and of the ResNets (`resnets`).
+without one: what it is without can be told of the 15 openMaMMUT sizes alone, of the ResNets (`resnets`) and of a MAGMA (`magma`).
 """
 
 import os
@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from mammut.config import ModelConfig
-from mammut.interop import resnets
+from mammut.interop import magma, resnets
 from mammut.interop.json_object import shown
 from mammut.interop.open_clip_config import CLIP_VOCAB, OPENMAMMUT_SIZES, image_transform, model_config, openmammut
 from mammut.interop.open_clip_export import CONFIG_FILE, WEIGHTS_FILE, save, to_open_clip
@@ -66,6 +66,8 @@ def open_model(path: pathlib.Path, config: dict[str, Any] | None = None) -> Open
     theirs = open_tensors(weights)
     if resnets.is_resnet(theirs.specs):
         return resnets.open_resnet(theirs, folder, config, str(path))
+    if magma.is_magma(theirs.specs):
+        return magma.open_magma(theirs, folder, str(path))
     if config is None:
         config, told = {"model_cfg": _recognised(theirs)}, str(weights)
     if unknown := config.keys() - {"model_cfg", "preprocess_cfg"}:

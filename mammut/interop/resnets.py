@@ -92,7 +92,7 @@ def open_resnet(theirs: TensorFile, folder: pathlib.Path, config: Mapping[str, A
     if prefix is not None:
         vision, transform, notes = _clip(specs, prefix, config or {}, where)
         unused = {name: _why_unused(name, prefix) for name in specs}
-        rules = Table(list(_clip_entries(vision, prefix)), {name: why for name, why in unused.items() if why})
+        rules = Table(list(clip_entries(vision, prefix)), {name: why for name, why in unused.items() if why})
     else:
         vision, transform, notes = _norm_free(specs, folder, where)
         unused = {name: "the classifier" for name in specs if name.startswith("head.")}
@@ -125,7 +125,7 @@ def _why_unused(name: str, prefix: str) -> str:
     return "how many batches its statistics are of" if name.endswith(".num_batches_tracked") else ""
 
 
-def _stages(specs: Mapping[str, TensorSpec], pattern: str, where: str) -> tuple[int, int, int, int]:
+def stages(specs: Mapping[str, TensorSpec], pattern: str, where: str) -> tuple[int, int, int, int]:
     """How many bottlenecks each stage has; `pattern` finds the stage and the bottleneck in a name."""
     blocks: dict[str, set[str]] = {}
     for match in filter(None, map(re.compile(pattern).match, specs)):
@@ -164,7 +164,7 @@ def _clip(
         raise CheckpointError(f"{where}: {'; '.join(problems)}")
     vision = _config(
         where, stem_width=specs[f"{prefix}conv3.weight"].shape[0],
-        stages=_stages(specs, rf"{re.escape(prefix)}layer(\d+)\.(\d+)\.", where),
+        stages=stages(specs, rf"{re.escape(prefix)}layer(\d+)\.(\d+)\.", where),
         image_size=size, image_mean=image["mean"], image_std=image["std"],
     )  # fmt: skip
     return vision, ImageTransform(size, image["mode"], image["interpolation"], image["fill"]), notes
@@ -199,7 +199,7 @@ def _norm_free(
         notes.append(f"pretrained_cfg.crop_pct is {share}, which is not used: images are cropped along one side alone")
     vision = _config(
         where, kind="nf", stem_width=specs["stem.conv.gain"].shape[0],
-        stages=_stages(specs, r"stages\.(\d+)\.(\d+)\.", where),
+        stages=stages(specs, r"stages\.(\d+)\.(\d+)\.", where),
         image_size=sides[-1], image_mean=image["mean"], image_std=image["std"],
     )  # fmt: skip
     return vision, ImageTransform(sides[-1], image["mode"], image["interpolation"], image["fill"]), notes
@@ -213,7 +213,9 @@ def _bottlenecks(config: ResNetConfig) -> Iterable[tuple[int, int, str, int | No
         yield from ((stage, place, f"{ours}.others", place - 1) for place in range(1, depth))
 
 
-def _clip_entries(config: ResNetConfig, prefix: str) -> Iterable[Entry]:
+def clip_entries(config: ResNetConfig, prefix: str) -> Iterable[Entry]:
+    """Every tensor of CLIP's ResNet up to the grid of its last stage; `prefix` is what their names start with."""
+
     def normed(convolution, norm, ours, layer=None):
         yield Entry(f"{convolution}.weight", (f"{ours}.kernel",), Convolution(), layer)
         yield Entry(f"{norm}.weight", (f"{ours}.scale",), layer=layer)

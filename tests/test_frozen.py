@@ -1,0 +1,358 @@
+"""What is frozen stays as it is, bit for bit; the checks are tried on the usual mistakes, too."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from damage import assert_identical, by_name, flip, one_sentence
+
+import mammut
+from mammut import checkpoint, partition, sharding
+from mammut.checkpoint import CheckpointError, Checkpoints
+from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mammut.tasks import TASKS
+from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
+from mammut.training import Trainer, TrainState, learning_rate_schedule, make_optimizer, make_trainer
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TRAINABLE = ("image_projection.*", "text.layers.mlp.*")
+CONFIG = TrainConfig(
+    task="caption",
+    model=tiny_config(),
+    trainable=TRAINABLE,
+    data=DataConfig(batch_size=8),
+    optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.5),
+    steps=40,
+)
+
+
+def trainer_of(config: TrainConfig = CONFIG, mesh: MeshConfig = MeshConfig()) -> Trainer:
+    devices = jax.devices()[: math.prod(max(size, 1) for size in dataclasses.astuple(mesh))]
+    return make_trainer(config, TASKS[config.task](config.loss), sharding.make_mesh(mesh, devices))
+
+
+def batches(count: int = 4, config: TrainConfig = CONFIG) -> list[dict[str, np.ndarray]]:
+    """Batches of images as floats, the third of them full of NaN."""
+    made = []
+    for seed in range(count):
+        batch = tiny_batch(config.model, batch_size=8, seed=seed)
+        batch["target"] = batch["text_valid"]
+        batch["image"] = batch["image"].astype(np.float32) * (np.nan if seed == 2 else 1)
+        made.append(batch)
+    return made
+
+
+def begun(trainer: Trainer, config: TrainConfig = CONFIG) -> TrainState:
+    """A state with random numbers in every parameter."""
+    whole = jax.tree.map(np.asarray, nnx_params(config))
+    with jax.set_mesh(trainer.mesh):
+        return trainer.init_from(whole)
+
+
+def nnx_params(config: TrainConfig) -> dict:
+    from flax import nnx
+
+    return nnx.to_pure_dict(nnx.state(tiny_model(config.model), nnx.Param))
+
+
+def after(trainer: Trainer, state: TrainState, run: list[dict]) -> TrainState:
+    with jax.set_mesh(trainer.mesh):
+        for batch in run:
+            state, _ = trainer.step(state, sharding.device_batch(batch, trainer.mesh))
+    return jax.device_get(state)
+
+
+def require_frozen(before: dict, state_after: dict, trained: frozenset[str]) -> None:
+    """Whole parameters before and after: those not trained have the same bits, all others have moved."""
+    before, got = partition.by_name(before), partition.by_name(state_after)
+    moved = {name for name in before if np.asarray(before[name]).tobytes() != np.asarray(got[name]).tobytes()}
+    assert moved == trained
+
+
+def require_no_optimizer_state(opt_state, params, trained: frozenset[str]) -> None:
+    """Two moments of every trained parameter, and counters: not a number more."""
+    sizes = {name: leaf.size for name, leaf in partition.by_name(params).items()}
+    moments = [leaf for leaf in jax.tree.leaves(opt_state) if leaf.ndim or leaf.dtype == jnp.float32]
+    assert len(moments) == 2 * len(trained)
+    assert sum(leaf.size for leaf in moments) == 2 * sum(sizes[name] for name in trained)
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    return trainer_of()
+
+
+@pytest.fixture(scope="module")
+def trained() -> frozenset[str]:
+    return partition.trained_names(partition.by_name(nnx_params(CONFIG)), TRAINABLE)
+
+
+@pytest.mark.parametrize("changes, mesh", [
+    ({}, MeshConfig()),
+    ({"accumulation": 4}, MeshConfig()),
+    ({"task": "image_text", "accumulation": 2}, MeshConfig(data=2, fsdp=2)),
+    ({"task": "image_text"}, MeshConfig(data=1, fsdp=4)),
+])  # fmt: skip
+def test_the_base_keeps_every_bit_through_decay_momentum_micro_batches_and_a_batch_of_nan(changes, mesh, trained):
+    config = dataclasses.replace(CONFIG, **changes)
+    trainer = trainer_of(config, mesh)
+    state = after(trainer, begun(trainer, config), batches())
+    assert int(state.nonfinite) == 1
+    require_frozen(nnx_params(config), state.all_params, trained)
+    require_no_optimizer_state(state.opt_state, state.all_params, trained)
+    assert partition.by_name(state.params).keys() == trained
+
+
+def test_a_base_in_bfloat16_keeps_every_bit_under_a_float32_rest():
+    text = dataclasses.replace(CONFIG.model.text, param_dtype="bfloat16")
+    model = dataclasses.replace(CONFIG.model, text=text)
+    config = dataclasses.replace(CONFIG, model=model, trainable=("image_projection.*", "vision.*"))
+    trainer = trainer_of(config)
+    before = nnx_params(config)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(before["text"])} == {"bfloat16"}
+    state = after(trainer, begun(trainer, config), batches())
+    names = frozenset(name for name in partition.by_name(before) if name.startswith(("vision.", "image_projection.")))
+    require_frozen(before, state.all_params, names)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.params)} == {"float32"}
+
+
+def test_the_step_computes_no_gradient_of_the_base_and_hands_it_on_as_it_is(trainer):
+    """In the traced step every frozen output is the input itself; compiled, no second copy of it is held."""
+    abstract = trainer.abstract_state
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batches(1)[0])
+    with jax.set_mesh(trainer.mesh):
+        (call,) = jax.make_jaxpr(trainer.step)(abstract, batch).eqns
+        memory = trainer.step.lower(abstract, batch).compile().memory_analysis()
+    step = call.params["jaxpr"].jaxpr
+    frozen, state = len(jax.tree.leaves(abstract.frozen)), len(jax.tree.leaves(abstract))
+    assert frozen > 20
+    inputs, outputs = step.invars[state - frozen : state], step.outvars[state - frozen : state]
+    assert all(given is returned for given, returned in zip(inputs, outputs, strict=True))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    assert memory.alias_size_in_bytes == size
+    assert memory.output_size_in_bytes - size < 1_000  # the metrics
+
+
+def test_frozen_arrays_stay_where_they_are_in_memory(trainer):
+    state, at = begun(trainer), []
+    with jax.set_mesh(trainer.mesh):
+        for batch in batches(3):
+            state, _ = trainer.step(state, sharding.device_batch(batch, trainer.mesh))
+            at.append([leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.frozen)])
+    assert at[0] == at[1] == at[2]  # before the first step they are NumPy's, on a CPU
+
+
+# The usual mistakes, each a way to "freeze" with one tree of parameters: (optimizer, which gradients it is given).
+def masked_alone(mask):
+    return optax.masked(optax.adamw(1e-2, weight_decay=0.0), mask), lambda grads: grads
+
+
+def gradients_set_to_zero(mask):
+    zeroed = lambda grads: jax.tree.map(lambda m, g: g if m else jnp.zeros_like(g), mask, grads)  # noqa: E731
+    return optax.adamw(1e-2, weight_decay=0.5), zeroed
+
+
+def nothing_stopped(mask):
+    return optax.adamw(1e-2, weight_decay=0.0), lambda grads: grads
+
+
+def updates_set_to_zero_at_the_end(mask):
+    last = optax.multi_transform({True: optax.identity(), False: optax.set_to_zero()}, mask)
+    return optax.chain(optax.adamw(1e-2, weight_decay=0.5), last), lambda grads: grads
+
+
+@pytest.fixture(scope="module")
+def a_few_steps(trainer, trained):
+    """Of a mistake: parameters before and after two steps with it, and the optimizer's state."""
+    before, task = nnx_params(CONFIG), TASKS["caption"](CONFIG.loss)
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: partition.path_name(path) in trained, before)
+    loss = lambda params, batch: task.loss(trainer.model(params), batch, jax.random.key(0))[0]  # noqa: E731
+    gradient = jax.jit(jax.grad(loss))
+
+    def steps(mistake):
+        optimizer, given = mistake(mask)
+        params, opt_state = before, optimizer.init(before)
+        for batch in batches(2):
+            updates, opt_state = optimizer.update(given(gradient(params, batch)), opt_state, params)
+            params = optax.apply_updates(params, updates)
+        return before, params, opt_state
+
+    return steps
+
+
+@pytest.mark.parametrize("mistake", [masked_alone, gradients_set_to_zero, nothing_stopped])
+def test_the_check_of_bits_catches_weights_that_were_meant_to_be_frozen(mistake, trained, a_few_steps):
+    before, params, _ = a_few_steps(mistake)
+    with pytest.raises(AssertionError):
+        require_frozen(before, params, trained)
+
+
+def test_the_check_of_optimizer_state_catches_moments_of_what_does_not_move(trained, a_few_steps):
+    before, params, opt_state = a_few_steps(updates_set_to_zero_at_the_end)
+    require_frozen(before, params, trained)
+    with pytest.raises(AssertionError):
+        require_no_optimizer_state(opt_state, params, trained)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, trainer) -> tuple[pathlib.Path, TrainState]:
+    """A run that has saved steps 2 and 4, and its state at 4."""
+    workdir = tmp_path_factory.mktemp("run")
+    checkpoint.write_run(workdir, CONFIG, [])
+    tiny_processor().save(workdir)
+    with Checkpoints(workdir, keep=2) as checkpoints, jax.set_mesh(trainer.mesh):
+        state = begun(trainer)
+        for step, batch in enumerate(batches(), start=1):
+            state, _ = trainer.step(state, sharding.device_batch(batch, trainer.mesh))
+            if step % 2 == 0:
+                checkpoints.save(step, state, {"position": step})
+    return workdir, jax.device_get(state)
+
+
+def restored(workdir: pathlib.Path, trainer: Trainer) -> TrainState:
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        return checkpoints.restore(trainer.abstract_state).state
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(saved, trainer):
+    workdir, state = saved
+    back = restored(workdir, trainer)
+    assert_identical(back, state)
+    straight = after(trainer, begun(trainer), [*batches(), *batches(2)])
+    assert_identical(after(trainer, back, batches(2)), straight)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1, fsdp=4), MeshConfig(data=2, fsdp=2, model=2)])
+def test_the_base_is_restored_onto_a_mesh_as_the_mesh_says(saved, mesh):
+    workdir, state = saved
+    spread = trainer_of(mesh=mesh)
+    back = restored(workdir, spread)
+    assert_identical(back, state)
+    for leaf, like in zip(jax.tree.leaves(back), jax.tree.leaves(spread.abstract_state), strict=True):
+        assert leaf.sharding == like.sharding
+
+
+def test_the_base_is_written_once_and_not_into_the_checkpoints(saved):
+    workdir, state = saved
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.frozen))
+    (file,) = (path for path in workdir.rglob("*.safetensors"))
+    assert file.parent.name == "frozen" and size < file.stat().st_size < size + 10_000
+    for step in ("2", "4"):
+        names = json.loads((workdir / "checkpoints" / step / "state" / "_METADATA").read_text())["tree_metadata"]
+        assert names and not any("frozen" in name or "token_embed" in name for name in names)
+
+
+def test_the_whole_model_of_such_a_run_loads_from_its_folder_alone(saved):
+    workdir, state = saved
+    model, _ = mammut.load(workdir)
+    from flax import nnx
+
+    assert_identical(nnx.to_pure_dict(nnx.state(model, nnx.Param)), state.all_params)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda file: flip(file), "frozen.safetensors does not have the SHA-256 of its manifest"),
+    (lambda file: file.unlink(), "frozen.safetensors is missing"),
+    (lambda file: shutil.rmtree(file.parent), "manifest.json"),
+])  # fmt: skip
+def test_a_damaged_base_is_an_error_that_names_it(saved, trainer, tmp_path, damage, message):
+    workdir = shutil.copytree(saved[0], tmp_path / "run")
+    damage(workdir / "frozen" / "frozen.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        restored(workdir, trainer)
+    assert message in one_sentence(error)
+
+
+def test_a_base_of_another_model_is_refused(saved, tmp_path):
+    text = dataclasses.replace(CONFIG.model.text, vocab_size=61)
+    other = trainer_of(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, text=text)))
+    with pytest.raises(CheckpointError) as error:
+        restored(saved[0], other)
+    assert "text.token_embed.embedding is float32[60, 48], expected float32[61, 48]" in one_sentence(error)
+
+
+RATES = (("image_projection.bias", 3e-3), ("image_projection.*", 1e-4), ("text.*.up.*", 5e-2))
+
+
+def test_every_group_is_adamw_with_its_own_peak():
+    """Against AdamW written out (arXiv 1711.05101, algorithm 2), with warm-up, decay and clipping."""
+    config = OptimizerConfig(
+        learning_rate=1e-2, learning_rates=RATES, warmup_steps=2, schedule="linear", weight_decay=0.1, b1=0.9, b2=0.95
+    )
+    rng = np.random.default_rng(0)
+    mlp = {"up": {"kernel": (4, 2)}}
+    shapes = {"image_projection": {"kernel": (3, 4), "bias": (4,)}, "text": {"mlp": mlp, "a": (5,)}}
+    draw = lambda: jax.tree.map(lambda s: 0.1 * rng.normal(size=s), shapes, is_leaf=lambda s: type(s) is tuple)  # noqa: E731
+    peaks = {"image_projection.kernel": 1e-4, "image_projection.bias": 3e-3, "text.mlp.up.kernel": 5e-2, "text.a": 1e-2}
+    start, grads, steps = draw(), [draw() for _ in range(6)], 8
+    optimizer = make_optimizer(config, steps)
+
+    params = jax.tree.map(jnp.float32, start)
+    opt_state = optimizer.init(params)
+    for grad in grads:
+        updates, opt_state = optimizer.update(jax.tree.map(lambda g: jnp.float32(10 * g), grad), opt_state, params)
+        params = optax.apply_updates(params, updates)
+
+    flat = partition.by_name(start)
+    first, second = ({name: np.zeros_like(x) for name, x in flat.items()} for _ in range(2))
+    for count, grad in enumerate(map(partition.by_name, grads)):
+        norm = np.sqrt(sum((g**2).sum() for g in grad.values()))
+        shape = min(count / 2, (steps - count) / (steps - 2))  # of the schedule: from 0 to 1, and to 0 again
+        for name, g in grad.items():
+            g = 10 * g * min(1, 1 / (10 * norm))
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.95 * second[name] + 0.05 * g**2
+            step = (first[name] / (1 - 0.9 ** (count + 1))) / (np.sqrt(second[name] / (1 - 0.95 ** (count + 1))) + 1e-8)
+            decay = 0.1 * flat[name] if name.endswith("kernel") else 0
+            flat[name] = flat[name] - peaks[name] * shape * (step + decay)
+    for name, got in partition.by_name(params).items():
+        moved = np.abs(flat[name] - partition.by_name(start)[name]).max()
+        np.testing.assert_allclose(got, flat[name], atol=2e-5 * moved + 1e-7, rtol=0)
+
+
+def test_magmas_schedule_rises_for_100_steps_and_would_be_at_zero_at_300_000():
+    """facts: peak 8e-4, 30,000 steps of it are run."""
+    config = OptimizerConfig(learning_rate=8e-4, warmup_steps=100, schedule="linear", decay_steps=300_000)
+    schedule = learning_rate_schedule(config, 30_000)
+    assert [float(schedule(step)) for step in (0, 50, 100)] == pytest.approx([0, 4e-4, 8e-4])
+    assert float(schedule(30_000)) == pytest.approx(8e-4 * 270_000 / 299_900)
+    constant = learning_rate_schedule(OptimizerConfig(learning_rate=3e-4, schedule="constant"), 30_000)
+    assert {float(constant(step)) for step in (0, 1, 29_999)} == {np.float32(3e-4)}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"trainable": ("adapters.*",)}, "trainable has 'adapters.*', which fits no parameter to train: expected patterns"),
+    ({"trainable": ()}, "trainable is empty, so nothing would be trained"),
+    ({"optimizer": OptimizerConfig(learning_rates=(("vision.*", 2e-6),))},
+     "optimizer.learning_rates has 'vision.*', which fits no trained parameter"),
+    ({"optimizer": OptimizerConfig(learning_rates=(("image*", 1e-3), ("image_projection.bias", 2e-3)))},
+     "learning_rates has 'image_projection.bias', which fits no trained parameter that those before it leave"),
+])  # fmt: skip
+def test_a_pattern_that_fits_nothing_is_refused(changes, message):
+    with pytest.raises(ValueError) as error:
+        trainer_of(dataclasses.replace(CONFIG, **changes))
+    assert message in one_sentence(error) and "image_projection" in str(error.value)
+
+
+def test_statistics_of_batch_norms_are_never_trained():
+    params = {"vision": {"norm": {"mean": 1, "variance": 2, "scale": 3, "bias": 4}}, "text": {"norm": {"scale": 5}}}
+    trained = partition.trained_names(partition.by_name(params), ("*",))
+    own, frozen = partition.split(params, trained)
+    assert frozen == {"vision": {"norm": {"mean": 1, "variance": 2}}}
+    assert own == {"vision": {"norm": {"scale": 3, "bias": 4}}, "text": {"norm": {"scale": 5}}}
+    assert partition.merged(own, frozen) == params
+    with pytest.raises(ValueError, match="fits no parameter to train"):
+        partition.trained_names(partition.by_name(params), ("vision.norm.mean",))
+
+
+def test_where_all_is_trained_the_checkpoint_is_that_of_earlier_versions():
+    state = trainer_of(dataclasses.replace(CONFIG, trainable=("*",))).abstract_state
+    assert state.frozen == {} and by_name(state.all_params).keys() == by_name(state.params).keys()
