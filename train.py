@@ -25,15 +25,14 @@ import jax
 from mammut import checkpoint, data, distributed, model_folder, sharding, sources
 from mammut.compile_report import compile_report
 from mammut.config import TrainConfig
-from mammut.evaluation import Evaluation, Evaluator
+from mammut.evaluation import Evaluator
 from mammut.memory_advice import enough_memory
 from mammut.model_card import write_card
 from mammut.processor import Processor
-from mammut.recipes import Run, require_same, resolve
+from mammut.recipes import Run, require_same, resolve, stages
 from mammut.report import write_report
 from mammut.run_log import RunLog
 from mammut.run_processor import shared_processor
-from mammut.scoring import save_scores, score
 from mammut.tasks import TASKS
 from mammut.training import Trainer, TrainState, make_trainer, start_report
 from mammut.warm_start import WarmStart, warm_start
@@ -63,12 +62,14 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, overrides
 
 
-def train(run: Run, watchdog: distributed.Watchdog, *, resume: bool) -> None:
-    """The run. What can be refused is refused before anything is compiled, and before anything is written.
+def train(run: Run, watchdog: distributed.Watchdog) -> bool:
+    """The run, or the rest of one; False if a SIGTERM ended it early.
 
+    What can be refused is refused before anything is compiled, and before anything is written.
     Of several processes all come through here. Each reads its share of the data; the first writes and prints.
     """
     config, workdir = run.config, run.workdir
+    fresh = not (workdir / "processor.json").exists()
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.compilation_cache).expanduser()))
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
@@ -83,7 +84,7 @@ def train(run: Run, watchdog: distributed.Watchdog, *, resume: bool) -> None:
     val = config.data.val and sources.open_source(config.data.val, **settings)
     warm = warm_start(config.model, run.starts, new_vocabulary=config.tokenizer.replace) if run.starts else None
     watchdog.doing("making the vocabulary")
-    processor = Processor.load(workdir) if resume else shared_processor(config, source, run.starts)
+    processor = shared_processor(config, source, run.starts) if fresh else Processor.load(workdir)
 
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, task, mesh)
@@ -98,7 +99,7 @@ def train(run: Run, watchdog: distributed.Watchdog, *, resume: bool) -> None:
         if warm:
             distributed.say(str(warm))
         distributed.meet("nothing is refused")
-        if distributed.first() and not resume:
+        if distributed.first() and fresh:
             processor.save(workdir)
             checkpoint.write_run(workdir, config, run.overrides)
         distributed.meet("the folder is made")
@@ -113,32 +114,33 @@ def train(run: Run, watchdog: distributed.Watchdog, *, resume: bool) -> None:
             batches = open_batches(state=checkpoint.position_of_one(restored.data, share))
         if start > config.steps:
             raise ValueError(f"steps is {config.steps}, {workdir} has a checkpoint of step {start}: expected no fewer")
-        if distributed.first() and resume:
+        if distributed.first() and not fresh:
             checkpoint.write_run(workdir, config, run.overrides)  # what may change in a resumed run is changed for good
             # Until the run is done again, the model is that of the newest checkpoint, not what an earlier end exported.
             (workdir / "manifest.json").unlink(missing_ok=True)
         silent = not distributed.first()
         log = RunLog(workdir, start=start, steps=config.steps, batch_size=config.data.batch_size, silent=silent)
-        log.print(f"{'resuming' if resume else 'starting'} at step {start} of {config.steps} in {workdir}")
+        log.print(f"{'starting' if fresh else 'resuming'} at step {start} of {config.steps} in {workdir}")
         with contextlib.closing(log), checkpoints, contextlib.closing(batches):
             state = fresh_state(config, trainer, warm) if state is None else state
             state, done = loop(config, trainer, state, start, batches, share, evaluator, checkpoints, log, watchdog)
             if not done:
-                return
+                return False
             watchdog.doing("saving the model")
             model_folder.save(workdir, trainer.model(state.all_params), processor, overwrite=True)
             watchdog.doing("the last evaluation")
             evaluation = evaluator and evaluator(state.all_params)
             if silent:
-                return
+                return True
             if evaluation:
                 log.evaluation(config.steps, "val", evaluation, samples=SAMPLES_PRINTED)
-                save_evaluation(workdir, "val", evaluation)
+                evaluation.save(workdir, "val")
             write_card(workdir, config.model, processor)
             log.print(f"model saved: mammut.load({str(workdir)!r})")
     # Outside of the mesh: the first process asks the model alone, and would wait for the others for ever.
     watchdog.doing("the report")
     print(f"report: {write_report(workdir)}")
+    return True
 
 
 def fresh_state(config: TrainConfig, trainer: Trainer, warm: WarmStart | None) -> TrainState:
@@ -147,14 +149,6 @@ def fresh_state(config: TrainConfig, trainer: Trainer, warm: WarmStart | None) -
         if warm is None:
             return trainer.init(config.seed)
         return trainer.init_from(trainer.start_params(config.seed, warm.random, warm.read))
-
-
-def save_evaluation(workdir: pathlib.Path, name: str, evaluation: Evaluation) -> None:
-    """Writes the last evaluation's predictions and scores into the run, as the programs of `eval/` would."""
-    for predictions in evaluation.predictions:
-        stem = workdir / "eval" / f"{predictions.task}_{name}"
-        predictions.save(stem.with_name(stem.name + ".predictions.jsonl"))
-        save_scores(stem.with_name(stem.name + ".json"), predictions, score(predictions, java=False))
 
 
 def loop(
@@ -233,7 +227,7 @@ def main(argv: list[str]) -> None:
             run = resolve(args.recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
             require_same(run)
             with distributed.Watchdog(run.config.step_timeout, "train.py") as watchdog:
-                train(run, watchdog, resume=args.resume)
+                all(train(stage, watchdog) for stage in stages(run))  # a stage that was ended early ends them
     except distributed.EXPECTED as error:
         if os.environ.get("MAMMUT_TRACEBACK"):
             raise

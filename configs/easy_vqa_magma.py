@@ -28,6 +28,6 @@ def get_config() -> TrainConfig:
             prompt="Q: {} A:",
         ),
         tokenizer=TokenizerConfig(max_length=32),
-        steps=800,
-        checkpoint_every=800,
+        steps=400,
+        checkpoint_every=400,
     )

@@ -48,7 +48,8 @@ def add_adapter(model: MaMMUT, *configs: AdapterConfig, rngs: nnx.Rngs) -> MaMMU
     Raises:
       ValueError: the model has an adapter of such a name already, or there is no such site (`mammut.adapters`).
     """
-    return _extended(model, configs, _fresh(model, configs, rngs))
+    # Compiled as one: op by op, each site would be compiled for itself.
+    return _extended(model, configs, nnx.jit(lambda rngs: _fresh(model, configs, rngs))(rngs))
 
 
 def remove_adapter(model: MaMMUT, name: str) -> MaMMUT:
@@ -129,8 +130,8 @@ def save_adapter(folder: str | os.PathLike, model: MaMMUT, name: str, *, also: S
     Of several processes, all call it, process 0 writes.
 
     Args:
-      also: patterns of paths (fnmatch) of parameters of the base that were trained with it, such as vision.*. None: of a
-        model with an image prefix, what makes the prefix, `image_projection.*` and `prefix_norm.*`; of others, none.
+      also: patterns of paths (fnmatch) of parameters of the base that were trained with it, such as vision.*. None: of
+        a model with an image prefix, what makes the prefix, `image_projection.*` and `prefix_norm.*`; of others, none.
 
     Raises:
       ValueError: there is no such adapter, or a pattern fits no parameter of the base.

@@ -190,14 +190,14 @@ class Checkpoints:
             write_safetensors(new / _FROZEN_FILE, specs, read)
             write_json(new / _FROZEN_MANIFEST, make_manifest(new, [new / _FROZEN_FILE]))
 
-    def _open_frozen(self) -> TensorFile:
-        """What is frozen; process 0 checks the checksums."""
+    def _frozen_problems(self) -> bytes:
+        return "; ".join(check_manifest(self._frozen, self._frozen / _FROZEN_MANIFEST)).encode()
 
-        def problems() -> bytes:
-            return "; ".join(check_manifest(self._frozen, self._frozen / _FROZEN_MANIFEST)).encode()
-
-        if found := distributed.from_first("has frozen parameters", problems).decode():
-            raise CheckpointError(f"{self._frozen}, the frozen parameters of the run, is damaged: {found}")
+    def _open_frozen(self, problems: bytes) -> TensorFile:
+        if problems:
+            raise CheckpointError(
+                f"{self._frozen}, the frozen parameters of the run, is damaged: {problems.decode()}"
+            )
         return open_tensors(self._frozen / _FROZEN_FILE)
 
     def wait(self) -> None:
@@ -233,7 +233,8 @@ class Checkpoints:
         return Restored(step, abstract_state.replace(**loaded["state"], frozen=frozen), saved.custom_metadata["data"])
 
     def _restore_frozen(self, abstract: Any) -> Any:
-        file = self._open_frozen()
+        # One process reads it all for its checksums, and all restore the same.
+        file = self._open_frozen(distributed.from_first("frozen", self._frozen_problems))
         if problems := mismatches(file.specs, partition.by_name(abstract), "is left over"):
             raise CheckpointError(f"{file.path} does not fit this run's model: {'; '.join(problems)}")
 
@@ -260,7 +261,7 @@ class Checkpoints:
             loaded = self._checkpointer.load_checkpointables(step, {"state": abstract})
         params = partition.by_name(loaded["state"]["params"])
         if self._frozen.exists():
-            file = self._open_frozen()
+            file = self._open_frozen(self._frozen_problems())
             params |= {name: file.read(name) for name in file.specs}
         return params
 

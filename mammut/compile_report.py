@@ -22,9 +22,8 @@ from mammut.chips import GIB, Chip, find_chip
 from mammut.config import TrainConfig
 from mammut.hlo import Collective, Program
 from mammut.memory_advice import is_out_of_memory, out_of_memory_advice
-from mammut.model import forward_flops
 from mammut.tasks import TASKS
-from mammut.training import Trainer, make_trainer
+from mammut.training import Trainer, make_trainer, task_flops
 
 
 def compile_report(config: TrainConfig, topology: str | None = None) -> str:
@@ -110,12 +109,12 @@ def compile_step(config: TrainConfig, trainer: Trainer) -> Any:
 def step_flops(config: TrainConfig) -> tuple[int, int]:
     """FLOPs of a step over the whole batch: the model's, three times a forward pass, and those that run.
 
+    Less runs where parameters are frozen, whose gradients nothing computes; that is not counted.
+
     What runs is more where it is computed again: the towers once with remat "full" (with "dots", next to nothing), both
     embeddings once with accumulation.
     """
-    parts = collections.Counter(forward_flops(config.model, training=True))
-    if config.task != "image_text":
-        del parts["contrastive_pass"]
+    parts = collections.Counter(task_flops(config))
     rows, forward = config.data.batch_size, sum(parts.values())
     again = forward - parts["vocabulary"] if config.model.remat == "full" else 0
     if config.accumulation > 1 and config.task == "image_text":

@@ -690,6 +690,9 @@ class TrainConfig:
     # An image encoder alone: its weights, its `model.vision` settings but for the pooling, and how it takes images.
     init_vision: str | None = None
     init_text: str | None = None  # a text decoder alone: its weights, `model.text` settings and tokenizer
+    # Without `init` and `init_text`, the decoder is trained for so many steps of the task `text` first, in a run of its
+    # own in WORKDIR/language_model, and that is what the run starts from.
+    text_steps: int = 0
     # Patterns of paths (fnmatch) of the parameters to train, such as adapters.*; the others are frozen: they have no
     # gradient and no optimizer state.
     trainable: tuple[str, ...] = ("*",)
@@ -716,7 +719,7 @@ class TrainConfig:
         _require_positive(self, "steps", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints")
         _require_positive(self, "max_nonfinite_steps", "step_timeout")
         _require(0 <= self.seed < 2**31, f"TrainConfig.seed is {self.seed}, expected 0 to {2**31 - 1}")
-        for name in ("eval_every", "low_image_steps"):
+        for name in ("eval_every", "low_image_steps", "text_steps"):
             _require(getattr(self, name) >= 0, f"TrainConfig.{name} is {getattr(self, name)}, expected at least 0")
         _require(
             not self.low_image_steps or self.model.vision.low_image_size is not None,

@@ -15,7 +15,7 @@ import sys
 import numpy as np
 
 from mammut.interop import open_clip_export
-from mammut.interop.rules import LazyTensors, OpenedModel, rounded
+from mammut.interop.rules import LazyTensors, OpenedModel, model_specs, rounded
 from mammut.model_folder import open_model, save_opened
 from mammut.tensor_files import TensorSpec
 
@@ -58,12 +58,11 @@ def convert(
 
 
 def stored_as(opened: OpenedModel, dtype: str) -> OpenedModel:
-    """The same model with its parameters in another type; the scalars of the contrastive loss stay float32."""
-    config = dataclasses.replace(opened.config, param_dtype=dtype)
-    specs = {
-        name: TensorSpec(spec.shape, np.dtype("float32" if spec.shape == () else dtype))
-        for name, spec in opened.tensors.specs.items()
-    }
+    """The same model with its parameters in another type, but for those that are always float32."""
+    text = dataclasses.replace(opened.config.text, param_dtype=None)
+    config = dataclasses.replace(opened.config, param_dtype=dtype, text=text)
+    types = {name: spec.dtype for name, spec in model_specs(config).items()}
+    specs = {name: TensorSpec(spec.shape, types[name]) for name, spec in opened.tensors.specs.items()}
 
     def read(name: str) -> np.ndarray:
         return rounded(opened.tensors.read(name), specs[name].dtype, f"{opened.where}: {name}")

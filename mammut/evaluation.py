@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from mammut.config import LossConfig, TrainConfig
 from mammut.predict import Predictor
 from mammut.predictions import Predictions
 from mammut.processor import Processor
-from mammut.scoring import score
+from mammut.scoring import save_scores, score
 from mammut.sources import BadExample, Source
 from mammut.tasks import TASKS
 from mammut.training import Trainer
@@ -29,6 +30,13 @@ class Evaluation:
     num_images: int
     num_texts: int
     bad: dict[str, int]  # examples that could not be used, by cause
+
+    def save(self, workdir: pathlib.Path, name: str) -> None:
+        """Writes predictions and scores into a run, as the programs of `eval/` would."""
+        for predictions in self.predictions:
+            stem = workdir / "eval" / f"{predictions.task}_{name}"
+            predictions.save(stem.with_name(stem.name + ".predictions.jsonl"))
+            save_scores(stem.with_name(stem.name + ".json"), predictions, score(predictions, java=False))
 
 
 class Evaluator:

@@ -32,9 +32,9 @@ class FewShot:
 
     The rule: the examples of a query are `shots` different questions (or captioned images) of `source`, in random
     order, all equally likely; none about an image with the key of the query's own. Where the query has a question type,
-    so have they, as MAGMA draws them for VQAv2 and OKVQA, as far as there are so many; the rest are any. Each comes with
-    one of its answers (captions), all equally likely, blank ones left out. One that cannot be read is passed over for
-    the next. Everything random follows from `seed`, the query's index in its set and its number there: neither the
+    so have they, as MAGMA draws them for VQAv2 and OKVQA, as far as there are so many; the rest are any. Each comes
+    with one of its answers (captions), all equally likely, blank ones left out. One that cannot be read is passed over
+    for the next. Everything random follows from `seed`, the query's index in its set and its number there: neither the
     order of queries nor the batch matters.
 
     Args:
@@ -49,9 +49,9 @@ class FewShot:
     """
 
     def __init__(self, source: Source, shots: int, *, seed: int = 0, instruction: str = ""):
-        for name, value in (("shots", shots), ("seed", seed)):
+        for name, value in (("number", shots), ("seed", seed)):
             if value < 0:
-                raise ValueError(f"the number of {name} is {value}, expected at least 0")
+                raise ValueError(f"the {name} of shots is {value}, expected at least 0")
         self.source, self.shots, self.seed, self.instruction = source, shots, seed, instruction
         self._items: list[tuple[int, int]] = []  # example in the source, question in the example
         self._keys: list[str] = []

@@ -12,7 +12,7 @@ from mammut.adapters import Adapters
 from mammut.config import ModelConfig, ResNetConfig
 from mammut.decoder import TextDecoder
 from mammut.layers import Dtypes, LayerNorm, Linear
-from mammut.resnet import ResNet
+from mammut.resnet import ResNet, resnet_flops
 from mammut.sharding import constrain
 from mammut.typing import Array
 from mammut.vit import EncoderOutput, ViT, patches_kept
@@ -224,15 +224,18 @@ def num_params(config: ModelConfig) -> dict[str, int]:
     return {**counts, "total": sum(counts.values())}
 
 
-def forward_flops(config: ModelConfig, training: bool = False) -> dict[str, int]:
+def forward_flops(config: ModelConfig, training: bool = False, length: int | None = None) -> dict[str, int]:
     """FLOPs of one example forward (2 a multiply-add), by part: vision, contrastive pass, caption pass, vocabulary.
 
-    With `training`, what it is in a training step, where `VisionConfig.patch_drop` leaves patches out; such a step is
-    three times the sum. Attention counts in full where it is bidirectional and half where it is causal. What remat
-    recomputes is not counted, nor are the B x B contrastive logits.
+    A text has `length` tokens, beside those of an image prefix; None: as many as the model has places for. With
+    `training`, what it is in a training step, where `VisionConfig.patch_drop` leaves patches out; such a step is three
+    times the sum. Attention counts in full where it is bidirectional and half where it is causal. What remat recomputes
+    is not counted, nor are the B x B contrastive logits, nor adapters.
     """
     vision, text = config.vision, config.text
-    patches, length = vision.grid[0] * vision.grid[1], text.max_length
+    length = config.text_length if length is None else length
+    sequence = length + max(config.num_prefix_tokens - 1, 0)  # of the caption pass: a prefix takes the start's place
+    patches = vision.grid[0] * vision.grid[1]
     dropped = patches - patches_kept(patches, vision.patch_drop) if training else 0
     tokens = patches - dropped + vision.class_token
     seen = vision.num_tokens - (0 if vision.pooling == "queries" else dropped)  # by the decoder
@@ -252,30 +255,33 @@ def forward_flops(config: ModelConfig, training: bool = False) -> dict[str, int]
     mlps = text.depth if text.mlp_before_cross_attn else text.depth - groups
     text_only = text.text_only_depth
 
-    def text_layers(depth, mlps, causal):
+    def text_layers(depth, mlps, causal, length):
         return depth * attention(text, length, length, causal) + mlps * mlp(text, length)
 
-    pool = {
-        "map": attention(vision, 1, tokens) + mlp(vision, 1),
-        "queries": 4 * vision.pool_queries * tokens * config.vision_size
-        + projected(2, config.vision_size, vision.pool_queries * config.vision_size + tokens * vision.width),
-    }
+    def vit():
+        pool = {
+            "map": attention(vision, 1, tokens) + mlp(vision, 1),
+            "queries": 4 * vision.pool_queries * tokens * config.vision_size
+            + projected(2, config.vision_size, vision.pool_queries * config.vision_size + tokens * vision.width),
+        }
+        layers = vision.depth * (attention(vision, tokens, tokens) + mlp(vision, tokens))
+        return projected(patches, vision.patch_size**2 * 3, vision.width) + layers + pool.get(vision.pooling, 0)
+
     to_decoder = config.image_projection in ("shared", "separate", "decoder")
     to_embedding = config.image_projection in ("separate", "embedding")
     cross = attention(text, length, seen, size=config.image_token_size)
     cross += 0 if inside else mlp(text, length)
     contrastive = (text_only, text_only) if text_only else (text.depth, mlps)
-    early = text_layers(text_only, text_only, causal=True) if text.depth else 0
+    early = text_layers(text_only, text_only, True, sequence) if text.depth else 0
+    of_pooled = config.prefix_tokens is not None
     return {
-        "vision": projected(patches, vision.patch_size**2 * 3, vision.width)
-        + vision.depth * (attention(vision, tokens, tokens) + mlp(vision, tokens))
-        + pool.get(vision.pooling, 0)
-        + to_decoder * projected(seen, config.vision_size, text.width)
+        "vision": (resnet_flops(vision) if isinstance(vision, ResNetConfig) else vit())
+        + to_decoder * projected(config.prefix_tokens if of_pooled else seen, config.vision_size, text.width)
         + to_embedding * projected(1, config.vision_size, config.embed_size),
         "contrastive_pass": 0
         if text.pooling == "none"
-        else text_layers(*contrastive, text.causal_contrastive)
+        else text_layers(*contrastive, text.causal_contrastive, length)
         + config.text_projection * projected(1, text.width, config.embed_size),
-        "caption_pass": early + text_layers(text.depth, mlps, causal=True) + groups * cross,
+        "caption_pass": early + text_layers(text.depth, mlps, True, sequence) + groups * cross,
         "vocabulary": projected(length, text.width, text.vocab_size) if text.depth else 0,
     }

@@ -29,6 +29,9 @@ def write_card(folder: pathlib.Path, config: ModelConfig, processor: Processor) 
     use = 'image_embed = model.encode_image(processor(images=["photo.jpg"])["image"])'
     if not retrieves:
         use = 'captions = mammut.caption(model, processor, ["photo.jpg"])'
+    sight = f"{text.num_cross_layers} see the image"
+    if config.num_prefix_tokens:
+        sight = f"an image is {config.num_prefix_tokens} positions before the text"
     tags = ["image-text-retrieval"] * retrieves + ["image-captioning"] * captions
     lines = [
         "---",
@@ -50,8 +53,8 @@ def write_card(folder: pathlib.Path, config: ModelConfig, processor: Processor) 
         "|---|---|",
         f"| parameters | {counts['total']:,} |",
         f"| image | {vision.image_size} x {vision.image_size} pixels ({processor.image.mode}), {vision.summary} |",
-        f"| text | up to {text.max_length} tokens of {text.vocab_size:,} ({processor.tokenizer.kind}); "
-        f"{text.text_only_depth + text.depth} layers of width {text.width}; {text.num_cross_layers} see the image |",
+        f"| text | up to {processor.max_length} tokens of {text.vocab_size:,} ({processor.tokenizer.kind}); "
+        f"{text.text_only_depth + text.depth} layers of width {text.width}; {sight} |",
         f"| embedding | {config.embed_size} numbers |",
         f"| stored as | {config.param_dtype} |",
         *_training(folder / "run.json"),

@@ -113,8 +113,9 @@ def load(
 
     Args:
       path: a model folder of ours; a run, for its newest good checkpoint; a folder or file of open_clip's MaMMUT and
-        CoCa or of LAION's openMaMMUT; a SigLIP or CapPa `.npz` of big_vision; the checkpoint of MAGMA. `mammut.interop` says which. Parts of a
-        model are refused: `load_language_model` reads the language models of Hugging Face.
+        CoCa or of LAION's openMaMMUT; a SigLIP or CapPa `.npz` of big_vision; a checkpoint of MAGMA's
+        code. `mammut.interop` says which. Parts of a model are refused: `load_language_model` reads the language models
+        of Hugging Face.
       mesh: where the parameters go, split by `mammut.sharding.RULES`. None: one device.
       image_size: pixels; the position table is resampled to it, as the model's makers do. None: as it was trained.
 

@@ -163,8 +163,8 @@ class Predictor:
     ) -> Predictions:
         """An answer to every question; the empty one, marked `too_long`, to a question longer than the context.
 
-        The model is asked to go on from `prompt`, with the question in place of its {}. With `few_shot`, after examples,
-        and only up to a line break or the next example ("Q:").
+        The model is asked to go on from `prompt`, with the question in place of its {}. With `few_shot`, after
+        examples, and only up to a line break or the next example ("Q:").
         """
         _require_slot(prompt, "prompt")
         records = []

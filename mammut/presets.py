@@ -2,9 +2,10 @@
 
 S, B and L are the ViT sizes of the field, each with a decoder of the same width and depth. The two `paper_*` presets
 are the models of the MaMMUT paper (arXiv 2303.16839): sizes from its text and tables; patch size, heads and vocabulary,
-which it does not state, are ours (16 pixels, 64-wide heads, 64,000 pieces). The `magma_*` presets, `frozen` and `limber`
-put an image in front of GPT-J 6B; their language model comes from a file (`TrainConfig.init_text`), and stays as it is
-where `TrainConfig.trainable` says so, as the recipes of the same names do.
+which it does not state, are ours (16 pixels, 64-wide heads, 64,000 pieces).
+
+`magma_v1`, `magma_v2`, `frozen` and `limber` put an image in front of GPT-J 6B, whose weights come from a file
+(`TrainConfig.init_text`); what of it all is trained, the recipes of the same names say (`TrainConfig.trainable`).
 """
 
 from mammut.config import AdapterConfig, DecoderConfig, ModelConfig, ResNetConfig, VisionConfig
@@ -120,13 +121,13 @@ def limber() -> ModelConfig:
 
 
 def magma_tiny() -> ModelConfig:
-    """MAGMA in 3M parameters, for 64-pixel images: trains on a CPU in minutes."""
+    """MAGMA in 4M parameters, for 64-pixel images: trains on a CPU in minutes."""
     return ModelConfig(
         vision=VisionConfig(image_size=64, patch_size=8, width=192, depth=6, num_heads=3, mlp_dim=768),
         text=DecoderConfig(
             vocab_size=3_000, max_length=96, width=128, depth=4, num_heads=4, mlp_dim=512, norm_eps=1e-5,
-            layout="parallel", attn_bias=False, positions="rope", rope_dims=16, cross_attn_every=0,
-            tie_embeddings=False, vocab_bias=True, pooling="none",
+            layout="parallel", attn_bias=False, positions="rope", tie_embeddings=False, vocab_bias=True,
+            cross_attn_every=0, pooling="none",
         ),
         conditioning="prefix",
         image_projection="decoder",

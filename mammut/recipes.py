@@ -6,6 +6,9 @@ import importlib.util
 import json
 import pathlib
 import sys
+from collections.abc import Iterator
+
+import jax
 
 from mammut import checkpoint, distributed
 from mammut.config import TrainConfig, differences, to_dict
@@ -31,7 +34,7 @@ class Run:
     config: TrainConfig
     workdir: pathlib.Path
     overrides: list[str]  # all that made the config, those of the run to resume included
-    starts: dict[Start, OpenedModel]  # the models that a fresh run starts from, by the field that names them
+    starts: dict[Start, OpenedModel]  # what a run without checkpoints starts from, by the field that names it
 
 
 def resolve(
@@ -65,7 +68,56 @@ def resolve(
     config = parse_overrides(base, overrides)
     if changed := differences(to_dict(saved), to_dict(config), RESUMABLE):
         raise ValueError(f"the run in {workdir} cannot go on with another config: {'; '.join(changed)} in its run.json")
-    return Run(config, workdir, saved_overrides + overrides, {})
+    starts = {} if _has_checkpoints(workdir) else _opened(config)
+    return Run(config, workdir, saved_overrides + overrides, starts)
+
+
+def stages(run: Run) -> Iterator[Run]:
+    """The runs that make up a run, in order: that of its language model, where `text_steps` asks for one, and itself.
+
+    What comes later is opened when it is asked for: the former has to be done by then.
+
+    Raises:
+      ValueError: there are several processes, which could not agree on two runs one after the other.
+    """
+    config, folder = run.config, run.workdir / "language_model"
+    if config.text_steps and not (config.init or config.init_text) and not _has_checkpoints(run.workdir):
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"text_steps is {config.text_steps} with several processes, expected --init-text, or a run of "
+                "--task text before"
+            )
+        if not (folder / "manifest.json").exists():
+            run.workdir.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_run(run.workdir, config, run.overrides)  # to be resumed from here on
+            yield Run(_language_config(config), folder, [], {})
+        run = dataclasses.replace(run, starts={**run.starts, "init_text": open_model(folder)})
+    yield run
+
+
+def _language_config(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(
+        config,
+        task="text",
+        trainable=("text.*",),
+        init_vision=None,
+        text_steps=0,
+        steps=config.text_steps,
+        low_image_steps=0,
+        accumulation=1,
+        model=dataclasses.replace(config.model, adapters=()),
+        data=dataclasses.replace(config.data, prompt="{}"),
+        optimizer=dataclasses.replace(config.optimizer, learning_rates=(), decay_steps=None),
+    )
+
+
+def _has_checkpoints(workdir: pathlib.Path) -> bool:
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
+def _opened(config: TrainConfig) -> dict[Start, OpenedModel]:
+    named = {name: getattr(config, name) for name in ("init", "init_vision", "init_text")}
+    return {name: open_model(pathlib.Path(path).expanduser()) for name, path in named.items() if path is not None}
 
 
 def require_same(run: Run) -> None:
@@ -102,9 +154,7 @@ def with_overrides(config: TrainConfig, overrides: list[str]) -> tuple[TrainConf
     for field in SIZES | VOCABULARY:
         later.add_argument(f"--{field}", f"--{field.replace('_', '-')}", nargs="?")
     overridden = parse_overrides(config, later.parse_known_args(overrides)[1])
-    named = {name: getattr(overridden, name) for name in ("init", "init_vision", "init_text")}
-    starts = {name: open_model(pathlib.Path(path).expanduser()) for name, path in named.items() if path is not None}
-    if starts:
+    if starts := _opened(overridden):
         config = dataclasses.replace(overridden, model=start_config(overridden.model, starts))
     return parse_overrides(config, overrides), starts
 

@@ -234,9 +234,13 @@ def _model_facts(config: ModelConfig) -> dict[str, str]:
     return {
         "model": f"{num_params(config)['total']:,} parameters, {config.dtype}",
         "image": f"{vision.image_size} pixels; {vision.summary}",
-        "text": f"up to {text.max_length} tokens of {text.vocab_size:,}; "
-        f"width {text.width}, depth {text.depth}, {text.num_heads} heads, cross-attention after every "
-        f"{text.cross_attn_every} layers",
+        "text": f"up to {config.text_length} tokens of {text.vocab_size:,}; "
+        f"width {text.width}, depth {text.depth}, {text.num_heads} heads, "
+        + (
+            f"an image is {config.num_prefix_tokens} positions before the text"
+            if config.num_prefix_tokens
+            else f"cross-attention after every {text.cross_attn_every} layers"
+        ),
     }
 
 

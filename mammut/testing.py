@@ -50,14 +50,14 @@ def tiny_processor(config: ModelConfig | None = None) -> Processor:
     colours, shapes = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
     captions = [f"one {colour} {shape} on the left or right" for colour in colours for shape in shapes]
     tokenizer = train_sentencepiece(captions, config.text.vocab_size, lowercase=True)
-    return Processor(tokenizer, ImageTransform(config.vision.image_size), config.text.max_length)
+    return Processor(tokenizer, ImageTransform(config.vision.image_size), config.text_length)
 
 
 def tiny_batch(config: ModelConfig | None = None, batch_size: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
     """A random `image`, `tokens`, `text_valid` for `config` (default: `tiny_config()`); the first text has no pads."""
     config = config or tiny_config()
     rng = np.random.default_rng(seed)
-    size, longest = config.vision.image_size, config.text.max_length
+    size, longest = config.vision.image_size, config.text_length
     lengths = rng.integers(min(3, longest), longest + 1, batch_size)
     lengths[:1] = longest
     tokens = rng.integers(3, config.text.vocab_size, (batch_size, longest), np.int32)

@@ -87,8 +87,8 @@ def torch_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
     """The tensors of the state dict in a `torch.save` archive, as views of its storages.
 
     The state dict is the saved dict itself if all its values are tensors, else its entry "state_dict", "model" or
-    "module" (DeepSpeed); what else was saved is not reported. The prefixes "module." and "_orig_mod." of wrapped models are taken off where every
-    key has them.
+    "module" (DeepSpeed); what else was saved is not reported. The prefixes "module." and "_orig_mod." of wrapped models
+    are taken off where every key has them.
 
     Raises:
       CheckpointError: the file is damaged, calls what does not rebuild tensors, or holds no state dict.

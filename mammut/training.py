@@ -331,13 +331,17 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
     )
 
 
+def task_flops(config: TrainConfig) -> dict[str, int]:
+    """`forward_flops` of one example of a run, of the parts that its task runs."""
+    parts = forward_flops(config.model, training=True, length=config.text_length)
+    left_out = {"image_text": (), "text": ("vision", "contrastive_pass")}.get(config.task, ("contrastive_pass",))
+    return {part: count for part, count in parts.items() if part not in left_out}
+
+
 def start_report(config: TrainConfig, trainer: Trainer, source: Any, vocab_size: int) -> str:
     """What a run is about to do: its data, its parameters and their placement, the FLOPs of a step."""
     state = trainer.abstract_state
-    forward = forward_flops(config.model, training=True)
-    flops = {part: 3 * count * config.data.batch_size for part, count in forward.items()}
-    if config.task != "image_text":
-        del flops["contrastive_pass"]
+    flops = {part: 3 * count * config.data.batch_size for part, count in task_flops(config).items()}
     total = sum(flops.values())
     mesh = " x ".join(f"{name} {size}" for name, size in trainer.mesh.shape.items())
     return "\n".join([
@@ -345,7 +349,7 @@ def start_report(config: TrainConfig, trainer: Trainer, source: Any, vocab_size:
         f"mesh: {mesh} on {trainer.mesh.devices.flat[0].device_kind}",
         sharding.placement_report(state.all_params, jax.tree.map(lambda x: x.sharding, state.all_params)),
         *_trained_line(state),
-        f"{total / 1e9:,.1f} GFLOP a step, backward included: "
+        f"{total / 1e9:,.1f} GFLOP a step, backward included{' as if all were trained' if state.frozen else ''}: "
         + ", ".join(f"{part} {count / total:.0%}" for part, count in flops.items()),
     ])
 

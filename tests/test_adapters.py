@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from damage import flip, one_sentence
 from flax import nnx
 
 import mammut
-from damage import flip, one_sentence
 from mammut import sharding
 from mammut.adapting import base_hash
 from mammut.config import AdapterConfig, MeshConfig, ModelConfig
@@ -24,9 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BOTTLENECKS = ("sequential", "parallel", "scaled_parallel")
 # Half as deep as `tiny_config`, which compiles faster.
-CONFIG = dataclasses.replace(
-    tiny_config(), text=dataclasses.replace(tiny_config().text, depth=2, cross_attn_every=1)
-)
+CONFIG = dataclasses.replace(tiny_config(), text=dataclasses.replace(tiny_config().text, depth=2, cross_attn_every=1))
 BATCH = tiny_batch(CONFIG)
 IMAGE, TOKENS, VALID = (jnp.asarray(BATCH[name]) for name in ("image", "tokens", "text_valid"))
 
@@ -183,7 +181,7 @@ def test_cached_steps_are_adapted_as_the_whole_pass_is(config):
         (AdapterConfig(sites=("text.layer.mlp",)), "'text.layer.mlp', which is no site .* text.layers.mlp"),
         (AdapterConfig(sites=("*.attn", "text.layers.attn.key")), "is not an attention or MLP .* text.layers.attn"),
         (AdapterConfig(kind="lora", sites=("vision.layers.mlp",)), "is not a linear map .* vision.layers.mlp.up"),
-        (AdapterConfig(kind="ia3", sites=("image_projection",)), "is no site of this model: 'ia3' goes on a linear map"),
+        (AdapterConfig(kind="ia3", sites=("image_projection",)), "is no site of this model: 'ia3' goes on"),
         (AdapterConfig(reduction=49), "reduction is 49, expected at most the width 48"),
         (AdapterConfig(kind="lora", sites=("*.up",), rank=33), "rank is 33, expected at most 32, as vision.layers.mlp"),
         (AdapterConfig(name="items"), "name is 'items', which has another meaning"),
@@ -278,7 +276,7 @@ def test_a_merged_adapter_is_plain_weights_that_do_the_same(kind, base, plain):
     assert nnx.graphdef(merged) == nnx.graphdef(base) and merged.config == base.config
     # Logits have numbers of a hundred terms of both signs: float32 carries 1e-6 of the largest of them.
     assert max(apart(outputs(merged), outputs(model)).values()) < 3e-6
-    assert min(apart(outputs(merged), plain).values()) > 0.1
+    assert min(apart(outputs(merged), plain).values()) > 0.02
     assert max(apart(outputs(mammut.set_active_adapters(model)), plain).values()) == 0  # the base is not written to
 
 

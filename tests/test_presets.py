@@ -15,6 +15,8 @@ from mammut.model import MaMMUT, forward_flops, num_params
 from mammut.testing import tiny_config, tiny_model
 
 NAMES = [name for name, function in inspect.getmembers(presets, inspect.isfunction) if not name.startswith("_")]
+WITH_PREFIX = ["magma_v1", "magma_v2", "frozen", "limber", "magma_tiny"]
+TWO_PASS = sorted(set(NAMES) - set(WITH_PREFIX))
 
 
 @functools.cache
@@ -35,10 +37,11 @@ def test_the_presets_are_the_sizes_of_the_field_and_of_the_paper():
     assert set(NAMES) == {
         *("tiny", "mammut_s16", "mammut_s14", "mammut_b16", "mammut_b14", "mammut_l16", "mammut_l14"),
         *("paper_ablation", "paper_2b"),
+        *WITH_PREFIX,
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TWO_PASS)
 def test_every_preset_runs_both_passes(name):
     config = getattr(presets, name)()
     assert isinstance(config, ModelConfig)
@@ -57,7 +60,37 @@ def test_every_preset_runs_both_passes(name):
     assert features.dtype == jnp.dtype(config.dtype)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_PREFIX)
+def test_every_preset_with_an_image_prefix_runs_its_caption_pass(name):
+    config = getattr(presets, name)()
+    length, size = config.text_length, config.vision.image_size
+    image = jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8)
+    tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
+    logits_of = lambda params, *batch: nnx.merge(graphdef, params).caption_logits(*batch)  # noqa: E731
+    logits = jax.eval_shape(logits_of, params, image, tokens)
+    assert logits.shape == (2, length, config.text.vocab_size)
+    assert length - 1 + config.num_prefix_tokens == config.text.max_length
+
+
+def test_magmas_presets_have_the_parameters_that_are_published():
+    """GPT-J of 6.05 billion, adapters of 3.9 % of it, RN50x16 without its pool, 144 tokens; two of Frozen."""
+    language_model = sum(counts("limber")[part] for part in ("token_embed", "layers", "other")) - 2  # logit scale, bias
+    millions(language_model, 6_050, 0.001)
+    millions(counts("magma_v1")["adapters"], 235.0, 0.0005)
+    millions(counts("magma_v2")["adapters"], 235.1, 0.0005)
+    # down and up, with biases, behind 28 MLPs
+    assert counts("magma_v1")["adapters"] == 28 * (2 * 4096 * 1024 + 1024 + 4096)
+    assert counts("magma_v2")["adapters"] == 2 * 28 * (2 * 4096 * 512 + 512 + 4096)
+    millions(counts("magma_v1")["vision"], 136.2, 0.002)
+    millions(counts("frozen")["vision"], 23.5, 0.005)
+    assert counts("limber")["image_projection"] == (3072 + 1) * 4096
+    assert counts("frozen")["image_projection"] == (2048 + 1) * 2 * 4096
+    tokens = [getattr(presets, name)().num_prefix_tokens for name in ("magma_v1", "magma_v2", "limber", "frozen")]
+    assert tokens == [144, 144, 144, 2]
+
+
+@pytest.mark.parametrize("name", TWO_PASS)
 def test_the_counts_follow_from_the_widths(name):
     config, count = getattr(presets, name)(), counts(name)
     vision, text = config.vision, config.text

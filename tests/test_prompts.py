@@ -8,45 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from prefix_models import IMAGES, prefix_model, prefix_processor
 
 import mammut
-from mammut.config import ModelConfig
-from mammut.processor import ImageTransform, Processor
 from mammut.prompts import encode_prompt, padded_size
 from mammut.search import GenerateConfig
 from mammut.testing import tiny_config, tiny_model, tiny_processor
-from mammut.tokenizer import train_sentencepiece
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-IMAGES = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
 TEN = GenerateConfig(max_new_tokens=10)
-# Lengths from 1 to 33 tokens, no, one, two or three images, in every order.
+# The first two share a batch, with one image and two, and 24 and 21 tokens; the others have none and one.
 PROMPTS = [
     [IMAGES[0], "Q: what? A: red", IMAGES[1], "Q: where? A:"],
-    [IMAGES[2]],
-    ["one red circle", IMAGES[3], "on the left"],
+    ["one red circle", IMAGES[2], "on the left", "Q: where? A:"],
     ["one blue"],
-    [IMAGES[4], IMAGES[5], IMAGES[0], "Q: what? A: green", IMAGES[1], "Q: what color is the shape? A:"],
-    [IMAGES[5], "", "Q: what? A:"],
+    [IMAGES[2]],
 ]
-
-
-def prefix_config(**text) -> ModelConfig:
-    """`tiny_config` with an image prefix of 4 tokens in place of cross-attention, and a context of 64."""
-    tiny = tiny_config()
-    text = {"cross_attn_every": 0, "pooling": "none", "max_length": 64, "depth": 2} | text
-    return dataclasses.replace(
-        tiny, text=dataclasses.replace(tiny.text, **text), conditioning="prefix", image_projection="decoder",
-        prefix_norm=True,
-    )  # fmt: skip
-
-
-def prefix_model(**text):
-    """Confident, so that texts differ and rounding decides nothing."""
-    model = tiny_model(prefix_config(**text))
-    model.text.token_embed.embedding[...] *= 3
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +34,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def processor():
-    texts = ["Q: what? A: red", "Q: where? A: on the left", "one blue circle", "A picture of one green square"]
-    tokenizer = train_sentencepiece(texts, 60, lowercase=False)
-    return Processor(tokenizer, ImageTransform(16), prefix_config().text_length)
+    return prefix_processor()
 
 
 @pytest.fixture(scope="module")
@@ -94,39 +70,120 @@ def next_logits(model, processor):
     return next_logits
 
 
-@pytest.mark.parametrize("number", range(len(PROMPTS)))
-def test_greedy_text_is_that_of_full_passes_over_the_embeddings_in_order(
-    next_logits, batched, processor, number
-):
-    said, logprobs = [], []
-    while len(said) < 10 and processor.eos_id not in said:
-        scores = next_logits(PROMPTS[number], said)
-        said.append(int(scores.argmax()))
-        logprobs.append(float(scores.max()))
-    assert batched[number].text == processor.tokenizer.decode(said).strip()
-    np.testing.assert_allclose(batched[number].token_logprobs, logprobs, atol=2e-4)
+def test_greedy_text_is_that_of_full_passes_over_the_embeddings_in_order(next_logits, batched, processor):
+    lengths = [len(encode_prompt(prompt, processor, 4)) for prompt in PROMPTS[:2]]
+    assert lengths[0] > lengths[1] and len(set(map(padded_size, lengths))) == 1
+    for prompt, found in zip(PROMPTS, batched, strict=True):
+        said, logprobs = [], []
+        while len(said) < 10 and processor.eos_id not in said:
+            scores = next_logits(prompt, said)
+            said.append(int(scores.argmax()))
+            logprobs.append(float(scores.max()))
+        assert found.text == processor.tokenizer.decode(said).strip()
+        np.testing.assert_allclose(found.token_logprobs, logprobs, atol=2e-4)
+    assert len({found.logprob for found in batched}) == len(PROMPTS)
 
 
-def test_texts_differ(batched):
-    """Else the tests here would see nothing."""
-    assert len({found.text for found in batched}) == len(PROMPTS)
-    assert len({padded_size(n) for n in (2, 4, 15)}) == 3
-
-
-@pytest.mark.parametrize("text", [{}, {"positions": "rope"}])
-def test_a_prompt_says_in_a_batch_what_it_says_alone(processor, text):
-    model = prefix_model(**text)
-    # Of one padded size, so that they share a batch: 20 to 24 tokens, one or two images.
-    prompts = [
-        [IMAGES[0], "Q: what? A: red", IMAGES[1]],
-        ["one blue circle", IMAGES[2], "Q: what? A:"],
-        [IMAGES[3], IMAGES[4], "on the left on the left"],
-    ]
-    lengths = [len(encode_prompt(prompt, processor, 4)) for prompt in prompts]
-    sizes = {padded_size(length) for length in lengths}
-    assert len(sizes) == 1 and len(set(lengths)) > 1 and max(lengths) <= sizes.pop()
-    together = mammut.generate_prompts(model, processor, prompts, TEN)
-    alone = [mammut.generate_prompts(model, processor, [prompt], TEN)[0] for prompt in prompts]
-    assert [found.text for found in together] == [found.text for found in alone]
+def test_a_prompt_says_in_a_batch_what_it_says_alone(processor):
+    model = prefix_model(positions="rope")
+    together = mammut.generate_prompts(model, processor, PROMPTS[:2], TEN)
+    alone = mammut.generate_prompts(model, processor, PROMPTS[:2], TEN, batch_size=1)
     for found, own in zip(together, alone, strict=True):
+        assert found.text == own.text
         np.testing.assert_allclose(found.token_logprobs, own.token_logprobs, atol=1e-4)
+
+
+def test_order_of_images_and_of_texts_matters(model, processor):
+    first, second = IMAGES[:2]
+    prompts = [[first, second, "one"], [second, first, "one"], [first, "one", second], ["one", first, second]]
+    found = mammut.generate_prompts(model, processor, prompts, TEN)
+    assert len({one.logprob for one in found}) == 4
+
+
+def test_an_image_alone_says_its_caption(model, processor):
+    captions = mammut.generate_text(model, processor, list(IMAGES[:4]), config=TEN)
+    found = mammut.generate_prompts(model, processor, [[image] for image in IMAGES[:3]] + [(IMAGES[3], "")], TEN)
+    assert [one.text for one in found] == [one.text for one in captions]
+    for one, other in zip(found, captions, strict=True):
+        np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=1e-5)
+
+
+def test_beams_find_at_least_as_likely_a_text(model, processor, batched):
+    config = dataclasses.replace(TEN, num_beams=3, length_penalty=0.0)
+    found = mammut.generate_prompts(model, processor, PROMPTS[:2], config)
+    gains = [one.logprob - greedy.logprob for one, greedy in zip(found, batched, strict=False)]
+    assert min(gains) > -1e-4 and max(gains) > 0.01
+
+
+def test_what_is_sampled_depends_on_the_place_in_the_list_not_on_the_batch(model, processor):
+    config = GenerateConfig(max_new_tokens=10, temperature=2.0)
+    prompts = [[IMAGES[0], "one"], [IMAGES[1], "one"], [IMAGES[0], "one"]]
+    found = mammut.generate_prompts(model, processor, prompts, config, seed=1)
+    assert found[0].text != found[2].text
+    again = mammut.generate_prompts(model, processor, prompts, config, seed=1, batch_size=1)
+    assert [one.text for one in again] == [one.text for one in found]
+
+
+def test_the_callers_prompts_stay_as_they_are_and_paths_are_images(model, processor, tmp_path, batched):
+    from PIL import Image
+
+    paths = [tmp_path / "0.png", tmp_path / "1.png"]
+    for image, path in zip(IMAGES, paths, strict=False):
+        Image.fromarray(image).save(path)
+    prompt = [paths[0], PROMPTS[0][1], paths[1], PROMPTS[0][3]]
+    before = list(prompt)
+    found = mammut.generate_prompts(model, processor, [prompt, PROMPTS[1]], TEN)
+    assert [one.text for one in found] == [one.text for one in batched[:2]]
+    assert prompt == before
+
+
+def test_a_text_ends_where_the_context_does(model, processor):
+    """62 of 64 places are taken, padded to all but one."""
+    prompt = [*IMAGES, *IMAGES, *IMAGES[:3], "one"]
+    assert len(encode_prompt(prompt, processor, 4)) == 62
+    assert len(mammut.generate_prompts(model, processor, [prompt])[0].token_logprobs) == 1
+
+
+@pytest.mark.parametrize("prompt, message", [
+    ([*IMAGES] * 3, "prompt 1 has 18 images of 4 tokens each, expected at most 13: DecoderConfig.max_length 64 less"),
+    ([IMAGES[0], "on the left " * 11 + "on"], r"prompt 1 has \d+ tokens, its 1 images included, expected at most 54"),
+    ([IMAGES[0], "Q: what? A: "], "prompt 1 ends in a space, 'Q: what. A: ', expected none"),
+    ([IMAGES[0], "Q: what? A: ", ""], "prompt 1 ends in a space"),
+    ([], "prompt 1 is empty, expected an image or a text"),
+    ([""], "prompt 1 is empty"),
+    ("one", "prompt 1 is a str, expected a list of images and str"),
+    ([IMAGES[0], 3], "image is of type int"),
+])  # fmt: skip
+def test_what_is_no_prompt_is_refused_in_one_sentence(model, processor, prompt, message):
+    with pytest.raises(ValueError, match=message) as error:
+        mammut.generate_prompts(model, processor, [[IMAGES[0]], prompt], TEN)
+    assert "\n" not in str(error.value) and not re.search(r"\. [A-Z]", str(error.value))
+
+
+def test_a_space_before_an_image_is_none_at_the_end(processor):
+    assert len(encode_prompt(["one ", IMAGES[0]], processor, 4)) > 4
+
+
+def test_no_prompts_have_no_texts(model, processor):
+    assert mammut.generate_prompts(model, processor, []) == []
+
+
+def test_a_model_that_sees_images_by_cross_attention_is_refused():
+    with pytest.raises(ValueError, match="sees images by 'cross_attention' .* need 'prefix'"):
+        mammut.generate_prompts(tiny_model(), tiny_processor(), [[IMAGES[0]]])
+
+
+def test_a_processor_of_another_model_and_a_batch_of_none_are_refused(model):
+    more = dataclasses.replace(tiny_config().text, vocab_size=90)
+    other = tiny_processor(dataclasses.replace(tiny_config(), text=more))
+    assert other.vocab_size > 60
+    with pytest.raises(ValueError, match="they do not belong together"):
+        mammut.generate_prompts(model, other, [[IMAGES[0]]])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        mammut.generate_prompts(model, other, [[IMAGES[0]]], batch_size=0)
+
+
+def test_sizes_are_few_and_waste_little():
+    sizes = [padded_size(n) for n in range(2049)]
+    assert all(n <= size < max(1.25 * n, n + 1) for n, size in enumerate(sizes))
+    assert sizes == sorted(sizes) and len(set(sizes)) == 1 + 8 + 4 * 8

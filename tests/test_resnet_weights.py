@@ -22,9 +22,9 @@ from mammut.processor import ImageTransform
 from mammut.recipes import with_overrides
 from mammut.resnet import ResNet
 from mammut.run_processor import make_processor
+from mammut.sources import open_source
 from mammut.tensor_files import CheckpointError
 from mammut.testing import tiny_config
-from mammut.tokenizer import train_sentencepiece
 from mammut.warm_start import at_image_size, warm_start
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -34,7 +34,7 @@ NORM_FREE = ResNetConfig(
     image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225),
 )  # fmt: skip
 TIMM = {"architecture": "nf_resnet50", "num_classes": 7, "pretrained_cfg": {"input_size": [3, 64, 64]}}
-TEXT_TOWER = "token_embedding.weight", "transformer.resblocks.0.ln_1.weight", "logit_scale"
+TEXT_TOWER = "logit_scale", "token_embedding.weight", "transformer.resblocks.0.ln_1.weight"
 
 
 def tower_of(opened: OpenedModel) -> ResNet:
@@ -135,7 +135,7 @@ def test_the_visual_module_of_clip_is_read_alone(tmp_path):
     tensors = {name: x for name, x in arrays(original(CLIP)).items() if not name.startswith("attnpool.")}
     save_file(tensors, tmp_path / "visual.safetensors")
     opened = open_model(tmp_path / "visual.safetensors")
-    assert opened.config.vision.image_size == 224 and "vision.image_size is 224: the file does not tell" in opened.notes[-1]
+    assert opened.config.vision.image_size == 224 and "image_size is 224: the file does not tell" in opened.notes[-1]
     np.testing.assert_array_equal(opened.tensors.read("vision.stem.conv2.bias"), tensors["bn2.bias"])
 
 
@@ -147,7 +147,7 @@ def test_the_visual_module_of_clip_is_read_alone(tmp_path):
         ({"visual.layer2.1.conv2.weight": np.ones((16, 16, 1, 1), np.float32)}, r"\[16, 16, 1, 1\], expected"),
         ({"visual.layer3.0.se.weight": np.ones(3, np.float32)}, "layer3.0.se.weight is not a tensor of this model"),
         ({"visual.layer5.0.bn1.weight": np.ones(3, np.float32)}, "a ResNet of 5 stages, expected 4"),
-        ({"visual.attnpool.positional_embedding": np.ones((1, 256), np.float32)}, "image_size is 0, expected a positive"),
+        ({"visual.attnpool.positional_embedding": np.ones((1, 9), np.float32)}, "image_size is 0, expected a positive"),
     ],
 )
 def test_damaged_weights_are_refused_by_name(change, says, tmp_path):
@@ -167,18 +167,16 @@ def test_a_config_of_another_size_is_refused(tmp_path):
 
 def test_a_run_starts_from_the_encoder_whatever_its_recipe_has(weights):
     text = DecoderConfig(vocab_size=60, max_length=12, width=48, depth=2, num_heads=3, mlp_dim=80)
-    recipe = TrainConfig(model=ModelConfig(VisionConfig(pooling="class", class_token=True, patch_drop=0.5), text,
-                                           image_projection="separate"))  # fmt: skip
+    vit = VisionConfig(pooling="class", class_token=True, patch_drop=0.5)
+    recipe = TrainConfig(model=ModelConfig(vit, text, image_projection="separate"))
     config, starts = with_overrides(recipe, ["--init-vision", str(weights), "--model.vision.image-size", "96"])
     assert config.model.vision == dataclasses.replace(config_of(weights), image_size=96)
     plan = warm_start(config.model, starts)
     rows = {row.path: row.what for row in plan.rows if row.path.startswith("vision.")}
     assert rows and set(rows.values()) == {"loaded"}
     assert all(name in plan.random for name in ("text.norm.scale", "image_projection.kernel"))
-    source = [{"captions": ["a red circle on the left", "two green squares on the right"]}] * 20
-    tokenizer = train_sentencepiece([c for item in source for c in item["captions"]], 60, lowercase=True)
-    tokenizer.save(weights)
-    assert starts["init_vision"].processor.image.mode == "shortest"
+    processor = make_processor(config, open_source("synthetic:train[:50]", image_size=64, field="captions"), starts)
+    assert processor.image == ImageTransform(96, "shortest", "bicubic") and processor.max_length == 12
 
 
 def test_a_whole_model_is_neither_loaded_from_an_encoder_nor_exported_with_one(weights):

@@ -120,10 +120,10 @@ def folder(tmp_path):
 
 
 def batches_of(folder, task: str, rows: str = "[:1]", **settings):
-    field = TASKS[task](TASK.config).field
+    field, images = TASKS[task](TASK.config).field, TASKS[task](TASK.config).sees_images
     source = sources.open_source(f"jsonl:{folder / 'x.jsonl'}{rows}", image_size=16, field=field)
     config = dataclasses.replace(DataConfig(batch_size=len(source), threads=1), **settings)
-    return data.TrainBatches(source, tiny_processor(), config, seed=0)
+    return data.TrainBatches(source, tiny_processor(), config, seed=0, images=images)
 
 
 def said(batch) -> tuple[str, str]:
@@ -146,6 +146,38 @@ def test_a_caption_and_a_name_have_no_prompt(folder):
     assert said(next(batches_of(folder, "classify"))) == ("", "triangle")
     batch = next(batches_of(folder, "image_text"))
     np.testing.assert_array_equal(batch["target"][:, 1:], batch["text_valid"][:, 1:])
+
+
+@pytest.mark.parametrize("task, prompt, given, text", [
+    ("vqa", "red {} on", "red one red circle on", None),
+    ("caption", "on the left", "on the left", "one red circle"),
+    ("caption", "on the left {}", "on the left", "one red circle"),
+    ("classify", "one", "one", "triangle"),
+])  # fmt: skip
+def test_what_is_to_be_said_follows_the_prompt_of_the_run(folder, task, prompt, given, text):
+    seen = said(next(batches_of(folder, task, prompt=prompt)))
+    assert seen[0] == given and (seen[1] in ("left", "right") if text is None else seen[1] == text)
+
+
+def test_a_prompt_that_leaves_no_room_or_has_no_place_for_the_question_is_refused(folder):
+    with pytest.raises(ValueError, match="data.prompt is 'one red circle on .* leaves no room in a text of 12 tokens"):
+        batches_of(folder, "caption", prompt="one red circle on the left or right " * 2)
+    with pytest.raises(ValueError, match="data.prompt is 'Q: A:', expected a text with {} in it"):
+        TrainConfig(task="vqa", data=DataConfig(prompt="Q: A:"))
+
+
+def test_a_language_task_reads_no_image_and_is_the_loss_of_a_text_alone(folder, params):
+    (folder / "a.png").unlink()
+    batch = next(batches_of(folder, "text"))
+    assert batch.keys() == {"tokens", "text_valid", "target"} and said(batch) == ("", "one red circle")
+    model = tiny_model()
+    batch = jax.tree.map(jnp.asarray, batch)
+    logits = model.text.logits(model.text.language_pass(batch["tokens"], batch["text_valid"]))
+    logprobs = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32)))
+    last = int(batch["text_valid"].sum()) - 1  # the end, which is learnt; what comes after is not
+    costs = [-logprobs[0, place - 1, int(batch["tokens"][0, place])] for place in range(1, last + 1)]
+    assert batch["tokens"][0, last] == tiny_processor().eos_id
+    np.testing.assert_allclose(loss_of(params, batch, TASKS["text"](LossConfig())), np.mean(costs), rtol=1e-5)
 
 
 def test_a_prompt_and_its_text_are_encoded_as_when_the_text_is_generated():

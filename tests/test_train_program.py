@@ -23,7 +23,7 @@ from flax import nnx
 from PIL import Image
 
 import mammut
-from mammut import checkpoint, recipes, run_processor, sharding, synthetic
+from mammut import checkpoint, partition, recipes, run_processor, sharding, synthetic
 from mammut.checkpoint import Checkpoints, Restored
 from mammut.config import MeshConfig, TokenizerConfig, TrainConfig
 from mammut.memory_advice import enough_memory, out_of_memory_advice
@@ -390,6 +390,32 @@ def test_help_tells_of_the_program_and_of_every_setting(train, capsys):
     said = capsys.readouterr().out
     assert stopped.value.code == 0 and "--coordinator HOST:PORT --num-processes N --process-id I" in said
     assert "One process drives all devices of its machine" in said and "--optimizer.learning-rate" in said
+
+
+# --- a language model first
+
+
+def test_a_run_that_makes_its_language_model_first_is_resumed_in_either_stage(program):
+    """The language model is trained on the captions alone, then frozen; a SIGTERM in both stages changes no bit."""
+    only = [f"--{name}={value}" for name, value in {
+        "task": "caption", "text-steps": 100, "steps": 100, "checkpoint-every": 50, "eval-every": 0, "data.val": "None",
+    }.items()]  # fmt: skip
+    only += ["--trainable", "vision.*", "image_projection.*"]
+    program.run("small.py", "--workdir", "language", *only)
+    whole = program.folder / "language"
+    weights = mammut.load(whole)[0], mammut.load(whole / "language_model")[0]
+    ours, theirs = (partition.by_name(nnx.to_pure_dict(nnx.state(model.text, nnx.Param))) for model in weights)
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value)
+    assert metrics(whole / "language_model")[-1]["train/loss"] < metrics(whole / "language_model")[0]["train/loss"]
+
+    args = ("small.py", "--workdir", "stopped", *only)
+    assert program.interrupt("stopped/language_model", 2, signal.SIGTERM, *args)[0] == 0
+    assert not (program.folder / "stopped" / "processor.json").exists()
+    assert program.interrupt("stopped", 2, signal.SIGTERM, "--workdir", "stopped", "--resume")[0] == 0
+    shutil.rmtree(program.folder / "stopped" / "language_model")  # the run is on its own from its first checkpoint on
+    program.run("--workdir", "stopped", "--resume")
+    assert (program.folder / "stopped" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 # --- what stops a run

@@ -10,6 +10,7 @@ from mammut import vqa_metrics
 from mammut.vqa_metrics import (
     derived_answer_type,
     exact_match,
+    magma_truncated_accuracy,
     normalize_answer,
     strip_punctuation,
     vqa_accuracy,
@@ -228,3 +229,30 @@ def test_a_record_that_cannot_be_scored_is_refused(bad, error):
 def test_no_records_are_refused():
     with pytest.raises(ValueError, match="at least one record, got none"):
         vqa_scores([])
+
+
+@pytest.mark.parametrize("prediction, answers, expected", [
+    # Cut at the next question: 3 of 10 agree. Setting one of them aside leaves 2, another 3: (3 x 2/3 + 7 x 1) / 10.
+    ("Red. Q: what? A: blue", ["red"] * 3 + ["dark red"] * 2 + ["blue"] * 5, 0.9),
+    ("red\nblue", ["red"] * 3 + ["dark red"] * 2 + ["blue"] * 5, 0.9),
+    # Cut to the one word that the longest answer has, which the official score does not do.
+    ("red car on a road", ["red"] * 4 + ["blue"] * 6, 1.0),
+    ("red car on a road", ["red car"] * 2 + ["blue"] * 8, (2 * 1 / 3 + 8 * 2 / 3) / 10),
+    # First normalised, then cut; the words of the answers are counted as they are written.
+    ("the red car", ["red"] * 4 + ["blue"] * 6, 1.0),
+    ("red car", ["the red"] * 4 + ["blue"] * 6, 0.0),
+    # Normalised in any case: the official score leaves texts as they are where all answers agree.
+    ("Two", ["2"] * 10, 1.0),
+    ("", ["red"] * 10, 0.0),
+    ("red", ["red"], None),
+])  # fmt: skip
+def test_magmas_own_accuracy_truncates_to_the_longest_answer(prediction, answers, expected):
+    if expected is None:
+        with pytest.raises(ValueError, match="compares with the other answers of a question, got 1 answer"):
+            magma_truncated_accuracy(prediction, answers)
+    else:
+        assert magma_truncated_accuracy(prediction, answers) == pytest.approx(expected)
+
+
+def test_the_official_accuracy_does_not_truncate():
+    assert vqa_accuracy("red car on a road", ["red"] * 4 + ["blue"] * 6) == 0

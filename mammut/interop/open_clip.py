@@ -1,7 +1,8 @@
 """Models of open_clip: MaMMUT and CoCa, and LAION's openMaMMUT (`open_clip_config` says which), in and out.
 
 A folder as on the Hugging Face hub is read, `open_clip_config.json` beside the weights, or a file of weights with or
-without one: what it is without can be told of the 15 openMaMMUT sizes alone, of the ResNets (`resnets`) and of a MAGMA (`magma`).
+without one: what it is without can be told of the 15 openMaMMUT sizes alone, and of two kinds that are others' to open,
+the ResNets (`resnets`) and MAGMA (`magma`).
 """
 
 import os

@@ -33,7 +33,7 @@ def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
     """The parts of a step as calls that wait for their end. The first calls compile."""
     config, merge, batch = step.config, step.trainer.model, step.batch
     task = ImageTextTask(config.loss)
-    params = jax.tree.map(jnp.copy, step.state.params)  # the step's own are donated
+    params = jax.tree.map(jnp.copy, step.state.all_params)  # the step's own are donated
     tokens, valid = batch["tokens"], batch["text_valid"]
 
     def loss_of_captions(model, features):

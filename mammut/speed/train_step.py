@@ -74,12 +74,12 @@ def exact_float32(dtype: Dtype) -> Any:
 def noise_batch(config: TrainConfig) -> dict[str, np.ndarray]:
     """A batch of random pixels and tokens, as `ImageTextTask` wants it; half of each text at least is real."""
     rng = np.random.default_rng(0)
-    vision, text, rows = config.model.vision, config.model.text, config.data.batch_size
-    real = rng.integers(max(text.max_length // 2, 2), text.max_length + 1, (rows, 1))
+    vision, length, rows = config.model.vision, config.text_length, config.data.batch_size
+    real = rng.integers(max(length // 2, 2), length + 1, (rows, 1))
     return {
         "image": rng.integers(0, 256, (rows, vision.image_size, vision.image_size, 3), np.uint8),
-        "tokens": rng.integers(1, text.vocab_size, (rows, text.max_length)).astype(np.int32),
-        "text_valid": np.arange(text.max_length) < real,
+        "tokens": rng.integers(1, config.model.text.vocab_size, (rows, length)).astype(np.int32),
+        "text_valid": np.arange(length) < real,
     }
 
 
@@ -168,7 +168,7 @@ def measure(step: Step, steps: int, warmup: int, peak: float) -> dict[str, Any]:
     return {
         "batch": config.data.batch_size,
         "image_size": config.model.vision.image_size,
-        "length": config.model.text.max_length,
+        "length": config.text_length,
         "compile_s": step.compile_s,
         **times,
         **utilisation(config, times["seconds"], peak),
