@@ -7,8 +7,14 @@ has places for an image of 64 tokens before a text. The captions of the first 1,
 import pathlib
 
 from mammut.config import (
-    DataConfig, DecoderConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig, VisionConfig,
-)  # fmt: skip
+    DataConfig,
+    DecoderConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from mammut.testing import shared_dir
 
 
@@ -39,4 +45,4 @@ def get_config() -> TrainConfig:
         log_every=50,
         eval_every=150,
         checkpoint_every=150,
-    )  # fmt: skip
+    )

@@ -73,14 +73,20 @@ def prompt_room(config: ModelConfig, max_new_tokens: int | None) -> int:
     """The most positions of a prompt that leave room for a text.
 
     Raises:
-      ValueError: the model has no image prefix.
+      ValueError: the model has no image prefix, or there are none.
     """
     if config.conditioning != "prefix":
         raise ValueError(
             f"the model sees images by {config.conditioning!r} (ModelConfig.conditioning), prompts of images and texts "
             "need 'prefix'"
         )
-    return config.text.max_length - (max_new_tokens or 1)
+    room = config.text.max_length - (max_new_tokens or 1)
+    if room < 1:
+        raise ValueError(
+            f"GenerateConfig.max_new_tokens is {max_new_tokens}, expected fewer than DecoderConfig.max_length "
+            f"{config.text.max_length}: a prompt has places, too"
+        )
+    return room
 
 
 def padded_size(n: int) -> int:
@@ -167,8 +173,8 @@ def generate_prompts(
     A str is a text; an image is anything else that `processor` reads: an array, a PIL image, a `pathlib.Path`, bytes. A
     prompt may have any number of each in any order. See `encode_prompt`; `generate_text` is for one image and one text.
 
-    A prompt is padded to one of few sizes, so that little is compiled, and runs with those of its size. With
-    `config.max_new_tokens` None a text has the room that its padded prompt leaves: up to a quarter less than there is.
+    A prompt runs together with those of its size. Give `config.max_new_tokens`: it is padded to one of few sizes then,
+    so that little is compiled; with None it is not, as pads would take of the room that the text has to the end.
 
     Args:
       prompts: left as they are.
@@ -193,7 +199,8 @@ def generate_prompts(
             raise ValueError(f"prompt {number} {error}") from error
     by_size: dict[int, list[int]] = {}
     for number, prompt in enumerate(encoded):
-        by_size.setdefault(min(padded_size(len(prompt)), room), []).append(number)
+        size = len(prompt) if config.max_new_tokens is None else min(padded_size(len(prompt)), room)
+        by_size.setdefault(size, []).append(number)
 
     graphdef, params = nnx.split(model)
     ids = {"bos_id": processor.bos_id, "eos_id": processor.eos_id, "vocab_size": processor.vocab_size}

@@ -70,17 +70,21 @@ def next_logits(model, processor):
     return next_logits
 
 
+def require_greedy(found, prompt, next_logits, processor, most):
+    said, logprobs = [], []
+    while len(said) < most and processor.eos_id not in said:
+        scores = next_logits(prompt, said)
+        said.append(int(scores.argmax()))
+        logprobs.append(float(scores.max()))
+    assert found.text == processor.tokenizer.decode(said).strip()
+    np.testing.assert_allclose(found.token_logprobs, logprobs, atol=2e-4)
+
+
 def test_greedy_text_is_that_of_full_passes_over_the_embeddings_in_order(next_logits, batched, processor):
     lengths = [len(encode_prompt(prompt, processor, 4)) for prompt in PROMPTS[:2]]
     assert lengths[0] > lengths[1] and len(set(map(padded_size, lengths))) == 1
     for prompt, found in zip(PROMPTS, batched, strict=True):
-        said, logprobs = [], []
-        while len(said) < 10 and processor.eos_id not in said:
-            scores = next_logits(prompt, said)
-            said.append(int(scores.argmax()))
-            logprobs.append(float(scores.max()))
-        assert found.text == processor.tokenizer.decode(said).strip()
-        np.testing.assert_allclose(found.token_logprobs, logprobs, atol=2e-4)
+        require_greedy(found, prompt, next_logits, processor, 10)
     assert len({found.logprob for found in batched}) == len(PROMPTS)
 
 
@@ -137,11 +141,13 @@ def test_the_callers_prompts_stay_as_they_are_and_paths_are_images(model, proces
     assert prompt == before
 
 
-def test_a_text_ends_where_the_context_does(model, processor):
-    """62 of 64 places are taken, padded to all but one."""
+def test_a_text_ends_where_the_context_does(model, processor, next_logits):
+    """61 of 64 places are taken: there is room for three tokens more."""
     prompt = [*IMAGES, *IMAGES, *IMAGES[:3], "one"]
-    assert len(encode_prompt(prompt, processor, 4)) == 62
-    assert len(mammut.generate_prompts(model, processor, [prompt])[0].token_logprobs) == 1
+    assert len(encode_prompt(prompt, processor, 4)) == 61
+    found = mammut.generate_prompts(model, processor, [prompt])[0]
+    assert len(found.token_logprobs) == 3
+    require_greedy(found, prompt, next_logits, processor, 3)
 
 
 @pytest.mark.parametrize("prompt, message", [
@@ -171,6 +177,11 @@ def test_no_prompts_have_no_texts(model, processor):
 def test_a_model_that_sees_images_by_cross_attention_is_refused():
     with pytest.raises(ValueError, match="sees images by 'cross_attention' .* need 'prefix'"):
         mammut.generate_prompts(tiny_model(), tiny_processor(), [[IMAGES[0]]])
+
+
+def test_more_new_tokens_than_the_context_holds_are_refused(model, processor):
+    with pytest.raises(ValueError, match="max_new_tokens is 64, expected fewer than DecoderConfig.max_length 64"):
+        mammut.generate_prompts(model, processor, [[IMAGES[0]]], GenerateConfig(max_new_tokens=64))
 
 
 def test_a_processor_of_another_model_and_a_batch_of_none_are_refused(model):
