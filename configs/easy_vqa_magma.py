@@ -4,20 +4,21 @@ The questions are put in the paper's form, `Q: ... A:`. 200 of the 1,500 picture
 `python -m eval.vqa runs/easy_vqa_magma --data jsonl:PATH[1300:] --prompt 'Q: {} A:'`.
 """
 
-import dataclasses
 import pathlib
 
-from mammut.config import DataConfig, TokenizerConfig, TrainConfig
-from mammut.recipes import load_recipe
+from mammut import presets
+from mammut.config import DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from mammut.testing import shared_dir
 
 
 def get_config() -> TrainConfig:
     questions = f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'easy_vqa' / 'qa.jsonl'}"
-    captioning = load_recipe(pathlib.Path(__file__).with_name("flickr8k_magma.py"))
-    return dataclasses.replace(
-        captioning,
+    return TrainConfig(
         task="vqa",
+        init_text="runs/caption_lm",
+        init_vision="runs/flickr8k",
+        trainable=("adapters.*", "image_projection.*", "prefix_norm.*"),
+        model=presets.magma_tiny(),
         data=DataConfig(
             train=f"{questions}[:1300]",
             val=f"{questions}[1300:]",
@@ -28,6 +29,9 @@ def get_config() -> TrainConfig:
             prompt="Q: {} A:",
         ),
         tokenizer=TokenizerConfig(max_length=32),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, schedule="linear", weight_decay=0.0, b2=0.95),
         steps=400,
+        log_every=50,
+        eval_every=0,
         checkpoint_every=400,
     )

@@ -13,23 +13,21 @@ linear map and a norm) and one bottleneck behind every MLP of the decoder. Its v
 Score it with `python -m eval.caption runs/flickr8k_magma --data jsonl:PATH[:1000]`.
 """
 
-import dataclasses
 import pathlib
 
-from mammut.config import AdapterConfig, DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
-from mammut.recipes import load_recipe
+from mammut import presets
+from mammut.config import DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from mammut.testing import shared_dir
 
 
 def get_config() -> TrainConfig:
     photos = f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'flickr8k' / 'captions.jsonl'}"
-    language_model = load_recipe(pathlib.Path(__file__).with_name("caption_lm.py"))
     return TrainConfig(
         task="caption",
         init_text="runs/caption_lm",
         init_vision="runs/flickr8k",
         trainable=("adapters.*", "image_projection.*", "prefix_norm.*"),
-        model=dataclasses.replace(language_model.model, adapters=(AdapterConfig(reduction=4),)),
+        model=presets.magma_tiny(),
         data=DataConfig(
             train=f"{photos}[1000:]",
             val=f"{photos}[:1000]",

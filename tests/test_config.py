@@ -175,8 +175,8 @@ def test_a_value_that_cannot_work_is_refused_with_its_field(cls, name, value):
         ("LossConfig", "contrastive", "siglip", "softmax, focal, sigmoid"),
         ("LossConfig", "focal_normalization", "none", "batch, pairs"),
         ("OptimizerConfig", "name", "sgd", "adamw, adafactor"),
-        ("OptimizerConfig", "schedule", "constant", "cosine, linear"),
-        ("TrainConfig", "task", "image-text", "image_text, caption, vqa, classify"),
+        ("OptimizerConfig", "schedule", "step", "cosine, linear, constant"),
+        ("TrainConfig", "task", "image-text", "image_text, caption, vqa, classify, text"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(cls, name, value, choices):

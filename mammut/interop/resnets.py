@@ -10,6 +10,7 @@ classifier. The weights tell the architecture.
 
 import dataclasses
 import math
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,7 +67,7 @@ class Variances(Same):
 def is_timm(path: pathlib.Path) -> bool:
     """Whether `path` is a folder of timm's with a norm-free ResNet, as on the Hugging Face hub."""
     path = pathlib.Path(path)
-    config = _timm_config(path) if path.is_dir() else {}
+    config = _timm_config(path) if os.path.isdir(path) else {}
     return str(config.get("architecture", "")).startswith("nf_resnet")
 
 
