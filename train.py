@@ -34,7 +34,7 @@ from mammut.report import write_report
 from mammut.run_log import RunLog
 from mammut.run_processor import shared_processor
 from mammut.tasks import TASKS
-from mammut.training import Trainer, TrainState, make_trainer, start_report
+from mammut.training import Trainer, TrainState, make_trainer, start_report, untrained_towers
 from mammut.warm_start import WarmStart, warm_start
 
 DEFAULT_RECIPE = pathlib.Path(__file__).parent / "configs" / "tiny.py"
@@ -98,6 +98,8 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
         distributed.say(start_report(config, trainer, source, processor.vocab_size))
         if warm:
             distributed.say(str(warm))
+        for tower in untrained_towers(trainer.abstract_state, run.starts, task) if fresh else ():
+            distributed.say(f"warning: {tower} is frozen at random weights (trainable): init_{tower} names a model")
         distributed.meet("nothing is refused")
         if distributed.first() and fresh:
             processor.save(workdir)

@@ -118,7 +118,7 @@ def load_model(options: Options) -> tuple[mammut.MaMMUT, mammut.Processor | None
 
 def generation_rows(options: Options, model: mammut.MaMMUT, bos_id: int) -> list[dict[str, Any]]:
     """Every batch size with every number of beams; each is printed as it is done."""
-    places, side = model.config.text.max_length, model.config.vision.image_size
+    places, side = model.config.text_length, model.config.vision.image_size
     if options.new_tokens >= places:
         raise ValueError(
             f"--new-tokens is {options.new_tokens}, expected fewer than the {places} of DecoderConfig.max_length"

@@ -148,7 +148,7 @@ def chosen(config: AdapterConfig, places: Mapping[str, nnx.Module]) -> list[str]
     for pattern in config.sites:
         if not fnmatch.filter(right, pattern):
             other = fnmatch.filter(places, pattern)
-            near = ", ".join(difflib.get_close_matches(pattern, right, 4, cutoff=0))
+            near = ", ".join(difflib.get_close_matches(pattern, right, 4, cutoff=0)) or "this model has none of"
             raise ValueError(
                 f"AdapterConfig.sites has {pattern!r}, which is {'no site' if not other else f'not {what}'} of this "
                 f"model: {config.kind!r} goes on {what}, such as {near}"

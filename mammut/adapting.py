@@ -118,8 +118,8 @@ def num_adapter_params(model: MaMMUT, name: str | None = None) -> int:
 def base_hash(config: ModelConfig) -> str:
     """SHA-256 of all of a `ModelConfig` that an adapter depends on, as canonical JSON without fields at their default.
 
-    Adapters, how a run computes and trains (`RUN_FIELDS`) and storage types are left out. Fields that a later version
-    adds change no hash.
+    Adapters, how a run computes and trains (`RUN_FIELDS`) and storage types are left out. A field that a later version
+    adds changes no hash while it has its default.
     """
     return hashlib.sha256(json.dumps(_told(config), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

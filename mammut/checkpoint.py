@@ -160,7 +160,8 @@ class Checkpoints:
         self._left_behind = []
         if step in self.steps:
             return
-        if state.frozen and not self.steps:
+        # By the list of process 0: that of another may be of a moment ago, and all have to take part.
+        if state.frozen and distributed.from_first(f"frozen/{step}", lambda: b"" if self.steps else b"write"):
             self._save_frozen(state.frozen)
         self._manifests.mkdir(parents=True, exist_ok=True)
         saved = {"state": _changing(state)}

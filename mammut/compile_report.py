@@ -95,7 +95,7 @@ def compile_step(config: TrainConfig, trainer: Trainer) -> Any:
         "text_valid": jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=place),
         "target": jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=place),
     }
-    if config.task != "text":
+    if TASKS[config.task](config.loss).sees_images:
         batch["image"] = jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8, sharding=place)
     try:
         with jax.set_mesh(trainer.mesh):

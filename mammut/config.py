@@ -251,7 +251,7 @@ class ResNetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(LayerConfig):
-    """The text decoder: `depth` self-attention layers and `depth / cross_attn_every` cross-attention layers.
+    """The text decoder: `depth` self-attention layers and `depth / cross_attn_every` cross-attention layers, or none.
 
     The defaults are MaMMUT as its paper has it; the other values make up the models of others (`mammut.interop`).
     """
@@ -286,7 +286,9 @@ class DecoderConfig(LayerConfig):
     # its text-only layers, and one position too late.
     pad_masking: Literal["both", "contrastive", "none", "shifted"] = "both"
     pad_id: int | None = None  # this id is a pad wherever it stands; None: only `text_valid` tells
-    param_dtype: Dtype | None = None  # storage of the decoder's parameters; None: `ModelConfig.param_dtype`
+    # Storage of the decoder's parameters; None: `ModelConfig.param_dtype`. bfloat16 is for a frozen decoder: where it is
+    # trained, small updates would be rounded away.
+    param_dtype: Dtype | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -363,6 +365,11 @@ class DecoderConfig(LayerConfig):
         return self.depth // self.cross_attn_every if self.cross_attn_every else 0
 
     @property
+    def whole_length(self) -> bool:
+        """Whether the text embedding depends on the last position, so that texts are padded to `max_length`."""
+        return self.pooling in ("mean_all", "last", "class")
+
+    @property
     def group_size(self) -> int:
         """Self-attention layers that are laid out together: those that share a cross-attention layer, or windows."""
         return self.cross_attn_every or len(self.local_windows)
@@ -397,6 +404,15 @@ class AdapterConfig:
             self.name.isidentifier(), f"AdapterConfig.name is {self.name!r}, expected letters, digits and underscores"
         )
         _require(len(self.sites) > 0, "AdapterConfig.sites is empty, expected patterns such as text.layers.mlp")
+        bottleneck, lora = ("reduction", "norm", "init"), ("rank", "alpha")
+        unread = {"lora": bottleneck, "ia3": bottleneck + lora}.get(self.kind, lora)
+        for field in dataclasses.fields(self):
+            # A setting that would do nothing is a misunderstanding; "zero" is what lora and ia3 always start from.
+            value = getattr(self, field.name)
+            _require(
+                field.name not in unread or value == field.default or value == "zero",
+                f"AdapterConfig.{field.name} is {value!r}, which {self.kind!r} does not have",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -546,7 +562,7 @@ class ModelConfig:
 
 
 # How a run computes and trains a model, which its weights do not depend on: fields of ModelConfig and VisionConfig.
-RUN_FIELDS = ("dtype", "param_dtype", "remat", "unroll", "passes", "image_attention")
+RUN_FIELDS = ("dtype", "param_dtype", "remat", "unroll", "passes", "image_attention", "prefix_dropout")
 RUN_VISION_FIELDS = ("cropped_pos_embed", "patch_drop", "low_image_size")
 
 
@@ -745,6 +761,10 @@ class TrainConfig:
             f"tokenizer.max_length is {self.text_length}, expected 2 to the {longest} that model.text has places for",
         )
         _require(
+            not text.whole_length or self.text_length == longest,
+            f"tokenizer.max_length is {self.text_length}, which with model.text.pooling {text.pooling!r} is {longest}",
+        )
+        _require(
             self.data.batch_size % self.accumulation == 0,
             f"data.batch_size {self.data.batch_size} is not a multiple of accumulation {self.accumulation}",
         )
@@ -757,6 +777,11 @@ class TrainConfig:
             decay is None or decay >= self.steps,
             f"optimizer.decay_steps is {decay}, expected at least the {self.steps} of steps",
         )
+
+    @property
+    def makes_language_model(self) -> bool:
+        """Whether the run trains its language model first: `text_steps`, and nothing to take it from."""
+        return bool(self.text_steps) and self.init is None and self.init_text is None
 
     @property
     def text_length(self) -> int:

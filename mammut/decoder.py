@@ -271,7 +271,8 @@ class TextDecoder(nnx.Module):
             batch, size, _ = image_tokens.shape
             prefix_valid = jnp.ones((batch, size), bool) if prefix_valid is None else prefix_valid
             valid = self._behind_prefix(prefix_valid, valid)
-            prefix = Prefix(image_tokens[None, None, :, -1], prefix_valid[None, None, :, :-1].sum(-1), size)
+            last = image_tokens[None, None, :, -1].astype(self.dtype)
+            prefix = Prefix(last, prefix_valid[None, None, :, :-1].sum(-1), size)
             length += size - 1
         room = ((0, 0), (0, length - valid.shape[1]))
 
@@ -519,7 +520,6 @@ class TextDecoder(nnx.Module):
         if self.pos_embed is not None:
             x = x + constrain(self.pos_embed[: x.shape[1]].astype(self.dtype), "text", None)
         return constrain(x, "batch", "text", "embed")
-
 
     def _require_length(self, length: int) -> None:
         if length > self.config.max_length:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mammut import distributed, sharding
 from mammut.config import LossConfig, TrainConfig
+from mammut.data import describe_bad
 from mammut.predict import Predictor
 from mammut.predictions import Predictions
 from mammut.processor import Processor
@@ -74,7 +75,7 @@ class Evaluator:
         self._predictor.check(source, min(data.eval_batch_size, data.val_examples))
         self._classes = class_names(source) if config.task == "classify" else []
         self._caption_limit = min(data.eval_batch_size, data.val_examples)
-        self._language = _Language(processor, config, trainer, alive)
+        self._language = _Language(processor, config, trainer, alive) if config.task == "text" else None
 
     def __call__(self, params: Any) -> Evaluation:
         """Evaluates the parameters, inside `jax.set_mesh`.
@@ -85,7 +86,7 @@ class Evaluator:
           ValueError: more than `data.max_bad_share` of the examples could not be used.
         """
         ask, source, limit = self._predictor, self._source, self._limit
-        if self._task == "text":
+        if self._language is not None:
             return self._language(params, source, limit)
         if self._task == "image_text":
             retrieval = ask.retrieval(params, source, limit=limit)
@@ -135,6 +136,12 @@ class _Language:
                 pairs += [(self._data.prompt_of(question), text) for question, text in source.pairs(index)]
             except BadExample as error:
                 bad[error.cause] += 1
+        left_out = bad.total()
+        if not pairs or left_out > self._data.max_bad_share * (left_out + len(pairs)):
+            raise ValueError(
+                f"{left_out} examples of {source.spec!r} could not be used beside {len(pairs)} texts "
+                f"({describe_bad(bad)}), data.max_bad_share allows {self._data.max_bad_share:.0%}"
+            )
         total, tokens, rows = 0.0, 0, self._data.eval_batch_size
         for start in range(0, len(pairs), rows):
             arrays = self._processor.encode_pairs(pairs[start : start + rows])

@@ -7,6 +7,7 @@ without a space.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -117,10 +118,16 @@ class FewShot:
                     yield pool[i]
 
 
-def answer_part(text: str, prompt: str) -> str:
-    """What a model said, up to a line break or the next example: what `prompt` begins with, such as "Q:"."""
-    for end in ("\n", prompt.partition("{}")[0].strip()):
-        text = text.partition(end)[0] if end else text
+def answer_part(text: str, prompt: str, instruction: str = "") -> str:
+    """What a model said, up to a line break or the next example: the instruction, or what `prompt` begins with.
+
+    A beginning such as "Q:" or "A picture of" ends the answer where it stands as words of its own; one that is a single
+    word, such as "a", may well be a part of it.
+    """
+    text, heads = text.partition("\n")[0], (instruction.strip(), prompt.partition("{}")[0].strip())
+    for head in heads:
+        if head and not head.isalnum():
+            text = re.split(rf"(?<!\w){re.escape(head)}(?!\w)", text, maxsplit=1)[0]
     return text.strip()
 
 

@@ -160,6 +160,8 @@ def generate_text(
     width = min(_power_of_two(max(map(len, ids))), model.config.text_length - 1)
     graphdef, params = nnx.split(model)
     settings = {"eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
+    # The context of a language model may be a hundred times as long as the texts it is used for.
+    config = dataclasses.replace(config, max_new_tokens=config.max_new_tokens or processor.max_length - 1)
     texts: list[Text] = []
     for start in range(0, len(ids), batch_size):
         rows = min(batch_size, len(ids) - start)
@@ -248,9 +250,16 @@ def answer(
     images: Sequence[Any] | np.ndarray,
     questions: Sequence[str],
     *,
+    prompt: str = "{}",
     num_beams: int = 1,
     batch_size: int = 32,
 ) -> list[str]:
-    """Answers to questions, one an image: what the model says after the question. See `generate_text`."""
+    """Answers to questions, one an image: what the model says after the question. See `generate_text`.
+
+    `prompt` is what a question is put into, {} being its place: that of the model's training, such as "Q: {} A:".
+    """
+    if "{}" not in prompt:
+        raise ValueError(f"prompt is {prompt!r}, expected a text with {{}} in it, the place of the question")
     config = GenerateConfig(num_beams=num_beams)
-    return [found.text for found in generate_text(model, processor, images, questions, config, batch_size=batch_size)]
+    asked = questions if prompt == "{}" else [prompt.replace("{}", question) for question in questions]
+    return [found.text for found in generate_text(model, processor, images, asked, config, batch_size=batch_size)]

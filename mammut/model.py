@@ -224,17 +224,21 @@ def num_params(config: ModelConfig) -> dict[str, int]:
     return {**counts, "total": sum(counts.values())}
 
 
-def forward_flops(config: ModelConfig, training: bool = False, length: int | None = None) -> dict[str, int]:
+def forward_flops(
+    config: ModelConfig, training: bool = False, length: int | None = None, sees_image: bool = True
+) -> dict[str, int]:
     """FLOPs of one example forward (2 a multiply-add), by part: vision, contrastive pass, caption pass, vocabulary.
 
     A text has `length` tokens, beside those of an image prefix; None: as many as the model has places for. With
     `training`, what it is in a training step, where `VisionConfig.patch_drop` leaves patches out; such a step is three
-    times the sum. Attention counts in full where it is bidirectional and half where it is causal. What remat recomputes
-    is not counted, nor are the B x B contrastive logits, nor adapters.
+    times the sum. Without `sees_image` the caption pass is a language pass. Attention counts in full where it is
+    bidirectional and half where it is causal. What remat recomputes is not counted, nor are the B x B contrastive
+    logits, nor adapters.
     """
     vision, text = config.vision, config.text
     length = config.text_length if length is None else length
-    sequence = length + max(config.num_prefix_tokens - 1, 0)  # of the caption pass: a prefix takes the start's place
+    # Of the caption pass: a prefix takes the start's place.
+    sequence = length + (max(config.num_prefix_tokens - 1, 0) if sees_image else 0)
     patches = vision.grid[0] * vision.grid[1]
     dropped = patches - patches_kept(patches, vision.patch_drop) if training else 0
     tokens = patches - dropped + vision.class_token
@@ -282,6 +286,6 @@ def forward_flops(config: ModelConfig, training: bool = False, length: int | Non
         if text.pooling == "none"
         else text_layers(*contrastive, text.causal_contrastive, length)
         + config.text_projection * projected(1, text.width, config.embed_size),
-        "caption_pass": early + text_layers(text.depth, mlps, True, sequence) + groups * cross,
+        "caption_pass": early + text_layers(text.depth, mlps, True, sequence) + sees_image * groups * cross,
         "vocabulary": projected(length, text.width, text.vocab_size) if text.depth else 0,
     }

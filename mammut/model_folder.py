@@ -154,8 +154,10 @@ def load_language_model(path: str | os.PathLike, *, mesh: Mesh | None = None) ->
       CheckpointError: as for `load`; or there is no text decoder.
     """
     opened = open_model(path)
-    if opened.processor is None or "text" not in opened.parts:
+    if "text" not in opened.parts:
         raise CheckpointError(f"{opened.where} holds {' and '.join(opened.parts)} alone, expected a text decoder")
+    if opened.processor is None:
+        raise CheckpointError(f"{opened.where} says nothing of a tokenizer, expected one with the text decoder")
     return place(opened, mesh, part="text"), opened.processor.tokenizer
 
 

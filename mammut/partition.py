@@ -14,7 +14,7 @@ import jax
 Params = Any  # nested dict of arrays
 
 # What a batch norm has seen in its own training: it has no gradient worth the name, and no optimizer may decay it.
-_STATISTICS = ("mean", "variance")
+STATISTICS = ("mean", "variance")
 
 
 def path_name(path: tuple) -> str:
@@ -33,7 +33,7 @@ def trained_names(names: Collection[str], patterns: Iterable[str]) -> frozenset[
     Raises:
       ValueError: a pattern fits no parameter that can be trained, or there is no pattern.
     """
-    able = [name for name in names if name.rpartition(".")[2] not in _STATISTICS]
+    able = [name for name in names if name.rpartition(".")[2] not in STATISTICS]
     trained: set[str] = set()
     for pattern in patterns:
         fitting = fnmatch.filter(able, pattern)

@@ -357,8 +357,12 @@ class Predictor:
     def _texts(
         self, params: Any, rows: Iterable[tuple[np.ndarray, list[int]]], config: GenerateConfig, width: int = 1
     ) -> Iterator[dict[str, Any]]:
-        """What is said after each image's prompt, with its log-probability; prompts are padded to `width` tokens."""
+        """What is said after each image's prompt, with its log-probability; prompts are padded to `width` tokens.
+
+        A text has the processor's length at most: the context of a language model may be a hundred times as long.
+        """
         processor = self._processor
+        config = dataclasses.replace(config, max_new_tokens=config.max_new_tokens or processor.max_length - 1)
         for chunk in _chunked(rows, self._batch_size):
             images = [image for image, _ in chunk] + [np.zeros_like(chunk[0][0])] * (self._batch_size - len(chunk))
             prompts = [[processor.bos_id, *prompt] for _, prompt in chunk]
@@ -410,7 +414,7 @@ class Predictor:
                     batch = prompt_batch(padded, size, self._image_shape)
                     out = jax.device_get(self._call(self._interleaved_generator(config), params, *batch))
                     for tokens, logprobs in zip(out.tokens[: len(fitting), 0, 1:], out.logprobs[:, 0], strict=False):
-                        text = answer_part(processor.tokenizer.decode(tokens.tolist()), prompt)
+                        text = answer_part(processor.tokenizer.decode(tokens.tolist()), prompt, few_shot.instruction)
                         said.append({"prediction": text, "logprob": float(logprobs.sum())})
                 said = iter(said)
                 for own in prompts:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import jax
 
-from mammut import checkpoint, distributed
+from mammut import checkpoint, distributed, partition
 from mammut.config import TrainConfig, differences, to_dict
-from mammut.interop.rules import OpenedModel
+from mammut.interop.rules import OpenedModel, model_specs
 from mammut.model_folder import open_model
 from mammut.warm_start import SIZES, VOCABULARY, Start, start_config
 
@@ -78,19 +78,26 @@ def stages(run: Run) -> Iterator[Run]:
     What comes later is opened when it is asked for: the former has to be done by then.
 
     Raises:
-      ValueError: there are several processes, which could not agree on two runs one after the other.
+      ValueError: there are several processes, which could not agree on two runs one after the other; or the run to
+        come after its language model cannot work.
     """
     config, folder = run.config, run.workdir / "language_model"
-    if config.text_steps and not (config.init or config.init_text) and not _has_checkpoints(run.workdir):
+    if config.makes_language_model and not _has_checkpoints(run.workdir):
         if jax.process_count() > 1:
             raise ValueError(
                 f"text_steps is {config.text_steps} with several processes, expected --init-text, or a run of "
                 "--task text before"
             )
+        if config.tokenizer.replace:
+            raise ValueError("tokenizer.replace is True with text_steps, whose language model would lose its words")
+        language_config = _language_config(config)
+        # What could be refused later is refused before the language model takes its time.
+        trained = partition.trained_names(model_specs(config.model), config.trainable)
+        partition.first_fitting(trained, [pattern for pattern, _ in config.optimizer.learning_rates])
         if not (folder / "manifest.json").exists():
             run.workdir.mkdir(parents=True, exist_ok=True)
             checkpoint.write_run(run.workdir, config, run.overrides)  # to be resumed from here on
-            yield Run(_language_config(config), folder, [], {})
+            yield Run(language_config, folder, [], {})
         run = dataclasses.replace(run, starts={**run.starts, "init_text": open_model(folder)})
     yield run
 

@@ -44,7 +44,7 @@ def make_processor(config: TrainConfig, source: sources.Source, starts: dict[Sta
         tokenizer = of[decoder] and of[decoder].tokenizer
         if isinstance(tokenizer, MissingTokenizer):
             tokenizer, missing = None, tokenizer
-        if tokenizer and settings.path:
+        if tokenizer and settings.path and not config.makes_language_model:
             raise ValueError(f"tokenizer.path and {decoder} are given: tokenizer.replace True takes another vocabulary")
         if not (tokenizer or settings.path):
             raise ValueError(

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mammut import partition, sharding
 from mammut.config import MAX_LOGIT_SCALE, OptimizerConfig, TrainConfig
 from mammut.model import MaMMUT, forward_flops, logical_axes
-from mammut.partition import Params, by_name, path_name
+from mammut.partition import STATISTICS, Params, by_name, path_name
 from mammut.tasks import Batch, ImageTextTask, Metrics, TextTask
 
 
@@ -308,7 +308,9 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
         return state, metrics
 
     abstract_params = jax.eval_shape(random_params, 0)
-    trained = partition.trained_names(by_name(abstract_params), config.trainable)
+    # What the task does not run has no gradient: weight decay alone would move it.
+    run = lambda name: task.sees_images or name.startswith("text.") and not name.startswith("text.cross_layers.")  # noqa: E731
+    trained = partition.trained_names(list(filter(run, by_name(abstract_params))), config.trainable)
     abstract_state = jax.eval_shape(init, 0)
     param_shardings = sharding.param_shardings(abstract_params, logical_axes(abstract_model), mesh)
     shardings = sharding.state_shardings(abstract_state, abstract_params, param_shardings, mesh)
@@ -333,7 +335,9 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
 
 def task_flops(config: TrainConfig) -> dict[str, int]:
     """`forward_flops` of one example of a run, of the parts that its task runs."""
-    parts = forward_flops(config.model, training=True, length=config.text_length)
+    parts = forward_flops(
+        config.model, training=True, length=config.text_length, sees_image=config.task != "text"
+    )
     left_out = {"image_text": (), "text": ("vision", "contrastive_pass")}.get(config.task, ("contrastive_pass",))
     return {part: count for part, count in parts.items() if part not in left_out}
 
@@ -352,6 +356,13 @@ def start_report(config: TrainConfig, trainer: Trainer, source: Any, vocab_size:
         f"{total / 1e9:,.1f} GFLOP a step, backward included{' as if all were trained' if state.frozen else ''}: "
         + ", ".join(f"{part} {count / total:.0%}" for part, count in flops.items()),
     ])
+
+
+def untrained_towers(state: TrainState, starts: Collection[str], task: ImageTextTask | TextTask) -> list[str]:
+    """The towers, "text" or "vision", that are frozen at random weights: `starts` has no start of theirs."""
+    towers = {name.partition(".")[0] for name in by_name(state.frozen) if name.rpartition(".")[2] not in STATISTICS}
+    seen = {"text", "vision"} if task.sees_images else {"text"}
+    return [tower for tower in sorted(towers & seen) if not {"init", f"init_{tower}"} & set(starts)]
 
 
 def _trained_line(state: TrainState) -> list[str]:

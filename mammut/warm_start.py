@@ -129,10 +129,10 @@ def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
     def read_resampled(path: str) -> np.ndarray:
         return resampled[1](read(path)) if resampled and path == "vision.pos_embed" else read(path)
 
-    processor = copy.copy(opened.processor)
+    config, processor = dataclasses.replace(opened.config, vision=vision), copy.copy(opened.processor)
     if processor is not None:
         processor.image = dataclasses.replace(processor.image, image_size=image_size)
-    config = dataclasses.replace(opened.config, vision=vision)
+        processor.max_length = min(processor.max_length, config.text_length)  # a longer prefix leaves less room
     return dataclasses.replace(
         opened, config=config, tensors=LazyTensors(specs, read_resampled), processor=processor
     )
@@ -201,9 +201,10 @@ class WarmStart:
 def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> ModelConfig:
     """`config` with the architecture of what it starts from.
 
-    `init` brings all of it, but for what `config` sets of how it is computed (`dtype` to `image_attention`) and how
-    images are trained on; `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder but
-    for its storage, and where that has no cross-attention, an image prefix.
+    `init` brings all of it, but for adapters where it has none, for what `config` sets of how it is computed
+    (`config.RUN_FIELDS`), other than its default, and for how images are trained on; `init_vision` the image encoder
+    but for how it is pooled; `init_text` the text decoder but for its storage, and where that has no cross-attention,
+    an image prefix.
 
     Raises:
       ValueError: a start holds no such part, or the parts do not go together.
@@ -226,7 +227,8 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
             run["cropped_pos_embed"] |= config.vision.cropped_pos_embed
         text = dataclasses.replace(config.text, param_dtype=text.param_dtype or config.text.param_dtype)
         vision = dataclasses.replace(config.vision, **run)
-        config = dataclasses.replace(config, **computed)
+        # Adapters of the run go on a model that has none.
+        config = dataclasses.replace(config, **computed, adapters=config.adapters or asked.adapters)
     if "init_vision" in starts:
         theirs = starts["init_vision"].config.vision
         vision = dataclasses.replace(theirs, **_fields(vision, _USE + RUN_VISION_FIELDS, theirs))
@@ -306,6 +308,8 @@ def _start_of(
         return None, "in nothing it starts from"
     if new_vocabulary and path in _OF_VOCABULARY:
         return None, "another vocabulary"
+    if path.startswith("adapters.") and not starts[name].config.adapters:
+        return None, "a new adapter"
     old, new = starts[name].config.vision.pooling, config.vision.pooling
     pool, norm = path.startswith("vision.pool."), path.startswith("vision.norm.")
     # The norm is of the tokens, or of the queries that stand for them.

@@ -458,7 +458,10 @@ def test_an_answer_does_not_repeat_its_question(model, processor, images):
 
 def test_prompts_that_cannot_be_continued_are_refused(model, processor, images):
     long = "blue square on the left or right or left or right"
-    expected = f"prompt 1, '{long}', has 15 tokens with the start, expected fewer than the 8 for"
+    expected = (
+        f"prompt 1, '{long}', has 15 tokens with the start, expected fewer than the 8 for which "
+        "DecoderConfig.max_length 8 has room"
+    )
     with pytest.raises(ValueError, match=f"^{expected}$"):
         mammut.answer(model, processor, images[:2], ["one", long])
     with pytest.raises(ValueError, match="^there are 5 prompts for 6 images$"):

@@ -88,7 +88,7 @@ class Model:
         Raises:
           ValueError: the images are of another size than `vision.image_size`, or the texts longer than the longest.
         """
-        size, longest = self.config.vision.image_size, self.config.text.max_length
+        size, longest = self.config.vision.image_size, self.config.text_length
         if tuple(image.shape[1:]) != (size, size, 3):
             raise ValueError(f"images are {list(image.shape)}, expected [B, {size}, {size}, 3] by vision.image_size")
         if text is not None and text.shape[1] > longest:
@@ -265,6 +265,6 @@ def _open(path: str, config: ModelConfig | None) -> OpenedModel:
         specs = {name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}
         return OpenedModel(config, LazyTensors(specs, arrays.__getitem__), None, path)
     if config is not None and big_vision_weights.is_big_vision(path):
-        sizes = {"image_size": config.vision.image_size, "max_length": config.text.max_length}
+        sizes = {"image_size": config.vision.image_size, "max_length": config.text_length}
         return big_vision_weights.open_model(path, **sizes)
     return open_model(path)

@@ -58,7 +58,7 @@ def open_model(folder: pathlib.Path) -> OpenedModel:
 
 
 def model_config(text: DecoderConfig) -> ModelConfig:
-    """A model with that decoder; what is beside it means nothing."""
+    """A model with that decoder; of what is beside it nothing is read."""
     return ModelConfig(vision=_NO_VISION, text=text, conditioning="prefix", image_projection="decoder", prefix_tokens=1)
 
 

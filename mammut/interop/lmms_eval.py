@@ -42,7 +42,7 @@ class LmmsEvalModel(lmms):
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         super().__init__()
         self._model, self._processor, self._batch_size, self._prompt = model, processor, batch_size, prompt
-        self._max_length = model.config.text.max_length
+        self._max_length = model.config.text_length
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "LmmsEvalModel":
@@ -114,7 +114,7 @@ class LmmsEvalModel(lmms):
     def _prompt_and_continuation(self, request: Instance) -> tuple[list[int], list[int]]:
         text = request.args[1] if isinstance(request.args[1], str) else request.args[1](self._document(request))
         prompt = [self._processor.bos_id, *self._processor.encode_prompt(self._prompt_of(request))]
-        ids = self._processor.tokenizer.encode(text)
+        ids = self._processor.encode_after(self._prompt_of(request), text)
         if not ids or len(prompt) + len(ids) > self._max_length:
             raise ValueError(
                 f"{_name(request)} has a prompt of {len(prompt)} tokens and a continuation {text!r:.60} of {len(ids)}, "

@@ -70,9 +70,8 @@ class OpenedModel:
             problems.append(f"{found}, too many for a vocab_size of {text.vocab_size}")
         if image.image_size != vision.image_size:
             problems.append(f"images of {image.image_size} pixels, expected an image_size of {vision.image_size}")
-        # A contrastive pass may look at the last of its positions; without one, texts may be shorter than the room.
         found, room = self.processor.max_length, self.config.text_length
-        if found > room or (found < room and text.pooling != "none"):
+        if found > room or (found < room and text.whole_length):
             problems.append(f"texts of {found} tokens, expected a max_length of {room}")
         if problems:
             raise CheckpointError(f"the processor of {self.where} is of another model: {'; '.join(problems)}")

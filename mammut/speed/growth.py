@@ -17,7 +17,7 @@ def default_sizes(axis: Axis, model: ModelConfig, batch_size: int) -> tuple[int,
         side = model.vision.grid[0]
         pixels = model.vision.image_size // side  # of an image token
         return tuple(sorted({pixels * max(1, round(side * share)) for share in (0.5, 1, 1.5)}))
-    whole = batch_size if axis == "batch" else model.text.max_length
+    whole = batch_size if axis == "batch" else model.text_length
     return tuple(sorted({max(2, whole // 2), whole, 2 * whole}))
 
 
@@ -27,7 +27,8 @@ def grown(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
         vision = dataclasses.replace(model.vision, image_size=size, low_image_size=None)
         return dataclasses.replace(model, vision=vision)
     if axis == "length":
-        return dataclasses.replace(model, text=dataclasses.replace(model.text, max_length=size))
+        places = size + model.text.max_length - model.text_length  # an image prefix takes some
+        return dataclasses.replace(model, text=dataclasses.replace(model.text, max_length=places))
     return model
 
 
