@@ -286,8 +286,8 @@ class DecoderConfig(LayerConfig):
     # its text-only layers, and one position too late.
     pad_masking: Literal["both", "contrastive", "none", "shifted"] = "both"
     pad_id: int | None = None  # this id is a pad wherever it stands; None: only `text_valid` tells
-    # Storage of the decoder's parameters; None: `ModelConfig.param_dtype`. bfloat16 is for a frozen decoder: where it is
-    # trained, small updates would be rounded away.
+    # Storage of the decoder's parameters; None: `ModelConfig.param_dtype`. bfloat16 is for a frozen decoder: of a
+    # trained one it would round small updates away.
     param_dtype: Dtype | None = None
 
     def __post_init__(self):
