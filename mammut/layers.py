@@ -92,7 +92,9 @@ def make_norm(config: LayerConfig, *, dtypes: Dtypes, width: int | None = None, 
     return LayerNorm(width, config.norm_eps, dtypes=dtypes, axis=axis, use_bias=config.norm_bias)
 
 
-def adapted(module: nnx.Module, function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+def adapted(
+    module: nnx.Module, function: Callable[[Array], jax.Array], x: Float[Array, "..."]
+) -> Float[Array, "..."]:
     """`function(x)`, the work of `module`, or what its adapter makes of both (`mammut.adapters` puts it there)."""
     return function(x) if module.adapter is None else module.adapter(function, x)
 
@@ -266,7 +268,9 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B L D"]:
         return adapted(self, lambda x: self._attend(x, kv, mask, rotate), x)
 
-    def _attend(self, x: jax.Array, kv: KeyValue, mask: jax.Array | None, rotate: Rotation | None) -> jax.Array:
+    def _attend(
+        self, x: Float[Array, "B L D"], kv: KeyValue, mask: jax.Array | None, rotate: Rotation | None
+    ) -> Float[Array, "B L D"]:
         query = self.queries(x, rotate)
         if mask is None:
             kernel = attention_kernel(query.dtype, *query.shape[1::2]) if self.fused else "xla"
@@ -304,7 +308,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         return adapted(self, self._map, x)
 
-    def _map(self, x: jax.Array) -> jax.Array:
+    def _map(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         hidden = constrain(self.up(x), "batch", None, "mlp")
         if self.gate is None:
             return self.down(_ACTIVATIONS[self.activation](hidden))

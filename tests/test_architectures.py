@@ -95,6 +95,20 @@ CONFIGS = {
         ),
         image_projection="none",
     ),
+    # What neither paper has: MAGMA's image prefix with both losses, cross-attention in the layers of GPT-J.
+    "prefix": ModelConfig(
+        VISION,
+        dataclasses.replace(TEXT, cross_attn_every=0, max_length=LENGTH + 3),
+        conditioning="prefix",
+        prefix_norm=True,
+    ),
+    "gptj": ModelConfig(
+        VISION,
+        dataclasses.replace(
+            TEXT, cross_attn_every=1, positions="rope", rope_dims=4, layout="parallel", attn_bias=False,
+            vocab_bias=True,
+        ),
+    ),
 }  # fmt: skip
 CAPTIONING = [name for name, config in CONFIGS.items() if config.text.depth]
 CONTRASTIVE = [name for name, config in CONFIGS.items() if config.text.pooling != "none"]
@@ -125,14 +139,16 @@ def _cached_logits(graphdef, params, image, tokens):
     """Logits of every position, from a prompt of two tokens and then one token at a time."""
     model = nnx.merge(graphdef, params)
     features, cache = model.text.prefill(tokens[:, :2], model.image_tokens(image).tokens, tokens.shape[1])
-    out = [model.text.logits(features[:, 0]), model.text.logits(features[:, 1])]
+    out = [model.text.logits(features[:, -2]), model.text.logits(features[:, -1])]  # a prefix stands before them
     for position in range(2, tokens.shape[1]):
         features, cache = model.text.cached_step(tokens[:, position], jnp.int32(position), cache)
         out.append(model.text.logits(features))
     return jnp.stack(out, axis=1)
 
 
-@pytest.mark.parametrize("name", ["openmammut_small", "bare_last", "moderntext", "coca", "cappa", "pad_by_id"])
+@pytest.mark.parametrize(
+    "name", ["openmammut_small", "bare_last", "moderntext", "coca", "cappa", "pad_by_id", "prefix", "gptj"]
+)
 def test_the_cached_step_equals_the_full_pass(name):
     """Also behind a token that passes for a pad: id 0 inside a text."""
     batch = batch_of(name)
@@ -220,7 +236,18 @@ def test_in_coca_the_token_after_a_pad_is_hidden_and_not_the_pad():
         assert (changed < 1e-6) == hidden, place
 
 
-@pytest.mark.parametrize("name", ["openmammut_small", "moderntext", "coca", "siglip", "cappa"])
+def test_with_an_image_prefix_the_caption_pass_alone_sees_the_image():
+    batch, (graphdef, params) = batch_of("prefix"), weights("prefix")
+    two_pass = jax.jit(
+        lambda image: nnx.merge(graphdef, params).two_pass(image, batch["tokens"], batch["text_valid"])
+    )
+    out, turned = two_pass(batch["image"]), two_pass(batch["image"][::-1])
+    np.testing.assert_array_equal(turned.text_embed, out.text_embed)
+    np.testing.assert_allclose(turned.image_embed, out.image_embed[::-1], atol=1e-6)
+    assert np.abs(turned.features - out.features).max(-1).min() > 1e-3  # at every token
+
+
+@pytest.mark.parametrize("name", ["openmammut_small", "moderntext", "coca", "siglip", "cappa", "prefix", "gptj"])
 def test_every_parameter_is_trained_by_the_losses_the_model_has(name):
     config = CONFIGS[name]
     graphdef, params = weights(name)
@@ -245,7 +272,7 @@ def test_every_parameter_is_trained_by_the_losses_the_model_has(name):
     assert untrained == scalars and (config.text.pooling == "none") == bool(scalars)
 
 
-@pytest.mark.parametrize("name", ["openmammut_small", "moderntext", "coca", "siglip"])
+@pytest.mark.parametrize("name", ["openmammut_small", "moderntext", "coca", "siglip", "prefix"])
 def test_eight_devices_say_what_one_says(name):
     config, batch = CONFIGS[name], batch_of(name)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, model=2))
@@ -312,11 +339,12 @@ def test_flops_are_those_of_the_matrix_products(name):
         assert found == pytest.approx(flops["contrastive_pass"] + causal, rel=1.2 / LENGTH if text.class_token else 0)
     if name in CAPTIONING:
         expected = flops["vision"] + flops["caption_pass"] + flops["vocabulary"]
-        causal = half * (text.text_only_depth + text.depth)
+        sequence = LENGTH + max(config.num_prefix_tokens - 1, 0)
+        causal = 2 * sequence**2 * text.width * (text.text_only_depth + text.depth)
         assert counted("caption_logits", batch["image"], batch["tokens"]) == pytest.approx(expected + causal, rel=0)
 
 
-@pytest.mark.parametrize("name", CAPTIONING)
+@pytest.mark.parametrize("name", [name for name in CAPTIONING if CONFIGS[name].conditioning == "cross_attention"])
 def test_where_the_decoder_looks_sums_to_one_over_what_it_sees(name):
     config, batch = CONFIGS[name], batch_of(name)
     looks = call(name, "cross_attention", batch["image"], batch["tokens"])

@@ -25,6 +25,8 @@ from mammut.model_folder import load
 from mammut.tasks import ImageTextTask
 from mammut.training import make_trainer
 
+pytestmark = pytest.mark.long
+
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, BATCH, EVERY = 16, 8, 4
 RECIPE = f"""

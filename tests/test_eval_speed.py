@@ -18,7 +18,7 @@ from mammut.speed import beside_peer, child, growth, peers, tables, train_step
 from mammut.speed.timing import exponent, in_turns, ratio, summary
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -151,6 +151,12 @@ def test_too_few_beside_the_query_are_refused():
     (" a cat", "{}", "a cat"),
     (" a cat A picture of a dog", "A picture of", "a cat"),
     (" a cat", "", "a cat"),
+    (" a dog on a beach", "a", "a dog on a beach"),  # a beginning that is any word
 ])  # fmt: skip
 def test_an_answer_ends_at_a_line_break_or_the_next_example(text, prompt, answer):
     assert answer_part(text, prompt) == answer
+
+
+def test_an_answer_ends_at_the_instruction_of_the_next_example():
+    assert answer_part(" cat Please answer. Q: x", "Q: {} A:", "Please answer.") == "cat"
+    assert answer_part(" cat Q: x Please answer.", "Q: {} A:", "Please answer.") == "cat"

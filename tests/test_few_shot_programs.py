@@ -10,7 +10,6 @@ import mammut
 from eval import caption, vqa
 from mammut.few_shot import FewShot, Query, answer_part
 from mammut.predictions import Predictions
-from mammut.scoring import score
 from mammut.search import GenerateConfig
 from mammut.sources import open_source
 from mammut.testing import tiny_model, tiny_processor
@@ -92,10 +91,25 @@ def test_captions_are_asked_after_examples_with_beams(folder):
     assert "magma_truncated_accuracy" not in scores["metrics"]
 
 
-def test_a_prompt_that_does_not_fit_is_answered_with_nothing_and_counted():
-    record = {"id": "1", "key": "a", "index": 0, "question": "what?", "answers": ["red"]}
-    records = [record | {"prediction": "", "too_long": True}]
-    assert "1 prompts are longer than the model's context" in score(Predictions("vqa", records, "x", "y")).notes[-1]
+def test_a_question_that_does_not_fit_is_answered_with_nothing_and_its_neighbours_as_without_it(folder):
+    lines = [json.loads(line) for line in (folder / "set.jsonl").read_text().splitlines()]
+    lines[2]["qa"].append(lines[2]["qa"][0] | {"question": "what? " * 40})
+    (folder / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    shown = ["--shots", "1", "--shots-data", f"jsonl:{folder / 'set.jsonl'}", "--batch-size", "8"]
+    found = {}
+    for name in ("set", "long"):
+        out = folder / f"asked_{name}.json"
+        vqa.main([str(folder / "model"), "--data", f"jsonl:{folder / f'{name}.jsonl'}", *shown, "--out", str(out)])
+        found[name] = Predictions.load(out.with_name(f"asked_{name}.predictions.jsonl"))
+        assert any("1 prompts are longer" in note for note in json.loads(out.read_text())["notes"]) == (name == "long")
+    *before, long, after_it, _, _ = found["long"].records
+    assert long["question"].startswith("what? what?") and long["index"] == 2 and after_it["index"] == 3
+    assert long["too_long"] and long["prediction"] == ""
+    neighbours = [record for record in found["long"].records if record is not long]
+    said = [record["prediction"] for record in neighbours]
+    assert said == [record["prediction"] for record in found["set"].records] and len(set(said)) > 1
+    assert not any("too_long" in record for record in neighbours)
+    assert [r["logprob"] for r in neighbours] == pytest.approx([r["logprob"] for r in found["set"].records], abs=1e-4)
 
 
 @pytest.mark.parametrize("program, argv, model, message", [

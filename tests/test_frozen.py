@@ -12,14 +12,22 @@ import numpy as np
 import optax
 import pytest
 from damage import assert_identical, by_name, flip, one_sentence
+from prefix_models import prefix_config
 
 import mammut
 from mammut import checkpoint, partition, sharding
 from mammut.checkpoint import CheckpointError, Checkpoints
-from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mammut.config import AdapterConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mammut.tasks import TASKS
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
-from mammut.training import Trainer, TrainState, learning_rate_schedule, make_optimizer, make_trainer
+from mammut.training import (
+    Trainer,
+    TrainState,
+    learning_rate_schedule,
+    make_optimizer,
+    make_trainer,
+    untrained_towers,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -122,6 +130,36 @@ def test_a_base_in_bfloat16_keeps_every_bit_under_a_float32_rest():
     names = frozenset(name for name in partition.by_name(before) if name.startswith(("vision.", "image_projection.")))
     require_frozen(before, state.all_params, names)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.params)} == {"float32"}
+
+
+def test_adapters_in_float32_are_trained_on_a_base_in_bfloat16_that_keeps_every_bit():
+    """MAGMA's arrangement: an image prefix, a frozen language model in half the memory, adapters."""
+    model = dataclasses.replace(prefix_config(param_dtype="bfloat16", max_length=16), adapters=(AdapterConfig(),))
+    config = dataclasses.replace(CONFIG, model=model, trainable=("adapters.*",))
+    trainer = trainer_of(config)
+    before = nnx_params(config)
+    names = frozenset(name for name in partition.by_name(before) if name.startswith("adapters."))
+    state = after(trainer, begun(trainer, config), batches(config=config))
+    require_frozen(before, state.all_params, names)
+    require_no_optimizer_state(state.opt_state, state.all_params, names)
+    assert partition.by_name(state.params).keys() == names
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.params)} == {"float32"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.frozen["text"])} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("trainable, starts, task, untrained", [
+    (("vision.*", "image_projection.*"), (), "caption", ["text"]),
+    (("vision.*", "image_projection.*"), ("init_text",), "caption", []),
+    (("vision.*", "image_projection.*"), ("init_vision",), "caption", ["text"]),
+    (("image_projection.*",), (), "caption", ["text", "vision"]),
+    (("image_projection.*",), ("init",), "caption", []),
+    (("text.layers.*",), ("init_text",), "text", []),  # it sees no images
+    (("*",), (), "caption", []),
+])  # fmt: skip
+def test_a_tower_that_would_stay_random_is_named(trainable, starts, task, untrained):
+    config = dataclasses.replace(CONFIG, trainable=trainable, task=task)
+    state = trainer_of(config).abstract_state
+    assert untrained_towers(state, starts, TASKS[task](config.loss)) == untrained
 
 
 def test_the_step_computes_no_gradient_of_the_base_and_hands_it_on_as_it_is(trainer):

@@ -10,7 +10,7 @@ from flax import nnx
 from prefix_models import IMAGES, prefix_model, prefix_processor
 
 import mammut
-from mammut.prompts import encode_prompt, padded_size
+from mammut.prompts import encode_prompt, generate_interleaved, padded_size, prompt_batch
 from mammut.search import GenerateConfig
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 
@@ -113,6 +113,23 @@ def test_beams_find_at_least_as_likely_a_text(model, processor, batched):
     found = mammut.generate_prompts(model, processor, PROMPTS[:2], config)
     gains = [one.logprob - greedy.logprob for one, greedy in zip(found, batched, strict=False)]
     assert min(gains) > -1e-4 and max(gains) > 0.01
+
+
+def test_every_token_of_every_beam_has_the_probability_that_full_passes_give_it(model, processor, next_logits):
+    """Beams that swap places must take what was cached of their texts along."""
+    encoded = [encode_prompt(prompt, processor, 4) for prompt in PROMPTS[:2]]
+    batch = prompt_batch(encoded, padded_size(max(map(len, encoded))), (16, 16, 3))
+    config = dataclasses.replace(TEN, num_beams=3)
+    ids = {"bos_id": processor.bos_id, "eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
+    graphdef, params = nnx.split(model)
+    generate = jax.jit(lambda params, *batch: generate_interleaved(nnx.merge(graphdef, params), *batch, config, **ids))
+    found = jax.device_get(generate(params, *batch))
+    for prompt, beams, logprobs, counts in zip(PROMPTS, found.tokens, found.logprobs, found.num_tokens, strict=False):
+        assert len({tuple(beam) for beam in beams.tolist()}) == 3
+        for beam, own, count in zip(beams, logprobs, counts, strict=True):
+            said = beam[1 : count + 1]
+            expected = [next_logits(prompt, said[:i])[token] for i, token in enumerate(said)]
+            np.testing.assert_allclose(own[1 : count + 1], expected, atol=2e-4)
 
 
 def test_what_is_sampled_depends_on_the_place_in_the_list_not_on_the_batch(model, processor):

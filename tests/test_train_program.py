@@ -212,6 +212,7 @@ def test_a_run_ends_with_its_predictions_their_scores_and_a_report(straight):
 # --- a run that starts from another
 
 
+@pytest.mark.long
 def test_a_run_starts_from_the_weights_and_the_processor_of_another(program, straight):
     """A learning rate next to nothing leaves the weights where they were, whatever the recipe's own architecture."""
     workdir, still = straight[0], ["--optimizer.learning-rate", "1e-9", "--steps", "2", "--optimizer.warmup-steps", "0"]
@@ -238,6 +239,7 @@ def test_a_run_starts_from_the_weights_and_the_processor_of_another(program, str
     assert set(labels.settings["classes"]) == {"circle", "cross", "square", "triangle"}
 
 
+@pytest.mark.long
 def test_a_run_starts_from_an_image_encoder_alone_and_would_resume_without_it(program):
     """The tower brings its architecture and the way images are taken; the recipe has the rest."""
     config = tiny_config()
@@ -348,6 +350,7 @@ def test_compile_only_tells_the_memory_of_the_step_and_trains_nothing(program, s
 # --- killed and resumed
 
 
+@pytest.mark.long
 def test_a_run_killed_twice_and_resumed_with_other_threads_is_bit_for_bit_the_undisturbed_one(program, straight):
     first, second = random.randint(2, 10), random.randint(13, 18)  # the evaluation at 20 gives time
     print(f"killed once step {first}, then step {second} was logged")
@@ -366,6 +369,7 @@ def test_a_run_killed_twice_and_resumed_with_other_threads_is_bit_for_bit_the_un
     assert_same_run(workdir, straight[0])
 
 
+@pytest.mark.long
 def test_a_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_from_there(program, straight):
     at = random.choice([step for step in range(4, 19) if step % 3])
     print(f"terminated once step {at} was logged")
@@ -395,6 +399,7 @@ def test_help_tells_of_the_program_and_of_every_setting(train, capsys):
 # --- a language model first
 
 
+@pytest.mark.long
 def test_a_run_that_makes_its_language_model_first_is_resumed_in_either_stage(program):
     """The language model is trained on the captions alone, then frozen; a SIGTERM in both stages changes no bit."""
     only = [f"--{name}={value}" for name, value in {

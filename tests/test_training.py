@@ -340,11 +340,17 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumul
         assert np.abs(grads[name] - want).max() <= 1e-5 * max(np.abs(want).max(), 1), name
 
 
-def test_both_forwards_of_a_micro_batch_see_the_same_patches():
-    """Each micro-batch drops patches, and crops positions, by a key of its own: a direct gradient uses it once."""
+@pytest.mark.parametrize("what", ["patches and positions", "prefix"])
+def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
+    """Each micro-batch crops and drops out by a key of its own, which a direct gradient uses once."""
     config = tiny_config()
-    vision = dataclasses.replace(config.vision, patch_drop=0.5, cropped_pos_embed=True)
-    graphdef, params = nnx.split(tiny_model(dataclasses.replace(config, vision=vision)))
+    if what == "prefix":
+        text = dataclasses.replace(config.text, cross_attn_every=0, max_length=15)  # and 12 beside an image
+        config = dataclasses.replace(config, text=text, conditioning="prefix", prefix_dropout=0.4)
+    else:
+        vision = dataclasses.replace(config.vision, patch_drop=0.5, cropped_pos_embed=True)
+        config = dataclasses.replace(config, vision=vision)
+    graphdef, params = nnx.split(tiny_model(config))
     task, params = ImageTextTask(LossConfig()), nnx.to_pure_dict(params)
 
     def merge(params):

@@ -11,7 +11,15 @@ import pytest
 from flax import nnx
 
 from mammut import sharding
-from mammut.config import DataConfig, DecoderConfig, MeshConfig, ModelConfig, TrainConfig, VisionConfig
+from mammut.config import (
+    AdapterConfig,
+    DataConfig,
+    DecoderConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from mammut.interop.rules import LazyTensors, OpenedModel
 from mammut.tasks import ImageTextTask
 from mammut.tensor_files import TensorSpec
@@ -198,6 +206,31 @@ def test_what_has_no_rule_is_refused_by_name(config, message):
     with pytest.raises(ValueError, match="the model to start from, init a, is another one: ") as error:
         warm_start(config, {"init": opened()})
     assert message in str(error.value)
+
+
+def test_adapters_of_the_run_start_random_on_a_model_without_and_the_rest_is_loaded():
+    asked = dataclasses.replace(vision(depth=1), adapters=(AdapterConfig(), AdapterConfig("low", "lora")))
+    starts = {"init": opened()}
+    config = start_config(asked, starts)
+    assert config == dataclasses.replace(CONFIG, adapters=asked.adapters)
+    warm = warm_start(config, starts)
+    expected = numbers(CONFIG)
+    assert {path for path, what in fates(warm).items() if what == "loaded"} == set(expected) and not left_out(warm)
+    assert warm.random == numbers(config).keys() - set(expected)
+    assert warm.random and {path.split(".")[0] for path in warm.random} == {"adapters"}
+    for path, value in expected.items():
+        np.testing.assert_array_equal(warm.read(path), value)
+    drawn = np.ones(3)
+    assert all(warm.read(path, drawn) is drawn for path in warm.random)
+    assert re.search(r"adapters.default +\d[\d,]*  random    a new adapter", str(warm))
+
+
+def test_adapters_of_the_model_it_starts_from_are_its_own():
+    own = dataclasses.replace(CONFIG, adapters=(AdapterConfig(),))
+    starts = {"init": opened(own)}
+    assert start_config(CONFIG, starts) == own
+    warm = warm_start(own, starts)
+    assert not warm.random and set(fates(warm).values()) == {"loaded"}
 
 
 # --- towers
