@@ -30,8 +30,8 @@ def get_config() -> TrainConfig:
         ),
         tokenizer=TokenizerConfig(max_length=32),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, schedule="linear", weight_decay=0.0, b2=0.95),
-        steps=400,
+        steps=800,
         log_every=50,
         eval_every=0,
-        checkpoint_every=400,
+        checkpoint_every=800,
     )

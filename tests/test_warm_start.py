@@ -209,7 +209,7 @@ def test_what_has_no_rule_is_refused_by_name(config, message):
 
 
 def test_adapters_of_the_run_start_random_on_a_model_without_and_the_rest_is_loaded():
-    asked = dataclasses.replace(vision(depth=1), adapters=(AdapterConfig(), AdapterConfig("low", "lora")))
+    asked = dataclasses.replace(vision(depth=1), adapters=(AdapterConfig(), AdapterConfig("low", "lora", ("*.query",))))
     starts = {"init": opened()}
     config = start_config(asked, starts)
     assert config == dataclasses.replace(CONFIG, adapters=asked.adapters)
