@@ -236,7 +236,7 @@ def test_a_class_of_torch_is_not_enough_to_be_called(torch, tmp_path):
     refused(tmp_path / "x.pt", "torch.FloatStorage is called with what it does not take")
 
 
-@pytest.mark.parametrize("value", [{1}, pathlib.PurePosixPath("x"), argparse.Namespace(lr=1)])
+@pytest.mark.parametrize("value", [frozenset({1}), pathlib.PurePosixPath("x"), argparse.Namespace(lr=1)])
 def test_what_is_harmless_and_rebuilds_no_tensor_is_not_said_to_run_code(torch, tmp_path, value):
     torch.save({"state_dict": {"a": torch.ones(1)}, "args": value}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=f"{type(value).__name__}', none of the few functions that") as error:
