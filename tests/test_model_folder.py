@@ -160,13 +160,13 @@ def other_processor(what: str) -> mammut.Processor:
     if what == "vocabulary":
         return mammut.Processor(MissingTokenizer((1, 2, 0), 61, "nothing"), processor.image, 12)
     image = dataclasses.replace(processor.image, image_size=24 if what == "image" else 16)
-    return mammut.Processor(processor.tokenizer, image, 11 if what == "length" else 12)
+    return mammut.Processor(processor.tokenizer, image, 13 if what == "length" else 12)
 
 
 @pytest.mark.parametrize("what, message", [
     ("vocabulary", "the tokenizer has 61 ids, too many for a vocab_size of 60"),
     ("image", "images of 24 pixels, expected an image_size of 16"),
-    ("length", "texts of 11 tokens, expected a max_length of 12"),
+    ("length", "texts of 13 tokens, expected a max_length of 12"),
 ])  # fmt: skip
 def test_the_processor_of_another_model_is_neither_saved_nor_loaded(folder, tmp_path, what, message):
     with pytest.raises(ValueError, match=f"the processor of the model is of another model: {message}"):
