@@ -27,6 +27,9 @@ from mammut.training import make_trainer
 
 pytestmark = pytest.mark.long
 
+# What the library that connects processes prints of its own; its threads may break a line in two.
+GLOO = re.compile(r"Gloo|connected to \d+ peer ranks")
+
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, BATCH, EVERY = 16, 8, 4
 RECIPE = f"""
@@ -218,7 +221,7 @@ def test_two_processes_end_what_one_began(runs, by_one):
     (code, out, err), (other, other_out, other_err) = ended(runs.two("begun", "--resume"))
     assert code == other == 0, err + other_err
     assert f"resuming at step {began} of {STEPS}" in out and "model saved: mammut.load('begun')" in out
-    assert not [line for line in other_out.splitlines() if "Gloo" not in line]
+    assert not [line for line in other_out.splitlines() if not GLOO.search(line)]
     assert_same_run(workdir, by_one)
     manifests = {path.name for path in (workdir / "checkpoint_manifests").iterdir()}
     assert manifests == {f"{began}.json", f"{STEPS}.json"}
@@ -321,7 +324,7 @@ for sizes in ((4, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)):
     results = ended(run_two(tmp_path, body), 120)
     for index, (code, out, err) in enumerate(results):
         assert code == 0, err
-        lines = [line for line in out.splitlines() if "Gloo" not in line]
+        lines = [line for line in out.splitlines() if not GLOO.search(line)]
         assert lines == [f"{index} 2 (8,) 140"] * 4 + ["0 1 (8,) 140", "done"]
 
 
