@@ -22,20 +22,24 @@ import sys
 
 import jax
 
-from mammut import checkpoint, data, distributed, model_folder, sharding, sources
-from mammut.compile_report import compile_report
 from mammut.config import TrainConfig
-from mammut.evaluation import Evaluator
-from mammut.memory_advice import enough_memory
-from mammut.model_card import write_card
-from mammut.processor import Processor
-from mammut.recipes import Run, require_same, resolve, stages
-from mammut.report import write_report
-from mammut.run_log import RunLog
-from mammut.run_processor import shared_processor
-from mammut.tasks import TASKS
-from mammut.training import Trainer, TrainState, make_trainer, start_report, untrained_towers
-from mammut.warm_start import WarmStart, warm_start
+from mammut.core import distributed, sharding
+from mammut.data import batches as data
+from mammut.data import sources
+from mammut.data.processor import Processor
+from mammut.pages.report import write_report
+from mammut.performance.compile_report import compile_report
+from mammut.performance.out_of_memory import enough_memory
+from mammut.training.log import RunLog
+from mammut.training.new_processor import shared_processor
+from mammut.training.run import Run, require_same, resolve, stages
+from mammut.training.step import Trainer, TrainState, make_trainer, start_report, untrained_towers
+from mammut.training.tasks import TASKS
+from mammut.training.validation import Evaluator
+from mammut.weights import model_folder
+from mammut.weights.checkpoints import Checkpoints, position_of_all, position_of_one, require_shared, write_run
+from mammut.weights.model_card import write_card
+from mammut.weights.warm_start import WarmStart, warm_start
 
 DEFAULT_RECIPE = pathlib.Path(__file__).parent / "configs" / "tiny.py"
 SAMPLES_PRINTED = 10
@@ -103,21 +107,21 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
         distributed.meet("nothing is refused")
         if distributed.first() and fresh:
             processor.save(workdir)
-            checkpoint.write_run(workdir, config, run.overrides)
+            write_run(workdir, config, run.overrides)
         distributed.meet("the folder is made")
-        checkpoint.require_shared(workdir)
-        checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints, cleanup=True)
+        require_shared(workdir)
+        checkpoints = Checkpoints(workdir, config.keep_checkpoints, cleanup=True)
         start, state = 0, None
         # By the list of process 0: that of another may be of a moment ago, and all have to restore.
         if distributed.from_first("has checkpoints", lambda: b"yes" if checkpoints.steps else b""):
             watchdog.doing("restoring")
             restored = checkpoints.restore(trainer.abstract_state)
             start, state = restored.step, restored.state
-            batches = open_batches(state=checkpoint.position_of_one(restored.data, share))
+            batches = open_batches(state=position_of_one(restored.data, share))
         if start > config.steps:
             raise ValueError(f"steps is {config.steps}, {workdir} has a checkpoint of step {start}: expected no fewer")
         if distributed.first() and not fresh:
-            checkpoint.write_run(workdir, config, run.overrides)  # what may change in a resumed run is changed for good
+            write_run(workdir, config, run.overrides)  # what may change in a resumed run is changed for good
             # Until the run is done again, the model is that of the newest checkpoint, not what an earlier end exported.
             (workdir / "manifest.json").unlink(missing_ok=True)
         silent = not distributed.first()
@@ -161,7 +165,7 @@ def loop(
     batches: data.TrainBatches,
     share: int,
     evaluator: Evaluator | None,
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: Checkpoints,
     log: RunLog,
     watchdog: distributed.Watchdog,
 ) -> tuple[TrainState, bool]:
@@ -190,7 +194,7 @@ def loop(
                 log.evaluation(step, "val", evaluator(state.all_params), samples=2)
             if step % config.checkpoint_every == 0 or last or stop:
                 watchdog.doing(f"saving step {step}")
-                position = checkpoint.position_of_all(step, position, share)
+                position = position_of_all(step, position, share)
                 checkpoints.save(step, state, position)
             if stop and not last:
                 log.print(f"SIGTERM: saved step {step}, go on with --resume")

@@ -15,7 +15,7 @@ import dataclasses
 import sys
 
 from eval import few_shot, program
-from mammut.search import GenerateConfig
+from mammut.generation.search import GenerateConfig
 
 _NEW_TOKENS = 50  # after examples, as MAGMA has for NoCaps
 

@@ -12,8 +12,8 @@ import pathlib
 import sys
 
 from eval import program
-from mammut.evaluation import class_names
-from mammut.predict import Method
+from mammut.evaluation.predictor import Method
+from mammut.training.validation import class_names
 
 
 @dataclasses.dataclass(frozen=True)

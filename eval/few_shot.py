@@ -4,9 +4,9 @@ import dataclasses
 
 from eval import program
 from mammut.config import Field
-from mammut.few_shot import FewShot
-from mammut.predict import Predictor
-from mammut.sources import Source, open_source
+from mammut.data.sources import Source, open_source
+from mammut.evaluation.few_shot import FewShot
+from mammut.evaluation.predictor import Predictor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,12 @@ import jax
 import tyro
 
 import mammut
-from mammut import distributed, sharding
 from mammut.config import Field, MeshConfig
-from mammut.predict import Predictor, place
-from mammut.predictions import Predictions, Task
-from mammut.scoring import Scores, require_same_set, save_scores, score
-from mammut.sources import Source, open_source
+from mammut.core import distributed, sharding
+from mammut.data.sources import Source, open_source
+from mammut.evaluation.predictions import Predictions, Task
+from mammut.evaluation.predictor import Predictor, place
+from mammut.evaluation.scoring import Scores, require_same_set, save_scores, score
 
 _SUFFIX = ".predictions.jsonl"
 _MODEL_FILES = ".npz", ".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt"

@@ -7,7 +7,7 @@ import argparse
 import pathlib
 import sys
 
-from mammut.report import write_report
+from mammut.pages.report import write_report
 
 
 def main(argv: list[str]) -> None:

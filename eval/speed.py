@@ -7,7 +7,7 @@
 |---|---|
 | train    | images/s of the real training step on noise, TFLOP/s, MFU, memory |
 | parts    | the same step in parts, each compiled alone; the second text pass in time and in FLOPs |
-| generate | captions/s of `mammut.generate.generate` beside the same search without its cache |
+| generate | captions/s of `mammut.generation.text.generate` beside the same search without its cache |
 | growth   | the step over batch, resolution and text length, with the exponent of each, and over devices |
 | startup  | seconds to the end of a first step in a fresh process: cold, then with the compilation cache |
 | data     | images/s of --data |
@@ -15,7 +15,7 @@
 The uncached search runs the caption pass over all places of the text for each new token, and so makes the image's keys
 and values again each time, and for every beam. Texts have --new-tokens tokens after a start token: nothing ends early.
 Times are medians of batches that are waited for; an IQR is that of the single times. With --peer the two run the same
-work on the same weights in turn, A-B-B-A, which is checked first: see `mammut.speed.peers`.
+work on the same weights in turn, A-B-B-A, which is checked first: see `mammut.performance.peers`.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ from flax import nnx
 
 import mammut
 from mammut.config import DataConfig, ModelConfig, to_dict
-from mammut.search import GenerateConfig
-from mammut.speed import beside_peer, child, growth, tables
-from mammut.speed.generation import measure_generation
-from mammut.speed.parts import measure_parts
-from mammut.speed.peers import SIZES, Family, Mode, OpenClip, num_cores, peer_config
-from mammut.speed.train_step import FORMULA, RunSettings, computed, make_step, measure, measured_peak
+from mammut.generation.search import GenerateConfig
+from mammut.performance import beside_peer, child, growth, tables
+from mammut.performance.generation_time import measure_generation
+from mammut.performance.peers import SIZES, Family, Mode, OpenClip, num_cores, peer_config
+from mammut.performance.step_parts import measure_parts
+from mammut.performance.step_time import FORMULA, RunSettings, computed, make_step, measure, measured_peak
 
 What = Literal["train", "parts", "generate", "growth", "startup", "data"]
 Axis = Literal["batch", "image_size", "length", "devices"]
@@ -152,12 +152,14 @@ def growth_rows(options: Options, model: ModelConfig, steps: int, peak: float) -
 
 def reading(options: Options, model: ModelConfig, processor: mammut.Processor | None) -> dict[str, float]:
     """Images/s of --data, decoded and cropped as in training."""
-    from mammut import data, sources, testing
+    from mammut import testing
+    from mammut.data import sources
+    from mammut.data.batches import TrainBatches, measure_reading
 
     source = sources.open_source(options.data, image_size=model.vision.image_size, field="captions")
     processor = processor or testing.tiny_processor(model)
     config = DataConfig(train=options.data, batch_size=options.batch_size, threads=options.threads)
-    return data.measure_reading(data.TrainBatches(source, processor, config, seed=0))
+    return measure_reading(TrainBatches(source, processor, config, seed=0))
 
 
 def measure_model(options: Options) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import dataclasses
 import sys
 
 from eval import few_shot, program
-from mammut.search import GenerateConfig
+from mammut.generation.search import GenerateConfig
 
 _NEW_TOKENS = 10  # after examples, as in MAGMA
 

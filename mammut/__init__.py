@@ -5,7 +5,12 @@ TensorFlow and PyTorch never.
 """
 
 from mammut import presets
-from mammut.adapting import (
+from mammut.config import AdapterConfig, DecoderConfig, ModelConfig, ResNetConfig, TrainConfig, VisionConfig
+from mammut.data.processor import BadImage, ImageTransform, Processor
+from mammut.generation.interleaved import generate_prompts
+from mammut.generation.search import GenerateConfig
+from mammut.generation.text import Text, answer, caption, generate_text
+from mammut.models.adapters import (
     add_adapter,
     load_adapter,
     merge_adapter,
@@ -14,14 +19,9 @@ from mammut.adapting import (
     save_adapter,
     set_active_adapters,
 )
-from mammut.config import AdapterConfig, DecoderConfig, ModelConfig, ResNetConfig, TrainConfig, VisionConfig
-from mammut.generate import Text, answer, caption, generate_text
-from mammut.model import MaMMUT
-from mammut.model_folder import load, load_language_model, save
-from mammut.processor import BadImage, ImageTransform, Processor
-from mammut.prompts import generate_prompts
-from mammut.search import GenerateConfig
-from mammut.tensor_files import CheckpointError
+from mammut.models.mammut import MaMMUT
+from mammut.weights.files.tensor_file import CheckpointError
+from mammut.weights.model_folder import load, load_language_model, save
 
 __all__ = [
     # a model and its processor

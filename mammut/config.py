@@ -377,7 +377,7 @@ class DecoderConfig(LayerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """Small modules on the maps, attentions and MLPs of a model that is otherwise left as it is (`mammut.adapters`).
+    """Small modules on the maps, attentions and MLPs of a model that is otherwise left as it is (`mammut.models.adapter_modules`).
 
     Several with one `name` make up one adapter, which is saved, loaded and switched on as a whole.
     """
@@ -570,7 +570,7 @@ RUN_VISION_FIELDS = ("cropped_pos_embed", "patch_drop", "low_image_size")
 class DataConfig:
     """Where the examples come from and how an image becomes an array."""
 
-    train: str = "synthetic:train"  # a spec that mammut.sources.open_source reads, such as jsonl:PATH[1000:]
+    train: str = "synthetic:train"  # a spec that mammut.data.sources.open_source reads, such as jsonl:PATH[1000:]
     val: str | None = "synthetic:val"  # None: no evaluation during the run
     batch_size: int = 256  # examples a step, over all devices and processes
     eval_batch_size: int = 256
@@ -697,11 +697,11 @@ class MeshConfig:
 class TrainConfig:
     """One training run. The resolved config is saved beside its checkpoints."""
 
-    # A key of mammut.tasks.TASKS: both losses on captions; the caption pass alone on captions, answers, names; or on
+    # A key of mammut.training.tasks.TASKS: both losses on captions; the caption pass alone on captions, answers, names; or on
     # captions without their images, whose files need not be there: a language model, such as `init_text` starts from.
     task: Literal["image_text", "caption", "vqa", "classify", "text"] = "image_text"
     # A model to start from, of any format that mammut.load reads: its weights, processor and `model` settings, of which
-    # image and patch size and text length may differ. `mammut.warm_start` has the rules. None: random weights.
+    # image and patch size and text length may differ. `mammut.weights.warm_start` has the rules. None: random weights.
     init: str | None = None
     # An image encoder alone: its weights, its `model.vision` settings but for the pooling, and how it takes images.
     init_vision: str | None = None

@@ -14,10 +14,10 @@ import sys
 
 import numpy as np
 
-from mammut.interop import open_clip_export
-from mammut.interop.rules import LazyTensors, OpenedModel, model_specs, rounded
-from mammut.model_folder import open_model, save_opened
-from mammut.tensor_files import TensorSpec
+from mammut.weights.files.tensor_file import TensorSpec
+from mammut.weights.formats import open_clip_export
+from mammut.weights.model_folder import open_model, save_opened
+from mammut.weights.tables import LazyTensors, OpenedModel, model_specs, rounded
 
 
 @dataclasses.dataclass(frozen=True)

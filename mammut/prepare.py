@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from mammut.config import DataConfig
-from mammut.data import describe_bad
-from mammut.processor import BadImage, ImageTransform
-from mammut.sources import BadExample, Source, open_source
+from mammut.data.batches import describe_bad
+from mammut.data.processor import BadImage, ImageTransform
+from mammut.data.sources import BadExample, Source, open_source
 
 _VERSION = "1.0.0"
 
@@ -27,7 +27,7 @@ def prepare(spec: str, data_dir: str, name: str, max_bad_share: float = DataConf
     Images keep their original bytes. Examples that cannot be used are left out.
 
     Args:
-      spec: `jsonl:PATH` or `tar:PATTERN`, with an optional slice; see `mammut.sources.open_source`.
+      spec: `jsonl:PATH` or `tar:PATTERN`, with an optional slice; see `mammut.data.sources.open_source`.
       data_dir: The `data_dir` of tensorflow-datasets.
       name: Of the set: lower-case letters, digits and underscores.
       max_bad_share: Nothing is written if more than this share of the examples cannot be used.

@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 
 from mammut.config import DecoderConfig, ModelConfig, VisionConfig
-from mammut.model import MaMMUT
-from mammut.processor import ImageTransform, Processor
-from mammut.tokenizer import train_sentencepiece
+from mammut.data.processor import ImageTransform, Processor
+from mammut.data.tokenizer import train_sentencepiece
+from mammut.models.mammut import MaMMUT
 
 
 def tiny_config() -> ModelConfig:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mammut.interop import open_clip
-from mammut.interop.rules import LazyTensors, model_specs
-from mammut.tensor_files import TensorSpec
+from mammut.weights.files.tensor_file import TensorSpec
+from mammut.weights.formats import open_clip
+from mammut.weights.tables import LazyTensors, model_specs
 
 VISION = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "output_tokens": True}
 MAMMUT_VISION = VISION | {"pool_type": "avg", "final_ln_after_pool": True}

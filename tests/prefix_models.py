@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 
 from mammut.config import ModelConfig
-from mammut.model import MaMMUT
-from mammut.processor import ImageTransform, Processor
+from mammut.data.processor import ImageTransform, Processor
+from mammut.data.tokenizer import train_sentencepiece
+from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config, tiny_model
-from mammut.tokenizer import train_sentencepiece
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
 

@@ -12,12 +12,12 @@ from damage import flip, one_sentence
 from flax import nnx
 
 import mammut
-from mammut import sharding
-from mammut.adapting import base_hash
 from mammut.config import AdapterConfig, MeshConfig, ModelConfig
-from mammut.generate import generate
-from mammut.model import MaMMUT, logical_axes
-from mammut.search import GenerateConfig
+from mammut.core import sharding
+from mammut.generation.search import GenerateConfig
+from mammut.generation.text import generate
+from mammut.models.adapters import base_hash
+from mammut.models.mammut import MaMMUT, logical_axes
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

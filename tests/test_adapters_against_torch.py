@@ -12,12 +12,12 @@ from flax import nnx
 
 import mammut
 from mammut.config import AdapterConfig
-from mammut.interop.huggingface import model_config
-from mammut.interop.huggingface_config import decoder_config
-from mammut.interop.huggingface_tables import table
-from mammut.interop.rules import LazyTensors, model_specs
-from mammut.model import MaMMUT
-from mammut.tensor_files import TensorSpec
+from mammut.models.mammut import MaMMUT
+from mammut.weights.files.tensor_file import TensorSpec
+from mammut.weights.formats.huggingface import model_config
+from mammut.weights.formats.huggingface_config import decoder_config
+from mammut.weights.formats.huggingface_tables import table
+from mammut.weights.tables import LazyTensors, model_specs
 
 REASON = "the test extra is not installed"
 torch = pytest.importorskip("torch", reason=REASON)

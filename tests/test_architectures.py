@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mammut import sharding
 from mammut.config import DecoderConfig, LossConfig, MeshConfig, ModelConfig, VisionConfig
-from mammut.model import MaMMUT, forward_flops, logical_axes, num_params
-from mammut.predict import _text_logprob
-from mammut.tasks import ImageTextTask, TextTask
+from mammut.core import sharding
+from mammut.evaluation.predictor import _text_logprob
+from mammut.models.mammut import MaMMUT, forward_flops, logical_axes, num_params
 from mammut.testing import tiny_batch, tiny_model
+from mammut.training.tasks import ImageTextTask, TextTask
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

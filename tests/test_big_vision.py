@@ -15,12 +15,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mammut import presets
 from mammut.config import to_dict
 from mammut.interop import big_vision
-from mammut.interop.rules import model_specs
-from mammut.losses import contrastive_logits, sigmoid_contrastive
-from mammut.model import MaMMUT
-from mammut.model_folder import save
+from mammut.models.losses import contrastive_logits, sigmoid_contrastive
+from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config, tiny_model, tiny_processor
-from mammut.warm_start import resample_positions
+from mammut.weights.model_folder import save
+from mammut.weights.tables import model_specs
+from mammut.weights.warm_start import resample_positions
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

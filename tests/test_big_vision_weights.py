@@ -13,13 +13,13 @@ import scipy.ndimage
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mammut.interop.big_vision_tables import Found, cappa, two_towers
-from mammut.interop.big_vision_weights import open_model
-from mammut.interop.rules import OpenedModel, Table
-from mammut.model import MaMMUT
-from mammut.model_folder import load, place, save
-from mammut.tensor_files import CheckpointError, TensorSpec
-from mammut.vit import EncoderOutput
+from mammut.models.mammut import MaMMUT
+from mammut.models.vit import EncoderOutput
+from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
+from mammut.weights.formats.big_vision import open_model
+from mammut.weights.formats.big_vision_tables import Found, cappa, two_towers
+from mammut.weights.model_folder import load, place, save
+from mammut.weights.tables import OpenedModel, Table
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -11,8 +11,7 @@ import sys
 
 import pytest
 
-from mammut import caption_metrics
-from mammut.caption_metrics import caption_scores, ptb_tokenize
+from mammut.evaluation.metrics.captions import _java_tokenize, _own_scores, _spice, caption_scores, ptb_tokenize
 
 SETS = ("cococaption_fakecap_in_val2017", "human_leave_one_out_400", "human_shuffled_400", "degenerate_300")
 OFFICIAL_NAMES = {f"bleu_{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)} | {"rouge_l": "ROUGE_L", "cider": "CIDEr"}
@@ -79,7 +78,7 @@ def test_tokens_are_those_of_the_official_tokenizer(text, expected):
 @needs_java
 def test_the_official_tokenizer_gives_the_tokens_this_file_expects_of_it():
     # A line of small letters between them: the official tokenizer looks into the next line.
-    answers = caption_metrics._java_tokenize([[text, "then"] for text, _ in TOKENIZED])
+    answers = _java_tokenize([[text, "then"] for text, _ in TOKENIZED])
     assert [answer for answer, _ in answers] == [expected.replace("~", "\xa0") for _, expected in TOKENIZED]
 
 
@@ -95,7 +94,7 @@ def test_coco_captions_are_tokenized_as_by_the_official_tool_but_for_a_letter_be
     file = shared / "fixtures/coco_captions_val2017_text_only.json.gz"
     texts = [annotation["caption"] for annotation in json.load(gzip.open(file))["annotations"]]
     texts = [text.replace("\n", " ") for text in texts]
-    (official,) = caption_metrics._java_tokenize([texts])
+    (official,) = _java_tokenize([texts])
     different = [text for text, answer in zip(texts, official) if " ".join(ptb_tokenize(text)) != answer]
     assert len(texts) == 24669
     assert len(different) <= 3 and all(text[-3] == " " and text[-1] == "." for text in different)
@@ -150,7 +149,7 @@ def test_metrics_equal_the_official_ones_on_odd_token_strings():
     for count in (1, 2, 5):
         truth = dict(enumerate(references[:count]))
         said = {image: [text] for image, text in enumerate(candidates[:count])}
-        scores = caption_metrics._own_scores(candidates[:count], references[:count])
+        scores = _own_scores(candidates[:count], references[:count])
         bleu, bleu_of_image = Bleu(4).compute_score(truth, said, verbose=0)
         official = {f"bleu_{n + 1}": (bleu[n], bleu_of_image[n]) for n in range(4)}
         official |= {"rouge_l": Rouge().compute_score(truth, said), "cider": Cider().compute_score(truth, said)}
@@ -275,4 +274,4 @@ def test_spice_is_never_downloaded():
     if (folder / "stanford-corenlp-3.6.0.jar").exists():
         pytest.skip("the SPICE jars are here")
     with pytest.raises(ValueError, match="stanford-corenlp-3.6.0.jar is not in pycocoevalcap"):
-        caption_metrics._spice({0: ["a dog"]}, {0: ["a dog"]})
+        _spice({0: ["a dog"]}, {0: ["a dog"]})

@@ -17,12 +17,12 @@ from damage import assert_identical, flip, one_sentence
 from flax import nnx
 
 import mammut
-from mammut import checkpoint, sharding
-from mammut.checkpoint import CheckpointError, Checkpoints
 from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from mammut.tasks import ImageTextTask
+from mammut.core import sharding
 from mammut.testing import tiny_config, tiny_processor
-from mammut.training import TrainState, make_trainer
+from mammut.training.step import TrainState, make_trainer
+from mammut.training.tasks import ImageTextTask
+from mammut.weights.checkpoints import CheckpointError, Checkpoints, read_run, write_run
 
 TEXTS = ["one red circle on the left", "two squares", ""]
 CONFIG = TrainConfig(model=tiny_config(), data=DataConfig(batch_size=8), steps=10)
@@ -57,7 +57,7 @@ def abstract() -> TrainState:
 def three_steps(tmp_path_factory, abstract) -> pathlib.Path:
     """The folder of a run that saved steps 3, 6 and 9 and keeps two."""
     workdir = tmp_path_factory.mktemp("run")
-    checkpoint.write_run(workdir, CONFIG, ["--steps", "10"])
+    write_run(workdir, CONFIG, ["--steps", "10"])
     tiny_processor().save(workdir)
     with Checkpoints(workdir, keep=2) as checkpoints:
         for step in (3, 6, 9):
@@ -88,7 +88,7 @@ def assert_restores(workdir: pathlib.Path, abstract: TrainState, step: int) -> N
 
 def test_the_newest_step_comes_back_bit_for_bit_with_its_place_in_the_data(workdir, abstract):
     assert_restores(workdir, abstract, 9)
-    config, overrides = checkpoint.read_run(workdir)
+    config, overrides = read_run(workdir)
     assert config == CONFIG and overrides == ["--steps", "10"]
 
 
@@ -256,8 +256,8 @@ def test_the_parameters_of_a_run_are_read_without_its_moments(tmp_path):
     code = f"""
 import pathlib, resource, sys
 import numpy as np
-from mammut.checkpoint import Checkpoints
-from mammut.training import TrainState
+from mammut.weights.checkpoints import Checkpoints
+from mammut.training.step import TrainState
 with Checkpoints(pathlib.Path({str(tmp_path)!r}), keep=2) as checkpoints:
     if sys.argv[1] == "save":
         zero, moments = np.zeros((), np.int32), {{"mu": np.full((75, 10**6), 0.5, np.float32)}}
@@ -299,7 +299,7 @@ def test_an_error_of_the_writing_thread_is_raised_by_the_next_save(tmp_path, abs
 
     checkpoints = Checkpoints(tmp_path, keep=2)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "make_manifest", full)
+        patch.setattr("mammut.weights.checkpoints.make_manifest", full)
         checkpoints.save(3, random_state(abstract, 3), position(3))
         with pytest.raises(OSError, match="no space left"):
             checkpoints.save(6, random_state(abstract, 6), position(6))

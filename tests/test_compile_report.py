@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mammut import chips, presets, sharding
-from mammut.chips import Chip, find_chip
-from mammut.compile_report import compile_report, estimate, step_flops, topology_devices
+from mammut import presets
 from mammut.config import DataConfig, DecoderConfig, MeshConfig, ModelConfig, TrainConfig, VisionConfig
-from mammut.hlo import Collective, Program
-from mammut.model import forward_flops
+from mammut.core import sharding
+from mammut.models.mammut import forward_flops
+from mammut.performance import chips
+from mammut.performance.chips import Chip, find_chip
+from mammut.performance.compile_report import compile_report, estimate, step_flops, topology_devices
+from mammut.performance.hlo import Collective, Program
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -325,7 +327,7 @@ def in_a_process(code: str) -> dict:
 def test_a_step_is_compiled_for_a_tpu_slice_that_is_not_there():
     code = """
 import dataclasses, json
-from mammut.compile_report import compile_report
+from mammut.performance.compile_report import compile_report
 from mammut.config import *
 model = ModelConfig(
     vision=VisionConfig(image_size=16, patch_size=8, width=128, depth=2, num_heads=2, mlp_dim=128),
@@ -345,9 +347,9 @@ print(json.dumps({"report": compile_report(config, "v5e:2x2")}))
 def test_slices_lie_along_data_and_unknown_topologies_are_refused():
     code = """
 import json
-from mammut.compile_report import topology_devices
+from mammut.performance.compile_report import topology_devices
 from mammut.config import MeshConfig
-from mammut.sharding import make_mesh
+from mammut.core.sharding import make_mesh
 mesh = make_mesh(MeshConfig(data=-1, fsdp=8), topology_devices("2*v5e:4x4"))
 said = {"shape": dict(mesh.shape), "slices": [[d.slice_index for d in row.flat] for row in mesh.devices]}
 for name in ("v9:2x2", "v5e:5x7"):
@@ -371,7 +373,7 @@ print(json.dumps(said))
     ("mammut_b16", presets.mammut_b16), ("mammut_l14", presets.mammut_l14), ("paper_2b", presets.paper_2b),
 ])  # fmt: skip
 def test_the_recipes_of_full_size_train_their_preset(recipe, preset, request):
-    from mammut.recipes import load_recipe
+    from mammut.training.run import load_recipe
 
     config = load_recipe(request.config.rootpath / "configs" / f"{recipe}.py")
     same = dataclasses.asdict(preset())

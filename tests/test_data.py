@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mammut import data, prepare, sources, synthetic
+from mammut import prepare
 from mammut.config import DataConfig
-from mammut.processor import ImageTransform, Processor
-from mammut.run_log import RunLog
+from mammut.data import batches as data
+from mammut.data import sources, synthetic
+from mammut.data.processor import ImageTransform, Processor
+from mammut.data.tokenizer import train_sentencepiece
 from mammut.testing import shared_dir
-from mammut.tokenizer import train_sentencepiece
+from mammut.training.log import RunLog
 
 SIZE = 16
 CONFIG = DataConfig(batch_size=4, threads=2)
@@ -582,10 +584,10 @@ def test_prefetch_raises_what_its_thread_raised(tmp_path):
 
 def test_a_program_that_fails_while_reading_ahead_ends(tmp_path):
     program = """
-from mammut import data, sources
+from mammut.data import batches as data, sources
 from mammut.config import DataConfig
-from mammut.processor import ImageTransform, Processor
-from mammut.tokenizer import train_sentencepiece
+from mammut.data.processor import ImageTransform, Processor
+from mammut.data.tokenizer import train_sentencepiece
 source = sources.open_source("synthetic:train", image_size=16)
 processor = Processor(train_sentencepiece(["a b", "b a"], 40, True), ImageTransform(16), max_length=8)
 ahead = data.prefetch(data.TrainBatches(source, processor, DataConfig(batch_size=64), seed=0), lambda batch: batch)

@@ -17,13 +17,13 @@ import jax
 import numpy as np
 import pytest
 
-from mammut import checkpoint, distributed, sharding
-from mammut.checkpoint import Checkpoints, Restored
 from mammut.config import MeshConfig
-from mammut.distributed import Processes
-from mammut.model_folder import load
-from mammut.tasks import ImageTextTask
-from mammut.training import make_trainer
+from mammut.core import distributed, sharding
+from mammut.core.distributed import Processes
+from mammut.training.step import make_trainer
+from mammut.training.tasks import ImageTextTask
+from mammut.weights.checkpoints import Checkpoints, Restored, position_of_all, position_of_one, read_run
+from mammut.weights.model_folder import load
 
 pytestmark = pytest.mark.long
 
@@ -147,7 +147,7 @@ def until(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> N
 
 
 def restore(workdir: pathlib.Path) -> Restored:
-    config, _ = checkpoint.read_run(workdir)
+    config, _ = read_run(workdir)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
         return checkpoints.restore(make_trainer(config, ImageTextTask(config.loss), mesh).abstract_state)
@@ -257,14 +257,14 @@ def test_a_step_that_gets_no_data_ends_the_run_with_all_stacks(runs):
     assert code == 1
     last = err.strip().splitlines()[-1]
     assert last == "train.py: waiting for the batch of step 1: no progress for 15 s, the limit that step_timeout sets"
-    assert err.count("Thread 0x") > 1 and "data.py" in err and "in loop" in err
+    assert err.count("Thread 0x") > 1 and "batches.py" in err and "in loop" in err
 
 
 # --- how processes end together, without a model
 
 PROGRAM = """
 import os, signal, sys, time
-from mammut import distributed
+from mammut.core import distributed
 place = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 index = int(place["--process-id"])
 asked = distributed.Processes(False, place["--coordinator"], int(place["--num-processes"]), index, TIMEOUT)
@@ -312,7 +312,7 @@ def test_each_process_reads_the_rows_that_its_devices_hold(tmp_path):
     """Where the axis `model` goes across processes, all of them; summed over the devices, every row is there once."""
     body = """
 import jax, numpy as np
-from mammut import sharding
+from mammut.core import sharding
 from mammut.config import MeshConfig
 for sizes in ((4, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)):
     mesh = sharding.make_mesh(MeshConfig(*sizes))
@@ -368,7 +368,7 @@ import train
 def work(queue):
     import jax
     from jax._src import xla_bridge
-    from mammut import distributed
+    from mammut.core import distributed
     connected = jax.distributed.is_initialized(), xla_bridge.backends_are_initialized()
     try:
         train.main(["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "0"])
@@ -439,7 +439,7 @@ def test_one_process_is_asked_for_nothing(monkeypatch, variable, value):
 
 
 def test_a_cluster_that_is_none_is_an_error_that_says_what_else_to_give(tmp_path):
-    code = "from mammut.distributed import *\nwith processes(Processes(cluster=True), 'program'): pass"
+    code = "from mammut.core.distributed import *\nwith processes(Processes(cluster=True), 'program'): pass"
     ((code, _, err),) = ended([start(tmp_path, "-c", code)], 60)
     assert code == 1 and "ValueError: --distributed found no processes of a TPU pod, Slurm or Open MPI" in err
     assert err.strip().endswith("or --coordinator, --num-processes and --process-id")
@@ -448,7 +448,7 @@ def test_a_cluster_that_is_none_is_an_error_that_says_what_else_to_give(tmp_path
 def test_a_watchdog_lets_be_what_makes_progress_and_ends_what_makes_none(tmp_path):
     body = """
 import time
-from mammut.distributed import Watchdog
+from mammut.core.distributed import Watchdog
 with Watchdog(3, "program") as watchdog:
     for i in range(50):
         time.sleep(0.1)
@@ -464,7 +464,7 @@ with Watchdog(3, "program") as watchdog:
 
 def test_counts_of_all_shares_are_saved_and_taken_over_once():
     position = {"position": 64, "read": 40, "bad": {"corrupt": 3}}
-    assert checkpoint.position_of_all(1, position, 0) == position
-    shares = [checkpoint.position_of_one(position, share) for share in range(3)]
+    assert position_of_all(1, position, 0) == position
+    shares = [position_of_one(position, share) for share in range(3)]
     assert sum(share["read"] for share in shares) == 40 and [share["bad"] for share in shares[1:]] == [{}, {}]
     assert {share["position"] for share in shares} == {64} and list(itertools.chain(*shares[0]["bad"])) != []

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 import mammut
-from mammut.interop import open_clip
-from mammut.metrics import retrieval_recall
-from mammut.model_folder import open_model
-from mammut.predictions import Predictions
-from mammut.scoring import score
-from mammut.tensor_files import open_tensors, write_sharded
+from mammut.evaluation.metrics.rankings import retrieval_recall
+from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.scoring import score
 from mammut.testing import tiny_model, tiny_processor
+from mammut.weights.files.tensor_file import open_tensors, write_sharded
+from mammut.weights.formats import open_clip
+from mammut.weights.model_folder import open_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

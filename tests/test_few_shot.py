@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mammut.few_shot import FewShot, Query, answer_part
-from mammut.processor import BadImage
-from mammut.sources import BadExample, Example, Question, Source
+from mammut.data.processor import BadImage
+from mammut.data.sources import BadExample, Example, Question, Source
+from mammut.evaluation.few_shot import FewShot, Query, answer_part
 
 
 class Answered(Source):

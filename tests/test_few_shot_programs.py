@@ -8,12 +8,12 @@ from prefix_models import IMAGES, prefix_model, prefix_processor
 
 import mammut
 from eval import caption, vqa
-from mammut.few_shot import FewShot, Query, answer_part
-from mammut.predictions import Predictions
-from mammut.search import GenerateConfig
-from mammut.sources import open_source
+from mammut.data.sources import open_source
+from mammut.evaluation.few_shot import FewShot, Query, answer_part
+from mammut.evaluation.metrics.vqa import magma_truncated_accuracy
+from mammut.evaluation.predictions import Predictions
+from mammut.generation.search import GenerateConfig
 from mammut.testing import tiny_model, tiny_processor
-from mammut.vqa_metrics import magma_truncated_accuracy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

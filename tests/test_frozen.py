@@ -15,12 +15,11 @@ from damage import assert_identical, by_name, flip, one_sentence
 from prefix_models import prefix_config
 
 import mammut
-from mammut import checkpoint, partition, sharding
-from mammut.checkpoint import CheckpointError, Checkpoints
 from mammut.config import AdapterConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from mammut.tasks import TASKS
+from mammut.core import params as partition
+from mammut.core import sharding
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
-from mammut.training import (
+from mammut.training.step import (
     Trainer,
     TrainState,
     learning_rate_schedule,
@@ -28,6 +27,8 @@ from mammut.training import (
     make_trainer,
     untrained_towers,
 )
+from mammut.training.tasks import TASKS
+from mammut.weights.checkpoints import CheckpointError, Checkpoints, write_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -244,7 +245,7 @@ def test_the_check_of_optimizer_state_catches_moments_of_what_does_not_move(trai
 def saved(tmp_path_factory, trainer) -> tuple[pathlib.Path, TrainState]:
     """A run that has saved steps 2 and 4, and its state at 4."""
     workdir = tmp_path_factory.mktemp("run")
-    checkpoint.write_run(workdir, CONFIG, [])
+    write_run(workdir, CONFIG, [])
     tiny_processor().save(workdir)
     with Checkpoints(workdir, keep=2) as checkpoints, jax.set_mesh(trainer.mesh):
         state = begun(trainer)

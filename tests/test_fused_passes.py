@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 from test_architectures import CONFIGS, matrix_flops
 
-from mammut import sharding
 from mammut.config import LossConfig, MeshConfig, ModelConfig
-from mammut.model import MaMMUT, forward_flops, logical_axes
-from mammut.tasks import ImageTextTask
+from mammut.core import sharding
+from mammut.models.mammut import MaMMUT, forward_flops, logical_axes
 from mammut.testing import tiny_batch, tiny_config, tiny_model
+from mammut.training.tasks import ImageTextTask
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -13,11 +13,11 @@ import pytest
 from flax import nnx
 
 import mammut
-from mammut import sharding
 from mammut.config import MeshConfig
-from mammut.generate import _generate, generate, generate_text
-from mammut.model import logical_axes
-from mammut.search import Decoding, GenerateConfig, filter_logits, search
+from mammut.core import sharding
+from mammut.generation.search import Decoding, GenerateConfig, filter_logits, search
+from mammut.generation.text import _generate, generate, generate_text
+from mammut.models.mammut import logical_axes
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 
 # What is here is compiled more than it is run.

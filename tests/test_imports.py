@@ -25,39 +25,39 @@ HEAVY = (
 )
 # Each may import those before it, in groups that do not know each other.
 LAYERS = (
-    ("typing",),
-    ("config", "mapped_files", "hlo", "chips"),
-    ("zip_files",),
-    ("torch_files",),
-    ("tensor_files",),
-    ("masks", "sharding", "search", "manifest", "kernels", "partition"),
-    ("layers", "distributed", "memory_advice"),
-    ("vit", "decoder", "adapters"),
-    ("resnet",),
-    ("model",),
-    ("losses", "ring_loss"),
-    ("tasks",),
-    ("training", "tokenizer"),
-    ("processor",),
-    ("generate", "checkpoint", "benchmarks", "tar_shards", "model_card", "interop.rules"),
-    ("interop.json_object", "warm_start", "adapting", "prompts"),
-    ("interop.open_clip_config", "interop.open_clip_tables", "interop.open_clip_tokenizer"),
-    ("interop.big_vision_tables", "interop.resnets", "interop.huggingface_config", "interop.huggingface_tables"),
-    ("interop.huggingface_tokenizer",),
-    ("interop.huggingface", "interop.magma"),
-    ("interop.open_clip_export", "interop.big_vision_weights"),
-    ("interop.open_clip",),
-    ("model_folder",),
-    ("sources", "recipes", "convert"),
-    ("data", "run_processor", "metrics", "vqa_metrics", "ptb_tokenizer", "predictions", "few_shot"),
-    ("caption_metrics",),
-    ("predict", "scoring", "attention_maps"),
-    ("evaluation", "report_pictures"),
-    ("report", "run_log", "compile_report"),
-    ("speed.timing", "speed.peers", "speed.tables"),
-    ("speed.train_step",),
-    ("speed.parts", "speed.growth", "speed.child", "speed.generation"),
-    ("speed.beside_peer",),
+    ("core.typing",),
+    ("config", "core.mapped_file", "performance.hlo", "performance.chips"),
+    ("weights.files.zip_archive",),
+    ("weights.files.torch_archive",),
+    ("weights.files.tensor_file",),
+    ("models.masks", "core.sharding", "generation.search", "core.files", "models.attention_kernels", "core.params"),
+    ("models.layers", "core.distributed", "performance.out_of_memory"),
+    ("models.vit", "models.decoder", "models.adapter_modules"),
+    ("models.resnet",),
+    ("models.mammut",),
+    ("models.losses", "models.ring_loss"),
+    ("training.tasks",),
+    ("training.step", "data.tokenizer"),
+    ("data.processor",),
+    ("generation.text", "weights.checkpoints", "data.annotations", "data.tar_shards", "weights.model_card", "weights.tables"),
+    ("weights.formats.json_object", "weights.warm_start", "models.adapters", "generation.interleaved"),
+    ("weights.formats.open_clip_config", "weights.formats.open_clip_tables", "weights.formats.open_clip_tokenizer"),
+    ("weights.formats.big_vision_tables", "weights.formats.resnets", "weights.formats.huggingface_config", "weights.formats.huggingface_tables"),
+    ("weights.formats.huggingface_tokenizer",),
+    ("weights.formats.huggingface", "weights.formats.magma"),
+    ("weights.formats.open_clip_export", "weights.formats.big_vision"),
+    ("weights.formats.open_clip",),
+    ("weights.model_folder",),
+    ("data.sources", "training.run", "convert"),
+    ("data.batches", "training.new_processor", "evaluation.metrics.rankings", "evaluation.metrics.vqa", "evaluation.metrics.ptb_tokenizer", "evaluation.predictions", "evaluation.few_shot"),
+    ("evaluation.metrics.captions",),
+    ("evaluation.predictor", "evaluation.scoring", "pages.word_maps"),
+    ("training.validation", "pages.report_pictures"),
+    ("pages.report", "training.log", "performance.compile_report"),
+    ("performance.timing", "performance.peers", "performance.tables"),
+    ("performance.step_time",),
+    ("performance.step_parts", "performance.growth", "performance.child", "performance.generation_time"),
+    ("performance.beside_peer",),
 )
 
 
@@ -109,12 +109,13 @@ class Refuse:
         if name.split(".")[0] in {HEAVY}:
             raise ImportError("refused " + name)
 sys.meta_path.insert(0, Refuse())
-import mammut, mammut.training, mammut.tasks, mammut.losses, mammut.metrics, mammut.generate, mammut.testing
+import mammut, mammut.training.step, mammut.training.tasks, mammut.models.losses, mammut.testing
+import mammut.evaluation.metrics.rankings, mammut.generation.text
 from mammut.config import MeshConfig, TrainConfig
-from mammut.tasks import TASKS
+from mammut.training.tasks import TASKS
 config = TrainConfig(model=mammut.testing.tiny_config())
-trainer = mammut.training.make_trainer(
-    config, TASKS[config.task](config.loss), mammut.training.sharding.make_mesh(MeshConfig()))
+trainer = mammut.training.step.make_trainer(
+    config, TASKS[config.task](config.loss), mammut.training.step.sharding.make_mesh(MeshConfig()))
 print(sorted(trainer.abstract_state.params))
 try:
     import grain
@@ -150,15 +151,15 @@ def test_imports_run_one_way():
     assert not wrong
 
 
-@pytest.mark.parametrize("module", ["masks", "losses", "metrics"])
+@pytest.mark.parametrize("module", ["models.masks", "models.losses", "evaluation.metrics.rankings"])
 def test_masks_losses_and_metrics_know_no_model(module):
     """They take arrays."""
-    assert reached_from(module) <= {"typing"}
+    assert reached_from(module) <= {"core.typing"}
     assert not {name.split(".")[0] for name in imported_by(MODULES[module])} & {"flax", "optax"}
 
 
 def test_metrics_need_no_jax():
-    assert "jax" not in {name.split(".")[0] for name in imported_by(MODULES["metrics"])}
+    assert "jax" not in {name.split(".")[0] for name in imported_by(MODULES["evaluation.metrics.rankings"])}
 
 
 def test_every_public_name_exists_once():

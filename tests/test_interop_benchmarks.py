@@ -18,9 +18,9 @@ import pytest
 from flax import nnx
 
 import mammut
-from mammut.generate import generate
-from mammut.metrics import retrieval_recall
-from mammut.search import GenerateConfig
+from mammut.evaluation.metrics.rankings import retrieval_recall
+from mammut.generation.search import GenerateConfig
+from mammut.generation.text import generate
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 
 torch = pytest.importorskip("torch", reason="the adapters speak torch, which is not installed")

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 
 import mammut
-from mammut import losses
 from mammut.config import DecoderConfig, ModelConfig, VisionConfig
-from mammut.decoder import TextDecoder
-from mammut.interop.huggingface_config import decoder_config
-from mammut.interop.huggingface_tables import table
-from mammut.interop.rules import model_specs
-from mammut.model_folder import open_model, read_model_config
-from mammut.processor import ImageTransform, Processor
-from mammut.tensor_files import CheckpointError, TensorSpec, open_tensors, write_safetensors
+from mammut.data.processor import ImageTransform, Processor
+from mammut.data.tokenizer import MissingTokenizer, restore_tokenizer
+from mammut.models import losses
+from mammut.models.decoder import TextDecoder
 from mammut.testing import tiny_model, tiny_processor
-from mammut.tokenizer import MissingTokenizer, restore_tokenizer
-from mammut.warm_start import start_config, warm_start
+from mammut.weights.files.tensor_file import CheckpointError, TensorSpec, open_tensors, write_safetensors
+from mammut.weights.formats.huggingface_config import decoder_config
+from mammut.weights.formats.huggingface_tables import table
+from mammut.weights.model_folder import open_model, read_model_config
+from mammut.weights.tables import model_specs
+from mammut.weights.warm_start import start_config, warm_start
 
 torch = pytest.importorskip("torch", reason="the models to compare with are PyTorch's")
 transformers = pytest.importorskip("transformers", reason="the models to compare with are transformers'")

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mammut.config import LossConfig, MeshConfig
-from mammut.losses import (
+from mammut.core.sharding import batch_sharding, make_mesh, partition_spec
+from mammut.models.losses import (
     caption_loss,
     contrastive_logits,
     focal_contrastive,
@@ -17,8 +18,7 @@ from mammut.losses import (
     softmax_contrastive,
     summed_caption_loss,
 )
-from mammut.sharding import batch_sharding, make_mesh, partition_spec
-from mammut.tasks import caption_sum
+from mammut.training.tasks import caption_sum
 
 # What is here is compiled more than it is run.
 pytestmark = pytest.mark.usefixtures("quick_compilation")

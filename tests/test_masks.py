@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mammut.losses import caption_loss
-from mammut.masks import attn_mask, caption_labels
+from mammut.models.losses import caption_loss
+from mammut.models.masks import attn_mask, caption_labels
 
 
 def drawn(picture: str) -> np.ndarray:

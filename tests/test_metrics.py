@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mammut.metrics import classification_scores, nearest, ranking_recall, retrieval_recall
+from mammut.evaluation.metrics.rankings import classification_scores, nearest, ranking_recall, retrieval_recall
 
 
 def by_sorting(image_embed, text_embed, image_of_text, ks):

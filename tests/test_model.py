@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mammut import vit
 from mammut.config import LayerConfig, LossConfig, ModelConfig, VisionConfig
-from mammut.layers import MLP, Dtypes, Layer, LayerNorm, dot_product_attention, scan, stack
-from mammut.losses import caption_loss
-from mammut.masks import caption_labels
-from mammut.model import MaMMUT, num_params, unit
-from mammut.tasks import ImageTextTask
+from mammut.models import vit
+from mammut.models.layers import MLP, Dtypes, Layer, LayerNorm, dot_product_attention, scan, stack
+from mammut.models.losses import caption_loss
+from mammut.models.mammut import MaMMUT, num_params, unit
+from mammut.models.masks import caption_labels
 from mammut.testing import tiny_batch, tiny_config, tiny_model
+from mammut.training.tasks import ImageTextTask
 
 # What is here is compiled more than it is run.
 pytestmark = pytest.mark.usefixtures("quick_compilation")

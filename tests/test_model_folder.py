@@ -18,14 +18,15 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import mammut
-from mammut import checkpoint, sharding
 from mammut.config import MeshConfig
-from mammut.interop.rules import LazyTensors, OpenedModel
-from mammut.model_card import write_card
-from mammut.model_folder import model_specs, open_model, save_opened
-from mammut.tensor_files import CheckpointError
+from mammut.core import sharding
+from mammut.data.tokenizer import MissingTokenizer
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
-from mammut.tokenizer import MissingTokenizer
+from mammut.weights.checkpoints import read_run, write_run
+from mammut.weights.files.tensor_file import CheckpointError
+from mammut.weights.model_card import write_card
+from mammut.weights.model_folder import model_specs, open_model, save_opened
+from mammut.weights.tables import LazyTensors, OpenedModel
 
 TEXTS = ["one red circle on the left", "two squares", ""]
 
@@ -96,7 +97,7 @@ def test_the_weights_are_named_by_their_path_and_need_nothing_of_this_library(sa
     arrays = load_file(saved / "model.safetensors")
     assert arrays["vision.layers.attn.query.kernel"].shape == (2, 32, 2, 16)
     assert arrays["text.token_embed.embedding"].shape == (60, 48)
-    assert sum(x.size for x in arrays.values()) == mammut.model.num_params(tiny_config())["total"]
+    assert sum(x.size for x in arrays.values()) == mammut.models.mammut.num_params(tiny_config())["total"]
 
 
 def test_a_folder_that_holds_a_model_is_not_overwritten_unasked(folder):
@@ -280,7 +281,7 @@ def test_a_setting_of_another_type_is_an_error_that_names_the_file(folder, tmp_p
         mammut.load(folder)
     (tmp_path / "run.json").write_text('{"config": {"steps": "many"}, "overrides": []}')
     with pytest.raises(CheckpointError, match=f"{tmp_path / 'run.json'} does not hold a TrainConfig"):
-        checkpoint.read_run(tmp_path)
+        read_run(tmp_path)
 
 
 def test_the_config_of_another_model_is_refused_and_every_misfit_named(folder):
@@ -405,8 +406,8 @@ import dataclasses, resource, sys
 import jax, numpy as np
 import mammut
 from mammut import testing
-from mammut.interop.rules import LazyTensors, OpenedModel
-from mammut.model_folder import model_specs, save_opened
+from mammut.weights.tables import LazyTensors, OpenedModel
+from mammut.weights.model_folder import model_specs, save_opened
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 config = testing.tiny_config()
 config = dataclasses.replace(config, text=dataclasses.replace(config.text, width=1536, num_heads=8, mlp_dim=4096))
@@ -437,7 +438,7 @@ def test_the_card_says_what_the_model_is_and_what_it_scored(folder):
     (folder / "eval" / "caption_val.json").write_text(json.dumps(scores))
     mammut.save(folder, tiny_model(), tiny_processor(), overwrite=True)
     card = (folder / "README.md").read_text()
-    total = mammut.model.num_params(tiny_config())["total"]
+    total = mammut.models.mammut.num_params(tiny_config())["total"]
     assert f"| parameters | {total:,} |" in card and "| caption | coco:val | cider | 1.234 |" in card
     assert "16 x 16 pixels (squash), patches of 8" in card and "library_name: mammut" in card
 
@@ -445,7 +446,7 @@ def test_the_card_says_what_the_model_is_and_what_it_scored(folder):
 def test_the_card_says_where_the_model_is_and_what_it_started_from(folder, monkeypatch):
     monkeypatch.chdir(folder)
     train = mammut.config.TrainConfig(model=tiny_config(), init_vision="vit.npz", init_text="bert")
-    checkpoint.write_run(folder, train, [])
+    write_run(folder, train, [])
     mammut.save(".", tiny_model(), tiny_processor(), overwrite=True)
     card = (folder / "README.md").read_text()
     assert f'mammut.load("{folder.name}")' in card and f"# {folder.name}\n" in card
@@ -486,7 +487,7 @@ def test_a_mesh_may_have_fewer_axes_and_one_of_another_kind_is_refused(saved):
     kernel = mammut.load(saved, mesh=fewer)[0].text.token_embed.embedding[...]
     assert kernel.addressable_shards[0].data.size == kernel.size // 8
     for mesh in (jax.sharding.Mesh(devices, ("x",)), jax.make_mesh((8,), ("fsdp",))):
-        with pytest.raises(ValueError, match="expected automatic axes among .*: mammut.sharding.make_mesh") as error:
+        with pytest.raises(ValueError, match="expected automatic axes among .*: mammut.core.sharding.make_mesh") as error:
             mammut.load(saved, mesh=mesh)
         one_sentence(error)
 

@@ -19,17 +19,17 @@ from open_clip_models import COCA, CONFIGS, open_specs, original_package, random
 from safetensors.numpy import load_file
 
 from mammut.config import LossConfig
-from mammut.generate import generate
-from mammut.interop import open_clip
-from mammut.interop.open_clip_config import OPENMAMMUT_SIZES
-from mammut.interop.rules import LazyTensors, OpenedModel
-from mammut.model import MaMMUT
-from mammut.processor import ImageTransform, Processor
-from mammut.search import GenerateConfig
-from mammut.tasks import ImageTextTask
-from mammut.tensor_files import CheckpointError, open_tensors
+from mammut.data.processor import ImageTransform, Processor
+from mammut.data.tokenizer import MissingTokenizer
+from mammut.generation.search import GenerateConfig
+from mammut.generation.text import generate
+from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_model, tiny_processor
-from mammut.tokenizer import MissingTokenizer
+from mammut.training.tasks import ImageTextTask
+from mammut.weights.files.tensor_file import CheckpointError, open_tensors
+from mammut.weights.formats import open_clip
+from mammut.weights.formats.open_clip_config import OPENMAMMUT_SIZES
+from mammut.weights.tables import LazyTensors, OpenedModel
 
 FIXTURES = "mammut_v1_mlp", "mammut2_classic", "mammut2_modern", "coca"
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from open_clip_models import CONFIGS, JSON, TEXT, VISION, changed
 
 from mammut import presets
-from mammut.interop import open_clip
-from mammut.tensor_files import CheckpointError
+from mammut.weights.files.tensor_file import CheckpointError
+from mammut.weights.formats import open_clip
 
 
 @pytest.mark.parametrize(

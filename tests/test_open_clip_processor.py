@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from open_clip_models import CONFIGS, JSON, MODERN, changed, random_arrays, write_folder
 from safetensors.numpy import load_file
 
-from mammut.interop import open_clip
-from mammut.interop.open_clip_tokenizer import open_tokenizer
-from mammut.processor import ImageTransform, Processor
-from mammut.tensor_files import CheckpointError
+from mammut.data.processor import ImageTransform, Processor
+from mammut.data.tokenizer import MissingTokenizer, load_tokenizer
 from mammut.testing import tiny_processor
-from mammut.tokenizer import MissingTokenizer, load_tokenizer
+from mammut.weights.files.tensor_file import CheckpointError
+from mammut.weights.formats import open_clip
+from mammut.weights.formats.open_clip_tokenizer import open_tokenizer
 
 
 def test_texts_become_the_tokens_of_open_clip(shared, tmp_path):

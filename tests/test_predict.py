@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 
 import mammut
-from mammut import sharding
 from mammut.config import MeshConfig
-from mammut.predict import Predictor, place
-from mammut.search import GenerateConfig
-from mammut.sources import BadExample, Example, Question, Source
+from mammut.core import sharding
+from mammut.data.sources import BadExample, Example, Question, Source
+from mammut.evaluation.predictor import Predictor, place
+from mammut.generation.search import GenerateConfig
 from mammut.testing import tiny_model, tiny_processor
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mammut.predictions import Predictions
+from mammut.evaluation.predictions import Predictions
 
 CAPTION = {"key": "a.jpg", "index": 0, "prediction": "ein Hund \u2028 läuft\n", "logprob": -1.5, "references": ["x"]}
 RETRIEVAL = {"query": "text", "id": 0, "text": "x", "relevant": [0], "ranked": [0], "scores": [0.5]}

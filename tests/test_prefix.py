@@ -10,11 +10,11 @@ from prefix_models import IMAGES, prefix_config, prefix_processor
 
 import mammut
 from mammut.config import TokenizerConfig, TrainConfig
-from mammut.model import MaMMUT
-from mammut.run_processor import make_processor
-from mammut.search import GenerateConfig
-from mammut.sources import open_source
+from mammut.data.sources import open_source
+from mammut.generation.search import GenerateConfig
+from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config, tiny_model, tiny_processor
+from mammut.training.new_processor import make_processor
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

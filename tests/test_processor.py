@@ -16,9 +16,9 @@ import PIL.Image
 import pytest
 from safetensors.numpy import load_file
 
-from mammut.processor import BadImage, ImageTransform, Processor
+from mammut.data.processor import BadImage, ImageTransform, Processor
+from mammut.data.tokenizer import load_tokenizer, train_sentencepiece
 from mammut.testing import shared_dir
-from mammut.tokenizer import load_tokenizer, train_sentencepiece
 
 SHARED = shared_dir()
 needs_shared = pytest.mark.skipif(SHARED is None, reason="the shared folder with the reference outputs is absent")
@@ -527,6 +527,6 @@ def test_missing_and_damaged_files_are_named(processor, tmp_path):
 
 def test_importing_it_loads_no_heavy_library():
     heavy = "{'PIL', 'sentencepiece', 'tokenizers', 'ftfy', 'grain', 'tensorflow', 'torch'}"
-    program = f"import sys, mammut.processor; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    program = f"import sys, mammut.data.processor; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

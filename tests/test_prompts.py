@@ -10,8 +10,8 @@ from flax import nnx
 from prefix_models import IMAGES, prefix_model, prefix_processor
 
 import mammut
-from mammut.prompts import encode_prompt, generate_interleaved, padded_size, prompt_batch
-from mammut.search import GenerateConfig
+from mammut.generation.interleaved import encode_prompt, generate_interleaved, padded_size, prompt_batch
+from mammut.generation.search import GenerateConfig
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -21,12 +21,15 @@ from flax import nnx
 from PIL import Image
 
 import mammut
-from mammut import attention_maps, checkpoint, model_folder, testing
+from mammut import testing
 from mammut.config import DataConfig, TrainConfig
-from mammut.predictions import Predictions
-from mammut.report import write_report
-from mammut.report_pictures import curves
-from mammut.tokenizer import train_sentencepiece
+from mammut.data.tokenizer import train_sentencepiece
+from mammut.evaluation.predictions import Predictions
+from mammut.pages.report import write_report
+from mammut.pages.report_pictures import curves
+from mammut.pages.word_maps import overlay, split_words, word_maps
+from mammut.weights import checkpoints as checkpoint
+from mammut.weights import model_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -328,7 +331,7 @@ def test_a_run_without_anything_else_has_a_page(tmp_path):
 
 
 def test_pictures_beyond_what_a_page_can_hold_are_counted(run, monkeypatch, tmp_path):
-    monkeypatch.setattr("mammut.report_pictures._BUDGET", 10_000)
+    monkeypatch.setattr("mammut.pages.report_pictures._BUDGET", 10_000)
     said, page = notices(write_report(run, tmp_path / "page.html"))
     charts = sum(len(image["src"]) for image in page.all("img") if "svg" in image["src"])
     assert re.search(r"\d+ pictures are left out", said)
@@ -430,7 +433,7 @@ def test_without_text_valid_every_token_counts(model, attention):
 def test_a_words_map_is_the_mean_over_the_positions_that_predict_its_tokens(model, attention):
     processor, images = testing.tiny_processor(), testing.tiny_batch()["image"]
     texts = ["one green triangle", "", "red", "red"]
-    maps = attention_maps.word_maps(model, processor, list(images), texts)
+    maps = word_maps(model, processor, list(images), texts)
     assert [[word for word, _ in of_text] for of_text in maps] == [["one", "green", "triangle"], [], ["red"], ["red"]]
 
     tokens, valid = processor.encode_text(texts)
@@ -448,7 +451,7 @@ def test_every_token_belongs_to_one_word_also_where_a_character_takes_several():
     captions = [f"a {a}{b} dog" for a in "bcdfghjklm" for b in "aeiou"] + ["an elephant here"]
     tokenizer = train_sentencepiece(captions, 600, lowercase=True)
     ids = tokenizer.encode("a dog \N{ELEPHANT}\N{ELEPHANT} zzz")
-    words = attention_maps.split_words(tokenizer, ids)
+    words = split_words(tokenizer, ids)
     assert [word for word, _ in words] == ["a", "dog", "\N{ELEPHANT}\N{ELEPHANT}", "zzz"]
     assert [place for _, places in words for place in places] == list(range(len(ids)))
     assert len(words[2][1]) >= 8  # four bytes each
@@ -458,9 +461,9 @@ def test_every_token_belongs_to_one_word_also_where_a_character_takes_several():
 
 def test_colour_lies_where_the_model_looks_and_nowhere_at_an_even_share():
     picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
-    even = attention_maps.overlay(picture, np.full((2, 2), 0.25), 0.25)
+    even = overlay(picture, np.full((2, 2), 0.25), 0.25)
     assert even.shape == picture.shape and (even == even[..., :1]).all()
-    shown = attention_maps.overlay(picture, np.array([[0.1, 0.1], [0.7, 0.1]]), 0.7).astype(int)
+    shown = overlay(picture, np.array([[0.1, 0.1], [0.7, 0.1]]), 0.7).astype(int)
     colour = shown[..., 0] - shown[..., 2]  # orange
     quarters = [colour[:15, :25], colour[:15, 35:], colour[25:, :25], colour[25:, 35:]]
     assert quarters[2].min() > 100 and max(quarter.mean() for quarter in (*quarters[:2], quarters[3])) < 40
@@ -468,7 +471,7 @@ def test_colour_lies_where_the_model_looks_and_nowhere_at_an_even_share():
 
 def test_unequal_images_and_texts_are_refused(model):
     with pytest.raises(ValueError, match="0 images for 1 texts"):
-        attention_maps.word_maps(model, testing.tiny_processor(), [], ["one"])
+        word_maps(model, testing.tiny_processor(), [], ["one"])
 
 
 def test_the_same_curves_give_the_same_bytes_and_leave_gaps():

@@ -11,8 +11,6 @@ from flax import nnx
 from resnet_originals import original
 
 import mammut
-from mammut import sharding
-from mammut.attention_maps import word_maps
 from mammut.config import (
     DataConfig,
     MeshConfig,
@@ -24,15 +22,17 @@ from mammut.config import (
     from_dict,
     to_dict,
 )
-from mammut.interop.rules import model_specs
-from mammut.layers import Dtypes
-from mammut.model import forward_flops, logical_axes
-from mammut.recipes import parse_overrides
-from mammut.resnet import ResNet, resnet_flops
-from mammut.sharding import param_shardings
-from mammut.tasks import ImageTextTask
+from mammut.core import sharding
+from mammut.core.sharding import param_shardings
+from mammut.models.layers import Dtypes
+from mammut.models.mammut import forward_flops, logical_axes
+from mammut.models.resnet import ResNet, resnet_flops
+from mammut.pages.word_maps import word_maps
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
-from mammut.training import make_trainer
+from mammut.training.run import parse_overrides
+from mammut.training.step import make_trainer
+from mammut.training.tasks import ImageTextTask
+from mammut.weights.tables import model_specs
 
 CLIP = ResNetConfig(stem_width=8, stages=(1, 2, 1, 1), image_size=64)
 NORM_FREE = ResNetConfig(kind="nf", stem_width=8, stages=(1, 3, 1, 1), image_size=64)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mammut import sharding
 from mammut.config import LossConfig, MeshConfig
-from mammut.losses import (
+from mammut.core import sharding
+from mammut.models.losses import (
     contrastive_logits,
     focal_contrastive,
     focal_pairs,
@@ -20,9 +20,9 @@ from mammut.losses import (
     sigmoid_pairs,
     softmax_contrastive,
 )
-from mammut.ring_loss import ring_pairs, ring_softmax
-from mammut.tasks import ImageTextTask
+from mammut.models.ring_loss import ring_pairs, ring_softmax
 from mammut.testing import tiny_model
+from mammut.training.tasks import ImageTextTask
 
 # What is here is compiled more than it is run.
 pytestmark = pytest.mark.usefixtures("quick_compilation")

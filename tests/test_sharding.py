@@ -10,14 +10,14 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mammut import sharding
 from mammut.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
-from mammut.hlo import Program
-from mammut.model import num_params
-from mammut.sharding import partition_spec
-from mammut.tasks import ImageTextTask, caption_sum
+from mammut.core import sharding
+from mammut.core.sharding import partition_spec
+from mammut.models.mammut import num_params
+from mammut.performance.hlo import Program
 from mammut.testing import tiny_batch, tiny_config, tiny_model
-from mammut.training import TrainState, make_optimizer, make_trainer
+from mammut.training.step import TrainState, make_optimizer, make_trainer
+from mammut.training.tasks import ImageTextTask, caption_sum
 
 CONFIG = TrainConfig(
     model=tiny_config(),

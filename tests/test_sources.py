@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mammut import sources
+from mammut.data import sources
 
 
 def open_set(spec: str, field: sources.Field = "captions", **options) -> sources.Source:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mammut import synthetic
+from mammut.data import synthetic
 
 
 def read_off(image: np.ndarray) -> tuple[int, str, str, str, str]:

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mammut import data, prepare, sources, tar_shards
+from mammut import prepare
 from mammut.config import DataConfig
+from mammut.data import sources, tar_shards
+from mammut.data.batches import TrainBatches
 from mammut.testing import tiny_processor
 
 SIZE = 16
@@ -449,12 +451,12 @@ def test_training_replaces_broken_examples_and_resumes_exactly(tmp_path):
         write_tar(tmp_path / f"{shard}.tar", files)
     source = open_set(f"tar:{tmp_path}/*.tar")
     config = DataConfig(batch_size=8, threads=3, max_bad_share=0.5)
-    batches = data.TrainBatches(source, tiny_processor(), config, seed=0)
+    batches = TrainBatches(source, tiny_processor(), config, seed=0)
     for _ in range(3):
         next(batches)
     state = json.loads(json.dumps(batches.state()))
     following = [next(batches) for _ in range(5)]
-    resumed = data.TrainBatches(source, tiny_processor(), config, seed=0, state=state)
+    resumed = TrainBatches(source, tiny_processor(), config, seed=0, state=state)
     for batch in following:
         again = next(resumed)
         assert all((again[name] == batch[name]).all() for name in batch)
@@ -505,7 +507,7 @@ def test_a_shard_that_shrinks_vanishes_or_is_overwritten_in_use_is_named(tmp_pat
     assert source[0].captions == ["level 0"]
     path.unlink()
     config = DataConfig(batch_size=4, threads=2, max_bad_share=0.99)
-    batches = data.TrainBatches(source, tiny_processor(), config, seed=0)
+    batches = TrainBatches(source, tiny_processor(), config, seed=0)
     with pytest.raises(ValueError, match="shard .*00001.tar cannot be read any more: No such file"):
         for _ in range(6):
             next(batches)

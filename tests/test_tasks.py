@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mammut import data, sharding, sources
 from mammut.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
-from mammut.tasks import TASKS, TextTask
+from mammut.core import sharding
+from mammut.data import sources
+from mammut.data.batches import TooManyBadExamples, TrainBatches
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
-from mammut.training import accumulated_text_gradients, make_trainer
+from mammut.training.step import accumulated_text_gradients, make_trainer
+from mammut.training.tasks import TASKS, TextTask
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -123,7 +125,7 @@ def batches_of(folder, task: str, rows: str = "[:1]", **settings):
     field, images = TASKS[task](TASK.config).field, TASKS[task](TASK.config).sees_images
     source = sources.open_source(f"jsonl:{folder / 'x.jsonl'}{rows}", image_size=16, field=field)
     config = dataclasses.replace(DataConfig(batch_size=len(source), threads=1), **settings)
-    return data.TrainBatches(source, tiny_processor(), config, seed=0, images=images)
+    return TrainBatches(source, tiny_processor(), config, seed=0, images=images)
 
 
 def said(batch) -> tuple[str, str]:
@@ -193,7 +195,7 @@ def test_a_prompt_and_its_text_are_encoded_as_when_the_text_is_generated():
 
 def test_questions_without_answers_or_longer_than_the_context_are_not_learnt_from(folder):
     for rows, cause in (("[1:2]", "no answer"), ("[2:3]", "too long")):
-        with pytest.raises(data.TooManyBadExamples, match=cause):
+        with pytest.raises(TooManyBadExamples, match=cause):
             next(batches_of(folder, "vqa", rows))
 
 

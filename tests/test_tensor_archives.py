@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mammut.tensor_files import CheckpointError, open_tensors
+from mammut.weights.files.tensor_file import CheckpointError, open_tensors
 
 
 def all_of(path):

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mammut.tensor_files import CheckpointError, TensorSpec, open_tensors, write_safetensors, write_sharded
+from mammut.weights.files.tensor_file import CheckpointError, TensorSpec, open_tensors, write_safetensors, write_sharded
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -189,7 +189,7 @@ def test_a_large_file_is_written_and_read_with_one_tensor_in_memory(tmp_path):
     script = """
 import pathlib, re, sys
 import numpy as np
-from mammut.tensor_files import TensorSpec, open_tensors, write_safetensors
+from mammut.weights.files.tensor_file import TensorSpec, open_tensors, write_safetensors
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mammut.tensor_files import CheckpointError, open_tensors
+from mammut.weights.files.tensor_file import CheckpointError, open_tensors
 
 _ARRAYS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([True]), "c": np.array(2.5)}
 _fuzzed = settings(

@@ -6,8 +6,8 @@ import json
 import pytest
 import tokenizers
 
+from mammut.data.tokenizer import MissingTokenizer, load_tokenizer, restore_tokenizer, train_sentencepiece
 from mammut.testing import shared_dir
-from mammut.tokenizer import MissingTokenizer, load_tokenizer, restore_tokenizer, train_sentencepiece
 
 SHARED = shared_dir()
 needs_shared = pytest.mark.skipif(SHARED is None, reason="the shared folder with the reference encodings is absent")

@@ -23,18 +23,22 @@ from flax import nnx
 from PIL import Image
 
 import mammut
-from mammut import checkpoint, partition, recipes, run_processor, sharding, synthetic
-from mammut.checkpoint import Checkpoints, Restored
 from mammut.config import MeshConfig, TokenizerConfig, TrainConfig
-from mammut.memory_advice import enough_memory, out_of_memory_advice
-from mammut.model_folder import open_model
-from mammut.predictions import Predictions
-from mammut.processor import ImageTransform, Processor
-from mammut.sources import open_source
-from mammut.tasks import ImageTextTask
+from mammut.core import params as partition
+from mammut.core import sharding
+from mammut.data import synthetic
+from mammut.data.processor import ImageTransform, Processor
+from mammut.data.sources import open_source
+from mammut.evaluation.predictions import Predictions
+from mammut.performance.out_of_memory import enough_memory, out_of_memory_advice
 from mammut.testing import tiny_config, tiny_model, tiny_processor
-from mammut.training import TrainState, make_trainer
-from mammut.warm_start import resample_positions
+from mammut.training import new_processor as run_processor
+from mammut.training import run as recipes
+from mammut.training.step import TrainState, make_trainer
+from mammut.training.tasks import ImageTextTask
+from mammut.weights.checkpoints import Checkpoints, Restored, read_run, write_run
+from mammut.weights.model_folder import open_model
+from mammut.weights.warm_start import resample_positions
 
 TRAIN = pathlib.Path(__file__).parents[1] / "train.py"
 STEPS, BATCH = 30, 16
@@ -111,7 +115,7 @@ def learned(row: dict[str, float]) -> dict[str, float]:
 
 
 def restore(workdir: pathlib.Path) -> Restored:
-    config, _ = checkpoint.read_run(workdir)
+    config, _ = read_run(workdir)
     with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
         return checkpoints.restore(abstract_state(config))
 
@@ -153,7 +157,7 @@ def straight(program) -> tuple[pathlib.Path, str]:
 
 def test_a_run_leaves_its_log_its_config_and_a_model_that_loads(straight):
     workdir, out = straight
-    config, overrides = checkpoint.read_run(workdir)
+    config, overrides = read_run(workdir)
     assert config.steps == STEPS and config.loss.caption_weight == 2 and "--compilation-cache" in overrides
 
     rows = metrics(workdir)
@@ -536,10 +540,10 @@ def refusal(train, tmp_path, monkeypatch) -> Callable[..., str]:
     return refuse
 
 
-def write_run(workdir: pathlib.Path, train) -> None:
+def write_small_run(workdir: pathlib.Path, train) -> None:
     """A run that was killed before its first checkpoint."""
     workdir.mkdir()
-    checkpoint.write_run(workdir, recipes.load_recipe(pathlib.Path("small.py")), [])
+    write_run(workdir, recipes.load_recipe(pathlib.Path("small.py")), [])
     tiny_processor().save(workdir)
 
 
@@ -550,7 +554,7 @@ def test_compilations_would_be_seen():
 
 
 def test_a_used_folder_is_refused_without_resume(refusal, train, tmp_path):
-    write_run(tmp_path / "used", train)
+    write_small_run(tmp_path / "used", train)
     message = refusal("small.py", "--workdir", "used")
     assert message.startswith("--workdir used is not empty (it holds ") and "or --resume its run" in message
 
@@ -582,19 +586,19 @@ def test_a_run_that_does_not_exist_cannot_be_resumed(refusal, argv):
     (["--seed", "1"], "seed is 1, it was 0"),
 ])  # fmt: skip
 def test_a_run_is_not_resumed_with_what_would_make_it_another(refusal, train, tmp_path, argv, changed):
-    write_run(tmp_path / "run", train)
+    write_small_run(tmp_path / "run", train)
     message = refusal("--workdir", "run", "--resume", *argv)
     assert message.startswith("the run in run cannot go on with another config: ") and changed in message
 
 
 def test_a_recipe_of_another_model_does_not_resume_a_run(refusal, train, tmp_path):
-    write_run(tmp_path / "run", train)
+    write_small_run(tmp_path / "run", train)
     write_recipe(tmp_path, width=32)
     assert "model.vision.width is 32, it was 16" in refusal("small.py", "--workdir", "run", "--resume")
 
 
 def test_a_run_whose_config_is_damaged_is_not_resumed(refusal, train, tmp_path):
-    write_run(tmp_path / "run", train)
+    write_small_run(tmp_path / "run", train)
     (tmp_path / "run" / "run.json").write_text("{")
     assert refusal("--workdir", "run", "--resume").startswith("run/run.json is not JSON")
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mammut import presets, sharding
+from mammut import presets
 from mammut.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
-from mammut.metrics import retrieval_recall
-from mammut.model import MaMMUT
-from mammut.tasks import ImageTextTask
+from mammut.core import sharding
+from mammut.evaluation.metrics.rankings import retrieval_recall
+from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_batch, tiny_config, tiny_model
-from mammut.training import (
+from mammut.training.step import (
     Trainer,
     TrainState,
     accumulated_gradients,
@@ -25,6 +25,7 @@ from mammut.training import (
     make_optimizer,
     make_trainer,
 )
+from mammut.training.tasks import ImageTextTask
 
 BATCH = jax.tree.map(jnp.asarray, tiny_batch(batch_size=8))
 QUICK = {"xla_backend_optimization_level": 0}  # what runs once or twice compiles in half the time

@@ -11,10 +11,12 @@ from flax import nnx
 from PIL import Image
 from test_architectures import matrix_flops
 
-from mammut import kernels, presets, vit
+from mammut import presets
 from mammut.config import ModelConfig
-from mammut.kernels import attention_kernel, image_attention_kernel
-from mammut.model import MaMMUT, forward_flops
+from mammut.models import attention_kernels as kernels
+from mammut.models import vit
+from mammut.models.attention_kernels import attention_kernel, image_attention_kernel
+from mammut.models.mammut import MaMMUT, forward_flops
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -125,7 +127,7 @@ def test_a_kernel_is_asked_for_at_the_shape_that_is_run(monkeypatch):
     """Tokens, class token included, and the size of a head, by the image tower alone."""
     asked = []
     monkeypatch.setattr(
-        "mammut.layers.attention_kernel", lambda dtype, *shape: asked.append((dtype.name, *shape)) or "xla"
+        "mammut.models.layers.attention_kernel", lambda dtype, *shape: asked.append((dtype.name, *shape)) or "xla"
     )
     config = with_vision(WIDE, class_token=True)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from mammut import vqa_metrics
-from mammut.vqa_metrics import (
+from mammut.evaluation.metrics.vqa import (
+    _CONTRACTIONS,
     derived_answer_type,
     exact_match,
     magma_truncated_accuracy,
@@ -58,7 +58,7 @@ def test_the_set_scores_what_the_official_tool_prints(shared):
 
 def test_the_contraction_table_is_the_official_one():
     """The checksum is of the official table, mistakes included."""
-    lines = "\n".join(f"{key} {value}" for key, value in sorted(vqa_metrics._CONTRACTIONS.items()))
+    lines = "\n".join(f"{key} {value}" for key, value in sorted(_CONTRACTIONS.items()))
     digest = "b847028bf993545e795d0f95864b82668b85d531cc6ee3525ae719909a2d1e54"
     assert hashlib.sha256(lines.encode()).hexdigest() == digest
 

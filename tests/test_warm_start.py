@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mammut import sharding
 from mammut.config import (
     AdapterConfig,
     DataConfig,
@@ -20,14 +19,15 @@ from mammut.config import (
     TrainConfig,
     VisionConfig,
 )
-from mammut.interop.rules import LazyTensors, OpenedModel
-from mammut.tasks import ImageTextTask
-from mammut.tensor_files import TensorSpec
+from mammut.core import sharding
+from mammut.data.tokenizer import MissingTokenizer
+from mammut.models.vit import patchify
 from mammut.testing import tiny_config, tiny_model, tiny_processor
-from mammut.tokenizer import MissingTokenizer
-from mammut.training import make_trainer
-from mammut.vit import patchify
-from mammut.warm_start import at_image_size, resample_patches, resample_positions, start_config, warm_start
+from mammut.training.step import make_trainer
+from mammut.training.tasks import ImageTextTask
+from mammut.weights.files.tensor_file import TensorSpec
+from mammut.weights.tables import LazyTensors, OpenedModel
+from mammut.weights.warm_start import at_image_size, resample_patches, resample_positions, start_config, warm_start
 
 CONFIG = tiny_config()
 WHOLE = "vision", "text", "rest"

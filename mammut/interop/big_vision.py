@@ -12,7 +12,7 @@ They import a model by its name in `big_vision.models`. In a config file:
         config.model = dict(preset="mammut_b16", outputs="embeddings")
         config.model_init = "runs/flickr8k"
 
-`mammut.config.to_dict(mammut.model_folder.read_model_config(PATH))` are the fields of a model that exists. Nothing of
+`mammut.config.to_dict(mammut.weights.model_folder.read_model_config(PATH))` are the fields of a model that exists. Nothing of
 big_vision is needed here, but for checkpoints that its trainers wrote.
 """
 
@@ -31,12 +31,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mammut import presets
 from mammut.config import ModelConfig, from_dict, to_dict
-from mammut.interop import big_vision_weights
-from mammut.interop.rules import LazyTensors, OpenedModel, model_specs
-from mammut.model import MaMMUT, unit
-from mammut.model_folder import open_model
-from mammut.tensor_files import TensorSpec
-from mammut.warm_start import Start, warm_start
+from mammut.models.mammut import MaMMUT, unit
+from mammut.weights.files.tensor_file import TensorSpec
+from mammut.weights.formats import big_vision as big_vision_weights
+from mammut.weights.model_folder import open_model
+from mammut.weights.tables import LazyTensors, OpenedModel, model_specs
+from mammut.weights.warm_start import Start, warm_start
 
 # What a part of a model is called: by us, by two towers, by CapPa.
 _PARTS: dict[str, Start] = dict.fromkeys(("vision", "image", "img", "encoder"), "init_vision")
@@ -116,7 +116,7 @@ class Model:
           train: with `rngs["dropout"]`, cropped positions are drawn, where the model has them.
           method: `encode` or `decode` of this object; None: both.
           return_enc_features: what CapPa gives for images alone.
-          decode: must be False: a cache is `mammut.generate`'s affair.
+          decode: must be False: a cache is `mammut.generation.text`'s affair.
 
         Returns:
           Of "embeddings": `zimg` and `ztxt`, float32[B, E] of unit norm, None where not given; and a dict with the
@@ -131,7 +131,7 @@ class Model:
         if set(variables) != {"params"}:
             raise ValueError(f"variables hold {sorted(variables)}, expected params alone")
         if decode:
-            raise ValueError("decode is True, expected False: mammut.generate decodes step by step")
+            raise ValueError("decode is True, expected False: mammut.generation.text decodes step by step")
         if method is not None and method not in (self.encode, self.decode):
             raise ValueError(f"method is {method!r}, expected encode or decode of this model")
         if method is not None:
@@ -204,7 +204,7 @@ def load(
 ) -> dict[str, Any]:
     """The parameters that a model starts from; big_vision calls it with `config.model_init` and `config.model_load`.
 
-    Other sizes of image, patch and text follow the rules of `mammut.warm_start`. Whatever else does not fit is an
+    Other sizes of image, patch and text follow the rules of `mammut.weights.warm_start`. Whatever else does not fit is an
     error, but for what `dont_load` names.
 
     Args:

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from flax import nnx
 
-import mammut.model_folder
-from mammut.generate import caption
-from mammut.model import MaMMUT
-from mammut.processor import ImageLike, ImageTransform, Processor
+import mammut.weights.model_folder
+from mammut.data.processor import ImageLike, ImageTransform, Processor
+from mammut.generation.text import caption
+from mammut.models.mammut import MaMMUT
 
 _CLIP_END = 49_407  # "<end_of_text>" of CLIP's vocabulary
 
@@ -107,7 +107,7 @@ def load(pretrained: str, model_name: str = "", cache_dir: str | None = None, de
 
     The other arguments are those that it calls every loader with; JAX chooses the device itself.
     """
-    model = ClipBenchmarkModel(*mammut.model_folder.load(pretrained))
+    model = ClipBenchmarkModel(*mammut.weights.model_folder.load(pretrained))
     return model, model.transform, model.tokenizer
 
 

@@ -21,11 +21,11 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.utils import simple_parse_args_string
 
-import mammut.model_folder
-from mammut.generate import generate_text
-from mammut.model import MaMMUT
-from mammut.processor import Processor
-from mammut.search import GenerateConfig
+import mammut.weights.model_folder
+from mammut.data.processor import Processor
+from mammut.generation.search import GenerateConfig
+from mammut.generation.text import generate_text
+from mammut.models.mammut import MaMMUT
 
 
 class LmmsEvalModel(lmms):
@@ -57,7 +57,7 @@ class LmmsEvalModel(lmms):
         batch_size = str((additional_config or {}).get("batch_size") or 32)
         if not batch_size.isdigit():
             raise ValueError(f"batch_size is {batch_size!r}, expected a number")
-        return cls(*mammut.model_folder.load(given.pop("pretrained")), int(batch_size), **given)
+        return cls(*mammut.weights.model_folder.load(given.pop("pretrained")), int(batch_size), **given)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """What the model says after each question, up to a string of `until`, `max_new_tokens` or its own length.

@@ -1,0 +1,1 @@
+"""What every floor stands on: axes on a mesh, processes, parameters by name, checked dataclasses, files that are whole or absent."""

@@ -1,0 +1,89 @@
+"""Manifests, the size and SHA-256 of every file of a folder; its JSON files; how its files are replaced all at once."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from mammut.core.mapped_file import MAX_HEADER, CheckpointError, MappedFile, json_object
+
+_MAX_CONFIG = 4_000_000  # bytes
+
+
+def make_manifest(folder: pathlib.Path, files: list[pathlib.Path]) -> dict[str, Any]:
+    """`bytes` and `sha256` of each of `files`, by its path within `folder`."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+
+
+def check_manifest(folder: pathlib.Path, manifest: pathlib.Path) -> list[str]:
+    """What is wrong with the files of `folder`, or with the manifest that lists them."""
+    problems = []
+    try:
+        for name, entry in read_json_object(manifest, MAX_HEADER).items():
+            path, size, sha256 = folder / name, entry["bytes"], entry["sha256"]
+            if pathlib.PurePosixPath(name).is_absolute() or ".." in pathlib.PurePosixPath(name).parts:
+                problems.append(f"{manifest} lists {name}, which is not in {folder}")
+            elif not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != size:
+                problems.append(f"{name} has {path.stat().st_size} bytes, its manifest says {size}")
+            elif _sha256(path) != sha256:
+                problems.append(f"{name} does not have the SHA-256 of its manifest")
+    except CheckpointError as error:
+        return [str(error)]
+    except (KeyError, TypeError, ValueError, OSError):  # another structure, or a name that can be no file's
+        return [f"{manifest} does not give the bytes and sha256 of every file"]
+    return problems
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file that is never seen half-written."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json_object(path: pathlib.Path, max_bytes: int = _MAX_CONFIG) -> dict[str, Any]:
+    """The object in a JSON file that a stranger may have written.
+
+    Raises:
+      CheckpointError: the file is missing, no regular file or larger than `max_bytes`; or it holds something else, a
+        key twice, or NaN or Infinity.
+    """
+    file = MappedFile(path)
+    if file.size > max_bytes:
+        raise CheckpointError(f"{path} has {file.size} bytes, expected at most {max_bytes}")
+    return json_object(file.bytes(0, file.size), str(path))
+
+
+@contextlib.contextmanager
+def replacing(folder: pathlib.Path, last: str, stale: Collection[str] = ()) -> Iterator[pathlib.Path]:
+    """A folder to write files to, whose files take the places of those in `folder` at the end.
+
+    Only then does `folder` change: its file `last` is removed first and put there last, so that a folder that has it is
+    complete; of the files `stale`, those not written are removed.
+    """
+    new = folder / ".partial"
+    shutil.rmtree(new, ignore_errors=True)  # of one that was killed
+    new.mkdir(parents=True)
+    try:
+        yield new
+        names = {path.name for path in new.iterdir()}
+        (folder / last).unlink(missing_ok=True)
+        for name in set(stale) - names:
+            (folder / name).unlink(missing_ok=True)
+        for name in (*sorted(names - {last}), last):
+            os.replace(new / name, folder / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""From files to batches: images, texts, sets of examples, batches with an exact position."""

@@ -1,0 +1,1 @@
+"""What a model says of a set, and what that scores."""

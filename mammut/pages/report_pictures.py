@@ -1,0 +1,192 @@
+"""The pictures of a report as data URIs: examples found again in their source, maps of attention, curves."""
+
+import base64
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from mammut.config import ModelConfig, TrainConfig, from_dict
+from mammut.data.processor import ImageTransform
+from mammut.data.sources import open_source
+from mammut.evaluation.predictions import Predictions
+from mammut.pages.word_maps import overlay, word_maps
+from mammut.weights import model_folder
+from mammut.weights.checkpoints import read_run
+
+_PICTURE, _MAP = 160, 96  # pixels of the longer side
+_BUDGET = 2_200_000  # characters of all pictures in a page
+_FIELDS = {"caption": "captions", "retrieval": "captions", "vqa": "qa", "classify": "name"}
+_GREY, _COLOURS = "#7d828a", ("#2f81d6", "#d9730d", "#2c9a61", "#a05cc9", "#c23b53", "#8a7b1f")  # on white and on black
+
+
+def folder_config(folder: pathlib.Path) -> TrainConfig | ModelConfig:
+    """The config of a run, or of the model where the folder holds no run.
+
+    Raises:
+      ValueError: there is neither, or it cannot be read.
+    """
+    if (folder / "run.json").is_file():
+        return read_run(folder)[0]
+    try:
+        return from_dict(ModelConfig, json.loads((folder / "config.json").read_text("utf-8"))["model"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is no model folder that can be read: {error}") from error
+
+
+class Album:
+    """The pictures of a page, which share what it can hold, and the models that explain them."""
+
+    def __init__(self):
+        self._left, self.left_out = _BUDGET, 0
+        self.load = functools.cache(model_folder.load)
+
+    def uri(self, pixels: UInt8[np.ndarray, "height width 3"]) -> str | None:
+        """The picture as a JPEG data URI; None, and counted in `left_out`, where the page is full."""
+        from PIL import Image
+
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=80)
+        uri = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        if len(uri) > self._left:
+            self.left_out += 1
+            return None
+        self._left -= len(uri)
+        return uri
+
+
+class Pictures:
+    """The pictures of one predictions file, found by `index` in the source that it names, `folder` its model.
+
+    The page is about the predictions, so no error with a picture or the model leaves here: `notices` tells of them.
+    """
+
+    def __init__(self, predictions: Predictions, folder: pathlib.Path, album: Album):
+        self._folder, self._album, self._source = folder, album, None
+        self._thumbnails: dict[int, np.ndarray | None] = {}
+        self._missing: list[str] = []
+        self._problems: list[str] = []
+        self._blind = predictions.settings.get("blind", False)
+        tfds_dir = None
+        with contextlib.suppress(ValueError):  # said where the model is described, and where it is asked
+            config = folder_config(folder)
+            tfds_dir = config.data.tfds_dir if isinstance(config, TrainConfig) else None
+        try:
+            field = _FIELDS[predictions.task]
+            size = predictions.settings.get("image_size", _PICTURE)  # a drawn scene is the same scene at any size
+            self._source = open_source(predictions.data, image_size=size, tfds_dir=tfds_dir, field=field)
+        except Exception as error:  # what tensorflow-datasets raises is not known
+            self._problems.append(f"The pictures cannot be shown: {error}.")
+
+    @property
+    def notices(self) -> list[str]:
+        """What could not be shown, in sentences."""
+        missing = []
+        if self._missing:
+            missing = [f"Pictures that cannot be shown: {len(self._missing)}. The first: {self._missing[0]}."]
+        return self._problems + missing
+
+    def thumbnail(self, record: Mapping[str, Any]) -> str | None:
+        """The data URI of a record's picture, of at most 160 pixels a side; None where it cannot be shown."""
+        pixels = self._pixels(record)
+        return None if pixels is None else self._album.uri(pixels)
+
+    def word_maps(self, records: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+        """For each record the words of its prediction: `word`, `picture` (where the model looked) and `peak`.
+
+        `peak` is the largest weight of a patch, in even shares. The colours of one caption have one scale.
+        """
+        usable = [row for row, record in enumerate(records) if self._pixels(record) is not None]
+        words: list[list[dict[str, Any]]] = [[] for _ in records]
+        if self._blind:
+            self._problems.append("There are no heat maps: the model was shown black pictures in place of these.")
+        if self._blind or not usable:
+            return words
+        try:
+            model, processor = self._album.load(self._folder)
+            images = [self._image(records[row]) for row in usable]
+            texts = [records[row]["prediction"] for row in usable]
+            maps = word_maps(model, processor, images, texts)
+        except Exception as error:  # Orbax's and XLA's own, too
+            self._problems.append(f"There are no heat maps, because the model cannot be asked: {error}.")
+            return words
+        view = dataclasses.replace(processor.image, image_size=_MAP)  # what the model sees, at the size of the page
+        for row, image, maps_of_words in zip(usable, images, maps):
+            pixels = view(image)
+            full = max((float(weights.max()) for _, weights in maps_of_words), default=0.0)
+            for word, weights in maps_of_words:
+                uri = self._album.uri(overlay(pixels, weights, full))
+                words[row].append({"word": word, "picture": uri, "peak": float(weights.max()) * weights.size})
+        return words
+
+    def _pixels(self, record: Mapping[str, Any]) -> np.ndarray | None:
+        index = record.get("index")
+        if self._source is None or index is None:
+            return None
+        if index not in self._thumbnails:
+            try:
+                picture = ImageTransform(_PICTURE).read(self._image(record)).copy()
+                picture.thumbnail((_PICTURE, _PICTURE))
+                self._thumbnails[index] = np.asarray(picture)
+            except Exception as error:  # a source may raise anything
+                self._thumbnails[index] = None
+                self._missing.append(str(error))
+        return self._thumbnails[index]
+
+    def _image(self, record: Mapping[str, Any]) -> Any:
+        index, key = record["index"], record["key"]
+        if not 0 <= index < len(self._source):
+            raise ValueError(f"{self._source.spec} has no example {index}")
+        example = self._source[index]
+        if example.key != key:  # the wrong picture would be worse than none
+            raise ValueError(f"example {index} of {self._source.spec} is now {example.key}, it was {key}")
+        return example.image
+
+
+def curves(series: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, share: bool = False) -> str:
+    """Values over steps as the data URI of an SVG image that reads on white and on black.
+
+    Args:
+      series: for each name the steps and values; a value that is not finite leaves a gap.
+      share: the values are shares, shown in percent.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(5.2, 2.7), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, (steps, values)) in enumerate(series.items()):
+        values = [value if math.isfinite(value) else math.nan for value in values]
+        axes.plot(
+            steps,
+            values,
+            label=name,
+            color=_COLOURS[place % len(_COLOURS)],
+            linestyle=("-", "--", ":", "-.")[place % 4],
+            marker="o" if len(steps) < 12 else None,
+            markersize=3.5,
+        )
+    axes.set_xlabel("step", color=_GREY)
+    axes.tick_params(colors=_GREY)
+    axes.grid(color=_GREY, alpha=0.25)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_GREY)
+    if share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylim(bottom=0)
+    if len(series) > 1:
+        figure.legend(loc="outside upper left", ncols=3 if len(series) == 3 else 2, frameon=False, labelcolor=_GREY)
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "mammut"}):  # the same curves give the same bytes
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,100 @@
+"""Which part of the picture each word of a caption comes from: attention to the image, as a map over the patches."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, UInt8
+
+from mammut.data.processor import Processor
+from mammut.data.tokenizer import Tokenizer
+from mammut.models.mammut import MaMMUT
+
+_COLOUR = np.array((255, 96, 0), np.float32)  # of full attention, laid over a grey picture
+
+
+class WordMap(NamedTuple):
+    """A word of a text, and how the model's look was spread over the picture when it said it."""
+
+    word: str
+    weights: np.ndarray  # float32[down, across] over the patches, sums to 1
+
+
+def word_maps(model: MaMMUT, processor: Processor, images: Sequence[Any], texts: Sequence[str]) -> list[list[WordMap]]:
+    """The words of each text with their maps: cross-attention averaged over layers, heads and the word's tokens.
+
+    A token's weights are those of the position before it, which predicts it. The texts are encoded again, so that a
+    word is what the tokenizer gives back of it; those that do not fit in the processor's `max_length` have no map.
+
+    Args:
+      images: one for each text, whatever `processor` reads.
+
+    Raises:
+      ValueError: an image cannot be read, there are not as many images as texts, or the decoder sees learned queries
+        (`VisionConfig.pooling`) or tokens of the pooled image (`ModelConfig.prefix_tokens`) and no patches.
+    """
+    if len(images) != len(texts):
+        raise ValueError(f"there are {len(images)} images for {len(texts)} texts, expected one each")
+    if model.config.vision.pooling == "queries":
+        raise ValueError("VisionConfig.pooling is 'queries': the decoder looks at those, expected patches")
+    if model.config.prefix_tokens is not None:
+        raise ValueError("ModelConfig.prefix_tokens are made of the pooled image: the decoder sees no patches")
+    if not texts:
+        return []
+    batch = processor(images=list(images), text=list(texts))
+    graphdef, params = nnx.split(model)
+    weights = np.asarray(_mean_weights(graphdef, params, batch["image"], batch["tokens"], batch["text_valid"]))
+    grid = model.config.vision.grid
+    weights = weights[..., -grid[0] * grid[1] :]  # without the class token, whose share is spread over the patches
+    weights = weights / weights.sum(-1, keepdims=True)
+    maps = []
+    for row, tokens, valid in zip(weights, batch["tokens"], batch["text_valid"]):
+        ids = tokens[1 : valid.sum() - 1].tolist()
+        words = split_words(processor.tokenizer, ids)
+        maps.append([WordMap(word, row[places].mean(0).reshape(grid)) for word, places in words])
+    return maps
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _mean_weights(graphdef, params, image, tokens, text_valid) -> Float[jax.Array, "B L P"]:
+    return nnx.merge(graphdef, params).cross_attention(image, tokens, text_valid).mean((0, 2))
+
+
+def split_words(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """The words that `ids` decode to, with the places in `ids` of the tokens that each is made of.
+
+    A token that shows nothing (the space before a word, the first bytes of a character) belongs to the word after it.
+    """
+    words, places, waiting = [], [], []
+    for place in range(len(ids)):
+        waiting.append(place)
+        now = tokenizer.decode(ids[: place + 1]).split()
+        if now == words:
+            continue
+        places += [[] for _ in range(len(now) - len(places))]
+        places[-1] += waiting
+        words, waiting = now, []
+    if places:
+        places[-1] += waiting
+    return [(word, own) for word, own in zip(words, places) if own]
+
+
+def overlay(
+    picture: UInt8[np.ndarray, "height width 3"], weights: Float[np.ndarray, "down across"], full: float
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The picture in grey, with colour where the model looks: none at an even share or less, all of it at `full`.
+
+    An even share is 1 / patches. The map is enlarged smoothly to the picture's size.
+    """
+    from PIL import Image
+
+    height, width = picture.shape[:2]
+    even = 1 / weights.size
+    strength = np.clip((weights - even) / max(full - even, 1e-9), 0, 1).astype(np.float32)
+    strength = np.asarray(Image.fromarray(strength).resize((width, height), Image.Resampling.BICUBIC))
+    alpha = 0.8 * np.clip(strength, 0, 1)[..., None]
+    grey = 70 + 0.6 * picture.mean(-1, keepdims=True)  # neither black nor white, for the colour to stand out
+    return np.round(grey * (1 - alpha) + _COLOUR * alpha).astype(np.uint8)

@@ -1,0 +1,1 @@
+"""What a step costs, by its compiled program and by the clock."""

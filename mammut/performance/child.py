@@ -1,0 +1,105 @@
+"""A fresh process that makes a training step and says how long each stage took: what a run waits for before it trains.
+
+    python -m mammut.performance.child < REQUEST.json > ANSWER.json
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+from mammut.config import TrainConfig, to_dict
+from mammut.performance.timing import exponent
+
+
+def ask(config: TrainConfig, *, cache: str | None = None, fake_devices: int | None = None) -> dict[str, Any]:
+    """Stages of the first step of `config` in a process of its own: seconds `import`, `trace`, `compile`, `run`.
+
+    Args:
+      cache: folder of the compilation cache. None: there is none.
+      fake_devices: so many devices of the CPU, which share its cores.
+
+    Raises:
+      RuntimeError: the process failed; its last words are told.
+    """
+    # The process that asks may hold most of a GPU's memory.
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
+    if fake_devices is not None:
+        environment["JAX_PLATFORMS"] = "cpu"
+        flags = [flag for flag in environment.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+        environment["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={fake_devices}"])
+    request = json.dumps({"config": to_dict(config), "cache": cache, "asked": time.time()})
+    command = [sys.executable, "-m", "mammut.performance.child"]
+    done = subprocess.run(command, input=request, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the process that makes a first step failed: {' '.join(done.stderr.split()[-40:])}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """The stages, and the memory of the step. The first begins when the process was asked for: Python starts, too."""
+    import jax
+
+    from mammut.config import from_dict
+    from mammut.core import sharding
+    from mammut.performance.step_time import memory, noise_batch
+    from mammut.training.step import make_trainer
+    from mammut.training.tasks import ImageTextTask
+
+    jax.devices()
+    seconds = {"import": time.time() - request["asked"]}
+    if request["cache"] is not None:
+        jax.config.update("jax_compilation_cache_dir", request["cache"])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    config = from_dict(TrainConfig, request["config"])
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        batch = sharding.device_batch(noise_batch(config), mesh)
+
+        def stage(name, call):
+            started = time.perf_counter()
+            found = call()
+            seconds[name] = seconds.get(name, 0) + time.perf_counter() - started
+            return found
+
+        trainer = stage("trace", lambda: make_trainer(config, ImageTextTask(config.loss), mesh))
+        init = stage("trace", lambda: trainer.init.lower(config.seed))
+        lowered = stage("trace", lambda: trainer.step.lower(trainer.abstract_state, batch))
+        init, compiled = stage("compile", init.compile), stage("compile", lowered.compile)
+        stage("run", lambda: jax.block_until_ready(compiled(init(config.seed), batch)[1]))
+    seconds["total"] = sum(seconds.values())
+    return {"seconds": seconds, "devices": jax.device_count(), "memory_gib": memory(compiled)}
+
+
+def startup(config: TrainConfig, cache: str) -> dict[str, Any]:
+    """Stages of a first step with an empty compilation cache in the folder `cache`, then with what that one left."""
+    return {name: ask(config, cache=cache)["seconds"] for name in ("cold", "warm")}
+
+
+def over_devices(config: TrainConfig, counts: list[int]) -> dict[str, Any]:
+    """The step with its batch and parameters split over 1, 2, ... fake devices of the CPU: the memory of one.
+
+    Fake devices share the cores, so that time says nothing of real ones. Not for an accelerator: there a run with
+    another `mesh` is timed by itself.
+
+    Raises:
+      ValueError: there are not two counts.
+    """
+    if len(set(counts)) < 2:
+        raise ValueError(f"devices grow over {counts}, expected two counts or more")
+    rows = []
+    for count in counts:
+        mesh = dataclasses.replace(config.mesh, data=1, fsdp=count, model=1)
+        found = ask(dataclasses.replace(config, mesh=mesh), fake_devices=count)
+        rows.append({"devices": count, "memory_gib": found["memory_gib"]})
+    exponents = {
+        name: exponent(counts, [row["memory_gib"][name] for row in rows]) for name in ("state_and_batch", "temporaries")
+    }
+    return {"axis": "devices", "sizes": counts, "exponents": exponents, "rows": rows}
+
+
+if __name__ == "__main__":
+    print(json.dumps(answer(json.load(sys.stdin))))

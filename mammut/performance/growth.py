@@ -1,0 +1,61 @@
+"""How the step grows: the same step at several batches, resolutions, text lengths, with the exponent of growth."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from mammut.config import ModelConfig
+from mammut.performance.step_time import RunSettings, make_step, measure
+from mammut.performance.timing import exponent
+
+Axis = Literal["batch", "image_size", "length"]
+
+
+def default_sizes(axis: Axis, model: ModelConfig, batch_size: int) -> tuple[int, ...]:
+    """Half, once and twice what the model or the batch has, of images 0.5, 1 and 1.5 times."""
+    if axis == "image_size":
+        side = model.vision.grid[0]
+        pixels = model.vision.image_size // side  # of an image token
+        return tuple(sorted({pixels * max(1, round(side * share)) for share in (0.5, 1, 1.5)}))
+    whole = batch_size if axis == "batch" else model.text_length
+    return tuple(sorted({max(2, whole // 2), whole, 2 * whole}))
+
+
+def grown(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
+    """`model` for images or texts of another size."""
+    if axis == "image_size":
+        vision = dataclasses.replace(model.vision, image_size=size, low_image_size=None)
+        return dataclasses.replace(model, vision=vision)
+    if axis == "length":
+        places = size + model.text.max_length - model.text_length  # an image prefix takes some
+        return dataclasses.replace(model, text=dataclasses.replace(model.text, max_length=places))
+    return model
+
+
+def measure_growth(
+    axis: Axis,
+    sizes: Sequence[int],
+    model: ModelConfig,
+    batch_size: int,
+    settings: RunSettings,
+    *,
+    steps: int,
+    warmup: int,
+    peak: float,
+) -> dict[str, Any]:
+    """A row for each size, and the exponents of time, FLOPs and temporary memory in it.
+
+    Raises:
+      ValueError: there are not two sizes, or one does not suit the model or the devices.
+    """
+    if len(set(sizes)) < 2:
+        raise ValueError(f"{axis} grows over {list(sizes)}, expected two sizes or more")
+    rows = []
+    for size in sizes:
+        config = settings.train_config(grown(model, axis, size), size if axis == "batch" else batch_size)
+        rows.append(measure(make_step(config), steps, warmup, peak))
+    seconds = [row["seconds"] for row in rows]
+    work = [row["tflops"] * row["seconds"] for row in rows]
+    held = [row["memory_gib"]["temporaries"] for row in rows]
+    exponents = {"seconds": exponent(sizes, seconds), "flops": exponent(sizes, work), "memory": exponent(sizes, held)}
+    return {"axis": axis, "sizes": list(sizes), "exponents": exponents, "rows": rows}

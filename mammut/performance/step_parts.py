@@ -1,0 +1,125 @@
+"""What a training step spends its time on: its parts, each compiled and timed on its own, forward and backward.
+
+A part is given what the parts before it made, and gives the gradients of its parameters and of what it was given. Apart
+they cannot overlap or be fused with each other, so their sum is near the step's time, not equal to it; `rest` says how
+near: the step less its parts. It holds the norm of the gradients and their sums too.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend.core import Var
+
+from mammut.models.mammut import forward_flops, unit
+from mammut.performance.step_time import Step
+from mammut.performance.timing import in_turns, summary
+from mammut.training.step import make_optimizer
+from mammut.training.tasks import ImageTextTask, caption_sum, labels
+
+# Parts that are FLOPs of `forward_flops`.
+_COUNTED = {
+    "image encoder": ("vision",),
+    "contrastive pass": ("contrastive_pass",),
+    "caption pass": ("caption_pass",),
+    "both passes": ("contrastive_pass", "caption_pass"),
+    "vocabulary and caption loss": ("vocabulary",),
+}
+
+
+def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
+    """The parts of a step as calls that wait for their end. The first calls compile."""
+    config, merge, batch = step.config, step.trainer.model, step.batch
+    task = ImageTextTask(config.loss)
+    params = jax.tree.map(jnp.copy, step.state.all_params)  # the step's own are donated
+    tokens, valid = batch["tokens"], batch["text_valid"]
+
+    def loss_of_captions(model, features):
+        head = model.text.vocab_kernel, model.text.vocab_bias
+        return caption_sum(config.loss, features, *head, *labels(model, batch))
+
+    key = jax.random.key(0)
+    encode = jax.jit(lambda params: merge(params).image_tokens(batch["image"], key))
+    encoded = encode(params)
+    features = jax.jit(lambda params, x: merge(params).decoder.caption_pass(tokens, valid, x))(params, encoded.tokens)
+    vector = jax.jit(lambda params: unit(merge(params).text_vector(tokens, valid)))(params)
+
+    def image(model):
+        found = model.image_tokens(batch["image"], key)
+        return found.tokens, found.pooled
+
+    functions = {"image encoder": (image, ())}
+    if config.model.passes == "fused":
+        functions["both passes"] = lambda model, x: model.decoder.both_passes(tokens, valid, x), (encoded.tokens,)
+    else:
+        functions["contrastive pass"] = lambda model: model.text_vector(tokens, valid), ()
+        functions["caption pass"] = lambda model, x: model.decoder.caption_pass(tokens, valid, x), (encoded.tokens,)
+    functions["vocabulary and caption loss"] = loss_of_captions, (features,)
+    functions["contrastive loss"] = task.contrastive, (unit(encoded.pooled), vector)
+    parts = {name: _gradients(merge, params, *function) for name, function in functions.items()}
+    return parts | {"optimizer": _update(step, params)}
+
+
+def _gradients(merge: Callable, params: Any, function: Callable, given: tuple) -> Callable[[], Any]:
+    """A call of the gradients of `function(model, *given)` in what it was given and in the parameters that it uses."""
+    leaves, tree = jax.tree.flatten(params)
+
+    def value(leaves, given):
+        found = function(merge(jax.tree.unflatten(tree, leaves)), *given)
+        # A loss as it is. Of all else the squares: with a constant cotangent XLA would leave out products.
+        return sum((x.astype(jnp.float32) ** 2).sum() if x.ndim else x for x in jax.tree.leaves(found))
+
+    jaxpr = jax.make_jaxpr(value)(leaves, given).jaxpr
+    read = {var for equation in jaxpr.eqns for var in equation.invars if isinstance(var, Var)}
+    used = [var in read for var in jaxpr.invars[: len(leaves)]]
+    others = [None if use else leaf for use, leaf in zip(used, leaves, strict=True)]
+    chosen = [leaf if use else None for use, leaf in zip(used, leaves, strict=True)]
+
+    def value_of_used(chosen, given, others):
+        pairs = zip(chosen, others, strict=True)
+        return value([other if leaf is None else leaf for leaf, other in pairs], given)
+
+    gradients = jax.jit(jax.grad(value_of_used, argnums=(0, 1)))
+    return lambda: jax.block_until_ready(gradients(chosen, given, others))
+
+
+def _update(step: Step, params: Any) -> Callable[[], Any]:
+    """A call of the optimizer on gradients that are there already."""
+    optimizer = make_optimizer(step.config.optimizer, step.config.steps)
+
+    def update(params, opt_state, gradients):
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    compiled = jax.jit(update, donate_argnums=(0, 1))
+    gradients = jax.tree.map(lambda x: 1e-3 * jnp.ones_like(x), params)
+    kept = [jax.tree.map(jnp.copy, params), jax.jit(optimizer.init)(params)]
+
+    def call():
+        kept[:] = compiled(*kept, gradients)
+        jax.block_until_ready(kept)
+
+    return call
+
+
+def measure_parts(step: Step, rounds: int = 3, per_turn: int = 3) -> dict[str, Any]:
+    """Seconds of every part, its share of the step, and its share of the FLOPs where they are counted."""
+    with jax.set_mesh(step.trainer.mesh):
+        calls = {"step": step, **make_parts(step)}
+        turns = in_turns(calls, rounds, per_turn)
+    times = {name: summary([x for turn in found for x in turn])["seconds"] for name, found in turns.items()}
+    whole = times.pop("step")
+    flops = forward_flops(step.config.model, training=True)
+    rows = {
+        name: {
+            "seconds": seconds,
+            "share": seconds / whole,
+            **({"flops_share": sum(flops[x] for x in counted) / sum(flops.values())} if counted else {}),
+        }
+        for name, seconds in times.items()
+        for counted in [_COUNTED.get(name, ())]
+    }
+    rest = whole - sum(times.values())
+    return {"step": {"seconds": whole, "share": 1.0}, **rows, "rest": {"seconds": rest, "share": rest / whole}}

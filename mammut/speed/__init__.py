@@ -1,1 +1,0 @@
-"""How fast: what `python -m eval.speed` measures, of mammut alone and beside a peer in the same process."""

@@ -1,0 +1,73 @@
+"""The processor of a fresh run: that of what it starts from, or one with a given or a newly trained vocabulary."""
+
+import base64
+import dataclasses
+import json
+import pathlib
+import tempfile
+
+from mammut.config import TrainConfig
+from mammut.core import distributed
+from mammut.data import sources
+from mammut.data.processor import ImageTransform, Processor
+from mammut.data.tokenizer import MissingTokenizer, load_tokenizer, train_sentencepiece
+from mammut.weights.tables import OpenedModel
+from mammut.weights.warm_start import Start
+
+
+def shared_processor(config: TrainConfig, source: sources.Source, starts: dict[Start, OpenedModel]) -> Processor:
+    """`make_processor` on process 0; the others of the run are given its files."""
+    made = []
+
+    def files() -> bytes:
+        made.append(make_processor(config, source, starts))
+        with tempfile.TemporaryDirectory() as folder:
+            made[0].save(folder)
+            paths = pathlib.Path(folder).iterdir()
+            return json.dumps({path.name: base64.b64encode(path.read_bytes()).decode() for path in paths}).encode()
+
+    given = json.loads(distributed.from_first("processor", files))
+    if made:
+        return made[0]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in given.items():
+            (pathlib.Path(folder) / name).write_bytes(base64.b64decode(content))
+        return Processor.load(folder)
+
+
+def make_processor(config: TrainConfig, source: sources.Source, starts: dict[Start, OpenedModel]) -> Processor:
+    """The processor of a fresh run: of what it starts from, or with a given or a newly trained vocabulary."""
+    of = {name: opened.processor for name, opened in starts.items()}
+    text, settings = config.model.text, config.tokenizer
+    decoder = next((name for name in ("init_text", "init") if name in starts), None)
+    tokenizer = missing = None
+    if decoder and not settings.replace:
+        tokenizer = of[decoder] and of[decoder].tokenizer
+        if isinstance(tokenizer, MissingTokenizer):
+            tokenizer, missing = None, tokenizer
+        if tokenizer and settings.path and not config.makes_language_model:
+            raise ValueError(f"tokenizer.path and {decoder} are given: tokenizer.replace True takes another vocabulary")
+        if not (tokenizer or settings.path):
+            raise ValueError(
+                f"{decoder} {starts[decoder].where} comes without a tokenizer: tokenizer.path says where it is, "
+                "tokenizer.replace True takes another"
+            )
+    if tokenizer is None and settings.path:
+        tokenizer = load_tokenizer(settings.path, settings.lowercase)
+    elif tokenizer is None:
+        tokenizer = train_sentencepiece(sources.texts(source), text.vocab_size, settings.lowercase)
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ValueError(
+            f"tokenizer.path {settings.path} has {tokenizer.vocab_size} pieces, more than the {text.vocab_size} of "
+            "model.text.vocab_size"
+        )
+    size = config.model.vision.image_size
+    image = next((of[name].image for name in ("init_vision", "init") if of.get(name)), ImageTransform(size))
+    image = dataclasses.replace(image, image_size=size, max_image_pixels=config.data.max_image_pixels)
+    form = of[decoder].text_form if of.get(decoder) else "start_end"
+    processor = Processor(tokenizer, image, config.text_length, form)
+    if missing:
+        missing.require_same_ids(tokenizer)
+    if settings.replace and text.pad_id not in (None, processor.pad_id):
+        raise ValueError(f"model.text.pad_id is {text.pad_id}, the pad of the new vocabulary is {processor.pad_id}")
+    return processor

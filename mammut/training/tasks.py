@@ -1,0 +1,203 @@
+"""A task is a batch contract and the loss of a model on such a batch.
+
+A loss over pairs of examples needs the whole batch at once, a loss over single examples does not. A task keeps the two
+apart, so that a step may run in micro-batches and still see every negative (`training.step.accumulated_gradients`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from mammut.config import Field, LossConfig
+from mammut.core.sharding import constrain, partition_spec
+from mammut.models.losses import (
+    contrastive_logits,
+    focal_contrastive,
+    focal_pairs,
+    sigmoid_contrastive,
+    sigmoid_pairs,
+    softmax_contrastive,
+    summed_caption_loss,
+)
+from mammut.models.mammut import MaMMUT
+from mammut.models.masks import caption_labels
+from mammut.models.ring_loss import ring_pairs, ring_softmax
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTextTask:
+    """The paper's training task: a contrastive and a captioning loss on the same pairs.
+
+    Batch: `image` uint8[B, height, width, 3], `tokens` int[B, L], `text_valid` bool[B, L].
+    """
+
+    sees_images: ClassVar[bool] = True
+    config: LossConfig
+    field: Field = "captions"  # what its examples are made of
+
+    def loss(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The weighted sum and both raw losses, as means over the pairs and over the caption tokens of the batch."""
+        out = model.two_pass(batch["image"], batch["tokens"], batch["text_valid"], crop_key)
+        contrastive = self.contrastive(model, out.image_embed, out.text_embed)
+        caption = self._caption_sum(model, out.features, batch) / self.caption_tokens(model, batch)
+        return self.total(contrastive, caption)
+
+    def total(self, contrastive: jax.Array, caption: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The weighted sum, and the two raw losses as metrics."""
+        loss = self.config.contrastive_weight * contrastive + self.config.caption_weight * caption
+        return loss, {"loss": loss, "loss_contrastive": contrastive, "loss_caption": caption}
+
+    def embed(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Image and text embeddings, float[B, E] each: all that the contrastive loss sees of an example."""
+        image_embed = model.encode_image(batch["image"], crop_key)
+        return image_embed, model.encode_text(batch["tokens"], batch["text_valid"])
+
+    def contrastive(self, model: MaMMUT, image_embed: jax.Array, text_embed: jax.Array) -> jax.Array:
+        """The contrastive loss over all pairs of the batch; of `model` it uses the logit scale and bias alone."""
+        config, scale, bias = self.config, model.logit_scale[...], model.logit_bias[...]
+        if config.contrastive == "softmax":
+            bias = 0.0  # it would cancel
+        if config.contrastive_form == "ring":
+            return self._ring(image_embed, text_embed, scale, bias).mean()
+        # All texts are gathered, once: each device scores its own images with them.
+        image_embed, text_embed = constrain(image_embed, "batch", None), constrain(text_embed, None, None)
+        logits = constrain(contrastive_logits(image_embed, text_embed, scale, bias), "batch", None)
+        if config.contrastive == "softmax":
+            losses = softmax_contrastive(logits)
+        elif config.contrastive == "sigmoid":
+            losses = sigmoid_contrastive(logits)
+        else:
+            losses = focal_contrastive(
+                logits, gamma=config.focal_gamma, alpha=config.focal_alpha, normalization=config.focal_normalization
+            )
+        return losses.mean()
+
+    def _ring(
+        self, image_embed: jax.Array, text_embed: jax.Array, scale: jax.Array, bias: jax.Array | float
+    ) -> jax.Array:
+        config = self.config
+        if config.contrastive == "softmax":
+            return ring_softmax(image_embed, text_embed, scale, chunk=config.contrastive_chunk)
+        pairs = sigmoid_pairs
+        if config.contrastive == "focal":
+            pairs = functools.partial(focal_pairs, gamma=config.focal_gamma, alpha=config.focal_alpha)
+        losses = ring_pairs(pairs, image_embed, text_embed, scale, bias, chunk=config.contrastive_chunk)
+        by_pairs = config.contrastive == "focal" and config.focal_normalization == "pairs"
+        return losses / len(losses) if by_pairs else losses
+
+    def embed_and_caption(
+        self, model: MaMMUT, batch: Batch, crop_key: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        """What `embed` gives, and the caption loss summed over the tokens of a micro-batch; one image encoding."""
+        out = model.two_pass(batch["image"], batch["tokens"], batch["text_valid"], crop_key)
+        return (out.image_embed, out.text_embed), self._caption_sum(model, out.features, batch)
+
+    def caption_tokens(self, model: MaMMUT, batch: Batch) -> jax.Array:
+        """How many labels the caption loss of the batch has, at least 1."""
+        return jnp.maximum(labels(model, batch)[1].sum(), 1)
+
+    def _caption_sum(self, model: MaMMUT, features: jax.Array, batch: Batch) -> jax.Array:
+        head = model.text.vocab_kernel, model.text.vocab_bias
+        return caption_sum(self.config, features, *head, *labels(model, batch))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+    """The caption pass alone, on texts that start with a prompt: captions, answers to questions, names of classes.
+
+    The loss is that of the tokens to be said, `target`: of an answer and its end, not of its question (paper, section
+    3.3: visual question answering as open-ended generation).
+
+    Batch: `image` uint8[B, height, width, 3], `tokens` int[B, L], `text_valid` bool[B, L], `target` bool[B, L].
+    """
+
+    sees_images: ClassVar[bool] = True
+    config: LossConfig
+    field: Field
+
+    def loss(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The mean over the target tokens of the batch."""
+        loss = self.loss_sum(model, batch, crop_key) / self.target_tokens(model, batch)
+        return loss, {"loss": loss, "loss_caption": loss}
+
+    def loss_sum(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> jax.Array:
+        """The loss summed over the target tokens of a micro-batch."""
+        features = self.features(model, batch, crop_key)
+        head = model.text.vocab_kernel, model.text.vocab_bias
+        return caption_sum(self.config, features, *head, *labels(model, batch, batch["target"]))
+
+    def features(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> jax.Array:
+        """What the next tokens are predicted from, float[B, L, D]."""
+        image_tokens = model.image_tokens(batch["image"], crop_key).tokens
+        return model.decoder.caption_pass(batch["tokens"], batch["text_valid"], image_tokens)
+
+    def target_tokens(self, model: MaMMUT, batch: Batch) -> jax.Array:
+        """How many labels the loss of the batch has, at least 1."""
+        return jnp.maximum(labels(model, batch, batch["target"])[1].sum(), 1)
+
+
+class LanguageTask(TextTask):
+    """Language modelling: the texts of `TextTask`, of which the model sees no image; its batch has none."""
+
+    sees_images: ClassVar[bool] = False
+
+    def features(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> jax.Array:
+        """What the next tokens are predicted from, float[B, L, D]: the tokens before."""
+        return model.decoder.language_pass(batch["tokens"], batch["text_valid"])
+
+
+def labels(model: MaMMUT, batch: Batch, target: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """What the caption pass of `model` is to predict, int[B, L], and where, bool[B, L]: see `caption_labels`."""
+    tokens, text_valid = batch["tokens"], batch["text_valid"]
+    if model.config.text.pad_id is not None:  # no label, wherever it stands; as an input it is a token like any other
+        real = model.text.valid(tokens, text_valid)
+        target = real if target is None else target & real
+    return caption_labels(tokens, text_valid, target)
+
+
+def caption_sum(
+    config: LossConfig,
+    features: jax.Array,
+    vocab_kernel: jax.Array,
+    vocab_bias: jax.Array | None,
+    labels: jax.Array,
+    loss_mask: jax.Array,
+) -> jax.Array:
+    """`summed_caption_loss` over the batch, on every device over its own rows.
+
+    Else the vocabulary's kernel would be gathered, and its gradient reduced, once for every chunk.
+    """
+    options = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss, "chunk": config.vocab_chunk}
+
+    def summed(features, vocab_kernel, vocab_bias, labels, loss_mask):
+        return summed_caption_loss(features, vocab_kernel, labels, loss_mask, vocab_bias=vocab_bias, **options)[None]
+
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = None if mesh.empty else partition_spec(("batch",), labels.shape[:1], mesh)[0]
+    if axes:
+        rows, whole = PartitionSpec(axes), PartitionSpec()
+        summed = jax.shard_map(
+            summed,
+            in_specs=(rows, whole, whole, rows, rows),
+            out_specs=rows,
+            axis_names={axes} if isinstance(axes, str) else set(axes),
+            check_vma=False,
+        )
+    return summed(features, vocab_kernel, vocab_bias, labels, loss_mask).sum()
+
+
+TASKS: dict[str, Callable[[LossConfig], ImageTextTask | TextTask]] = {
+    "image_text": ImageTextTask,
+    "caption": functools.partial(TextTask, field="captions"),
+    "vqa": functools.partial(TextTask, field="qa"),
+    "classify": functools.partial(TextTask, field="name"),
+    "text": functools.partial(LanguageTask, field="captions"),
+}

@@ -1,0 +1,1 @@
+"""Models as files: ours, other people's, and how one starts from another."""

@@ -1,0 +1,318 @@
+"""A run's folder: its config, and its checkpoints, each all that a step of the run changes.
+
+The checkpoints are Orbax steps, each atomic, with the position in the data in its metadata. Orbax restores a flipped
+bit silently, so each step has a manifest of checksums too; `restore` falls back to the newest step that passes.
+The frozen parameters are the same in all of them: they are written once, as safetensors with a manifest, to `frozen/`.
+"""
+
+import collections
+import dataclasses
+import logging
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mammut.config import TrainConfig, from_dict, to_dict
+from mammut.core import distributed
+from mammut.core.files import check_manifest, make_manifest, read_json_object, replacing, write_json
+from mammut.core.params import by_name, path_name
+from mammut.weights.files.tensor_file import CheckpointError, TensorFile, TensorSpec, open_tensors, write_safetensors
+
+_log = logging.getLogger(__name__)
+
+_FROZEN_FILE, _FROZEN_MANIFEST = "frozen.safetensors", "manifest.json"
+
+
+def write_run(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) -> None:
+    """Writes `run.json`: the resolved config of a run, and the command-line overrides that are part of it."""
+    write_json(workdir / "run.json", {"config": to_dict(config), "overrides": overrides})
+
+
+def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
+    """The config and overrides in `run.json`.
+
+    Raises:
+      CheckpointError: it is missing or not what `write_run` writes.
+    """
+    path = workdir / "run.json"
+    run = read_json_object(path)
+    if run.keys() != {"config", "overrides"}:
+        raise CheckpointError(f"{path} is not a run's config, expected the keys config and overrides")
+    return read_config(TrainConfig, run["config"], path), run["overrides"]
+
+
+def require_shared(workdir: pathlib.Path) -> None:
+    """Raises ValueError where a process does not see the `run.json` that process 0 has written."""
+    if not (workdir / "run.json").is_file():
+        raise ValueError(
+            f"--workdir {workdir} is without the run.json that process 0 has written there: expected a folder on a "
+            "file system that all processes share"
+        )
+
+
+def position_of_all(step: int, position: dict[str, Any], share: int) -> dict[str, Any]:
+    """The position in the data with the counts of all shares in place of those of `share` alone, on process 0."""
+    parts = {}
+    for part, read, bad in distributed.gather(f"counts/{step}", [share, position["read"], position["bad"]]):
+        parts[part] = read, bad  # processes of the same share have read the same
+    bad = collections.Counter()
+    for _, counts in parts.values():
+        bad.update(counts)
+    return position | {"read": sum(read for read, _ in parts.values()), "bad": dict(bad)}
+
+
+def position_of_one(position: dict[str, Any], share: int) -> dict[str, Any]:
+    """The position for one share to go on from: the first takes over the counts, whatever wrote them."""
+    return position if share == 0 else position | {"read": 0, "bad": {}}
+
+
+def read_config(cls: type, values: Any, path: pathlib.Path) -> Any:
+    """A config of type `cls` from the values in the file `path`; raises CheckpointError when they are none."""
+    try:
+        return from_dict(cls, values, str(path))
+    except (ValueError, TypeError) as error:  # a field that there is not, a value that cannot be
+        raise CheckpointError(f"{path} does not hold a {cls.__name__}: {error}") from error
+
+
+def host_tensors(arrays: Mapping[str, Any]) -> tuple[dict[str, TensorSpec], Callable[[str], np.ndarray]]:
+    """The specs of arrays by name, and what brings one to the host, to be written with `tensor_files`.
+
+    Of several processes, all bring all of them, in the order of the specs, which is that in which they are written.
+    """
+    specs = {name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}
+    specs = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
+
+    def read(name: str) -> np.ndarray:
+        array = arrays[name]
+        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+            return multihost_utils.process_allgather(array, tiled=True)
+        return np.asarray(array)
+
+    return specs, read
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint: the state, and what was saved beside it."""
+
+    step: int
+    state: Any
+    data: Any
+
+
+class Checkpoints:
+    """The checkpoints of a run, under `workdir/checkpoints`, the newest `keep` of them.
+
+    `save` returns once the arrays are copied from the devices; writing goes on behind. `cleanup` removes what
+    a killed run left half-written: for the run itself, not for those who read beside it. Of several processes, all save
+    and restore, each its part of the arrays; process 0 writes and checks the checksums.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, keep: int, *, cleanup: bool = False):
+        from orbax.checkpoint import v1 as ocp
+
+        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file at INFO
+        self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._frozen = self._folder.parent / "frozen"
+        self._manifests = self._folder.parent / "checkpoint_manifests"
+        latest = ocp.training.preservation_policies.LatestN(keep)
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                self._folder, preservation_policy=latest, cleanup_tmp_directories=cleanup
+            )
+        except ValueError as error:  # Orbax reads a little of every step here
+            manifests = sorted(self._manifests.glob("*.json"))
+            damaged = [path.stem for path in manifests if check_manifest(self._folder / path.stem, path)]
+            raise CheckpointError(
+                f"{self._folder} cannot be opened ({error}): remove its damaged steps, {', '.join(damaged)}"
+            ) from error
+        self._left_behind: list[int] = []  # newer than the step restored: damaged or unchecked
+        self._writing: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # What the others have to finish too may never end once this process has failed: the step is left half-written.
+        if kind is None or jax.process_count() == 1:
+            self.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps saved, oldest first."""
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def save(self, step: int, state: Any, data: Any) -> None:
+        """Saves a `TrainState` and `data` (JSON: the position in the data, that of process 0) as one step.
+
+        The first of a run writes what is frozen, too, before it returns. A second save of a step does nothing. An error
+        of an earlier background write is raised here.
+        """
+        self.wait()
+        for newer in self._left_behind:  # Orbax saves no step older than one that is there
+            self._checkpointer.delete(newer, missing_ok=True)
+        self._left_behind = []
+        if step in self.steps:
+            return
+        # By the list of process 0: that of another may be of a moment ago, and all have to take part.
+        if state.frozen and distributed.from_first(f"frozen/{step}", lambda: b"" if self.steps else b"write"):
+            self._save_frozen(state.frozen)
+        self._manifests.mkdir(parents=True, exist_ok=True)
+        saved = {"state": _changing(state)}
+        response = self._checkpointer.save_checkpointables_async(step, saved, custom_metadata={"data": data})
+        self._writing = threading.Thread(target=self._finish, args=(step, response), daemon=True)
+        self._writing.start()
+
+    def _finish(self, step: int, response: Any) -> None:
+        try:
+            response.result()
+            if distributed.first():  # Orbax has waited for all
+                folder = self._folder / str(step)
+                write_json(self._manifests / f"{step}.json", make_manifest(folder, _files(folder)))
+                for manifest in self._manifests.glob("*.json"):
+                    if int(manifest.stem) not in self.steps:
+                        manifest.unlink()
+        except BaseException as error:  # raised by the next wait()
+            self._error = error
+
+    def _save_frozen(self, frozen: Any) -> None:
+        specs, read = host_tensors(by_name(frozen))
+        if not distributed.first():
+            for name in specs:
+                read(name)
+            return
+        with replacing(self._frozen, _FROZEN_MANIFEST) as new:
+            write_safetensors(new / _FROZEN_FILE, specs, read)
+            write_json(new / _FROZEN_MANIFEST, make_manifest(new, [new / _FROZEN_FILE]))
+
+    def _frozen_problems(self) -> bytes:
+        return "; ".join(check_manifest(self._frozen, self._frozen / _FROZEN_MANIFEST)).encode()
+
+    def _open_frozen(self, problems: bytes) -> TensorFile:
+        if problems:
+            raise CheckpointError(
+                f"{self._frozen}, the frozen parameters of the run, is damaged: {problems.decode()}"
+            )
+        return open_tensors(self._frozen / _FROZEN_FILE)
+
+    def wait(self) -> None:
+        """Waits for the background write; raises its error."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """Waits, then lets go of the folder."""
+        self.wait()
+        self._checkpointer.close()
+
+    def restore(self, abstract_state: Any) -> Restored:
+        """The newest good checkpoint, placed as the shardings of `abstract_state` say.
+
+        Raises:
+          CheckpointError: there is none, or the state saved is of another model or optimizer.
+        """
+        # One process reads it all for its checksums, and all restore the same.
+        step = int(distributed.from_first("restored", lambda: str(self._newest_good()).encode()))
+        saved, changing = self._checkpointer.checkpointables_metadata(step), _changing(abstract_state)
+        if problems := _mismatches(saved.metadata["state"], changing):
+            raise CheckpointError(
+                f"{self._folder / str(step)} does not fit this run's model and optimizer: {'; '.join(problems)}"
+            )
+        frozen = self._restore_frozen(abstract_state.frozen) if abstract_state.frozen else {}
+        loaded = self._checkpointer.load_checkpointables(step, {"state": changing})
+        self._left_behind = [newer for newer in self.steps if newer > step]
+        return Restored(step, abstract_state.replace(**loaded["state"], frozen=frozen), saved.custom_metadata["data"])
+
+    def _restore_frozen(self, abstract: Any) -> Any:
+        # One process reads it all for its checksums, and all restore the same.
+        file = self._open_frozen(distributed.from_first("frozen", self._frozen_problems))
+        if problems := mismatches(file.specs, by_name(abstract), "is left over"):
+            raise CheckpointError(f"{file.path} does not fit this run's model: {'; '.join(problems)}")
+
+        def put(path, leaf):
+            array = file.read(path_name(path))
+            # A copy of what is mapped: an array on the CPU may share its memory, and a step gives it away.
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.array(array[index]))
+
+        return jax.tree_util.tree_map_with_path(put, abstract)
+
+    def restore_params(self) -> dict[str, np.ndarray]:
+        """The parameters of the newest good checkpoint as host arrays by name; nothing else of it is read.
+
+        Those that are frozen are views of their file.
+        """
+        from orbax.checkpoint import v1 as ocp
+
+        step = self._newest_good()
+        saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]["params"]
+        abstract = {"params": jax.tree.map(lambda x: np.empty(x.shape, x.dtype), saved)}
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            loaded = self._checkpointer.load_checkpointables(step, {"state": abstract})
+        params = by_name(loaded["state"]["params"])
+        if self._frozen.exists():
+            file = self._open_frozen(self._frozen_problems())
+            params |= {name: file.read(name) for name in file.specs}
+        return params
+
+    def _newest_good(self) -> int:
+        steps = self.steps
+        unchecked = []
+        for step in reversed(steps):
+            manifest = self._manifests / f"{step}.json"
+            if not manifest.exists():  # killed after the step was complete and before its checksums were
+                unchecked.append(step)
+            elif problems := check_manifest(self._folder / str(step), manifest):
+                _log.warning("checkpoint %d is damaged (%s): trying the one before", step, problems[0])
+            else:
+                return step
+        if unchecked:
+            _log.warning("checkpoint %d has no checksums and is used unchecked", unchecked[0])
+            return unchecked[0]
+        damaged = f": all of {steps} are damaged" if steps else ""
+        raise CheckpointError(f"{self._folder} holds no good checkpoint{damaged}")
+
+
+def _changing(state: Any) -> dict[str, Any]:
+    """The fields of a train state that a step changes."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "frozen"}
+
+
+def _mismatches(saved: Any, expected: Any) -> list[str]:
+    """Where two trees of arrays differ in path, shape or type."""
+
+    def flat(tree):
+        names = jax.tree_util.tree_leaves_with_path(tree)
+        return {
+            ".".join(str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", e)))) for e in path): leaf
+            for path, leaf in names
+        }
+
+    return mismatches(flat(saved), flat(expected), "is left over")
+
+
+def mismatches(found: Mapping[str, Any], expected: Mapping[str, Any], left_over: str) -> list[str]:
+    """Where named arrays, or what has their shape and dtype, differ; `left_over` is said of those not expected."""
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{name} {left_over}" for name in sorted(found.keys() - expected.keys())]
+    for name in sorted(found.keys() & expected.keys()):
+        got, want = found[name], expected[name]
+        if tuple(got.shape) != tuple(want.shape) or got.dtype != want.dtype:
+            problems.append(f"{name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}")
+    return problems
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())

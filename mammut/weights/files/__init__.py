@@ -1,0 +1,1 @@
+"""Tensor files of others, opened by their header: nothing in them is executed."""

@@ -1,0 +1,1 @@
+"""Other people's models, one module a format: configs, parameter names, tokenizers."""

@@ -1,0 +1,266 @@
+"""MAGMA's checkpoint (arXiv 2112.05253), the DeepSpeed file mp_rank_00_model_states.pt, or the tensors of it alone.
+
+Names are those of its public code, Aleph-Alpha-Research/magma; of a layer i, `h.i` standing for `lm.transformer.h.i`:
+
+    lm.transformer.wte.weight lm.transformer.ln_f.weight lm.lm_head.weight   GPT-J, by the names of GPT-Neo
+    h.i.attn.attention.q_proj.weight h.i.mlp.c_fc.weight                     maps of a layer without adapters
+    h.i.attn.attn_block.attention.q_proj.weight h.i.attn.adapter.0.weight    behind attention, a sequential adapter
+    h.i.mlp.0.c_fc.weight h.i.mlp.1.adapter.0.weight                         the same behind an MLP
+    h.i.mlp.module.c_fc.weight h.i.mlp.adapter.0.weight                      beside either, a parallel one, with
+    h.i.mlp.adapter_scale                                                    a factor where it is scaled
+    image_prefix.enc.conv1.weight image_prefix.proj.weight image_prefix.ln.weight   CLIP's ResNet, projection and norm
+    word_embedding.weight transformer.i.ln_1.weight                          embedding and layers under a second name
+
+The shapes tell the sizes. What they do not tell is that of GPT-J 6B and of the published training.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from mammut.config import AdapterConfig, DecoderConfig, ModelConfig, ResNetConfig
+from mammut.data.processor import ImageTransform, Processor
+from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
+from mammut.weights.formats.huggingface_tokenizer import open_tokenizer
+from mammut.weights.formats.resnets import clip_entries, stages
+from mammut.weights.tables import (
+    Entry,
+    Layout,
+    LazyTensors,
+    OpenedModel,
+    Reshaped,
+    Shape,
+    Table,
+    Tensors,
+    Transposed,
+    model_specs,
+    unused_notes,
+)
+
+_BLOCKS, _TOWER = "lm.transformer.h.", "image_prefix.enc."
+_SECOND_NAMES = {"word_embedding.": "lm.transformer.wte.", "transformer.": _BLOCKS}
+_IMAGE_SIZES = {96: 384, 80: 288}  # pixels, by the stem of CLIP's RN50x16 and RN50x4; others: 224
+_PREFIX_DROPOUT = 0.1
+# What stands in the place of an attention or MLP with an adapter: the module itself, and its adapter.
+_WRAPPED = {
+    "mlp": {"sequential": ("mlp.0", "mlp.1.adapter"), "parallel": ("mlp.module", "mlp.adapter")},
+    "attn": {"sequential": ("attn.attn_block", "attn.adapter"), "parallel": ("attn.module", "attn.adapter")},
+}
+_NOT_LEARNED = {
+    "attention.bias": "a causal mask, which is no parameter",
+    "attention.masked_bias": "a causal mask, which is no parameter",
+    "attention.sin": "rotary angles, which are no parameters",
+    "attention.cos": "rotary angles, which are no parameters",
+    "num_batches_tracked": "how many batches its statistics are of",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """An attention or MLP of every layer: what its names start with, and those of its adapter, if there is one."""
+
+    inner: str
+    adapter: str | None = None
+    kind: str | None = None
+    norm: bool = False
+
+    @property
+    def maps(self) -> tuple[str, str]:
+        """The adapter's two linear maps, children of a torch.nn.Sequential: a norm comes before, a ReLU between."""
+        return f"{self.adapter}.{int(self.norm)}", f"{self.adapter}.{2 + self.norm}"
+
+
+def is_magma(specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether these are tensors of such a model."""
+    return all(any(name.startswith(part) for name in specs) for part in ("lm.transformer.", "image_prefix."))
+
+
+def open_magma(
+    theirs: Tensors,
+    folder: pathlib.Path,
+    where: str,
+    *,
+    num_heads: int = 16,
+    rope_dims: int = 64,
+    max_length: int = 2048,
+) -> OpenedModel:
+    """The whole model, with its processor; nothing but headers has been read of the weights.
+
+    To read a tensor that has a second name raises CheckpointError where the two are not the same.
+
+    Args:
+      theirs: for which `is_magma` holds.
+      folder: where GPT-2's tokenizer.json, or its vocab.json and merges.txt, may lie.
+      where: the file, for errors.
+      num_heads: of a layer. This and the two below are GPT-J's: the tensors do not tell them.
+      rope_dims: how many of a head's numbers are turned by their position.
+      max_length: the positions of image and text together.
+
+    Raises:
+      CheckpointError: the tensors are not those of one such model; every mismatch is named. Or the tokenizer does not
+        fit them.
+    """
+    config, sites = _config(theirs.specs, where, num_heads=num_heads, rope_dims=rope_dims, max_length=max_length)
+    second = _second_names(theirs.specs)
+    rules = Table(
+        list(_entries(config, sites)),
+        _not_learned(theirs.specs) | dict.fromkeys(second.values(), "a second name of a tensor that is used"),
+        dict.fromkeys(("logit_scale", "logit_bias"), (0.0, "there is no contrastive pass")),
+    )
+    tensors = rules.to_ours(_compared(theirs, second, where), model_specs(config), where)
+    vocab_size = config.text.vocab_size - 1  # the last is <|image|>, which no text has
+    roles = ("bos", "eos", "pad")
+    try:
+        tokenizer = open_tokenizer(folder, {f"{role}_token_id": vocab_size - 1 for role in roles}, vocab_size)
+        transform = ImageTransform(config.vision.image_size, "shortest")
+        processor = Processor(tokenizer, transform, config.text_length)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    notes = [f"{name} is {value}: {reason}" for name, (value, reason) in rules.constant.items()]
+    return OpenedModel(config, tensors, processor, where, notes=(*unused_notes(rules.unused), *notes))
+
+
+def _config(specs: Mapping[str, TensorSpec], where: str, **told: int) -> tuple[ModelConfig, dict[str, _Site]]:
+    """What the shapes tell; that they fit each other is checked later, tensor by tensor."""
+
+    def shape(name: str, axes: int) -> Shape:
+        if name not in specs:
+            raise CheckpointError(f"{where} has no {name}, which tells a size of a MAGMA with CLIP's ResNet")
+        if len(specs[name].shape) != axes or 0 in specs[name].shape:
+            raise CheckpointError(f"{where}: {name} is {list(specs[name].shape)}, expected {axes} axes, none empty")
+        return tuple(specs[name].shape)
+
+    vocab_size, width = shape("lm.transformer.wte.weight", 2)
+    layers = {match[1] for match in map(re.compile(rf"{re.escape(_BLOCKS)}(\d+)\.").match, specs) if match}
+    sites = {site: _site(specs, site) for site in _WRAPPED}
+    adapters: dict[AdapterConfig, list[str]] = {}
+    stem = shape(f"{_TOWER}conv3.weight", 4)[0]
+    try:
+        for name, site in sites.items():
+            if site.kind is not None:
+                hidden = shape(f"{_BLOCKS}0.{site.maps[0]}.weight", 2)[0]
+                adapter = AdapterConfig(kind=site.kind, reduction=width // hidden, norm=site.norm)
+                adapters.setdefault(adapter, []).append(f"text.layers.{name}")
+        vision = ResNetConfig(
+            stem_width=stem,
+            stages=stages(specs, rf"{re.escape(_TOWER)}layer(\d+)\.(\d+)\.", where),
+            image_size=_IMAGE_SIZES.get(stem, 224),
+        )
+        text = DecoderConfig(
+            width=width,
+            depth=len(layers),
+            mlp_dim=shape(f"{_BLOCKS}0.{sites['mlp'].inner}.c_fc.weight", 2)[0],
+            norm_eps=1e-5,
+            attn_bias=False,
+            layout="parallel",
+            vocab_size=vocab_size,
+            cross_attn_every=0,
+            positions="rope",
+            tie_embeddings=False,
+            vocab_bias=True,
+            pooling="none",
+            **told,
+        )
+        config = ModelConfig(
+            vision=vision,
+            text=text,
+            image_projection="decoder",
+            conditioning="prefix",
+            prefix_dropout=_PREFIX_DROPOUT,
+            prefix_norm="image_prefix.ln.weight" in specs,
+            adapters=tuple(dataclasses.replace(adapter, sites=tuple(at)) for adapter, at in adapters.items()),
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{where} tells of a model that mammut does not have: {error}") from error
+    return config, sites
+
+
+def _site(specs: Mapping[str, TensorSpec], site: str) -> _Site:
+    for kind, (inner, adapter) in _WRAPPED[site].items():
+        if any(name.startswith(f"{_BLOCKS}0.{inner}.") for name in specs):
+            scaled = "scaled_" if f"{_BLOCKS}0.{site}.adapter_scale" in specs else ""
+            return _Site(inner, adapter, scaled + kind, norm=f"{_BLOCKS}0.{adapter}.1.weight" in specs)
+    return _Site(site)
+
+
+def _not_learned(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    return {name: why for name in specs for end, why in _NOT_LEARNED.items() if name.endswith(f".{end}")}
+
+
+def _second_names(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """The second name of each tensor that is there twice."""
+    second = {}
+    for name, spec in specs.items():
+        for start, first in _SECOND_NAMES.items():
+            original = first + name.removeprefix(start)
+            if name.startswith(start) and specs.get(original) == spec:
+                second[original] = name
+    return second
+
+
+def _compared(theirs: Tensors, second: Mapping[str, str], where: str) -> LazyTensors:
+    """`theirs`; to read a tensor whose `second` name holds others raises CheckpointError."""
+
+    def read(name: str) -> np.ndarray:
+        tensor = theirs.read(name)
+        if name in second:
+            other = theirs.read(second[name])
+            # Where PyTorch saved both they are one place of the file, which is not read twice.
+            one = tensor.__array_interface__ == other.__array_interface__
+            if not one and tensor.tobytes() != other.tobytes():
+                raise CheckpointError(f"{where}: {name} and {second[name]} differ, expected one tensor by two names")
+        return tensor
+
+    return LazyTensors(theirs.specs, read)
+
+
+def _affine(
+    theirs: str, ours: str, layer: int | None = None, layout: Layout = Transposed(), *, bias: bool = True
+) -> Iterable[Entry]:
+    """A torch.nn.Linear."""
+    yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), layout, layer)
+    if bias:
+        yield Entry(f"{theirs}.bias", (f"{ours}.bias",), layer=layer)
+
+
+def _norm(theirs: str, ours: str, layer: int | None = None) -> Iterable[Entry]:
+    yield Entry(f"{theirs}.weight", (f"{ours}.scale",), layer=layer)
+    yield Entry(f"{theirs}.bias", (f"{ours}.bias",), layer=layer)
+
+
+def _entries(config: ModelConfig, sites: Mapping[str, _Site]) -> Iterable[Entry]:
+    yield from clip_entries(config.vision, _TOWER)
+    yield from _affine("image_prefix.proj", "image_projection")
+    if config.prefix_norm:
+        yield from _norm("image_prefix.ln", "prefix_norm")
+    yield Entry("lm.transformer.wte.weight", ("text.token_embed.embedding",))
+    yield from _norm("lm.transformer.ln_f", "text.norm")
+    yield Entry("lm.lm_head.weight", ("text.vocab_head.kernel",), Transposed())
+    yield Entry("lm.lm_head.bias", ("text.vocab_head_bias",))
+    for i in range(config.text.depth):
+        block = f"{_BLOCKS}{i}"
+        attention, mlp = f"{block}.{sites['attn'].inner}.attention", f"{block}.{sites['mlp'].inner}"
+        yield from _norm(f"{block}.ln_1", "text.layers.attn_norm", i)
+        for name in ("query", "key", "value"):
+            yield from _affine(f"{attention}.{name[0]}_proj", f"text.layers.attn.{name}", i, bias=False)
+        yield from _affine(f"{attention}.out_proj", "text.layers.attn.out", i, Transposed(2), bias=False)
+        yield from _affine(f"{mlp}.c_fc", "text.layers.mlp.up", i)
+        yield from _affine(f"{mlp}.c_proj", "text.layers.mlp.down", i)
+        for name, site in sites.items():
+            if site.kind is not None:
+                yield from _adapter(block, name, site, i)
+
+
+def _adapter(block: str, name: str, site: _Site, layer: int) -> Iterable[Entry]:
+    ours = f"adapters.{AdapterConfig.name}.text/layers/{name}"
+    if site.norm:
+        yield from _norm(f"{block}.{site.adapter}.0", f"{ours}.norm", layer)
+    for theirs, part in zip(site.maps, ("down", "up")):
+        yield from _affine(f"{block}.{theirs}", f"{ours}.{part}", layer)
+    if site.kind == "scaled_parallel":
+        yield Entry(f"{block}.{name}.adapter_scale", (f"{ours}.scale",), Reshaped((1,)), layer)

@@ -1,0 +1,249 @@
+"""ResNet image encoders of others: CLIP's from open_clip's checkpoints, the norm-free one from timm's.
+
+Only the image encoder is taken, up to the grid of its last stage: of CLIP's not the attention pool, of timm's not the
+classifier. The weights tell the architecture.
+
+    visual.conv1.weight visual.layer1.0.conv1.weight ...   CLIP (RN50, RN101, RN50x4, RN50x16, RN50x64)
+    conv1.weight layer1.0.conv1.weight ...                 its `visual` alone
+    stem.conv.weight stages.0.0.conv1.gain ...             timm's nf_resnet26, nf_resnet50 and nf_resnet101
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mammut.config import ModelConfig, ResNetConfig
+from mammut.core.files import read_json_object
+from mammut.data.processor import ImageTransform, Processor
+from mammut.data.tokenizer import MissingTokenizer
+from mammut.weights.files.tensor_file import CheckpointError, TensorFile, TensorSpec
+from mammut.weights.formats.json_object import JsonObject, shown
+from mammut.weights.formats.open_clip_config import read_preprocess
+from mammut.weights.tables import Entry, OpenedModel, Reshaped, Same, Shape, Table, model_specs, unused_notes
+
+_IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its pixels, as timm has them
+_NF_SIZE = 256  # pixels that timm's nf_resnet50 was trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """The weight of a torch.nn.Conv2d, [outputs, inputs, height, width]; ours is [height, width, inputs, outputs]."""
+
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        """[outputs, inputs, height, width]."""
+        height, width, inputs, outputs = ours[0]
+        return outputs, inputs, height, width
+
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+        """Ours."""
+        return theirs.transpose(2, 3, 1, 0)
+
+    def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Theirs."""
+        return ours[0].transpose(3, 2, 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variances(Same):
+    """Numbers of which none is below zero."""
+
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+        """Ours.
+
+        Raises:
+          CheckpointError: there is a negative one.
+        """
+        if not (theirs >= 0).all():
+            raise CheckpointError(f"a batch norm's running_var holds {theirs.min()}, expected numbers of 0 or more")
+        return super().load(theirs, ours, place)
+
+
+def is_timm(path: pathlib.Path) -> bool:
+    """Whether `path` is a folder of timm's with a norm-free ResNet, as on the Hugging Face hub."""
+    path = pathlib.Path(path)
+    config = _timm_config(path) if os.path.isdir(path) else {}
+    return str(config.get("architecture", "")).startswith("nf_resnet")
+
+
+def is_resnet(specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether these are tensors of such an image encoder, with or without others beside."""
+    return _clip_prefix(specs) is not None or _is_norm_free(specs)
+
+
+def open_resnet(theirs: TensorFile, folder: pathlib.Path, config: Mapping[str, Any] | None, where: str) -> OpenedModel:
+    """The image encoder in a file of weights, and how it takes images.
+
+    Args:
+      theirs: for which `is_resnet` holds.
+      folder: what the file is in; of timm's, its config.json is read.
+      config: what `open_clip_config.json` holds, if there is one.
+      where: the file or folder, for errors.
+
+    Raises:
+      CheckpointError: the tensors are not those of one ResNet, or a config beside them is of another. Every mismatch is
+        named.
+    """
+    specs, prefix = theirs.specs, _clip_prefix(theirs.specs)
+    if prefix is not None:
+        vision, transform, notes = _clip(specs, prefix, config or {}, where)
+        unused = {name: _why_unused(name, prefix) for name in specs}
+        rules = Table(list(clip_entries(vision, prefix)), {name: why for name, why in unused.items() if why})
+    else:
+        vision, transform, notes = _norm_free(specs, folder, where)
+        unused = {name: "the classifier" for name in specs if name.startswith("head.")}
+        rules = Table(list(_norm_free_entries(vision)), unused)
+    model = ModelConfig(vision=vision)
+    ours = {name: spec for name, spec in model_specs(model).items() if name.startswith("vision.")}
+    tensors = rules.to_ours(theirs, ours, where)
+    # What is read of such a model is the image encoder and this transform.
+    tokenizer = MissingTokenizer((None, None, None), model.text.vocab_size, f"{where} is an image encoder")
+    processor = Processor(tokenizer, transform, model.text.max_length)
+    return OpenedModel(model, tensors, processor, where, ("vision",), notes=(*unused_notes(rules.unused), *notes))
+
+
+def _clip_prefix(specs: Mapping[str, TensorSpec]) -> str | None:
+    for prefix in ("visual.", ""):  # the third convolution of its stem tells it from other ResNets
+        if f"{prefix}conv3.weight" in specs and f"{prefix}layer1.0.conv1.weight" in specs:
+            return prefix
+    return None
+
+
+def _is_norm_free(specs: Mapping[str, TensorSpec]) -> bool:
+    return "stem.conv.gain" in specs and "stages.0.0.conv1.gain" in specs
+
+
+def _why_unused(name: str, prefix: str) -> str:
+    if not name.startswith(prefix):
+        return "of no image encoder"
+    if name.startswith(f"{prefix}attnpool."):
+        return "of the attention pool: the image tokens are what goes into it"
+    return "how many batches its statistics are of" if name.endswith(".num_batches_tracked") else ""
+
+
+def stages(specs: Mapping[str, TensorSpec], pattern: str, where: str) -> tuple[int, int, int, int]:
+    """How many bottlenecks each stage has; `pattern` finds the stage and the bottleneck in a name."""
+    blocks: dict[str, set[str]] = {}
+    for match in filter(None, map(re.compile(pattern).match, specs)):
+        blocks.setdefault(match[1], set()).add(match[2])
+    if len(blocks) != 4:
+        raise CheckpointError(f"{where} has a ResNet of {len(blocks)} stages, expected 4")
+    return tuple(len(blocks[stage]) for stage in sorted(blocks, key=int))
+
+
+def _config(where: str, **fields: Any) -> ResNetConfig:
+    try:
+        return ResNetConfig(**fields)
+    except ValueError as error:
+        raise CheckpointError(f"{where} tells of a model that mammut does not have: {error}") from error
+
+
+def _clip(
+    specs: Mapping[str, TensorSpec], prefix: str, config: Mapping[str, Any], where: str
+) -> tuple[ResNetConfig, ImageTransform, list[str]]:
+    problems: list[str] = []
+    image, notes = read_preprocess(config.get("preprocess_cfg"), problems), []
+    model_cfg = config.get("model_cfg") if isinstance(config.get("model_cfg"), dict) else {}
+    vision_cfg = model_cfg.get("vision_cfg") if isinstance(model_cfg.get("vision_cfg"), dict) else {}
+    told = vision_cfg.get("image_size")
+    pool = specs.get(f"{prefix}attnpool.positional_embedding")
+    if pool is not None:  # a position for each image token, and one for their mean
+        size = 32 * math.isqrt(max(pool.shape[0] - 1, 0))
+        if told not in (None, size):
+            problems.append(f"vision_cfg.image_size is {told}, the weights are of {size} pixels")
+    elif told is not None:
+        size = told
+    else:
+        size = ResNetConfig().image_size
+        notes.append(f"vision.image_size is {size}: the file does not tell it")
+    if problems:
+        raise CheckpointError(f"{where}: {'; '.join(problems)}")
+    vision = _config(
+        where, stem_width=specs[f"{prefix}conv3.weight"].shape[0],
+        stages=stages(specs, rf"{re.escape(prefix)}layer(\d+)\.(\d+)\.", where),
+        image_size=size, image_mean=image["mean"], image_std=image["std"],
+    )  # fmt: skip
+    return vision, ImageTransform(size, image["mode"], image["interpolation"], image["fill"]), notes
+
+
+def _timm_config(folder: pathlib.Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        return read_json_object(path) if path.exists() else {}
+    except CheckpointError:
+        return {}
+
+
+def _norm_free(
+    specs: Mapping[str, TensorSpec], folder: pathlib.Path, where: str
+) -> tuple[ResNetConfig, ImageTransform, list[str]]:
+    trained = _timm_config(folder).get("pretrained_cfg")
+    notes = [] if trained else [f"vision.image_size is {_NF_SIZE}: there is no config.json of timm's that tells it"]
+    problems: list[str] = []
+    cfg = JsonObject("pretrained_cfg", trained or {}, problems)
+    image = dict(zip(("mean", "std"), _IMAGENET)) | {
+        key: cfg.value(key) for key in ("mean", "std", "interpolation") if cfg.value(key) is not None
+    }
+    image = read_preprocess(image, problems, "pretrained_cfg")
+    sides = cfg.value("input_size", [3, _NF_SIZE, _NF_SIZE])
+    if not isinstance(sides, list) or sides[:1] != [3] or sides[1:] != 2 * sides[1:2] or type(sides[-1]) is not int:
+        cfg.refuse("input_size", "[3, N, N]")
+    if problems:
+        raise CheckpointError(f"{folder / 'config.json'}: {'; '.join(problems)}")
+    if cfg.value("crop_pct") not in (None, 1, 1.0):
+        share = shown(cfg.value("crop_pct"))
+        notes.append(f"pretrained_cfg.crop_pct is {share}, which is not used: images are cropped along one side alone")
+    vision = _config(
+        where, kind="nf", stem_width=specs["stem.conv.gain"].shape[0],
+        stages=stages(specs, r"stages\.(\d+)\.(\d+)\.", where),
+        image_size=sides[-1], image_mean=image["mean"], image_std=image["std"],
+    )  # fmt: skip
+    return vision, ImageTransform(sides[-1], image["mode"], image["interpolation"], image["fill"]), notes
+
+
+def _bottlenecks(config: ResNetConfig) -> Iterable[tuple[int, int, str, int | None]]:
+    """Every bottleneck: its stage, its place there, where ours is, its layer where ours is a stack."""
+    for stage, depth in enumerate(config.stages):
+        ours = f"vision.stage{stage + 1}"
+        yield stage, 0, f"{ours}.first", None
+        yield from ((stage, place, f"{ours}.others", place - 1) for place in range(1, depth))
+
+
+def clip_entries(config: ResNetConfig, prefix: str) -> Iterable[Entry]:
+    """Every tensor of CLIP's ResNet up to the grid of its last stage; `prefix` is what their names start with."""
+
+    def normed(convolution, norm, ours, layer=None):
+        yield Entry(f"{convolution}.weight", (f"{ours}.kernel",), Convolution(), layer)
+        yield Entry(f"{norm}.weight", (f"{ours}.scale",), layer=layer)
+        yield Entry(f"{norm}.bias", (f"{ours}.bias",), layer=layer)
+        yield Entry(f"{norm}.running_mean", (f"{ours}.mean",), layer=layer)
+        yield Entry(f"{norm}.running_var", (f"{ours}.variance",), Variances(), layer)
+
+    for i in (1, 2, 3):
+        yield from normed(f"{prefix}conv{i}", f"{prefix}bn{i}", f"vision.stem.conv{i}")
+    for stage, place, ours, layer in _bottlenecks(config):
+        theirs = f"{prefix}layer{stage + 1}.{place}"
+        for i in (1, 2, 3):
+            yield from normed(f"{theirs}.conv{i}", f"{theirs}.bn{i}", f"{ours}.conv{i}", layer)
+        if place == 0:
+            yield from normed(f"{theirs}.downsample.0", f"{theirs}.downsample.1", f"{ours}.shortcut")
+
+
+def _norm_free_entries(config: ResNetConfig) -> Iterable[Entry]:
+    def standardised(theirs, ours, outputs, layer=None):
+        yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), Convolution(), layer)
+        yield Entry(f"{theirs}.bias", (f"{ours}.bias",), layer=layer)
+        yield Entry(f"{theirs}.gain", (f"{ours}.gain",), Reshaped((outputs, 1, 1, 1)), layer)
+
+    yield from standardised("stem.conv", "vision.stem.conv", config.stem_width)
+    for stage, place, ours, layer in _bottlenecks(config):
+        theirs, width = f"stages.{stage}.{place}", config.stem_width * 2**stage
+        for i, outputs in ((1, width), (2, width), (3, 4 * width)):
+            yield from standardised(f"{theirs}.conv{i}", f"{ours}.conv{i}", outputs, layer)
+        if place == 0:
+            yield from standardised(f"{theirs}.downsample.conv", f"{ours}.shortcut", 4 * width)
