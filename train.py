@@ -33,11 +33,13 @@ from mammut.performance.out_of_memory import enough_memory
 from mammut.training.log import RunLog
 from mammut.training.new_processor import shared_processor
 from mammut.training.run import Run, require_same, resolve, stages
-from mammut.training.step import Trainer, TrainState, make_trainer, start_report, untrained_towers
+from mammut.training.run_folder import position_of_all, position_of_one, require_shared, write_run
+from mammut.training.start_report import start_report, untrained_towers
+from mammut.training.step import Trainer, TrainState, make_trainer
 from mammut.training.tasks import TASKS
 from mammut.training.validation import Evaluator
 from mammut.weights import model_folder
-from mammut.weights.checkpoints import Checkpoints, position_of_all, position_of_one, require_shared, write_run
+from mammut.weights.checkpoints import Checkpoints
 from mammut.weights.model_card import write_card
 from mammut.weights.warm_start import WarmStart, warm_start
 

@@ -12,8 +12,7 @@ import pathlib
 import sys
 
 from eval import program
-from mammut.evaluation.predictor import Method
-from mammut.training.validation import class_names
+from mammut.evaluation.classification import Method, class_names
 
 
 @dataclasses.dataclass(frozen=True)

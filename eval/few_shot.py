@@ -4,7 +4,8 @@ import dataclasses
 
 from eval import program
 from mammut.config import Field
-from mammut.data.sources import Source, open_source
+from mammut.data.examples import Source
+from mammut.data.sources import open_source
 from mammut.evaluation.few_shot import FewShot
 from mammut.evaluation.predictor import Predictor
 

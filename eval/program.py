@@ -18,7 +18,8 @@ import tyro
 import mammut
 from mammut.config import Field, MeshConfig
 from mammut.core import distributed, sharding
-from mammut.data.sources import Source, open_source
+from mammut.data.examples import Source
+from mammut.data.sources import open_source
 from mammut.evaluation.predictions import Predictions, Task
 from mammut.evaluation.predictor import Predictor, place
 from mammut.evaluation.scoring import Scores, require_same_set, save_scores, score

@@ -154,7 +154,8 @@ def reading(options: Options, model: ModelConfig, processor: mammut.Processor | 
     """Images/s of --data, decoded and cropped as in training."""
     from mammut import testing
     from mammut.data import sources
-    from mammut.data.batches import TrainBatches, measure_reading
+    from mammut.data.batches import TrainBatches
+    from mammut.performance.reading_time import measure_reading
 
     source = sources.open_source(options.data, image_size=model.vision.image_size, field="captions")
     processor = processor or testing.tiny_processor(model)

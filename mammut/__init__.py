@@ -5,21 +5,19 @@ TensorFlow and PyTorch never.
 """
 
 from mammut import presets
-from mammut.config import AdapterConfig, DecoderConfig, ModelConfig, ResNetConfig, TrainConfig, VisionConfig
-from mammut.data.processor import BadImage, ImageTransform, Processor
+from mammut.data.images import BadImage, ImageTransform
+from mammut.data.processor import Processor
 from mammut.generation.interleaved import generate_prompts
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import Text, answer, caption, generate_text
-from mammut.models.adapters import (
-    add_adapter,
-    load_adapter,
-    merge_adapter,
-    num_adapter_params,
-    remove_adapter,
-    save_adapter,
-    set_active_adapters,
-)
-from mammut.models.mammut import MaMMUT
+from mammut.models.adapter_modules import AdapterConfig
+from mammut.models.adapters import add_adapter, merge_adapter, num_adapter_params, remove_adapter, set_active_adapters
+from mammut.models.decoder import DecoderConfig
+from mammut.models.mammut import MaMMUT, ModelConfig
+from mammut.models.resnet import ResNetConfig
+from mammut.models.vit import VisionConfig
+from mammut.training.config import TrainConfig
+from mammut.weights.adapter_folder import load_adapter, save_adapter
 from mammut.weights.files.tensor_file import CheckpointError
 from mammut.weights.model_folder import load, load_language_model, save
 

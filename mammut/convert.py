@@ -17,7 +17,7 @@ import numpy as np
 from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.formats import open_clip_export
 from mammut.weights.model_folder import open_model, save_opened
-from mammut.weights.tables import LazyTensors, OpenedModel, model_specs, rounded
+from mammut.weights.opened import LazyTensors, OpenedModel, model_specs, rounded
 
 
 @dataclasses.dataclass(frozen=True)

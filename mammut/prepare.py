@@ -13,10 +13,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from mammut.config import DataConfig
 from mammut.data.batches import describe_bad
-from mammut.data.processor import BadImage, ImageTransform
-from mammut.data.sources import BadExample, Source, open_source
+from mammut.data.config import DataConfig
+from mammut.data.examples import BadExample, Source
+from mammut.data.images import BadImage, ImageTransform
+from mammut.data.sources import open_source
 
 _VERSION = "1.0.0"
 

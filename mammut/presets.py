@@ -8,7 +8,11 @@ which it does not state, are ours (16 pixels, 64-wide heads, 64,000 pieces).
 (`TrainConfig.init_text`); what of it all is trained, the recipes of the same names say (`TrainConfig.trainable`).
 """
 
-from mammut.config import AdapterConfig, DecoderConfig, ModelConfig, ResNetConfig, VisionConfig
+from mammut.models.adapter_modules import AdapterConfig
+from mammut.models.decoder import DecoderConfig
+from mammut.models.mammut import ModelConfig
+from mammut.models.resnet import ResNetConfig
+from mammut.models.vit import VisionConfig
 
 
 def _vit(patch_size: int, width: int, depth: int, image_size: int = 224) -> VisionConfig:

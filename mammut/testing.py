@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mammut.config import DecoderConfig, ModelConfig, VisionConfig
-from mammut.data.processor import ImageTransform, Processor
+from mammut.data.images import ImageTransform
+from mammut.data.processor import Processor
 from mammut.data.tokenizer import train_sentencepiece
-from mammut.models.mammut import MaMMUT
+from mammut.models.decoder import DecoderConfig
+from mammut.models.mammut import MaMMUT, ModelConfig
+from mammut.models.vit import VisionConfig
 
 
 def tiny_config() -> ModelConfig:

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.formats import open_clip
-from mammut.weights.tables import LazyTensors, model_specs
+from mammut.weights.opened import LazyTensors, model_specs
 
 VISION = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "output_tokens": True}
 MAMMUT_VISION = VISION | {"pool_type": "avg", "final_ln_after_pool": True}

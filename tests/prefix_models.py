@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 
 from mammut.config import ModelConfig
-from mammut.data.processor import ImageTransform, Processor
+from mammut.data.images import ImageTransform
+from mammut.data.processor import Processor
 from mammut.data.tokenizer import train_sentencepiece
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config, tiny_model

@@ -16,9 +16,10 @@ from mammut.config import AdapterConfig, MeshConfig, ModelConfig
 from mammut.core import sharding
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import generate
-from mammut.models.adapters import base_hash
+from mammut.models.cached_decoder import cached_step, prefill
 from mammut.models.mammut import MaMMUT, logical_axes
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
+from mammut.weights.adapter_folder import base_hash
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -162,10 +163,10 @@ def test_cached_steps_are_adapted_as_the_whole_pass_is(config):
     def both(model):
         image, decoder = model.image_tokens(IMAGE).tokens, model.decoder
         whole = decoder.caption_pass(tokens, jnp.ones(tokens.shape, bool), image)
-        first, cache = decoder.prefill(tokens[:, :begun], image, tokens.shape[1])
+        first, cache = prefill(decoder, tokens[:, :begun], image, tokens.shape[1])
         steps = [first[:, -begun:]]
         for position in range(begun, tokens.shape[1]):
-            row, cache = decoder.cached_step(tokens[:, position], jnp.int32(position), cache)
+            row, cache = cached_step(decoder, tokens[:, position], jnp.int32(position), cache)
             steps.append(row[:, None])
         return {"features": jnp.concatenate(steps, axis=1)}, {"features": whole}
 

@@ -17,7 +17,7 @@ from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.formats.huggingface import model_config
 from mammut.weights.formats.huggingface_config import decoder_config
 from mammut.weights.formats.huggingface_tables import table
-from mammut.weights.tables import LazyTensors, model_specs
+from mammut.weights.opened import LazyTensors, model_specs
 
 REASON = "the test extra is not installed"
 torch = pytest.importorskip("torch", reason=REASON)

@@ -12,8 +12,10 @@ from flax import nnx
 
 from mammut.config import DecoderConfig, LossConfig, MeshConfig, ModelConfig, VisionConfig
 from mammut.core import sharding
-from mammut.evaluation.predictor import _text_logprob
-from mammut.models.mammut import MaMMUT, forward_flops, logical_axes, num_params
+from mammut.generation.likelihood import _text_logprob
+from mammut.models.cached_decoder import cached_step, prefill
+from mammut.models.flops import forward_flops, num_params
+from mammut.models.mammut import MaMMUT, logical_axes
 from mammut.testing import tiny_batch, tiny_model
 from mammut.training.tasks import ImageTextTask, TextTask
 
@@ -138,10 +140,10 @@ def call(name: str, method: str, *args) -> np.ndarray:
 def _cached_logits(graphdef, params, image, tokens):
     """Logits of every position, from a prompt of two tokens and then one token at a time."""
     model = nnx.merge(graphdef, params)
-    features, cache = model.text.prefill(tokens[:, :2], model.image_tokens(image).tokens, tokens.shape[1])
+    features, cache = prefill(model.text, tokens[:, :2], model.image_tokens(image).tokens, tokens.shape[1])
     out = [model.text.logits(features[:, -2]), model.text.logits(features[:, -1])]  # a prefix stands before them
     for position in range(2, tokens.shape[1]):
-        features, cache = model.text.cached_step(tokens[:, position], jnp.int32(position), cache)
+        features, cache = cached_step(model.text, tokens[:, position], jnp.int32(position), cache)
         out.append(model.text.logits(features))
     return jnp.stack(out, axis=1)
 

@@ -19,8 +19,8 @@ from mammut.models.losses import contrastive_logits, sigmoid_contrastive
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 from mammut.weights.model_folder import save
-from mammut.weights.tables import model_specs
-from mammut.weights.warm_start import resample_positions
+from mammut.weights.opened import model_specs
+from mammut.weights.resample import resample_positions
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

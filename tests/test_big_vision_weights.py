@@ -13,13 +13,14 @@ import scipy.ndimage
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mammut.models.image_encoder import EncoderOutput
 from mammut.models.mammut import MaMMUT
-from mammut.models.vit import EncoderOutput
 from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
 from mammut.weights.formats.big_vision import open_model
 from mammut.weights.formats.big_vision_tables import Found, cappa, two_towers
 from mammut.weights.model_folder import load, place, save
-from mammut.weights.tables import OpenedModel, Table
+from mammut.weights.opened import OpenedModel
+from mammut.weights.tables import Table
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

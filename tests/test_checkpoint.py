@@ -20,9 +20,10 @@ import mammut
 from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mammut.core import sharding
 from mammut.testing import tiny_config, tiny_processor
+from mammut.training.run_folder import read_run, write_run
 from mammut.training.step import TrainState, make_trainer
 from mammut.training.tasks import ImageTextTask
-from mammut.weights.checkpoints import CheckpointError, Checkpoints, read_run, write_run
+from mammut.weights.checkpoints import CheckpointError, Checkpoints
 
 TEXTS = ["one red circle on the left", "two squares", ""]
 CONFIG = TrainConfig(model=tiny_config(), data=DataConfig(batch_size=8), steps=10)

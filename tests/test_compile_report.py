@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from mammut import presets
 from mammut.config import DataConfig, DecoderConfig, MeshConfig, ModelConfig, TrainConfig, VisionConfig
 from mammut.core import sharding
-from mammut.models.mammut import forward_flops
+from mammut.models.flops import forward_flops
 from mammut.performance import chips
 from mammut.performance.chips import Chip, find_chip
 from mammut.performance.compile_report import compile_report, estimate, step_flops, topology_devices

@@ -19,7 +19,8 @@ from mammut import prepare
 from mammut.config import DataConfig
 from mammut.data import batches as data
 from mammut.data import sources, synthetic
-from mammut.data.processor import ImageTransform, Processor
+from mammut.data.images import ImageTransform
+from mammut.data.processor import Processor
 from mammut.data.tokenizer import train_sentencepiece
 from mammut.testing import shared_dir
 from mammut.training.log import RunLog

@@ -20,9 +20,10 @@ import pytest
 from mammut.config import MeshConfig
 from mammut.core import distributed, sharding
 from mammut.core.distributed import Processes
+from mammut.training.run_folder import position_of_all, position_of_one, read_run
 from mammut.training.step import make_trainer
 from mammut.training.tasks import ImageTextTask
-from mammut.weights.checkpoints import Checkpoints, Restored, position_of_all, position_of_one, read_run
+from mammut.weights.checkpoints import Checkpoints, Restored
 from mammut.weights.model_folder import load
 
 pytestmark = pytest.mark.long

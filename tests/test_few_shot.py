@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mammut.data.processor import BadImage
-from mammut.data.sources import BadExample, Example, Question, Source
+from mammut.data.examples import BadExample, Example, Question, Source
+from mammut.data.images import BadImage
 from mammut.evaluation.few_shot import FewShot, Query, answer_part
 
 

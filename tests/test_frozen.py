@@ -19,16 +19,12 @@ from mammut.config import AdapterConfig, DataConfig, MeshConfig, OptimizerConfig
 from mammut.core import params as partition
 from mammut.core import sharding
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
-from mammut.training.step import (
-    Trainer,
-    TrainState,
-    learning_rate_schedule,
-    make_optimizer,
-    make_trainer,
-    untrained_towers,
-)
+from mammut.training.optimizer import learning_rate_schedule, make_optimizer
+from mammut.training.run_folder import write_run
+from mammut.training.start_report import untrained_towers
+from mammut.training.step import Trainer, TrainState, make_trainer
 from mammut.training.tasks import TASKS
-from mammut.weights.checkpoints import CheckpointError, Checkpoints, write_run
+from mammut.weights.checkpoints import CheckpointError, Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -12,7 +12,8 @@ from test_architectures import CONFIGS, matrix_flops
 
 from mammut.config import LossConfig, MeshConfig, ModelConfig
 from mammut.core import sharding
-from mammut.models.mammut import MaMMUT, forward_flops, logical_axes
+from mammut.models.flops import forward_flops
+from mammut.models.mammut import MaMMUT, logical_axes
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 from mammut.training.tasks import ImageTextTask
 

@@ -14,16 +14,18 @@ import pytest
 
 import mammut
 from mammut.config import DecoderConfig, ModelConfig, VisionConfig
-from mammut.data.processor import ImageTransform, Processor
+from mammut.data.images import ImageTransform
+from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer, restore_tokenizer
 from mammut.models import losses
+from mammut.models.cached_decoder import cached_step, prefill
 from mammut.models.decoder import TextDecoder
 from mammut.testing import tiny_model, tiny_processor
 from mammut.weights.files.tensor_file import CheckpointError, TensorSpec, open_tensors, write_safetensors
 from mammut.weights.formats.huggingface_config import decoder_config
 from mammut.weights.formats.huggingface_tables import table
 from mammut.weights.model_folder import open_model, read_model_config
-from mammut.weights.tables import model_specs
+from mammut.weights.opened import model_specs
 from mammut.weights.warm_start import start_config, warm_start
 
 torch = pytest.importorskip("torch", reason="the models to compare with are PyTorch's")
@@ -89,12 +91,12 @@ def pair(request, tmp_path_factory) -> Pair:
 
     @jax.jit
     def start(prefix, prefix_valid):
-        x, cache = ours.prefill(START, prefix, START.shape[1] + STEPS, prefix_valid)
+        x, cache = prefill(ours, START, prefix, START.shape[1] + STEPS, prefix_valid)
         return ours.logits(x[:, PREFIX.shape[1] - 1 :]), cache
 
     @jax.jit
     def step(tokens, position, cache):
-        x, cache = ours.cached_step(tokens, position, cache)
+        x, cache = cached_step(ours, tokens, position, cache)
         return ours.logits(x), cache
 
     return Pair(theirs, ours, folder, start, step)

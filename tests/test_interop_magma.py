@@ -17,13 +17,13 @@ import mammut
 from mammut import presets
 from mammut.config import AdapterConfig, ResNetConfig
 from mammut.convert import convert
-from mammut.data.processor import ImageTransform
+from mammut.data.images import ImageTransform
 from mammut.data.tokenizer import MissingTokenizer
-from mammut.models.mammut import num_params
+from mammut.models.flops import num_params
 from mammut.weights.files.tensor_file import CheckpointError, TensorSpec, open_tensors, write_safetensors
 from mammut.weights.formats.magma import open_magma
 from mammut.weights.model_folder import open_model, place
-from mammut.weights.tables import LazyTensors, model_specs
+from mammut.weights.opened import LazyTensors, model_specs
 
 torch = pytest.importorskip("torch", reason="MAGMA is a PyTorch model")
 nn = torch.nn

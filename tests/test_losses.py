@@ -12,13 +12,13 @@ from mammut.config import LossConfig, MeshConfig
 from mammut.core.sharding import batch_sharding, make_mesh, partition_spec
 from mammut.models.losses import (
     caption_loss,
+    caption_sum,
     contrastive_logits,
     focal_contrastive,
     sigmoid_contrastive,
     softmax_contrastive,
     summed_caption_loss,
 )
-from mammut.training.tasks import caption_sum
 
 # What is here is compiled more than it is run.
 pytestmark = pytest.mark.usefixtures("quick_compilation")

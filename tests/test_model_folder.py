@@ -22,11 +22,11 @@ from mammut.config import MeshConfig
 from mammut.core import sharding
 from mammut.data.tokenizer import MissingTokenizer
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
-from mammut.weights.checkpoints import read_run, write_run
+from mammut.training.run_folder import read_run, write_run
 from mammut.weights.files.tensor_file import CheckpointError
 from mammut.weights.model_card import write_card
 from mammut.weights.model_folder import model_specs, open_model, save_opened
-from mammut.weights.tables import LazyTensors, OpenedModel
+from mammut.weights.opened import LazyTensors, OpenedModel
 
 TEXTS = ["one red circle on the left", "two squares", ""]
 

@@ -19,7 +19,8 @@ from open_clip_models import COCA, CONFIGS, open_specs, original_package, random
 from safetensors.numpy import load_file
 
 from mammut.config import LossConfig
-from mammut.data.processor import ImageTransform, Processor
+from mammut.data.images import ImageTransform
+from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import generate
@@ -29,7 +30,7 @@ from mammut.training.tasks import ImageTextTask
 from mammut.weights.files.tensor_file import CheckpointError, open_tensors
 from mammut.weights.formats import open_clip
 from mammut.weights.formats.open_clip_config import OPENMAMMUT_SIZES
-from mammut.weights.tables import LazyTensors, OpenedModel
+from mammut.weights.opened import LazyTensors, OpenedModel
 
 FIXTURES = "mammut_v1_mlp", "mammut2_classic", "mammut2_modern", "coca"
 

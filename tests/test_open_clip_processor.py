@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from open_clip_models import CONFIGS, JSON, MODERN, changed, random_arrays, write_folder
 from safetensors.numpy import load_file
 
-from mammut.data.processor import ImageTransform, Processor
+from mammut.data.images import ImageTransform
+from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer, load_tokenizer
 from mammut.testing import tiny_processor
 from mammut.weights.files.tensor_file import CheckpointError

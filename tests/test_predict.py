@@ -9,7 +9,7 @@ from flax import nnx
 import mammut
 from mammut.config import MeshConfig
 from mammut.core import sharding
-from mammut.data.sources import BadExample, Example, Question, Source
+from mammut.data.examples import BadExample, Example, Question, Source
 from mammut.evaluation.predictor import Predictor, place
 from mammut.generation.search import GenerateConfig
 from mammut.testing import tiny_model, tiny_processor

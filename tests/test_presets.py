@@ -11,7 +11,8 @@ from flax import nnx
 
 from mammut import presets
 from mammut.config import ModelConfig
-from mammut.models.mammut import MaMMUT, forward_flops, num_params
+from mammut.models.flops import forward_flops, num_params
+from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config, tiny_model
 
 NAMES = [name for name, function in inspect.getmembers(presets, inspect.isfunction) if not name.startswith("_")]

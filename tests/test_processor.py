@@ -16,7 +16,8 @@ import PIL.Image
 import pytest
 from safetensors.numpy import load_file
 
-from mammut.data.processor import BadImage, ImageTransform, Processor
+from mammut.data.images import BadImage, ImageTransform
+from mammut.data.processor import Processor
 from mammut.data.tokenizer import load_tokenizer, train_sentencepiece
 from mammut.testing import shared_dir
 

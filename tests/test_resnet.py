@@ -24,15 +24,16 @@ from mammut.config import (
 )
 from mammut.core import sharding
 from mammut.core.sharding import param_shardings
-from mammut.models.layers import Dtypes
-from mammut.models.mammut import forward_flops, logical_axes
-from mammut.models.resnet import ResNet, resnet_flops
+from mammut.models.compute import Dtypes
+from mammut.models.flops import forward_flops, resnet_flops
+from mammut.models.mammut import logical_axes
+from mammut.models.resnet import ResNet
 from mammut.pages.word_maps import word_maps
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 from mammut.training.run import parse_overrides
 from mammut.training.step import make_trainer
 from mammut.training.tasks import ImageTextTask
-from mammut.weights.tables import model_specs
+from mammut.weights.opened import model_specs
 
 CLIP = ResNetConfig(stem_width=8, stages=(1, 2, 1, 1), image_size=64)
 NORM_FREE = ResNetConfig(kind="nf", stem_width=8, stages=(1, 3, 1, 1), image_size=64)

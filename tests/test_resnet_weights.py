@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 import mammut
 from mammut.config import DecoderConfig, ModelConfig, ResNetConfig, TrainConfig, VisionConfig
-from mammut.data.processor import ImageTransform
+from mammut.data.images import ImageTransform
 from mammut.data.sources import open_source
-from mammut.models.layers import Dtypes
+from mammut.models.compute import Dtypes
 from mammut.models.resnet import ResNet
 from mammut.testing import tiny_config
 from mammut.training.new_processor import make_processor
@@ -24,8 +24,9 @@ from mammut.training.run import with_overrides
 from mammut.weights.files.tensor_file import CheckpointError
 from mammut.weights.formats.open_clip import to_open_clip
 from mammut.weights.model_folder import open_model, read_model_config
-from mammut.weights.tables import OpenedModel
-from mammut.weights.warm_start import at_image_size, warm_start
+from mammut.weights.opened import OpenedModel
+from mammut.weights.resample import at_image_size
+from mammut.weights.warm_start import warm_start
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CLIP = ResNetConfig(stem_width=8, stages=(1, 2, 1, 1), image_size=64)

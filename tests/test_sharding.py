@@ -13,11 +13,13 @@ from jax.sharding import PartitionSpec
 from mammut.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mammut.core import sharding
 from mammut.core.sharding import partition_spec
-from mammut.models.mammut import num_params
+from mammut.models.flops import num_params
+from mammut.models.losses import caption_sum
 from mammut.performance.hlo import Program
 from mammut.testing import tiny_batch, tiny_config, tiny_model
-from mammut.training.step import TrainState, make_optimizer, make_trainer
-from mammut.training.tasks import ImageTextTask, caption_sum
+from mammut.training.optimizer import make_optimizer
+from mammut.training.step import TrainState, make_trainer
+from mammut.training.tasks import ImageTextTask
 
 CONFIG = TrainConfig(
     model=tiny_config(),

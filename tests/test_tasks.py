@@ -14,7 +14,8 @@ from mammut.core import sharding
 from mammut.data import sources
 from mammut.data.batches import TooManyBadExamples, TrainBatches
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
-from mammut.training.step import accumulated_text_gradients, make_trainer
+from mammut.training.accumulation import accumulated_text_gradients
+from mammut.training.step import make_trainer
 from mammut.training.tasks import TASKS, TextTask
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -27,18 +27,20 @@ from mammut.config import MeshConfig, TokenizerConfig, TrainConfig
 from mammut.core import params as partition
 from mammut.core import sharding
 from mammut.data import synthetic
-from mammut.data.processor import ImageTransform, Processor
+from mammut.data.images import ImageTransform
+from mammut.data.processor import Processor
 from mammut.data.sources import open_source
 from mammut.evaluation.predictions import Predictions
 from mammut.performance.out_of_memory import enough_memory, out_of_memory_advice
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 from mammut.training import new_processor as run_processor
 from mammut.training import run as recipes
+from mammut.training.run_folder import read_run, write_run
 from mammut.training.step import TrainState, make_trainer
 from mammut.training.tasks import ImageTextTask
-from mammut.weights.checkpoints import Checkpoints, Restored, read_run, write_run
+from mammut.weights.checkpoints import Checkpoints, Restored
 from mammut.weights.model_folder import open_model
-from mammut.weights.warm_start import resample_positions
+from mammut.weights.resample import resample_positions
 
 TRAIN = pathlib.Path(__file__).parents[1] / "train.py"
 STEPS, BATCH = 30, 16

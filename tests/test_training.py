@@ -17,14 +17,9 @@ from mammut.core import sharding
 from mammut.evaluation.metrics.rankings import retrieval_recall
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_batch, tiny_config, tiny_model
-from mammut.training.step import (
-    Trainer,
-    TrainState,
-    accumulated_gradients,
-    learning_rate_schedule,
-    make_optimizer,
-    make_trainer,
-)
+from mammut.training.accumulation import accumulated_gradients
+from mammut.training.optimizer import learning_rate_schedule, make_optimizer
+from mammut.training.step import Trainer, TrainState, make_trainer
 from mammut.training.tasks import ImageTextTask
 
 BATCH = jax.tree.map(jnp.asarray, tiny_batch(batch_size=8))

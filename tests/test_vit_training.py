@@ -15,8 +15,9 @@ from mammut import presets
 from mammut.config import ModelConfig
 from mammut.models import attention_kernels as kernels
 from mammut.models import vit
-from mammut.models.attention_kernels import attention_kernel, image_attention_kernel
-from mammut.models.mammut import MaMMUT, forward_flops
+from mammut.models.attention_kernels import attention_kernel
+from mammut.models.flops import forward_flops
+from mammut.models.mammut import MaMMUT, image_attention_kernel
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -26,8 +26,9 @@ from mammut.testing import tiny_config, tiny_model, tiny_processor
 from mammut.training.step import make_trainer
 from mammut.training.tasks import ImageTextTask
 from mammut.weights.files.tensor_file import TensorSpec
-from mammut.weights.tables import LazyTensors, OpenedModel
-from mammut.weights.warm_start import at_image_size, resample_patches, resample_positions, start_config, warm_start
+from mammut.weights.opened import LazyTensors, OpenedModel
+from mammut.weights.resample import at_image_size, resample_patches, resample_positions
+from mammut.weights.warm_start import start_config, warm_start
 
 CONFIG = tiny_config()
 WHOLE = "vision", "text", "rest"

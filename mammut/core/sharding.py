@@ -5,6 +5,7 @@ mesh has `AxisType.Auto` axes: the compiler places everything that is not constr
 shardings are part of array types, and an embedding gather needs one of its own.)
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,8 +13,6 @@ import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-from mammut.config import MeshConfig
 
 MESH_AXES = ("data", "fsdp", "model")
 
@@ -32,6 +31,27 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_size": (),
     "rank": (),
 }
+
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1, at most once, takes all that are left."""
+
+    data: int = -1  # batch split, parameters replicated
+    fsdp: int = 1  # batch split, parameters split
+    model: int = 1  # heads, MLP and vocabulary split
+
+    def sizes(self, num_devices: int) -> tuple[int, int, int]:
+        """The three sizes for `num_devices`; raises ValueError when they do not multiply to it."""
+        sizes = dataclasses.astuple(self)
+        known = math.prod(size for size in sizes if size != -1)
+        if sizes.count(-1) == 1 and known > 0 and num_devices % known == 0:
+            sizes = tuple(num_devices // known if size == -1 else size for size in sizes)
+        if min(sizes) < 1 or math.prod(sizes) != num_devices:
+            given = " x ".join(map(str, dataclasses.astuple(self)))
+            raise ValueError(f"mesh.data x fsdp x model is {given}, expected a product of {num_devices} devices")
+        return sizes
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mammut.config import Field
+from mammut.data.config import Field
 
 FORMS: dict[str, tuple[Field, str]] = {  # the field on offer, and what follows the kind and a colon in a spec
     "coco": ("captions", "ANNOTATIONS.json,IMAGES"),

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mammut.data.processor import BadImage
-from mammut.data.sources import BadExample, Question, Source
+from mammut.data.examples import BadExample, Question, Source
+from mammut.data.images import BadImage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,11 +19,14 @@ from jax.sharding import Mesh
 
 from mammut.core import distributed, sharding
 from mammut.data.batches import EvalBatch, describe_bad, eval_batches
+from mammut.data.examples import Example, Question, Source
 from mammut.data.processor import Processor
-from mammut.data.sources import Example, Question, Source
+from mammut.evaluation.classification import Method
 from mammut.evaluation.few_shot import FewShot, Query, answer_part
+from mammut.evaluation.generated_texts import _TOO_LONG, _ahead, _settings
 from mammut.evaluation.metrics.rankings import nearest
 from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.retrieval import _RANKED, _ranking
 from mammut.generation.interleaved import (
     EncodedPrompt,
     encode_prompt,
@@ -33,16 +36,10 @@ from mammut.generation.interleaved import (
     prompt_room,
     require_room,
 )
+from mammut.generation.likelihood import _text_logprob
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import generate
-from mammut.models.losses import caption_loss
 from mammut.models.mammut import MaMMUT, logical_axes
-from mammut.training.tasks import labels
-
-Method = Literal["contrastive", "likelihood"]
-
-_TOO_LONG = {"prediction": "", "logprob": 0.0, "too_long": True}  # what is said of what does not fit the context
-_RANKED = 10  # of the candidates of a query, so many are kept: recall at 10 needs no more
 
 
 def place(model: MaMMUT, mesh: Mesh) -> tuple[Callable[[Any], MaMMUT], Any]:
@@ -478,24 +475,6 @@ class Predictor:
         return np.asarray(self._call(function, params, *args))
 
 
-def _text_logprob(model: MaMMUT, image_tokens, rows, tokens, text_valid) -> jax.Array:
-    """log P of each text given the image at its row of `image_tokens`: float[R]."""
-    features = model.decoder.caption_pass(tokens, text_valid, image_tokens[rows])
-    targets, loss_mask = labels(model, {"tokens": tokens, "text_valid": text_valid})
-    head = {"vocab_kernel": model.text.vocab_kernel, "vocab_bias": model.text.vocab_bias}
-    return -caption_loss(features, labels=targets, loss_mask=loss_mask, **head).sum(1)
-
-
-def _ranking(ranked: np.ndarray, scores: np.ndarray) -> dict[str, list]:
-    return {"ranked": ranked.tolist(), "scores": scores.tolist()}
-
-
-def _settings(config: GenerateConfig) -> dict[str, Any]:
-    """The fields of a GenerateConfig that are not at their default."""
-    defaults = GenerateConfig()
-    return {name: value for name, value in vars(config).items() if value != getattr(defaults, name)}
-
-
 def _require_slot(text: str, what: str) -> None:
     if "{}" not in text:
         raise ValueError(f"the {what} is {text!r}, expected a text with {{}} in it")
@@ -519,11 +498,3 @@ def _chunked(rows: Iterable, size: int) -> Iterator[list]:
         yield chunk
 
 
-def _ahead(items: Iterable) -> Iterator:
-    """`items`, the next of which is started before the one before is used."""
-    started = collections.deque()
-    for item in items:
-        started.append(item)
-        if len(started) > 1:
-            yield started.popleft()
-    yield from started

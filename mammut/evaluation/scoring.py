@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import Any
 
-from mammut.data.sources import BadExample, Source
+from mammut.data.examples import BadExample, Source
 from mammut.evaluation.metrics.captions import caption_scores
 from mammut.evaluation.metrics.rankings import classification_scores, ranking_recall
 from mammut.evaluation.metrics.vqa import magma_truncated_accuracy, vqa_scores

@@ -17,12 +17,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int, Int32, Key, UInt8
 
-from mammut.config import ModelConfig
 from mammut.core.typing import Array
 from mammut.data.processor import Processor
 from mammut.generation.search import GenerateConfig, Generation
 from mammut.generation.text import Text, generate_after, require_same_vocabulary, texts_of
-from mammut.models.mammut import MaMMUT
+from mammut.models.mammut import MaMMUT, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

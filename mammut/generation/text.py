@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int, Key
 from mammut.core.typing import Array
 from mammut.data.processor import Processor
 from mammut.generation.search import Decoding, GenerateConfig, Generation, search
+from mammut.models.cached_decoder import cached_step, prefill
 from mammut.models.mammut import Image, MaMMUT
 
 
@@ -95,10 +96,10 @@ def generate_after(
     tokens = jnp.full((rows, length), eos_id, jnp.int32).at[:, :width].set(jnp.where(prompt_valid, prompt, eos_id))
     # The loop starts with a prompt's last token, at the latest: what precedes the last column is enough.
     decoder = model.decoder
-    _, cache = decoder.prefill(prompt[:, :-1], image_tokens, length, prefix_valid)
+    _, cache = prefill(decoder, prompt[:, :-1], image_tokens, length, prefix_valid)
 
     def step(text, position, cache):
-        features, cache = decoder.cached_step(text[:, position], position, cache)
+        features, cache = cached_step(decoder, text[:, position], position, cache)
         return decoder.logits(features)[:, :vocab_size], cache
 
     def take(cache, beam):

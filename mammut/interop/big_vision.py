@@ -30,12 +30,12 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mammut import presets
-from mammut.config import ModelConfig, from_dict, to_dict
-from mammut.models.mammut import MaMMUT, unit
+from mammut.core.fields import from_dict, to_dict
+from mammut.models.mammut import MaMMUT, ModelConfig, unit
 from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.formats import big_vision as big_vision_weights
 from mammut.weights.model_folder import open_model
-from mammut.weights.tables import LazyTensors, OpenedModel, model_specs
+from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
 from mammut.weights.warm_start import Start, warm_start
 
 # What a part of a model is called: by us, by two towers, by CapPa.

@@ -18,7 +18,8 @@ import torch
 from flax import nnx
 
 import mammut.weights.model_folder
-from mammut.data.processor import ImageLike, ImageTransform, Processor
+from mammut.data.images import ImageLike, ImageTransform
+from mammut.data.processor import Processor
 from mammut.generation.text import caption
 from mammut.models.mammut import MaMMUT
 

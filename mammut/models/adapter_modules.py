@@ -11,26 +11,70 @@ are a tree of their own, `Adapters`, so that the base keeps its paths; `Adapters
 tower for the time of a call. What is done with the adapters of a whole model is in `mammut.models.adapters`.
 """
 
+import dataclasses
 import difflib
 import fnmatch
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mammut.config import AdapterConfig
+from mammut.core.fields import require, require_choices, require_positive
 from mammut.core.sharding import constrain
-from mammut.models.layers import MLP, Attention, Dtypes, Layer, LayerNorm, Linear, param, stack
+from mammut.models.compute import Dtypes, stack
+from mammut.models.layers import LayerNorm, Linear, param
+from mammut.models.transformer import MLP, Attention, Layer
 
 Tower = TypeVar("Tower", bound=nnx.Module)
 Function = Callable[[jax.Array], jax.Array]
 
 _MAGMA_STDDEV = 1e-3  # of the weights and biases that MAGMA's bottlenecks start from; cut at twice that
 _NORM_EPS = 1e-5
+
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Small modules on the maps, attentions and MLPs of a model that is otherwise left as it is (`mammut.models.adapter_modules`).
+
+    Several with one `name` make up one adapter, which is saved, loaded and switched on as a whole.
+    """
+
+    name: str = "default"
+    # Bottlenecks (down, ReLU, up) on the output of an attention or MLP: of its output (sequential), or of its input
+    # (parallel), times a learned number (scaled_parallel). lora: a product of two thin matrices beside a linear map.
+    # ia3: a learned factor for each output of a map, or input of an MLP's second.
+    kind: Literal["sequential", "parallel", "scaled_parallel", "lora", "ia3"] = "sequential"
+    # Patterns of paths (fnmatch), such as text.layers.mlp, text.layers.attn.query, vision.layers.*.value
+    sites: tuple[str, ...] = ("text.layers.mlp",)
+    reduction: int = 4  # of a bottleneck: the width over its hidden size
+    rank: int = 8  # of lora
+    alpha: float = 8.0  # of lora: the product is multiplied by alpha / rank
+    norm: bool = False  # of a bottleneck: a layer norm in front
+    # magma: N(0, 1e-3) cut at 2e-3, biases too (MAGMA); zero: the second map is zero, the adapter changes nothing yet.
+    # lora and ia3 always change nothing at first.
+    init: Literal["magma", "zero"] = "magma"
+
+    def __post_init__(self):
+        require_choices(self)
+        require_positive(self, "reduction", "rank", "alpha")
+        require(
+            self.name.isidentifier(), f"AdapterConfig.name is {self.name!r}, expected letters, digits and underscores"
+        )
+        require(len(self.sites) > 0, "AdapterConfig.sites is empty, expected patterns such as text.layers.mlp")
+        bottleneck, lora = ("reduction", "norm", "init"), ("rank", "alpha")
+        unread = {"lora": bottleneck, "ia3": bottleneck + lora}.get(self.kind, lora)
+        for field in dataclasses.fields(self):
+            # A setting that would do nothing is a misunderstanding; "zero" is what lora and ia3 always start from.
+            value = getattr(self, field.name)
+            require(
+                field.name not in unread or value == field.default or value == "zero",
+                f"AdapterConfig.{field.name} is {value!r}, which {self.kind!r} does not have",
+            )
 
 
 class Bottleneck(nnx.Module):

@@ -8,7 +8,6 @@ are multiples of their blocks, and would have to be laid out over the mesh by ha
 
 import functools
 import logging
-import math
 import threading
 from typing import Any, Literal
 
@@ -16,25 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mammut.config import ModelConfig, ResNetConfig
-
 Kernel = Literal["cudnn", "xla"]
 
 _log = logging.getLogger(__name__)
 # Of the largest number of a result. Two kernels in bfloat16 (8 bits) are within 1 %; a wrong one is not even near.
 _TOLERANCE = 0.03
-
-
-def image_attention_kernel(config: ModelConfig, platform: str | None = None) -> Kernel:
-    """What the attention of the image tower of `config` runs on, whole images of `image_size` given; a ResNet has none.
-
-    `platform` is "cpu", "gpu" or "tpu"; None: that of the current mesh, or the default one.
-    """
-    vision = config.vision
-    tokens = math.prod(vision.grid) + vision.class_token
-    if config.image_attention == "xla" or isinstance(vision, ResNetConfig):
-        return "xla"
-    return attention_kernel(jnp.dtype(config.dtype), tokens, vision.width // vision.num_heads, platform)
 
 
 def attention_kernel(dtype: Any, tokens: int, head_size: int, platform: str | None = None) -> Kernel:

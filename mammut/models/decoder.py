@@ -19,58 +19,146 @@ position is the start's. So tokens, labels, loss masks and features are those of
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from mammut.config import ModelConfig
+from mammut.core.fields import require, require_at_most, require_positive
 from mammut.core.sharding import constrain
 from mammut.core.typing import Array
-from mammut.models.layers import (
-    Dtypes,
-    Embedding,
-    KeyValue,
-    Layer,
-    Linear,
-    Rotation,
-    attention_weights,
-    make_norm,
-    param,
-    rotation,
-    scan,
-    stack,
-)
+from mammut.models.compute import Dtype, Dtypes, scan, stack
+from mammut.models.layers import Embedding, LayerConfig, Linear, make_norm, param
 from mammut.models.masks import attn_mask, shift_valid
+from mammut.models.transformer import Layer, Rotation, attention_weights, rotation
 
 
-@struct.dataclass
-class TextCache:
-    """What the caption pass has seen of R texts; of S positions the first are written. Rows are the third axis."""
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig(LayerConfig):
+    """The text decoder: `depth` self-attention layers and `depth / cross_attn_every` cross-attention layers, or none.
 
-    layers: KeyValue  # float[groups, layers of a group, R, S, N, K] each
-    text_only: KeyValue | None  # float[1, text_only_depth, R, S, N, K] each
-    valid: jax.Array  # bool[1, 1, R, S]: no pad, by `DecoderConfig.pad_id`, or of the prefix
-    prefix: "Prefix | None" = None
+    The defaults are MaMMUT as its paper has it; the other values make up the models of others (`mammut.interop`).
+    """
 
+    vocab_size: int = 64_000
+    max_length: int = 64  # tokens, start and end included
+    cross_attn_every: int = 2  # one cross-attention layer for every k self-attention layers; 0: none
+    # Where in such a group: after its last layer or its first, as a layer with an MLP of its own; or between the
+    # self-attention and the MLP of the first, without.
+    cross_attn_position: Literal["last", "first", "inside"] = "last"
+    mlp_before_cross_attn: bool = True  # False: the layer that a cross-attention layer follows has no MLP
+    image_norm: bool = False  # every cross-attention layer norms the image tokens first
+    # Rotary, in self-attention: rope turns interleaved pairs of a head's numbers (GPT-J), rope_half pairs its first
+    # half with its second (GPT-NeoX).
+    positions: Literal["learned", "rope", "rope_half"] = "learned"
+    rope_dims: int | None = None  # the first so many of a head's numbers are turned; None: all
+    rope_theta: float = 10_000.0
+    # In the caption pass a token of layer i sees the last local_windows[i % n] tokens, itself included; 0: all.
+    local_windows: tuple[int, ...] = (0,)
+    tie_embeddings: bool = True  # the vocabulary head is the token embedding, transposed
+    vocab_bias: bool = False
+    # How the contrastive pass becomes an embedding: the mean over real tokens, over all positions, the token at the
+    # last position, the last real token (the end), the class token; none: there is no contrastive pass.
+    pooling: Literal["mean", "mean_all", "last", "end", "class", "none"] = "mean"
+    # Layers in front of the others, without cross-attention, that alone make the text embedding: the text tower of
+    # CoCa; with `depth` 0, a model without a caption pass, that of SigLIP.
+    text_only_depth: int = 0
+    text_only_heads: int | None = None  # None: `num_heads`
+    causal_contrastive: bool = False  # the contrastive pass is causal, too
+    class_token: bool = False  # a learned token at the end of the contrastive pass
+    # Pads that no token attends to: in both passes, in the contrastive pass, in none. "shifted" is open_clip's CoCa: of
+    # its text-only layers, and one position too late.
+    pad_masking: Literal["both", "contrastive", "none", "shifted"] = "both"
+    pad_id: int | None = None  # this id is a pad wherever it stands; None: only `text_valid` tells
+    # Storage of the decoder's parameters; None: `ModelConfig.param_dtype`. bfloat16 is for a frozen decoder: of a
+    # trained one it would round small updates away.
+    param_dtype: Dtype | None = None
 
-@struct.dataclass
-class Prefix:
-    """What stands before the text of R rows, in place of the start token, as far as a cache needs it."""
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "vocab_size", "rope_theta")
+        require_at_most(self, {"vocab_size": 2**24, "max_length": 2**17, "text_only_depth": 2**10})
+        require(self.max_length >= 2, f"DecoderConfig.max_length is {self.max_length}, expected at least 2 tokens")
+        for name in ("depth", "text_only_depth"):
+            require(getattr(self, name) >= 0, f"DecoderConfig.{name} is {getattr(self, name)}, expected at least 0")
+        require(self.depth + self.text_only_depth > 0, "DecoderConfig.depth is 0, expected at least 1 layer")
+        every, windows = self.cross_attn_every, self.local_windows
+        require(every >= 0, f"DecoderConfig.cross_attn_every is {every}, expected at least 0")
+        require(
+            not every or self.depth % every == 0,
+            f"DecoderConfig.depth {self.depth} is not a multiple of cross_attn_every {every}",
+        )
+        require(
+            len(windows) > 0 and min(windows) >= 0 and (every or self.depth) % len(windows) == 0,
+            f"DecoderConfig.local_windows is {windows}, expected numbers of tokens, 0 or more, as many as divide "
+            f"{f'cross_attn_every {every}' if every else f'the depth {self.depth}'}",
+        )
+        require(
+            windows == (0,) or self.pooling == "none",
+            f"DecoderConfig.local_windows is {windows}, which needs pooling 'none': a contrastive pass has no windows",
+        )
+        require(
+            self.layout == "serial" or not every or self.cross_attn_position != "inside",
+            f"DecoderConfig.layout is {self.layout!r}, which has no place between attention and MLP for "
+            "cross_attn_position 'inside'",
+        )
+        require(
+            every > 0 or self.mlp_before_cross_attn,
+            "DecoderConfig.mlp_before_cross_attn is False, which needs cross-attention: cross_attn_every is 0",
+        )
+        require(
+            self.mlp_before_cross_attn or self.cross_attn_position != "inside",
+            "DecoderConfig.mlp_before_cross_attn is False, which cross_attn_position 'inside' has no place for",
+        )
+        require(
+            self.pad_id is None or 0 <= self.pad_id < self.vocab_size,
+            f"DecoderConfig.pad_id is {self.pad_id}, expected an id below vocab_size {self.vocab_size}",
+        )
+        require(
+            not self.vocab_bias or self.depth > 0,
+            "DecoderConfig.vocab_bias is True, which needs a caption pass: depth is 0",
+        )
+        heads = self.text_only_heads
+        require(
+            heads is None or (heads > 0 and self.width % heads == 0),
+            f"DecoderConfig.text_only_heads is {heads}, expected a divisor of the width {self.width}",
+        )
+        require(
+            self.class_token == (self.pooling == "class"),
+            f"DecoderConfig.class_token is {self.class_token}, which does not go with pooling {self.pooling!r}",
+        )
+        head_size = self.width // self.num_heads
+        require(
+            self.positions == "learned" or head_size % 2 == 0,
+            f"DecoderConfig.positions is {self.positions!r}, which needs heads of even size, not {head_size}",
+        )
+        dims = self.rope_dims
+        require(
+            dims is None or (self.positions != "learned" and 0 < dims <= head_size and dims % 2 == 0),
+            f"DecoderConfig.rope_dims is {dims}, expected an even number up to the head size {head_size}, with rotary "
+            f"positions, not {self.positions!r}",
+        )
+        require(
+            self.pad_masking != "shifted" or (self.class_token and self.text_only_depth > 0),
+            "DecoderConfig.pad_masking is 'shifted', which needs class_token and text_only_depth",
+        )
 
-    last: jax.Array  # float[1, 1, R, D]: the embedding of its last position
-    before: jax.Array  # int[1, 1, R]: its positions before the last, without pads
-    size: int = struct.field(pytree_node=False)  # its positions, pads included
+    @property
+    def num_cross_layers(self) -> int:
+        """Layers that attend to the image."""
+        return self.depth // self.cross_attn_every if self.cross_attn_every else 0
 
+    @property
+    def whole_length(self) -> bool:
+        """Whether the text embedding depends on the last position, so that texts are padded to `max_length`."""
+        return self.pooling in ("mean_all", "last", "class")
 
-@struct.dataclass
-class DecodeCache:
-    """Keys and values of the caption pass; R rows of text share the B images."""
-
-    text: TextCache
-    image: KeyValue | None  # float[groups, B, P, N, K] each, by group of layers; None: there is no cross-attention
+    @property
+    def group_size(self) -> int:
+        """Self-attention layers that are laid out together: those that share a cross-attention layer, or windows."""
+        return self.cross_attn_every or len(self.local_windows)
 
 
 class TextDecoder(nnx.Module):
@@ -81,7 +169,7 @@ class TextDecoder(nnx.Module):
     `DecoderConfig` moves them for the models of others, and puts layers in front that only the text goes through.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtypes: Dtypes):
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, dtypes: Dtypes):
         text = config.text
         self.config, self.remat, self.unroll, self.dtype = text, config.remat, config.unroll, dtypes.compute
         self.has_prefix = config.conditioning == "prefix"
@@ -131,7 +219,7 @@ class TextDecoder(nnx.Module):
             raise ValueError("the model has no contrastive pass: DecoderConfig.pooling is 'none'")
         x = self._embed(tokens, class_token=text.class_token)
         mask = self._contrastive_mask(tokens, text_valid, x.shape[1])
-        rotate = self._rotation(jnp.arange(x.shape[1]))
+        rotate = self.rotation_at(jnp.arange(x.shape[1]))
         if self.text_only_layers is not None:
             return self.text_only_norm(self._text_only(x, mask, rotate))
         if self.bare_layers is None:
@@ -143,7 +231,7 @@ class TextDecoder(nnx.Module):
                 x = layer(x, mask=mask, rotate=rotate)
             return x
 
-        return self.norm(self._scan(group, x, self._groups(), self._unrolled_groups))
+        return self.norm(self._scan(group, x, self.groups(), self._unrolled_groups))
 
     def caption_pass(
         self,
@@ -156,7 +244,7 @@ class TextDecoder(nnx.Module):
 
         Of an image prefix, `prefix_valid` marks what is no pad; None: all of it. Pads stand at its front.
         """
-        x, mask, rotate = self._caption_start(tokens, text_valid, image_tokens, prefix_valid)
+        x, mask, rotate = self.caption_start(tokens, text_valid, image_tokens, prefix_valid)
         x = self._causal(x, mask, rotate, lambda layer, x: layer(x, layer.image_keys_values(image_tokens)))
         return x[:, image_tokens.shape[1] - 1 :] if self.has_prefix else x
 
@@ -180,12 +268,12 @@ class TextDecoder(nnx.Module):
 
     def _causal(self, x: jax.Array, mask: jax.Array, rotate: Rotation | None, see_image: Callable) -> jax.Array:
         def attend_text(layer, x, window):
-            return layer.attend(x, mask=_within(mask, window), rotate=rotate)
+            return layer.attend(x, mask=within(mask, window), rotate=rotate)
 
         def group(x, stacked):
-            return self._caption_group(stacked, x, attend_text, see_image)
+            return self.caption_group(stacked, x, attend_text, see_image)
 
-        return self.norm(self._scan(group, x, self._groups(), self._unrolled_groups))
+        return self.norm(self._scan(group, x, self.groups(), self._unrolled_groups))
 
     def both_passes(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], image_tokens: Float[Array, "B P Dv"]
@@ -196,7 +284,7 @@ class TextDecoder(nnx.Module):
         devices, rows would move between them. Cross-attention layers see the caption pass alone. `ModelConfig` refuses
         models whose passes differ in length or layers.
         """
-        x, caption_mask, rotate = self._caption_start(tokens, text_valid, image_tokens)
+        x, caption_mask, rotate = self.caption_start(tokens, text_valid, image_tokens)
         contrastive_mask = self._contrastive_mask(tokens, text_valid, x.shape[1])
         masks = jnp.stack(jnp.broadcast_arrays(contrastive_mask, caption_mask))
 
@@ -208,7 +296,7 @@ class TextDecoder(nnx.Module):
             return jnp.stack([x[0], layer(x[1], layer.image_keys_values(image_tokens))])
 
         def group(x, stacked):
-            return self._caption_group(
+            return self.caption_group(
                 stacked,
                 x,
                 lambda layer, x, _: in_both(lambda x, mask: layer.attend(x, mask=mask, rotate=rotate), x, masks),
@@ -217,7 +305,7 @@ class TextDecoder(nnx.Module):
             )
 
         x = jnp.stack([x, x])
-        contrastive, caption = self.norm(self._scan(group, x, self._groups(), self._unrolled_groups))
+        contrastive, caption = self.norm(self._scan(group, x, self.groups(), self._unrolled_groups))
         return contrastive, caption
 
     def cross_attention(
@@ -229,7 +317,7 @@ class TextDecoder(nnx.Module):
         i + 1. The caption pass itself need not hold them: a fused kernel never does. With an image prefix they are the
         shares that the image has in the self-attention of all G layers, and sum to 1 with those of the text.
         """
-        x, mask, rotate = self._caption_start(tokens, text_valid, image_tokens)
+        x, mask, rotate = self.caption_start(tokens, text_valid, image_tokens)
         size = image_tokens.shape[1]
 
         def group(x, stacked):
@@ -241,135 +329,23 @@ class TextDecoder(nnx.Module):
                 return layer(x, image)
 
             def attend_text(layer, x, window):
-                kv, seen = layer.own_keys_values(x, rotate), _within(mask, window)
+                kv, seen = layer.own_keys_values(x, rotate), within(mask, window)
                 if self.has_prefix:
                     query = layer.attn.queries(layer.attn_norm(x), rotate)
                     shares = attention_weights(query, kv.key, seen, layer.attn.scale)
                     weights.append(shares[:, :, size - 1 :, :size])
                 return layer.attend(x, kv, seen, rotate)
 
-            return self._caption_group(stacked, x, attend_text, see_image), jnp.stack(weights)
+            return self.caption_group(stacked, x, attend_text, see_image), jnp.stack(weights)
 
-        weights = jax.lax.scan(group, x, self._groups())[1]
+        weights = jax.lax.scan(group, x, self.groups())[1]
         return weights.reshape(-1, *weights.shape[2:])
-
-    def prefill(
-        self,
-        tokens: Int[Array, "B L"],
-        image_tokens: Float[Array, "B P Dv"],
-        length: int,
-        prefix_valid: Bool[Array, "B P"] | None = None,
-    ) -> tuple[Float[Array, "B Lp D"], DecodeCache]:
-        """The caption pass over prompts, and the cache to go on from it, with room for `length` positions of text.
-
-        Pads may stand at the end of a prompt: what the cache holds of them is overwritten before it is attended to.
-        Features are of all positions, those of a prefix included.
-        """
-        text_valid = jnp.ones(tokens.shape, bool)
-        valid, prefix = self.valid(tokens, text_valid), None
-        if self.has_prefix:
-            batch, size, _ = image_tokens.shape
-            prefix_valid = jnp.ones((batch, size), bool) if prefix_valid is None else prefix_valid
-            valid = self._behind_prefix(prefix_valid, valid)
-            last = image_tokens[None, None, :, -1].astype(self.dtype)
-            prefix = Prefix(last, prefix_valid[None, None, :, :-1].sum(-1), size)
-            length += size - 1
-        room = ((0, 0), (0, length - valid.shape[1]))
-
-        def remember(kept, layer, x, mask, rotate):
-            kv = layer.own_keys_values(x, rotate)
-            kept.append(jax.tree.map(lambda y: jnp.pad(y, (*room, (0, 0), (0, 0))), kv))
-            return layer.attend(x, kv, mask, rotate)
-
-        text_only = []
-
-        def text_only_layer(layer, x, mask, rotate):
-            return layer.feed_forward(remember(text_only, layer, x, mask, rotate))
-
-        x, mask, rotate = self._caption_start(tokens, text_valid, image_tokens, prefix_valid, text_only_layer)
-
-        def group(x, stacked):
-            kept, image = [], []
-
-            def see_image(layer, x):
-                image.append(layer.image_keys_values(image_tokens))
-                return layer(x, image[0])
-
-            def attend_text(layer, x, window):
-                return remember(kept, layer, x, _within(mask, window), rotate)
-
-            x = self._caption_group(stacked, x, attend_text, see_image)
-            return x, (_stacked(kept), image[0] if image else None)
-
-        x, (layers, image) = jax.lax.scan(group, x, self._groups())
-        text_only = jax.tree.map(lambda y: y[None], _stacked(text_only)) if text_only else None
-        valid = jnp.pad(valid, room)[None, None]
-        return self.norm(x), DecodeCache(TextCache(layers, text_only, valid, prefix), image)
-
-    def cached_step(
-        self, tokens: Int[Array, "R"], position: Int[Array, ""], cache: DecodeCache
-    ) -> tuple[Float[Array, "R D"], DecodeCache]:
-        """The caption pass for one more token of each of R rows, all at `position`: float[R, D], and the next cache.
-
-        R is a multiple of the B images of the cache: rows [i * R / B, (i + 1) * R / B) belong to image i, whose keys
-        and values they share. Position 0 of a model with an image prefix is the prefix's last.
-        """
-        rows, past = tokens.shape[0], cache.text
-        x = self.token_embed(tokens[:, None])
-        if past.prefix is None:
-            slot, places = position, position[None, None]
-        else:
-            x = jnp.where(position == 0, past.prefix.last[0, 0][:, None], x)
-            slot, places = position + past.prefix.size - 1, (past.prefix.before[0, 0] + position)[:, None]
-        if self.pos_embed is not None:
-            x = x + self.pos_embed[...][places].astype(self.dtype)
-        rotate = self._rotation(places)
-        valid = jax.lax.dynamic_update_slice_in_dim(
-            past.valid, self.valid(tokens, jnp.ones(rows, bool))[None, None, :, None], slot, axis=3
-        )
-        seen = (jnp.arange(valid.shape[3]) <= slot)[None, None, None]
-        if past.prefix is not None or (self.config.pad_id is not None and self.config.pad_masking == "both"):
-            seen = seen & valid[0, 0][:, None, None, :]
-
-        def remember(kept, layer, x, old, mask):
-            new = layer.own_keys_values(x, rotate)
-            kept.append(jax.tree.map(lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n, slot, axis=1), old, new))
-            return layer.attend(x, kept[-1], mask, rotate)
-
-        text_only = past.text_only
-        if text_only is not None:
-            kept = []
-            mask = seen & shift_valid(valid[0, 0])[:, None, None, : valid.shape[3]] if self._shifted else seen
-            for i in range(self.config.text_only_depth):
-                layer = jax.tree.map(operator.itemgetter(i), self.text_only_layers)
-                old = jax.tree.map(lambda y, i=i: y[0, i], text_only)
-                x = layer.feed_forward(remember(kept, layer, x, old, mask))
-            text_only = jax.tree.map(lambda y: y[None], _stacked(kept))
-
-        def group(x, stacked):
-            stacked, old, image = stacked
-            kept = []
-
-            def attend_text(layer, x, window):
-                own = jax.tree.map(operator.itemgetter(len(kept)), old)
-                return remember(kept, layer, x, own, _within(seen, window, slot))
-
-            def see_image(layer, x):
-                # The rows of an image ask together, as if they were the tokens of one text: its cache is not repeated.
-                images = image.key.shape[0]
-                return layer(x.reshape(images, rows // images, -1), image).reshape(rows, 1, -1)
-
-            x = self._caption_group(stacked, x, attend_text, see_image)
-            return x, _stacked(kept)
-
-        x, layers = jax.lax.scan(group, x, (self._groups(), past.layers, cache.image))
-        return self.norm(x)[:, 0], DecodeCache(TextCache(layers, text_only, valid, past.prefix), cache.image)
 
     def _require_causal(self) -> None:
         if not self.config.depth:
             raise ValueError("the model has no caption pass: DecoderConfig.depth is 0")
 
-    def _caption_start(
+    def caption_start(
         self,
         tokens: Int[Array, "B L"],
         text_valid: Bool[Array, "B L"],
@@ -386,16 +362,16 @@ class TextDecoder(nnx.Module):
         valid = self.valid(tokens, text_valid)
         if self.has_prefix:
             prefix_valid = jnp.ones(image_tokens.shape[:2], bool) if prefix_valid is None else prefix_valid
-            valid = self._behind_prefix(prefix_valid, valid)
+            valid = self.behind_prefix(prefix_valid, valid)
             x = jnp.concatenate([image_tokens.astype(self.dtype), self.token_embed(tokens[:, 1:])], axis=1)
             return self._placed(x[:, : valid.shape[1]], valid)
         causal = jnp.ones(tokens.shape[1], bool)
         both = self.config.pad_masking == "both"
         mask = attn_mask(valid if both else jnp.ones((1, tokens.shape[1]), bool), causal)
-        rotate = self._rotation(jnp.arange(tokens.shape[1]))
+        rotate = self.rotation_at(jnp.arange(tokens.shape[1]))
         x = self._embed(tokens)
         if self.text_only_layers is not None:
-            early = attn_mask(shift_valid(valid)[:, : tokens.shape[1]], causal) if self._shifted else mask
+            early = attn_mask(shift_valid(valid)[:, : tokens.shape[1]], causal) if self.shifted else mask
             if layer is None:
                 x = self._text_only(x, early, rotate)
             else:
@@ -403,7 +379,7 @@ class TextDecoder(nnx.Module):
                     x = layer(jax.tree.map(operator.itemgetter(i), self.text_only_layers), x, early, rotate)
         return x, mask, rotate
 
-    def _behind_prefix(self, prefix_valid: Bool[Array, "B P"], valid: Bool[Array, "B L"]) -> Bool[Array, "B Lp"]:
+    def behind_prefix(self, prefix_valid: Bool[Array, "B P"], valid: Bool[Array, "B L"]) -> Bool[Array, "B Lp"]:
         """What is no pad, of prefix and text together; before the first token of a text, all of the prefix but its
         last position.
         """
@@ -419,9 +395,9 @@ class TextDecoder(nnx.Module):
         if self.pos_embed is not None:
             x = x + constrain(self.pos_embed[...].astype(self.dtype), None, None)[places]
         mask = attn_mask(valid, jnp.ones(x.shape[1], bool))
-        return constrain(x, "batch", "text", "embed"), mask, self._rotation(places)
+        return constrain(x, "batch", "text", "embed"), mask, self.rotation_at(places)
 
-    def _caption_group(
+    def caption_group(
         self,
         stacked: Any,
         x: jax.Array,
@@ -469,10 +445,10 @@ class TextDecoder(nnx.Module):
         return max(1, self.unroll // self.config.group_size)
 
     @property
-    def _shifted(self) -> bool:
+    def shifted(self) -> bool:
         return self.config.pad_masking == "shifted"
 
-    def _groups(self) -> tuple[Layer | None, Layer | None, Layer | None]:
+    def groups(self) -> tuple[Layer | None, Layer | None, Layer | None]:
         """Self-attention layers with axes [groups, layers of a group] in front, those without MLP, cross-attention."""
         groups = self.config.depth // self.config.group_size
         layers = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), self.layers)
@@ -487,7 +463,7 @@ class TextDecoder(nnx.Module):
             return full
         return [*full, bare] if self.config.cross_attn_position == "last" else [bare, *full]
 
-    def _rotation(self, positions: Int[Array, "*B L"]) -> Rotation | None:
+    def rotation_at(self, positions: Int[Array, "*B L"]) -> Rotation | None:
         text = self.config
         if text.positions == "learned":
             return None
@@ -527,7 +503,7 @@ class TextDecoder(nnx.Module):
             raise ValueError(f"{what} has {length} tokens, DecoderConfig.max_length is {self.config.max_length}")
 
 
-def _within(
+def within(
     mask: Bool[Array, "#B 1 L S"], window: int, first: Int[Array, ""] | int = 0
 ) -> Bool[Array, "#B 1 L S"]:
     """`mask` for queries at `first` and after that see no further back than `window` tokens; 0: as it is."""
@@ -537,5 +513,3 @@ def _within(
     return mask & (asking[:, None] - asked < window)
 
 
-def _stacked(kept: list[KeyValue]) -> KeyValue:
-    return jax.tree.map(lambda *x: jnp.stack(x), *kept)

@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
+from mammut.core.sharding import partition_spec
 from mammut.core.typing import Array
 
 
@@ -195,3 +197,37 @@ def _chunks(tree: Any, chunk: int) -> Any:
 def _joined(x: Array, shape: tuple[int, int]) -> Array:
     """What `_chunks` took apart, [B, L, ...]."""
     return jnp.moveaxis(x, 0, 1).reshape(shape[0], -1, *x.shape[3:])[:, : shape[1]]
+
+
+def caption_sum(
+    features: jax.Array,
+    vocab_kernel: jax.Array,
+    vocab_bias: jax.Array | None,
+    labels: jax.Array,
+    loss_mask: jax.Array,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int = 16,
+) -> jax.Array:
+    """`summed_caption_loss` over the batch, on every device over its own rows.
+
+    Else the vocabulary's kernel would be gathered, and its gradient reduced, once for every chunk.
+    """
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "chunk": chunk}
+
+    def summed(features, vocab_kernel, vocab_bias, labels, loss_mask):
+        return summed_caption_loss(features, vocab_kernel, labels, loss_mask, vocab_bias=vocab_bias, **options)[None]
+
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = None if mesh.empty else partition_spec(("batch",), labels.shape[:1], mesh)[0]
+    if axes:
+        rows, whole = PartitionSpec(axes), PartitionSpec()
+        summed = jax.shard_map(
+            summed,
+            in_specs=(rows, whole, whole, rows, rows),
+            out_specs=rows,
+            axis_names={axes} if isinstance(axes, str) else set(axes),
+            check_vma=False,
+        )
+    return summed(features, vocab_kernel, vocab_bias, labels, loss_mask).sum()

@@ -2,26 +2,184 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Bool, Float, Int, Key, UInt8
 
-from mammut.config import ModelConfig, ResNetConfig
+from mammut.core.fields import require, require_choices, require_positive, require_share
 from mammut.core.sharding import constrain
 from mammut.core.typing import Array
-from mammut.models.adapter_modules import Adapters
-from mammut.models.decoder import TextDecoder
-from mammut.models.layers import Dtypes, LayerNorm, Linear
-from mammut.models.resnet import ResNet, resnet_flops
-from mammut.models.vit import EncoderOutput, ViT, patches_kept
+from mammut.models.adapter_modules import AdapterConfig, Adapters
+from mammut.models.attention_kernels import Kernel, attention_kernel
+from mammut.models.compute import Dtype, Dtypes, Remat
+from mammut.models.decoder import DecoderConfig, TextDecoder
+from mammut.models.image_encoder import EncoderOutput
+from mammut.models.layers import LayerNorm, Linear
+from mammut.models.masks import caption_labels
+from mammut.models.resnet import ResNet, ResNetConfig
+from mammut.models.vit import VisionConfig, ViT
 
 # Of the key of an image's crop: that of a patch drop is 4 (`vit`).
 _DROPOUT_STREAM = 5
 _PREFIX_NORM_EPS = 1e-5  # PyTorch's default, as in MAGMA
 
 Image = UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"]
+
+
+
+# The logit scale is kept below this in training, as in CLIP: past it the softmax of cosines is all but one-hot.
+MAX_LOGIT_SCALE = 100.0
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One image encoder and one text decoder: a MaMMUT, or with an image prefix a MAGMA (arXiv 2112.05253)."""
+
+    vision: VisionConfig | ResNetConfig = VisionConfig()
+    text: DecoderConfig = DecoderConfig()
+    embed_dim: int | None = None  # E of the embeddings; None: the decoder's width
+    # From the image encoder: one map takes the tokens to the decoder and, averaged, to the embedding; two maps do; one
+    # takes them to the decoder and there is no embedding; one makes the embedding and the decoder sees the tokens as
+    # they are; none does either.
+    image_projection: Literal["shared", "separate", "decoder", "embedding", "none"] = "shared"
+    # How the decoder sees the image: its cross-attention layers attend to the image tokens, or these stand in front of
+    # the text, in place of its start token.
+    conditioning: Literal["cross_attention", "prefix"] = "cross_attention"
+    prefix_tokens: int | None = None  # so many are made of the pooled image; None: every image token is one
+    prefix_dropout: float = 0.0  # in training, after the projection
+    prefix_norm: bool = False  # a layer norm after that
+    adapters: tuple[AdapterConfig, ...] = ()
+    text_projection: bool = False  # a map takes the pooled text to the embedding
+    projection_bias: bool = True
+    logit_scale_init: float = 1 / 0.07  # the inverse temperature of the contrastive logits at the start
+    logit_bias_init: float = 0.0  # added to the contrastive logits by the sigmoid and focal losses
+    dtype: Dtype = "float32"  # compute
+    param_dtype: Dtype = "float32"  # storage
+    remat: Remat = "none"  # what the backward pass keeps of a layer: all of it, its matrix products, its input
+    unroll: int = 1  # layers unrolled per step of the scan over layers; a small model on a CPU wants all of them
+    # Training runs the decoder twice, or once with both passes stacked on a new axis: split weights are gathered once.
+    passes: Literal["two_calls", "fused"] = "two_calls"
+    # auto: a fused kernel where there is one that works here, else XLA's.
+    image_attention: Literal["auto", "xla"] = "auto"
+
+    def __post_init__(self):
+        require_choices(self)
+        require_positive(self, "logit_scale_init", "unroll")
+        require(
+            math.isfinite(self.logit_bias_init),
+            f"ModelConfig.logit_bias_init is {self.logit_bias_init}, expected a finite number",
+        )
+        require(
+            self.logit_scale_init <= MAX_LOGIT_SCALE,
+            f"ModelConfig.logit_scale_init is {self.logit_scale_init}, expected at most {MAX_LOGIT_SCALE}",
+        )
+        require(
+            self.embed_dim is None or 0 < self.embed_dim <= 2**16,
+            f"ModelConfig.embed_dim is {self.embed_dim}, expected 1 to {2**16}",
+        )
+        require(
+            self.text_projection or self.text.pooling == "none" or self.embed_size == self.text.width,
+            f"ModelConfig.embed_dim is {self.embed_dim}, which without text_projection is the text width "
+            f"{self.text.width}",
+        )
+        require(
+            self.image_projection != "shared" or self.embed_size == self.text.width,
+            f"ModelConfig.embed_dim is {self.embed_dim}, which with image_projection 'shared' is the text width "
+            f"{self.text.width}",
+        )
+        require(
+            self.image_projection != "shared"
+            or (self.vision.pooling in ("mean", "mean_all") and not self.vision.norm_after_pooling),
+            f"ModelConfig.image_projection is 'shared', which goes with VisionConfig.pooling 'mean' or 'mean_all' and "
+            f"norm_after_pooling False, not {self.vision.pooling!r} and {self.vision.norm_after_pooling}",
+        )
+        require(
+            self.image_projection != "none" or self.text.pooling == "none" or self.vision_size == self.embed_size,
+            f"ModelConfig.image_projection is 'none', which needs images of {self.embed_size} numbers, not "
+            f"{self.vision_size}",
+        )
+        if self.vision.pooling == "queries":
+            require(
+                self.embed_size % self.vision.pool_heads == 0,
+                f"ModelConfig.embed_dim {self.embed_size} is not a multiple of VisionConfig.pool_heads "
+                f"{self.vision.pool_heads}",
+            )
+        text = self.text
+        prefix = self.conditioning == "prefix"
+        require(
+            prefix == (text.cross_attn_every == 0),
+            f"ModelConfig.conditioning is {self.conditioning!r}, which does not go with DecoderConfig.cross_attn_every "
+            f"{text.cross_attn_every}: 0 goes with 'prefix', others with 'cross_attention'",
+        )
+        require_share(self, "prefix_dropout")
+        require(
+            prefix or (self.prefix_tokens is None and not self.prefix_dropout and not self.prefix_norm),
+            "ModelConfig.prefix_tokens, prefix_dropout and prefix_norm need conditioning 'prefix'",
+        )
+        require(
+            self.prefix_tokens is None
+            or (self.prefix_tokens > 0 and self.image_projection in ("separate", "decoder")),
+            f"ModelConfig.prefix_tokens is {self.prefix_tokens}, expected at least 1, with image_projection 'separate' "
+            f"or 'decoder', not {self.image_projection!r}",
+        )
+        require(
+            self.image_projection != "decoder" or text.pooling == "none",
+            f"ModelConfig.image_projection is 'decoder', which makes no image embedding for DecoderConfig.pooling "
+            f"{text.pooling!r}",
+        )
+        require(
+            not prefix or self.image_token_size == text.width,
+            f"ModelConfig.image_projection is {self.image_projection!r}, which leaves image tokens of "
+            f"{self.image_token_size} numbers: a prefix has those of the decoder, {text.width}",
+        )
+        require(
+            self.text_length >= 2,
+            f"DecoderConfig.max_length {text.max_length} has no room for text after the {self.num_prefix_tokens} "
+            "tokens of an image",
+        )
+        require(
+            not prefix or not text.text_only_depth,
+            f"DecoderConfig.text_only_depth is {text.text_only_depth}, expected 0 with ModelConfig.conditioning "
+            "'prefix'",
+        )
+        require(
+            self.passes != "fused" or (text.pooling not in ("none", "class") and not text.text_only_depth),
+            "ModelConfig.passes is 'fused', which needs two passes over the same tokens and layers: not "
+            f"DecoderConfig.pooling {text.pooling!r} with text_only_depth {text.text_only_depth}",
+        )
+        require(not prefix or self.passes != "fused", "ModelConfig.passes is 'fused', which has no place for a prefix")
+
+    @property
+    def embed_size(self) -> int:
+        """E, the size of the embeddings."""
+        return self.text.width if self.embed_dim is None else self.embed_dim
+
+    @property
+    def vision_size(self) -> int:
+        """The size of an image token; learned queries have that of the embedding."""
+        return self.embed_size if self.vision.pooling == "queries" else self.vision.width
+
+    @property
+    def image_token_size(self) -> int:
+        """The size of an image token as the decoder attends to it."""
+        return self.text.width if self.image_projection in ("shared", "separate", "decoder") else self.vision_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Positions of the decoder that an image takes; 0 where cross-attention sees it."""
+        if self.conditioning != "prefix":
+            return 0
+        return self.vision.num_tokens if self.prefix_tokens is None else self.prefix_tokens
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a text beside its image, start and end included: an image prefix takes the start's place."""
+        return self.text.max_length - max(self.num_prefix_tokens - 1, 0)
 
 
 @struct.dataclass
@@ -209,83 +367,24 @@ def logical_axes(model: nnx.Module) -> dict[tuple[str, ...], tuple[str | None, .
     return {tuple(path): param.axes for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
-def num_params(config: ModelConfig) -> dict[str, int]:
-    """Parameters of a MaMMUT without making one: by part, and their `total`."""
-    abstract = nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0)))
-    counts = {
-        **{"vision": 0, "image_projection": 0, "token_embed": 0, "layers": 0, "cross_layers": 0},
-        **({"adapters": 0} if config.adapters else {}),
-        "other": 0,
-    }
-    for path, param in nnx.to_flat_state(nnx.state(abstract, nnx.Param)):
-        part = path[1] if path[0] == "text" else path[0]
-        part = "layers" if part in ("bare_layers", "text_only_layers") else part
-        counts[part if part in counts else "other"] += param.get_value().size
-    return {**counts, "total": sum(counts.values())}
 
 
-def forward_flops(
-    config: ModelConfig, training: bool = False, length: int | None = None, sees_image: bool = True
-) -> dict[str, int]:
-    """FLOPs of one example forward (2 a multiply-add), by part: vision, contrastive pass, caption pass, vocabulary.
+def labels(model: MaMMUT, batch: Batch, target: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """What the caption pass of `model` is to predict, int[B, L], and where, bool[B, L]: see `caption_labels`."""
+    tokens, text_valid = batch["tokens"], batch["text_valid"]
+    if model.config.text.pad_id is not None:  # no label, wherever it stands; as an input it is a token like any other
+        real = model.text.valid(tokens, text_valid)
+        target = real if target is None else target & real
+    return caption_labels(tokens, text_valid, target)
 
-    A text has `length` tokens, beside those of an image prefix; None: as many as the model has places for. With
-    `training`, what it is in a training step, where `VisionConfig.patch_drop` leaves patches out; such a step is three
-    times the sum. Without `sees_image` the caption pass is a language pass. Attention counts in full where it is
-    bidirectional and half where it is causal. What remat recomputes is not counted, nor are the B x B contrastive
-    logits, nor adapters.
+
+def image_attention_kernel(config: ModelConfig, platform: str | None = None) -> Kernel:
+    """What the attention of the image tower of `config` runs on, whole images of `image_size` given; a ResNet has none.
+
+    `platform` is "cpu", "gpu" or "tpu"; None: that of the current mesh, or the default one.
     """
-    vision, text = config.vision, config.text
-    length = config.text_length if length is None else length
-    # Of the caption pass: a prefix takes the start's place.
-    sequence = length + (max(config.num_prefix_tokens - 1, 0) if sees_image else 0)
-    patches = vision.grid[0] * vision.grid[1]
-    dropped = patches - patches_kept(patches, vision.patch_drop) if training else 0
-    tokens = patches - dropped + vision.class_token
-    seen = vision.num_tokens - (0 if vision.pooling == "queries" else dropped)  # by the decoder
-
-    def attention(tower, asking, attended, causal=False, size=None):  # `size` of what is attended to
-        own = (3 if tower.attn_gate else 2) * asking * tower.width
-        maps = 2 * tower.width * (own + 2 * attended * (size or tower.width))
-        return maps + 4 * asking * attended * tower.width // (2 if causal else 1)
-
-    def mlp(tower, asking):
-        return (6 if tower.activation == "swiglu" else 4) * asking * tower.width * tower.mlp_dim
-
-    def projected(count, *sizes):
-        return 2 * count * math.prod(sizes)
-
-    groups, inside = text.num_cross_layers, text.cross_attn_position == "inside"
-    mlps = text.depth if text.mlp_before_cross_attn else text.depth - groups
-    text_only = text.text_only_depth
-
-    def text_layers(depth, mlps, causal, length):
-        return depth * attention(text, length, length, causal) + mlps * mlp(text, length)
-
-    def vit():
-        pool = {
-            "map": attention(vision, 1, tokens) + mlp(vision, 1),
-            "queries": 4 * vision.pool_queries * tokens * config.vision_size
-            + projected(2, config.vision_size, vision.pool_queries * config.vision_size + tokens * vision.width),
-        }
-        layers = vision.depth * (attention(vision, tokens, tokens) + mlp(vision, tokens))
-        return projected(patches, vision.patch_size**2 * 3, vision.width) + layers + pool.get(vision.pooling, 0)
-
-    to_decoder = config.image_projection in ("shared", "separate", "decoder")
-    to_embedding = config.image_projection in ("separate", "embedding")
-    cross = attention(text, length, seen, size=config.image_token_size)
-    cross += 0 if inside else mlp(text, length)
-    contrastive = (text_only, text_only) if text_only else (text.depth, mlps)
-    early = text_layers(text_only, text_only, True, sequence) if text.depth else 0
-    of_pooled = config.prefix_tokens is not None
-    return {
-        "vision": (resnet_flops(vision) if isinstance(vision, ResNetConfig) else vit())
-        + to_decoder * projected(config.prefix_tokens if of_pooled else seen, config.vision_size, text.width)
-        + to_embedding * projected(1, config.vision_size, config.embed_size),
-        "contrastive_pass": 0
-        if text.pooling == "none"
-        else text_layers(*contrastive, text.causal_contrastive, length)
-        + config.text_projection * projected(1, text.width, config.embed_size),
-        "caption_pass": early + text_layers(text.depth, mlps, True, sequence) + sees_image * groups * cross,
-        "vocabulary": projected(length, text.width, text.vocab_size) if text.depth else 0,
-    }
+    vision = config.vision
+    tokens = math.prod(vision.grid) + vision.class_token
+    if config.image_attention == "xla" or isinstance(vision, ResNetConfig):
+        return "xla"
+    return attention_kernel(jnp.dtype(config.dtype), tokens, vision.width // vision.num_heads, platform)

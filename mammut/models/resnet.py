@@ -5,25 +5,104 @@ Those of MAGMA (arXiv 2112.05253, section 3.1). Images and features are laid out
 the layers of a transformer are.
 """
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Key, UInt8
 
-from mammut.config import ModelConfig, Remat, ResNetConfig
+from mammut.core.fields import require, require_at_most, require_choices, require_positive
 from mammut.core.sharding import constrain
 from mammut.core.typing import Array
-from mammut.models.layers import Dtypes, keeping, param, recomputed, scan, stack
-from mammut.models.vit import EncoderOutput, normalised
+from mammut.models.compute import Dtypes, Remat, keeping, recomputed, scan, stack
+from mammut.models.image_encoder import EncoderOutput, normalised, require_pixels
+from mammut.models.layers import param
 
 _NORM_EPS = 1e-5
 # Of the norm-free ResNet (arXiv 2101.08692): a bottleneck adds `_ALPHA` times what it computes; `_GAMMA` brings the
 # output of a ReLU back to variance 1, sqrt(2 / (1 - 1 / pi)) as its authors measured it.
 _ALPHA = 0.2
 _GAMMA = 1.7139588594436646
+
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+    """A ResNet image encoder, four stages of bottlenecks; an image token is what its last stage says of 32 x 32 pixels.
+
+    clip: that of CLIP (arXiv 2103.00020, section 2.4) without its attention pool: three convolutions first, averages
+    in place of strides, batch norms that keep their stored statistics. nf: the norm-free ResNet (arXiv 2101.08692):
+    standardised kernels, activations in front. The defaults are CLIP's RN50; RN50x16, that of MAGMA, has stem_width 96,
+    stages (6, 8, 18, 8) and an image_size of 384.
+    """
+
+    kind: Literal["clip", "nf"] = "clip"
+    stem_width: int = 64  # channels of the stem; those of the bottlenecks, and 2, 4 and 8 times as many in later stages
+    stages: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottlenecks of each
+    image_size: int = 224  # pixels; images are square
+    # Images of this size are taken too: those of `TrainConfig.low_image_steps`.
+    low_image_size: int | None = None
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # of pixels scaled to 0..1: CLIP's
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    # What a `VisionConfig` may say, and what holds of every ResNet.
+    pooling: ClassVar[str] = "mean"
+    norm_after_pooling: ClassVar[bool] = False
+    class_token: ClassVar[bool] = False
+    cropped_pos_embed: ClassVar[bool] = False
+    patch_drop: ClassVar[float] = 0.0
+
+    def __post_init__(self):
+        require_choices(self)
+        require_positive(self, "stem_width", "image_size")
+        require_at_most(self, {"stem_width": 2**11, "image_size": 2**14})
+        require(
+            all(0 < depth <= 2**10 for depth in self.stages),
+            f"ResNetConfig.stages is {self.stages}, expected numbers of bottlenecks, 1 to {2**10}",
+        )
+        require(
+            self.kind != "clip" or self.stem_width % 2 == 0,
+            f"ResNetConfig.stem_width is {self.stem_width}, expected an even number: the stem begins with half of it",
+        )
+        require(
+            self.image_size % 32 == 0, f"ResNetConfig.image_size {self.image_size} is not a multiple of 32, its stride"
+        )
+        low = self.low_image_size
+        require(
+            low is None or (0 < low < self.image_size and low % 32 == 0),
+            f"ResNetConfig.low_image_size is {low}, expected a multiple of 32 below image_size {self.image_size}",
+        )
+        require_pixels(self)
+
+    @property
+    def width(self) -> int:
+        """The size of an image token: the channels of the last stage."""
+        return 32 * self.stem_width
+
+    @property
+    def depth(self) -> int:
+        """Bottlenecks of all stages."""
+        return sum(self.stages)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Image tokens down and across."""
+        return self.image_size // 32, self.image_size // 32
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens that the decoder attends to."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def summary(self) -> str:
+        """In words, for reports and model cards."""
+        kind = {"clip": "CLIP's ResNet", "nf": "a norm-free ResNet"}[self.kind]
+        stages = ", ".join(map(str, self.stages))
+        return f"{kind}, stages of {stages} bottlenecks, stem of {self.stem_width}, tokens of {self.width} numbers"
 
 
 def _kernel(size: int, inputs: int, outputs: int, *, rngs: nnx.Rngs, dtypes: Dtypes) -> nnx.Param:
@@ -190,7 +269,7 @@ class Stage(nnx.Module):
 class ResNet(nnx.Module):
     """Images to image tokens, one for each 32 x 32 pixels. Pixels are normalised here, on the device."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtypes: Dtypes):
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, dtypes: Dtypes):
         vision = config.vision
         self.config, self.remat, self.unroll, self.dtype = vision, config.remat, config.unroll, dtypes.compute
         stem = {"clip": ClipStem, "nf": NormFreeStem}[vision.kind]
@@ -221,17 +300,3 @@ class ResNet(nnx.Module):
         return EncoderOutput(tokens, tokens.mean(1, dtype=jnp.float32), grid)
 
 
-def resnet_flops(config: ResNetConfig) -> int:
-    """FLOPs of the convolutions for one image (2 a multiply-add, the zeros around an image included)."""
-    width, side, norm_free = config.stem_width, config.image_size // 2, config.kind == "nf"
-    half = width // 2
-    stem = 7 * 7 * 3 * width if norm_free else 3 * 3 * (3 * half + half * half + half * width)
-    macs, side, inputs = stem * side**2, side // 2, width
-    for place, depth in enumerate(config.stages):
-        middle, outputs = width * 2**place, 4 * width * 2**place
-        after = side // 2 if place else side
-        halved = after if norm_free else side  # the 3 x 3 convolution has a stride, or an average follows it
-        macs += inputs * middle * side**2 + 9 * middle**2 * halved**2 + (middle + inputs) * outputs * after**2
-        macs += (depth - 1) * (2 * middle * outputs + 9 * middle**2) * after**2
-        side, inputs = after, outputs
-    return 2 * macs

@@ -2,16 +2,20 @@
 
 import dataclasses
 import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Float, Key, UInt8
 
-from mammut.config import ModelConfig, ResNetConfig, VisionConfig
+from mammut.core.fields import require, require_at_most, require_positive, require_share
 from mammut.core.sharding import constrain
 from mammut.core.typing import Array
-from mammut.models.layers import MLP, Attention, Dtypes, Layer, Linear, make_norm, param, scan, stack
+from mammut.models.compute import Dtypes, scan, stack
+from mammut.models.image_encoder import EncoderOutput, normalised, require_pixels
+from mammut.models.layers import LayerConfig, Linear, make_norm, param
+from mammut.models.transformer import MLP, Attention, Layer
 
 # Cropped positional embedding (RO-ViT, section 3.2): the table is enlarged to so many positions a side, then cropped to
 # a box of this area and aspect.
@@ -22,14 +26,76 @@ _CROP_ASPECT = (0.5, 2.0)
 _DROP_STREAM = 4
 
 
-@struct.dataclass
-class EncoderOutput:
-    """What the encoder says of an image: its tokens, one vector for all of it, and how the patches lie."""
 
-    tokens: jax.Array  # float[B, P, D]: the patches row by row, after the class token where that is one of them
-    pooled: jax.Array  # float32[B, D], by `VisionConfig.pooling` the mean over P or another
-    # Patches down and across; None where `VisionConfig.patch_drop` left some out, others of each image.
-    grid: tuple[int, int] | None = struct.field(pytree_node=False)
+@dataclasses.dataclass(frozen=True)
+class VisionConfig(LayerConfig):
+    """The ViT image encoder: patches, learned positions, pre-norm blocks; by default no class token."""
+
+    image_size: int = 224  # pixels; images are square
+    patch_size: int = 16  # pixels
+    patch_bias: bool = True
+    class_token: bool = False  # a learned token before the patches
+    input_norm: bool = False  # a norm before the first layer
+    # What an image is represented by: the mean of its patches, of all tokens, the class token, the first of
+    # `pool_queries` learned queries that attend to all tokens (CoCa; the others go to the decoder in place of the
+    # patches), or one such query with an MLP (the MAP head of SigLIP).
+    pooling: Literal["mean", "mean_all", "class", "queries", "map"] = "mean"
+    pool_queries: int = 256  # of pooling "queries"
+    pool_heads: int = 8  # of pooling "queries"
+    norm_after_pooling: bool = False  # the last norm is of the pooled image alone; the decoder sees tokens without
+    cropped_pos_embed: bool = False  # train with a random crop of the position table for each image (RO-ViT)
+    patch_drop: float = 0.0  # in training, this share of an image's patches is left out at random (FLIP)
+    # Images of this size are taken too, with the positions resampled: those of `TrainConfig.low_image_steps`.
+    low_image_size: int | None = None
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels scaled to 0..1
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "depth", "image_size", "patch_size", "pool_queries", "pool_heads")
+        require_at_most(self, {"image_size": 2**14, "pool_queries": 2**14})
+        require(
+            self.image_size % self.patch_size == 0,
+            f"VisionConfig.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}",
+        )
+        low = self.low_image_size
+        require(
+            low is None or (0 < low < self.image_size and low % self.patch_size == 0),
+            f"VisionConfig.low_image_size is {low}, expected a multiple of patch_size {self.patch_size} below "
+            f"image_size {self.image_size}",
+        )
+        require_share(self, "patch_drop")
+        require_pixels(self)
+        require(
+            self.class_token or self.pooling != "class",
+            "VisionConfig.pooling is 'class', which needs class_token True",
+        )
+        require(
+            self.pooling != "queries" or self.pool_queries > 1,
+            f"VisionConfig.pool_queries is {self.pool_queries}, expected at least 2: the first is not the decoder's",
+        )
+        require(
+            self.pooling != "map" or not self.norm_after_pooling,
+            "VisionConfig.norm_after_pooling is True, which does not go with pooling 'map'",
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens that the decoder attends to."""
+        if self.pooling == "queries":
+            return self.pool_queries - 1
+        return self.grid[0] * self.grid[1] + (self.class_token and self.pooling == "mean_all")
+
+    @property
+    def summary(self) -> str:
+        """In words, for reports and model cards."""
+        return f"patches of {self.patch_size}; {self.depth} layers of width {self.width}, {self.num_heads} heads"
 
 
 class QueryPool(nnx.Module):
@@ -68,7 +134,7 @@ class MapPool(nnx.Module):
 class ViT(nnx.Module):
     """Images to image tokens. Pixels are normalised here, on the device."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtypes: Dtypes):
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, dtypes: Dtypes):
         vision = config.vision
         self.config, self.remat, self.unroll, self.dtype = vision, config.remat, config.unroll, dtypes.compute
         self.patch_embed = Linear(
@@ -156,24 +222,6 @@ class ViT(nnx.Module):
         else:
             pooled = tokens.mean(1, dtype=jnp.float32)
         return tokens, self.norm(pooled) if after else pooled
-
-
-def normalised(
-    image: UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"], config: VisionConfig | ResNetConfig
-) -> Float[Array, "B height width 3"]:
-    """Pixels as the encoder of `config` takes them; those that are float already are left as they are.
-
-    Raises:
-      ValueError: the images are of none of its sizes.
-    """
-    sizes = [size for size in (config.image_size, config.low_image_size) if size is not None]
-    if image.shape[1:] not in [(size, size, 3) for size in sizes]:
-        low = "" if len(sizes) == 1 else f" or {(sizes[1], sizes[1], 3)} from low_image_size"
-        expected = f"{(sizes[0], sizes[0], 3)} from {type(config).__name__}.image_size{low}"
-        raise ValueError(f"images are {image.shape[1:]}, expected {expected}")
-    if image.dtype != jnp.uint8:
-        return image
-    return (image.astype(jnp.float32) / 255 - jnp.array(config.image_mean)) / jnp.array(config.image_std)
 
 
 def patchify(image: Float[Array, "B height width 3"], patch_size: int) -> Float[Array, "B P F"]:

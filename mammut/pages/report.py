@@ -6,6 +6,7 @@ policy forbids both. What it quotes is escaped. Where a picture or the model is 
 
 import collections
 import datetime
+import importlib.metadata
 import importlib.resources
 import json
 import os
@@ -17,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-import mammut
-from mammut.config import ModelConfig, TrainConfig
 from mammut.evaluation.metrics.vqa import exact_match
 from mammut.evaluation.predictions import Predictions
-from mammut.models.mammut import num_params
+from mammut.models.flops import num_params
+from mammut.models.mammut import ModelConfig
 from mammut.pages.report_pictures import Album, Pictures, curves, folder_config
-from mammut.weights.checkpoints import read_run
+from mammut.training.config import TrainConfig
+from mammut.training.run_folder import read_run
 
 _SUFFIX = ".predictions.jsonl"
 _TITLES = {"retrieval": "Retrieval", "caption": "Captions", "vqa": "Questions", "classify": "Classification"}
@@ -113,7 +114,7 @@ def _page(
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {
         "title": title,
-        "facts": facts | {"written": f"{now} by mammut {mammut.__version__}"},
+        "facts": facts | {"written": f"{now} by mammut {_version()}"},
         "notices": notices,
         "scores": [score for score in scores if score is not None],
         "last": {},
@@ -380,3 +381,10 @@ def _clip(value: Any) -> str:
 def _name(path: pathlib.Path) -> str:
     """What a predictions file is called without its endings."""
     return path.name.removesuffix(_SUFFIX).removesuffix(".jsonl")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("mammut")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "of a checkout"

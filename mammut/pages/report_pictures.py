@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from mammut.config import ModelConfig, TrainConfig, from_dict
-from mammut.data.processor import ImageTransform
+from mammut.core.fields import from_dict
+from mammut.data.images import ImageTransform
 from mammut.data.sources import open_source
 from mammut.evaluation.predictions import Predictions
+from mammut.models.mammut import ModelConfig
 from mammut.pages.word_maps import overlay, word_maps
+from mammut.training.config import TrainConfig
+from mammut.training.run_folder import read_run
 from mammut.weights import model_folder
-from mammut.weights.checkpoints import read_run
 
 _PICTURE, _MAP = 160, 96  # pixels of the longer side
 _BUDGET = 2_200_000  # characters of all pictures in a page

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mammut.config import OptimizerConfig
 from mammut.generation.search import GenerateConfig
 from mammut.models.mammut import MaMMUT
 from mammut.performance.generation_time import cached, compiled_loop, rates
 from mammut.performance.peers import BETAS, EPS, LEARNING_RATE, START, WEIGHT_DECAY, Mode, OpenClip, PeerError
 from mammut.performance.step_time import RunSettings, computed, exact_float32, make_step
 from mammut.performance.timing import in_turns, ratio, summary
+from mammut.training.config import OptimizerConfig
 from mammut.weights.model_folder import load
 
 # Relative, in float32; sums in another order differ by about 1e-6.

@@ -11,8 +11,9 @@ import sys
 import time
 from typing import Any
 
-from mammut.config import TrainConfig, to_dict
+from mammut.core.fields import to_dict
 from mammut.performance.timing import exponent
+from mammut.training.config import TrainConfig
 
 
 def ask(config: TrainConfig, *, cache: str | None = None, fake_devices: int | None = None) -> dict[str, Any]:
@@ -43,8 +44,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The stages, and the memory of the step. The first begins when the process was asked for: Python starts, too."""
     import jax
 
-    from mammut.config import from_dict
     from mammut.core import sharding
+    from mammut.core.fields import from_dict
     from mammut.performance.step_time import memory, noise_batch
     from mammut.training.step import make_trainer
     from mammut.training.tasks import ImageTextTask

@@ -17,12 +17,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from mammut.config import TrainConfig
 from mammut.core import sharding
 from mammut.performance.chips import GIB, Chip, find_chip
 from mammut.performance.hlo import Collective, Program
 from mammut.performance.out_of_memory import is_out_of_memory, out_of_memory_advice
-from mammut.training.step import Trainer, make_trainer, task_flops
+from mammut.training.config import TrainConfig
+from mammut.training.start_report import task_flops
+from mammut.training.step import Trainer, make_trainer
 from mammut.training.tasks import TASKS
 
 

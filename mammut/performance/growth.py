@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from mammut.config import ModelConfig
+from mammut.models.mammut import ModelConfig
 from mammut.performance.step_time import RunSettings, make_step, measure
 from mammut.performance.timing import exponent
 

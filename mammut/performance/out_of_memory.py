@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import jax
 
-from mammut.config import TrainConfig
 from mammut.core.sharding import RULES
+from mammut.training.config import TrainConfig
 
 # What the backends say of the amount: TPU compiler, then allocators.
 _AMOUNTS = (

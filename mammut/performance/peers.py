@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mammut.config import Dtype
+from mammut.models.compute import Dtype
 
 Family = Literal["coca", "mammut"]
 Mode = Literal["eager", "compile"]

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import Var
 
-from mammut.models.mammut import forward_flops, unit
+from mammut.models.flops import forward_flops
+from mammut.models.losses import caption_sum
+from mammut.models.mammut import labels, unit
 from mammut.performance.step_time import Step
 from mammut.performance.timing import in_turns, summary
-from mammut.training.step import make_optimizer
-from mammut.training.tasks import ImageTextTask, caption_sum, labels
+from mammut.training.optimizer import make_optimizer
+from mammut.training.tasks import ImageTextTask
 
 # Parts that are FLOPs of `forward_flops`.
 _COUNTED = {
@@ -38,7 +40,7 @@ def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
 
     def loss_of_captions(model, features):
         head = model.text.vocab_kernel, model.text.vocab_bias
-        return caption_sum(config.loss, features, *head, *labels(model, batch))
+        return caption_sum(features, *head, *labels(model, batch), **config.loss.caption_options)
 
     key = jax.random.key(0)
     encode = jax.jit(lambda params: merge(params).image_tokens(batch["image"], key))

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mammut.config import DataConfig, Dtype, LossConfig, MeshConfig, ModelConfig, Remat, TrainConfig
 from mammut.core import sharding
-from mammut.models.attention_kernels import image_attention_kernel
-from mammut.models.mammut import MaMMUT
+from mammut.core.sharding import MeshConfig
+from mammut.data.config import DataConfig
+from mammut.models.compute import Dtype, Remat
+from mammut.models.mammut import MaMMUT, ModelConfig, image_attention_kernel
 from mammut.performance.chips import find_chip
 from mammut.performance.compile_report import step_flops
 from mammut.performance.out_of_memory import enough_memory
 from mammut.performance.timing import summary, timed
+from mammut.training.config import LossConfig, TrainConfig
 from mammut.training.step import Trainer, make_trainer
 from mammut.training.tasks import ImageTextTask
 

@@ -6,12 +6,13 @@ import json
 import pathlib
 import tempfile
 
-from mammut.config import TrainConfig
 from mammut.core import distributed
 from mammut.data import sources
-from mammut.data.processor import ImageTransform, Processor
+from mammut.data.images import ImageTransform
+from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer, load_tokenizer, train_sentencepiece
-from mammut.weights.tables import OpenedModel
+from mammut.training.config import TrainConfig
+from mammut.weights.opened import OpenedModel
 from mammut.weights.warm_start import Start
 
 

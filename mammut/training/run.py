@@ -10,12 +10,13 @@ from collections.abc import Iterator
 
 import jax
 
-from mammut.config import TrainConfig, differences, to_dict
 from mammut.core import distributed
+from mammut.core.fields import differences, to_dict
 from mammut.core.params import first_fitting, trained_names
-from mammut.weights.checkpoints import read_run, write_run
+from mammut.training.config import TrainConfig
+from mammut.training.run_folder import read_run, write_run
 from mammut.weights.model_folder import open_model
-from mammut.weights.tables import OpenedModel, model_specs
+from mammut.weights.opened import OpenedModel, model_specs
 from mammut.weights.warm_start import SIZES, VOCABULARY, Start, start_config
 
 # What a resumed run may change: how it is watched, placed and fed, what memory it takes, and how long it goes on (the

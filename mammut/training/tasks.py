@@ -11,25 +11,21 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from mammut.config import Field, LossConfig
-from mammut.core.sharding import constrain, partition_spec
+from mammut.core.sharding import constrain
+from mammut.data.config import Field
 from mammut.models.losses import (
+    caption_sum,
     contrastive_logits,
     focal_contrastive,
     focal_pairs,
     sigmoid_contrastive,
     sigmoid_pairs,
     softmax_contrastive,
-    summed_caption_loss,
 )
-from mammut.models.mammut import MaMMUT
-from mammut.models.masks import caption_labels
+from mammut.models.mammut import Batch, MaMMUT, Metrics, labels
 from mammut.models.ring_loss import ring_pairs, ring_softmax
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
+from mammut.training.config import LossConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +102,7 @@ class ImageTextTask:
 
     def _caption_sum(self, model: MaMMUT, features: jax.Array, batch: Batch) -> jax.Array:
         head = model.text.vocab_kernel, model.text.vocab_bias
-        return caption_sum(self.config, features, *head, *labels(model, batch))
+        return caption_sum(features, *head, *labels(model, batch), **self.config.caption_options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +128,7 @@ class TextTask:
         """The loss summed over the target tokens of a micro-batch."""
         features = self.features(model, batch, crop_key)
         head = model.text.vocab_kernel, model.text.vocab_bias
-        return caption_sum(self.config, features, *head, *labels(model, batch, batch["target"]))
+        return caption_sum(features, *head, *labels(model, batch, batch["target"]), **self.config.caption_options)
 
     def features(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> jax.Array:
         """What the next tokens are predicted from, float[B, L, D]."""
@@ -152,46 +148,6 @@ class LanguageTask(TextTask):
     def features(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> jax.Array:
         """What the next tokens are predicted from, float[B, L, D]: the tokens before."""
         return model.decoder.language_pass(batch["tokens"], batch["text_valid"])
-
-
-def labels(model: MaMMUT, batch: Batch, target: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """What the caption pass of `model` is to predict, int[B, L], and where, bool[B, L]: see `caption_labels`."""
-    tokens, text_valid = batch["tokens"], batch["text_valid"]
-    if model.config.text.pad_id is not None:  # no label, wherever it stands; as an input it is a token like any other
-        real = model.text.valid(tokens, text_valid)
-        target = real if target is None else target & real
-    return caption_labels(tokens, text_valid, target)
-
-
-def caption_sum(
-    config: LossConfig,
-    features: jax.Array,
-    vocab_kernel: jax.Array,
-    vocab_bias: jax.Array | None,
-    labels: jax.Array,
-    loss_mask: jax.Array,
-) -> jax.Array:
-    """`summed_caption_loss` over the batch, on every device over its own rows.
-
-    Else the vocabulary's kernel would be gathered, and its gradient reduced, once for every chunk.
-    """
-    options = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss, "chunk": config.vocab_chunk}
-
-    def summed(features, vocab_kernel, vocab_bias, labels, loss_mask):
-        return summed_caption_loss(features, vocab_kernel, labels, loss_mask, vocab_bias=vocab_bias, **options)[None]
-
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = None if mesh.empty else partition_spec(("batch",), labels.shape[:1], mesh)[0]
-    if axes:
-        rows, whole = PartitionSpec(axes), PartitionSpec()
-        summed = jax.shard_map(
-            summed,
-            in_specs=(rows, whole, whole, rows, rows),
-            out_specs=rows,
-            axis_names={axes} if isinstance(axes, str) else set(axes),
-            check_vma=False,
-        )
-    return summed(features, vocab_kernel, vocab_bias, labels, loss_mask).sum()
 
 
 TASKS: dict[str, Callable[[LossConfig], ImageTextTask | TextTask]] = {

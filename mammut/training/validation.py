@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from mammut.config import LossConfig, TrainConfig
 from mammut.core import distributed, sharding
 from mammut.data.batches import describe_bad
+from mammut.data.examples import BadExample, Source
 from mammut.data.processor import Processor
-from mammut.data.sources import BadExample, Source
+from mammut.evaluation.classification import class_names
 from mammut.evaluation.predictions import Predictions
 from mammut.evaluation.predictor import Predictor
 from mammut.evaluation.scoring import save_scores, score
+from mammut.training.config import LossConfig, TrainConfig
 from mammut.training.step import Trainer
 from mammut.training.tasks import TASKS
 
@@ -155,12 +156,3 @@ class _Language:
         return Evaluation(metrics, [], min(limit, len(source)), len(pairs), dict(bad))
 
 
-def class_names(source: Source) -> list[str]:
-    """The names that occur in a set, sorted; those of examples that cannot be read are left out."""
-    names = set()
-    for index in range(len(source)):
-        try:
-            names.update(text for _, text in source.pairs(index))
-        except BadExample:
-            continue
-    return sorted(names)

@@ -5,96 +5,25 @@ bit silently, so each step has a manifest of checksums too; `restore` falls back
 The frozen parameters are the same in all of them: they are written once, as safetensors with a manifest, to `frozen/`.
 """
 
-import collections
 import dataclasses
 import logging
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from mammut.config import TrainConfig, from_dict, to_dict
 from mammut.core import distributed
-from mammut.core.files import check_manifest, make_manifest, read_json_object, replacing, write_json
+from mammut.core.files import check_manifest, make_manifest, replacing, write_json
 from mammut.core.params import by_name, path_name
-from mammut.weights.files.tensor_file import CheckpointError, TensorFile, TensorSpec, open_tensors, write_safetensors
+from mammut.weights.files.tensor_file import CheckpointError, TensorFile, open_tensors, write_safetensors
+from mammut.weights.opened import host_tensors, mismatches
 
 _log = logging.getLogger(__name__)
 
 _FROZEN_FILE, _FROZEN_MANIFEST = "frozen.safetensors", "manifest.json"
-
-
-def write_run(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) -> None:
-    """Writes `run.json`: the resolved config of a run, and the command-line overrides that are part of it."""
-    write_json(workdir / "run.json", {"config": to_dict(config), "overrides": overrides})
-
-
-def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
-    """The config and overrides in `run.json`.
-
-    Raises:
-      CheckpointError: it is missing or not what `write_run` writes.
-    """
-    path = workdir / "run.json"
-    run = read_json_object(path)
-    if run.keys() != {"config", "overrides"}:
-        raise CheckpointError(f"{path} is not a run's config, expected the keys config and overrides")
-    return read_config(TrainConfig, run["config"], path), run["overrides"]
-
-
-def require_shared(workdir: pathlib.Path) -> None:
-    """Raises ValueError where a process does not see the `run.json` that process 0 has written."""
-    if not (workdir / "run.json").is_file():
-        raise ValueError(
-            f"--workdir {workdir} is without the run.json that process 0 has written there: expected a folder on a "
-            "file system that all processes share"
-        )
-
-
-def position_of_all(step: int, position: dict[str, Any], share: int) -> dict[str, Any]:
-    """The position in the data with the counts of all shares in place of those of `share` alone, on process 0."""
-    parts = {}
-    for part, read, bad in distributed.gather(f"counts/{step}", [share, position["read"], position["bad"]]):
-        parts[part] = read, bad  # processes of the same share have read the same
-    bad = collections.Counter()
-    for _, counts in parts.values():
-        bad.update(counts)
-    return position | {"read": sum(read for read, _ in parts.values()), "bad": dict(bad)}
-
-
-def position_of_one(position: dict[str, Any], share: int) -> dict[str, Any]:
-    """The position for one share to go on from: the first takes over the counts, whatever wrote them."""
-    return position if share == 0 else position | {"read": 0, "bad": {}}
-
-
-def read_config(cls: type, values: Any, path: pathlib.Path) -> Any:
-    """A config of type `cls` from the values in the file `path`; raises CheckpointError when they are none."""
-    try:
-        return from_dict(cls, values, str(path))
-    except (ValueError, TypeError) as error:  # a field that there is not, a value that cannot be
-        raise CheckpointError(f"{path} does not hold a {cls.__name__}: {error}") from error
-
-
-def host_tensors(arrays: Mapping[str, Any]) -> tuple[dict[str, TensorSpec], Callable[[str], np.ndarray]]:
-    """The specs of arrays by name, and what brings one to the host, to be written with `tensor_files`.
-
-    Of several processes, all bring all of them, in the order of the specs, which is that in which they are written.
-    """
-    specs = {name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}
-    specs = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
-
-    def read(name: str) -> np.ndarray:
-        array = arrays[name]
-        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
-            return multihost_utils.process_allgather(array, tiled=True)
-        return np.asarray(array)
-
-    return specs, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +36,14 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of a run, under `workdir/checkpoints`, the newest `keep` of them.
+    """The checkpoints of a run, under `workdir/checkpoints`, the newest `keep` of them; None: all.
 
     `save` returns once the arrays are copied from the devices; writing goes on behind. `cleanup` removes what
     a killed run left half-written: for the run itself, not for those who read beside it. Of several processes, all save
     and restore, each its part of the arrays; process 0 writes and checks the checksums.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int, *, cleanup: bool = False):
+    def __init__(self, workdir: str | os.PathLike, keep: int | None, *, cleanup: bool = False):
         from orbax.checkpoint import v1 as ocp
 
         logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file at INFO
@@ -301,17 +230,6 @@ def _mismatches(saved: Any, expected: Any) -> list[str]:
         }
 
     return mismatches(flat(saved), flat(expected), "is left over")
-
-
-def mismatches(found: Mapping[str, Any], expected: Mapping[str, Any], left_over: str) -> list[str]:
-    """Where named arrays, or what has their shape and dtype, differ; `left_over` is said of those not expected."""
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"{name} {left_over}" for name in sorted(found.keys() - expected.keys())]
-    for name in sorted(found.keys() & expected.keys()):
-        got, want = found[name], expected[name]
-        if tuple(got.shape) != tuple(want.shape) or got.dtype != want.dtype:
-            problems.append(f"{name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}")
-    return problems
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -3,11 +3,11 @@
 import pathlib
 from typing import Any
 
-from mammut.config import ModelConfig
 from mammut.core.files import read_json_object
 from mammut.core.mapped_file import CheckpointError
 from mammut.data.processor import Processor
-from mammut.models.mammut import num_params
+from mammut.models.flops import num_params
+from mammut.models.mammut import ModelConfig
 
 _MARK = "library_name: mammut"
 

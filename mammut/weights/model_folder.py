@@ -23,8 +23,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from mammut.config import ModelConfig, to_dict
 from mammut.core import distributed
+from mammut.core.fields import to_dict
 from mammut.core.files import check_manifest, make_manifest, read_json_object, replacing, write_json
 from mammut.core.mapped_file import MAX_HEADER
 from mammut.core.params import by_name
@@ -32,14 +32,22 @@ from mammut.core.sharding import MESH_AXES, param_shardings
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer, Tokenizer
 from mammut.models.decoder import TextDecoder
-from mammut.models.mammut import MaMMUT, logical_axes
-from mammut.weights.checkpoints import Checkpoints, host_tensors, mismatches, read_config, read_run
+from mammut.models.mammut import MaMMUT, ModelConfig, logical_axes
+from mammut.weights.checkpoints import Checkpoints
 from mammut.weights.files.tensor_file import CheckpointError, TensorSpec, open_tensors, write_sharded
 from mammut.weights.formats import big_vision, huggingface, open_clip, resnets
 from mammut.weights.formats.open_clip_export import CONFIG_FILE
 from mammut.weights.model_card import write_card
-from mammut.weights.tables import LazyTensors, OpenedModel, model_specs, require_target
-from mammut.weights.warm_start import at_image_size
+from mammut.weights.opened import (
+    LazyTensors,
+    OpenedModel,
+    host_tensors,
+    mismatches,
+    model_specs,
+    read_config,
+    require_target,
+)
+from mammut.weights.resample import at_image_size
 
 _VERSION = 1
 _WEIGHTS = "model"
@@ -231,7 +239,7 @@ def read_model_config(path: str | os.PathLike) -> ModelConfig:
     if os.path.exists(path / "config.json") and not (huggingface.is_huggingface(path) or resnets.is_timm(path)):
         return _model_config(path / "config.json")
     if os.path.exists(path / "run.json"):
-        return read_run(path)[0].model
+        return _run_model_config(path)
     return open_model(path).config
 
 
@@ -252,12 +260,12 @@ def _open_model_folder(folder: pathlib.Path) -> OpenedModel:
 
 
 def _open_run(folder: pathlib.Path) -> OpenedModel:
-    config, _ = read_run(folder)
-    with Checkpoints(folder, keep=config.keep_checkpoints) as checkpoints:
+    config = _run_model_config(folder)
+    with Checkpoints(folder, keep=None) as checkpoints:
         arrays = checkpoints.restore_params()
     specs = {name: TensorSpec(array.shape, array.dtype) for name, array in arrays.items()}
-    _require_fit(config.model, specs, str(folder / "checkpoints"))
-    return OpenedModel(config.model, LazyTensors(specs, arrays.__getitem__), _processor(folder), str(folder))
+    _require_fit(config, specs, str(folder / "checkpoints"))
+    return OpenedModel(config, LazyTensors(specs, arrays.__getitem__), _processor(folder), str(folder))
 
 
 def _require_fit(config: ModelConfig, specs: Any, where: str) -> None:
@@ -273,6 +281,15 @@ def _model_config(path: pathlib.Path) -> ModelConfig:
             f"{path} has format {config.get('format')!r} version {config.get('version')!r}, "
             f"expected 'mammut' version {_VERSION}"
         )
+    return read_config(ModelConfig, config.get("model"), path)
+
+
+def _run_model_config(folder: pathlib.Path) -> ModelConfig:
+    """The model of a run's config: nothing else of it is read."""
+    path = folder / "run.json"
+    config = read_json_object(path).get("config")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a run's config, expected the key config with an object")
     return read_config(ModelConfig, config.get("model"), path)
 
 

@@ -9,106 +9,15 @@ on either side is an error unless the table lists it with a reason.
 import collections
 import dataclasses
 import math
-import os
-import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-import jax
-import ml_dtypes
 import numpy as np
-from flax import nnx
 
-from mammut.config import ModelConfig
-from mammut.data.processor import Processor
-from mammut.models.mammut import MaMMUT
 from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
+from mammut.weights.opened import LazyTensors, Tensors, rounded
 
 Shape = tuple[int, ...]
-
-
-@runtime_checkable
-class Tensors(Protocol):
-    """Named arrays that are read one by one: a `mammut.weights.files.tensor_file.TensorFile`, or what a table makes of one."""
-
-    specs: Mapping[str, TensorSpec]
-    read: Callable[[str], np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class LazyTensors:
-    """`Tensors` from a function."""
-
-    specs: Mapping[str, TensorSpec]
-    read: Callable[[str], np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenedModel:
-    """A model whose files were opened and checked, and whose parameters are read when they are asked for.
-
-    Raises:
-      CheckpointError: the processor makes other images or texts than the config's model takes; all of it is named.
-    """
-
-    config: ModelConfig
-    tensors: Tensors  # ours, by path such as "text.layers.attn.query.kernel"
-    processor: Processor | None  # None: the files say nothing of one
-    where: str  # the file or folder, for errors
-    # What is there: of a lone image encoder, "vision" alone, and `config` means nothing beyond it.
-    parts: tuple[str, ...] = ("vision", "text", "rest")
-    positions: Literal["bicubic", "bilinear"] = "bicubic"  # how its makers resample the position grid
-    notes: tuple[str, ...] = ()  # what of its files has no place in our model, and what of ours they do not have; why
-
-    def __post_init__(self):
-        if self.processor is None:
-            return
-        image, vision, text = self.processor.image, self.config.vision, self.config.text
-        problems = []
-        if self.processor.vocab_size > text.vocab_size:
-            found = f"the tokenizer has {self.processor.vocab_size} ids"
-            problems.append(f"{found}, too many for a vocab_size of {text.vocab_size}")
-        if image.image_size != vision.image_size:
-            problems.append(f"images of {image.image_size} pixels, expected an image_size of {vision.image_size}")
-        found, room = self.processor.max_length, self.config.text_length
-        if found > room or (found < room and text.whole_length):
-            problems.append(f"texts of {found} tokens, expected a max_length of {room}")
-        if problems:
-            raise CheckpointError(f"the processor of {self.where} is of another model: {'; '.join(problems)}")
-
-
-def require_target(
-    folder: pathlib.Path, opened: OpenedModel, files: Collection[str], foreign: Collection[str], overwrite: bool
-) -> None:
-    """Whether a model may be written to `folder`, asked before anything is touched.
-
-    Args:
-      files: what would be written, or of an older model there removed.
-      foreign: files of folders of another kind, which are not overwritten even when asked.
-
-    Raises:
-      ValueError: `opened` is a part of a model, is read from `folder` itself, or there is something in the way.
-    """
-    if opened.processor is None or set(opened.parts) != {"vision", "text", "rest"}:
-        raise ValueError(f"{opened.where} is {' and '.join(opened.parts)} without a processor, expected a whole model")
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, expected a folder to write to")
-    if there := [name for name in foreign if os.path.exists(folder / name)]:
-        raise ValueError(f"{folder} holds {there[0]} of a folder of another kind: give a new folder")
-    if (there := [name for name in files if os.path.exists(folder / name)]) and not overwrite:
-        raise ValueError(f"{folder} holds {there[0]} already: give a new folder, or overwrite=True")
-    home = opened.where if os.path.isdir(opened.where) else os.path.dirname(opened.where) or "."
-    if overwrite and os.path.exists(opened.where) and folder.is_dir() and os.path.samefile(home, folder):
-        raise ValueError(f"{folder} is where {opened.where} is read from: give a new folder")
-
-
-def model_specs(config: ModelConfig) -> dict[str, TensorSpec]:
-    """Shape and type of every parameter of a MaMMUT, by path such as "text.layers.attn.query.kernel"."""
-    state = nnx.state(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))), nnx.Param)
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
-    return {
-        ".".join(entry.key for entry in path): TensorSpec(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves
-    }
 
 
 @runtime_checkable
@@ -370,21 +279,6 @@ def unused_notes(unused: Mapping[str, str]) -> Iterator[str]:
     for why, keys in groups.items():
         named = f"{', '.join(keys)} is" if len(keys) < 4 else f"{len(keys)} arrays, {keys[0]} to {keys[-1]}, are"
         yield f"{named} not used: {why}"
-
-
-def rounded(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
-    """The floats as another type's; `where` names file and key in errors.
-
-    Raises:
-      CheckpointError: a finite one is beyond the type's largest.
-    """
-    if float(ml_dtypes.finfo(array.dtype).max) <= float(ml_dtypes.finfo(dtype).max):
-        return array.astype(dtype, copy=False)
-    with np.errstate(over="ignore"):
-        narrow = array.astype(dtype)
-    if (np.isinf(narrow) & ~np.isinf(array)).any():
-        raise CheckpointError(f"{where} holds finite numbers that are too large for {dtype}")
-    return narrow
 
 
 def _is_float(dtype: Any) -> bool:

@@ -14,11 +14,13 @@ import dataclasses
 import pathlib
 import re
 
-from mammut.data.processor import ImageTransform, Processor
+from mammut.data.images import ImageTransform
+from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer, Tokenizer, load_tokenizer
 from mammut.weights.files.tensor_file import CheckpointError, open_tensors
 from mammut.weights.formats.big_vision_tables import Found, Model, cappa, image_encoder, two_towers
-from mammut.weights.tables import LazyTensors, OpenedModel, Table, model_specs, unused_notes
+from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
+from mammut.weights.tables import Table, unused_notes
 
 _PATH = re.compile(r"(.+\.npz)(?::([\w/]+))?", re.DOTALL)
 _SPECIAL_IDS = 0, 1, 0  # start, end and pad of big_vision's vocabularies, which have no start of their own

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 from jaxtyping import Float32
 
-from mammut.config import DecoderConfig, ModelConfig, VisionConfig
 from mammut.data.processor import TextForm
+from mammut.models.decoder import DecoderConfig
+from mammut.models.mammut import ModelConfig
+from mammut.models.vit import VisionConfig
 from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
 from mammut.weights.tables import Entry, Joined, Layout, Reshaped, Rows, Same, Shape
 

@@ -10,14 +10,18 @@ import pathlib
 
 import numpy as np
 
-from mammut.config import DecoderConfig, ModelConfig, VisionConfig
 from mammut.core.files import read_json_object
-from mammut.data.processor import ImageTransform, Processor
+from mammut.data.images import ImageTransform
+from mammut.data.processor import Processor
+from mammut.models.decoder import DecoderConfig
+from mammut.models.mammut import ModelConfig
+from mammut.models.vit import VisionConfig
 from mammut.weights.files.tensor_file import CheckpointError, open_tensors
 from mammut.weights.formats.huggingface_config import decoder_config
 from mammut.weights.formats.huggingface_tables import table
 from mammut.weights.formats.huggingface_tokenizer import open_tokenizer
-from mammut.weights.tables import LazyTensors, OpenedModel, Table, Tensors, model_specs
+from mammut.weights.opened import LazyTensors, OpenedModel, Tensors, model_specs
+from mammut.weights.tables import Table
 
 CONFIG_FILE = "config.json"
 _WEIGHTS = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"

@@ -7,7 +7,7 @@ key that is not known is refused, as is a value that changes what is computed in
 from collections.abc import Callable
 from typing import Any
 
-from mammut.config import DecoderConfig
+from mammut.models.decoder import DecoderConfig
 from mammut.weights.files.tensor_file import CheckpointError
 from mammut.weights.formats.json_object import JsonObject, shown
 

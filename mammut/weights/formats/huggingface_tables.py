@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from mammut.config import DecoderConfig
+from mammut.models.decoder import DecoderConfig
 from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.tables import Entry, Joined, Kernel, Layout, Same, Shape, Table, Transposed
 

@@ -21,24 +21,17 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from mammut.config import AdapterConfig, DecoderConfig, ModelConfig, ResNetConfig
-from mammut.data.processor import ImageTransform, Processor
+from mammut.data.images import ImageTransform
+from mammut.data.processor import Processor
+from mammut.models.adapter_modules import AdapterConfig
+from mammut.models.decoder import DecoderConfig
+from mammut.models.mammut import ModelConfig
+from mammut.models.resnet import ResNetConfig
 from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
 from mammut.weights.formats.huggingface_tokenizer import open_tokenizer
 from mammut.weights.formats.resnets import clip_entries, stages
-from mammut.weights.tables import (
-    Entry,
-    Layout,
-    LazyTensors,
-    OpenedModel,
-    Reshaped,
-    Shape,
-    Table,
-    Tensors,
-    Transposed,
-    model_specs,
-    unused_notes,
-)
+from mammut.weights.opened import LazyTensors, OpenedModel, Tensors, model_specs
+from mammut.weights.tables import Entry, Layout, Reshaped, Shape, Table, Transposed, unused_notes
 
 _BLOCKS, _TOWER = "lm.transformer.h.", "image_prefix.enc."
 _SECOND_NAMES = {"word_embedding.": "lm.transformer.wte.", "transformer.": _BLOCKS}

@@ -9,9 +9,9 @@ import os
 import pathlib
 from typing import Any
 
-from mammut.config import ModelConfig
 from mammut.core.files import read_json_object
 from mammut.data.processor import Processor
+from mammut.models.mammut import ModelConfig
 from mammut.weights.files.tensor_file import CheckpointError, TensorFile, open_tensors
 from mammut.weights.formats import magma, resnets
 from mammut.weights.formats.json_object import shown
@@ -25,7 +25,7 @@ from mammut.weights.formats.open_clip_config import (
 from mammut.weights.formats.open_clip_export import CONFIG_FILE, WEIGHTS_FILE, save, to_open_clip
 from mammut.weights.formats.open_clip_tables import table
 from mammut.weights.formats.open_clip_tokenizer import open_tokenizer
-from mammut.weights.tables import OpenedModel, model_specs
+from mammut.weights.opened import OpenedModel, model_specs
 
 __all__ = ["is_open_clip", "model_config", "open_model", "openmammut", "save", "table", "to_open_clip"]
 

@@ -12,8 +12,10 @@ A key is read, or has no effect on what a trained model computes and is listed h
 
 from typing import Any
 
-from mammut.config import DecoderConfig, ModelConfig, VisionConfig
-from mammut.data.processor import ImageTransform
+from mammut.data.images import ImageTransform
+from mammut.models.decoder import DecoderConfig
+from mammut.models.mammut import ModelConfig
+from mammut.models.vit import VisionConfig
 from mammut.weights.files.tensor_file import CheckpointError
 from mammut.weights.formats.json_object import JsonObject
 

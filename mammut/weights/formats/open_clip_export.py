@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from mammut.config import RUN_FIELDS, RUN_VISION_FIELDS, LayerConfig, ModelConfig, ResNetConfig, VisionConfig
 from mammut.core.files import replacing, write_json
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import ClipTokenizer, MissingTokenizer, Tokenizer
+from mammut.models.compute import RUN_FIELDS, RUN_VISION_FIELDS
+from mammut.models.layers import LayerConfig
+from mammut.models.mammut import ModelConfig
+from mammut.models.resnet import ResNetConfig
+from mammut.models.vit import VisionConfig
 from mammut.weights.files.tensor_file import TensorSpec, write_safetensors
 from mammut.weights.formats.open_clip_config import CLIP_VOCAB, NORM_EPS, mlp_dim, try_model_config
 from mammut.weights.formats.open_clip_tables import table
-from mammut.weights.tables import OpenedModel, require_target
+from mammut.weights.opened import OpenedModel, require_target
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 
-from mammut.config import DecoderConfig, LayerConfig, ModelConfig
+from mammut.models.decoder import DecoderConfig
+from mammut.models.layers import LayerConfig
+from mammut.models.mammut import ModelConfig
 from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.tables import Entry, Joined, Layout, Patches, Reshaped, Rows, Same, Table, Transposed
 

@@ -18,14 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from mammut.config import ModelConfig, ResNetConfig
 from mammut.core.files import read_json_object
-from mammut.data.processor import ImageTransform, Processor
+from mammut.data.images import ImageTransform
+from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer
+from mammut.models.mammut import ModelConfig
+from mammut.models.resnet import ResNetConfig
 from mammut.weights.files.tensor_file import CheckpointError, TensorFile, TensorSpec
 from mammut.weights.formats.json_object import JsonObject, shown
 from mammut.weights.formats.open_clip_config import read_preprocess
-from mammut.weights.tables import Entry, OpenedModel, Reshaped, Same, Shape, Table, model_specs, unused_notes
+from mammut.weights.opened import OpenedModel, model_specs
+from mammut.weights.tables import Entry, Reshaped, Same, Shape, Table, unused_notes
 
 _IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its pixels, as timm has them
 _NF_SIZE = 256  # pixels that timm's nf_resnet50 was trained on

@@ -1,0 +1,128 @@
+"""Every setting of a model and of a run, as frozen dataclasses.
+
+`ModelConfig` is the architecture and travels with the weights; `TrainConfig` is one run and contains it. Named
+architectures are in `mammut.presets`, named runs in `configs/`. A dataclass refuses values that cannot work when it is
+built, in one sentence that names the field.
+"""
+
+import dataclasses
+import math
+import types
+from collections.abc import Callable
+from typing import Any, Literal, Union, get_args, get_origin
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 < value < math.inf, f"{type(config).__name__}.{name} is {value}, expected a positive number")
+
+
+def require_at_most(config: Any, limits: dict[str, int]) -> None:
+    # Past these no model is: a file that says so is damaged or a trap, and is refused before anything is allocated.
+    for name, limit in limits.items():
+        value = getattr(config, name)
+        require(value <= limit, f"{type(config).__name__}.{name} is {value}, expected at most {limit}")
+
+
+def require_share(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < 1, f"{type(config).__name__}.{name} is {value}, expected a number in [0, 1)")
+
+
+def require_choices(config: Any) -> None:
+    # Unchecked, a misspelt choice would silently be the last one: code asks for one value after the other, then "else".
+    for field in dataclasses.fields(config):
+        kinds = get_args(field.type) if get_origin(field.type) in (Union, types.UnionType) else (field.type,)
+        for kind in kinds:
+            if get_origin(kind) is Literal:
+                value, choices = getattr(config, field.name), get_args(kind)
+                require(
+                    value in choices or (value is None and type(None) in kinds),
+                    f"{type(config).__name__}.{field.name} is {value!r}, expected one of {', '.join(choices)}",
+                )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], free: set[str], prefix: str = "") -> list[str]:
+    """The fields of a config as `to_dict` gives it that are not what they were, but for those in `free`, in words."""
+    changed = []
+    for name, value in new.items():
+        field, was = prefix + name, old.get(name)
+        if field in free or value == was:
+            continue
+        if isinstance(value, dict) and isinstance(was, dict):
+            changed += differences(was, value, free, field + ".")
+        else:
+            changed.append(f"{field} is {value}, it was {was}")
+    return changed
+
+
+def from_dict(cls: type, values: Any, where: str = "config"):
+    """Builds the dataclass `cls` from plain JSON values; `where` names their file in errors.
+
+    Raises:
+      ValueError: `values` is not an object, or has a field that `cls` does not have. A missing field takes its default.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} holds {type(values).__name__}, expected an object with the fields of {cls.__name__}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(f"{where} has {', '.join(unknown)}, which {cls.__name__} does not know")
+    built = {}
+    for name, value in values.items():
+        kind = _dataclass_for(value, fields[name].type)
+        if dataclasses.is_dataclass(kind):
+            value = from_dict(kind, value, f"{where}: {name}")
+        elif _is_list_of(kind, dataclasses.is_dataclass) and isinstance(value, list | tuple):
+            value = [from_dict(get_args(kind)[0], item, f"{where}: {name}") for item in value]
+        elif not _fits(value, kind):
+            expected = kind.__name__ if isinstance(kind, type) else str(kind)
+            raise ValueError(f"{where} has {name} {value!r}, expected {expected} for {cls.__name__}.{name}")
+        built[name] = _as_tuples(value)
+    return cls(**built)
+
+
+def _dataclass_for(value: Any, kind: Any) -> Any:
+    """Of a field that holds one of several dataclasses, that which knows most of the value's names, or the first."""
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
+    if not options or not all(map(dataclasses.is_dataclass, options)):
+        return kind
+    names = set(value) if isinstance(value, dict) else set()
+    return max(options, key=lambda option: len(names & {field.name for field in dataclasses.fields(option)}))
+
+
+def _is_list_of(kind: Any, what: Callable[[Any], bool] = lambda item: True) -> bool:
+    """Whether a field's type is that of a tuple of any length, of items that are `what`."""
+    args = get_args(kind)
+    return get_origin(kind) is tuple and len(args) == 2 and args[1] is Ellipsis and what(args[0])
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value can be of the type of a field."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str)  # which one, the config checks itself
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(kind))
+    if _is_list_of(kind):
+        return isinstance(value, list | tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        return isinstance(value, list | tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind is float:
+        return isinstance(value, float) or type(value) is int and abs(value) < 2**53
+    return type(value) is kind

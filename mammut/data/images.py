@@ -1,0 +1,239 @@
+"""Pictures of any kind to arrays of one size: opened, turned upright, resized, cropped."""
+
+import contextlib
+import dataclasses
+import io
+import math
+import pathlib
+import threading
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+# bytes, a path, a PIL image, or uint8[height, width], [height, width, 1], [height, width, 3] or [height, width, 4]
+ImageLike = Any
+Cause = Literal["missing file", "empty", "corrupt", "truncated", "oversized", "unsupported"]
+# Named, so that no picture from the web reaches the formats Pillow hands to other programs (EPS to Ghostscript).
+_FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"
+_PILLOW_LIMIT = threading.Lock()
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; the message says which and why in one sentence.
+
+    `cause` is "missing file" (or unreadable), "empty" (no bytes or no pixels), "corrupt" (not an image, or damaged),
+    "truncated", "oversized" (more pixels than `ImageTransform.max_image_pixels`) or "unsupported" (a pixel format,
+    array or object that is not taken).
+    """
+
+    def __init__(self, message: str, cause: Cause):
+        super().__init__(message, cause)  # both, so that it can be pickled
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTransform:
+    """Any picture to `uint8[image_size, image_size, 3]`; the three modes are those of open_clip at inference."""
+
+    image_size: int  # pixels; the output is square
+    mode: Literal["squash", "shortest", "longest"] = "squash"  # both sides; shortest and crop; longest and pad
+    # The first two are antialiased and Pillow's; the third, of big_vision, is tf.image.resize as it is by default, with
+    # the fractions of pixel values cut off.
+    interpolation: Literal["bicubic", "bilinear", "bilinear_aliased"] = "bicubic"
+    fill: int = 0  # the pad's grey value, mode "longest"
+    max_image_pixels: int = 100_000_000  # more in the header, and the image is refused undecoded
+
+    def __post_init__(self):
+        choices = {
+            "mode": ("squash", "shortest", "longest"),
+            "interpolation": ("bicubic", "bilinear", "bilinear_aliased"),
+        }
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"ImageTransform.{name} is {getattr(self, name)!r}, expected one of {values}")
+        for name, low, high in (("image_size", 1, 2**14), ("fill", 0, 255), ("max_image_pixels", 1, 2**31)):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"ImageTransform.{name} is {value!r}, expected a whole number from {low} to {high}")
+
+    def read(self, image: ImageLike):
+        """A PIL image in mode RGB, upright; see the top of this module for what each kind of picture becomes.
+
+        Raises:
+          BadImage: the image cannot be used, wholly: a truncated file is never half a picture.
+        """
+        return self._read(image)
+
+    def __call__(self, image: ImageLike) -> UInt8[np.ndarray, "height width 3"]:
+        """The picture resized as at inference; takes and raises what `read` does."""
+        picture, size = self._read(image), self.image_size
+        width, height = picture.size
+        if self.mode == "squash":
+            return self._resized(picture, (size, size))
+        # The two roundings are open_clip's: down after "shortest", to the nearest after "longest".
+        if self.mode == "shortest":
+            resized = [size * side // min(width, height) for side in (width, height)]
+        else:
+            resized = [max(1, round(side / (max(width, height) / size))) for side in (width, height)]
+        if math.prod(resized) > max(self.max_image_pixels, size * size):
+            raise BadImage(f"an image of {width} x {height} pixels is too narrow to resize its short side", "oversized")
+        pixels = self._resized(picture, tuple(resized))
+        if self.mode == "shortest":
+            top, left = (round((side - size) / 2) for side in pixels.shape[:2])
+            return pixels[top : top + size, left : left + size]
+        square = np.full((size, size, 3), self.fill, np.uint8)
+        top, left = ((size - side) // 2 for side in pixels.shape[:2])
+        square[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+        return square
+
+    def random_resized_crop(
+        self, image: ImageLike, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+    ) -> UInt8[np.ndarray, "height width 3"]:
+        """A random part of the picture, squashed to the output size; takes and raises what `read` does.
+
+        `scale` bounds the part's share of the area (uniform), `ratio` its width / height relative to the picture's
+        (log-uniform, as far as such a part fits): with (1, 1) for both it is the whole picture, as in mode "squash".
+        A JPEG given as bytes or path is decoded at a fraction of its size where that leaves twice the pixels needed.
+        """
+        if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
+            raise ValueError(f"scale {scale} and ratio {ratio} of a crop, expected 0 < low <= high, scale up to 1")
+        area_draw, aspect_draw, x_draw, y_draw = rng.random(4)
+        area = scale[0] + (scale[1] - scale[0]) * area_draw
+        low, high = np.log(np.clip(ratio, area, 1 / area))  # beyond, one side would be longer than the picture's
+        aspect = math.exp(low + (high - low) * aspect_draw)
+        across, down = min(1.0, math.sqrt(area * aspect)), min(1.0, math.sqrt(area / aspect))
+        picture = self._read(image, sides=math.ceil(2 * self.image_size / min(across, down)))
+        x, y = (1 - across) * x_draw, (1 - down) * y_draw
+        width, height = picture.size
+        box = (x * width, y * height, min(1.0, x + across) * width, min(1.0, y + down) * height)
+        return self._resized(picture, (self.image_size, self.image_size), box)
+
+    def _resized(self, picture, size: tuple[int, int], box: tuple[float, float, float, float] | None = None):
+        """The picture, or the part of it in `box`, as uint8[height, width, 3] of `size` (width, height)."""
+        from PIL.Image import Resampling
+
+        if self.interpolation == "bilinear_aliased":
+            return _resized_without_antialiasing(np.array(picture), size, box or (0.0, 0.0, *map(float, picture.size)))
+        filters = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR}
+        return np.array(picture.resize(size, filters[self.interpolation], box=box))
+
+    def _read(self, image: ImageLike, sides: int | None = None):
+        """`read`; a JPEG file is decoded at a fraction of its size that keeps both sides at `sides` pixels or more."""
+        import PIL.Image
+
+        name = f"image {image}" if isinstance(image, str | pathlib.Path) else "image"
+        try:
+            if isinstance(image, PIL.Image.Image):
+                picture = image
+            elif isinstance(image, np.ndarray):
+                picture = _from_array(image)
+            else:
+                picture = _open(image)
+            if math.prod(picture.size) > self.max_image_pixels:
+                size = f"{picture.width} x {picture.height} pixels"
+                raise BadImage(f"has {size}, more than max_image_pixels {self.max_image_pixels}", "oversized")
+            if picture is not image and sides is not None:
+                picture.draft(None, (sides, sides))
+            picture.load()
+            return _upright_rgb(picture)
+        except BadImage as error:
+            raise BadImage(f"{name} {error}", error.cause) from error.__cause__
+        except PIL.UnidentifiedImageError as error:
+            raise BadImage(f"{name} is corrupt or none of {', '.join(_FORMATS)}", "corrupt") from error
+        except Exception as error:  # Pillow's decoders raise whatever they trip over
+            cause = "truncated" if "truncated" in str(error).lower() else "corrupt"
+            raise BadImage(f"{name} is {cause}: {error}", cause) from error
+
+
+@contextlib.contextmanager
+def _no_pillow_limit() -> Iterator[None]:
+    """Lifts Pillow's own, process-wide pixel limit: `max_image_pixels` takes its place."""
+    import PIL.Image
+
+    with _PILLOW_LIMIT:
+        limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            PIL.Image.MAX_IMAGE_PIXELS = limit
+
+
+def _resized_without_antialiasing(
+    pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int], box: tuple[float, float, float, float]
+) -> UInt8[np.ndarray, "height2 width2 3"]:
+    """Samples the `box` of an image bilinearly at the centres of `size` (width, height) new pixels."""
+    lines: np.ndarray = pixels
+    for axis, count, start, end in ((1, size[0], box[0], box[2]), (0, size[1], box[1], box[3])):
+        step = np.float32((end - start) / count)
+        places = np.float32(start) + (np.arange(count, dtype=np.float32) + 0.5) * step - 0.5
+        low = np.floor(places)
+        sides = [np.clip(low + side, 0, pixels.shape[axis] - 1).astype(int) for side in (0, 1)]
+        near, far = (lines.take(side, axis).astype(np.float32) for side in sides)
+        share = (places - low).reshape((-1, 1) if axis else (-1, 1, 1))
+        lines = near + (far - near) * share
+    return lines.astype(np.uint8)
+
+
+# The three below raise BadImage with a message that goes on after the image's name.
+def _open(image: ImageLike):
+    """The PIL image of encoded bytes or a path, its header read and nothing decoded."""
+    import PIL.Image
+
+    if isinstance(image, str | pathlib.Path):
+        try:
+            image = pathlib.Path(image).read_bytes()
+        except (OSError, ValueError) as error:
+            raise BadImage(f"cannot be read: {error}", "missing file") from error
+    if not isinstance(image, bytes):
+        kinds = "bytes, a path, a PIL image or a NumPy array"
+        raise BadImage(f"is of type {type(image).__name__}, expected {kinds}", "unsupported")
+    if not image:
+        raise BadImage("is empty, expected an image file", "empty")
+    with _no_pillow_limit():
+        return PIL.Image.open(io.BytesIO(image), formats=_FORMATS)
+
+
+def _from_array(array: np.ndarray):
+    import PIL.Image
+
+    given, expected = f"{array.dtype}{list(array.shape)}", "uint8[height, width] or [height, width, 1, 3 or 4]"
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.dtype != np.uint8 or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise BadImage(f"is {given}, expected {expected}", "unsupported")
+    if not array.size:
+        raise BadImage(f"is {given}, expected at least one pixel", "empty")
+    return PIL.Image.fromarray(array)
+
+
+def _upright_rgb(picture):
+    import PIL.Image
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    turn = turns.get(picture.getexif().get(0x0112))
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):  # Pillow would clip
+        picture = PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise BadImage(f"has 32-bit pixels (Pillow's mode {picture.mode}), expected 8 or 16 bits", "unsupported")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
+    if turn is None and picture.mode == "RGB":
+        return picture
+    upright = picture.convert("RGB") if turn is None else picture.convert("RGB").transpose(turn)
+    upright.info = {}  # its orientation must not be applied a second time
+    return upright

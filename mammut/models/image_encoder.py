@@ -1,0 +1,52 @@
+"""What image encoders share: pixels in, tokens and one vector for the whole image out."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Float, UInt8
+
+from mammut.core.fields import require
+from mammut.core.typing import Array
+
+
+def require_pixels(config: Any) -> None:
+    # `image_mean` and `image_std` of either tower.
+    for name, low, expected in (("image_mean", -math.inf, "finite"), ("image_std", 0, "positive")):
+        values = getattr(config, name)
+        require(
+            all(low < value < math.inf for value in values),
+            f"{type(config).__name__}.{name} is {values}, expected {expected} numbers",
+        )
+
+
+@struct.dataclass
+class EncoderOutput:
+    """What the encoder says of an image: its tokens, one vector for all of it, and how the patches lie."""
+
+    tokens: jax.Array  # float[B, P, D]: the patches row by row, after the class token where that is one of them
+    pooled: jax.Array  # float32[B, D], by `VisionConfig.pooling` the mean over P or another
+    # Patches down and across; None where `VisionConfig.patch_drop` left some out, others of each image.
+    grid: tuple[int, int] | None = struct.field(pytree_node=False)
+
+
+def normalised(
+    image: UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"], config: Any
+) -> Float[Array, "B height width 3"]:
+    """Pixels as an image encoder takes them; those that are float already are left as they are.
+
+    `config` is its `VisionConfig` or `ResNetConfig`.
+
+    Raises:
+      ValueError: the images are of none of its sizes.
+    """
+    sizes = [size for size in (config.image_size, config.low_image_size) if size is not None]
+    if image.shape[1:] not in [(size, size, 3) for size in sizes]:
+        low = "" if len(sizes) == 1 else f" or {(sizes[1], sizes[1], 3)} from low_image_size"
+        expected = f"{(sizes[0], sizes[0], 3)} from {type(config).__name__}.image_size{low}"
+        raise ValueError(f"images are {image.shape[1:]}, expected {expected}")
+    if image.dtype != jnp.uint8:
+        return image
+    return (image.astype(jnp.float32) / 255 - jnp.array(config.image_mean)) / jnp.array(config.image_std)
