@@ -1,11 +1,14 @@
 """Trains a MaMMUT: mesh, data, model, optimizer, restore, loop.
 
-    python train.py [configs/RECIPE.py] [--workdir DIR] [--resume] [--compile-only] [--dotted.override VALUE]
+    python train.py [configs/RECIPE.py] [--workdir DIR] [--resume] [--compile-only]
+    [--dotted.override VALUE]
 
-The recipe's `get_config()` returns the run's `TrainConfig`; any of its fields can be overridden by its dotted name
-(`--optimizer.learning-rate 1e-3`). A fresh run never writes into a used folder; `--resume` continues one bit for bit.
+The recipe's `get_config()` returns the run's `TrainConfig`; any of its fields can be overridden by
+its dotted name (`--optimizer.learning-rate 1e-3`). A fresh run never writes into a used folder;
+`--resume` continues one bit for bit.
 
-One process drives all devices of its machine. A run over several is this command on each, with the same folder:
+One process drives all devices of its machine. A run over several is this command on each, with the
+same folder:
 
     --distributed                     the processes that a TPU pod, Slurm or Open MPI has started
     --coordinator HOST:PORT --num-processes N --process-id I      others; HOST is that of process 0
@@ -71,24 +74,36 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def train(run: Run, watchdog: distributed.Watchdog) -> bool:
     """The run, or the rest of one; False if a SIGTERM ended it early.
 
-    What can be refused is refused before anything is compiled, and before anything is written.
-    Of several processes all come through here. Each reads its share of the data; the first writes and prints.
+    What can be refused is refused before anything is compiled, and before anything is written. Of
+    several processes all come through here. Each reads its share of the data; the first writes and
+    prints.
     """
     config, workdir = run.config, run.workdir
     fresh = not (workdir / "processor.json").exists()
     if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.compilation_cache).expanduser()))
+        jax.config.update(
+            "jax_compilation_cache_dir", str(pathlib.Path(config.compilation_cache).expanduser())
+        )
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        # Read back from the cache, a program for several CPU devices runs its collectives in no order: a deadlock.
+        # Read back from the cache, a program for several CPU devices runs its collectives in no
+        # order: a deadlock.
         jax.config.update("jax_enable_compilation_cache", False)
     mesh = sharding.make_mesh(config.mesh)
     share, shares = distributed.batch_share(mesh)
     task = TASKS[config.task](config.loss)
-    settings = {"image_size": config.model.vision.image_size, "tfds_dir": config.data.tfds_dir, "field": task.field}
+    settings = {
+        "image_size": config.model.vision.image_size,
+        "tfds_dir": config.data.tfds_dir,
+        "field": task.field,
+    }
     watchdog.doing("opening the data")
     source = sources.open_source(config.data.train, **settings)
     val = config.data.val and sources.open_source(config.data.val, **settings)
-    warm = warm_start(config.model, run.starts, new_vocabulary=config.tokenizer.replace) if run.starts else None
+    warm = (
+        warm_start(config.model, run.starts, new_vocabulary=config.tokenizer.replace)
+        if run.starts
+        else None
+    )
     watchdog.doing("making the vocabulary")
     processor = shared_processor(config, source, run.starts) if fresh else Processor.load(workdir)
 
@@ -96,7 +111,10 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
         trainer = make_trainer(config, task, mesh)
         evaluator = val and Evaluator(val, processor, config, trainer, str(workdir), watchdog.alive)
         place = {"process_index": share, "process_count": shares, "images": task.sees_images}
-        low = {"low_image_size": config.model.vision.low_image_size, "low_steps": config.low_image_steps}
+        low = {
+            "low_image_size": config.model.vision.low_image_size,
+            "low_steps": config.low_image_steps,
+        }
         open_batches = functools.partial(
             data.TrainBatches, source, processor, config.data, seed=config.seed, **place, **low
         )
@@ -105,7 +123,9 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
         if warm:
             distributed.say(str(warm))
         for tower in untrained_towers(trainer.abstract_state, run.starts, task) if fresh else ():
-            distributed.say(f"warning: {tower} is frozen at random weights (trainable): init_{tower} names a model")
+            distributed.say(
+                f"warning: {tower} is frozen at random weights (trainable): init_{tower} names a model"
+            )
         distributed.meet("nothing is refused")
         if distributed.first() and fresh:
             processor.save(workdir)
@@ -121,17 +141,31 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
             start, state = restored.step, restored.state
             batches = open_batches(state=position_of_one(restored.data, share))
         if start > config.steps:
-            raise ValueError(f"steps is {config.steps}, {workdir} has a checkpoint of step {start}: expected no fewer")
+            raise ValueError(
+                f"steps is {config.steps}, {workdir} has a checkpoint of step {start}: expected no fewer"
+            )
         if distributed.first() and not fresh:
-            write_run(workdir, config, run.overrides)  # what may change in a resumed run is changed for good
-            # Until the run is done again, the model is that of the newest checkpoint, not what an earlier end exported.
+            # what may change in a resumed run is changed for good
+            write_run(workdir, config, run.overrides)
+            # Until the run is done again, the model is that of the newest checkpoint, not what an
+            # earlier end exported.
             (workdir / "manifest.json").unlink(missing_ok=True)
         silent = not distributed.first()
-        log = RunLog(workdir, start=start, steps=config.steps, batch_size=config.data.batch_size, silent=silent)
-        log.print(f"{'starting' if fresh else 'resuming'} at step {start} of {config.steps} in {workdir}")
+        log = RunLog(
+            workdir,
+            start=start,
+            steps=config.steps,
+            batch_size=config.data.batch_size,
+            silent=silent,
+        )
+        log.print(
+            f"{'starting' if fresh else 'resuming'} at step {start} of {config.steps} in {workdir}"
+        )
         with contextlib.closing(log), checkpoints, contextlib.closing(batches):
             state = fresh_state(config, trainer, warm) if state is None else state
-            state, done = loop(config, trainer, state, start, batches, share, evaluator, checkpoints, log, watchdog)
+            state, done = loop(
+                config, trainer, state, start, batches, share, evaluator, checkpoints, log, watchdog
+            )
             if not done:
                 return False
             watchdog.doing("saving the model")
@@ -145,7 +179,8 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
                 evaluation.save(workdir, "val")
             write_card(workdir, config.model, processor)
             log.print(f"model saved: mammut.load({str(workdir)!r})")
-    # Outside of the mesh: the first process asks the model alone, and would wait for the others for ever.
+    # Outside of the mesh: the first process asks the model alone, and would wait for the others for
+    # ever.
     watchdog.doing("the report")
     print(f"report: {write_report(workdir)}")
     return True
@@ -186,12 +221,18 @@ def loop(
                 state, metrics = take_step(state, batch)
                 if before is None:
                     jax.block_until_ready(metrics)
-            # One step behind: waiting for this step's metrics would leave the device idle while the host goes on.
+            # One step behind: waiting for this step's metrics would leave the device idle while the
+            # host goes on.
             check_finite(before, config)
             log.step(step, metrics, waited, record=step % config.log_every == 0)
             stop, last = termination.now(), step == config.steps
             # Before the checkpoint: a run killed in an evaluation does it again when it is resumed.
-            if evaluator and config.eval_every and step % config.eval_every == 0 and not (stop or last):
+            if (
+                evaluator
+                and config.eval_every
+                and step % config.eval_every == 0
+                and not (stop or last)
+            ):
                 watchdog.doing(f"the evaluation at step {step}")
                 log.evaluation(step, "val", evaluator(state.all_params), samples=2)
             if step % config.checkpoint_every == 0 or last or stop:
@@ -221,12 +262,20 @@ def main(argv: list[str]) -> None:
     args, overrides = parse_args(argv)
     try:
         asked = distributed.Processes(
-            args.distributed, args.coordinator, args.num_processes, args.process_id, args.peer_timeout
+            args.distributed,
+            args.coordinator,
+            args.num_processes,
+            args.process_id,
+            args.peer_timeout,
         )
         if args.topology and not args.compile_only:
-            raise ValueError(f"--topology {args.topology} is given without --compile-only, which compiles for it")
+            raise ValueError(
+                f"--topology {args.topology} is given without --compile-only, which compiles for it"
+            )
         if args.compile_only and (asked.cluster or asked.count is not None):
-            raise ValueError("--compile-only is given with several processes, expected one process for all devices")
+            raise ValueError(
+                "--compile-only is given with several processes, expected one process for all devices"
+            )
         if args.compile_only:
             run = resolve(args.recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
             print(compile_report(run.config, args.topology))
@@ -235,7 +284,8 @@ def main(argv: list[str]) -> None:
             run = resolve(args.recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
             require_same(run)
             with distributed.Watchdog(run.config.step_timeout, "train.py") as watchdog:
-                all(train(stage, watchdog) for stage in stages(run))  # a stage that was ended early ends them
+                # a stage that was ended early ends them
+                all(train(stage, watchdog) for stage in stages(run))
     except distributed.EXPECTED as error:
         if os.environ.get("MAMMUT_TRACEBACK"):
             raise

@@ -1,7 +1,7 @@
 """A small language model from the captions of Flickr8k alone, no photo seen: what `configs/flickr8k_magma.py` freezes.
 
-Its layers are GPT-J's: attention and MLP side by side on one norm, rotary positions, a vocabulary head of its own. The
-captions of the first 1,000 photos are kept for validation.
+Its layers are GPT-J's: attention and MLP side by side on one norm, rotary positions, a vocabulary
+head of its own. The captions of the first 1,000 photos are kept for validation.
 """
 
 import dataclasses
@@ -13,12 +13,19 @@ from mammut.testing import shared_dir
 
 
 def get_config() -> TrainConfig:
-    captions = f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'flickr8k' / 'captions.jsonl'}"
+    captions = (
+        f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'flickr8k' / 'captions.jsonl'}"
+    )
     return TrainConfig(
         task="text",
         trainable=("text.*",),
         model=dataclasses.replace(presets.magma_tiny(), adapters=()),
-        data=DataConfig(train=f"{captions}[1000:]", val=f"{captions}[:1000]", batch_size=250, eval_batch_size=250),
+        data=DataConfig(
+            train=f"{captions}[1000:]",
+            val=f"{captions}[:1000]",
+            batch_size=250,
+            eval_batch_size=250,
+        ),
         tokenizer=TokenizerConfig(max_length=24),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50, weight_decay=0.1, b2=0.98),
         steps=450,  # on captions that it has not read it gets worse from there on

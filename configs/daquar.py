@@ -1,14 +1,22 @@
 """Visual question answering: human questions about indoor photos (DAQUAR), answered in words, from scratch on a CPU.
 
-The question is the prompt, the answer is generated, and the loss is the answer's alone. `--data.blind True` trains the
-model that sees no image, to compare with; `--init runs/flickr8k` fine-tunes a trained model instead of this small one,
-with a peak learning rate of 3e-4. Every fifth photo is kept for validation: neighbouring views of a room fall into both
-parts, as they do in the official split. Score it with `python -m eval.vqa runs/daquar --data jsonl:PATH[::5]`.
+The question is the prompt, the answer is generated, and the loss is the answer's alone.
+`--data.blind True` trains the model that sees no image, to compare with; `--init runs/flickr8k`
+fine-tunes a trained model instead of this small one, with a peak learning rate of 3e-4. Every fifth
+photo is kept for validation: neighbouring views of a room fall into both parts, as they do in the
+official split. Score it with `python -m eval.vqa runs/daquar --data jsonl:PATH[::5]`.
 """
 
 import pathlib
 
-from mammut.config import DataConfig, DecoderConfig, ModelConfig, OptimizerConfig, TrainConfig, VisionConfig
+from mammut.config import (
+    DataConfig,
+    DecoderConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from mammut.testing import shared_dir
 
 
@@ -17,9 +25,17 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         task="vqa",
         model=ModelConfig(
-            vision=VisionConfig(image_size=48, patch_size=8, width=96, depth=3, num_heads=4, mlp_dim=384),
+            vision=VisionConfig(
+                image_size=48, patch_size=8, width=96, depth=3, num_heads=4, mlp_dim=384
+            ),
             text=DecoderConfig(
-                vocab_size=1_000, max_length=24, width=96, depth=2, num_heads=4, mlp_dim=384, cross_attn_every=1
+                vocab_size=1_000,
+                max_length=24,
+                width=96,
+                depth=2,
+                num_heads=4,
+                mlp_dim=384,
+                cross_attn_every=1,
             ),
             unroll=4,
         ),

@@ -1,7 +1,8 @@
 """Visual question answering on a CPU: templated questions about drawn shapes (easy-VQA), from scratch.
 
-The question is the prompt, the answer is generated, and the loss is the answer's alone. 200 of the 1,500 pictures are
-kept for validation. Score it with `python -m eval.vqa runs/easy_vqa --data jsonl:PATH[1300:]`.
+The question is the prompt, the answer is generated, and the loss is the answer's alone. 200 of the
+1,500 pictures are kept for validation. Score it with `python -m eval.vqa runs/easy_vqa --data
+jsonl:PATH[1300:]`.
 """
 
 import pathlib
@@ -12,7 +13,9 @@ from mammut.testing import shared_dir
 
 
 def get_config() -> TrainConfig:
-    questions = f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'easy_vqa' / 'qa.jsonl'}"
+    questions = (
+        f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'easy_vqa' / 'qa.jsonl'}"
+    )
     return TrainConfig(
         task="vqa",
         model=presets.tiny(),

@@ -1,7 +1,8 @@
 """MAGMA in miniature, asked about drawn shapes: the frozen models and the variants of `configs/flickr8k_magma.py`.
 
-The questions are put in the paper's form, `Q: ... A:`. 200 of the 1,500 pictures are kept for validation. Score it with
-`python -m eval.vqa runs/easy_vqa_magma --data jsonl:PATH[1300:] --prompt 'Q: {} A:'`.
+The questions are put in the paper's form, `Q: ... A:`. 200 of the 1,500 pictures are kept for
+validation. Score it with `python -m eval.vqa runs/easy_vqa_magma --data jsonl:PATH[1300:] --prompt
+'Q: {} A:'`.
 """
 
 import pathlib
@@ -12,7 +13,9 @@ from mammut.testing import shared_dir
 
 
 def get_config() -> TrainConfig:
-    questions = f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'easy_vqa' / 'qa.jsonl'}"
+    questions = (
+        f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'easy_vqa' / 'qa.jsonl'}"
+    )
     return TrainConfig(
         task="vqa",
         init_text="runs/caption_lm",
@@ -29,7 +32,9 @@ def get_config() -> TrainConfig:
             prompt="Q: {} A:",
         ),
         tokenizer=TokenizerConfig(max_length=32),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, schedule="linear", weight_decay=0.0, b2=0.95),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, warmup_steps=50, schedule="linear", weight_decay=0.0, b2=0.95
+        ),
         steps=800,
         log_every=50,
         eval_every=0,

@@ -1,12 +1,21 @@
 """Flickr8k from scratch on a CPU: 5,000 photos with five captions each to learn from, 1,000 to be judged by.
 
-The photos are read from `flickr8k/captions.jsonl` under the folder of data sets that `MAMMUT_SHARED` names (by default
-`shared` beside the checkout); `--data.train jsonl:PATH[1000:] --data.val jsonl:PATH[:1000]` names another place.
+The photos are read from `flickr8k/captions.jsonl` under the folder of data sets that
+`MAMMUT_SHARED` names (by default `shared` beside the checkout); `--data.train jsonl:PATH[1000:]
+--data.val jsonl:PATH[:1000]` names another place.
 """
 
 import pathlib
 
-from mammut.config import DataConfig, DecoderConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig, VisionConfig
+from mammut.config import (
+    DataConfig,
+    DecoderConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from mammut.testing import shared_dir
 
 
@@ -15,9 +24,17 @@ def get_config() -> TrainConfig:
     photos = f"jsonl:{shared / 'data' / 'flickr8k' / 'captions.jsonl'}"
     return TrainConfig(
         model=ModelConfig(
-            vision=VisionConfig(image_size=64, patch_size=8, width=192, depth=6, num_heads=3, mlp_dim=768),
+            vision=VisionConfig(
+                image_size=64, patch_size=8, width=192, depth=6, num_heads=3, mlp_dim=768
+            ),
             text=DecoderConfig(
-                vocab_size=3_000, max_length=24, width=192, depth=4, num_heads=3, mlp_dim=768, cross_attn_every=2
+                vocab_size=3_000,
+                max_length=24,
+                width=192,
+                depth=4,
+                num_heads=3,
+                mlp_dim=768,
+                cross_attn_every=2,
             ),
             unroll=6,
         ),
@@ -27,8 +44,9 @@ def get_config() -> TrainConfig:
             batch_size=200,
             eval_batch_size=250,
             val_examples=1_000,
-            # 5,000 photos are few: each is seen about 50 times, never twice the same. Hardly a caption of Flickr8k says
-            # left or right, so that here a mirrored photo contradicts next to nothing.
+            # 5,000 photos are few: each is seen about 50 times, never twice the same. Hardly a
+            # caption of Flickr8k says left or right, so that here a mirrored photo contradicts next
+            # to nothing.
             crop_scale=(0.35, 1.0),
             horizontal_flip=True,
         ),

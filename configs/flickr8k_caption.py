@@ -1,7 +1,7 @@
 """Captioning fine-tuned: the Flickr8k run goes on with the captioning loss alone.
 
-Run `python train.py configs/flickr8k.py` first; `--init` names another model to start from. Score it with
-`python -m eval.caption runs/flickr8k_caption --data jsonl:PATH[:1000]`.
+Run `python train.py configs/flickr8k.py` first; `--init` names another model to start from. Score
+it with `python -m eval.caption runs/flickr8k_caption --data jsonl:PATH[:1000]`.
 """
 
 import pathlib
@@ -11,7 +11,9 @@ from mammut.testing import shared_dir
 
 
 def get_config() -> TrainConfig:
-    photos = f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'flickr8k' / 'captions.jsonl'}"
+    photos = (
+        f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'flickr8k' / 'captions.jsonl'}"
+    )
     return TrainConfig(
         task="caption",
         init="runs/flickr8k",

@@ -1,8 +1,9 @@
 """MAGMA in miniature: a frozen language model that only ever read captions learns to see, from adapters and a prefix.
 
-Run `python train.py configs/caption_lm.py` and `python train.py configs/flickr8k.py` first: the language model and the
-image encoder are theirs, both frozen; `--init-text` and `--init-vision` name others. Trained are the image prefix (a
-linear map and a norm) and one bottleneck behind every MLP of the decoder. Others to compare with:
+Run `python train.py configs/caption_lm.py` and `python train.py configs/flickr8k.py` first: the
+language model and the image encoder are theirs, both frozen; `--init-text` and `--init-vision` name
+others. Trained are the image prefix (a linear map and a norm) and one bottleneck behind every MLP
+of the decoder. Others to compare with:
 
     attention too    --model.adapters.0.sites text.layers.mlp text.layers.attn --model.adapters.0.reduction 8
     LoRA             --model.adapters.0.kind lora --model.adapters.0.sites 'text.layers.attn.*'
@@ -22,7 +23,9 @@ from mammut.testing import shared_dir
 
 
 def get_config() -> TrainConfig:
-    photos = f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'flickr8k' / 'captions.jsonl'}"
+    photos = (
+        f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'flickr8k' / 'captions.jsonl'}"
+    )
     return TrainConfig(
         task="caption",
         init_text="runs/caption_lm",
@@ -38,7 +41,9 @@ def get_config() -> TrainConfig:
             horizontal_flip=True,
         ),
         tokenizer=TokenizerConfig(max_length=24),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, schedule="linear", weight_decay=0.0, b2=0.95),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, warmup_steps=50, schedule="linear", weight_decay=0.0, b2=0.95
+        ),
         steps=600,
         log_every=50,
         eval_every=0,

@@ -1,8 +1,8 @@
 """Classification as text, fine-tuned: the model says what the photo shows (five kinds of flowers).
 
-Run `python train.py configs/flickr8k.py` first; `--init` names another model to start from. The file is sorted by
-class, so every fifth line is kept for validation. Score it with
-`python -m eval.classify runs/flowers --method likelihood --templates '{}' --data jsonl:PATH[::5]`.
+Run `python train.py configs/flickr8k.py` first; `--init` names another model to start from. The
+file is sorted by class, so every fifth line is kept for validation. Score it with `python -m
+eval.classify runs/flowers --method likelihood --templates '{}' --data jsonl:PATH[::5]`.
 """
 
 import pathlib
@@ -12,7 +12,9 @@ from mammut.testing import shared_dir
 
 
 def get_config() -> TrainConfig:
-    photos = f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'flowers' / 'labels.jsonl'}"
+    photos = (
+        f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'flowers' / 'labels.jsonl'}"
+    )
     return TrainConfig(
         task="classify",
         init="runs/flickr8k",

@@ -3,22 +3,38 @@
     python train.py configs/folder.py --data.train 'jsonl:photos/photos.jsonl[200:]' \\
         --data.val 'jsonl:photos/photos.jsonl[:200]' [--task vqa] [--init MODEL]
 
-`--task` says what is learnt: `caption` (the default here), `vqa`, `classify`, or `image_text` for retrieval and
-captions. With `--init` a model is fine-tuned and brings its architecture and vocabulary; a learning rate of 1e-4 to
-3e-4 suits that. `--init-vision` takes an image encoder alone, such as a ViT of big_vision; the decoder is new. Without
-either, a small model is trained from scratch, which wants thousands of pictures to say much.
+`--task` says what is learnt: `caption` (the default here), `vqa`, `classify`, or `image_text` for
+retrieval and captions. With `--init` a model is fine-tuned and brings its architecture and
+vocabulary; a learning rate of 1e-4 to 3e-4 suits that. `--init-vision` takes an image encoder
+alone, such as a ViT of big_vision; the decoder is new. Without either, a small model is trained
+from scratch, which wants thousands of pictures to say much.
 """
 
-from mammut.config import DataConfig, DecoderConfig, ModelConfig, OptimizerConfig, TrainConfig, VisionConfig
+from mammut.config import (
+    DataConfig,
+    DecoderConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    VisionConfig,
+)
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         task="caption",
         model=ModelConfig(
-            vision=VisionConfig(image_size=64, patch_size=8, width=192, depth=6, num_heads=3, mlp_dim=768),
+            vision=VisionConfig(
+                image_size=64, patch_size=8, width=192, depth=6, num_heads=3, mlp_dim=768
+            ),
             text=DecoderConfig(
-                vocab_size=3_000, max_length=32, width=192, depth=4, num_heads=3, mlp_dim=768, cross_attn_every=2
+                vocab_size=3_000,
+                max_length=32,
+                width=192,
+                depth=4,
+                num_heads=3,
+                mlp_dim=768,
+                cross_attn_every=2,
             ),
             unroll=6,
         ),

@@ -3,12 +3,12 @@
     python train.py configs/magma.py --data.train 'jsonl:photos/photos.jsonl[200:]' \\
         --data.val 'jsonl:photos/photos.jsonl[:200]' [--init-text GPT] [--init-vision TOWER]
 
-Without `--init-text` a small language model is trained first, for `text_steps` steps on the captions without their
-pictures. Then it is frozen; the image encoder, the image prefix and the adapters learn to speak through it. With the
-folder of a GPT-2, GPT-Neo, GPT-J or Pythia from Hugging Face, `--init-text` takes that instead. `--init-vision` takes
-an image encoder that has seen more than your pictures, and
-`--trainable 'adapters.*' 'image_projection.*' 'prefix_norm.*'` freezes it, too. It runs on a CPU in minutes;
-configs/magma_v1.py is of the paper's size.
+Without `--init-text` a small language model is trained first, for `text_steps` steps on the
+captions without their pictures. Then it is frozen; the image encoder, the image prefix and the
+adapters learn to speak through it. With the folder of a GPT-2, GPT-Neo, GPT-J or Pythia from
+Hugging Face, `--init-text` takes that instead. `--init-vision` takes an image encoder that has seen
+more than your pictures, and `--trainable 'adapters.*' 'image_projection.*' 'prefix_norm.*'` freezes
+it, too. It runs on a CPU in minutes; configs/magma_v1.py is of the paper's size.
 """
 
 from mammut import presets

@@ -1,8 +1,9 @@
 """Pretraining at ViT-B/16 size, for 16 accelerators or more: parameters split over all of them, bfloat16.
 
-The data are yours to name: `--data.train tfds:NAME/SPLIT` (or any other source) with `--tokenizer.path`; what stands
-here is a public set of the right kind, to be prepared by tensorflow-datasets. `--compile-only --topology v5e:4x4`
-says what a step takes before there is a device; docs/scaling.md has the table.
+The data are yours to name: `--data.train tfds:NAME/SPLIT` (or any other source) with
+`--tokenizer.path`; what stands here is a public set of the right kind, to be prepared by
+tensorflow-datasets. `--compile-only --topology v5e:4x4` says what a step takes before there is a
+device; docs/scaling.md has the table.
 """
 
 from mammut import presets
@@ -13,9 +14,15 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         model=presets.mammut_b16(),
         data=DataConfig(
-            train="tfds:laion400m/images/train", val=None, batch_size=1_024, crop_scale=(0.5, 1.0), threads=32
+            train="tfds:laion400m/images/train",
+            val=None,
+            batch_size=1_024,
+            crop_scale=(0.5, 1.0),
+            threads=32,
         ),
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=5_000, weight_decay=0.2, b2=0.98),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-4, warmup_steps=5_000, weight_decay=0.2, b2=0.98
+        ),
         mesh=MeshConfig(data=-1, fsdp=16),
         steps=300_000,
         log_every=100,

@@ -7,7 +7,9 @@ from mammut.config import DataConfig, OptimizerConfig, TrainConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=presets.tiny(),
-        data=DataConfig(train="synthetic:train", val="synthetic:val", batch_size=128, eval_batch_size=128),
+        data=DataConfig(
+            train="synthetic:train", val="synthetic:val", batch_size=128, eval_batch_size=128
+        ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
         steps=1_600,
         log_every=100,

@@ -1,9 +1,10 @@
 """Zero-shot classification: top-1, top-5 and mean per-class recall, by embedding or by caption likelihood.
 
-    python -m eval.classify CHECKPOINT --data jsonl:PATH [--method likelihood] [--classes FILE.json] [--out FILE.json]
-    python -m eval.classify FILE.predictions.jsonl
+    python -m eval.classify CHECKPOINT --data jsonl:PATH [--method likelihood] [--classes FILE.json]
+    [--out FILE.json] python -m eval.classify FILE.predictions.jsonl
 
-The lines of the JSONL hold `{"file", "name"}`. Without `--classes`, a JSON list of names, they are those that occur.
+The lines of the JSONL hold `{"file", "name"}`. Without `--classes`, a JSON list of names, they are
+those that occur.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from mammut.evaluation.classification import Method, class_names
 @dataclasses.dataclass(frozen=True)
 class Options(program.Options):
     method: Method = "contrastive"  # by embedding; or by the likelihood of the class as a caption
-    templates: tuple[str, ...] = ("a photo of a {}.", "a picture of a {}.", "{}")  # {} is the class; averaged
+    # {} is the class; averaged
+    templates: tuple[str, ...] = ("a photo of a {}.", "a picture of a {}.", "{}")
     classes: pathlib.Path | None = None  # a JSON list of all class names, in any order
     prior: float = 0.0  # of "likelihood": how much of log P(class) without the image is taken off
 

@@ -14,10 +14,12 @@ from mammut.evaluation.predictor import Predictor
 class Options(program.Options):
     """`program.Options`, and how a model with an image prefix is shown examples."""
 
-    # So many examples, images and texts, in front of each query, and what is said cut at a line break or the next
-    # example; 0: the same prompt without examples. It needs a model with an image prefix.
+    # So many examples, images and texts, in front of each query, and what is said cut at a line
+    # break or the next example; 0: the same prompt without examples. It needs a model with an image
+    # prefix.
     shots: int | None = None
-    shots_data: str | None = None  # where they are drawn from; by default the set itself, never the query's own image
+    # where they are drawn from; by default the set itself, never the query's own image
+    shots_data: str | None = None
     shots_seed: int = 0
     instruction: str = ""  # said in front of every example
 
@@ -27,7 +29,9 @@ class Options(program.Options):
         return super().part + ("" if self.shots is None else f"_{self.shots}_shots")
 
 
-def few_shot(predictor: Predictor, source: Source, options: Options, field: Field) -> FewShot | None:
+def few_shot(
+    predictor: Predictor, source: Source, options: Options, field: Field
+) -> FewShot | None:
     """What `--shots` asks for; None without.
 
     Raises:

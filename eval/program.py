@@ -1,7 +1,8 @@
 """What the evaluation programs share: their options, and the way from a model to predictions to scores.
 
-Each writes its predictions first and then scores the file, so that scoring again needs no model: a predictions file
-takes the place of the model. Scores go to `--out NAME.json`, the predictions to NAME.predictions.jsonl beside it.
+Each writes its predictions first and then scores the file, so that scoring again needs no model: a
+predictions file takes the place of the model. Scores go to `--out NAME.json`, the predictions to
+NAME.predictions.jsonl beside it.
 """
 
 import dataclasses
@@ -32,13 +33,14 @@ _MODEL_FILES = ".npz", ".safetensors", ".safetensors.index.json", ".pt", ".pth",
 class Options:
     """Options of every evaluation program."""
 
-    # Whatever mammut.load reads: a model folder or run, a folder or file of open_clip, an .npz of big_vision; or a
-    # predictions file, to be scored again.
+    # Whatever mammut.load reads: a model folder or run, a folder or file of open_clip, an .npz of
+    # big_vision; or a predictions file, to be scored again.
     checkpoint: Annotated[str, tyro.conf.Positional]
-    # What to evaluate on: jsonl:PATH, tfds:NAME/SPLIT, coco:..., vqav2:..., each with an optional [a:b].
+    # What to evaluate on: jsonl:PATH, tfds:NAME/SPLIT, coco:..., vqav2:..., each with an optional
+    # [a:b].
     data: str | None = None
-    # Where the scores go; the predictions go beside them. By default CHECKPOINT/eval/PROGRAM_DATA.json, of a
-    # file FOLDER/eval/PROGRAM_FILE_DATA.json.
+    # Where the scores go; the predictions go beside them. By default
+    # CHECKPOINT/eval/PROGRAM_DATA.json, of a file FOLDER/eval/PROGRAM_FILE_DATA.json.
     out: pathlib.Path | None = None
     batch_size: int = 64  # examples at a time, over all devices
     limit: int | None = None  # only the first so many examples
@@ -88,17 +90,25 @@ def _score_again(options: Options, path: pathlib.Path, task: Task, field: Field)
     predictions = Predictions.load(path, task)
     if options.data is not None:
         image_size = predictions.settings["image_size"]
-        source = open_source(options.data, image_size=image_size, tfds_dir=options.tfds_dir, field=field)
+        source = open_source(
+            options.data, image_size=image_size, tfds_dir=options.tfds_dir, field=field
+        )
         require_same_set(predictions, source)
-    return _scored(predictions, path, options.out or path.with_name(path.name.removesuffix(_SUFFIX) + ".json"))
+    return _scored(
+        predictions, path, options.out or path.with_name(path.name.removesuffix(_SUFFIX) + ".json")
+    )
 
 
-def _evaluate(options: AnyOptions, checkpoint: pathlib.Path, task: Task, field: Field, predict: Callable) -> Scores:
+def _evaluate(
+    options: AnyOptions, checkpoint: pathlib.Path, task: Task, field: Field, predict: Callable
+) -> Scores:
     for name in ("batch_size", "limit", "threads"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
     if options.data is None:
-        raise ValueError("--data is missing, expected what to evaluate on: jsonl:PATH, tfds:NAME/SPLIT, ...")
+        raise ValueError(
+            "--data is missing, expected what to evaluate on: jsonl:PATH, tfds:NAME/SPLIT, ..."
+        )
     out = options.out or _default_out(checkpoint, task, options)
     if out.suffix != ".json":
         raise ValueError(f"--out is {out}, expected a name that ends in .json")
@@ -108,7 +118,8 @@ def _evaluate(options: AnyOptions, checkpoint: pathlib.Path, task: Task, field: 
     source = open_source(
         options.data, image_size=processor.image.image_size, tfds_dir=options.tfds_dir, field=field
     )
-    out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is found out before the model is asked
+    # what cannot be written is found out before the model is asked
+    out.parent.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh):
         model_of, params = place(model, mesh)
         predictor = Predictor(
@@ -132,7 +143,9 @@ def _evaluate(options: AnyOptions, checkpoint: pathlib.Path, task: Task, field: 
 def _scored(predictions: Predictions, path: pathlib.Path, out: pathlib.Path) -> Scores:
     scores = score(predictions)
     save_scores(out, predictions, scores)
-    print(f"{predictions.data}: {', '.join(f'{count:,} {name}' for name, count in scores.items.items())}")
+    print(
+        f"{predictions.data}: {', '.join(f'{count:,} {name}' for name, count in scores.items.items())}"
+    )
     for line in _lines(scores.metrics):
         print(f"  {line}")
     for note in scores.notes:
@@ -146,10 +159,14 @@ def _lines(metrics: dict[str, Any], most: int = 12) -> list[str]:
     lines = []
     for key, value in metrics.items():
         if isinstance(value, dict):
-            lines.append(f"{key}" + (f" (the first {most} of {len(value)})" if len(value) > most else ""))
+            lines.append(
+                f"{key}" + (f" (the first {most} of {len(value)})" if len(value) > most else "")
+            )
             lines += [f"  {line}" for line in _lines(dict(list(value.items())[:most]))]
         else:
-            lines.append(f"{key:<24} {value:.4f}" if isinstance(value, float) else f"{key:<24} {value}")
+            lines.append(
+                f"{key:<24} {value:.4f}" if isinstance(value, float) else f"{key:<24} {value}"
+            )
     return lines
 
 

@@ -1,6 +1,6 @@
 """Shows a run, or one predictions file, as an HTML page in one file.
 
-    python -m eval.report RUN_OR_PREDICTIONS [--out FILE.html] [--items N]
+python -m eval.report RUN_OR_PREDICTIONS [--out FILE.html] [--items N]
 """
 
 import argparse
@@ -11,10 +11,18 @@ from mammut.pages.report import write_report
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("target", type=pathlib.Path, metavar="RUN_OR_PREDICTIONS")
-    parser.add_argument("--out", type=pathlib.Path, help="the page; by default in the run, or beside the predictions")
-    parser.add_argument("--items", type=int, default=12, help="how many of each kind are shown (default: 12)")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help="the page; by default in the run, or beside the predictions",
+    )
+    parser.add_argument(
+        "--items", type=int, default=12, help="how many of each kind are shown (default: 12)"
+    )
     args = parser.parse_args(argv)
     try:
         print(write_report(args.target, args.out, items=args.items))

@@ -3,7 +3,8 @@
     python -m eval.retrieval CHECKPOINT --data jsonl:PATH [--rerank 10] [--out FILE.json]
     python -m eval.retrieval FILE.predictions.jsonl
 
-With `--rerank N` the N best candidates by embedding are scored again by the likelihood of the text given the image.
+With `--rerank N` the N best candidates by embedding are scored again by the likelihood of the text
+given the image.
 """
 
 import dataclasses

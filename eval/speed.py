@@ -12,10 +12,11 @@
 | startup  | seconds to the end of a first step in a fresh process: cold, then with the compilation cache |
 | data     | images/s of --data |
 
-The uncached search runs the caption pass over all places of the text for each new token, and so makes the image's keys
-and values again each time, and for every beam. Texts have --new-tokens tokens after a start token: nothing ends early.
-Times are medians of batches that are waited for; an IQR is that of the single times. With --peer the two run the same
-work on the same weights in turn, A-B-B-A, which is checked first: see `mammut.performance.peers`.
+The uncached search runs the caption pass over all places of the text for each new token, and so
+makes the image's keys and values again each time, and for every beam. Texts have --new-tokens
+tokens after a start token: nothing ends early. Times are medians of batches that are waited for; an
+IQR is that of the single times. With --peer the two run the same work on the same weights in turn,
+A-B-B-A, which is checked first: see `mammut.performance.peers`.
 """
 
 import dataclasses
@@ -40,7 +41,14 @@ from mammut.performance import beside_peer, child, growth, tables
 from mammut.performance.generation_time import measure_generation
 from mammut.performance.peers import SIZES, Family, Mode, OpenClip, num_cores, peer_config
 from mammut.performance.step_parts import measure_parts
-from mammut.performance.step_time import FORMULA, RunSettings, computed, make_step, measure, measured_peak
+from mammut.performance.step_time import (
+    FORMULA,
+    RunSettings,
+    computed,
+    make_step,
+    measure,
+    measured_peak,
+)
 
 What = Literal["train", "parts", "generate", "growth", "startup", "data"]
 Axis = Literal["batch", "image_size", "length", "devices"]
@@ -60,7 +68,8 @@ class Options:
     steps: int | None = None  # that are timed; None: 20, on a CPU 10
     warmup: int = 5  # steps before them
     grow: tuple[Axis, ...] = ("batch", "image_size", "length", "devices")
-    # Sizes to grow over, by default 0.5, 1 and 2 (images: 1.5) times the model's; devices: 1, 2, 4, 8.
+    # Sizes to grow over, by default 0.5, 1 and 2 (images: 1.5) times the model's; devices: 1, 2, 4,
+    # 8.
     grow_sizes: tuple[int, ...] | None = None
     batch_sizes: tuple[int, ...] = (1, 16, 64)  # of generation
     beams: tuple[int, ...] = (1, 4)  # 1: greedy
@@ -72,7 +81,8 @@ class Options:
     peer: str | None = None
     peer_family: Family = "coca"
     peer_size: Literal["tiny", "small"] = "tiny"
-    # A model of open_clip's instead: the name of one of its configs, or a JSON file; the batch is --batch-size.
+    # A model of open_clip's instead: the name of one of its configs, or a JSON file; the batch is
+    # --batch-size.
     peer_config: str | None = None
     vocab_size: int = 49_408  # of a model of --peer-size
     peer_modes: tuple[Mode, ...] = ("eager",)  # of PyTorch
@@ -84,19 +94,35 @@ class Options:
             values = getattr(self, name)
             if not values or type(values[0]) is int and min(values) < 1:
                 given = " ".join(map(str, values)) or "empty"
-                expected = "numbers of at least 1" if name in ("batch_sizes", "beams") else "one or more"
+                expected = (
+                    "numbers of at least 1" if name in ("batch_sizes", "beams") else "one or more"
+                )
                 raise ValueError(f"--{name.replace('_', '-')} is {given}, expected {expected}")
-        for name, low in (("new_tokens", 1), ("batch_size", 1), ("steps", 1), ("warmup", 0), ("vocab_size", 8)):
+        for name, low in (
+            ("new_tokens", 1),
+            ("batch_size", 1),
+            ("steps", 1),
+            ("warmup", 0),
+            ("vocab_size", 8),
+        ):
             if (value := getattr(self, name)) is not None and value < low:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least {low}")
         if self.rounds < 3:
-            raise ValueError(f"--rounds is {self.rounds}, expected at least 3, for medians of 6 times")
+            raise ValueError(
+                f"--rounds is {self.rounds}, expected at least 3, for medians of 6 times"
+            )
         if self.checkpoint is not None and self.preset is not None:
-            raise ValueError(f"both CHECKPOINT {self.checkpoint} and --preset {self.preset} are given, expected one")
+            raise ValueError(
+                f"both CHECKPOINT {self.checkpoint} and --preset {self.preset} are given, expected one"
+            )
         if self.peer is not None and (self.checkpoint or self.preset):
-            raise ValueError("--peer is given with a model, expected --peer-size or --peer-config: both sides build it")
+            raise ValueError(
+                "--peer is given with a model, expected --peer-size or --peer-config: both sides build it"
+            )
         if "data" in self.what and self.data is None:
-            raise ValueError("--what has data, expected --data with what to read: jsonl:PATH, tfds:NAME/SPLIT, ...")
+            raise ValueError(
+                "--what has data, expected --data with what to read: jsonl:PATH, tfds:NAME/SPLIT, ..."
+            )
         if self.grow_sizes is not None and len(self.grow) != 1:
             raise ValueError(f"--grow-sizes is given for {len(self.grow)} of --grow, expected one")
         if self.out is not None and self.out.suffix != ".json":
@@ -112,7 +138,9 @@ def load_model(options: Options) -> tuple[mammut.MaMMUT, mammut.Processor | None
     preset = vars(mammut.presets).get(name)
     # Beside the presets, the module holds the classes and helpers that they are made of.
     if name.startswith("_") or isinstance(preset, type) or not callable(preset):
-        raise ValueError(f"--preset is {name!r}, expected a function of mammut.presets such as tiny or mammut_b16")
+        raise ValueError(
+            f"--preset is {name!r}, expected a function of mammut.presets such as tiny or mammut_b16"
+        )
     return mammut.MaMMUT(preset(), rngs=nnx.Rngs(0)), None, f"preset {name} with random weights"
 
 
@@ -135,22 +163,32 @@ def generation_rows(options: Options, model: mammut.MaMMUT, bos_id: int) -> list
     return rows
 
 
-def growth_rows(options: Options, model: ModelConfig, steps: int, peak: float) -> list[dict[str, Any]]:
+def growth_rows(
+    options: Options, model: ModelConfig, steps: int, peak: float
+) -> list[dict[str, Any]]:
     """The step over all that --grow names; each is printed as it is done."""
     found = []
     for axis in options.grow:
         if axis == "devices":
-            counts = list(options.grow_sizes or [n for n in (1, 2, 4, 8) if options.batch_size % n == 0])
-            found.append(child.over_devices(options.run.train_config(model, options.batch_size), counts))
+            counts = list(
+                options.grow_sizes or [n for n in (1, 2, 4, 8) if options.batch_size % n == 0]
+            )
+            found.append(
+                child.over_devices(options.run.train_config(model, options.batch_size), counts)
+            )
         else:
             sizes = options.grow_sizes or growth.default_sizes(axis, model, options.batch_size)
             timed = {"steps": steps, "warmup": options.warmup, "peak": peak}
-            found.append(growth.measure_growth(axis, sizes, model, options.batch_size, options.run, **timed))
+            found.append(
+                growth.measure_growth(axis, sizes, model, options.batch_size, options.run, **timed)
+            )
         print(tables.grown(found[-1]), flush=True)
     return found
 
 
-def reading(options: Options, model: ModelConfig, processor: mammut.Processor | None) -> dict[str, float]:
+def reading(
+    options: Options, model: ModelConfig, processor: mammut.Processor | None
+) -> dict[str, float]:
     """Images/s of --data, decoded and cropped as in training."""
     from mammut import testing
     from mammut.data import sources
@@ -168,12 +206,16 @@ def measure_model(options: Options) -> dict[str, Any]:
     model, processor, source = load_model(options)
     config, bos_id = options.run.applied(model.config), processor.bos_id if processor else 1
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
-    print(f"{source}: {parameters / 1e6:.1f}M parameters, {config.dtype}, remat {config.remat}, unroll {config.unroll}")
+    print(
+        f"{source}: {parameters / 1e6:.1f}M parameters, {config.dtype}, remat {config.remat}, unroll {config.unroll}"
+    )
     result: dict[str, Any] = {"model": source, "parameters": parameters, "config": to_dict(config)}
     steps = options.steps or (10 if jax.default_backend() == "cpu" else 20)
     if {"train", "parts", "growth"} & {*options.what}:
         result["peak_flops"] = peak = measured_peak(config.dtype)
-        print(f"peak: {peak / 1e12:.3g} TFLOP/s, measured in {config.dtype} products\nTFLOP/s: {FORMULA}")
+        print(
+            f"peak: {peak / 1e12:.3g} TFLOP/s, measured in {config.dtype} products\nTFLOP/s: {FORMULA}"
+        )
     if {"train", "parts"} & {*options.what}:
         step = make_step(options.run.train_config(model.config, options.batch_size), model)
     if "train" in options.what:
@@ -217,14 +259,23 @@ def measure_peer(options: Options) -> dict[str, Any]:
         "parameters": parameters,
         "config": to_dict(options.run.applied(ours.config)),
         "threads": num_cores(),
-        "environment": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "XLA_FLAGS")},
+        "environment": {
+            name: os.environ.get(name)
+            for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "XLA_FLAGS")
+        },
     }
     if "train" in options.what:
-        turns = {"rounds": options.rounds, "per_turn": max(1, (options.steps or 24) // (2 * options.rounds))}
-        result["train"] = beside_peer.train(peer, ours, options.run, modes=options.peer_modes, **turns)
+        turns = {
+            "rounds": options.rounds,
+            "per_turn": max(1, (options.steps or 24) // (2 * options.rounds)),
+        }
+        result["train"] = beside_peer.train(
+            peer, ours, options.run, modes=options.peer_modes, **turns
+        )
         print(tables.beside(result["train"]), flush=True)
     if "generate" in options.what:
-        result["generate"], ours = [], beside_peer.load_ours(peer)  # training has moved the peer's weights
+        # training has moved the peer's weights
+        result["generate"], ours = [], beside_peer.load_ours(peer)
         for images in options.batch_sizes:
             for beams in options.beams:
                 case = images, beams, options.new_tokens
@@ -239,7 +290,9 @@ def run(options: Options) -> dict[str, Any]:
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
-    place = f"{jax.device_count()} {device.device_kind} ({device.platform}), {num_cores()} CPU cores"
+    place = (
+        f"{jax.device_count()} {device.device_kind} ({device.platform}), {num_cores()} CPU cores"
+    )
     print(f"{place}, jax {jax.__version__}, jaxlib {jaxlib.__version__}")
     machine = {
         "platform": device.platform,

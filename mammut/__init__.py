@@ -1,7 +1,7 @@
 """MaMMUT-style vision-language models in JAX: one ViT, one text decoder, two passes over the same weights.
 
-Importing this pulls in jax, flax and NumPy; image and tokenizer libraries are imported when they are first used, and
-TensorFlow and PyTorch never.
+Importing this pulls in jax, flax and NumPy; image and tokenizer libraries are imported when they
+are first used, and TensorFlow and PyTorch never.
 """
 
 from mammut import presets
@@ -11,7 +11,13 @@ from mammut.generation.interleaved import generate_prompts
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import Text, answer, caption, generate_text
 from mammut.models.adapter_modules import AdapterConfig
-from mammut.models.adapters import add_adapter, merge_adapter, num_adapter_params, remove_adapter, set_active_adapters
+from mammut.models.adapters import (
+    add_adapter,
+    merge_adapter,
+    num_adapter_params,
+    remove_adapter,
+    set_active_adapters,
+)
 from mammut.models.decoder import DecoderConfig
 from mammut.models.mammut import MaMMUT, ModelConfig
 from mammut.models.resnet import ResNetConfig

@@ -1,7 +1,7 @@
 """Every config class of a model and of a run, for recipes: each lives beside what it configures.
 
-`ModelConfig` is the architecture and travels with the weights; `TrainConfig` is one run and contains it. Named
-architectures are in `mammut.presets`, named runs in `configs/`.
+`ModelConfig` is the architecture and travels with the weights; `TrainConfig` is one run and
+contains it. Named architectures are in `mammut.presets`, named runs in `configs/`.
 """
 
 from mammut.core.fields import differences, from_dict, to_dict

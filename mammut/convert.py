@@ -2,8 +2,9 @@
 
     python -m mammut.convert SRC DST --to mammut|open_clip [--dtype float32|bfloat16] [--overwrite]
 
-SRC is whatever `mammut.load` reads. DST is a folder: ours, or one that open_clip loads ("local-dir:DST"); a model that
-open_clip's format cannot express is refused, with the fields that stand in the way.
+SRC is whatever `mammut.load` reads. DST is a folder: ours, or one that open_clip loads
+("local-dir:DST"); a model that open_clip's format cannot express is refused, with the fields that
+stand in the way.
 """
 
 import argparse
@@ -31,12 +32,18 @@ class Converted:
 
 
 def convert(
-    source: pathlib.Path, target: pathlib.Path, to: str, *, dtype: str | None = None, overwrite: bool = False
+    source: pathlib.Path,
+    target: pathlib.Path,
+    to: str,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
 ) -> Converted:
     """Reads `source`, writes `target`, with a progress bar on a terminal.
 
     Raises:
-      ValueError: the source cannot be read, the target is used, or its format cannot express the model.
+      ValueError: the source cannot be read, the target is used, or its format cannot express the
+        model.
     """
     from tqdm import tqdm
 
@@ -62,7 +69,9 @@ def stored_as(opened: OpenedModel, dtype: str) -> OpenedModel:
     text = dataclasses.replace(opened.config.text, param_dtype=None)
     config = dataclasses.replace(opened.config, param_dtype=dtype, text=text)
     types = {name: spec.dtype for name, spec in model_specs(config).items()}
-    specs = {name: TensorSpec(spec.shape, types[name]) for name, spec in opened.tensors.specs.items()}
+    specs = {
+        name: TensorSpec(spec.shape, types[name]) for name, spec in opened.tensors.specs.items()
+    }
 
     def read(name: str) -> np.ndarray:
         return rounded(opened.tensors.read(name), specs[name].dtype, f"{opened.where}: {name}")
@@ -73,7 +82,9 @@ def stored_as(opened: OpenedModel, dtype: str) -> OpenedModel:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m mammut.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m mammut.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", type=pathlib.Path, metavar="SRC")
     parser.add_argument("target", type=pathlib.Path, metavar="DST")
@@ -83,12 +94,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args(argv)
     try:
-        done = convert(args.source, args.target, args.to, dtype=args.dtype, overwrite=args.overwrite)
+        done = convert(
+            args.source, args.target, args.to, dtype=args.dtype, overwrite=args.overwrite
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"convert: {error}")
     for note in done.notes:
         print(note)
-    print(f"{args.target}: {done.tensors} tensors, {done.nbytes:,} bytes, of a model of {done.parameters:,} parameters")
+    print(
+        f"{args.target}: {done.tensors} tensors, {done.nbytes:,} bytes, of a model of {done.parameters:,} parameters"
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python -m mammut.prepare jsonl:PATH --data-dir DIR --name NAME
 
-writes DIR/NAME/1.0.0 with one split, `train`, in the order of the set. It is then read as `tfds:NAME/train` with
-data.tfds_dir DIR, and by `tfds.builder(NAME, data_dir=DIR)` anywhere else. TensorFlow is not needed.
+writes DIR/NAME/1.0.0 with one split, `train`, in the order of the set. It is then read as
+`tfds:NAME/train` with data.tfds_dir DIR, and by `tfds.builder(NAME, data_dir=DIR)` anywhere else.
+TensorFlow is not needed.
 """
 
 import argparse
@@ -22,13 +23,16 @@ from mammut.data.sources import open_source
 _VERSION = "1.0.0"
 
 
-def prepare(spec: str, data_dir: str, name: str, max_bad_share: float = DataConfig.max_bad_share) -> dict[str, int]:
+def prepare(
+    spec: str, data_dir: str, name: str, max_bad_share: float = DataConfig.max_bad_share
+) -> dict[str, int]:
     """Writes the examples of a source as the tensorflow-datasets set `name`, fields image and captions.
 
     Images keep their original bytes. Examples that cannot be used are left out.
 
     Args:
-      spec: `jsonl:PATH` or `tar:PATTERN`, with an optional slice; see `mammut.data.sources.open_source`.
+      spec: `jsonl:PATH` or `tar:PATTERN`, with an optional slice; see
+        `mammut.data.sources.open_source`.
       data_dir: The `data_dir` of tensorflow-datasets.
       name: Of the set: lower-case letters, digits and underscores.
       max_bad_share: Nothing is written if more than this share of the examples cannot be used.
@@ -37,15 +41,20 @@ def prepare(spec: str, data_dir: str, name: str, max_bad_share: float = DataConf
       How many examples were left out, by cause.
 
     Raises:
-      ValueError: the spec or the name is not of that form, the set exists already, or too much of it cannot be used.
+      ValueError: the spec or the name is not of that form, the set exists already, or too much of
+        it cannot be used.
     """
     if not spec.startswith(("jsonl:", "tar:")):
         raise ValueError(f"the set to prepare is {spec!r}, expected jsonl:PATH or tar:PATTERN")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"--name is {name!r}, expected lower-case letters, digits and underscores, a letter first")
+        raise ValueError(
+            f"--name is {name!r}, expected lower-case letters, digits and underscores, a letter first"
+        )
     folder = pathlib.Path(data_dir).expanduser().resolve()
     if (folder / name / _VERSION).exists():
-        raise ValueError(f"{folder / name / _VERSION} exists already: remove it or choose another --name")
+        raise ValueError(
+            f"{folder / name / _VERSION} exists already: remove it or choose another --name"
+        )
     source = open_source(spec, image_size=1)  # the size is of drawn scenes only
     bad = collections.Counter()
     examples = list(_usable(source, bad))
@@ -97,15 +106,26 @@ def _write(source: Source, examples: list[int], folder: pathlib.Path, name: str)
         def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
             for key, index in enumerate(examples):
                 example = source[index]
-                image = example.image if isinstance(example.image, bytes) else example.image.read_bytes()
-                yield key, {"image": image, "image/filename": example.key, "captions": example.captions}
+                image = (
+                    example.image
+                    if isinstance(example.image, bytes)
+                    else example.image.read_bytes()
+                )
+                yield (
+                    key,
+                    {"image": image, "image/filename": example.key, "captions": example.captions},
+                )
 
     builder = Captions(data_dir=str(folder), file_format="array_record")
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description="Pack a JSONL set or tar shards into a tensorflow-datasets set.")
+    parser = argparse.ArgumentParser(
+        description="Pack a JSONL set or tar shards into a tensorflow-datasets set."
+    )
     parser.add_argument("spec", help="jsonl:PATH or tar:PATTERN, with an optional [a:b]")
     parser.add_argument("--data-dir", required=True, help="the data_dir of tensorflow-datasets")
     parser.add_argument("--name", required=True, help="the name of the set")
@@ -115,7 +135,9 @@ def _main() -> None:
         bad = prepare(**vars(arguments))
     except ValueError as error:
         parser.exit(1, f"{error}\n")
-    print(f"prepared {arguments.name} in {arguments.data_dir}; left out: {describe_bad(bad) or 'nothing'}")
+    print(
+        f"prepared {arguments.name} in {arguments.data_dir}; left out: {describe_bad(bad) or 'nothing'}"
+    )
 
 
 if __name__ == "__main__":

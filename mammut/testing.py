@@ -23,21 +23,28 @@ def tiny_config() -> ModelConfig:
     Sizes that could be mixed up differ. It compiles fast; to train, `presets.tiny()` is better.
     """
     return ModelConfig(
-        vision=VisionConfig(image_size=16, patch_size=8, width=32, depth=2, num_heads=2, mlp_dim=64),
-        text=DecoderConfig(vocab_size=60, max_length=12, width=48, depth=4, num_heads=3, mlp_dim=80),
+        vision=VisionConfig(
+            image_size=16, patch_size=8, width=32, depth=2, num_heads=2, mlp_dim=64
+        ),
+        text=DecoderConfig(
+            vocab_size=60, max_length=12, width=48, depth=4, num_heads=3, mlp_dim=80
+        ),
     )
 
 
 def tiny_model(config: ModelConfig | None = None, seed: int = 0) -> MaMMUT:
     """A model with random numbers in every parameter: biases of 0 and norms of 1 would hide errors.
 
-    Nothing is compiled. A parameter is the same in two configs that give it the same name and shape.
+    Nothing is compiled. A parameter is the same in two configs that give it the same name and
+    shape.
     """
     abstract = nnx.eval_shape(lambda: MaMMUT(config or tiny_config(), rngs=nnx.Rngs(0)))
 
     def draw(path, leaf):
         name = jax.tree_util.keystr(path)
-        values = 0.2 * np.random.default_rng([seed, zlib.crc32(name.encode())]).normal(size=leaf.shape)
+        values = 0.2 * np.random.default_rng([seed, zlib.crc32(name.encode())]).normal(
+            size=leaf.shape
+        )
         if any(f"['{leaf}']" in name for leaf in ("scale", "gain", "variance")):
             values = 1 + np.abs(values) if "variance" in name else 1 + values
         return jnp.asarray(values, leaf.dtype)
@@ -50,12 +57,16 @@ def tiny_processor(config: ModelConfig | None = None) -> Processor:
     """A processor for `config` (default: `tiny_config()`) that knows a few words: pad 0, start 1, end 2, unknown 3."""
     config = config or tiny_config()
     colours, shapes = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
-    captions = [f"one {colour} {shape} on the left or right" for colour in colours for shape in shapes]
+    captions = [
+        f"one {colour} {shape} on the left or right" for colour in colours for shape in shapes
+    ]
     tokenizer = train_sentencepiece(captions, config.text.vocab_size, lowercase=True)
     return Processor(tokenizer, ImageTransform(config.vision.image_size), config.text_length)
 
 
-def tiny_batch(config: ModelConfig | None = None, batch_size: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
+def tiny_batch(
+    config: ModelConfig | None = None, batch_size: int = 4, seed: int = 0
+) -> dict[str, np.ndarray]:
     """A random `image`, `tokens`, `text_valid` for `config` (default: `tiny_config()`); the first text has no pads."""
     config = config or tiny_config()
     rng = np.random.default_rng(seed)

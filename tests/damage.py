@@ -8,7 +8,10 @@ import pytest
 
 
 def by_name(tree) -> dict[str, np.ndarray]:
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def assert_identical(tree, expected) -> None:

@@ -14,20 +14,37 @@ from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.formats import open_clip
 from mammut.weights.opened import LazyTensors, model_specs
 
-VISION = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "output_tokens": True}
+VISION = {
+    "image_size": 16,
+    "layers": 2,
+    "width": 32,
+    "head_width": 16,
+    "patch_size": 8,
+    "output_tokens": True,
+}
 MAMMUT_VISION = VISION | {"pool_type": "avg", "final_ln_after_pool": True}
 TEXT = {"context_length": 12, "vocab_size": 60, "width": 24, "heads": 3, "layers": 4}
-MODERN = TEXT | {"text_arch": "modern", "heads": 2, "cross_attn_ratio": 2, "tokenizer_type": "tiktoken"}
+MODERN = TEXT | {
+    "text_arch": "modern",
+    "heads": 2,
+    "cross_attn_ratio": 2,
+    "tokenizer_type": "tiktoken",
+}
 FORK_TEXT = TEXT | {"vocab_size": 49_408, "cross_attn_ratio": 2, "does_full_decoding": True}
 COCA = {
     "embed_dim": 24,
-    "vision_cfg": VISION | {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 3},
+    "vision_cfg": VISION
+    | {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 3},
     "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
     "multimodal_cfg": TEXT | {"layers": 2, "heads": 6},
 }
 CONFIGS = {
     "fork": {"embed_dim": 24, "vision_cfg": MAMMUT_VISION, "text_cfg": FORK_TEXT},
-    "fork without MLPs": {"embed_dim": 24, "vision_cfg": MAMMUT_VISION, "text_cfg": FORK_TEXT | {"has_mlp": False}},
+    "fork without MLPs": {
+        "embed_dim": 24,
+        "vision_cfg": MAMMUT_VISION,
+        "text_cfg": FORK_TEXT | {"has_mlp": False},
+    },
     "mammut": {
         "embed_dim": 24,
         "vision_cfg": MAMMUT_VISION | {"pool_type": "avg_all"},
@@ -41,32 +58,53 @@ CONFIGS = {
     },
     "modern": {
         "embed_dim": 20,
-        "vision_cfg": MAMMUT_VISION | {"norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"}},
+        "vision_cfg": MAMMUT_VISION
+        | {"norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"}},
         "multimodal_cfg": MODERN
-        | {"qk_norm": True, "attn_gated": True, "gate_bias": True, "proj_type": "linear", "pool_type": "eos"},
+        | {
+            "qk_norm": True,
+            "attn_gated": True,
+            "gate_bias": True,
+            "proj_type": "linear",
+            "pool_type": "eos",
+        },
     },
     "modern with LayerNorms": {
         "embed_dim": 24,
         "vision_cfg": MAMMUT_VISION,
         "multimodal_cfg": MODERN
-        | {"norm_type": "layernorm", "attention_bias": True, "mlp_bias": True, "mlp_type": "mlp", "tie_lm_head": True},
+        | {
+            "norm_type": "layernorm",
+            "attention_bias": True,
+            "mlp_bias": True,
+            "mlp_type": "mlp",
+            "tie_lm_head": True,
+        },
     },
     "coca": COCA,
-    "coca as wide as its images": {**COCA, "vision_cfg": COCA["vision_cfg"] | {"width": 24, "head_width": 8}},
+    "coca as wide as its images": {
+        **COCA,
+        "vision_cfg": COCA["vision_cfg"] | {"width": 24, "head_width": 8},
+    },
 }
 
 
 def original_package():
     """open_clip itself, which imports torchvision.
 
-    torchvision's wheel names operators of a GPU library that is not there beside CPU torch. Installed like any other
-    package it would break whoever imports it, so it may lie in a folder of its own in the environment.
+    torchvision's wheel names operators of a GPU library that is not there beside CPU torch.
+    Installed like any other package it would break whoever imports it, so it may lie in a folder of
+    its own in the environment.
     """
     torch = pytest.importorskip("torch")
     register = torch.library.register_fake
 
     def register_known(name, *args, **kwargs):
-        return (lambda function: function) if str(name).startswith("torchvision::") else register(name, *args, **kwargs)
+        return (
+            (lambda function: function)
+            if str(name).startswith("torchvision::")
+            else register(name, *args, **kwargs)
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.library, "register_fake", register_known)
@@ -74,7 +112,9 @@ def original_package():
         return pytest.importorskip("open_clip", exc_type=ImportError)
 
 
-def write_folder(folder: pathlib.Path, model_cfg: dict, arrays: dict, **preprocess_cfg) -> pathlib.Path:
+def write_folder(
+    folder: pathlib.Path, model_cfg: dict, arrays: dict, **preprocess_cfg
+) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(arrays, folder / "open_clip_model.safetensors")
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
@@ -111,6 +151,8 @@ def changed(model_cfg: dict, path: str, value) -> dict:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2)
+    ),
     max_leaves=3,
 )

@@ -32,6 +32,11 @@ def prefix_model(**text) -> MaMMUT:
 
 def prefix_processor() -> Processor:
     """Knows the words of questions and captions; 60 ids."""
-    texts = ["Q: what? A: red", "Q: where? A: on the left", "one blue circle", "A picture of one green square"]
+    texts = [
+        "Q: what? A: red",
+        "Q: where? A: on the left",
+        "one blue circle",
+        "A picture of one green square",
+    ]
     tokenizer = train_sentencepiece(texts, 60, lowercase=False)
     return Processor(tokenizer, ImageTransform(16), prefix_config().text_length)

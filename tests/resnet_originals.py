@@ -17,7 +17,9 @@ def original(config: ResNetConfig) -> Any:
     torch.manual_seed(0)
     if config.kind == "clip":
         build = sys.modules["open_clip.modified_resnet"].ModifiedResNet
-        module = build(config.stages, 16, heads=4, image_size=config.image_size, width=config.stem_width)
+        module = build(
+            config.stages, 16, heads=4, image_size=config.image_size, width=config.stem_width
+        )
     else:
         channels = tuple(4 * config.stem_width * 2**place for place in range(4))
         sizes = {"depths": config.stages, "channels": channels, "stem_chs": config.stem_width}

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BOTTLENECKS = ("sequential", "parallel", "scaled_parallel")
 # Half as deep as `tiny_config`, which compiles faster.
-CONFIG = dataclasses.replace(tiny_config(), text=dataclasses.replace(tiny_config().text, depth=2, cross_attn_every=1))
+CONFIG = dataclasses.replace(
+    tiny_config(), text=dataclasses.replace(tiny_config().text, depth=2, cross_attn_every=1)
+)
 BATCH = tiny_batch(CONFIG)
 IMAGE, TOKENS, VALID = (jnp.asarray(BATCH[name]) for name in ("image", "tokens", "text_valid"))
 
@@ -63,7 +65,10 @@ def apart(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, float]:
 
 
 def params(model: nnx.Module) -> dict[str, np.ndarray]:
-    return {".".join(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {
+        ".".join(path): np.asarray(leaf[...])
+        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,9 @@ def plain(base) -> dict[str, jax.Array]:
 @pytest.fixture(scope="module")
 def several() -> MaMMUT:
     """Three adapters on one base: two of LoRA and a bottleneck."""
-    second = adapter("lora", "second", rank=3, alpha=5.0, sites=("text.layers.*", "vision.layers.attn.value"))
+    second = adapter(
+        "lora", "second", rank=3, alpha=5.0, sites=("text.layers.*", "vision.layers.attn.value")
+    )
     return with_adapters(adapter("lora", "first"), second, adapter("parallel", "third"))
 
 
@@ -94,7 +101,9 @@ def test_adapters_that_start_from_zero_change_nothing_at_all(base):
     @jax.jit
     def generated(model):
         prompt = jnp.ones((4, 1), int)
-        return generate(model, IMAGE, prompt, prompt == 1, GenerateConfig(max_new_tokens=3), eos_id=2)
+        return generate(
+            model, IMAGE, prompt, prompt == 1, GenerateConfig(max_new_tokens=3), eos_id=2
+        )
 
     for function in (outputs, generated):
         expected, got = (jax.tree.leaves(function(m)) for m in (base, model))
@@ -105,7 +114,9 @@ def test_a_fresh_bottleneck_of_magma_changes_every_output_a_little(base, plain):
     model = mammut.add_adapter(base, *map(adapter, BOTTLENECKS), rngs=nnx.Rngs(0))
     for kind in BOTTLENECKS:
         drawn = params(model.adapters[kind])
-        values = np.concatenate([x.ravel() for name, x in drawn.items() if not name.endswith("scale")])
+        values = np.concatenate(
+            [x.ravel() for name, x in drawn.items() if not name.endswith("scale")]
+        )
         assert np.abs(values).max() == np.float32(2e-3)
         # The standard deviation of a standard normal number clipped at 2 is 0.9594.
         assert values.std() == pytest.approx(0.9594e-3, rel=0.03) and abs(values.mean()) < 5e-5
@@ -114,7 +125,9 @@ def test_a_fresh_bottleneck_of_magma_changes_every_output_a_little(base, plain):
     assert all(1e-6 < value < 0.1 for value in moved.values()), moved
 
 
-@pytest.mark.parametrize("site", ["text.layers.mlp", "text.cross_layers.attn", "vision.layers.attn"])
+@pytest.mark.parametrize(
+    "site", ["text.layers.mlp", "text.cross_layers.attn", "vision.layers.attn"]
+)
 def test_an_adapter_changes_what_goes_through_its_site_alone(site, plain):
     moved = apart(outputs(with_adapters(AdapterConfig(sites=(site,)))), plain)
     through = {
@@ -128,7 +141,9 @@ def test_an_adapter_changes_what_goes_through_its_site_alone(site, plain):
 
 @pytest.mark.parametrize("of", ["logits", "text"])
 def test_gradients_reach_every_parameter_of_every_adapter_that_a_pass_goes_through(of):
-    model = with_adapters(*(adapter(kind, norm=True) for kind in BOTTLENECKS), adapter("lora"), adapter("ia3"))
+    model = with_adapters(
+        *(adapter(kind, norm=True) for kind in BOTTLENECKS), adapter("lora"), adapter("ia3")
+    )
 
     @jax.jit
     @jax.grad
@@ -139,8 +154,14 @@ def test_gradients_reach_every_parameter_of_every_adapter_that_a_pass_goes_throu
             return changed.caption_logits(IMAGE, TOKENS, VALID).var()
         return (changed.encode_text(TOKENS, VALID) ** 3).sum()
 
-    silent = {name for name, value in params(gradient(model.adapters)).items() if not np.abs(value).max() > 1e-9}
-    elsewhere = {name for name in params(model.adapters) if not name.split(".")[1].startswith("text/layers")}
+    silent = {
+        name
+        for name, value in params(gradient(model.adapters)).items()
+        if not np.abs(value).max() > 1e-9
+    }
+    elsewhere = {
+        name for name in params(model.adapters) if not name.split(".")[1].startswith("text/layers")
+    }
     assert silent == (set() if of == "logits" else elsewhere)
 
 
@@ -156,7 +177,9 @@ def test_both_passes_in_one_traversal_are_adapted_as_in_two_calls():
 
 @pytest.mark.parametrize("config", [CONFIG, prefix_config()], ids=["cross-attention", "prefix"])
 def test_cached_steps_are_adapted_as_the_whole_pass_is(config):
-    model = with_adapters(adapter("scaled_parallel", norm=True), adapter("lora"), adapter("ia3"), base=config)
+    model = with_adapters(
+        adapter("scaled_parallel", norm=True), adapter("lora"), adapter("ia3"), base=config
+    )
     tokens, begun = TOKENS[:1].repeat(4, 0), 5
 
     @jax.jit
@@ -179,12 +202,27 @@ def test_cached_steps_are_adapted_as_the_whole_pass_is(config):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (AdapterConfig(sites=("text.layer.mlp",)), "'text.layer.mlp', which is no site .* text.layers.mlp"),
-        (AdapterConfig(sites=("*.attn", "text.layers.attn.key")), "is not an attention or MLP .* text.layers.attn"),
-        (AdapterConfig(kind="lora", sites=("vision.layers.mlp",)), "is not a linear map .* vision.layers.mlp.up"),
-        (AdapterConfig(kind="ia3", sites=("image_projection",)), "is no site of this model: 'ia3' goes on"),
+        (
+            AdapterConfig(sites=("text.layer.mlp",)),
+            "'text.layer.mlp', which is no site .* text.layers.mlp",
+        ),
+        (
+            AdapterConfig(sites=("*.attn", "text.layers.attn.key")),
+            "is not an attention or MLP .* text.layers.attn",
+        ),
+        (
+            AdapterConfig(kind="lora", sites=("vision.layers.mlp",)),
+            "is not a linear map .* vision.layers.mlp.up",
+        ),
+        (
+            AdapterConfig(kind="ia3", sites=("image_projection",)),
+            "is no site of this model: 'ia3' goes on",
+        ),
         (AdapterConfig(reduction=49), "reduction is 49, expected at most the width 48"),
-        (AdapterConfig(kind="lora", sites=("*.up",), rank=33), "rank is 33, expected at most 32, as vision.layers.mlp"),
+        (
+            AdapterConfig(kind="lora", sites=("*.up",), rank=33),
+            "rank is 33, expected at most 32, as vision.layers.mlp",
+        ),
         (AdapterConfig(name="items"), "name is 'items', which has another meaning"),
     ],
 )
@@ -195,30 +233,56 @@ def test_an_adapter_that_cannot_be_is_refused(config, message, base):
 
 
 def test_two_adapters_of_one_name_share_no_site(base):
-    one, other = AdapterConfig(sites=("*.mlp",)), AdapterConfig(sites=("text.layers.mlp",), kind="parallel")
+    one, other = (
+        AdapterConfig(sites=("*.mlp",)),
+        AdapterConfig(sites=("text.layers.mlp",), kind="parallel"),
+    )
     with pytest.raises(ValueError, match="'default' are on the site text.layers.mlp"):
         mammut.add_adapter(base, one, other, rngs=nnx.Rngs(0))
     elsewhere = dataclasses.replace(other, sites=("text.layers.attn",))
     model = mammut.add_adapter(base, one, elsewhere, rngs=nnx.Rngs(0))
     assert model.active_adapters == ("default",)
-    assert {"text/layers/mlp", "text/layers/attn", "vision/layers/mlp"} < set(model.adapters["default"])
+    assert {"text/layers/mlp", "text/layers/attn", "vision/layers/mlp"} < set(
+        model.adapters["default"]
+    )
 
 
 def test_every_stack_of_layers_has_sites(base):
     vision = dataclasses.replace(CONFIG.vision, attn_gate=True, activation="swiglu")
     text = dataclasses.replace(
-        tiny_config().text, pooling="end", text_only_depth=1, mlp_before_cross_attn=False, qk_norm=True
+        tiny_config().text,
+        pooling="end",
+        text_only_depth=1,
+        mlp_before_cross_attn=False,
+        qk_norm=True,
     )
-    model = with_adapters(adapter("lora"), base=dataclasses.replace(CONFIG, vision=vision, text=text))
+    model = with_adapters(
+        adapter("lora"), base=dataclasses.replace(CONFIG, vision=vision, text=text)
+    )
     sites = set(model.adapters["lora"])
-    for stack in ("text/layers", "text/cross_layers", "text/bare_layers", "text/text_only_layers", "vision/layers"):
+    for stack in (
+        "text/layers",
+        "text/cross_layers",
+        "text/bare_layers",
+        "text/text_only_layers",
+        "vision/layers",
+    ):
         assert f"{stack}/attn/query" in sites
-    assert {"vision/layers/mlp/gate", "vision/layers/attn/gate", "text/text_only_layers/mlp/down"} < sites
+    assert {
+        "vision/layers/mlp/gate",
+        "vision/layers/attn/gate",
+        "text/text_only_layers/mlp/down",
+    } < sites
     assert not any(site.startswith("text/bare_layers/mlp") or "norm" in site for site in sites)
 
 
 def test_a_model_with_adapters_has_the_random_weights_of_one_without():
-    configs = CONFIG, dataclasses.replace(CONFIG, adapters=(AdapterConfig(), adapter("lora", sites=("*.query",))))
+    configs = (
+        CONFIG,
+        dataclasses.replace(
+            CONFIG, adapters=(AdapterConfig(), adapter("lora", sites=("*.query",)))
+        ),
+    )
     without, with_them = (params(MaMMUT(config, rngs=nnx.Rngs(3))) for config in configs)
     assert all(np.array_equal(with_them[name], value) for name, value in without.items())
     assert {name.split(".")[0] for name in with_them.keys() - without.keys()} == {"adapters"}
@@ -233,7 +297,10 @@ def test_adapters_of_one_base_are_switched_on_and_off(several, plain):
     assert min(apart(alone, plain).values()) > 1e-3
     assert min(apart(alone, outputs(several)).values()) > 1e-3
     assert max(apart(outputs(mammut.set_active_adapters(several)), plain).values()) == 0
-    assert mammut.set_active_adapters(several, "third", "first").active_adapters == ("first", "third")
+    assert mammut.set_active_adapters(several, "third", "first").active_adapters == (
+        "first",
+        "third",
+    )
     assert several.active_adapters == ("first", "second", "third")
 
 
@@ -247,7 +314,9 @@ def test_adding_and_removing_leaves_the_model_that_was_given_alone(base, plain):
     assert nnx.graphdef(added) == nnx.graphdef(tiny_model(added.config))
 
 
-@pytest.mark.parametrize("act", [mammut.remove_adapter, mammut.set_active_adapters, mammut.merge_adapter])
+@pytest.mark.parametrize(
+    "act", [mammut.remove_adapter, mammut.set_active_adapters, mammut.merge_adapter]
+)
 def test_an_adapter_that_there_is_not_is_refused(act, several, base):
     with pytest.raises(ValueError, match="no adapter 'fourth', it has first, second, third"):
         act(several, "fourth")
@@ -261,10 +330,15 @@ def test_a_name_is_given_once(several):
 
 
 def test_parameters_are_counted_by_adapter(several):
-    # rank 3 on the maps of 2 layers of width 48 (heads 3 x 16, MLP 80), and on value of 2 layers of width 32.
-    assert mammut.num_adapter_params(several, "second") == 2 * 3 * (4 * (48 + 48) + 2 * (48 + 80)) + 2 * 3 * (32 + 32)
+    # rank 3 on the maps of 2 layers of width 48 (heads 3 x 16, MLP 80), and on value of 2 layers of
+    # width 32.
+    assert mammut.num_adapter_params(several, "second") == 2 * 3 * (
+        4 * (48 + 48) + 2 * (48 + 80)
+    ) + 2 * 3 * (32 + 32)
     names = ("first", "second", "third")
-    assert mammut.num_adapter_params(several) == sum(mammut.num_adapter_params(several, name) for name in names)
+    assert mammut.num_adapter_params(several) == sum(
+        mammut.num_adapter_params(several, name) for name in names
+    )
 
 
 # --- merged
@@ -275,10 +349,12 @@ def test_a_merged_adapter_is_plain_weights_that_do_the_same(kind, base, plain):
     model = with_adapters(adapter(kind, **({"alpha": 2.0} if kind == "lora" else {})))
     merged = mammut.merge_adapter(model, kind)
     assert nnx.graphdef(merged) == nnx.graphdef(base) and merged.config == base.config
-    # Logits have numbers of a hundred terms of both signs: float32 carries 1e-6 of the largest of them.
+    # Logits have numbers of a hundred terms of both signs: float32 carries 1e-6 of the largest of
+    # them.
     assert max(apart(outputs(merged), outputs(model)).values()) < 3e-6
     assert min(apart(outputs(merged), plain).values()) > 0.02
-    assert max(apart(outputs(mammut.set_active_adapters(model)), plain).values()) == 0  # the base is not written to
+    # the base is not written to
+    assert max(apart(outputs(mammut.set_active_adapters(model)), plain).values()) == 0
 
 
 def test_adapters_of_lora_merge_in_any_order(several):
@@ -292,7 +368,9 @@ def test_what_weights_cannot_stand_for_is_not_merged(several):
     with pytest.raises(ValueError, match="'third' is a bottleneck on text.cross_layers.attn"):
         mammut.merge_adapter(several, "third")
     model = with_adapters(adapter("lora"), adapter("ia3"))
-    with pytest.raises(ValueError, match="another adapter works on text.* before 'ia3': merge or remove that one"):
+    with pytest.raises(
+        ValueError, match="another adapter works on text.* before 'ia3': merge or remove that one"
+    ):
         mammut.merge_adapter(model, "ia3")
     merged = mammut.merge_adapter(mammut.merge_adapter(model, "lora"), "ia3")
     assert max(apart(outputs(merged), outputs(model)).values()) < 3e-6
@@ -309,8 +387,14 @@ def folder(several, tmp_path):
 
 def test_a_saved_adapter_does_on_its_base_what_it_did(folder, several, base):
     loaded = mammut.load_adapter(base, folder)
-    assert loaded.active_adapters == ("second",) and loaded.config.adapters == several.config.adapters[1:2]
-    assert max(apart(outputs(loaded), outputs(mammut.set_active_adapters(several, "second"))).values()) == 0
+    assert (
+        loaded.active_adapters == ("second",)
+        and loaded.config.adapters == several.config.adapters[1:2]
+    )
+    assert (
+        max(apart(outputs(loaded), outputs(mammut.set_active_adapters(several, "second"))).values())
+        == 0
+    )
     size = 4 * mammut.num_adapter_params(several, "second")
     assert size < (folder / "adapter.safetensors").stat().st_size < size + 3_000
 
@@ -320,7 +404,9 @@ def test_an_adapter_is_loaded_under_another_name_beside_others(folder, several):
         mammut.load_adapter(several, folder)
     loaded = mammut.load_adapter(several, folder, "again")
     assert loaded.active_adapters == ("first", "second", "third", "again")
-    second, again = (outputs(mammut.set_active_adapters(loaded, name)) for name in ("second", "again"))
+    second, again = (
+        outputs(mammut.set_active_adapters(loaded, name)) for name in ("second", "again")
+    )
     assert max(apart(again, second).values()) == 0
 
 
@@ -333,7 +419,10 @@ def test_the_maps_that_make_a_prefix_are_saved_with_its_adapter_and_others_when_
         of_prefix = name.startswith(("image_projection.", "prefix_norm.", "adapters."))
         assert np.array_equal(value, now[name] if of_prefix else was[name]), name
     mammut.save_adapter(tmp_path, trained, "default", also=("vision.norm.*",))
-    assert json.loads((tmp_path / "adapter.json").read_text())["also"] == ["vision.norm.bias", "vision.norm.scale"]
+    assert json.loads((tmp_path / "adapter.json").read_text())["also"] == [
+        "vision.norm.bias",
+        "vision.norm.scale",
+    ]
     with pytest.raises(ValueError, match="'vision.nrm.*', which fits no parameter of the base"):
         mammut.save_adapter(tmp_path, trained, "default", also=("vision.nrm.*",))
 
@@ -342,7 +431,11 @@ def test_the_maps_that_make_a_prefix_are_saved_with_its_adapter_and_others_when_
     ("part", "change", "message"),
     [
         ("text", {"mlp_dim": 96}, "another base: text.mlp_dim is 96, it was 80"),
-        ("vision", {"image_mean": (0.4, 0.5, 0.5)}, r"another base: vision.image_mean is \[0.4, 0.5, 0.5\], it was"),
+        (
+            "vision",
+            {"image_mean": (0.4, 0.5, 0.5)},
+            r"another base: vision.image_mean is \[0.4, 0.5, 0.5\], it was",
+        ),
         (None, {"projection_bias": False}, "another base: projection_bias is False, it was True"),
     ],
 )
@@ -358,11 +451,18 @@ def test_how_a_base_is_computed_and_stored_makes_no_other_base(folder):
     config = CONFIG
     text = dataclasses.replace(config.text, param_dtype="bfloat16")
     vision = dataclasses.replace(config.vision, patch_drop=0.5)
-    options = {"param_dtype": "bfloat16", "remat": "full", "unroll": 2, "adapters": (adapter("ia3"),)}
+    options = {
+        "param_dtype": "bfloat16",
+        "remat": "full",
+        "unroll": 2,
+        "adapters": (adapter("ia3"),),
+    }
     other = dataclasses.replace(config, text=text, vision=vision, **options)
     assert base_hash(other) == base_hash(config) != base_hash(tiny_config())
     loaded = mammut.load_adapter(tiny_model(other), folder)
-    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.adapters["second"])} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.adapters["second"])} == {
+        jnp.dtype("bfloat16")
+    }
 
 
 def test_a_damaged_adapter_is_refused(folder, base):
@@ -382,17 +482,23 @@ def test_a_model_folder_holds_the_adapters_too(several, tmp_path):
     loaded, _ = mammut.load(tmp_path)
     assert loaded.config == several.config and loaded.active_adapters == several.active_adapters
     got, expected = params(loaded), params(several)
-    assert got.keys() == expected.keys() and all(np.array_equal(got[name], value) for name, value in expected.items())
+    assert got.keys() == expected.keys() and all(
+        np.array_equal(got[name], value) for name, value in expected.items()
+    )
 
 
 # --- on a mesh
 
 
 def test_adapters_on_a_mesh_do_what_they_do_on_one_device():
-    model = with_adapters(*(adapter(kind, norm=True) for kind in BOTTLENECKS), adapter("lora"), adapter("ia3"))
+    model = with_adapters(
+        *(adapter(kind, norm=True) for kind in BOTTLENECKS), adapter("lora"), adapter("ia3")
+    )
     axes, graphdef = logical_axes(model), nnx.graphdef(model)
     of_adapters = {path: names for path, names in axes.items() if path[0] == "adapters"}
-    assert of_adapters and all(names[0] == "layer" and {*names} <= {*sharding.RULES} for names in of_adapters.values())
+    assert of_adapters and all(
+        names[0] == "layer" and {*names} <= {*sharding.RULES} for names in of_adapters.values()
+    )
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, model=2))
     state = nnx.to_pure_dict(nnx.state(model))
     shardings = sharding.param_shardings(state, axes, mesh)
@@ -401,10 +507,15 @@ def test_adapters_on_a_mesh_do_what_they_do_on_one_device():
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def logits(state, batch):
-        return nnx.merge(graphdef, state).caption_logits(batch["image"], batch["tokens"], batch["text_valid"])
+        return nnx.merge(graphdef, state).caption_logits(
+            batch["image"], batch["tokens"], batch["text_valid"]
+        )
 
     expected = logits(state, BATCH)
     with jax.set_mesh(mesh):
         placed = jax.tree.map(jax.device_put, state, shardings)
         got = logits(placed, sharding.device_batch(BATCH, mesh))
-    assert np.abs(np.asarray(got) - np.asarray(expected)).max() < 1e-5 * np.abs(np.asarray(expected)).max()
+    assert (
+        np.abs(np.asarray(got) - np.asarray(expected)).max()
+        < 1e-5 * np.abs(np.asarray(expected)).max()
+    )

@@ -54,7 +54,9 @@ def fill(module: "torch.nn.Module") -> None:
 def theirs(kind: str) -> "torch.nn.Module":
     made = {
         "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES)),
-        "gptj": lambda: transformers.GPTJForCausalLM(transformers.GPTJConfig(**SIZES, rotary_dim=4)),
+        "gptj": lambda: transformers.GPTJForCausalLM(
+            transformers.GPTJConfig(**SIZES, rotary_dim=4)
+        ),
     }[kind]()
     fill(made)
     return made.eval()
@@ -68,7 +70,9 @@ def their_logits(model: "torch.nn.Module") -> np.ndarray:
 def ours(model: "torch.nn.Module", *adapters: AdapterConfig) -> MaMMUT:
     """Our model with the weights of one of transformers."""
     values, tensors = model.config.to_dict(), {k: v.numpy() for k, v in model.state_dict().items()}
-    found = LazyTensors({k: TensorSpec(v.shape, v.dtype) for k, v in tensors.items()}, tensors.__getitem__)
+    found = LazyTensors(
+        {k: TensorSpec(v.shape, v.dtype) for k, v in tensors.items()}, tensors.__getitem__
+    )
     config = model_config(decoder_config(values, "config.json"))
     specs = {path: spec for path, spec in model_specs(config).items() if path.startswith("text.")}
     weights = table(values["model_type"], config.text, found.specs).to_ours(found, specs, "model")
@@ -119,7 +123,9 @@ class Bottleneck(torch.nn.Module):
 def test_bottlenecks_are_those_of_a_pytorch_wrapper(base, kind, sublayers):
     norm = base == "gpt2"  # the optional layer norm, in half of the cases
     adapted, reduction = copy.deepcopy(theirs(base)), 4
-    config = AdapterConfig(kind=kind, sites=tuple(f"text.layers.{name}" for name in sublayers), norm=norm)
+    config = AdapterConfig(
+        kind=kind, sites=tuple(f"text.layers.{name}" for name in sublayers), norm=norm
+    )
     model = ours(theirs(base), dataclasses.replace(config, reduction=reduction))
     for name in sublayers:
         of_ours = model.adapters["default"][f"text/layers/{name}"]
@@ -134,7 +140,9 @@ def test_bottlenecks_are_those_of_a_pytorch_wrapper(base, kind, sublayers):
     assert_close(model, adapted, theirs(base))
 
 
-def fill_part(of_ours: nnx.Module | None, of_theirs: "torch.nn.Module", name: str, layer: int) -> None:
+def fill_part(
+    of_ours: nnx.Module | None, of_theirs: "torch.nn.Module", name: str, layer: int
+) -> None:
     """The same random numbers in a layer of ours and in a module of theirs."""
     for parameter, value in of_theirs.named_parameters():
         drawn = numbers(f"{name}.{parameter}", tuple(value.shape))
@@ -147,10 +155,17 @@ def fill_part(of_ours: nnx.Module | None, of_theirs: "torch.nn.Module", name: st
 def test_lora_is_that_of_peft():
     targets = [name.split(".")[1] for name in MAPS.values()]
     adapted = peft.get_peft_model(
-        copy.deepcopy(theirs("gptj")), peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, lora_dropout=0.0)
+        copy.deepcopy(theirs("gptj")),
+        peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, lora_dropout=0.0),
     ).eval()
-    fresh = {name: value.detach().numpy().copy() for name, value in adapted.named_parameters() if "lora_" in name}
-    model = ours(theirs("gptj"), AdapterConfig(kind="lora", sites=("text.layers.*",), rank=4, alpha=6.0))
+    fresh = {
+        name: value.detach().numpy().copy()
+        for name, value in adapted.named_parameters()
+        if "lora_" in name
+    }
+    model = ours(
+        theirs("gptj"), AdapterConfig(kind="lora", sites=("text.layers.*",), rank=4, alpha=6.0)
+    )
     sites = model.adapters["default"]
     assert {site.removeprefix("text/layers/") for site in sites} == MAPS.keys()
     for site, name in MAPS.items():
@@ -160,9 +175,9 @@ def test_lora_is_that_of_peft():
                 path = f"base_model.model.transformer.h.{i}.{name}.lora_{letter}.default.weight"
                 was, start = fresh[path], np.asarray(part.kernel[i])
                 # Drawn from the same range.
-                assert np.abs(start).max() <= 1 / np.sqrt(was.shape[1]) and np.abs(start).std() == pytest.approx(
-                    np.abs(was).std(), rel=0.35
-                )
+                assert np.abs(start).max() <= 1 / np.sqrt(was.shape[1]) and np.abs(
+                    start
+                ).std() == pytest.approx(np.abs(was).std(), rel=0.35)
                 drawn = numbers(path, was.shape)
                 adapted.get_parameter(path).data.copy_(torch.from_numpy(drawn))
                 part.kernel.set_value(part.kernel[...].at[i].set(drawn.T.reshape(start.shape)))
@@ -175,7 +190,8 @@ def test_ia3_is_that_of_peft():
     sites = {site: MAPS[site] for site in ("attn/key", "attn/value", "mlp/up", "mlp/down")}
     targets = [name.split(".")[1] for name in sites.values()]
     adapted = peft.get_peft_model(
-        copy.deepcopy(theirs("gptj")), peft.IA3Config(target_modules=targets, feedforward_modules=["fc_out"])
+        copy.deepcopy(theirs("gptj")),
+        peft.IA3Config(target_modules=targets, feedforward_modules=["fc_out"]),
     ).eval()
     patterns = tuple(f"text.layers.{site.replace('/', '.')}" for site in sites)
     model = ours(theirs("gptj"), AdapterConfig(kind="ia3", sites=patterns))

@@ -24,7 +24,13 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 LENGTH, VOCAB, WIDTH = 8, 50, 24
 VISION = VisionConfig(image_size=16, patch_size=8, width=32, depth=2, num_heads=2, mlp_dim=48)
 TEXT = DecoderConfig(
-    vocab_size=VOCAB, max_length=LENGTH, width=WIDTH, depth=4, num_heads=3, mlp_dim=40, tie_embeddings=False
+    vocab_size=VOCAB,
+    max_length=LENGTH,
+    width=WIDTH,
+    depth=4,
+    num_heads=3,
+    mlp_dim=40,
+    tie_embeddings=False,
 )
 CLIP_VISION = dataclasses.replace(
     VISION,
@@ -35,7 +41,9 @@ CLIP_VISION = dataclasses.replace(
     input_norm=True,
     norm_after_pooling=True,
 )
-CLIP_TEXT = dataclasses.replace(TEXT, activation="gelu", norm_eps=1e-5, cross_attn_position="first", image_norm=True)
+CLIP_TEXT = dataclasses.replace(
+    TEXT, activation="gelu", norm_eps=1e-5, cross_attn_position="first", image_norm=True
+)
 OPENMAMMUT = ModelConfig(
     dataclasses.replace(CLIP_VISION, pooling="mean_all"),
     dataclasses.replace(CLIP_TEXT, pooling="mean_all", pad_masking="none", pad_id=0),
@@ -97,7 +105,8 @@ CONFIGS = {
         ),
         image_projection="none",
     ),
-    # What neither paper has: MAGMA's image prefix with both losses, cross-attention in the layers of GPT-J.
+    # What neither paper has: MAGMA's image prefix with both losses, cross-attention in the layers
+    # of GPT-J.
     "prefix": ModelConfig(
         VISION,
         dataclasses.replace(TEXT, cross_attn_every=0, max_length=LENGTH + 3),
@@ -140,8 +149,11 @@ def call(name: str, method: str, *args) -> np.ndarray:
 def _cached_logits(graphdef, params, image, tokens):
     """Logits of every position, from a prompt of two tokens and then one token at a time."""
     model = nnx.merge(graphdef, params)
-    features, cache = prefill(model.text, tokens[:, :2], model.image_tokens(image).tokens, tokens.shape[1])
-    out = [model.text.logits(features[:, -2]), model.text.logits(features[:, -1])]  # a prefix stands before them
+    features, cache = prefill(
+        model.text, tokens[:, :2], model.image_tokens(image).tokens, tokens.shape[1]
+    )
+    # a prefix stands before them
+    out = [model.text.logits(features[:, -2]), model.text.logits(features[:, -1])]
     for position in range(2, tokens.shape[1]):
         features, cache = cached_step(model.text, tokens[:, position], jnp.int32(position), cache)
         out.append(model.text.logits(features))
@@ -149,7 +161,8 @@ def _cached_logits(graphdef, params, image, tokens):
 
 
 @pytest.mark.parametrize(
-    "name", ["openmammut_small", "bare_last", "moderntext", "coca", "cappa", "pad_by_id", "prefix", "gptj"]
+    "name",
+    ["openmammut_small", "bare_last", "moderntext", "coca", "cappa", "pad_by_id", "prefix", "gptj"],
 )
 def test_the_cached_step_equals_the_full_pass(name):
     """Also behind a token that passes for a pad: id 0 inside a text."""
@@ -158,7 +171,9 @@ def test_the_cached_step_equals_the_full_pass(name):
     tokens[:, 3] = 0
     graphdef, params = weights(name)
     full = call(name, "caption_logits", batch["image"], tokens)
-    np.testing.assert_allclose(_cached_logits(graphdef, params, batch["image"], tokens), full, atol=2e-5)
+    np.testing.assert_allclose(
+        _cached_logits(graphdef, params, batch["image"], tokens), full, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("name", CAPTIONING)
@@ -170,7 +185,10 @@ def test_a_later_token_changes_no_earlier_logit_and_the_image_changes_them(name)
     changed = call(name, "caption_logits", batch["image"], other)
     np.testing.assert_allclose(changed[:, :5], logits[:, :5], atol=1e-5)
     assert np.abs(changed[:, 5] - logits[:, 5]).max() > 1e-3
-    assert np.abs(call(name, "caption_logits", batch["image"][::-1], batch["tokens"]) - logits).max() > 1e-3
+    assert (
+        np.abs(call(name, "caption_logits", batch["image"][::-1], batch["tokens"]) - logits).max()
+        > 1e-3
+    )
 
 
 @pytest.mark.parametrize("name", CONTRASTIVE)
@@ -186,7 +204,8 @@ def test_embeddings_are_unit_vectors_of_the_shared_size(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "same"), [("mammut2", True), ("moderntext", True), ("openmammut", False), ("siglip", False)]
+    ("name", "same"),
+    [("mammut2", True), ("moderntext", True), ("openmammut", False), ("siglip", False)],
 )
 def test_only_a_model_that_masks_its_pads_does_not_see_them(name, same):
     """openMaMMUT and SigLIP are trained with pads among the tokens: more of them, another embedding."""
@@ -219,7 +238,9 @@ def test_the_probability_of_a_text_is_of_the_tokens_the_loss_is_of():
     tokens, valid = batch["tokens"].copy(), np.ones((1, LENGTH), bool)
     tokens[:, 3] = 0
     image_tokens = model.image_tokens(batch["image"]).tokens
-    found = _text_logprob(model, image_tokens, np.array([0]), jnp.asarray(tokens), jnp.asarray(valid))
+    found = _text_logprob(
+        model, image_tokens, np.array([0]), jnp.asarray(tokens), jnp.asarray(valid)
+    )
     logp = jax.nn.log_softmax(model.caption_logits(batch["image"], tokens)[0])
     expected = sum(logp[i, tokens[0, i + 1]] for i in range(LENGTH - 1) if tokens[0, i + 1] != 0)
     np.testing.assert_allclose(found, [expected], rtol=1e-5)
@@ -241,7 +262,9 @@ def test_in_coca_the_token_after_a_pad_is_hidden_and_not_the_pad():
 def test_with_an_image_prefix_the_caption_pass_alone_sees_the_image():
     batch, (graphdef, params) = batch_of("prefix"), weights("prefix")
     two_pass = jax.jit(
-        lambda image: nnx.merge(graphdef, params).two_pass(image, batch["tokens"], batch["text_valid"])
+        lambda image: nnx.merge(graphdef, params).two_pass(
+            image, batch["tokens"], batch["text_valid"]
+        )
     )
     out, turned = two_pass(batch["image"]), two_pass(batch["image"][::-1])
     np.testing.assert_array_equal(turned.text_embed, out.text_embed)
@@ -249,17 +272,23 @@ def test_with_an_image_prefix_the_caption_pass_alone_sees_the_image():
     assert np.abs(turned.features - out.features).max(-1).min() > 1e-3  # at every token
 
 
-@pytest.mark.parametrize("name", ["openmammut_small", "moderntext", "coca", "siglip", "cappa", "prefix", "gptj"])
+@pytest.mark.parametrize(
+    "name", ["openmammut_small", "moderntext", "coca", "siglip", "cappa", "prefix", "gptj"]
+)
 def test_every_parameter_is_trained_by_the_losses_the_model_has(name):
     config = CONFIGS[name]
     graphdef, params = weights(name)
     batch = jax.tree.map(jnp.asarray, batch_of(name) | {"target": batch_of(name)["text_valid"]})
     if name == "siglip":
         loss = lambda model: ImageTextTask(LossConfig(contrastive="sigmoid")).contrastive(  # noqa: E731
-            model, model.encode_image(batch["image"]), model.encode_text(batch["tokens"], batch["text_valid"])
+            model,
+            model.encode_image(batch["image"]),
+            model.encode_text(batch["tokens"], batch["text_valid"]),
         )
     elif name == "cappa":
-        loss = lambda model: TextTask(LossConfig(), "captions").loss(model, batch, jax.random.key(0))[0]  # noqa: E731
+        loss = lambda model: TextTask(LossConfig(), "captions").loss(
+            model, batch, jax.random.key(0)
+        )[0]  # noqa: E731
     else:
         loss = lambda model: ImageTextTask(LossConfig(contrastive="sigmoid")).loss(  # noqa: E731
             model, batch, jax.random.key(0)
@@ -282,7 +311,9 @@ def test_eight_devices_say_what_one_says(name):
     abstract = nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0)))
     placed = jax.device_put(
         nnx.to_pure_dict(params),
-        sharding.param_shardings(nnx.to_pure_dict(nnx.state(abstract)), logical_axes(abstract), mesh),
+        sharding.param_shardings(
+            nnx.to_pure_dict(nnx.state(abstract)), logical_axes(abstract), mesh
+        ),
     )
 
     def outputs(params, image, tokens, valid):
@@ -304,7 +335,9 @@ def test_the_counts_of_parameters_and_image_tokens_are_those_of_the_model(name):
     leaves = jax.tree.leaves(weights(name)[1])
     assert num_params(config)["total"] == sum(leaf.size for leaf in leaves)
     graphdef, params = weights(name)
-    tokens = jax.eval_shape(lambda p, x: nnx.merge(graphdef, p).image_tokens(x).tokens, params, batch_of(name)["image"])
+    tokens = jax.eval_shape(
+        lambda p, x: nnx.merge(graphdef, p).image_tokens(x).tokens, params, batch_of(name)["image"]
+    )
     assert tokens.shape[1:] == (config.vision.num_tokens, config.image_token_size)
 
 
@@ -316,7 +349,11 @@ def matrix_flops(jaxpr) -> int:
             (contracted, _), _ = eqn.params["dimension_numbers"]
             inputs = eqn.invars[0].aval.shape
             total += 2 * eqn.outvars[0].aval.size * math.prod(inputs[axis] for axis in contracted)
-        inner = [matrix_flops(getattr(x, "jaxpr", x)) for x in jax.tree.leaves(eqn.params) if hasattr(x, "eqns")]
+        inner = [
+            matrix_flops(getattr(x, "jaxpr", x))
+            for x in jax.tree.leaves(eqn.params)
+            if hasattr(x, "eqns")
+        ]
         total += eqn.params.get("length", 1) * sum(inner)
     return total
 
@@ -331,27 +368,41 @@ def test_flops_are_those_of_the_matrix_products(name):
 
     def counted(method, *args):
         return matrix_flops(
-            jax.make_jaxpr(lambda p, *x: getattr(nnx.merge(graphdef, p), method)(*x))(params, *args).jaxpr
+            jax.make_jaxpr(lambda p, *x: getattr(nnx.merge(graphdef, p), method)(*x))(
+                params, *args
+            ).jaxpr
         )
 
     half = 2 * LENGTH * LENGTH * text.width
     if name in CONTRASTIVE:
         causal = half * text.text_only_depth if text.causal_contrastive else 0
         found = counted("encode_text", batch["tokens"], batch["text_valid"])
-        assert found == pytest.approx(flops["contrastive_pass"] + causal, rel=1.2 / LENGTH if text.class_token else 0)
+        assert found == pytest.approx(
+            flops["contrastive_pass"] + causal, rel=1.2 / LENGTH if text.class_token else 0
+        )
     if name in CAPTIONING:
         expected = flops["vision"] + flops["caption_pass"] + flops["vocabulary"]
         sequence = LENGTH + max(config.num_prefix_tokens - 1, 0)
         causal = 2 * sequence**2 * text.width * (text.text_only_depth + text.depth)
-        assert counted("caption_logits", batch["image"], batch["tokens"]) == pytest.approx(expected + causal, rel=0)
+        assert counted("caption_logits", batch["image"], batch["tokens"]) == pytest.approx(
+            expected + causal, rel=0
+        )
 
 
-@pytest.mark.parametrize("name", [name for name in CAPTIONING if CONFIGS[name].conditioning == "cross_attention"])
+@pytest.mark.parametrize(
+    "name", [name for name in CAPTIONING if CONFIGS[name].conditioning == "cross_attention"]
+)
 def test_where_the_decoder_looks_sums_to_one_over_what_it_sees(name):
     config, batch = CONFIGS[name], batch_of(name)
     looks = call(name, "cross_attention", batch["image"], batch["tokens"])
     text = config.text
-    assert looks.shape == (text.num_cross_layers, 4, text.num_heads, LENGTH, config.vision.num_tokens)
+    assert looks.shape == (
+        text.num_cross_layers,
+        4,
+        text.num_heads,
+        LENGTH,
+        config.vision.num_tokens,
+    )
     np.testing.assert_allclose(looks.sum(-1), 1, atol=1e-5)
 
 
@@ -360,8 +411,13 @@ def test_a_pass_that_a_model_does_not_have_is_refused_by_the_field():
     with pytest.raises(ValueError, match="no caption pass: DecoderConfig.depth is 0"):
         call("siglip", "caption_logits", batch["image"], batch["tokens"])
     batch = batch_of("cappa")
-    for method, args in (("encode_image", (batch["image"],)), ("encode_text", (batch["tokens"], batch["text_valid"]))):
-        with pytest.raises(ValueError, match="no contrastive pass: DecoderConfig.pooling is 'none'"):
+    for method, args in (
+        ("encode_image", (batch["image"],)),
+        ("encode_text", (batch["tokens"], batch["text_valid"])),
+    ):
+        with pytest.raises(
+            ValueError, match="no contrastive pass: DecoderConfig.pooling is 'none'"
+        ):
             call("cappa", method, *args)
 
 
@@ -369,8 +425,14 @@ def test_a_pass_that_a_model_does_not_have_is_refused_by_the_field():
     ("changes", "message"),
     [
         ({"embed_dim": 20}, "embed_dim is 20, which without text_projection is the text width 24"),
-        ({"vision": dataclasses.replace(VISION, pooling="map")}, "image_projection is 'shared', which goes with"),
-        ({"image_projection": "none"}, "image_projection is 'none', which needs images of 24 numbers, not 32"),
+        (
+            {"vision": dataclasses.replace(VISION, pooling="map")},
+            "image_projection is 'shared', which goes with",
+        ),
+        (
+            {"image_projection": "none"},
+            "image_projection is 'none', which needs images of 24 numbers, not 32",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_by_their_fields(changes, message):
@@ -382,11 +444,20 @@ def test_parts_that_do_not_fit_are_refused_by_their_fields(changes, message):
     ("changes", "message"),
     [
         ({"pooling": "class"}, "class_token is False, which does not go with pooling 'class'"),
-        ({"positions": "rope", "num_heads": 8}, "positions is 'rope', which needs heads of even size, not 3"),
-        ({"cross_attn_position": "inside", "mlp_before_cross_attn": False}, "mlp_before_cross_attn is False"),
+        (
+            {"positions": "rope", "num_heads": 8},
+            "positions is 'rope', which needs heads of even size, not 3",
+        ),
+        (
+            {"cross_attn_position": "inside", "mlp_before_cross_attn": False},
+            "mlp_before_cross_attn is False",
+        ),
         ({"pad_masking": "shifted"}, "'shifted', which needs class_token and text_only_depth"),
         ({"depth": 0}, "depth is 0, expected at least 1 layer"),
-        ({"depth": 0, "text_only_depth": 2, "vocab_bias": True}, "vocab_bias is True, which needs a caption pass"),
+        (
+            {"depth": 0, "text_only_depth": 2, "vocab_bias": True},
+            "vocab_bias is True, which needs a caption pass",
+        ),
         ({"pad_id": VOCAB}, "pad_id is 50, expected an id below vocab_size 50"),
         ({"pad_id": -1}, "pad_id is -1, expected an id below vocab_size 50"),
         ({"norm_eps": float("inf")}, "norm_eps is inf, expected a positive number"),

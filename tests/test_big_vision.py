@@ -54,7 +54,9 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
 
 def directly(method: str, *args) -> np.ndarray:
     graphdef, params = nnx.split(tiny_model())
-    return np.asarray(jax.jit(lambda params, *x: getattr(nnx.merge(graphdef, params), method)(*x))(params, *args))
+    return np.asarray(
+        jax.jit(lambda params, *x: getattr(nnx.merge(graphdef, params), method)(*x))(params, *args)
+    )
 
 
 def test_parameters_are_a_dict_by_their_paths_for_every_way_of_tracing():
@@ -84,9 +86,9 @@ def test_two_towers_are_the_models_own_embeddings():
     model, variables = big_vision.Model(**fields()), {"params": params_of(tiny_model())}
     image, text = batch()
     valid = np.ones(text.shape, bool)
-    zimg, ztxt, out = jax.jit(lambda v, *x: model.apply(v, *x, train=True, rngs={"dropout": jax.random.PRNGKey(0)}))(
-        variables, image, text
-    )
+    zimg, ztxt, out = jax.jit(
+        lambda v, *x: model.apply(v, *x, train=True, rngs={"dropout": jax.random.PRNGKey(0)})
+    )(variables, image, text)
     np.testing.assert_allclose(zimg, directly("encode_image", image), atol=1e-6)
     np.testing.assert_allclose(ztxt, directly("encode_text", text, valid), atol=1e-6)
     np.testing.assert_array_equal(out["img/normalized"], zimg)
@@ -99,7 +101,9 @@ def test_two_towers_are_the_models_own_embeddings():
     np.testing.assert_allclose(out["img/pre_logits"], encoded.pooled, atol=1e-5)
     pooled = jax.jit(lambda x: tiny_model().image_tokens(x))(image).pooled
     np.testing.assert_allclose(out["img/norm"] * zimg, pooled, atol=1e-5)
-    np.testing.assert_allclose(out["txt/norm"] * ztxt, directly("text_vector", text, valid), atol=1e-5)
+    np.testing.assert_allclose(
+        out["txt/norm"] * ztxt, directly("text_vector", text, valid), atol=1e-5
+    )
 
 
 def test_one_tower_alone_gives_none_for_the_other():
@@ -119,7 +123,9 @@ def test_a_step_of_the_siglip_trainer_lowers_its_loss():
     image, text = batch()
 
     def loss(params):
-        zimg, ztxt, out = model.apply({"params": params}, image, text, train=True, rngs={"dropout": jax.random.key(0)})
+        zimg, ztxt, out = model.apply(
+            {"params": params}, image, text, train=True, rngs={"dropout": jax.random.key(0)}
+        )
         logits = zimg @ ztxt.T * out["t"] + out["b"]
         signs = 2 * jnp.eye(len(logits)) - 1
         return -jax.nn.log_sigmoid(signs * logits).sum(-1).mean()
@@ -146,7 +152,9 @@ def test_logits_of_a_text_are_those_of_the_tokens_before():
     variables = {"params": params_of(tiny_model())}
     for start in (0, 7):
         model = big_vision.Model(**fields(), outputs="logits", start_id=start)
-        logits = jax.jit(lambda v, *x, model=model: model.apply(v, *x, train=False))(variables, image, text)
+        logits = jax.jit(lambda v, *x, model=model: model.apply(v, *x, train=False))(
+            variables, image, text
+        )
         before = np.concatenate([np.full((4, 1), start), text[:, :-1]], axis=1).astype(np.int32)
         np.testing.assert_allclose(logits, directly("caption_logits", image, before), atol=1e-5)
         changed = text.copy()
@@ -165,7 +173,9 @@ def test_the_scoring_evaluators_two_steps_are_the_whole():
     @jax.jit
     def scored(variables, image, text):
         encoded = model.apply(variables, image, train=False, method=model.encode)
-        return encoded, model.apply(variables, encoded, text, train=False, decode=False, method=model.decode)
+        return encoded, model.apply(
+            variables, encoded, text, train=False, decode=False, method=model.decode
+        )
 
     encoded, logits = scored(variables, image, text)
     np.testing.assert_allclose(logits, whole, atol=1e-5)
@@ -208,13 +218,20 @@ def test_a_preset_is_changed_by_fields():
         ({"vision": {"widht": 3}}, "widht, which VisionConfig does not know"),
         ({"outputs": "both"}, "outputs.*both"),
         ({"text": {"pooling": "none"}}, "outputs is 'embeddings', which needs a contrastive pass"),
-        ({"text": {"depth": 0, "text_only_depth": 2}, "outputs": "logits"}, "needs a caption pass: text.depth is 0"),
-        ({"outputs": "logits", "start_id": VOCAB}, "start_id is 60, expected an id below text.vocab_size 60"),
+        (
+            {"text": {"depth": 0, "text_only_depth": 2}, "outputs": "logits"},
+            "needs a caption pass: text.depth is 0",
+        ),
+        (
+            {"outputs": "logits", "start_id": VOCAB},
+            "start_id is 60, expected an id below text.vocab_size 60",
+        ),
         ({"outputs": "logits", "text": {"pad_id": 0}}, "start_id 0 is text.pad_id"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(changes, message):
-    with pytest.raises((ValueError, TypeError), match=message):  # the type checks of these tests come first
+    # the type checks of these tests come first
+    with pytest.raises((ValueError, TypeError), match=message):
         big_vision.Model(**fields(**changes))
 
 
@@ -223,10 +240,16 @@ def test_calls_without_a_meaning_are_refused():
     image, text = batch()
     for message, call in {
         "decode is True": lambda: model.apply(variables, image, text, decode=True),
-        "method is .*, expected encode or decode": lambda: model.apply(variables, image, method=print),
+        "method is .*, expected encode or decode": lambda: model.apply(
+            variables, image, method=print
+        ),
         "variables hold .*batch_stats": lambda: model.apply(variables | {"batch_stats": {}}, image),
-        "images are .*expected .* by vision.image_size": lambda: model.init(jax.random.key(0), image[:, :8], text),
-        "texts are .*text.max_length": lambda: model.init(jax.random.key(0), image, np.tile(text, 2)),
+        "images are .*expected .* by vision.image_size": lambda: model.init(
+            jax.random.key(0), image[:, :8], text
+        ),
+        "texts are .*text.max_length": lambda: model.init(
+            jax.random.key(0), image, np.tile(text, 2)
+        ),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
@@ -257,11 +280,15 @@ def test_a_folder_of_ours_is_loaded_whole(folder, init_params):
     assert_same(big_vision.load(None, folder), saved)
     assert_same(big_vision.load(None, folder, fields(outputs="logits", start_id=1)), saved)
     # Where the loss would start is of no matter.
-    assert_same(big_vision.load(None, folder, fields(logit_scale_init=10.0, logit_bias_init=-10.0)), saved)
+    assert_same(
+        big_vision.load(None, folder, fields(logit_scale_init=10.0, logit_bias_init=-10.0)), saved
+    )
 
 
 def test_what_is_not_to_be_loaded_keeps_its_value(folder, init_params):
-    loaded = big_vision.load(init_params, folder, fields(), dont_load=["text/norm/.*", "logit_bias"])
+    loaded = big_vision.load(
+        init_params, folder, fields(), dont_load=["text/norm/.*", "logit_bias"]
+    )
     flat = flatten_dict(loaded, sep="/")
     kept = {name for name in flat if name.startswith("text/norm/")} | {"logit_bias"}
     assert_same(loaded, init_params, kept)
@@ -270,7 +297,9 @@ def test_what_is_not_to_be_loaded_keeps_its_value(folder, init_params):
 
 def test_positions_are_resampled_to_the_models_image_size(folder):
     changed = fields(vision={"image_size": 2 * SIZE})
-    init_params = jax.eval_shape(lambda: params_of(MaMMUT(big_vision.model_config(**changed), rngs=nnx.Rngs(0))))
+    init_params = jax.eval_shape(
+        lambda: params_of(MaMMUT(big_vision.model_config(**changed), rngs=nnx.Rngs(0)))
+    )
     positions = big_vision.load(init_params, folder, changed)["vision"]["pos_embed"]
     old = np.asarray(tiny_model(seed=1).vision.pos_embed[...])
     np.testing.assert_array_equal(positions, resample_positions(old, (4, 4), "bicubic"))
@@ -314,9 +343,15 @@ def test_whatever_does_not_fit_is_named(folder, init_params):
         "text.pos_embed is in no file, wholly or in part": lambda: big_vision.load(
             None, folder, fields(text={"max_length": 20})
         ),
-        "vision.depth is 3, it was 2": lambda: big_vision.load(None, folder, fields(vision={"depth": 3})),
-        "model_init names head, expected a path, or some of": lambda: big_vision.load(None, {"head": folder}, fields()),
-        "model_cfg is None, expected the arguments": lambda: big_vision.load(init_params, {"img": folder}),
+        "vision.depth is 3, it was 2": lambda: big_vision.load(
+            None, folder, fields(vision={"depth": 3})
+        ),
+        "model_init names head, expected a path, or some of": lambda: big_vision.load(
+            None, {"head": folder}, fields()
+        ),
+        "model_cfg is None, expected the arguments": lambda: big_vision.load(
+            init_params, {"img": folder}
+        ),
         "there is no nowhere": lambda: big_vision.load(None, "nowhere", fields()),
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -85,7 +85,9 @@ class Vit(nn.Module):
             first = self.param("cls", nn.initializers.normal(), (1, 1, WIDTH))
             x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, WIDTH)), x], axis=1)
         x = Encoder(IMAGE_DEPTH, name="Transformer")(x)
-        pooled = x.mean(1) if self.pool == "mean" else x[:, 0] if self.pool == "class" else MAPHead()(x)
+        pooled = (
+            x.mean(1) if self.pool == "mean" else x[:, 0] if self.pool == "class" else MAPHead()(x)
+        )
         patches = x[:, 1:] if self.pool == "class" else x
         return patches, pooled if self.head is None else nn.Dense(self.head, name="head")(pooled)
 
@@ -109,7 +111,10 @@ class Siglip(nn.Module):
     def __call__(self, image, text):
         self.param("t", nn.initializers.normal(), (1,))
         self.param("b", nn.initializers.normal(), (1,))
-        embeds = Vit(self.pool, self.heads[0], name="img")(image)[1], TextTower(self.heads[1], name="txt")(text)
+        embeds = (
+            Vit(self.pool, self.heads[0], name="img")(image)[1],
+            TextTower(self.heads[1], name="txt")(text),
+        )
         return [z / jnp.linalg.norm(z, axis=1, keepdims=True) for z in embeds]
 
 
@@ -119,10 +124,16 @@ class EncDecBlock(nn.Module):
     @nn.compact
     def __call__(self, x, image, mask):
         y = nn.LayerNorm(use_bias=self.bias, name="LayerNorm1")(x)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=4, use_bias=False, name="SelfAttn")(y, y, mask=mask)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4, use_bias=False, name="SelfAttn")(
+            y, y, mask=mask
+        )
         y = nn.LayerNorm(use_bias=self.bias, name="LayerNorm2")(x)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=4, use_bias=False, name="CrossAttn")(y, image)
-        return x + MlpBlock(72, self.bias, name="MLP")(nn.LayerNorm(use_bias=self.bias, name="LayerNorm3")(x))
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4, use_bias=False, name="CrossAttn")(
+            y, image
+        )
+        return x + MlpBlock(72, self.bias, name="MLP")(
+            nn.LayerNorm(use_bias=self.bias, name="LayerNorm3")(x)
+        )
 
 
 class Decoder(nn.Module):
@@ -150,7 +161,9 @@ class Cappa(nn.Module):
         encoded = Vit("mean", learned=self.learned, name="encoder")(image)[0]
         positions = positions_by_the_formula(1, LENGTH, DECODER_WIDTH)
         if self.learned:
-            positions = self.param("pos_embedding_decoder", nn.initializers.normal(), (1, LENGTH, DECODER_WIDTH))
+            positions = self.param(
+                "pos_embedding_decoder", nn.initializers.normal(), (1, LENGTH, DECODER_WIDTH)
+            )
         return Decoder(self.bias, self.masked, name="decoder")(encoded, text, positions)
 
 
@@ -178,7 +191,9 @@ def arrays_of(module: nn.Module, *args) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     arrays = {}
     for name, leaf in shapes.items():
-        values = rng.normal(size=leaf.shape) * (0.3 if leaf.ndim > 1 else 0.2) + name.endswith("scale")
+        values = rng.normal(size=leaf.shape) * (0.3 if leaf.ndim > 1 else 0.2) + name.endswith(
+            "scale"
+        )
         arrays[name] = values.astype(np.float32)
     return arrays
 
@@ -203,10 +218,14 @@ def written(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> pathlib.Path
 def encoded_by(opened: OpenedModel, image: np.ndarray) -> EncoderOutput:
     """What the image encoder alone makes of images."""
     assert opened.parts == ("vision",)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: MaMMUT(opened.config, rngs=nnx.Rngs(0))).vision)
+    graphdef, state = nnx.split(
+        nnx.eval_shape(lambda: MaMMUT(opened.config, rngs=nnx.Rngs(0))).vision
+    )
 
     def read(path, leaf):
-        return jnp.asarray(opened.tensors.read(".".join(["vision", *(entry.key for entry in path)])))
+        return jnp.asarray(
+            opened.tensors.read(".".join(["vision", *(entry.key for entry in path)]))
+        )
 
     params = jax.tree_util.tree_map_with_path(read, nnx.to_pure_dict(state))
     with jax.default_matmul_precision("highest"):
@@ -216,7 +235,11 @@ def encoded_by(opened: OpenedModel, image: np.ndarray) -> EncoderOutput:
 def called(model: MaMMUT, method: str, *args) -> np.ndarray:
     graphdef, params = nnx.split(model)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(jax.jit(lambda params, *x: getattr(nnx.merge(graphdef, params), method)(*x))(params, *args))
+        return np.asarray(
+            jax.jit(lambda params, *x: getattr(nnx.merge(graphdef, params), method)(*x))(
+                params, *args
+            )
+        )
 
 
 def embeddings(model: MaMMUT, image: np.ndarray, text: np.ndarray) -> list[np.ndarray]:
@@ -254,7 +277,9 @@ def prefixed(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray
 def test_an_image_encoder_gives_the_patches_and_the_image_of_its_original(pool, tmp_path):
     image, _ = image_and_text()
     arrays, (patches, pooled) = arrays_and_outputs(Vit(pool), image)
-    opened = open_model(written(tmp_path, arrays | {"head/kernel": np.ones((WIDTH, 7)), "head/bias": np.ones(7)}))
+    opened = open_model(
+        written(tmp_path, arrays | {"head/kernel": np.ones((WIDTH, 7)), "head/bias": np.ones(7)})
+    )
     encoded = encoded_by(opened, image)
     assert_close(encoded.tokens, patches)
     assert_close(encoded.pooled, pooled)
@@ -277,14 +302,18 @@ OLD_BLOCK = {
 }
 
 
-@pytest.mark.parametrize("place", ["Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding"])
+@pytest.mark.parametrize(
+    "place", ["Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding"]
+)
 def test_an_old_file_with_a_position_of_the_class_token_is_read(place, tmp_path):
     """Its blocks count their modules together, and the class token's position comes first."""
     image, _ = image_and_text()
     arrays = arrays_of(Vit("class"), image)
     own = np.full((1, 1, WIDTH), 0.3, np.float32)
     old = {
-        re.sub(r"(?<=encoderblock_\d/)\w+", lambda match: OLD_BLOCK.get(match[0], match[0]), name): array
+        re.sub(
+            r"(?<=encoderblock_\d/)\w+", lambda match: OLD_BLOCK.get(match[0], match[0]), name
+        ): array
         for name, array in arrays.items()
     }
     old[place] = np.concatenate([own, old.pop("pos_embedding")], axis=1)
@@ -306,10 +335,16 @@ def test_a_position_of_a_class_token_that_is_not_there_is_left_out(tmp_path):
     arrays, (patches, _) = arrays_and_outputs(Vit("mean"), image)
     row = np.full((1, 1, WIDTH), 0.3, np.float32)
     opened = open_model(
-        written(tmp_path, arrays | {"pos_embedding": np.concatenate([row, arrays["pos_embedding"]], axis=1)})
+        written(
+            tmp_path,
+            arrays | {"pos_embedding": np.concatenate([row, arrays["pos_embedding"]], axis=1)},
+        )
     )
     assert_close(encoded_by(opened, image).tokens, patches)
-    assert "the first row of pos_embedding is not used: of a class token, which is not there" in opened.notes
+    assert (
+        "the first row of pos_embedding is not used: of a class token, which is not there"
+        in opened.notes
+    )
 
 
 def test_positions_that_are_computed_are_computed_for_a_given_size(tmp_path):
@@ -317,7 +352,9 @@ def test_positions_that_are_computed_are_computed_for_a_given_size(tmp_path):
     arrays, (patches, _) = arrays_and_outputs(Vit("mean", learned=False), image)
     path = written(tmp_path, arrays)
     assert_close(encoded_by(open_model(path, image_size=SIZE), image).tokens, patches)
-    with pytest.raises(CheckpointError, match="pos_embedding is missing: if .* say for which image_size"):
+    with pytest.raises(
+        CheckpointError, match="pos_embedding is missing: if .* say for which image_size"
+    ):
         open_model(path)
 
 
@@ -339,14 +376,23 @@ def test_both_towers_give_their_embeddings(pool, heads, tmp_path):
 def test_the_parameters_of_a_train_state_are_those_that_are_read(tmp_path):
     batch = image_and_text()
     arrays, embeds = arrays_and_outputs(Siglip(), *batch)
-    state = prefixed(arrays, "params/") | prefixed(arrays, "opt/0/mu/") | {"chrono/examples_seen": np.int64(7)}
+    state = (
+        prefixed(arrays, "params/")
+        | prefixed(arrays, "opt/0/mu/")
+        | {"chrono/examples_seen": np.int64(7)}
+    )
     for top in ("params/", "opt/target/"):
         named = {name.replace("params/", top): array for name, array in state.items()}
-        path = written(tmp_path, scanned(scanned(named, "img/Transformer/encoderblock", 0), "encoderblock", 0))
+        path = written(
+            tmp_path, scanned(scanned(named, "img/Transformer/encoderblock", 0), "encoderblock", 0)
+        )
         opened = open_model(path)
         for ours, theirs in zip(embeddings(place(opened), *batch), embeds, strict=True):
             assert_close(ours, theirs)
-        assert any(re.match(r"\d+ arrays, opt/0/mu/.* are not used: of the training", note) for note in opened.notes)
+        assert any(
+            re.match(r"\d+ arrays, opt/0/mu/.* are not used: of the training", note)
+            for note in opened.notes
+        )
 
 
 def test_bfloat16_is_widened_exactly(tmp_path):
@@ -356,7 +402,9 @@ def test_bfloat16_is_widened_exactly(tmp_path):
     opened = open_model(written(tmp_path, {name: array.view("V2") for name, array in half.items()}))
     wide = tmp_path / "wide"
     wide.mkdir()
-    same = open_model(written(wide, {name: array.astype(np.float32) for name, array in half.items()}))
+    same = open_model(
+        written(wide, {name: array.astype(np.float32) for name, array in half.items()})
+    )
     for name, spec in opened.tensors.specs.items():
         assert spec.dtype == np.float32
         np.testing.assert_array_equal(opened.tensors.read(name), same.tensors.read(name))
@@ -374,7 +422,9 @@ def test_the_image_encoder_of_two_towers_is_a_part_of_their_file(tmp_path):
     image, text = image_and_text()
     arrays = arrays_of(Siglip(), image, text)
     path = written(tmp_path, arrays)
-    _, pooled = outputs_of(Vit("map"), {n[4:]: array for n, array in arrays.items() if n.startswith("img/")}, image)
+    _, pooled = outputs_of(
+        Vit("map"), {n[4:]: array for n, array in arrays.items() if n.startswith("img/")}, image
+    )
     opened = open_model(f"{path}:img")
     assert_close(encoded_by(opened, image).pooled, pooled)
     assert any("not used: not of img/" in note for note in opened.notes)
@@ -399,7 +449,9 @@ def test_a_caption_model_with_computed_positions_needs_both_sizes(tmp_path):
     path = written(tmp_path, arrays)
     model = place(open_model(path, image_size=SIZE, max_length=LENGTH))
     assert_close(called(model, "caption_logits", image, shifted(text)), logits)
-    with pytest.raises(CheckpointError, match="pos_embedding_decoder is missing.*max_length; .*image_size"):
+    with pytest.raises(
+        CheckpointError, match="pos_embedding_decoder is missing.*max_length; .*image_size"
+    ):
         open_model(path)
 
 
@@ -408,7 +460,9 @@ def test_positions_are_resampled_to_another_image_size_with_corners_on_corners(t
     arrays = arrays_of(Siglip(), image, text)
     path = written(tmp_path, arrays)
     larger = np.random.default_rng(2).uniform(-1, 1, (2, 40, 40, 3)).astype(np.float32)
-    grid = scipy.ndimage.zoom(arrays["img/pos_embedding"].reshape(3, 3, WIDTH), (5 / 3, 5 / 3, 1), order=1)
+    grid = scipy.ndimage.zoom(
+        arrays["img/pos_embedding"].reshape(3, 3, WIDTH), (5 / 3, 5 / 3, 1), order=1
+    )
     arrays["img/pos_embedding"] = grid.reshape(1, 25, WIDTH)
     embeds = outputs_of(Siglip(), arrays, larger, text[:2])
     model, processor = load(path, image_size=40)
@@ -451,7 +505,9 @@ def test_texts_of_captions_start_with_zero(vocabulary, tmp_path):
     (tmp_path / "cc_en.model").write_bytes(vocabulary)
     _, processor = load(path)
     ids = processor.tokenizer.encode("red dogs")
-    assert processor(text=["red dogs"])["tokens"][0].tolist() == [0, *ids, 1] + [0] * (LENGTH - len(ids) - 2)
+    assert processor(text=["red dogs"])["tokens"][0].tolist() == [0, *ids, 1] + [0] * (
+        LENGTH - len(ids) - 2
+    )
 
 
 def test_without_a_vocabulary_texts_alone_are_refused(vocabulary, tmp_path):
@@ -472,12 +528,16 @@ def test_without_a_vocabulary_texts_alone_are_refused(vocabulary, tmp_path):
 
 
 def test_a_file_with_more_layers_than_any_model_is_refused_at_once(tmp_path):
-    arrays = siglip() | {f"{BLOCK[:-1]}{i}/LayerNorm_0/scale": np.ones(WIDTH, np.float32) for i in range(3, 1100)}
+    arrays = siglip() | {
+        f"{BLOCK[:-1]}{i}/LayerNorm_0/scale": np.ones(WIDTH, np.float32) for i in range(3, 1100)
+    }
     with pytest.raises(CheckpointError, match="VisionConfig.depth is 1100, expected at most 1024"):
         open_model(written(tmp_path, arrays))
 
 
-@pytest.mark.parametrize("module", [Siglip("class", (20, 20)), Cappa(bias=False, masked=True)], ids=str)
+@pytest.mark.parametrize(
+    "module", [Siglip("class", (20, 20)), Cappa(bias=False, masked=True)], ids=str
+)
 def test_the_table_read_the_other_way_gives_the_file(module, tmp_path):
     """But for the row of masked tokens, which our model has not."""
     arrays = arrays_of(module, *image_and_text())
@@ -485,7 +545,11 @@ def test_the_table_read_the_other_way_gives_the_file(module, tmp_path):
         arrays = scanned(arrays, name, int(name == "EncDecBlock"))
     path = written(tmp_path, arrays)
     opened = open_model(path)
-    found = Found(str(path), {name: TensorSpec(array.shape, array.dtype) for name, array in arrays.items()}, "")
+    found = Found(
+        str(path),
+        {name: TensorSpec(array.shape, array.dtype) for name, array in arrays.items()},
+        "",
+    )
     model = cappa(found, None, None) if isinstance(module, Cappa) else two_towers(found)
     table = Table(model.entries, {}, {name: (0.0, why) for name, why in model.zero.items()})
     theirs = table.to_theirs(opened.tensors)
@@ -501,9 +565,12 @@ def siglip() -> dict[str, np.ndarray]:
 
 
 def test_whatever_array_is_missing_is_named(tmp_path):
-    for make, seen in ((Siglip, "b$|txt/Encoder"), (Cappa, "encoder")):  # `b` may be missing; the rest is as in `img`
+    # `b` may be missing; the rest is as in `img`
+    for make, seen in ((Siglip, "b$|txt/Encoder"), (Cappa, "encoder")):
         arrays = arrays_of(make(), *image_and_text())
-        one_of_each = {re.sub(r"(encoderblock_|EncDecBlock)\d", r"\1N", name): name for name in arrays}
+        one_of_each = {
+            re.sub(r"(encoderblock_|EncDecBlock)\d", r"\1N", name): name for name in arrays
+        }
         for name in one_of_each.values():
             if re.match(seen, name):
                 continue
@@ -561,7 +628,9 @@ def test_what_cannot_be_a_model_is_refused_by_name(name, array, message, tmp_pat
 
 def test_a_file_of_anything_else_is_refused(tmp_path):
     for arrays in ({}, {"x": np.ones(3)}, {"params/x": np.ones(3)}):
-        with pytest.raises(CheckpointError, match="model.npz is no model of big_vision.*kernel is missing"):
+        with pytest.raises(
+            CheckpointError, match="model.npz is no model of big_vision.*kernel is missing"
+        ):
             open_model(written(tmp_path, arrays))
     with pytest.raises(CheckpointError, match="model.npz"):
         open_model(written(tmp_path, {"x": np.array([{}], object)}))

@@ -39,14 +39,22 @@ def random_state(abstract: TrainState, seed: int) -> TrainState:
     rng = np.random.default_rng(seed)
 
     def draw(x):
-        values = rng.normal(size=x.shape) if x.dtype == jnp.float32 else rng.integers(0, 1000, x.shape)
+        values = (
+            rng.normal(size=x.shape) if x.dtype == jnp.float32 else rng.integers(0, 1000, x.shape)
+        )
         return jax.device_put(np.asarray(values, x.dtype), x.sharding)
 
     return jax.tree.map(draw, abstract)
 
 
 def position(step: int) -> dict:
-    return {"examples": 200, "seed": 0, "position": 8 * step, "read": 8 * step, "bad": {"corrupt": step}}
+    return {
+        "examples": 200,
+        "seed": 0,
+        "position": 8 * step,
+        "read": 8 * step,
+        "bad": {"corrupt": step},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,9 @@ def workdir(three_steps, tmp_path) -> pathlib.Path:
 
 
 def step_files(workdir: pathlib.Path, step: int) -> list[pathlib.Path]:
-    return sorted(path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file())
+    return sorted(
+        path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file()
+    )
 
 
 def largest_file(workdir: pathlib.Path, step: int) -> pathlib.Path:
@@ -95,7 +105,10 @@ def test_the_newest_step_comes_back_bit_for_bit_with_its_place_in_the_data(workd
 
 def test_only_the_newest_two_steps_are_kept_with_their_checksums(workdir):
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["6", "9"]
-    assert sorted(path.name for path in (workdir / "checkpoint_manifests").iterdir()) == ["6.json", "9.json"]
+    assert sorted(path.name for path in (workdir / "checkpoint_manifests").iterdir()) == [
+        "6.json",
+        "9.json",
+    ]
     manifest = json.loads((workdir / "checkpoint_manifests" / "9.json").read_text())
     assert {workdir / "checkpoints" / "9" / name for name in manifest} == {*step_files(workdir, 9)}
     for name, entry in manifest.items():
@@ -131,11 +144,15 @@ def test_every_file_of_a_step_is_guarded_against_every_damage(three_steps, tmp_p
             shutil.rmtree(workdir)
 
 
-def test_a_flipped_bit_in_the_newest_step_means_the_step_before_and_a_warning(workdir, abstract, caplog):
+def test_a_flipped_bit_in_the_newest_step_means_the_step_before_and_a_warning(
+    workdir, abstract, caplog
+):
     flip(largest_file(workdir, 9))
     with caplog.at_level(logging.WARNING):
         assert_restores(workdir, abstract, 6)
-    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("mammut")]
+    warnings = [
+        record.getMessage() for record in caplog.records if record.name.startswith("mammut")
+    ]
     assert len(warnings) == 1 and warnings[0].startswith("checkpoint 9 is damaged (")
     assert largest_file(workdir, 9).name in warnings[0]
 
@@ -156,7 +173,9 @@ def test_a_run_whose_every_step_is_damaged_is_an_error(workdir, abstract):
     for step in (6, 9):
         flip(largest_file(workdir, step))
     with Checkpoints(workdir, keep=2) as checkpoints:
-        with pytest.raises(CheckpointError, match=r"holds no good checkpoint: all of \[6, 9\] are damaged") as error:
+        with pytest.raises(
+            CheckpointError, match=r"holds no good checkpoint: all of \[6, 9\] are damaged"
+        ) as error:
             checkpoints.restore(abstract)
     assert str(workdir / "checkpoints") in one_sentence(error)
     with pytest.raises(CheckpointError, match="holds no good checkpoint"):
@@ -179,7 +198,10 @@ def test_after_a_damaged_step_the_run_saves_on_and_replaces_it(workdir, abstract
             checkpoints.wait()
             assert checkpoints.steps[-1] == step
     assert_restores(workdir, abstract, 9)
-    assert sorted(path.name for path in (workdir / "checkpoint_manifests").iterdir()) == ["7.json", "9.json"]
+    assert sorted(path.name for path in (workdir / "checkpoint_manifests").iterdir()) == [
+        "7.json",
+        "9.json",
+    ]
 
 
 def test_a_damaged_list_of_steps_is_named_where_nothing_can_be_opened(workdir):
@@ -187,7 +209,9 @@ def test_a_damaged_list_of_steps_is_named_where_nothing_can_be_opened(workdir):
     text = metadata.read_text()
     metadata.write_text(text.replace("performance_metrics", "performance_metrhcs"))
     assert metadata.read_text() != text
-    with pytest.raises(CheckpointError, match="cannot be opened .* remove its damaged steps, 9$") as error:
+    with pytest.raises(
+        CheckpointError, match="cannot be opened .* remove its damaged steps, 9$"
+    ) as error:
         Checkpoints(workdir, keep=2)
     one_sentence(error)
 
@@ -204,7 +228,9 @@ def test_a_step_that_was_never_finished_is_no_step(workdir, abstract):
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, model=2)])
-def test_a_state_saved_on_one_device_is_restored_onto_a_mesh_and_back(workdir, abstract, mesh, tmp_path):
+def test_a_state_saved_on_one_device_is_restored_onto_a_mesh_and_back(
+    workdir, abstract, mesh, tmp_path
+):
     spread = abstract_state(mesh=mesh)
     with Checkpoints(workdir, keep=2) as checkpoints:
         state = checkpoints.restore(spread).state
@@ -236,7 +262,9 @@ def untied_model() -> TrainConfig:
 ])  # fmt: skip
 def test_the_state_of_another_model_or_optimizer_is_refused_by_its_leaves(workdir, config, problem):
     with Checkpoints(workdir, keep=2) as checkpoints:
-        with pytest.raises(CheckpointError, match="does not fit this run's model and optimizer") as error:
+        with pytest.raises(
+            CheckpointError, match="does not fit this run's model and optimizer"
+        ) as error:
             checkpoints.restore(abstract_state(config))
     assert problem in one_sentence(error) and str(workdir / "checkpoints" / "9") in str(error.value)
 
@@ -248,7 +276,9 @@ def test_a_run_without_a_model_folder_loads_from_its_newest_good_checkpoint(work
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     flip(largest_file(workdir, 9))
     before[largest_file(workdir, 9)] = largest_file(workdir, 9).read_bytes()
-    assert_identical(nnx.to_pure_dict(nnx.state(mammut.load(workdir)[0])), random_state(abstract, 6).params)
+    assert_identical(
+        nnx.to_pure_dict(nnx.state(mammut.load(workdir)[0])), random_state(abstract, 6).params
+    )
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
 
 
@@ -270,7 +300,9 @@ with Checkpoints(pathlib.Path({str(tmp_path)!r}), keep=2) as checkpoints:
 """
     root = pathlib.Path(__file__).parents[1]
     for what in ("save", "load"):
-        done = subprocess.run([sys.executable, "-c", code, what], capture_output=True, text=True, cwd=root)
+        done = subprocess.run(
+            [sys.executable, "-c", code, what], capture_output=True, text=True, cwd=root
+        )
         assert done.returncode == 0, done.stderr
     params, _, grown = done.stdout.strip().rpartition(" ")
     assert params == "{'a': array([0., 1., 2., 3., 4., 5., 6., 7., 8.])}" and int(grown) < 100
@@ -287,8 +319,12 @@ with Checkpoints(pathlib.Path({str(tmp_path)!r}), keep=2) as checkpoints:
     ('{"config": {"colour": 1}, "overrides": []}', "has colour, which TrainConfig does not know"),
     (None, "is missing"),
 ])  # fmt: skip
-def test_a_run_whose_config_cannot_be_read_is_an_error_that_names_the_file(workdir, content, message):
-    (workdir / "run.json").unlink() if content is None else (workdir / "run.json").write_text(content)
+def test_a_run_whose_config_cannot_be_read_is_an_error_that_names_the_file(
+    workdir, content, message
+):
+    (workdir / "run.json").unlink() if content is None else (workdir / "run.json").write_text(
+        content
+    )
     with pytest.raises(CheckpointError) as error:
         mammut.load(workdir)
     assert message in one_sentence(error) and str(workdir / "run.json") in str(error.value)

@@ -15,7 +15,14 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from mammut import presets
-from mammut.config import DataConfig, DecoderConfig, MeshConfig, ModelConfig, TrainConfig, VisionConfig
+from mammut.config import (
+    DataConfig,
+    DecoderConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from mammut.core import sharding
 from mammut.models.flops import forward_flops
 from mammut.performance import chips
@@ -27,7 +34,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIG = TrainConfig(
     model=ModelConfig(
-        vision=VisionConfig(image_size=16, patch_size=8, width=32, depth=1, num_heads=2, mlp_dim=64),
+        vision=VisionConfig(
+            image_size=16, patch_size=8, width=32, depth=1, num_heads=2, mlp_dim=64
+        ),
         text=DecoderConfig(vocab_size=64, max_length=8, width=32, depth=2, num_heads=2, mlp_dim=64),
     ),
     data=DataConfig(batch_size=16),
@@ -48,13 +57,16 @@ def test_collectives_are_found_with_how_often_they_run_and_what_they_move():
 
         x = jax.lax.fori_loop(0, 5, turn, x)
         gathered = jax.lax.all_gather(x, "data")  # 2 x 128 bytes
-        scattered = jax.lax.psum_scatter(x, ("data", "fsdp"), scatter_dimension=1, tiled=True)  # of 128 bytes
+        # of 128 bytes
+        scattered = jax.lax.psum_scatter(x, ("data", "fsdp"), scatter_dimension=1, tiled=True)
         moved = jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)])
         swapped = jax.lax.all_to_all(x, "fsdp", split_axis=1, concat_axis=0, tiled=True)
         return gathered.sum() + moved.sum() + scattered.sum() + swapped.max() + x
 
     split = PartitionSpec(("data", "fsdp"))
-    program = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=split, out_specs=split, check_vma=False))
+    program = jax.jit(
+        jax.shard_map(program, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+    )
     text = program.lower(jax.ShapeDtypeStruct((8, 32), jnp.float32)).compile().as_text()
     found = {c.kind: c for c in Program(text).collectives()}
     assert {kind: (c.runs, len(c.group), c.bytes, c.sent) for kind, c in found.items()} == {
@@ -67,8 +79,8 @@ def test_collectives_are_found_with_how_often_they_run_and_what_they_move():
     assert found["all-reduce"].group == (0, 1, 2, 3) and found["all-gather"].group == (0, 4)
 
 
-# As the TPU compiler writes them: one gather in three fused computations, one of which runs in a loop; a reduction that
-# is cut at once; a product taken apart into a loop of permutes.
+# As the TPU compiler writes them: one gather in three fused computations, one of which runs in a
+# loop; a reduction that is cut at once; a product taken apart into a loop of permutes.
 TPU_TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 %start (p.0: bf16[2,64]) -> bf16[16,64] {
@@ -135,9 +147,21 @@ def test_tpu_programs_are_read_as_what_they_do_and_not_as_they_are_written():
     program = Program(TPU_TEXT)
     found = {c.kind: c for c in program.collectives()}
     assert len(program.collectives()) == len(found) == 4 and program.unknown_loops == 0
-    gather, scatter, permute = (found[k] for k in ("all-gather", "reduce-scatter", "collective-permute"))
-    assert (gather.runs, gather.bytes, gather.sent, len(gather.group)) == (1, 16 * 64 * 2, 14 * 64 * 2, 8)
-    assert (scatter.runs, scatter.bytes, scatter.sent, scatter.group) == (1, 64 * 64 * 4, 48 * 64 * 4, (0, 1, 2, 3))
+    gather, scatter, permute = (
+        found[k] for k in ("all-gather", "reduce-scatter", "collective-permute")
+    )
+    assert (gather.runs, gather.bytes, gather.sent, len(gather.group)) == (
+        1,
+        16 * 64 * 2,
+        14 * 64 * 2,
+        8,
+    )
+    assert (scatter.runs, scatter.bytes, scatter.sent, scatter.group) == (
+        1,
+        64 * 64 * 4,
+        48 * 64 * 4,
+        (0, 1, 2, 3),
+    )
     assert (permute.runs, permute.bytes, permute.in_product) == (3 * 6, 16 * 64 * 2, True)
     assert (found["send"].runs, found["send"].sent) == (1, 64 * 64 * 4)
     assert not gather.in_product and not scatter.in_product
@@ -184,7 +208,8 @@ def test_bytes_accessed_are_those_of_slices_and_of_every_turn_of_a_loop():
 
     assert accessed(once, rows) == 2 * 10 * 2**18
     carry = jax.ShapeDtypeStruct((256, 256), jnp.float32)
-    # A turn reads a row and the carry and writes the carry: three of 2^18 bytes, at most twice that with copies.
+    # A turn reads a row and the carry and writes the carry: three of 2^18 bytes, at most twice that
+    # with copies.
     assert 3 * 10 * 2**18 <= accessed(ten_times, carry, rows) <= 6 * 10 * 2**18
 
 
@@ -243,7 +268,8 @@ def test_the_estimate_is_the_roofline_by_hand():
     assert got.memory == 0
     assert got.links == pytest.approx(3 * 7_000 / 3e6)  # the axis of 4 is a ring, that of 2 is not
     assert got.best == max(got.compute, got.links) and got.worst == got.compute + got.links
-    # Over two slices: 3/4 of the tensor twice within each, half of what is left twice over the network.
+    # Over two slices: 3/4 of the tensor twice within each, half of what is left twice over the
+    # network.
     reduce = of("all-reduce", group=tuple(range(8)), local=8_000)
     got = estimate(CONFIG, empty, [reduce], devices_of(2, 2, 1, slices=2), chip)
     assert got.links == pytest.approx(3 * 2 * 8_000 * 3 / 4 / 2e6 + 3 * 2 * 2_000 / 2 / 1e5)
@@ -251,7 +277,9 @@ def test_the_estimate_is_the_roofline_by_hand():
 
 def test_known_chips_are_found_by_the_kind_of_their_devices_and_others_are_not():
     assert find_chip("TPU v5 lite").flops == 197e12 and find_chip("TPU v5").flops == 459e12
-    assert find_chip("TPU v5e") == find_chip("TPU v5 lite") and find_chip("TPU v5p") == find_chip("TPU v5")
+    assert find_chip("TPU v5e") == find_chip("TPU v5 lite") and find_chip("TPU v5p") == find_chip(
+        "TPU v5"
+    )
     assert find_chip("NVIDIA H200").memory > find_chip("NVIDIA H100 80GB HBM3").memory
     assert find_chip("NVIDIA A100-SXM4-40GB") is None  # not one of 80 GB
     assert find_chip("cpu") is None
@@ -267,7 +295,10 @@ def number(report: str, line: str) -> float:
 def test_the_report_says_memory_flops_and_collectives_of_a_device_without_known_figures():
     report = compile_report(CONFIG)
     assert "8 x cpu, mesh data 1 x fsdp 8 x model 1; 2 examples a device" in report
-    sizes = {name: number(report, name) for name in ("arguments", "temporaries", "output", "code", "total")}
+    sizes = {
+        name: number(report, name)
+        for name in ("arguments", "temporaries", "output", "code", "total")
+    }
     assert sizes["total"] == pytest.approx(sum(sizes.values()) - sizes["total"], abs=0.3)
     flops = 3 * 16 * sum(forward_flops(CONFIG.model).values())
     assert number(report, "GFLOP of a step:") == pytest.approx(flops / 1e9, abs=0.05)
@@ -276,15 +307,22 @@ def test_the_report_says_memory_flops_and_collectives_of_a_device_without_known_
     assert "no figures of 'cpu'" in report
 
 
-def test_with_figures_of_the_device_there_is_an_estimate_or_advice_where_the_step_does_not_fit(monkeypatch):
+def test_with_figures_of_the_device_there_is_an_estimate_or_advice_where_the_step_does_not_fit(
+    monkeypatch,
+):
     monkeypatch.setitem(chips.CHIPS, "cpu", Chip(1e12, 1e9, 1e11, 1e10, 1e9))
     report = compile_report(CONFIG)
     best, worst = (float(re.search(rf"{word} ([\d.]+) ms", report)[1]) for word in ("takes", "to"))
     assert 0 < best <= worst and "no measurement" in report
-    low, high = (int(x.replace(",", "")) for x in re.search(r"([\d,]+) to ([\d,]+) images/s", report).groups())
+    low, high = (
+        int(x.replace(",", ""))
+        for x in re.search(r"([\d,]+) to ([\d,]+) images/s", report).groups()
+    )
     assert low >= high > 0
     monkeypatch.setitem(chips.CHIPS, "cpu", Chip(1e12, 1e5, 1e11, 1e10, 1e9))
-    with pytest.raises(ValueError, match=r"does not fit.*--accumulation 2.*--model\.remat full.*--mesh\.fsdp"):
+    with pytest.raises(
+        ValueError, match=r"does not fit.*--accumulation 2.*--model\.remat full.*--mesh\.fsdp"
+    ):
         compile_report(CONFIG)
 
 
@@ -300,7 +338,8 @@ def test_what_does_not_divide_is_refused_before_anything_is_compiled(config, mes
 # --- for a TPU that is not there
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'"
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install 'jax[tpu]'",
 )
 
 
@@ -312,7 +351,10 @@ def test_a_topology_without_libtpu_says_what_to_install():
 
 @pytest.mark.parametrize("topology", ["", "v5e", "0*v5e:4x4", "v5e:4x4*2"])
 def test_what_is_no_topology_is_refused_by_its_name(topology):
-    with pytest.raises(ValueError, match=rf"^--topology is {re.escape(repr(topology))}, expected a TPU slice such as"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^--topology is {re.escape(repr(topology))}, expected a TPU slice such as",
+    ):
         topology_devices(topology)
 
 
@@ -363,7 +405,10 @@ print(json.dumps(said))
     assert said["shape"] == {"data": 4, "fsdp": 8, "model": 1}
     assert said["slices"] == [[0] * 8] * 2 + [[1] * 8] * 2
     for name in ("v9:2x2", "v5e:5x7"):
-        assert said[name].startswith(f"--topology is {name!r}, expected a TPU slice") and "\n" not in said[name]
+        assert (
+            said[name].startswith(f"--topology is {name!r}, expected a TPU slice")
+            and "\n" not in said[name]
+        )
 
 
 # --- the recipes
@@ -378,6 +423,10 @@ def test_the_recipes_of_full_size_train_their_preset(recipe, preset, request):
     config = load_recipe(request.config.rootpath / "configs" / f"{recipe}.py")
     same = dataclasses.asdict(preset())
     found = dataclasses.asdict(config.model)
-    assert {name for name in same if same[name] != found[name]} <= {"remat", "logit_scale_init", "logit_bias_init"}
+    assert {name for name in same if same[name] != found[name]} <= {
+        "remat",
+        "logit_scale_init",
+        "logit_bias_init",
+    }
     assert config.mesh.sizes(64) == (4, 16, 1) and config.data.batch_size % 64 == 0
     assert recipe != "paper_2b" or (config.data.batch_size, config.steps) == (16_384, 500_000)

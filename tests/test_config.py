@@ -23,7 +23,9 @@ from mammut.config import (
     to_dict,
 )
 
-PRESETS = [function for name, function in inspect.getmembers(presets, inspect.isfunction) if name[0] != "_"]
+PRESETS = [
+    function for name, function in inspect.getmembers(presets, inspect.isfunction) if name[0] != "_"
+]
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 
@@ -56,7 +58,11 @@ def test_every_field_survives_json():
             value = getattr(config, field.name)
             if dataclasses.is_dataclass(value):
                 values[field.name] = changed(value)
-            elif isinstance(value, float) and field.name not in ("focal_alpha", "max_bad_share", "prefix_dropout"):
+            elif isinstance(value, float) and field.name not in (
+                "focal_alpha",
+                "max_bad_share",
+                "prefix_dropout",
+            ):
                 values[field.name] = value / 2 + 0.015625
         return dataclasses.replace(config, **values)
 
@@ -72,19 +78,25 @@ def test_a_missing_field_takes_its_default():
 
 
 def test_an_unknown_field_is_refused_with_its_name_and_its_file():
-    with pytest.raises(ValueError, match=r"runs/a/config\.json has sped, stepz, which TrainConfig does not know"):
+    with pytest.raises(
+        ValueError, match=r"runs/a/config\.json has sped, stepz, which TrainConfig does not know"
+    ):
         from_dict(TrainConfig, {"stepz": 1, "steps": 2, "sped": 3}, "runs/a/config.json")
 
 
 def test_an_unknown_field_deep_inside_is_refused_with_the_way_to_it():
-    with pytest.raises(ValueError, match=r"config\.json: model: vision has dept, which VisionConfig does not know"):
+    with pytest.raises(
+        ValueError, match=r"config\.json: model: vision has dept, which VisionConfig does not know"
+    ):
         from_dict(TrainConfig, {"model": {"vision": {"dept": 1}}}, "config.json")
 
 
 @pytest.mark.parametrize("values", [None, [], 3, "steps"])
 def test_what_is_not_an_object_is_refused(values):
     kind = type(values).__name__
-    with pytest.raises(ValueError, match=f"config.json holds {kind}, expected an object with the fields of Train"):
+    with pytest.raises(
+        ValueError, match=f"config.json holds {kind}, expected an object with the fields of Train"
+    ):
         from_dict(TrainConfig, values, "config.json")
     with pytest.raises(ValueError, match=f"config.json: loss holds {kind}"):
         from_dict(TrainConfig, {"loss": values}, "config.json")
@@ -153,7 +165,9 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("cls", "name", "value"), REFUSED, ids=lambda x: x.__name__ if isinstance(x, type) else str(x))
+@pytest.mark.parametrize(
+    ("cls", "name", "value"), REFUSED, ids=lambda x: x.__name__ if isinstance(x, type) else str(x)
+)
 def test_a_value_that_cannot_work_is_refused_with_its_field(cls, name, value):
     with pytest.raises(ValueError, match=rf"\b{name}\b") as error:
         cls(**{name: value})
@@ -182,7 +196,9 @@ def test_a_value_that_cannot_work_is_refused_with_its_field(cls, name, value):
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(cls, name, value, choices):
     """As users meet it: in the tests the type checker would refuse it first, so the file is read past the checker."""
     config = run_file(ROOT / "mammut" / "config.py")
-    with pytest.raises(ValueError, match=rf"^{cls}\.{name} is '{value}', expected one of {choices}$"):
+    with pytest.raises(
+        ValueError, match=rf"^{cls}\.{name} is '{value}', expected one of {choices}$"
+    ):
         config.from_dict(getattr(config, cls), {name: value})
 
 
@@ -226,15 +242,26 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh):
 def test_the_paper_sections_defaults_hold():
     """Weights of 1 and 1, focal loss unbalanced with gamma 1, AdamW with weight decay 0.01, text of 64 tokens."""
     loss, optimizer = LossConfig(), OptimizerConfig()
-    assert (loss.contrastive_weight, loss.caption_weight, loss.focal_alpha, loss.focal_gamma) == (1, 1, 0.5, 1)
-    assert (optimizer.name, optimizer.weight_decay, optimizer.learning_rate) == ("adamw", 0.01, 1e-3)
+    assert (loss.contrastive_weight, loss.caption_weight, loss.focal_alpha, loss.focal_gamma) == (
+        1,
+        1,
+        0.5,
+        1,
+    )
+    assert (optimizer.name, optimizer.weight_decay, optimizer.learning_rate) == (
+        "adamw",
+        0.01,
+        1e-3,
+    )
     assert DecoderConfig().max_length == 64 and DecoderConfig().cross_attn_every == 2
 
 
 @pytest.mark.parametrize("value", [[0.5, float("nan"), 0.5], [0.5, float("inf"), 0.5]])
 @pytest.mark.parametrize("name", ["image_mean", "image_std"])
 def test_pixel_statistics_that_are_no_numbers_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf"VisionConfig\.{name} is .*, expected (finite|positive) numbers"):
+    with pytest.raises(
+        ValueError, match=rf"VisionConfig\.{name} is .*, expected (finite|positive) numbers"
+    ):
         from_dict(VisionConfig, {name: value})
 
 

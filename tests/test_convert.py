@@ -41,12 +41,18 @@ def ours(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("convert") / "ours"
     processor = tiny_processor(MAMMUT2)
     image = dataclasses.replace(processor.image, mode="shortest")
-    mammut.save(folder, tiny_model(MAMMUT2), mammut.Processor(processor.tokenizer, image, processor.max_length))
+    mammut.save(
+        folder,
+        tiny_model(MAMMUT2),
+        mammut.Processor(processor.tokenizer, image, processor.max_length),
+    )
     return folder
 
 
 def run(*args) -> str:
-    done = subprocess.run([sys.executable, "-m", "mammut.convert", *map(str, args)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mammut.convert", *map(str, args)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -73,7 +79,9 @@ def test_a_model_goes_to_open_clip_and_back_bit_for_bit(ours, tmp_path):
     written = f"{len(theirs)} tensors, {sum(x.nbytes for x in theirs.values()):,} bytes"
     assert f"{tmp_path / 'theirs'}: {written}, of a model of {total:,} parameters" in said
     assert "open_clip takes CLIP's tokenizer for this model" in said
-    assert theirs["visual.conv1.weight"].shape == (32, 3, 8, 8) and theirs["text.lm_head"].shape == (24, 60)
+    assert theirs["visual.conv1.weight"].shape == (32, 3, 8, 8) and theirs[
+        "text.lm_head"
+    ].shape == (24, 60)
     config = json.loads((tmp_path / "theirs" / "open_clip_config.json").read_text())
     assert config["model_cfg"]["multimodal_cfg"]["cross_attn_ratio"] == 2
 
@@ -81,32 +89,46 @@ def test_a_model_goes_to_open_clip_and_back_bit_for_bit(ours, tmp_path):
     assert f"{total:,} parameters" in said
     assert_same_files(ours / "model.safetensors", tmp_path / "back" / "model.safetensors")
     run(tmp_path / "back", tmp_path / "again", "--to", "open_clip")
-    assert_same_files(tmp_path / "theirs/open_clip_model.safetensors", tmp_path / "again/open_clip_model.safetensors")
+    assert_same_files(
+        tmp_path / "theirs/open_clip_model.safetensors",
+        tmp_path / "again/open_clip_model.safetensors",
+    )
 
     model, processor = mammut.load(tmp_path / "back")
     assert model.config == MAMMUT2
     expected = mammut.load(ours)[1]
-    np.testing.assert_array_equal(processor.encode_text(["one red circle"]), expected.encode_text(["one red circle"]))
+    np.testing.assert_array_equal(
+        processor.encode_text(["one red circle"]), expected.encode_text(["one red circle"])
+    )
 
 
 def test_both_folders_give_the_same_embeddings(ours, tmp_path):
     convert.convert(ours, tmp_path / "theirs", "open_clip")
     batch, graphdef = tiny_batch(MAMMUT2), nnx.graphdef(mammut.load(ours)[0])
-    embed = jax.jit(lambda state: nnx.merge(graphdef, state).encode_text(batch["tokens"], batch["text_valid"]))
+    embed = jax.jit(
+        lambda state: nnx.merge(graphdef, state).encode_text(batch["tokens"], batch["text_valid"])
+    )
     states = [nnx.state(mammut.load(folder)[0]) for folder in (ours, tmp_path / "theirs")]
     np.testing.assert_array_equal(embed(states[0]), embed(states[1]))
 
 
 def test_bfloat16_is_the_nearest_number_and_loses_nothing_more_on_the_way_back(ours, tmp_path):
     convert.convert(ours, tmp_path / "half", "mammut", dtype="bfloat16")
-    exact, half = load_file(ours / "model.safetensors"), load_file(tmp_path / "half" / "model.safetensors")
+    exact, half = (
+        load_file(ours / "model.safetensors"),
+        load_file(tmp_path / "half" / "model.safetensors"),
+    )
     for name, array in exact.items():
         expected = array if array.shape == () else array.astype(ml_dtypes.bfloat16)
-        assert half[name].dtype == expected.dtype and half[name].tobytes() == expected.tobytes(), name
+        assert half[name].dtype == expected.dtype and half[name].tobytes() == expected.tobytes(), (
+            name
+        )
     assert mammut.load(tmp_path / "half")[0].text.norm.scale.dtype == jnp.bfloat16
     convert.convert(tmp_path / "half", tmp_path / "theirs", "open_clip")
     convert.convert(tmp_path / "theirs", tmp_path / "back", "mammut", dtype="bfloat16")
-    assert_same_files(tmp_path / "half" / "model.safetensors", tmp_path / "back" / "model.safetensors")
+    assert_same_files(
+        tmp_path / "half" / "model.safetensors", tmp_path / "back" / "model.safetensors"
+    )
 
 
 def test_a_model_of_our_own_kind_is_not_for_open_clip_and_the_fields_are_named(tmp_path):
@@ -122,25 +144,34 @@ def test_numbers_that_bfloat16_does_not_hold_are_refused(tmp_path):
     model.text.norm.scale[...] = jnp.full(model.text.norm.scale.shape, 3.4e38)
     mammut.save(tmp_path / "ours", model, tiny_processor())
     message = refusal(tmp_path / "ours", tmp_path / "half", "--to", "mammut", "--dtype", "bfloat16")
-    assert f"{tmp_path / 'ours'}: text.norm.scale holds finite numbers that are too large for bfloat16" in message
+    assert (
+        f"{tmp_path / 'ours'}: text.norm.scale holds finite numbers that are too large for bfloat16"
+        in message
+    )
     assert not list((tmp_path / "half").iterdir())
 
 
 def test_a_model_without_its_vocabulary_goes_through_and_the_converter_says_so(tmp_path, capsys):
     processor = tiny_processor(MAMMUT2)
-    missing = mammut.Processor(MissingTokenizer((1, 2, 0), 60, "put it into here"), processor.image, 12)
+    missing = mammut.Processor(
+        MissingTokenizer((1, 2, 0), 60, "put it into here"), processor.image, 12
+    )
     mammut.save(tmp_path / "ours", tiny_model(MAMMUT2), missing)
     convert.main([str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "open_clip"])
     assert "open_clip takes CLIP's tokenizer" in capsys.readouterr().out
     convert.main([str(tmp_path / "theirs"), str(tmp_path / "back"), "--to", "mammut"])
     assert "the model came without a vocabulary for its texts: " in capsys.readouterr().out
-    assert_same_files(tmp_path / "ours" / "model.safetensors", tmp_path / "back" / "model.safetensors")
+    assert_same_files(
+        tmp_path / "ours" / "model.safetensors", tmp_path / "back" / "model.safetensors"
+    )
 
 
 @pytest.mark.parametrize("to", ["mammut", "open_clip"])
 def test_a_target_that_is_a_file_or_the_source_is_refused(ours, tmp_path, to):
     (tmp_path / "file").write_text("text")
-    assert "file is a file, expected a folder" in refusal(ours, tmp_path / "file", "--to", to, "--overwrite")
+    assert "file is a file, expected a folder" in refusal(
+        ours, tmp_path / "file", "--to", to, "--overwrite"
+    )
     before = {path.name: path.read_bytes() for path in ours.iterdir()}
     message = refusal(ours, ours, "--to", to, "--overwrite")
     assert "is read from" in message or "holds manifest.json" in message
@@ -193,4 +224,6 @@ print(sum(spec.nbytes for spec in specs.values()) // 2**20, there, peak() - befo
     assert done.returncode == 0, done.stderr
     size, there, back = map(int, done.stdout.split())
     assert size > 350 and there < 0.6 * size and back < 0.6 * size, (size, there, back)
-    assert_same_files(tmp_path / "ours" / "model.safetensors", tmp_path / "back" / "model.safetensors")
+    assert_same_files(
+        tmp_path / "ours" / "model.safetensors", tmp_path / "back" / "model.safetensors"
+    )

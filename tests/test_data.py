@@ -31,8 +31,14 @@ CONFIG = DataConfig(batch_size=4, threads=2)
 
 @functools.cache
 def processor() -> Processor:
-    texts = [f"picture number {i}" for i in range(100)] + [f"a grey level of {i}" for i in range(100)]
-    return Processor(train_sentencepiece(texts, 60, lowercase=True), ImageTransform(image_size=SIZE), max_length=24)
+    texts = [f"picture number {i}" for i in range(100)] + [
+        f"a grey level of {i}" for i in range(100)
+    ]
+    return Processor(
+        train_sentencepiece(texts, 60, lowercase=True),
+        ImageTransform(image_size=SIZE),
+        max_length=24,
+    )
 
 
 def captions_of(i: int) -> list[str]:
@@ -54,7 +60,9 @@ def bad_lines(folder) -> dict[bytes, str]:
     """Lines that cannot be used, and why; writes the broken images that they name."""
     (folder / "empty.png").write_bytes(b"")
     (folder / "corrupt.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"nothing of the kind" * 20)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(folder / "whole.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
+        folder / "whole.jpg"
+    )
     (folder / "truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:1000])
     return {
         b'{"file": "0.png", "captions": ["cut off': "not JSON",
@@ -147,11 +155,20 @@ def test_a_wrong_spec_is_named_with_what_is_expected(spec, expected):
 def test_slices():
     whole = open_set("synthetic:val")
     assert len(whole) == 96
-    for spec, rows in {"[:10]": (0, 10), "[90:]": (90, 96), "[25%:50%]": (24, 48), "[-6:]": (90, 96)}.items():
+    for spec, rows in {
+        "[:10]": (0, 10),
+        "[90:]": (90, 96),
+        "[25%:50%]": (24, 48),
+        "[-6:]": (90, 96),
+    }.items():
         part = open_set(f"synthetic:val{spec}")
-        assert [part[i].key for i in range(len(part))] == [f"synthetic:val {i}" for i in range(*rows)]
+        assert [part[i].key for i in range(len(part))] == [
+            f"synthetic:val {i}" for i in range(*rows)
+        ]
     fifth, others = open_set("synthetic:val[1:90:5]"), open_set("synthetic:val[!1:90:5]")
-    assert [fifth[i].key for i in range(len(fifth))] == [f"synthetic:val {i}" for i in range(1, 90, 5)]
+    assert [fifth[i].key for i in range(len(fifth))] == [
+        f"synthetic:val {i}" for i in range(1, 90, 5)
+    ]
     left = [i for i in range(96) if i not in range(1, 90, 5)]
     assert [others[i].key for i in range(len(others))] == [f"synthetic:val {i}" for i in left]
     assert len(open_set("synthetic:val[:33%]")) + len(open_set("synthetic:val[33%:]")) == 96
@@ -228,7 +245,9 @@ def test_captions_leave_out_what_cannot_be_read(tmp_path):
     assert sorted(sources.texts(source)) == sorted(
         [caption for i in range(20) for caption in captions_of(i)] + readable_without_image
     )
-    assert list(sources.texts(open_set("synthetic:val[:1]"))) == synthetic.captions(synthetic.combination("val", 0))
+    assert list(sources.texts(open_set("synthetic:val[:1]"))) == synthetic.captions(
+        synthetic.combination("val", 0)
+    )
 
 
 # Training batches
@@ -254,7 +273,9 @@ def test_each_epoch_visits_everything_once_in_a_new_order(tmp_path):
 
 def test_every_caption_is_drawn(tmp_path):
     batches = take(train(open_set(write_set(tmp_path, 8))), 30)
-    assert {text for batch in batches for text in texts(batch)} == {text for i in range(8) for text in captions_of(i)}
+    assert {text for batch in batches for text in texts(batch)} == {
+        text for i in range(8) for text in captions_of(i)
+    }
 
 
 def test_two_processes_share_each_batch(tmp_path):
@@ -267,7 +288,11 @@ def test_two_processes_share_each_batch(tmp_path):
             assert_same([part], [{name: rows[p::2] for name, rows in batch.items()}])
     clean = open_set(write_set(tmp_path / "clean", 12))
     first, second = (
-        [i for batch in take(train(clean, config, process_index=p, process_count=2), 2) for i in ids(batch)]
+        [
+            i
+            for batch in take(train(clean, config, process_index=p, process_count=2), 2)
+            for i in ids(batch)
+        ]
         for p in range(2)
     )
     assert sorted(first + second) == list(range(12))
@@ -277,7 +302,9 @@ def test_two_processes_share_each_batch(tmp_path):
 @pytest.mark.parametrize("done", [0, 1, 5, 12])
 def test_resuming_is_bit_exact(tmp_path, threads, done):
     source = open_set(write_set_with_bad(tmp_path, 16))
-    config = dataclasses.replace(CONFIG, max_bad_share=0.7, crop_scale=(0.2, 0.8), horizontal_flip=True)
+    config = dataclasses.replace(
+        CONFIG, max_bad_share=0.7, crop_scale=(0.2, 0.8), horizontal_flip=True
+    )
     batches = train(source, dataclasses.replace(config, threads=threads))
     for _ in range(done):
         next(batches)
@@ -324,7 +351,9 @@ def test_too_many_bad_examples_stop_the_run(tmp_path):
     spec = write_set(tmp_path, 20)
     for i in range(0, 20, 4):
         (tmp_path / f"{i}.png").unlink()
-    with pytest.raises(data.TooManyBadExamples, match="missing file.*data.max_bad_share allows 10%") as error:
+    with pytest.raises(
+        data.TooManyBadExamples, match="missing file.*data.max_bad_share allows 10%"
+    ) as error:
         take(train(open_set(spec)), 10)
     assert spec in str(error.value)
     take(train(open_set(spec), dataclasses.replace(CONFIG, max_bad_share=0.5)), 50)
@@ -372,7 +401,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
         train(source, dataclasses.replace(CONFIG, batch_size=11))
     with pytest.raises(ValueError, match="data.batch_size 4 is not a multiple of the 3 processes"):
         train(source, process_count=3)
-    with pytest.raises(ValueError, match="data.eval_batch_size 4 is not a multiple of the 3 processes"):
+    with pytest.raises(
+        ValueError, match="data.eval_batch_size 4 is not a multiple of the 3 processes"
+    ):
         data.eval_batches(source, processor(), batch_size=4, process_count=3)
 
 
@@ -392,7 +423,11 @@ class LeftAndRight(sources.Source):
 
 def test_left_stays_left_unless_flips_are_asked_for():
     def left(config):
-        return [bool(image[0, 0, 0]) for batch in take(train(LeftAndRight(), config), 8) for image in batch["image"]]
+        return [
+            bool(image[0, 0, 0])
+            for batch in take(train(LeftAndRight(), config), 8)
+            for image in batch["image"]
+        ]
 
     assert all(left(CONFIG))
     assert all(left(dataclasses.replace(CONFIG, crop_scale=(0.9, 1.0))))
@@ -402,7 +437,11 @@ def test_left_stays_left_unless_flips_are_asked_for():
 def test_crops_are_taken_where_asked_for():
     def columns(config):
         batches = take(train(LeftAndRight(), config), 4)
-        return {int((image[SIZE // 2, :, 0] > 127).sum()) for batch in batches for image in batch["image"]}
+        return {
+            int((image[SIZE // 2, :, 0] > 127).sum())
+            for batch in batches
+            for image in batch["image"]
+        }
 
     assert columns(CONFIG) == {SIZE // 2}
     assert len(columns(dataclasses.replace(CONFIG, crop_scale=(0.2, 0.6)))) > 3
@@ -415,15 +454,22 @@ LOW = 8
 
 def test_the_first_steps_have_small_images_drawn_alike(tmp_path):
     source = open_set(write_set_with_bad(tmp_path, 16))
-    config = dataclasses.replace(CONFIG, max_bad_share=0.7, crop_scale=(0.2, 0.8), horizontal_flip=True)
+    config = dataclasses.replace(
+        CONFIG, max_bad_share=0.7, crop_scale=(0.2, 0.8), horizontal_flip=True
+    )
     full = take(train(source, config), 12)
     small = processor()
     small = Processor(small.tokenizer, ImageTransform(image_size=LOW), small.max_length)
     all_small = take(data.TrainBatches(source, small, config, seed=0), 9)
-    mixed = take(train(source, config, low_image_size=LOW, low_steps=9), 12)  # 9 batches of 4 pass an epoch of 31
-    assert [batch["image"].shape[1:] for batch in mixed] == [(LOW, LOW, 3)] * 9 + [(SIZE, SIZE, 3)] * 3
+    # 9 batches of 4 pass an epoch of 31
+    mixed = take(train(source, config, low_image_size=LOW, low_steps=9), 12)
+    assert [batch["image"].shape[1:] for batch in mixed] == [(LOW, LOW, 3)] * 9 + [
+        (SIZE, SIZE, 3)
+    ] * 3
     assert_same(mixed, all_small + full[9:])
-    assert_same(mixed, [batch | {"image": other["image"]} for batch, other in zip(full, mixed, strict=True)])
+    assert_same(
+        mixed, [batch | {"image": other["image"]} for batch, other in zip(full, mixed, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("done", [0, 2, 4, 5, 7])
@@ -435,7 +481,10 @@ def test_small_images_end_at_the_same_step_in_a_resumed_run_of_more_processes(tm
     take(batches, done)
     state = json.loads(json.dumps(batches.state()))
     half = train(source, state=state, process_index=1, process_count=2, **options)
-    assert_same(take(half, 8 - done), [{name: rows[1::2] for name, rows in batch.items()} for batch in whole[done:]])
+    assert_same(
+        take(half, 8 - done),
+        [{name: rows[1::2] for name, rows in batch.items()} for batch in whole[done:]],
+    )
     assert_same(take(train(source, state=state, **options), 8 - done), whole[done:])
 
 
@@ -483,7 +532,9 @@ def test_a_source_that_stalls_is_named_until_it_goes_on(monkeypatch, caplog):
         _, _, wait = next(ahead)
         thread.join()
     assert wait >= 0.15 and len(caplog.messages) >= 3
-    assert all("no batch from 'jsonl:/on/a/stuck/disk' for " in message for message in caplog.messages)
+    assert all(
+        "no batch from 'jsonl:/on/a/stuck/disk' for " in message for message in caplog.messages
+    )
     ahead.close()
     batches.close()
 
@@ -543,8 +594,14 @@ def test_the_rate_of_reading_is_that_of_the_source():
     batches = train(Slow(), dataclasses.replace(CONFIG, threads=1))
     found = data.measure_reading(batches, seconds=0.5)
     batches.close()
-    assert 0 < found["images_per_s"] < 50 * (1 + 8 / 20) and found["threads"] == 1  # 8 may have been read before
-    assert found["record_ms"] >= 20 and found["image_ms"] > 0 and found["text_ms"] > 0 and found["cores_busy"] > 0
+    # 8 may have been read before
+    assert 0 < found["images_per_s"] < 50 * (1 + 8 / 20) and found["threads"] == 1
+    assert (
+        found["record_ms"] >= 20
+        and found["image_ms"] > 0
+        and found["text_ms"] > 0
+        and found["cores_busy"] > 0
+    )
     with pytest.raises(ValueError, match="seconds is 0.0, expected a positive number"):
         data.measure_reading(batches, seconds=0.0)
 
@@ -603,7 +660,11 @@ raise SystemExit(7)
 
 def test_evaluation_is_one_pass_in_order_with_a_padded_end(tmp_path):
     batches = list(data.eval_batches(open_set(write_set(tmp_path, 10)), processor(), batch_size=4))
-    assert [batch.index.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, -1, -1]]
+    assert [batch.index.tolist() for batch in batches] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, -1, -1],
+    ]
     for batch in batches:
         assert batch.image.shape == (4, SIZE, SIZE, 3) and batch.image.dtype == np.uint8
         np.testing.assert_array_equal(batch.example_valid, batch.index >= 0)
@@ -640,15 +701,30 @@ def prepared(tmp_path_factory):
     """A JSONL set with bad lines, prepared by the command: its spec, data_dir and what the command printed."""
     folder = tmp_path_factory.mktemp("prepared")
     spec = write_set_with_bad(folder / "set", 20)
-    command = [sys.executable, "-m", "mammut.prepare", spec, "--data-dir", str(folder), "--name", "greys"]
+    command = [
+        sys.executable,
+        "-m",
+        "mammut.prepare",
+        spec,
+        "--data-dir",
+        str(folder),
+        "--name",
+        "greys",
+    ]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    done = subprocess.run([*command, "--max-bad-share", "0.5"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*command, "--max-bad-share", "0.5"], capture_output=True, text=True, check=True
+    )
     return spec, str(folder), refused, done.stdout
 
 
 def test_a_prepared_set_gives_what_the_jsonl_gives(prepared, monkeypatch):
     spec, folder, _, printed = prepared
-    good = [batch for batch in data.eval_batches(open_set(spec), processor(), batch_size=1) if batch.example_valid[0]]
+    good = [
+        batch
+        for batch in data.eval_batches(open_set(spec), processor(), batch_size=1)
+        if batch.example_valid[0]
+    ]
     source = open_set("tfds:greys/train", tfds_dir=folder)
     packed = list(data.eval_batches(source, processor(), batch_size=1))
     assert len(packed) == len(good) == 20
@@ -660,7 +736,11 @@ def test_a_prepared_set_gives_what_the_jsonl_gives(prepared, monkeypatch):
     assert len(open_set("tfds:greys:1.0.0/train[50%:]", tfds_dir=folder)) == 10
     assert len(open_set(f"tfds:{folder}/greys/1.0.0/train")) == 20
     monkeypatch.setenv("HOME", folder)
-    assert len(open_set("tfds:greys/train", tfds_dir="~")) == len(open_set("tfds:~/greys/1.0.0/train")) == 20
+    assert (
+        len(open_set("tfds:greys/train", tfds_dir="~"))
+        == len(open_set("tfds:~/greys/1.0.0/train"))
+        == 20
+    )
     take(train(source), 6)
 
 
@@ -672,14 +752,19 @@ records = tfds.builder("greys", data_dir={prepared[1]!r}).as_data_source("train"
 print(len(records), records[3]["image"].shape, records[3]["image"][0, 0], records[3]["captions"][0].decode())
 assert "tensorflow" not in sys.modules
 """
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
     assert shown.strip() == "20 (20, 20, 3) [3 3 3] picture number 3"
 
 
 def test_too_bad_a_set_is_not_prepared(prepared):
     refused = prepared[2]
     assert refused.returncode == 1
-    assert refused.stderr.startswith("15 of the 35 examples") and "--max-bad-share allows 10%" in refused.stderr
+    assert (
+        refused.stderr.startswith("15 of the 35 examples")
+        and "--max-bad-share allows 10%" in refused.stderr
+    )
 
 
 def test_prepare_refuses_what_exists_and_what_it_cannot_name(prepared):
@@ -695,7 +780,9 @@ def test_prepare_refuses_what_exists_and_what_it_cannot_name(prepared):
 def test_what_tfds_does_not_have_is_named(prepared):
     folder = prepared[1]
     for name in ("absent", "not a name", "/nowhere/absent/1.0.0"):
-        with pytest.raises(ValueError, match=f"'tfds:{name}/train' is not prepared .*mammut.prepare") as error:
+        with pytest.raises(
+            ValueError, match=f"'tfds:{name}/train' is not prepared .*mammut.prepare"
+        ) as error:
             open_set(f"tfds:{name}/train", tfds_dir=folder)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="expected one of train"):
@@ -718,7 +805,9 @@ def test_captions_as_coco_has_them(tmp_path):
             VERSION = tfds.core.Version("1.0.0")
 
             def _info(self):
-                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features)
+                )
 
             def _split_generators(self, dl_manager):
                 return {"val": iter([(0, example)])}
@@ -735,10 +824,16 @@ def test_captions_as_coco_has_them(tmp_path):
     pixels = (tmp_path / "nine.png").read_bytes()
     nested = tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()})
     said = [{"id": 1, "text": "a cat"}, {"id": 2, "text": "eine Katze, süß"}]
-    coco = write("coco_like", {"image": picture, "captions": nested}, {"image": pixels, "captions": said})
+    coco = write(
+        "coco_like", {"image": picture, "captions": nested}, {"image": pixels, "captions": said}
+    )
     assert coco[0].captions == ["a cat", "eine Katze, süß"]
     assert (processor().image(coco[0].image) == 9).all()
-    single = write("single", {"image": picture, "text": tfds.features.Text()}, {"image": pixels, "text": "a cat"})
+    single = write(
+        "single",
+        {"image": picture, "text": tfds.features.Text()},
+        {"image": pixels, "text": "a cat"},
+    )
     assert single[0].captions == ["a cat"] and single[0].key == "tfds:single/val, example 0"
     with pytest.raises(ValueError, match="expected image and one of captions, caption, text"):
         write("labels", {"image": picture, "label": np.int64}, {"image": pixels, "label": 1})
@@ -752,6 +847,9 @@ def test_flickr8k():
         pytest.skip("no shared data")
     source = open_set(f"jsonl:{shared_dir() / 'data/flickr8k'}")
     assert len(source) == 6_000
-    assert source[0].captions[1] == "A girl going into a wooden building ." and len(source[0].captions) == 5
+    assert (
+        source[0].captions[1] == "A girl going into a wooden building ."
+        and len(source[0].captions) == 5
+    )
     (batch,) = data.eval_batches(source, processor(), batch_size=8, limit=8)
     assert batch.example_valid.all() and batch.image.std() > 20

@@ -53,7 +53,11 @@ def get_config():
         steps={STEPS}, log_every=1, eval_every=0, checkpoint_every={EVERY},
     )
 """
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "SLURM_STEP_NUM_TASKS")}
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("XLA_FLAGS", "SLURM_STEP_NUM_TASKS")
+}
 ENVIRONMENT |= {
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -103,13 +107,23 @@ class Runs:
         rng, lines = np.random.default_rng(0), []
         for i in range(44):
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i}.png")
-            lines.append({"file": f"{i}.png", "captions": [f"picture {i} of the set", f"this is number {i}"]})
+            lines.append(
+                {"file": f"{i}.png", "captions": [f"picture {i} of the set", f"this is number {i}"]}
+            )
         (folder / "10.png").write_bytes(b"no picture")
         (folder / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
     def argv(self, workdir: str, *more: str) -> list[str]:
         first = [] if "--resume" in more else ["small.py"]
-        return [str(ROOT / "train.py"), *first, "--workdir", workdir, *more, "--compilation-cache", "xla"]
+        return [
+            str(ROOT / "train.py"),
+            *first,
+            "--workdir",
+            workdir,
+            *more,
+            "--compilation-cache",
+            "xla",
+        ]
 
     def one(self, workdir: str, *more: str) -> str:
         """What a run by one process prints."""
@@ -142,7 +156,9 @@ def rows(workdir: pathlib.Path) -> list[dict[str, float]]:
 def until(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
     deadline = time.monotonic() + 1200
     while not condition():
-        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        assert all(process.poll() is None for process in processes), [
+            process.communicate() for process in processes
+        ]
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -151,7 +167,9 @@ def restore(workdir: pathlib.Path) -> Restored:
     config, _ = read_run(workdir)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-        return checkpoints.restore(make_trainer(config, ImageTextTask(config.loss), mesh).abstract_state)
+        return checkpoints.restore(
+            make_trainer(config, ImageTextTask(config.loss), mesh).abstract_state
+        )
 
 
 def assert_same_run(workdir: pathlib.Path, expected: pathlib.Path) -> None:
@@ -162,7 +180,11 @@ def assert_same_run(workdir: pathlib.Path, expected: pathlib.Path) -> None:
         jax.tree.leaves_with_path(got.state.params), jax.tree.leaves(want.state.params), strict=True
     ):
         # The gradient of a key's bias is zero but for rounding, which Adam makes as large as any.
-        atol = 5e-3 if "key" in jax.tree_util.keystr(path) and "bias" in jax.tree_util.keystr(path) else 1e-4
+        atol = (
+            5e-3
+            if "key" in jax.tree_util.keystr(path) and "bias" in jax.tree_util.keystr(path)
+            else 1e-4
+        )
         np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
     learned = {}
     for row in rows(expected):
@@ -171,14 +193,19 @@ def assert_same_run(workdir: pathlib.Path, expected: pathlib.Path) -> None:
     for row in rows(workdir):
         for name, value in row.items():
             if name.startswith("train/loss"):
-                assert value == pytest.approx(learned[row["step"]][name], rel=1e-5), (row["step"], name)
+                assert value == pytest.approx(learned[row["step"]][name], rel=1e-5), (
+                    row["step"],
+                    name,
+                )
             elif name.startswith("eval/"):
                 assert value == pytest.approx(learned[row["step"]][name], abs=1e-6), name
     (model, processor), (same, _) = load(workdir), load(expected)
     assert model.config == same.config
     texts = ["picture 7 of the set"]
     tokens, valid = processor.encode_text(texts)
-    np.testing.assert_allclose(model.encode_text(tokens, valid), same.encode_text(tokens, valid), atol=1e-4)
+    np.testing.assert_allclose(
+        model.encode_text(tokens, valid), same.encode_text(tokens, valid), atol=1e-4
+    )
 
 
 # --- runs
@@ -192,7 +219,10 @@ def test_two_processes_lose_one_are_terminated_and_one_process_ends_what_they_be
     pair[1].kill()
     (code, out, err), (killed, other_out, _) = ended(pair, 120)
     assert killed == -signal.SIGKILL and code not in (0, None)
-    assert "train.py: the processes cannot go on together" in err or "distributed service detected fatal errors" in err
+    assert (
+        "train.py: the processes cannot go on together" in err
+        or "distributed service detected fatal errors" in err
+    )
     assert f"starting at step 0 of {STEPS} in by_two" in out and "starting" not in other_out
     assert not (workdir / "manifest.json").exists()
 
@@ -221,7 +251,9 @@ def test_two_processes_end_what_one_began(runs, by_one):
     (workdir / "checkpoint_manifests" / f"{STEPS}.json").unlink()
     (code, out, err), (other, other_out, other_err) = ended(runs.two("begun", "--resume"))
     assert code == other == 0, err + other_err
-    assert f"resuming at step {began} of {STEPS}" in out and "model saved: mammut.load('begun')" in out
+    assert (
+        f"resuming at step {began} of {STEPS}" in out and "model saved: mammut.load('begun')" in out
+    )
     assert not [line for line in other_out.splitlines() if not GLOO.search(line)]
     assert_same_run(workdir, by_one)
     manifests = {path.name for path in (workdir / "checkpoint_manifests").iterdir()}
@@ -230,11 +262,19 @@ def test_two_processes_end_what_one_began(runs, by_one):
 
 def test_processes_that_are_asked_for_different_runs_all_end_before_anything_is_written(runs):
     where = ["--coordinator", f"localhost:{free_port()}", "--num-processes", "2", "--process-id"]
-    pair = [start(runs.folder, *runs.argv("differs", "--seed", str(i)), *where, str(i), devices=2) for i in range(2)]
+    pair = [
+        start(runs.folder, *runs.argv("differs", "--seed", str(i)), *where, str(i), devices=2)
+        for i in range(2)
+    ]
     (code, _, err), (other, _, other_err) = ended(pair)
     assert code == other == 1
-    assert other_err == "train.py: this process was asked for another run than process 0: seed is 1, it was 0 there\n"
-    assert err.startswith("train.py: process 1 has ended: this process was asked for another run than process 0")
+    assert (
+        other_err
+        == "train.py: this process was asked for another run than process 0: seed is 1, it was 0 there\n"
+    )
+    assert err.startswith(
+        "train.py: process 1 has ended: this process was asked for another run than process 0"
+    )
     assert not (runs.folder / "differs").exists()
 
 
@@ -253,11 +293,16 @@ def test_a_step_that_gets_no_data_ends_the_run_with_all_stacks(runs):
     os.mkfifo(runs.folder / "pipe.png")
     line = {"file": "pipe.png", "captions": ["nothing"]}
     (runs.folder / "pipe.jsonl").write_text("\n".join([json.dumps(line)] * 8))
-    argv = runs.argv("stuck", "--data.train", "jsonl:pipe.jsonl", "--data.val", "None", "--step-timeout", "15")
+    argv = runs.argv(
+        "stuck", "--data.train", "jsonl:pipe.jsonl", "--data.val", "None", "--step-timeout", "15"
+    )
     ((code, _, err),) = ended([start(runs.folder, *argv, devices=4)])
     assert code == 1
     last = err.strip().splitlines()[-1]
-    assert last == "train.py: waiting for the batch of step 1: no progress for 15 s, the limit that step_timeout sets"
+    assert (
+        last
+        == "train.py: waiting for the batch of step 1: no progress for 15 s, the limit that step_timeout sets"
+    )
     assert err.count("Thread 0x") > 1 and "batches.py" in err and "in loop" in err
 
 
@@ -277,18 +322,26 @@ print("done")
 
 def run_two(folder: pathlib.Path, body: str, timeout: float = 20) -> list[subprocess.Popen]:
     path = folder / "program.py"
-    path.write_text(PROGRAM.replace("TIMEOUT", str(timeout)).replace("BODY", "\n    ".join(body.splitlines())))
+    path.write_text(
+        PROGRAM.replace("TIMEOUT", str(timeout)).replace("BODY", "\n    ".join(body.splitlines()))
+    )
     return start_two(folder, str(path), devices=2)
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_of_one_process_ends_the_other_too_with_a_sentence_each(tmp_path, failing):
-    body = f"if index == {failing}: raise ValueError('the file x is bad')\ndistributed.meet('never')"
+    body = (
+        f"if index == {failing}: raise ValueError('the file x is bad')\ndistributed.meet('never')"
+    )
     results = ended(run_two(tmp_path, body), 60)
     code, out, err = results[failing]
     assert code == 1 and not out and err == "program: the file x is bad\n"
     code, out, err = results[1 - failing]
-    assert code == 1 and not out and err == f"program: process {failing} has ended: the file x is bad\n"
+    assert (
+        code == 1
+        and not out
+        and err == f"program: process {failing} has ended: the file x is bad\n"
+    )
 
 
 def test_a_defect_is_shown_with_its_traceback_and_ends_all(tmp_path):
@@ -329,8 +382,14 @@ for sizes in ((4, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)):
         assert lines == [f"{index} 2 (8,) 140"] * 4 + ["0 1 (8,) 140", "done"]
 
 
-def test_a_process_that_is_stopped_ends_the_others_within_the_limit_and_itself_when_it_goes_on(tmp_path):
-    pair = run_two(tmp_path, "if index: os.kill(os.getpid(), signal.SIGSTOP)\ndistributed.meet('never')", timeout=3)
+def test_a_process_that_is_stopped_ends_the_others_within_the_limit_and_itself_when_it_goes_on(
+    tmp_path,
+):
+    pair = run_two(
+        tmp_path,
+        "if index: os.kill(os.getpid(), signal.SIGSTOP)\ndistributed.meet('never')",
+        timeout=3,
+    )
     out, err = pair[0].communicate(timeout=60)
     assert pair[0].returncode not in (0, None) and "stopped sending heartbeats" in err
     assert "Thread 0x" in err or "program: the processes cannot go on together" in err
@@ -347,14 +406,20 @@ def test_processes_that_do_not_come_together_are_waited_for_so_long_and_no_longe
     pair.append(start(tmp_path, "program.py", *alone, "0"))
     for (code, _, err), where in zip(ended(pair, 60), (nobody[1], alone[1]), strict=True):
         assert code == 1 and err.count("\n") == 1
-        assert err.startswith(f"program: not all processes came together at {where} within 3 s (three times --peer-tim")
+        assert err.startswith(
+            f"program: not all processes came together at {where} within 3 s (three times --peer-tim"
+        )
 
 
 def test_processes_that_count_differently_all_end(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM.replace("TIMEOUT", "20").replace("BODY", "pass"))
     where = ["--coordinator", f"localhost:{free_port()}", "--num-processes"]
-    pair = [start(tmp_path, "program.py", *where, str(2 + i), "--process-id", str(i)) for i in range(2)]
-    message = "process 1 is one of 3, process 0 one of 2: expected the same --num-processes everywhere\n"
+    pair = [
+        start(tmp_path, "program.py", *where, str(2 + i), "--process-id", str(i)) for i in range(2)
+    ]
+    message = (
+        "process 1 is one of 3, process 0 one of 2: expected the same --num-processes everywhere\n"
+    )
     (code, _, err), (other, _, other_err) = ended(pair, 60)
     assert code == other == 1 and other_err == f"program: {message}"
     assert err == f"program: process 1 has ended: {message}"
@@ -420,10 +485,14 @@ def test_what_a_launcher_has_started_several_times_is_not_run_several_times_by_a
     monkeypatch, variable, value, launcher
 ):
     monkeypatch.setenv(variable, value)
-    with pytest.raises(ValueError, match=re.escape(launcher) + ": --distributed makes one run of them, --num-proc"):
+    with pytest.raises(
+        ValueError, match=re.escape(launcher) + ": --distributed makes one run of them, --num-proc"
+    ):
         with distributed.processes(Processes(), "program"):
             pass
-    with pytest.raises(ValueError, match=re.escape(launcher) + ", expected one: eval.x does not divide its work"):
+    with pytest.raises(
+        ValueError, match=re.escape(launcher) + ", expected one: eval.x does not divide its work"
+    ):
         distributed.require_one_process("eval.x")
     with distributed.processes(Processes(count=1), "program"):
         assert not jax.distributed.is_initialized()
@@ -442,7 +511,10 @@ def test_one_process_is_asked_for_nothing(monkeypatch, variable, value):
 def test_a_cluster_that_is_none_is_an_error_that_says_what_else_to_give(tmp_path):
     code = "from mammut.core.distributed import *\nwith processes(Processes(cluster=True), 'program'): pass"
     ((code, _, err),) = ended([start(tmp_path, "-c", code)], 60)
-    assert code == 1 and "ValueError: --distributed found no processes of a TPU pod, Slurm or Open MPI" in err
+    assert (
+        code == 1
+        and "ValueError: --distributed found no processes of a TPU pod, Slurm or Open MPI" in err
+    )
     assert err.strip().endswith("or --coordinator, --num-processes and --process-id")
 
 
@@ -460,12 +532,18 @@ with Watchdog(3, "program") as watchdog:
     started = time.monotonic()
     ((code, out, err),) = ended([start(tmp_path, "-c", body)], 60)
     assert code == 1 and out == "alive\n" and time.monotonic() - started > 7
-    assert err.endswith("program: sleeping: no progress for 3 s, the limit that step_timeout sets\n")
+    assert err.endswith(
+        "program: sleeping: no progress for 3 s, the limit that step_timeout sets\n"
+    )
 
 
 def test_counts_of_all_shares_are_saved_and_taken_over_once():
     position = {"position": 64, "read": 40, "bad": {"corrupt": 3}}
     assert position_of_all(1, position, 0) == position
     shares = [position_of_one(position, share) for share in range(3)]
-    assert sum(share["read"] for share in shares) == 40 and [share["bad"] for share in shares[1:]] == [{}, {}]
-    assert {share["position"] for share in shares} == {64} and list(itertools.chain(*shares[0]["bad"])) != []
+    assert sum(share["read"] for share in shares) == 40 and [
+        share["bad"] for share in shares[1:]
+    ] == [{}, {}]
+    assert {share["position"] for share in shares} == {64} and list(
+        itertools.chain(*shares[0]["bad"])
+    ) != []

@@ -37,12 +37,21 @@ def folder(tmp_path_factory):
     mammut.save(folder / "model", model, tiny_processor())
     lines = []
     for i in range(10):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(
+            folder / f"{i}.png"
+        )
         qa = [{"question": "right?", "answers": ["yes"] * 8 + ["no"] * 2, "answer_type": "yes/no"}]
-        qa += [{"question": "<b>one</b> & 'red'", "answers": ["one red circle", "red", "red", "red"]}] * (i % 2)
-        qa = [question | {"answer_type": "other"} if "one" in question["question"] else question for question in qa]
+        qa += [
+            {"question": "<b>one</b> & 'red'", "answers": ["one red circle", "red", "red", "red"]}
+        ] * (i % 2)
+        qa = [
+            question | {"answer_type": "other"} if "one" in question["question"] else question
+            for question in qa
+        ]
         captions = [f"one {COLOURS[i % 4]} circle on the left", f"one {COLOURS[i % 4]} square"]
-        lines.append({"file": f"{i}.png", "captions": captions, "qa": qa, "name": f"{COLOURS[i % 4]} circle"})
+        lines.append(
+            {"file": f"{i}.png", "captions": captions, "qa": qa, "name": f"{COLOURS[i % 4]} circle"}
+        )
     (folder / "4.png").write_bytes(b"broken")
     (folder / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "empty.jsonl").write_text("\n")
@@ -87,11 +96,15 @@ def test_a_program_writes_predictions_and_scores_of_them(results, name):
     assert scores["left_out"] == predictions.left_out == {"corrupt": 1}
     assert any("corrupt" in note for note in scores["notes"])
     assert scores["data"].endswith("set.jsonl") and scores["checkpoint"].endswith("model")
-    assert all(np.isfinite(value) for value in scores["metrics"].values() if isinstance(value, float))
+    assert all(
+        np.isfinite(value) for value in scores["metrics"].values() if isinstance(value, float)
+    )
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_file_is_scored_again_without_the_model_and_checked_against_its_set(results, folder, tmp_path, name):
+def test_a_file_is_scored_again_without_the_model_and_checked_against_its_set(
+    results, folder, tmp_path, name
+):
     scores, path = results[name]
     copy = tmp_path / "moved.predictions.jsonl"
     shutil.copy(path, copy)
@@ -103,7 +116,10 @@ def test_the_scores_are_those_of_the_set(results, folder):
     captions = results["caption"][0]["metrics"]
     assert {"bleu_1", "bleu_4", "rouge_l", "cider"} <= captions.keys() and captions["bleu_1"] > 0
     vqa = results["vqa"][0]
-    assert vqa["items"] == {"questions": 9 + 5} and set(vqa["metrics"]["by_answer_type"]) == {"yes/no", "other"}
+    assert vqa["items"] == {"questions": 9 + 5} and set(vqa["metrics"]["by_answer_type"]) == {
+        "yes/no",
+        "other",
+    }
     assert vqa["metrics"]["most_common_exact_match"] == 9 / 14
     classify = results["classify"][0]
     assert classify["settings"]["classes"] == sorted(f"{colour} circle" for colour in COLOURS)
@@ -131,7 +147,11 @@ def refusal(folder, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             run(name, *argv, "--out", tmp_path / "x.json")
         message = stopped.value.code
-        assert isinstance(message, str) and message.startswith(f"python -m eval.{name}: ") and "\n" not in message
+        assert (
+            isinstance(message, str)
+            and message.startswith(f"python -m eval.{name}: ")
+            and "\n" not in message
+        )
         assert not (tmp_path / "x.json").exists()
         return message
 
@@ -145,7 +165,9 @@ def test_predictions_of_another_set_are_refused(results, folder, refusal):
     assert "is not there, it has 3" in refusal("retrieval", results["retrieval"][1], *fewer)
     shifted = ["--data", f"jsonl:{folder / 'set.jsonl'}[1:]"]
     assert "the predictions have '0.png'" in refusal("classify", results["classify"][1], *shifted)
-    assert "holds predictions of task 'vqa', expected 'caption'" in refusal("caption", results["vqa"][1])
+    assert "holds predictions of task 'vqa', expected 'caption'" in refusal(
+        "caption", results["vqa"][1]
+    )
 
 
 @pytest.mark.parametrize("name, argv, message", [
@@ -166,7 +188,9 @@ def test_what_cannot_work_is_refused_in_one_sentence(refusal, folder, name, argv
 
 
 def test_a_folder_without_a_model_is_refused(refusal, folder):
-    assert "there is no " in refusal("vqa", folder / "nowhere", "--data", f"jsonl:{folder / 'set.jsonl'}")
+    assert "there is no " in refusal(
+        "vqa", folder / "nowhere", "--data", f"jsonl:{folder / 'set.jsonl'}"
+    )
 
 
 def test_questions_without_answers_are_answered_and_not_scored(folder, tmp_path):
@@ -186,8 +210,22 @@ def test_labels_that_are_not_among_the_classes_are_refused(folder, tmp_path):
 
 def test_two_model_files_of_one_folder_have_their_own_scores(folder, tmp_path):
     """One of them in shards, whose index is a model and not predictions."""
-    vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, "pool_type": "avg"}
-    text = {"context_length": 12, "vocab_size": 60, "width": 24, "heads": 3, "layers": 4, "cross_attn_ratio": 2}
+    vision = {
+        "image_size": 16,
+        "patch_size": 8,
+        "width": 32,
+        "layers": 2,
+        "head_width": 16,
+        "pool_type": "avg",
+    }
+    text = {
+        "context_length": 12,
+        "vocab_size": 60,
+        "width": 24,
+        "heads": 3,
+        "layers": 4,
+        "cross_attn_ratio": 2,
+    }
     model_cfg = {"embed_dim": 24, "vision_cfg": vision, "multimodal_cfg": text, "custom_text": True}
     config = open_clip.model_config(model_cfg, None, "it")
     mammut.save(tmp_path / "ours", tiny_model(config), tiny_processor(config))
@@ -195,7 +233,17 @@ def test_two_model_files_of_one_folder_have_their_own_scores(folder, tmp_path):
     tensors = open_tensors(tmp_path / "open_clip_model.safetensors")
     write_sharded(tmp_path, "large", tensors.specs, tensors.read, max_bytes=100_000)
     for name in ("open_clip_model.safetensors", "large.safetensors.index.json"):
-        run("retrieval", tmp_path / name, "--data", f"jsonl:{folder / 'set.jsonl'}", "--batch-size", "8")
+        run(
+            "retrieval",
+            tmp_path / name,
+            "--data",
+            f"jsonl:{folder / 'set.jsonl'}",
+            "--batch-size",
+            "8",
+        )
     scores = [json.loads(path.read_text()) for path in (tmp_path / "eval").glob("*.json")]
     found = {values["checkpoint"] for values in scores}
-    assert found == {str(tmp_path / "open_clip_model.safetensors"), str(tmp_path / "large.safetensors.index.json")}
+    assert found == {
+        str(tmp_path / "open_clip_model.safetensors"),
+        str(tmp_path / "large.safetensors.index.json"),
+    }

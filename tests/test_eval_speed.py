@@ -39,7 +39,9 @@ def run(checkpoint, tmp_path_factory, options):
 @pytest.fixture(scope="module")
 def result(checkpoint, tmp_path_factory):
     """What the program writes of generation."""
-    return run(checkpoint, tmp_path_factory, "--what generate --batch-sizes 1 2 --beams 1 2 --new-tokens 4")
+    return run(
+        checkpoint, tmp_path_factory, "--what generate --batch-sizes 1 2 --beams 1 2 --new-tokens 4"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,12 @@ def training(checkpoint, tmp_path_factory):
 
 
 def test_every_batch_size_is_timed_with_every_number_of_beams(result):
-    assert [(row["batch"], row["beams"]) for row in result["generate"]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert [(row["batch"], row["beams"]) for row in result["generate"]] == [
+        (1, 1),
+        (1, 2),
+        (2, 1),
+        (2, 2),
+    ]
 
 
 def test_both_loops_give_every_image_the_same_text_of_so_many_tokens(result):
@@ -73,7 +80,9 @@ def test_rates_follow_from_the_median_of_the_times(result):
             assert loop["captions_per_s"] == pytest.approx(row["batch"] / loop["seconds"])
             assert loop["new_tokens_per_s"] == pytest.approx(4 * loop["captions_per_s"])
             assert loop["ms_per_token"] == pytest.approx(250 * loop["seconds"])
-        assert row["speedup"] == pytest.approx(row["uncached"]["seconds"] / row["cached"]["seconds"])
+        assert row["speedup"] == pytest.approx(
+            row["uncached"]["seconds"] / row["cached"]["seconds"]
+        )
 
 
 def test_the_file_says_what_was_timed_and_where(result, checkpoint):
@@ -86,8 +95,15 @@ def test_the_file_says_what_was_timed_and_where(result, checkpoint):
 
 def test_the_table_of_generation_has_a_line_for_each_loop(result):
     for row in result["generate"]:
-        of_cached, of_uncached = (re.split(" +", line.strip()) for line in tables.generation(row).split("\n"))
-        assert of_cached[:4] == [str(row["batch"]), str(row["beams"]), f"{row['batch']}/{row['batch']}", "cached"]
+        of_cached, of_uncached = (
+            re.split(" +", line.strip()) for line in tables.generation(row).split("\n")
+        )
+        assert of_cached[:4] == [
+            str(row["batch"]),
+            str(row["beams"]),
+            f"{row['batch']}/{row['batch']}",
+            "cached",
+        ]
         assert of_uncached[0] == "uncached" and len(of_cached) == len(of_uncached) + 4
 
 
@@ -95,13 +111,17 @@ def test_the_rate_and_the_utilisation_of_a_step_follow_from_its_time(training):
     """By hand: three forward passes of the FLOPs that `forward_flops` counts, over the time and eight peaks."""
     row = training["train"]
     assert row["per_s"] == pytest.approx(8 / row["seconds"])
-    assert row["seconds"] == pytest.approx(float(np.median(row["all_seconds"]))) and row["calls"] == 3
+    assert (
+        row["seconds"] == pytest.approx(float(np.median(row["all_seconds"]))) and row["calls"] == 3
+    )
     flops = 3 * 8 * sum(mammut.models.mammut.forward_flops(tiny_config()).values())
     assert row["tflops"] == pytest.approx(flops / row["seconds"] / 1e12)
     assert row["mfu"] == pytest.approx(flops / row["seconds"] / (8 * training["peak_flops"]))
 
 
-def test_utilisation_of_a_known_chip_is_told_against_its_makers_figure_in_bfloat16_alone(monkeypatch):
+def test_utilisation_of_a_known_chip_is_told_against_its_makers_figure_in_bfloat16_alone(
+    monkeypatch,
+):
     """One H200, 2 examples of 3 x 40 FLOPs a step of 0.5 s, a measured peak of 960 FLOP/s."""
     device = type("Device", (), {"device_kind": "NVIDIA H200"})
     monkeypatch.setattr(train_step.jax, "devices", lambda: [device])
@@ -131,7 +151,9 @@ def test_the_parts_of_a_step_and_the_rest_are_the_step(training):
     assert sum(row["share"] for row in own) == pytest.approx(1)
     assert sum(row.get("flops_share", 0) for row in own) == pytest.approx(1)
     counted = mammut.models.mammut.forward_flops(tiny_config())
-    assert parts["contrastive pass"]["flops_share"] == counted["contrastive_pass"] / sum(counted.values())
+    assert parts["contrastive pass"]["flops_share"] == counted["contrastive_pass"] / sum(
+        counted.values()
+    )
 
 
 def test_what_grows_has_a_row_for_each_size_and_twice_the_batch_is_twice_the_work(training):
@@ -164,7 +186,9 @@ def test_a_fit_takes_noise_for_noise():
     assert exponent(sizes.tolist(), (sizes**1.5 * noise).tolist()) == pytest.approx(1.5, abs=0.05)
 
 
-@pytest.mark.parametrize("sizes, values", [([4], [1.0]), ([4, 4], [1.0, 2.0]), ([1, 2], [0.0, 1.0])])
+@pytest.mark.parametrize(
+    "sizes, values", [([4], [1.0]), ([4, 4], [1.0, 2.0]), ([1, 2], [0.0, 1.0])]
+)
 def test_what_has_no_exponent_is_refused(sizes, values):
     with pytest.raises(ValueError, match="expected two sizes, all positive"):
         exponent(sizes, values)
@@ -182,7 +206,9 @@ def test_a_ratio_is_that_of_medians_and_lies_in_its_interval():
 
 def test_turns_alternate_and_their_first_calls_are_not_counted():
     order = []
-    turns = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, per_turn=2)
+    turns = in_turns(
+        {name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, per_turn=2
+    )
     assert "".join(order) == 2 * ("aaa" + "bbb" + "bbb" + "aaa")
     assert [len(turn) for turn in turns["a"]] == [2, 2, 2, 2]
 
@@ -199,14 +225,21 @@ def test_a_fresh_process_tells_its_stages_and_leaves_a_cache_for_the_next(tmp_pa
     config = train_step.RunSettings(mesh=MeshConfig(data=1, fsdp=2)).train_config(tiny_config(), 8)
     found = child.ask(config, cache=str(tmp_path), fake_devices=2)
     seconds = found["seconds"]
-    assert list(seconds) == ["import", "trace", "compile", "run", "total"] and min(seconds.values()) > 0
+    assert (
+        list(seconds) == ["import", "trace", "compile", "run", "total"]
+        and min(seconds.values()) > 0
+    )
     assert seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"])
-    assert found["devices"] == 2 and any(path.name.startswith("jit_step") for path in tmp_path.iterdir())
+    assert found["devices"] == 2 and any(
+        path.name.startswith("jit_step") for path in tmp_path.iterdir()
+    )
 
 
 def test_a_process_that_fails_says_why():
     config = train_step.RunSettings(mesh=MeshConfig(data=3)).train_config(tiny_config(), 8)
-    with pytest.raises(RuntimeError, match="mesh.data x fsdp x model is 3 x 1 x 1, expected a product of 1 devices"):
+    with pytest.raises(
+        RuntimeError, match="mesh.data x fsdp x model is 3 x 1 x 1, expected a product of 1 devices"
+    ):
         child.ask(config, fake_devices=1)
 
 
@@ -230,7 +263,9 @@ COCA_SIZE = peers.Size(image_size=32, depth=2, width=64, length=12, batch=8)
 def peer():
     """A CoCa of open_clip's."""
     original_package()
-    return peers.OpenClip("open_clip", peers.peer_config(COCA_SIZE, "coca", 500), "coca", COCA_SIZE.batch)
+    return peers.OpenClip(
+        "open_clip", peers.peer_config(COCA_SIZE, "coca", 500), "coca", COCA_SIZE.batch
+    )
 
 
 def test_a_peer_with_our_weights_has_our_losses_and_both_are_timed(peer):
@@ -259,7 +294,9 @@ def test_a_loss_that_is_no_number_is_not_equal_to_another():
 
 
 def test_a_peer_that_generates_gives_our_texts_and_one_that_cannot_says_why(peer):
-    row = beside_peer.generation(peer, beside_peer.load_ours(peer), train_step.RunSettings(), 2, 1, 4, rounds=1)
+    row = beside_peer.generation(
+        peer, beside_peer.load_ours(peer), train_step.RunSettings(), 2, 1, 4, rounds=1
+    )
     if "not_run" in row:
         assert "times" not in row and "not run: " in tables.beside_generation(row)
     else:
@@ -267,7 +304,9 @@ def test_a_peer_that_generates_gives_our_texts_and_one_that_cannot_says_why(peer
 
 
 def test_a_peer_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(peers.PeerError, match="expected open_clip or a folder that holds the package open_clip"):
+    with pytest.raises(
+        peers.PeerError, match="expected open_clip or a folder that holds the package open_clip"
+    ):
         peers.import_open_clip(str(tmp_path))
 
 
@@ -279,10 +318,13 @@ def test_a_preset_is_given_random_weights_and_computes_as_told(monkeypatch):
     monkeypatch.setattr(mammut.presets, "mammut_s16", lambda: small)
     model, processor, source = speed.load_model(speed.Options(preset="mammut_s16"))
     assert source == "preset mammut_s16 with random weights" and processor is None
-    told = train_step.computed(model, train_step.RunSettings(dtype="bfloat16", remat="full", unroll=1))
+    told = train_step.computed(
+        model, train_step.RunSettings(dtype="bfloat16", remat="full", unroll=1)
+    )
     assert (told.config.dtype, told.config.remat, told.config.unroll) == ("bfloat16", "full", 1)
     assert told.text.dtype == "bfloat16"
-    assert {str(x.dtype) for x in jax.tree.leaves(nnx.state(told))} == {"float32"}  # they are stored as they were
+    # they are stored as they were
+    assert {str(x.dtype) for x in jax.tree.leaves(nnx.state(told))} == {"float32"}
     assert train_step.RunSettings().applied(small).unroll == 2  # all layers, on a CPU
 
 
@@ -307,7 +349,9 @@ def test_another_compute_type_changes_no_weight(checkpoint):
 def test_what_cannot_be_timed_is_refused_in_one_sentence(checkpoint, arguments, expected):
     with pytest.raises(SystemExit) as error:
         speed.main(arguments.replace("CHECKPOINT", checkpoint).split())
-    assert str(error.value).startswith(f"python -m eval.speed: {expected}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"python -m eval.speed: {expected}") and "\n" not in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize("arguments, expected", [

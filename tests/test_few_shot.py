@@ -13,7 +13,8 @@ from mammut.evaluation.few_shot import FewShot, Query, answer_part
 class Answered(Source):
     """Pictures with the number of their place in every pixel; the fourth is no example, the sixth cannot be decoded.
 
-    Each has two questions, of type "how many" and, from place 2 on, "what". Places 0 and 1 have the same key.
+    Each has two questions, of type "how many" and, from place 2 on, "what". Places 0 and 1 have the
+    same key.
     """
 
     spec = "answered"
@@ -32,7 +33,10 @@ class Answered(Source):
             return Example(image, [f"caption {index}", f"other {index}"], key)
         types = ("how many", "what" if index > 1 else "how many") if self._typed else (None, None)
         answers = [f"answer {index}", "", " two ", "three"]
-        qa = [Question(f"{index}-{n}?", answers, f"{index}-{n}", question_type=kind) for n, kind in enumerate(types)]
+        qa = [
+            Question(f"{index}-{n}?", answers, f"{index}-{n}", question_type=kind)
+            for n, kind in enumerate(types)
+        ]
         return Example(image, [], key, qa)
 
 
@@ -58,19 +62,27 @@ def test_a_prompt_is_the_examples_and_then_the_query_each_behind_the_instruction
     image = np.full((2, 2, 3), 99, np.uint8)
     pieces = few_shot.pieces(query(), image, "Q: {} A:", read)
     assert pieces[::3] == ["Answer."] * 3 and pieces[7] is image and pieces[8] == "Q: 7-0? A:"
-    for picture, text, (index, number) in zip(pieces[1::3], pieces[2::3], shown(few_shot, query()), strict=False):
+    for picture, text, (index, number) in zip(
+        pieces[1::3], pieces[2::3], shown(few_shot, query()), strict=False
+    ):
         assert (picture == index).all()
-        assert text in [f"Q: {index}-{number}? A: {answer}" for answer in (f"answer {index}", "two", "three")]
+        assert text in [
+            f"Q: {index}-{number}? A: {answer}" for answer in (f"answer {index}", "two", "three")
+        ]
 
 
 def test_captions_follow_their_prompt():
     few_shot = FewShot(Answered(field="captions"), 3)
-    pieces = few_shot.pieces(Query(7, "picture 7", "A picture of"), np.zeros((2, 2, 3), np.uint8), "A picture of", read)
+    pieces = few_shot.pieces(
+        Query(7, "picture 7", "A picture of"), np.zeros((2, 2, 3), np.uint8), "A picture of", read
+    )
     texts = [piece for piece in pieces if isinstance(piece, str) and piece]
     assert texts[-1] == "A picture of"
     for picture, text in zip(pieces[1::3], texts[:-1], strict=False):
         index = picture[0, 0, 0]
-        assert text in (f"A picture of caption {index}", f"A picture of other {index}") and index != 7
+        assert (
+            text in (f"A picture of caption {index}", f"A picture of other {index}") and index != 7
+        )
 
 
 def test_no_shots_are_the_format_alone():
@@ -107,13 +119,20 @@ def test_where_a_type_has_too_few_the_rest_are_any():
     drawn = shown(FewShot(Answered(), 12), query(7, 1, "what"))
     assert {number for _, number in drawn[:7]} == {1} and len(set(drawn)) == 12
     assert {place for place, _ in drawn[:7]} == {2, 4, 6, 8, 9, 10, 11}
-    assert {number for _, number in drawn[7:]} == {0} | ({1} & {number for place, number in drawn[7:] if place < 2})
+    assert {number for _, number in drawn[7:]} == {0} | (
+        {1} & {number for place, number in drawn[7:] if place < 2}
+    )
 
 
 def test_without_types_any_question_will_do():
     few_shot = FewShot(Answered(typed=False), 4)
     drawn = [pair for index in range(100, 150) for pair in shown(few_shot, query(index, kind=None))]
-    assert {number for _, number in drawn} == {0, 1} and {place for place, _ in drawn} >= {0, 1, 2, 4}
+    assert {number for _, number in drawn} == {0, 1} and {place for place, _ in drawn} >= {
+        0,
+        1,
+        2,
+        4,
+    }
 
 
 def test_what_is_drawn_follows_from_the_seed_and_the_question_alone():
@@ -122,7 +141,8 @@ def test_what_is_drawn_follows_from_the_seed_and_the_question_alone():
     drawn = [shown(first, asked) for asked in queries]
     assert [shown(again, asked) for asked in reversed(queries)] == drawn[::-1]
     assert [shown(other, asked) for asked in queries] != drawn
-    assert len(set(map(tuple, drawn))) > len(queries) // 2  # neither the same for every picture nor every question
+    # neither the same for every picture nor every question
+    assert len(set(map(tuple, drawn))) > len(queries) // 2
 
 
 @pytest.mark.parametrize("shots, seed, message", [
@@ -137,7 +157,10 @@ def test_what_cannot_be_drawn_is_refused(shots, seed, message):
 
 def test_too_few_beside_the_query_are_refused():
     few_shot = FewShot(Answered(size=3), 3)
-    with pytest.raises(ValueError, match="'answered' has 2 examples to show beside 'picture 1', expected at least 3"):
+    with pytest.raises(
+        ValueError,
+        match="'answered' has 2 examples to show beside 'picture 1', expected at least 3",
+    ):
         shown(few_shot, query(0))
 
 

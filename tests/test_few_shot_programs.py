@@ -44,14 +44,21 @@ def ask(program, folder, *argv, model: str = "model"):
 
 def written(folder, name: str):
     out = folder / "model" / "eval" / f"{name}.json"
-    return json.loads(out.read_text()), Predictions.load(out.with_name(out.stem + ".predictions.jsonl"))
+    return json.loads(out.read_text()), Predictions.load(
+        out.with_name(out.stem + ".predictions.jsonl")
+    )
 
 
 def by_hand(folder, predictions: Predictions, field: str, config: GenerateConfig) -> list[str]:
     """The texts after prompts made and run apart from the programs."""
     model, processor = mammut.load(folder / "model")
-    source, settings = open_source(predictions.data, image_size=16, field=field), predictions.settings
-    few_shot = FewShot(source, settings["shots"], seed=settings["shots_seed"], instruction=settings["instruction"])
+    source, settings = (
+        open_source(predictions.data, image_size=16, field=field),
+        predictions.settings,
+    )
+    few_shot = FewShot(
+        source, settings["shots"], seed=settings["shots_seed"], instruction=settings["instruction"]
+    )
     prompts = []
     for record in predictions.records:
         text = settings["prompt"].replace("{}", record.get("question", ""))
@@ -67,31 +74,75 @@ def test_questions_are_asked_after_examples_and_scored_both_ways(folder, capsys)
     ask(vqa, folder, "--shots", 2, "--shots-seed", 5)
     name = next((folder / "model" / "eval").glob("vqa_*_2_shots.json")).stem
     scores, predictions = written(folder, name)
-    settings = {"shots": 2, "shots_seed": 5, "prompt": "Q: {} A:", "instruction": "", "max_new_tokens": 10}
+    settings = {
+        "shots": 2,
+        "shots_seed": 5,
+        "prompt": "Q: {} A:",
+        "instruction": "",
+        "max_new_tokens": 10,
+    }
     assert settings.items() <= predictions.settings.items()
     assert predictions.settings["shots_data"] == predictions.data
     said = [record["prediction"] for record in predictions.records]
-    assert said == by_hand(folder, predictions, "qa", GenerateConfig(max_new_tokens=10)) and len(set(said)) > 1
+    assert (
+        said == by_hand(folder, predictions, "qa", GenerateConfig(max_new_tokens=10))
+        and len(set(said)) > 1
+    )
 
-    own = [magma_truncated_accuracy(record["prediction"], record["answers"]) for record in predictions.records]
+    own = [
+        magma_truncated_accuracy(record["prediction"], record["answers"])
+        for record in predictions.records
+    ]
     assert scores["metrics"]["magma_truncated_accuracy"] == pytest.approx(sum(own) / 6)
-    assert "vqa_acc" in scores["metrics"] and any("a leak that raises it" in note for note in scores["notes"])
+    assert "vqa_acc" in scores["metrics"] and any(
+        "a leak that raises it" in note for note in scores["notes"]
+    )
     before = capsys.readouterr().out
-    vqa.main([str(folder / "model" / "eval" / f"{name}.predictions.jsonl"), "--out", str(folder / "again.json")])
+    vqa.main(
+        [
+            str(folder / "model" / "eval" / f"{name}.predictions.jsonl"),
+            "--out",
+            str(folder / "again.json"),
+        ]
+    )
     assert json.loads((folder / "again.json").read_text())["metrics"] == scores["metrics"]
-    assert "magma_truncated_accuracy" in before and "magma_truncated_accuracy" in capsys.readouterr().out
+    assert (
+        "magma_truncated_accuracy" in before
+        and "magma_truncated_accuracy" in capsys.readouterr().out
+    )
 
 
 def test_captions_are_asked_after_examples_with_beams(folder):
-    ask(caption, folder, "--shots", 2, "--num-beams", 2, "--max-new-tokens", 4, "--instruction", "one")
-    scores, predictions = written(folder, next((folder / "model" / "eval").glob("caption_*_2_shots.json")).stem)
-    assert {"prompt": "A picture of", "instruction": "one", "num_beams": 2}.items() <= predictions.settings.items()
+    ask(
+        caption,
+        folder,
+        "--shots",
+        2,
+        "--num-beams",
+        2,
+        "--max-new-tokens",
+        4,
+        "--instruction",
+        "one",
+    )
+    scores, predictions = written(
+        folder, next((folder / "model" / "eval").glob("caption_*_2_shots.json")).stem
+    )
+    assert {
+        "prompt": "A picture of",
+        "instruction": "one",
+        "num_beams": 2,
+    }.items() <= predictions.settings.items()
     config = GenerateConfig(num_beams=2, max_new_tokens=4)
-    assert [r["prediction"] for r in predictions.records] == by_hand(folder, predictions, "captions", config)
+    assert [r["prediction"] for r in predictions.records] == by_hand(
+        folder, predictions, "captions", config
+    )
     assert "magma_truncated_accuracy" not in scores["metrics"]
 
 
-def test_a_question_that_does_not_fit_is_answered_with_nothing_and_its_neighbours_as_without_it(folder):
+def test_a_question_that_does_not_fit_is_answered_with_nothing_and_its_neighbours_as_without_it(
+    folder,
+):
     lines = [json.loads(line) for line in (folder / "set.jsonl").read_text().splitlines()]
     lines[2]["qa"].append(lines[2]["qa"][0] | {"question": "what? " * 40})
     (folder / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -99,17 +150,32 @@ def test_a_question_that_does_not_fit_is_answered_with_nothing_and_its_neighbour
     found = {}
     for name in ("set", "long"):
         out = folder / f"asked_{name}.json"
-        vqa.main([str(folder / "model"), "--data", f"jsonl:{folder / f'{name}.jsonl'}", *shown, "--out", str(out)])
+        vqa.main(
+            [
+                str(folder / "model"),
+                "--data",
+                f"jsonl:{folder / f'{name}.jsonl'}",
+                *shown,
+                "--out",
+                str(out),
+            ]
+        )
         found[name] = Predictions.load(out.with_name(f"asked_{name}.predictions.jsonl"))
-        assert any("1 prompts are longer" in note for note in json.loads(out.read_text())["notes"]) == (name == "long")
+        assert any(
+            "1 prompts are longer" in note for note in json.loads(out.read_text())["notes"]
+        ) == (name == "long")
     *before, long, after_it, _, _ = found["long"].records
-    assert long["question"].startswith("what? what?") and long["index"] == 2 and after_it["index"] == 3
+    assert (
+        long["question"].startswith("what? what?") and long["index"] == 2 and after_it["index"] == 3
+    )
     assert long["too_long"] and long["prediction"] == ""
     neighbours = [record for record in found["long"].records if record is not long]
     said = [record["prediction"] for record in neighbours]
     assert said == [record["prediction"] for record in found["set"].records] and len(set(said)) > 1
     assert not any("too_long" in record for record in neighbours)
-    assert [r["logprob"] for r in neighbours] == pytest.approx([r["logprob"] for r in found["set"].records], abs=1e-4)
+    assert [r["logprob"] for r in neighbours] == pytest.approx(
+        [r["logprob"] for r in found["set"].records], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("program, argv, model, message", [

@@ -78,14 +78,20 @@ def after(trainer: Trainer, state: TrainState, run: list[dict]) -> TrainState:
 def require_frozen(before: dict, state_after: dict, trained: frozenset[str]) -> None:
     """Whole parameters before and after: those not trained have the same bits, all others have moved."""
     before, got = partition.by_name(before), partition.by_name(state_after)
-    moved = {name for name in before if np.asarray(before[name]).tobytes() != np.asarray(got[name]).tobytes()}
+    moved = {
+        name
+        for name in before
+        if np.asarray(before[name]).tobytes() != np.asarray(got[name]).tobytes()
+    }
     assert moved == trained
 
 
 def require_no_optimizer_state(opt_state, params, trained: frozenset[str]) -> None:
     """Two moments of every trained parameter, and counters: not a number more."""
     sizes = {name: leaf.size for name, leaf in partition.by_name(params).items()}
-    moments = [leaf for leaf in jax.tree.leaves(opt_state) if leaf.ndim or leaf.dtype == jnp.float32]
+    moments = [
+        leaf for leaf in jax.tree.leaves(opt_state) if leaf.ndim or leaf.dtype == jnp.float32
+    ]
     assert len(moments) == 2 * len(trained)
     assert sum(leaf.size for leaf in moments) == 2 * sum(sizes[name] for name in trained)
 
@@ -106,7 +112,9 @@ def trained() -> frozenset[str]:
     ({"task": "image_text", "accumulation": 2}, MeshConfig(data=2, fsdp=2)),
     ({"task": "image_text"}, MeshConfig(data=1, fsdp=4)),
 ])  # fmt: skip
-def test_the_base_keeps_every_bit_through_decay_momentum_micro_batches_and_a_batch_of_nan(changes, mesh, trained):
+def test_the_base_keeps_every_bit_through_decay_momentum_micro_batches_and_a_batch_of_nan(
+    changes, mesh, trained
+):
     config = dataclasses.replace(CONFIG, **changes)
     trainer = trainer_of(config, mesh)
     state = after(trainer, begun(trainer, config), batches())
@@ -124,14 +132,20 @@ def test_a_base_in_bfloat16_keeps_every_bit_under_a_float32_rest():
     before = nnx_params(config)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(before["text"])} == {"bfloat16"}
     state = after(trainer, begun(trainer, config), batches())
-    names = frozenset(name for name in partition.by_name(before) if name.startswith(("vision.", "image_projection.")))
+    names = frozenset(
+        name
+        for name in partition.by_name(before)
+        if name.startswith(("vision.", "image_projection."))
+    )
     require_frozen(before, state.all_params, names)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.params)} == {"float32"}
 
 
 def test_adapters_in_float32_are_trained_on_a_base_in_bfloat16_that_keeps_every_bit():
     """MAGMA's arrangement: an image prefix, a frozen language model in half the memory, adapters."""
-    model = dataclasses.replace(prefix_config(param_dtype="bfloat16", max_length=16), adapters=(AdapterConfig(),))
+    model = dataclasses.replace(
+        prefix_config(param_dtype="bfloat16", max_length=16), adapters=(AdapterConfig(),)
+    )
     config = dataclasses.replace(CONFIG, model=model, trainable=("adapters.*",))
     trainer = trainer_of(config)
     before = nnx_params(config)
@@ -185,7 +199,8 @@ def test_frozen_arrays_stay_where_they_are_in_memory(trainer):
     assert at[0] == at[1] == at[2]  # before the first step they are NumPy's, on a CPU
 
 
-# The usual mistakes, each a way to "freeze" with one tree of parameters: (optimizer, which gradients it is given).
+# The usual mistakes, each a way to "freeze" with one tree of parameters: (optimizer, which
+# gradients it is given).
 def masked_alone(mask):
     return optax.masked(optax.adamw(1e-2, weight_decay=0.0), mask), lambda grads: grads
 
@@ -208,7 +223,9 @@ def updates_set_to_zero_at_the_end(mask):
 def a_few_steps(trainer, trained):
     """Of a mistake: parameters before and after two steps with it, and the optimizer's state."""
     before, task = nnx_params(CONFIG), TASKS["caption"](CONFIG.loss)
-    mask = jax.tree_util.tree_map_with_path(lambda path, _: partition.path_name(path) in trained, before)
+    mask = jax.tree_util.tree_map_with_path(
+        lambda path, _: partition.path_name(path) in trained, before
+    )
     loss = lambda params, batch: task.loss(trainer.model(params), batch, jax.random.key(0))[0]  # noqa: E731
     gradient = jax.jit(jax.grad(loss))
 
@@ -224,7 +241,9 @@ def a_few_steps(trainer, trained):
 
 
 @pytest.mark.parametrize("mistake", [masked_alone, gradients_set_to_zero, nothing_stopped])
-def test_the_check_of_bits_catches_weights_that_were_meant_to_be_frozen(mistake, trained, a_few_steps):
+def test_the_check_of_bits_catches_weights_that_were_meant_to_be_frozen(
+    mistake, trained, a_few_steps
+):
     before, params, _ = a_few_steps(mistake)
     with pytest.raises(AssertionError):
         require_frozen(before, params, trained)
@@ -271,7 +290,9 @@ def test_the_base_is_restored_onto_a_mesh_as_the_mesh_says(saved, mesh):
     spread = trainer_of(mesh=mesh)
     back = restored(workdir, spread)
     assert_identical(back, state)
-    for leaf, like in zip(jax.tree.leaves(back), jax.tree.leaves(spread.abstract_state), strict=True):
+    for leaf, like in zip(
+        jax.tree.leaves(back), jax.tree.leaves(spread.abstract_state), strict=True
+    ):
         assert leaf.sharding == like.sharding
 
 
@@ -281,7 +302,9 @@ def test_the_base_is_written_once_and_not_into_the_checkpoints(saved):
     (file,) = (path for path in workdir.rglob("*.safetensors"))
     assert file.parent.name == "frozen" and size < file.stat().st_size < size + 10_000
     for step in ("2", "4"):
-        names = json.loads((workdir / "checkpoints" / step / "state" / "_METADATA").read_text())["tree_metadata"]
+        names = json.loads((workdir / "checkpoints" / step / "state" / "_METADATA").read_text())[
+            "tree_metadata"
+        ]
         assert names and not any("frozen" in name or "token_embed" in name for name in names)
 
 
@@ -308,10 +331,15 @@ def test_a_damaged_base_is_an_error_that_names_it(saved, trainer, tmp_path, dama
 
 def test_a_base_of_another_model_is_refused(saved, tmp_path):
     text = dataclasses.replace(CONFIG.model.text, vocab_size=61)
-    other = trainer_of(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, text=text)))
+    other = trainer_of(
+        dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, text=text))
+    )
     with pytest.raises(CheckpointError) as error:
         restored(saved[0], other)
-    assert "text.token_embed.embedding is float32[60, 48], expected float32[61, 48]" in one_sentence(error)
+    assert (
+        "text.token_embed.embedding is float32[60, 48], expected float32[61, 48]"
+        in one_sentence(error)
+    )
 
 
 RATES = (("image_projection.bias", 3e-3), ("image_projection.*", 1e-4), ("text.*.up.*", 5e-2))
@@ -320,32 +348,50 @@ RATES = (("image_projection.bias", 3e-3), ("image_projection.*", 1e-4), ("text.*
 def test_every_group_is_adamw_with_its_own_peak():
     """Against AdamW written out (arXiv 1711.05101, algorithm 2), with warm-up, decay and clipping."""
     config = OptimizerConfig(
-        learning_rate=1e-2, learning_rates=RATES, warmup_steps=2, schedule="linear", weight_decay=0.1, b1=0.9, b2=0.95
+        learning_rate=1e-2,
+        learning_rates=RATES,
+        warmup_steps=2,
+        schedule="linear",
+        weight_decay=0.1,
+        b1=0.9,
+        b2=0.95,
     )
     rng = np.random.default_rng(0)
     mlp = {"up": {"kernel": (4, 2)}}
     shapes = {"image_projection": {"kernel": (3, 4), "bias": (4,)}, "text": {"mlp": mlp, "a": (5,)}}
-    draw = lambda: jax.tree.map(lambda s: 0.1 * rng.normal(size=s), shapes, is_leaf=lambda s: type(s) is tuple)  # noqa: E731
-    peaks = {"image_projection.kernel": 1e-4, "image_projection.bias": 3e-3, "text.mlp.up.kernel": 5e-2, "text.a": 1e-2}
+    draw = lambda: jax.tree.map(
+        lambda s: 0.1 * rng.normal(size=s), shapes, is_leaf=lambda s: type(s) is tuple
+    )  # noqa: E731
+    peaks = {
+        "image_projection.kernel": 1e-4,
+        "image_projection.bias": 3e-3,
+        "text.mlp.up.kernel": 5e-2,
+        "text.a": 1e-2,
+    }
     start, grads, steps = draw(), [draw() for _ in range(6)], 8
     optimizer = make_optimizer(config, steps)
 
     params = jax.tree.map(jnp.float32, start)
     opt_state = optimizer.init(params)
     for grad in grads:
-        updates, opt_state = optimizer.update(jax.tree.map(lambda g: jnp.float32(10 * g), grad), opt_state, params)
+        updates, opt_state = optimizer.update(
+            jax.tree.map(lambda g: jnp.float32(10 * g), grad), opt_state, params
+        )
         params = optax.apply_updates(params, updates)
 
     flat = partition.by_name(start)
     first, second = ({name: np.zeros_like(x) for name, x in flat.items()} for _ in range(2))
     for count, grad in enumerate(map(partition.by_name, grads)):
         norm = np.sqrt(sum((g**2).sum() for g in grad.values()))
-        shape = min(count / 2, (steps - count) / (steps - 2))  # of the schedule: from 0 to 1, and to 0 again
+        # of the schedule: from 0 to 1, and to 0 again
+        shape = min(count / 2, (steps - count) / (steps - 2))
         for name, g in grad.items():
             g = 10 * g * min(1, 1 / (10 * norm))
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.95 * second[name] + 0.05 * g**2
-            step = (first[name] / (1 - 0.9 ** (count + 1))) / (np.sqrt(second[name] / (1 - 0.95 ** (count + 1))) + 1e-8)
+            step = (first[name] / (1 - 0.9 ** (count + 1))) / (
+                np.sqrt(second[name] / (1 - 0.95 ** (count + 1))) + 1e-8
+            )
             decay = 0.1 * flat[name] if name.endswith("kernel") else 0
             flat[name] = flat[name] - peaks[name] * shape * (step + decay)
     for name, got in partition.by_name(params).items():
@@ -355,11 +401,15 @@ def test_every_group_is_adamw_with_its_own_peak():
 
 def test_magmas_schedule_rises_for_100_steps_and_would_be_at_zero_at_300_000():
     """facts: peak 8e-4, 30,000 steps of it are run."""
-    config = OptimizerConfig(learning_rate=8e-4, warmup_steps=100, schedule="linear", decay_steps=300_000)
+    config = OptimizerConfig(
+        learning_rate=8e-4, warmup_steps=100, schedule="linear", decay_steps=300_000
+    )
     schedule = learning_rate_schedule(config, 30_000)
     assert [float(schedule(step)) for step in (0, 50, 100)] == pytest.approx([0, 4e-4, 8e-4])
     assert float(schedule(30_000)) == pytest.approx(8e-4 * 270_000 / 299_900)
-    constant = learning_rate_schedule(OptimizerConfig(learning_rate=3e-4, schedule="constant"), 30_000)
+    constant = learning_rate_schedule(
+        OptimizerConfig(learning_rate=3e-4, schedule="constant"), 30_000
+    )
     assert {float(constant(step)) for step in (0, 1, 29_999)} == {np.float32(3e-4)}
 
 
@@ -378,7 +428,10 @@ def test_a_pattern_that_fits_nothing_is_refused(changes, message):
 
 
 def test_statistics_of_batch_norms_are_never_trained():
-    params = {"vision": {"norm": {"mean": 1, "variance": 2, "scale": 3, "bias": 4}}, "text": {"norm": {"scale": 5}}}
+    params = {
+        "vision": {"norm": {"mean": 1, "variance": 2, "scale": 3, "bias": 4}},
+        "text": {"norm": {"scale": 5}},
+    }
     trained = partition.trained_names(partition.by_name(params), ("*",))
     own, frozen = partition.split(params, trained)
     assert frozen == {"vision": {"norm": {"mean": 1, "variance": 2}}}

@@ -26,7 +26,10 @@ FUSABLE = {
     "own, causal, dots, unrolled": dataclasses.replace(
         OWN, text=dataclasses.replace(OWN.text, causal_contrastive=True), remat="dots", unroll=4
     ),
-    **{name: CONFIGS[name] for name in ("openmammut", "openmammut_small", "bare_last", "moderntext")},
+    **{
+        name: CONFIGS[name]
+        for name in ("openmammut", "openmammut_small", "bare_last", "moderntext")
+    },
 }
 PASSES = ("two_calls", "fused")
 
@@ -37,8 +40,13 @@ def outputs_and_gradients(config: ModelConfig):
     batch = tiny_batch(config)
 
     def weighted(params):
-        rng, out = np.random.default_rng(1), vars(nnx.merge(graphdef, params).two_pass(*batch.values()))
-        return sum((leaf * np.float32(rng.normal(size=leaf.shape))).sum() for leaf in jax.tree.leaves(out)), out
+        rng, out = (
+            np.random.default_rng(1),
+            vars(nnx.merge(graphdef, params).two_pass(*batch.values())),
+        )
+        return sum(
+            (leaf * np.float32(rng.normal(size=leaf.shape))).sum() for leaf in jax.tree.leaves(out)
+        ), out
 
     (_, out), grads = jax.jit(jax.value_and_grad(weighted, has_aux=True))(params)
     return jax.device_get((out, nnx.to_pure_dict(grads)))
@@ -48,9 +56,12 @@ def outputs_and_gradients(config: ModelConfig):
 def test_one_traversal_gives_the_numbers_and_the_gradients_of_two(name):
     """To rounding, which adds up in gradients: their sums over both passes are taken in another order."""
     expected, actual = (
-        outputs_and_gradients(dataclasses.replace(FUSABLE[name], passes=passes)) for passes in PASSES
+        outputs_and_gradients(dataclasses.replace(FUSABLE[name], passes=passes))
+        for passes in PASSES
     )
-    for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
+    for (path, want), got in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True
+    ):
         where = jax.tree_util.keystr(path)
         tolerance = 1e-6 if where.startswith("[0]") else 1e-5
         assert np.abs(got - want).max() <= tolerance * max(np.abs(want).max(), 1), where
@@ -59,7 +70,9 @@ def test_one_traversal_gives_the_numbers_and_the_gradients_of_two(name):
 
 @pytest.mark.parametrize("name", ["coca", "siglip", "cappa"])
 def test_a_model_whose_passes_differ_in_length_or_layers_is_refused(name):
-    with pytest.raises(ValueError, match="ModelConfig.passes is 'fused', which needs two passes over the same"):
+    with pytest.raises(
+        ValueError, match="ModelConfig.passes is 'fused', which needs two passes over the same"
+    ):
         dataclasses.replace(CONFIGS[name], passes="fused")
 
 
@@ -103,7 +116,9 @@ def test_the_contrastive_pass_has_no_product_with_the_vocabulary(name):
 
 def test_over_eight_devices_each_decoder_weight_is_gathered_once_forward_and_once_backward():
     """The layers are laid out one by one. Nothing is moved between devices but gathered and reduced."""
-    vision = dataclasses.replace(OWN.vision, depth=1, image_size=32, patch_drop=0.5, cropped_pos_embed=True)
+    vision = dataclasses.replace(
+        OWN.vision, depth=1, image_size=32, patch_drop=0.5, cropped_pos_embed=True
+    )
     text = dataclasses.replace(OWN.text, depth=2)
     config = dataclasses.replace(OWN, vision=vision, text=text, passes="fused", unroll=2)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
@@ -118,11 +133,15 @@ def test_over_eight_devices_each_decoder_weight_is_gathered_once_forward_and_onc
         return task.loss(nnx.merge(graphdef, params), batch, jax.random.key(0))[0]
 
     with jax.set_mesh(mesh):
-        step = jax.jit(jax.grad(loss), in_shardings=(places, rows), out_shardings=places).lower(params, batch)
+        step = jax.jit(jax.grad(loss), in_shardings=(places, rows), out_shardings=places).lower(
+            params, batch
+        )
     program = step.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
     assert not re.search(r" (all-to-all|collective-permute)", program)
     gathers = re.findall(r" = (.+?) all-gather(?:-start)?\(", program)
-    gathered = collections.Counter(shape for line in gathers for shape in re.findall(r"\[([\d,]+)\]", line))
+    gathered = collections.Counter(
+        shape for line in gathers for shape in re.findall(r"\[([\d,]+)\]", line)
+    )
     layers = text.depth + text.num_cross_layers
     assert {shape: gathered[shape] for shape in ("48,80", "80,48", "3,16,48", "48,3,16")} == {
         "48,80": 2 * layers,  # into the MLP

@@ -46,7 +46,9 @@ def images():
 @pytest.fixture(scope="module")
 def logits(model):
     graphdef, params = nnx.split(model)
-    run = jax.jit(lambda params, image, tokens: nnx.merge(graphdef, params).caption_logits(image, tokens))
+    run = jax.jit(
+        lambda params, image, tokens: nnx.merge(graphdef, params).caption_logits(image, tokens)
+    )
     return functools.partial(run, params)
 
 
@@ -101,7 +103,9 @@ def end(without_end):
     places = {token: [row.index(token, 1) if token in row[1:] else LENGTH for row in without_end]
               for row in without_end for token in row[1:]}  # fmt: skip
     token, where = max(places.items(), key=lambda item: len(set(item[1])))
-    assert len(set(where)) >= 3 and max(where) >= LENGTH - 1, "the model's captions are too alike for these tests"
+    assert len(set(where)) >= 3 and max(where) >= LENGTH - 1, (
+        "the model's captions are too alike for these tests"
+    )
     return token
 
 
@@ -170,7 +174,9 @@ def test_a_caption_that_never_ends_has_every_place_but_the_start(processor, imag
     assert mammut.caption(always(word), processor, list(images[:1]), batch_size=4) == [expected]
 
 
-def test_captions_are_the_texts_of_the_greedy_tokens_in_the_order_of_the_images(model, processor, greedy, images):
+def test_captions_are_the_texts_of_the_greedy_tokens_in_the_order_of_the_images(
+    model, processor, greedy, images
+):
     captions = mammut.caption(model, processor, list(images), batch_size=6)
     assert captions == processor.decode(greedy(images, processor.bos_id, processor.eos_id))
     assert len(set(captions)) > 1
@@ -189,14 +195,19 @@ def test_batches_have_one_shape_and_few_images_a_small_one(model, processor, ima
     def compiled(num_images, batch_size, prompts=None):
         before = _generate._cache_size()
         config = GenerateConfig(max_new_tokens=3)
-        texts = generate_text(model, processor, images[:num_images], prompts, config, batch_size=batch_size)
-        assert len(texts) == num_images and all(1 <= len(found.token_logprobs) <= 3 for found in texts)
+        texts = generate_text(
+            model, processor, images[:num_images], prompts, config, batch_size=batch_size
+        )
+        assert len(texts) == num_images and all(
+            1 <= len(found.token_logprobs) <= 3 for found in texts
+        )
         return _generate._cache_size() - before
 
     assert compiled(5, batch_size=2) == 1  # two batches and a half
     assert compiled(2, batch_size=32) == 0  # two images are a batch of 2
     assert compiled(3, batch_size=2, prompts=["", "one red", "one"]) == 1
-    assert compiled(3, batch_size=2, prompts=["one", "red", "one red circle"]) == 0  # 3 and 4 tokens with the start
+    # 3 and 4 tokens with the start
+    assert compiled(3, batch_size=2, prompts=["one", "red", "one red circle"]) == 0
 
 
 def test_no_images_have_no_captions(model, processor):
@@ -215,10 +226,13 @@ def test_an_image_that_cannot_be_read_is_refused(model, processor):
 
 
 def test_a_caption_holds_only_tokens_that_the_tokenizer_knows(images):
-    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, vocab_size=VOCAB + 40))
+    config = dataclasses.replace(
+        CONFIG, text=dataclasses.replace(CONFIG.text, vocab_size=VOCAB + 40)
+    )
     model, processor = tiny_model(config, seed=1), tiny_processor(CONFIG)
     unknown = model.text.vocab_head.kernel
-    unknown[...] = unknown[...].at[:, VOCAB:].multiply(50.0)  # what the tokenizer lacks is all the model wants to say
+    # what the tokenizer lacks is all the model wants to say
+    unknown[...] = unknown[...].at[:, VOCAB:].multiply(50.0)
 
     @jax.jit
     def wanted(image):
@@ -226,7 +240,8 @@ def test_a_caption_holds_only_tokens_that_the_tokenizer_knows(images):
         return generate(model, image, prompt, prompt > 0, eos_id=2).tokens
 
     assert (wanted(images[:2])[:, 0, 1:] >= VOCAB).any(1).all()
-    assert len(mammut.caption(model, processor, images[:2])) == 2  # to decode an unknown id is an error
+    # to decode an unknown id is an error
+    assert len(mammut.caption(model, processor, images[:2])) == 2
 
 
 # The fifth leaves one place.
@@ -250,7 +265,9 @@ def test_prompts_of_differing_length_go_on_as_each_would_alone(generated, logits
     out = generated(images, PROMPTS, GenerateConfig(), end)
     expected = [continued(logits, image, prompt, end) for image, prompt in zip(images, PROMPTS)]
     np.testing.assert_array_equal(out.tokens[:, 0], [tokens for tokens, _ in expected])
-    np.testing.assert_allclose(out.logprobs[:, 0], [logprobs for _, logprobs in expected], atol=1e-5)
+    np.testing.assert_allclose(
+        out.logprobs[:, 0], [logprobs for _, logprobs in expected], atol=1e-5
+    )
     num_tokens = np.array([np.count_nonzero(logprobs) for _, logprobs in expected])
     np.testing.assert_array_equal(out.num_tokens[:, 0], num_tokens)
     sums = [sum(logprobs) / count for (_, logprobs), count in zip(expected, num_tokens)]
@@ -273,7 +290,9 @@ def test_a_text_ends_at_most_at_its_limit_whatever_the_length_of_its_prompt(gene
 
 def test_a_prompt_of_nothing_but_pads_is_its_start_token(generated, images, end):
     nothing = generated(images, [[]] * 6, GenerateConfig(), end)  # pads are 9
-    np.testing.assert_array_equal(nothing.tokens, generated(images, [[9]] * 6, GenerateConfig(), end).tokens)
+    np.testing.assert_array_equal(
+        nothing.tokens, generated(images, [[9]] * 6, GenerateConfig(), end).tokens
+    )
 
 
 def every_text(vocab_size, end, most=3):
@@ -298,7 +317,8 @@ def check_best(found, row, tokens, lengths, logprobs, length_penalty):
 def test_a_wide_beam_finds_what_trying_every_text_finds():
     text = dataclasses.replace(CONFIG.text, max_length=6, vocab_size=7)
     config = dataclasses.replace(CONFIG, text=text)
-    graphdef, params = nnx.split(tiny_model(config, seed=1))  # its best texts differ from the first token on
+    # its best texts differ from the first token on
+    graphdef, params = nnx.split(tiny_model(config, seed=1))
     images = tiny_batch(config, batch_size=3)["image"]
     tokens, lengths = every_text(7, end=2)
 
@@ -306,7 +326,9 @@ def test_a_wide_beam_finds_what_trying_every_text_finds():
     def every(params, image):
         image = jnp.broadcast_to(image, (len(tokens), *image.shape))
         logits = nnx.merge(graphdef, params).caption_logits(image, tokens)[:, :-1]
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(tokens)[:, 1:, None], axis=2)[..., 0]
+        return jnp.take_along_axis(
+            jax.nn.log_softmax(logits), jnp.asarray(tokens)[:, 1:, None], axis=2
+        )[..., 0]
 
     @jax.jit
     def search(params, images):
@@ -345,7 +367,9 @@ def search_table(table, config, keys):
         return jnp.take_along_axis(row.reshape(len(beam), -1), beam, axis=1).reshape(-1)
 
     start, rows = jnp.full((len(table), LENGTH), 2).at[:, 0].set(1), jnp.arange(len(table))
-    return search(Decoding(step, take, rows), start, jnp.ones_like(rows), config, eos_id=2, keys=keys)
+    return search(
+        Decoding(step, take, rows), start, jnp.ones_like(rows), config, eos_id=2, keys=keys
+    )
 
 
 def by_table(config, table=TABLE, keys=None):
@@ -360,7 +384,14 @@ def test_the_length_penalty_divides_by_its_power_of_the_length(length_penalty):
     tokens, lengths = every_text(7, end=2)
     logprobs = table - np.log(np.exp(table).sum(2, keepdims=True))
     for row in range(6):
-        check_best(found, row, tokens, lengths, logprobs[row, tokens[:, :-1], tokens[:, 1:]], length_penalty)
+        check_best(
+            found,
+            row,
+            tokens,
+            lengths,
+            logprobs[row, tokens[:, :-1], tokens[:, 1:]],
+            length_penalty,
+        )
 
 
 def test_diverse_groups_say_different_things():
@@ -375,24 +406,34 @@ def test_diverse_groups_say_different_things():
 def test_a_diversity_penalty_chooses_but_does_not_count():
     """Scores are the model's log-probabilities, of tokens that were chosen in spite of a penalty, too."""
     out = by_table(GenerateConfig(num_beams=2, num_groups=2, diversity_penalty=0.3))
-    assert (out.tokens[:, 0, 1:5] == out.tokens[:, 1, 1:5]).any() and (out.tokens[:, 0] != out.tokens[:, 1]).any()
+    assert (out.tokens[:, 0, 1:5] == out.tokens[:, 1, 1:5]).any() and (
+        out.tokens[:, 0] != out.tokens[:, 1]
+    ).any()
     assert (np.diff(out.scores, axis=1) <= 0).all()
     logprobs = TABLE - np.log(np.exp(TABLE).sum(2, keepdims=True))
     for row, beam in np.ndindex(6, 2):
         text = out.tokens[row, beam, : 1 + out.num_tokens[row, beam]]
-        assert out.scores[row, beam] == pytest.approx(logprobs[row, text[:-1], text[1:]].mean(), abs=1e-5)
+        assert out.scores[row, beam] == pytest.approx(
+            logprobs[row, text[:-1], text[1:]].mean(), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("options", [
     {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-6},
 ])  # fmt: skip
 def test_sampling_narrowed_to_one_token_is_greedy(options):
-    out = by_table(GenerateConfig(**{"temperature": 1.0, **options}), keys=jax.random.split(jax.random.key(0), 6))
+    out = by_table(
+        GenerateConfig(**{"temperature": 1.0, **options}),
+        keys=jax.random.split(jax.random.key(0), 6),
+    )
     np.testing.assert_array_equal(out.tokens, by_table(GenerateConfig()).tokens)
 
 
 def test_sampled_tokens_are_as_frequent_as_they_are_likely():
-    probs, keys = np.array([0.1, 0.2, 0.3, 0.4], np.float32), jax.random.split(jax.random.key(0), 4000)
+    probs, keys = (
+        np.array([0.1, 0.2, 0.3, 0.4], np.float32),
+        jax.random.split(jax.random.key(0), 4000),
+    )
     out = by_table(GenerateConfig(1, temperature=2.0), np.tile(np.log(probs), (4000, 4, 1)), keys)
     shares = np.bincount(out.tokens[:, 0, 1], minlength=4) / 4000
     np.testing.assert_allclose(shares, probs**0.5 / (probs**0.5).sum(), atol=0.03)
@@ -404,10 +445,14 @@ def test_what_is_sampled_depends_on_the_key_of_the_row_alone():
     for row in (0, 5):
         alone = by_table(config, TABLE[row : row + 1], keys[row : row + 1])
         np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
-    assert (together.tokens != by_table(config, keys=jax.random.split(jax.random.key(1), 6)).tokens).any()
+    assert (
+        together.tokens != by_table(config, keys=jax.random.split(jax.random.key(1), 6)).tokens
+    ).any()
 
 
-def test_what_is_sampled_for_an_image_does_not_depend_on_the_size_of_batches(model, processor, images):
+def test_what_is_sampled_for_an_image_does_not_depend_on_the_size_of_batches(
+    model, processor, images
+):
     config = GenerateConfig(max_new_tokens=2, temperature=1.5)
     texts = generate_text(model, processor, images, config=config, batch_size=4, seed=3)
     assert texts[4:] != texts[:2]
@@ -423,7 +468,8 @@ def test_a_repetition_penalty_keeps_a_text_from_repeating_itself():
         return [LENGTH - len(set(row)) for row in by_table(config, table).tokens[:, 0].tolist()]
 
     assert min(repeats(GenerateConfig())) > 0
-    assert max(repeats(GenerateConfig(repetition_penalty=1e6))) == 0  # the start is not repeated either
+    # the start is not repeated either
+    assert max(repeats(GenerateConfig(repetition_penalty=1e6))) == 0
 
 
 def test_a_limit_beyond_the_last_place_changes_nothing():
@@ -471,8 +517,13 @@ def test_prompts_that_cannot_be_continued_are_refused(model, processor, images):
 
 
 def test_the_processor_of_another_model_is_refused(model, images):
-    larger = tiny_processor(dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, vocab_size=64)))
-    with pytest.raises(ValueError, match="^the processor's vocabulary has 64 ids, DecoderConfig.vocab_size .* is 60"):
+    larger = tiny_processor(
+        dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, vocab_size=64))
+    )
+    with pytest.raises(
+        ValueError,
+        match="^the processor's vocabulary has 64 ids, DecoderConfig.vocab_size .* is 60",
+    ):
         mammut.caption(model, larger, images)
 
 
@@ -483,7 +534,9 @@ def test_a_batch_of_no_images_at_a_time_is_refused(model, processor, images):
 
 def test_a_text_has_the_log_probabilities_of_its_tokens(model, processor, logits, images):
     prompts = ["one red circle", "one red", "green circle on"]
-    for image, text, found in zip(images, prompts, generate_text(model, processor, images[:3], prompts, batch_size=2)):
+    for image, text, found in zip(
+        images, prompts, generate_text(model, processor, images[:3], prompts, batch_size=2)
+    ):
         prompt = [processor.bos_id, *processor.encode_prompt(text)]
         tokens, logprobs = continued(logits, image, prompt, processor.eos_id)
         logprobs = [logprob for logprob in logprobs if logprob]
@@ -499,12 +552,17 @@ def test_the_loop_stops_when_every_text_has_ended(generated, images, end):
     out = generated(images, [[1]] * 6, GenerateConfig(), end)
     assert out.steps == out.num_tokens.max()
     first = out.num_tokens[:, 0].argmin()
-    assert generated(images[[first] * 6], [[1]] * 6, GenerateConfig(), end).steps == out.num_tokens.min() < out.steps
+    assert (
+        generated(images[[first] * 6], [[1]] * 6, GenerateConfig(), end).steps
+        == out.num_tokens.min()
+        < out.steps
+    )
 
 
 @pytest.mark.parametrize("config, steps", [
     (GenerateConfig(), 1),
-    # After two tokens there are three ended texts that no longer one can beat, without a length to be divided by.
+    # After two tokens there are three ended texts that no longer one can beat, without a length to
+    # be divided by.
     (GenerateConfig(num_beams=3, length_penalty=0.0), 2),
 ])  # fmt: skip
 def test_a_search_whose_texts_end_early_is_short(generated, images, config, steps):
@@ -520,10 +578,15 @@ def test_beams_share_the_keys_and_values_of_their_image(model, images):
     def shapes(num_beams):
         def run(params, image):
             prompt, config = jnp.ones((5, 1), int), GenerateConfig(num_beams=num_beams)
-            return generate(nnx.merge(graphdef, params), image, prompt, prompt > 0, config, eos_id=2)
+            return generate(
+                nnx.merge(graphdef, params), image, prompt, prompt > 0, config, eos_id=2
+            )
 
         text = jax.jit(run).lower(params, images[:5]).as_text()
-        return {tuple(map(int, dims[:-1].split("x"))) for dims in re.findall(r"tensor<((?:\d+x)+)", text)}
+        return {
+            tuple(map(int, dims[:-1].split("x")))
+            for dims in re.findall(r"tensor<((?:\d+x)+)", text)
+        }
 
     patches, heads, head_size = 4, 3, 16
     assert (5, patches, heads, head_size) in shapes(7)
@@ -537,14 +600,22 @@ def test_beams_share_the_keys_and_values_of_their_image(model, images):
 @pytest.mark.parametrize("mesh, num_beams", [
     (MeshConfig(data=1, fsdp=8), 1), (MeshConfig(data=2, fsdp=2, model=2), 4),
 ])  # fmt: skip
-def test_a_mesh_of_devices_says_what_one_device_says(model, generated, images, end, mesh, num_beams):
-    config, rows, mesh = GenerateConfig(num_beams=num_beams), [0, 1, 2, 3, 4, 5, 0, 1], sharding.make_mesh(mesh)
+def test_a_mesh_of_devices_says_what_one_device_says(
+    model, generated, images, end, mesh, num_beams
+):
+    config, rows, mesh = (
+        GenerateConfig(num_beams=num_beams),
+        [0, 1, 2, 3, 4, 5, 0, 1],
+        sharding.make_mesh(mesh),
+    )
     expected = generated(images, PROMPTS, config, end)
     graphdef, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
     params = jax.device_put(params, sharding.param_shardings(params, logical_axes(model), mesh))
     prompt, valid = padded(PROMPTS, 7)
-    batch = sharding.device_batch({"image": images[rows], "prompt": prompt[rows], "valid": valid[rows]}, mesh)
+    batch = sharding.device_batch(
+        {"image": images[rows], "prompt": prompt[rows], "valid": valid[rows]}, mesh
+    )
 
     @jax.jit
     def run(params, image, prompt, valid):
@@ -557,10 +628,15 @@ def test_a_mesh_of_devices_says_what_one_device_says(model, generated, images, e
     np.testing.assert_array_equal(tokens, expected.tokens[rows])
     np.testing.assert_allclose(logprobs, expected.logprobs[rows], atol=1e-5)
     np.testing.assert_allclose(scores, expected.scores[rows], atol=1e-5)
-    # A device keeps the cache of its rows when beams change places: it is in nothing that devices exchange.
-    exchanges = re.findall(r".*(?:all-gather|all-reduce|all-to-all|collective-permute)\(.*", program.as_text())
+    # A device keeps the cache of its rows when beams change places: it is in nothing that devices
+    # exchange.
+    exchanges = re.findall(
+        r".*(?:all-gather|all-reduce|all-to-all|collective-permute)\(.*", program.as_text()
+    )
     places, heads, head_size = LENGTH, 3, 16
-    assert exchanges and not [line for line in exchanges if f",{places},{heads},{head_size}]" in line]
+    assert exchanges and not [
+        line for line in exchanges if f",{places},{heads},{head_size}]" in line
+    ]
 
 
 # --- what cannot be generated
@@ -574,7 +650,9 @@ def test_a_model_that_diverged_says_nothing_and_is_named(processor, images, gene
         out = generated(images, [[1]] * 6, config, 2, width=1, params=nnx.state(diverged))
         assert out.steps == 1 and (out.tokens[:, :, 1:] == 2).all()
         assert (out.scores == -np.inf).all()
-    with pytest.raises(ValueError, match="^the model's logits for image 0 are not numbers: .* training diverged$"):
+    with pytest.raises(
+        ValueError, match="^the model's logits for image 0 are not numbers: .* training diverged$"
+    ):
         mammut.caption(diverged, processor, images, batch_size=6)
 
 

@@ -19,11 +19,21 @@ MODULES = {
     if path.stem != "__init__"
 }
 HEAVY = (
-    *("tensorflow", "tensorflow_datasets", "torch", "PIL", "big_vision", "grain", "orbax", "array_record"),
+    *(
+        "tensorflow",
+        "tensorflow_datasets",
+        "torch",
+        "PIL",
+        "big_vision",
+        "grain",
+        "orbax",
+        "array_record",
+    ),
     *("sentencepiece", "tokenizers", "ftfy", "transformers", "tyro", "tensorboardX"),
     *("jinja2", "matplotlib", "pycocoevalcap", "clip_benchmark", "lmms_eval"),
 )
-# The folders of mammut/, and which others each may import. The files beside them are for users and may import anything.
+# The folders of mammut/, and which others each may import. The files beside them are for users and
+# may import anything.
 MAY_IMPORT = {
     "core": (),
     "models": ("core",),
@@ -33,7 +43,16 @@ MAY_IMPORT = {
     "weights": ("core", "models", "data", "detection"),
     "evaluation": ("core", "models", "data", "generation", "detection"),
     "training": ("core", "models", "data", "generation", "detection", "weights", "evaluation"),
-    "pages": ("core", "models", "data", "generation", "detection", "weights", "evaluation", "training"),
+    "pages": (
+        "core",
+        "models",
+        "data",
+        "generation",
+        "detection",
+        "weights",
+        "evaluation",
+        "training",
+    ),
     "performance": ("core", "models", "data", "generation", "detection", "weights", "training"),
     "interop": ("core", "models", "data", "generation", "weights"),
 }
@@ -110,7 +129,9 @@ except ImportError as error:
 def test_the_refused_packages_would_be_found():
     """Else the two tests above could not fail."""
     code = f"import importlib.util; print([name for name in {HEAVY} if importlib.util.find_spec(name)])"
-    assert {"PIL", "grain", "orbax", "sentencepiece", "tensorflow_datasets"} <= set(ast.literal_eval(run(code)))
+    assert {"PIL", "grain", "orbax", "sentencepiece", "tensorflow_datasets"} <= set(
+        ast.literal_eval(run(code))
+    )
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -143,7 +164,9 @@ def forbidden(package: pathlib.Path, file: pathlib.Path) -> list[str]:
 
 def test_every_file_imports_what_its_folder_may():
     package = ROOT / "mammut"
-    wrong = {str(path.relative_to(package)): forbidden(package, path) for path in package.rglob("*.py")}
+    wrong = {
+        str(path.relative_to(package)): forbidden(package, path) for path in package.rglob("*.py")
+    }
     assert {name: imports for name, imports in wrong.items() if imports} == {}
 
 
@@ -172,12 +195,19 @@ def test_a_file_put_into_the_wrong_folder_is_caught(tmp_path, place, line):
 @pytest.mark.parametrize("module", ["models.masks", "models.losses", "evaluation.metrics.rankings"])
 def test_masks_losses_and_metrics_know_no_model(module):
     """They take arrays."""
-    assert reached_from(module) <= {"core.typing", "core.sharding", "core.fields", "models.ring_loss"}
+    assert reached_from(module) <= {
+        "core.typing",
+        "core.sharding",
+        "core.fields",
+        "models.ring_loss",
+    }
     assert not {name.split(".")[0] for name in imported_by(MODULES[module])} & {"flax", "optax"}
 
 
 def test_metrics_need_no_jax():
-    assert "jax" not in {name.split(".")[0] for name in imported_by(MODULES["evaluation.metrics.rankings"])}
+    assert "jax" not in {
+        name.split(".")[0] for name in imported_by(MODULES["evaluation.metrics.rankings"])
+    }
 
 
 def test_every_public_name_exists_once():
@@ -206,6 +236,10 @@ def test_every_public_name_has_a_docstring(name):
 
 
 def test_every_preset_has_a_docstring():
-    public = [item for item in inspect.getmembers(presets, inspect.isfunction) if not item[0].startswith("_")]
+    public = [
+        item
+        for item in inspect.getmembers(presets, inspect.isfunction)
+        if not item[0].startswith("_")
+    ]
     assert public
     assert [silent for item in public for silent in explained(*item)] == []

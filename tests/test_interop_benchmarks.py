@@ -30,7 +30,14 @@ from mammut.interop import clip_benchmark as adapter  # noqa: E402
 # What is here is compiled more than it is run.
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-TEXTS = ["one red circle", "a", "", "one blue square on the left or right", "green triangle right", "yellow"]
+TEXTS = [
+    "one red circle",
+    "a",
+    "",
+    "one blue square on the left or right",
+    "green triangle right",
+    "yellow",
+]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +107,9 @@ def with_captions(batch):
     return torch.utils.data.default_collate(images), captions
 
 
-def test_tokens_keep_the_pads_apart_from_a_word_whose_id_is_the_pads(adapted, processor, monkeypatch):
+def test_tokens_keep_the_pads_apart_from_a_word_whose_id_is_the_pads(
+    adapted, processor, monkeypatch
+):
     tokens, valid = processor.encode_text(TEXTS)
     assert not valid.all()
     for pad_id in (0, int(tokens[0, 1])):  # the second is a word's, too
@@ -121,7 +130,9 @@ def test_text_embeddings_are_the_models_whatever_the_batch(adapted, embeds):
 def test_a_word_whose_id_is_the_pads_counts(adapted, model):
     tokens = adapted.tokenizer(TEXTS)
     tokens[:, 1] = 0
-    expected = model.encode_text(np.where(tokens < 0, 9, tokens).astype(np.int32), tokens.numpy() >= 0)
+    expected = model.encode_text(
+        np.where(tokens < 0, 9, tokens).astype(np.int32), tokens.numpy() >= 0
+    )
     np.testing.assert_allclose(adapted.encode_text(tokens).numpy(), expected, atol=2e-6)
 
 
@@ -147,7 +158,9 @@ def test_batches_of_any_size_compile_once(model, processor, pictures):
     assert adapter._encode_image._cache_size() == compiled + 1
 
 
-def test_the_parameters_are_not_constants_of_the_compiled_program(adapted, model, processor, pictures):
+def test_the_parameters_are_not_constants_of_the_compiled_program(
+    adapted, model, processor, pictures
+):
     other = adapter.ClipBenchmarkModel(tiny_model(model.config, seed=2), processor, batch_size=4)
     images = torch.stack([adapted.transform(picture) for picture in pictures[:2]])
     adapted.encode_image(images)
@@ -166,7 +179,9 @@ def test_the_switches_of_a_torch_module_are_harmless(adapted):
     assert adapted.to("cpu").eval().train().train(False) is adapted
 
 
-def test_load_is_called_as_clip_benchmark_calls_its_loaders(tmp_path, model, processor, adapted, pictures):
+def test_load_is_called_as_clip_benchmark_calls_its_loaders(
+    tmp_path, model, processor, adapted, pictures
+):
     mammut.save(tmp_path, model, processor)
     loaded, transform, tokenizer = adapter.load(
         model_name="mammut", pretrained=str(tmp_path), cache_dir=None, device="cpu"
@@ -176,16 +191,25 @@ def test_load_is_called_as_clip_benchmark_calls_its_loaders(tmp_path, model, pro
     assert torch.equal(tokenizer(TEXTS), adapted.tokenizer(TEXTS))
 
 
-@pytest.mark.parametrize("spoil", [lambda x: x.float(), lambda x: x[:, :-1], lambda x: x.permute(0, 3, 1, 2)])
+@pytest.mark.parametrize(
+    "spoil", [lambda x: x.float(), lambda x: x[:, :-1], lambda x: x.permute(0, 3, 1, 2)]
+)
 def test_images_of_another_transform_are_refused(adapted, pictures, spoil):
     images = torch.stack([adapted.transform(picture) for picture in pictures[:2]])
-    with pytest.raises(ValueError, match=r"expected uint8\[B, 16, 16, 3\]: the transform that belongs to this model"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected uint8\[B, 16, 16, 3\]: the transform that belongs to this model",
+    ):
         adapted.encode_image(spoil(images))
 
 
-@pytest.mark.parametrize("spoil", [lambda x: x + 1000, lambda x: x - 1, lambda x: x.int(), lambda x: x[0]])
+@pytest.mark.parametrize(
+    "spoil", [lambda x: x + 1000, lambda x: x - 1, lambda x: x.int(), lambda x: x[0]]
+)
 def test_tokens_of_another_tokenizer_are_refused(adapted, spoil):
-    with pytest.raises(ValueError, match="-1 at pads: the tokenizer that belongs to this model makes them"):
+    with pytest.raises(
+        ValueError, match="-1 at pads: the tokenizer that belongs to this model makes them"
+    ):
         adapted.encode_text(spoil(adapted.tokenizer(TEXTS)))
 
 
@@ -205,7 +229,12 @@ def open_clip_decode(ids) -> str:
         spec = importlib.util.spec_from_file_location("_open_clip_tokenizer", path)
         module = sys.modules["_open_clip_tokenizer"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    return module._tokenizer.decode(ids).split("<end_of_text>")[0].replace("<start_of_text>", "").strip()
+    return (
+        module._tokenizer.decode(ids)
+        .split("<end_of_text>")[0]
+        .replace("<start_of_text>", "")
+        .strip()
+    )
 
 
 def test_captions_come_back_from_clip_benchmarks_decoding(adapted, model, processor, pictures):
@@ -216,16 +245,26 @@ def test_captions_come_back_from_clip_benchmarks_decoding(adapted, model, proces
 
 
 def test_any_caption_comes_back_from_clip_benchmarks_decoding():
-    said = ["A dog's T-shirt: 50 % off!", "zażółć gęślą jaźń 猫 🐈", "", "tab\tand  two  spaces", "~¡¬­®ÿĀ"]
+    said = [
+        "A dog's T-shirt: 50 % off!",
+        "zażółć gęślą jaźń 猫 🐈",
+        "",
+        "tab\tand  two  spaces",
+        "~¡¬­®ÿĀ",
+    ]
     assert [open_clip_decode(ids) for ids in adapter._spelled(said).numpy()] == said
 
 
 def test_clip_benchmark_finds_the_retrieval_recall_that_metrics_finds(adapted, pictures, embeds):
-    scorer = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval", reason="CLIP_benchmark is not installed")
+    scorer = pytest.importorskip(
+        "clip_benchmark.metrics.zeroshot_retrieval", reason="CLIP_benchmark is not installed"
+    )
     captions = [TEXTS[:2], TEXTS[2:3], TEXTS[3:]]
     expected = retrieval_recall(embeds[0][:3], embeds[1], np.array([0, 0, 1, 2, 2, 2]), ks=(1, 2))
     batches = loader(pictures[:3], captions, adapted, with_captions, batch_size=2)
-    got = scorer.evaluate(adapted, batches, adapted.tokenizer, "cpu", amp=False, recall_k_list=[1, 2])
+    got = scorer.evaluate(
+        adapted, batches, adapted.tokenizer, "cpu", amp=False, recall_k_list=[1, 2]
+    )
     assert got == pytest.approx(
         {
             "image_retrieval_recall@1": expected["t2i_r1"],
@@ -237,24 +276,35 @@ def test_clip_benchmark_finds_the_retrieval_recall_that_metrics_finds(adapted, p
     assert len(set(expected.values())) > 2  # not all 0 or 1
 
 
-def test_clip_benchmark_finds_the_zero_shot_scores_that_numpy_finds(adapted, model, processor, pictures, embeds):
+def test_clip_benchmark_finds_the_zero_shot_scores_that_numpy_finds(
+    adapted, model, processor, pictures, embeds
+):
     scorer = pytest.importorskip(
-        "clip_benchmark.metrics.zeroshot_classification", reason="CLIP_benchmark and scikit-learn are not installed"
+        "clip_benchmark.metrics.zeroshot_classification",
+        reason="CLIP_benchmark and scikit-learn are not installed",
     )
-    names, templates = ["circle", "square", "triangle", "left"], ["one {c}", "red {c}", "{c} on the left"]
+    names, templates = (
+        ["circle", "square", "triangle", "left"],
+        ["one {c}", "red {c}", "{c} on the left"],
+    )
     classes = []
     for name in names:
-        own = model.encode_text(*processor.encode_text([template.format(c=name) for template in templates]))
+        own = model.encode_text(
+            *processor.encode_text([template.format(c=name) for template in templates])
+        )
         classes.append(np.asarray(own).mean(0) / np.linalg.norm(np.asarray(own).mean(0)))
     scores = embeds[0] @ np.stack(classes).T
 
-    classifier = scorer.zero_shot_classifier(adapted, adapted.tokenizer, names, templates, "cpu", amp=False)
+    classifier = scorer.zero_shot_classifier(
+        adapted, adapted.tokenizer, names, templates, "cpu", amp=False
+    )
     single = loader(pictures, list(range(11)), adapted)
     logits, target = scorer.run_classification(adapted, classifier, single, "cpu", amp=False)
     np.testing.assert_allclose(logits.numpy(), 100 * scores, atol=5e-4)
     assert target.tolist() == list(range(11))
 
-    # `evaluate` on one class an image needs NumPy < 2.4 (it makes a float of an array of one); on several it does not.
+    # `evaluate` on one class an image needs NumPy < 2.4 (it makes a float of an array of one); on
+    # several it does not.
     labels = np.random.default_rng(0).integers(0, 2, scores.shape)
     several = loader(pictures, [torch.tensor(row) for row in labels], adapted)
     got = scorer.evaluate(adapted, several, adapted.tokenizer, names, templates, "cpu", amp=False)
@@ -272,11 +322,15 @@ def test_clip_benchmark_selects_the_captions_that_numpy_selects(adapted, picture
     )
     scores = embeds[0] @ embeds[1].T
     pairs = [[place % 6, (place + 1) % 6] for place in range(11)]
-    expected = np.mean([scores[place, true] >= scores[place, false] for place, (true, false) in enumerate(pairs)])
+    expected = np.mean(
+        [scores[place, true] >= scores[place, false] for place, (true, false) in enumerate(pairs)]
+    )
     assert 0 < expected < 1
     captions = [[TEXTS[text] for text in pair] for pair in pairs]
     batches = loader(pictures, captions, adapted, with_captions)
-    assert scorer.evaluate(adapted, batches, adapted.tokenizer, "cpu", amp=False)["text_acc"] == pytest.approx(expected)
+    assert scorer.evaluate(adapted, batches, adapted.tokenizer, "cpu", amp=False)[
+        "text_acc"
+    ] == pytest.approx(expected)
 
 
 # ---- lmms-eval
@@ -307,7 +361,9 @@ def requests(kind, contexts, seconds, visual=lambda picture: [picture]):
     made = []
     for place, (context, second) in enumerate(zip(contexts, seconds)):
         metadata = {"task": "drawings", "doc_id": place, "repeats": 1}
-        made.append(Instance(kind, (context, second, visual, place, "drawings", "test"), 0, metadata))
+        made.append(
+            Instance(kind, (context, second, visual, place, "drawings", "test"), 0, metadata)
+        )
     return made
 
 
@@ -317,11 +373,26 @@ def ask(speaker, contexts, kwargs, **more):
 
 
 GREEDY = {"until": ["\n\n"], "do_sample": False}
-SHORT = ["one", "a", "green", "one red", "yellow", "blue", "on", "left", "right", "red", "a"]  # leave room to answer
-ASKED = ["one red", "", "green", "one blue square on", "yellow", "", "triangle", "left", "right", "red", "a"]
+# leave room to answer
+SHORT = ["one", "a", "green", "one red", "yellow", "blue", "on", "left", "right", "red", "a"]
+ASKED = [
+    "one red",
+    "",
+    "green",
+    "one blue square on",
+    "yellow",
+    "",
+    "triangle",
+    "left",
+    "right",
+    "red",
+    "a",
+]
 
 
-def test_answers_are_those_of_answer_in_the_order_of_the_requests(speaker, model, processor, pictures):
+def test_answers_are_those_of_answer_in_the_order_of_the_requests(
+    speaker, model, processor, pictures
+):
     expected = mammut.answer(model, processor, pictures, ASKED)
     assert len(set(expected)) > 3
     assert ask(speaker, ASKED, GREEDY) == expected
@@ -346,14 +417,18 @@ def test_an_empty_prompt_gives_captions_whatever_is_asked(lmms, model, processor
 def test_a_prompt_goes_around_the_question(lmms, speaker, model, processor, pictures):
     around = lmms.LmmsEvalModel(model, processor, batch_size=4, prompt="one {} circle")
     around.task_dict["drawings"] = {"test": pictures}
-    assert ask(around, ["red", "blue"], GREEDY) == ask(speaker, ["one red circle", "one blue circle"], GREEDY)
+    assert ask(around, ["red", "blue"], GREEDY) == ask(
+        speaker, ["one red circle", "one blue circle"], GREEDY
+    )
 
 
 def test_an_answer_ends_before_the_first_of_its_stops(speaker, model, processor, pictures):
     whole = mammut.answer(model, processor, pictures[:1], ["one red"])[0]
     first, second = whole[3:5], whole[1:3]
     assert ask(speaker, ["one red"], {"until": first}) == [whole[: whole.index(first)].strip()]
-    assert ask(speaker, ["one red"], {"until": ["", first, second]}) == [whole[: whole.index(second)].strip()]
+    assert ask(speaker, ["one red"], {"until": ["", first, second]}) == [
+        whole[: whole.index(second)].strip()
+    ]
     assert ask(speaker, ["one red"], {"until": None}) == ask(speaker, ["one red"], {}) == [whole]
 
 
@@ -366,7 +441,9 @@ def test_max_new_tokens_keeps_so_many_of_the_answers_tokens(speaker, model, proc
     def said(params, image, prompt):
         return generate(nnx.merge(graphdef, params), image, prompt, prompt >= 0, **ids).tokens[0, 0]
 
-    tokens = said(params, processor(images=pictures[:1])["image"], np.array([asked], np.int32)).tolist()[len(asked) :]
+    tokens = said(
+        params, processor(images=pictures[:1])["image"], np.array([asked], np.int32)
+    ).tolist()[len(asked) :]
     texts = [ask(speaker, ["one red"], {"max_new_tokens": most})[0] for most in (1, 3)]
     assert texts == [processor.tokenizer.decode(tokens[:most]).strip() for most in (1, 3)]
     assert texts[0] != texts[1]
@@ -406,7 +483,8 @@ def test_images_are_read_a_batch_at_a_time(speaker):
         return [copy]
 
     ask(speaker, ASKED, GREEDY, visual=visual)
-    assert len(most) == 11 and max(most) <= 2 * 4  # a batch of 4, while the one before may still be there
+    # a batch of 4, while the one before may still be there
+    assert len(most) == 11 and max(most) <= 2 * 4
 
 
 def test_generation_kwargs_that_mean_nothing_here_are_named(speaker):
@@ -421,10 +499,15 @@ def test_likelihoods_are_the_whole_models_token_by_token(speaker, model, process
     logits_of = jax.jit(lambda params, *args: nnx.merge(graphdef, params).caption_logits(*args))
     expected, greedy = [], []
     for picture, context, text in zip(pictures, contexts, said):
-        ids, prompt = processor.tokenizer.encode(text), [processor.bos_id, *processor.tokenizer.encode(context)]
+        ids, prompt = (
+            processor.tokenizer.encode(text),
+            [processor.bos_id, *processor.tokenizer.encode(context)],
+        )
         tokens = np.full((1, 12), 7, np.int32)  # what follows changes nothing
         tokens[0, : len(prompt + ids)] = prompt + ids
-        logits = np.asarray(logits_of(params, processor(images=[picture])["image"], tokens), np.float64)[0]
+        logits = np.asarray(
+            logits_of(params, processor(images=[picture])["image"], tokens), np.float64
+        )[0]
         logits = logits[len(prompt) - 1 :][: len(ids), : processor.vocab_size]
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         expected.append(-sum(logprobs[place, token] for place, token in enumerate(ids)))
@@ -437,8 +520,12 @@ def test_likelihoods_are_the_whole_models_token_by_token(speaker, model, process
 
 
 def test_a_continuation_may_be_a_function_of_the_document(speaker, pictures):
-    given = requests("loglikelihood", ["one"], [lambda picture: " red" if picture is pictures[0] else " blue"])
-    assert speaker.loglikelihood(given) == speaker.loglikelihood(requests("loglikelihood", ["one"], [" red"]))
+    given = requests(
+        "loglikelihood", ["one"], [lambda picture: " red" if picture is pictures[0] else " blue"]
+    )
+    assert speaker.loglikelihood(given) == speaker.loglikelihood(
+        requests("loglikelihood", ["one"], [" red"])
+    )
 
 
 def test_no_requests_give_no_results(speaker):
@@ -446,7 +533,8 @@ def test_no_requests_give_no_results(speaker):
 
 
 @pytest.mark.parametrize(
-    ("visual", "count"), [(lambda _: None, 0), (lambda _: [], 0), (lambda picture: [picture, picture], 2)]
+    ("visual", "count"),
+    [(lambda _: None, 0), (lambda _: [], 0), (lambda picture: [picture, picture], 2)],
 )
 def test_a_question_without_exactly_one_image_is_refused(speaker, visual, count):
     message = f"document 0 of task 'drawings' comes with {count} images, expected one"
@@ -459,7 +547,9 @@ def test_a_question_without_exactly_one_image_is_refused(speaker, visual, count)
 def test_a_likelihood_without_an_image_is_refused(speaker):
     request = requests("loglikelihood", [""], ["red"])[0]
     request.arguments = ("", "red")  # as for the metric acc_mutual_info
-    with pytest.raises(ValueError, match="document 0 of task 'drawings' comes without an image, expected one"):
+    with pytest.raises(
+        ValueError, match="document 0 of task 'drawings' comes without an image, expected one"
+    ):
         speaker.loglikelihood([request])
 
 
@@ -478,22 +568,32 @@ def test_a_conversation_is_refused(speaker):
         speaker.generate_until_multi_round([])
 
 
-def test_lmms_evals_register_makes_the_model_of_a_folder(lmms, tmp_path, model, processor, pictures):
+def test_lmms_evals_register_makes_the_model_of_a_folder(
+    lmms, tmp_path, model, processor, pictures
+):
     from lmms_eval import models
 
     mammut.save(tmp_path, model, processor)
     models.MODEL_REGISTRY_V2.register_manifest(lmms.manifest())
     given = {"batch_size": 4, "max_batch_size": None, "device": None}
-    made = models.get_model("mammut").create_from_arg_string(f"pretrained={tmp_path},prompt=", given)
+    made = models.get_model("mammut").create_from_arg_string(
+        f"pretrained={tmp_path},prompt=", given
+    )
     made.task_dict["drawings"] = {"test": pictures}
-    assert ask(made, ["What is this?"] * 3, GREEDY) == mammut.caption(model, processor, pictures[:3])
+    assert ask(made, ["What is this?"] * 3, GREEDY) == mammut.caption(
+        model, processor, pictures[:3]
+    )
 
 
 @pytest.mark.parametrize(
     ("args", "given", "message"),
     [
         ("prompt=x", {}, r"model_args name \['prompt'\], expected pretrained"),
-        ("pretrained=x,promt=y", {}, r"model_args name \['pretrained', 'promt'\], expected pretrained"),
+        (
+            "pretrained=x,promt=y",
+            {},
+            r"model_args name \['pretrained', 'promt'\], expected pretrained",
+        ),
         ("pretrained=x", {"batch_size": "auto"}, "batch_size is 'auto', expected a number"),
     ],
 )
@@ -506,18 +606,28 @@ def test_other_model_arguments_are_refused(lmms, args, given, message):
 def make_task(pictures):
     """Makes a task of lmms-eval's own kind from a config, about the pictures."""
     before = PIL.ImageFile.LOAD_TRUNCATED_IMAGES
-    tasks = pytest.importorskip("lmms_eval.api.task", reason="lmms-eval's tasks need datasets and accelerate")
-    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = before  # they let half pictures through, in the whole process
+    tasks = pytest.importorskip(
+        "lmms_eval.api.task", reason="lmms-eval's tasks need datasets and accelerate"
+    )
+    # they let half pictures through, in the whole process
+    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = before
     import datasets
 
     class Drawings(tasks.ConfigurableTask):
         def download(self, dataset_kwargs=None):
             questions, choices = SHORT, ["circle", "green triangle", "left"]
             rows = [
-                {"image": picture, "question": question, "choices": choices, "gold": self.config.metadata[place]}
+                {
+                    "image": picture,
+                    "question": question,
+                    "choices": choices,
+                    "gold": self.config.metadata[place],
+                }
                 for place, (picture, question) in enumerate(zip(pictures, questions))
             ]
-            self.dataset = self.dataset_no_image = datasets.DatasetDict(test=datasets.Dataset.from_list(rows))
+            self.dataset = self.dataset_no_image = datasets.DatasetDict(
+                test=datasets.Dataset.from_list(rows)
+            )
 
     def make(gold, **config):
         return Drawings(
@@ -535,13 +645,19 @@ def make_task(pictures):
     return make
 
 
-def test_the_evaluator_scores_the_answers_of_the_model(speaker, make_task, model, processor, pictures):
+def test_the_evaluator_scores_the_answers_of_the_model(
+    speaker, make_task, model, processor, pictures
+):
     """`simple_evaluate` from the documents to the score: every other document's gold answer is the model's own."""
-    evaluator = pytest.importorskip("lmms_eval.evaluator", reason="lmms-eval's evaluator is not installed")
+    evaluator = pytest.importorskip(
+        "lmms_eval.evaluator", reason="lmms-eval's evaluator is not installed"
+    )
     answers = mammut.answer(model, processor, pictures, SHORT)
     gold = [answer if place % 2 else f"not {answer}" for place, answer in enumerate(answers)]
     task = make_task(gold, output_type="generate_until", metric_list=[{"metric": "exact_match"}])
-    scores = evaluator.simple_evaluate(speaker, tasks=[task], task_manager=object(), log_samples=False)["results"]
+    scores = evaluator.simple_evaluate(
+        speaker, tasks=[task], task_manager=object(), log_samples=False
+    )["results"]
     assert scores["drawings"]["exact_match,none"] == pytest.approx(5 / 11)
 
 
@@ -550,7 +666,11 @@ def test_multiple_choice_takes_the_likeliest_choice(speaker, make_task, model, p
 
     The evaluator between them (0.7.2 and 0.7.3) makes a str of every pair and fails for any model.
     """
-    config = {"output_type": "multiple_choice", "metric_list": [{"metric": "acc"}], "doc_to_choice": "choices"}
+    config = {
+        "output_type": "multiple_choice",
+        "metric_list": [{"metric": "acc"}],
+        "doc_to_choice": "choices",
+    }
     task = make_task([0] * 11, **config)
     task.set_config("num_fewshot", 0)
     task.build_all_requests()
@@ -567,7 +687,9 @@ def test_multiple_choice_takes_the_likeliest_choice(speaker, make_task, model, p
             ids = processor.tokenizer.encode(choice)
             tokens = np.zeros((1, 12), np.int32)
             tokens[0, : len(prompt + ids)] = prompt + ids
-            logits = logits_of(params, processor(images=[picture])["image"], tokens)[0, :, : processor.vocab_size]
+            logits = logits_of(params, processor(images=[picture])["image"], tokens)[
+                0, :, : processor.vocab_size
+            ]
             logprobs = np.asarray(jax.nn.log_softmax(logits))[len(prompt) - 1 :]
             scores.append(sum(logprobs[at, token] for at, token in enumerate(ids)))
         document = task.dataset["test"][place]

@@ -21,7 +21,12 @@ from mammut.models import losses
 from mammut.models.cached_decoder import cached_step, prefill
 from mammut.models.decoder import TextDecoder
 from mammut.testing import tiny_model, tiny_processor
-from mammut.weights.files.tensor_file import CheckpointError, TensorSpec, open_tensors, write_safetensors
+from mammut.weights.files.tensor_file import (
+    CheckpointError,
+    TensorSpec,
+    open_tensors,
+    write_safetensors,
+)
 from mammut.weights.formats.huggingface_config import decoder_config
 from mammut.weights.formats.huggingface_tables import table
 from mammut.weights.model_folder import open_model, read_model_config
@@ -29,34 +34,71 @@ from mammut.weights.opened import model_specs
 from mammut.weights.warm_start import start_config, warm_start
 
 torch = pytest.importorskip("torch", reason="the models to compare with are PyTorch's")
-transformers = pytest.importorskip("transformers", reason="the models to compare with are transformers'")
+transformers = pytest.importorskip(
+    "transformers", reason="the models to compare with are transformers'"
+)
 
 VOCAB, LENGTH = 101, 32
-NEOX = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 160}
+NEOX = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 160,
+}
 GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4}
-NEO = {"hidden_size": 64, "num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]}
+NEO = {
+    "hidden_size": 64,
+    "num_layers": 4,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 2]],
+}
 MODELS = {
     "gpt2": ("GPT2", GPT | {"n_inner": 160}),
     "gpt_neo": ("GPTNeo", NEO | {"window_size": 5}),
     "gptj": ("GPTJ", GPT | {"rotary_dim": 8}),  # of heads of 16
-    "gpt_neox": ("GPTNeoX", NEOX | {"rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 0.25}}),
-    "gpt_neox_serial": ("GPTNeoX", NEOX | {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "gpt_neox": (
+        "GPTNeoX",
+        NEOX | {"rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 0.25}},
+    ),
+    "gpt_neox_serial": (
+        "GPTNeoX",
+        NEOX | {"use_parallel_residual": False, "hidden_act": "gelu_new"},
+    ),
 }
 VARIANTS = [
-    ("GPT2", GPT | {"scale_attn_weights": False, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-2}),
-    ("GPTNeo", NEO | {"attention_types": [[["local", "global", "global", "local"], 1]], "window_size": 3}),
-    ("GPTJ", GPT | {"tie_word_embeddings": True, "activation_function": "quick_gelu", "rotary_dim": 16}),
-    ("GPTNeoX", NEOX | {"attention_bias": False, "tie_word_embeddings": True, "layer_norm_eps": 1e-2}),
+    (
+        "GPT2",
+        GPT
+        | {"scale_attn_weights": False, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-2},
+    ),
+    (
+        "GPTNeo",
+        NEO | {"attention_types": [[["local", "global", "global", "local"], 1]], "window_size": 3},
+    ),
+    (
+        "GPTJ",
+        GPT | {"tie_word_embeddings": True, "activation_function": "quick_gelu", "rotary_dim": 16},
+    ),
+    (
+        "GPTNeoX",
+        NEOX | {"attention_bias": False, "tie_word_embeddings": True, "layer_norm_eps": 1e-2},
+    ),
 ]
 TEXT = np.random.default_rng(0).integers(0, VOCAB, (3, 20)).astype(np.int32)
 PREFIX = np.random.default_rng(1).normal(size=(3, 12, 64)).astype(np.float32)
-START = np.pad(TEXT[:, :3], ((0, 0), (1, 0)))  # in the form of this library: the prefix stands in place of the start
+# in the form of this library: the prefix stands in place of the start
+START = np.pad(TEXT[:, :3], ((0, 0), (1, 0)))
 STEPS = 10
 
 
 def make(kind: str, settings: dict[str, Any], seed: int = 0):
     """A model of transformers with noise on every parameter: norms of 1 and biases of 0 would hide errors."""
-    shared = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": VOCAB, "max_position_embeddings": LENGTH}
+    shared = {
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": LENGTH,
+    }
     config = getattr(transformers, f"{kind}Config")(**shared | settings)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -75,7 +117,9 @@ class Pair(NamedTuple):
 
     def embedded(self, prefix: np.ndarray, text: np.ndarray) -> Any:
         """What transformers takes for a prefix and the text behind it."""
-        return torch.cat([torch.tensor(prefix), self.theirs.get_input_embeddings()(torch.tensor(text))], dim=1)
+        return torch.cat(
+            [torch.tensor(prefix), self.theirs.get_input_embeddings()(torch.tensor(text))], dim=1
+        )
 
 
 def save(model, folder: pathlib.Path, **options) -> pathlib.Path:
@@ -135,7 +179,9 @@ def test_logits_of_ids_are_those_of_transformers(pair):
 def test_logits_of_other_settings_are_those_of_transformers(kind, settings, tmp_path):
     theirs = make(kind, settings)
     ours, _ = mammut.load_language_model(save(theirs, tmp_path))
-    np.testing.assert_allclose(logits(ours, TEXT), theirs(torch.tensor(TEXT)).logits.numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        logits(ours, TEXT), theirs(torch.tensor(TEXT)).logits.numpy(), rtol=0, atol=1e-5
+    )
 
 
 def test_logits_behind_a_prefix_of_vectors_are_those_of_transformers(pair):
@@ -166,7 +212,9 @@ def test_cached_steps_behind_a_padded_prefix_are_those_of_transformers(pair):
         next_logits, cache = pair.step(TEXT[:, position - 1], jnp.asarray(position), cache)
         ours.append(next_logits)
     tokens = np.pad(TEXT[:, : len(ours) - 1], ((0, 0), (1, 0)))
-    whole = pair.ours.logits(pair.ours.caption_pass(tokens, everything(tokens), jnp.asarray(PREFIX), prefix_valid))
+    whole = pair.ours.logits(
+        pair.ours.caption_pass(tokens, everything(tokens), jnp.asarray(PREFIX), prefix_valid)
+    )
     np.testing.assert_allclose(np.stack(ours, axis=1), whole, rtol=0, atol=1e-5)
     for row, count in enumerate(pads):
         alone = pair.embedded(PREFIX[row : row + 1, count:], tokens[row : row + 1, 1:])
@@ -195,28 +243,48 @@ def test_greedy_text_behind_a_prefix_is_that_of_transformers_token_for_token(pai
 
 def test_loss_over_the_text_alone_is_that_of_transformers(pair):
     counted = np.random.default_rng(2).random(TEXT.shape) < 0.6
-    labels = np.concatenate([np.full(PREFIX.shape[:2], -100), np.where(counted, TEXT, -100)], axis=1)
-    theirs = pair.theirs(inputs_embeds=pair.embedded(PREFIX, TEXT), labels=torch.tensor(labels)).loss.item()
+    labels = np.concatenate(
+        [np.full(PREFIX.shape[:2], -100), np.where(counted, TEXT, -100)], axis=1
+    )
+    theirs = pair.theirs(
+        inputs_embeds=pair.embedded(PREFIX, TEXT), labels=torch.tensor(labels)
+    ).loss.item()
     tokens = np.pad(TEXT, ((0, 0), (1, 0)))
     features = pair.ours.caption_pass(tokens, everything(tokens), jnp.asarray(PREFIX))[:, :-1]
-    ours = losses.caption_loss(features, pair.ours.vocab_kernel, TEXT, counted, vocab_bias=pair.ours.vocab_bias)
+    ours = losses.caption_loss(
+        features, pair.ours.vocab_kernel, TEXT, counted, vocab_bias=pair.ours.vocab_bias
+    )
     assert float(ours.sum() / counted.sum()) == pytest.approx(theirs, abs=1e-6 * theirs)
 
 
 @pytest.mark.parametrize(
     "kind, settings, atol",
     [
-        ("GPTNeo", {"hidden_size": 1024, "num_layers": 2, "num_heads": 16, "intermediate_size": 2048}, 1e-3),
-        ("GPTJ", {"n_embd": 1024, "n_layer": 2, "n_head": 16, "n_inner": 2048, "rotary_dim": 32}, 1e-4),
+        (
+            "GPTNeo",
+            {"hidden_size": 1024, "num_layers": 2, "num_heads": 16, "intermediate_size": 2048},
+            1e-3,
+        ),
+        (
+            "GPTJ",
+            {"n_embd": 1024, "n_layer": 2, "n_head": 16, "n_inner": 2048, "rotary_dim": 32},
+            1e-4,
+        ),
     ],
 )
 def test_logits_of_a_wide_model_are_those_of_transformers(kind, settings, atol, tmp_path):
-    windows = {"attention_types": [[["global", "local"], 1]], "window_size": 6} if kind == "GPTNeo" else {}
+    windows = (
+        {"attention_types": [[["global", "local"], 1]], "window_size": 6}
+        if kind == "GPTNeo"
+        else {}
+    )
     theirs = make(kind, settings | windows)
     for parameter in theirs.parameters():  # noise of 0.1 in a thousand inputs saturates everything
         parameter.mul_(0.3 if parameter.ndim > 1 else 1)
     ours, _ = mammut.load_language_model(save(theirs, tmp_path))
-    np.testing.assert_allclose(logits(ours, TEXT), theirs(torch.tensor(TEXT)).logits.numpy(), rtol=0, atol=atol)
+    np.testing.assert_allclose(
+        logits(ours, TEXT), theirs(torch.tensor(TEXT)).logits.numpy(), rtol=0, atol=atol
+    )
 
 
 # --- files
@@ -228,13 +296,16 @@ def test_shards_and_a_pickle_hold_the_same_model(gpt2, tmp_path):
     assert len([*(tmp_path / "shards").glob("*.safetensors")]) > 2
     (tmp_path / "pickle").mkdir()
     shutil.copy(gpt2 / "config.json", tmp_path / "pickle")
-    torch.save(theirs.state_dict(), tmp_path / "pickle" / "pytorch_model.bin")  # with the head, which is the embedding
+    # with the head, which is the embedding
+    torch.save(theirs.state_dict(), tmp_path / "pickle" / "pytorch_model.bin")
     whole = open_model(gpt2)
     for name in ("shards", "pickle"):
         opened = open_model(tmp_path / name)
         assert opened.config == whole.config and opened.tensors.specs == whole.tensors.specs
         for path in whole.tensors.specs:
-            np.testing.assert_array_equal(opened.tensors.read(path), whole.tensors.read(path), err_msg=path)
+            np.testing.assert_array_equal(
+                opened.tensors.read(path), whole.tensors.read(path), err_msg=path
+            )
 
 
 @pytest.mark.parametrize(
@@ -259,10 +330,14 @@ def test_names_of_older_files_are_read(name, attention, tmp_path):
     if kind == "GPTNeoX":
         state["embed_out.weight"] = state.pop("lm_head.weight")
         state["layers.0.attention.rotary_emb.inv_freq"] = np.ones(2, np.float32)
-    torch.save({key: torch.tensor(value) for key, value in state.items()}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {key: torch.tensor(value) for key, value in state.items()}, tmp_path / "pytorch_model.bin"
+    )
     (tmp_path / "model.safetensors").unlink()
     ours, _ = mammut.load_language_model(tmp_path)
-    np.testing.assert_allclose(logits(ours, TEXT), theirs(torch.tensor(TEXT)).logits.numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        logits(ours, TEXT), theirs(torch.tensor(TEXT)).logits.numpy(), rtol=0, atol=1e-5
+    )
     assert any("masked_bias" in note for note in open_model(tmp_path).notes)
 
 
@@ -272,7 +347,9 @@ def test_weights_of_two_bytes_are_widened(dtype, tmp_path):
     theirs = transformers.GPTJForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ours, _ = mammut.load_language_model(tmp_path)
     assert ours.layers.mlp.up.kernel.dtype == jnp.float32
-    np.testing.assert_allclose(logits(ours, TEXT), theirs(torch.tensor(TEXT)).logits.numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        logits(ours, TEXT), theirs(torch.tensor(TEXT)).logits.numpy(), rtol=0, atol=1e-5
+    )
 
 
 def test_tables_give_back_the_tensors_that_they_read(pair):
@@ -289,7 +366,8 @@ def test_tables_give_back_the_tensors_that_they_read(pair):
 
 
 OF_TRANSFORMERS_4 = {
-    # As published beside the weights of pythia-70m, gpt-neo-125m (with fewer layers), gpt-j-6b and gpt2.
+    # As published beside the weights of pythia-70m, gpt-neo-125m (with fewer layers), gpt-j-6b and
+    # gpt2.
     "gpt_neox": {
         "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
         "hidden_size": 512, "initializer_range": 0.02, "intermediate_size": 2048, "layer_norm_eps": 1e-05,
@@ -334,7 +412,9 @@ def test_both_spellings_of_a_config_are_one_decoder(kind):
     """transformers 5 reads the older spelling itself, and writes its own."""
     old = OF_TRANSFORMERS_4[kind]
     new = transformers.AutoConfig.for_model(**old).to_dict()
-    assert kind != "gpt_neox" or ("rotary_pct" in old and "rope_parameters" in new and "rotary_pct" not in new)
+    assert kind != "gpt_neox" or (
+        "rotary_pct" in old and "rope_parameters" in new and "rotary_pct" not in new
+    )
     assert decoder_config(old, "old") == decoder_config(json.loads(json.dumps(new)), "new")
 
 
@@ -372,34 +452,77 @@ def test_what_a_config_leaves_out_is_as_in_transformers(kind):
     ],
 )
 def test_windows_are_cut_to_their_shortest_period(depth, kinds, windows):
-    values = {"model_type": "gpt_neo", "num_layers": depth, "attention_types": kinds, "window_size": 7}
+    values = {
+        "model_type": "gpt_neo",
+        "num_layers": depth,
+        "attention_types": kinds,
+        "window_size": 7,
+    }
     assert decoder_config(values, "config").local_windows == windows
 
 
 @pytest.mark.parametrize(
     "kind, changes, problem",
     [
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is true, expected false"),
+        (
+            "gpt2",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx is true, expected false",
+        ),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention is true, expected false"),
-        ("gpt2", {"activation_function": "relu"}, 'activation_function is "relu", expected "gelu_new" or'),
+        (
+            "gpt2",
+            {"activation_function": "relu"},
+            'activation_function is "relu", expected "gelu_new" or',
+        ),
         ("gpt2", {"n_head": 7}, "n_head is 7, expected a divisor of the width 768"),
         ("gpt2", {"hidden_size": 512}, "hidden_size is 512, expected 768, as n_embd"),
         ("gpt2", {"n_layer": "twelve"}, 'n_layer is "twelve", expected a whole number'),
-        ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config is an object, expected null"),
+        (
+            "gpt2",
+            {"quantization_config": {"bits": 4}},
+            "quantization_config is an object, expected null",
+        ),
         ("gpt2", {"extra_norm": True}, "extra_norm is not known"),
-        ("gpt_neo", {"attention_types": [[["global", "sliding"], 2]]}, "attention_types is a list, expected lists of"),
-        ("gpt_neo", {"num_layers": 6}, "attention_types is a list, expected one kind for each of the 6 layers"),
-        ("gpt_neo", {"attention_layers": ["local"] * 4}, "attention_layers is a list, expected what attention_types"),
+        (
+            "gpt_neo",
+            {"attention_types": [[["global", "sliding"], 2]]},
+            "attention_types is a list, expected lists of",
+        ),
+        (
+            "gpt_neo",
+            {"num_layers": 6},
+            "attention_types is a list, expected one kind for each of the 6 layers",
+        ),
+        (
+            "gpt_neo",
+            {"attention_layers": ["local"] * 4},
+            "attention_layers is a list, expected what attention_types",
+        ),
         ("gptj", {"rotary_dim": None}, "rotary_dim is null, expected a whole number"),
         ("gptj", {"rotary_dim": 63}, "rope_dims is 63, expected an even number"),
-        ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is an object, expected null"),
-        ("gpt_neox", {"rope_parameters": {"rope_type": "yarn"}}, 'rope_type is "yarn", expected "default"'),
-        ("gpt_neox", {"rope_parameters": {"rope_theta": 1e4}}, "rotary_emb_base is 20000, expected 10000.0"),
+        (
+            "gpt_neox",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling is an object, expected null",
+        ),
+        (
+            "gpt_neox",
+            {"rope_parameters": {"rope_type": "yarn"}},
+            'rope_type is "yarn", expected "default"',
+        ),
+        (
+            "gpt_neox",
+            {"rope_parameters": {"rope_theta": 1e4}},
+            "rotary_emb_base is 20000, expected 10000.0",
+        ),
         ("gpt_neox", {"rotary_pct": 0.01}, "rope_dims is 0, expected an even number"),
     ],
 )
 def test_a_setting_that_our_decoder_does_not_have_is_refused(kind, changes, problem):
-    with pytest.raises(CheckpointError, match="the file tells of a model that mammut does not have: ") as caught:
+    with pytest.raises(
+        CheckpointError, match="the file tells of a model that mammut does not have: "
+    ) as caught:
         decoder_config(OF_TRANSFORMERS_4[kind] | changes, "the file")
     assert problem in str(caught.value)
 
@@ -421,12 +544,20 @@ def tokenizer_folder(tmp_path_factory) -> pathlib.Path:
 
     folder = tmp_path_factory.mktemp("tokenizer")
     trained = ByteLevelBPETokenizer()
-    options = {"vocab_size": 317, "min_frequency": 1, "special_tokens": ["<|endoftext|>"], "show_progress": False}
+    options = {
+        "vocab_size": 317,
+        "min_frequency": 1,
+        "special_tokens": ["<|endoftext|>"],
+        "show_progress": False,
+    }
     trained.train_from_iterator(SENTENCES * 3, **options)
     (folder / "pair").mkdir()
     trained.save_model(str(folder / "pair"))
     vocab = json.loads((folder / "pair" / "vocab.json").read_text("utf-8"))
-    merges = [tuple(line.split()) for line in (folder / "pair" / "merges.txt").read_text("utf-8").splitlines()[1:]]
+    merges = [
+        tuple(line.split())
+        for line in (folder / "pair" / "merges.txt").read_text("utf-8").splitlines()[1:]
+    ]
     transformers.GPT2TokenizerFast(vocab=vocab, merges=merges).save_pretrained(folder / "one")
     return folder
 
@@ -441,7 +572,9 @@ def talking(tokenizer_folder, tmp_path_factory) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(tokenizer_folder / "one", folder, dirs_exist_ok=True))
 
 
-def language_model(folder: pathlib.Path, files: pathlib.Path, vocab_size: int = 320) -> pathlib.Path:
+def language_model(
+    folder: pathlib.Path, files: pathlib.Path, vocab_size: int = 320
+) -> pathlib.Path:
     save(make("GPT2", GPT | {"vocab_size": vocab_size}), folder)
     return pathlib.Path(shutil.copytree(files, folder, dirs_exist_ok=True))
 
@@ -450,7 +583,16 @@ def language_model(folder: pathlib.Path, files: pathlib.Path, vocab_size: int = 
 def test_ids_are_those_of_transformers(form, tokenizer_folder, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tokenizer_folder / "one")
     _, ours = mammut.load_language_model(language_model(tmp_path, tokenizer_folder / form))
-    for text in [*SENTENCES, "", " dog", "dog", "  two   spaces ", "Ünïcode ☃ 狗", "line\nbreak\ttab", "I'll DON'T"]:
+    for text in [
+        *SENTENCES,
+        "",
+        " dog",
+        "dog",
+        "  two   spaces ",
+        "Ünïcode ☃ 狗",
+        "line\nbreak\ttab",
+        "I'll DON'T",
+    ]:
         assert ours.encode(text) == theirs(text)["input_ids"], text
         assert ours.decode(ours.encode(text)) == text
     end = theirs.eos_token_id
@@ -459,10 +601,14 @@ def test_ids_are_those_of_transformers(form, tokenizer_folder, tmp_path):
 
 
 def test_a_vocabulary_of_two_files_is_saved_as_one(tokenizer_folder, tmp_path):
-    _, ours = mammut.load_language_model(language_model(tmp_path / "model", tokenizer_folder / "pair"))
+    _, ours = mammut.load_language_model(
+        language_model(tmp_path / "model", tokenizer_folder / "pair")
+    )
     (tmp_path / "saved").mkdir()
     again = restore_tokenizer(tmp_path / "saved", ours.save(tmp_path / "saved"))
-    assert (tmp_path / "saved" / "tokenizer.json").exists() and not (tmp_path / "saved" / "vocab.json").exists()
+    assert (tmp_path / "saved" / "tokenizer.json").exists() and not (
+        tmp_path / "saved" / "vocab.json"
+    ).exists()
     assert [again.encode(text) for text in SENTENCES] == [ours.encode(text) for text in SENTENCES]
 
 
@@ -482,7 +628,11 @@ def test_a_text_behind_a_prompt_is_encoded_as_in_one_sentence(tokenizer_folder, 
     pairs = [("Q: is it? A:", "yes"), ("Q: is it? A: ", "yes"), ("", "a dog")]
     tokens, valid, target = processor.encode_pairs(pairs)
     for row, sentence in enumerate(["Q: is it? A: yes", "Q: is it? A: yes", "a dog"]):
-        assert tokens[row, valid[row]].tolist() == [tokenizer.bos_id, *tokenizer.encode(sentence), tokenizer.eos_id]
+        assert tokens[row, valid[row]].tolist() == [
+            tokenizer.bos_id,
+            *tokenizer.encode(sentence),
+            tokenizer.eos_id,
+        ]
     assert tokenizer.decode(tokens[0, target[0]].tolist()) == " yes"
     assert tokenizer.decode(tokens[2, target[2]].tolist()) == "a dog"
     assert processor.encode_prompt("A: ") == processor.encode_prompt("A:") == tokenizer.encode("A:")
@@ -501,7 +651,9 @@ def test_a_vocabulary_that_adds_spaces_itself_is_left_alone():
 def test_a_model_without_tokenizer_says_which_files_it_wants(gpt2):
     _, tokenizer = mammut.load_language_model(gpt2)
     assert isinstance(tokenizer, MissingTokenizer) and tokenizer.eos_id == 0
-    with pytest.raises(ValueError, match="put its tokenizer.json, or its vocab.json and merges.txt, into "):
+    with pytest.raises(
+        ValueError, match="put its tokenizer.json, or its vocab.json and merges.txt, into "
+    ):
         tokenizer.encode("a dog")
 
 
@@ -510,7 +662,9 @@ def test_a_model_without_tokenizer_says_which_files_it_wants(gpt2):
 
 def prefix_model(folder: pathlib.Path, **text) -> ModelConfig:
     config = ModelConfig(
-        vision=VisionConfig(image_size=16, patch_size=8, width=32, depth=1, num_heads=2, mlp_dim=64),
+        vision=VisionConfig(
+            image_size=16, patch_size=8, width=32, depth=1, num_heads=2, mlp_dim=64
+        ),
         text=dataclasses.replace(read_model_config(folder).text, **text),
         conditioning="prefix",
         image_projection="decoder",
@@ -526,7 +680,8 @@ def test_a_run_starts_from_a_language_model(talking):
     assert {row.what for row in warm.rows if row.path.startswith("text.")} == {"loaded"}
     assert all(path.split(".")[0] != "text" for path in warm.random)
     np.testing.assert_array_equal(
-        warm.read("text.vocab_head.kernel"), open_tensors(talking / "model.safetensors").read("lm_head.weight").T
+        warm.read("text.vocab_head.kernel"),
+        open_tensors(talking / "model.safetensors").read("lm_head.weight").T,
     )
 
 
@@ -551,12 +706,17 @@ def test_ids_of_a_padded_vocabulary_are_never_generated(talking):
     assert logits(model.text, TEXT).argmax(-1).min() >= tokenizer.vocab_size
     processor = Processor(tokenizer, ImageTransform(16), config.text_length)
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
-    found = mammut.generate_text(model, processor, images, ["A:"] * 2, mammut.GenerateConfig(max_new_tokens=4))
+    found = mammut.generate_text(
+        model, processor, images, ["A:"] * 2, mammut.GenerateConfig(max_new_tokens=4)
+    )
     assert [len(text.token_logprobs) for text in found] == [4, 4]
 
 
 def test_loading_it_as_a_whole_model_says_what_it_is(gpt2):
-    with pytest.raises(CheckpointError, match="holds text alone, expected a whole model: mammut.load_language_model"):
+    with pytest.raises(
+        CheckpointError,
+        match="holds text alone, expected a whole model: mammut.load_language_model",
+    ):
         mammut.load(gpt2)
 
 
@@ -573,7 +733,9 @@ def changed(folder: pathlib.Path, target: pathlib.Path, **config) -> pathlib.Pat
 
 @pytest.mark.parametrize("kind", ["llama", 7, None])
 def test_a_model_of_another_type_is_refused(kind, gpt2, tmp_path):
-    with pytest.raises(CheckpointError, match="has model_type .*, expected one of gpt2, gpt_neo, gptj, gpt_neox$"):
+    with pytest.raises(
+        CheckpointError, match="has model_type .*, expected one of gpt2, gpt_neo, gptj, gpt_neox$"
+    ):
         open_model(changed(gpt2, tmp_path, model_type=kind))
 
 
@@ -589,7 +751,9 @@ def test_weights_that_do_not_fit_are_named_all_at_once(gpt2, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         open_model(folder)
     assert "transformer.h.1.ln_2.bias is missing" in str(caught.value)
-    assert "transformer.h.0.attn.c_attn.weight is [192, 64], expected [64, 192]" in str(caught.value)
+    assert "transformer.h.0.attn.c_attn.weight is [192, 64], expected [64, 192]" in str(
+        caught.value
+    )
     assert "transformer.h.0.adapter.weight is not a tensor of this model" in str(caught.value)
 
 
@@ -598,13 +762,18 @@ def test_a_missing_shard_is_named(gpt2, tmp_path):
     save(theirs, tmp_path, max_shard_size="50KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(CheckpointError, match=f"names the shard '{shard.name}', which cannot be found"):
+    with pytest.raises(
+        CheckpointError, match=f"names the shard '{shard.name}', which cannot be found"
+    ):
         open_model(tmp_path)
 
 
 def test_a_folder_without_weights_says_which_files_were_expected(gpt2, tmp_path):
     shutil.copy(gpt2 / "config.json", tmp_path)
-    with pytest.raises(CheckpointError, match="no weights, expected one of model.safetensors.index.json, model.safet"):
+    with pytest.raises(
+        CheckpointError,
+        match="no weights, expected one of model.safetensors.index.json, model.safet",
+    ):
         open_model(tmp_path)
 
 
@@ -612,14 +781,20 @@ def test_a_head_that_should_be_the_embedding_and_is_not_is_refused(gpt2, tmp_pat
     folder = changed(gpt2, tmp_path)
     (folder / "model.safetensors").unlink()
     state = transformers.GPT2LMHeadModel.from_pretrained(gpt2).state_dict()
-    torch.save(state | {"lm_head.weight": state["lm_head.weight"] + 1}, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="differ, which tie_word_embeddings in config.json makes one"):
+    torch.save(
+        state | {"lm_head.weight": state["lm_head.weight"] + 1}, folder / "pytorch_model.bin"
+    )
+    with pytest.raises(
+        CheckpointError, match="differ, which tie_word_embeddings in config.json makes one"
+    ):
         mammut.load_language_model(folder)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer_folder, tmp_path):
     folder = language_model(tmp_path, tokenizer_folder / "one", vocab_size=300)
-    with pytest.raises(CheckpointError, match="the tokenizer has 317 ids, too many for a vocab_size of 300"):
+    with pytest.raises(
+        CheckpointError, match="the tokenizer has 317 ids, too many for a vocab_size of 300"
+    ):
         open_model(folder)
 
 

@@ -20,7 +20,12 @@ from mammut.convert import convert
 from mammut.data.images import ImageTransform
 from mammut.data.tokenizer import MissingTokenizer
 from mammut.models.flops import num_params
-from mammut.weights.files.tensor_file import CheckpointError, TensorSpec, open_tensors, write_safetensors
+from mammut.weights.files.tensor_file import (
+    CheckpointError,
+    TensorSpec,
+    open_tensors,
+    write_safetensors,
+)
 from mammut.weights.formats.magma import open_magma
 from mammut.weights.model_folder import open_model, place
 from mammut.weights.opened import LazyTensors, model_specs
@@ -35,7 +40,12 @@ VOCAB, WIDTH, PREFIX = 61, 32, 49
 V1 = {"mlp": ("normal", 4, False)}
 V2 = {"mlp": ("normal", 8, False), "attn": ("normal", 8, False)}
 PARALLEL = {"mlp": ("scaled_parallel", 4, True), "attn": ("parallel", 6, False)}
-ADAPTERS = {"v2": V2, "behind attention, with a norm": {"attn": ("normal", 2, True)}, "parallel": PARALLEL, "none": {}}
+ADAPTERS = {
+    "v2": V2,
+    "behind attention, with a norm": {"attn": ("normal", 2, True)},
+    "parallel": PARALLEL,
+    "none": {},
+}
 
 
 class Adapter(nn.Module):
@@ -43,7 +53,11 @@ class Adapter(nn.Module):
 
     def __init__(self, width: int, reduction: int, norm: bool, scaled: bool = False, **around: Any):
         super().__init__()
-        maps = [nn.Linear(width, width // reduction), nn.ReLU(), nn.Linear(width // reduction, width)]
+        maps = [
+            nn.Linear(width, width // reduction),
+            nn.ReLU(),
+            nn.Linear(width // reduction, width),
+        ]
         self.adapter = nn.Sequential(*([nn.LayerNorm(width)] if norm else []), *maps)
         for name, module in around.items():
             setattr(self, name, module)
@@ -56,7 +70,9 @@ class Adapter(nn.Module):
         return y + self.adapter(y)
 
 
-def adapted(module: nn.Module, site: str, width: int, kind: str, reduction: int, norm: bool) -> nn.Module:
+def adapted(
+    module: nn.Module, site: str, width: int, kind: str, reduction: int, norm: bool
+) -> nn.Module:
     if kind != "normal":
         return Adapter(width, reduction, norm, kind == "scaled_parallel", module=module)
     if site == "attn":
@@ -76,14 +92,23 @@ class SelfAttention(nn.Module):
     def rotated(self, x):
         """Pairs of numbers as complex ones, turned by their position times a frequency."""
         place = torch.arange(x.shape[1], dtype=torch.float64)
-        angle = place[:, None] * 10_000 ** (-torch.arange(0, self.turned, 2, dtype=torch.float64) / self.turned)
+        angle = place[:, None] * 10_000 ** (
+            -torch.arange(0, self.turned, 2, dtype=torch.float64) / self.turned
+        )
         pairs = torch.view_as_complex(x[..., : self.turned].double().unflatten(-1, (-1, 2)))
-        turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)[:, None]).flatten(-2)
+        turned = torch.view_as_real(
+            pairs * torch.polar(torch.ones_like(angle), angle)[:, None]
+        ).flatten(-2)
         return torch.cat([turned.to(x.dtype), x[..., self.turned :]], -1)
 
     def forward(self, x):
-        query, key, value = (m(x).unflatten(-1, (self.heads, -1)) for m in (self.q_proj, self.k_proj, self.v_proj))
-        scores = torch.einsum("blnk,bsnk->bnls", self.rotated(query), self.rotated(key)) / query.shape[-1] ** 0.5
+        query, key, value = (
+            m(x).unflatten(-1, (self.heads, -1)) for m in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        scores = (
+            torch.einsum("blnk,bsnk->bnls", self.rotated(query), self.rotated(key))
+            / query.shape[-1] ** 0.5
+        )
         scores = scores.masked_fill(~self.bias[..., : x.shape[1], : x.shape[1]], -torch.inf)
         return self.out_proj(torch.einsum("bnls,bsnk->blnk", scores.softmax(-1), value).flatten(-2))
 
@@ -130,7 +155,9 @@ class Magma(nn.Module):
         self.lm = nn.Module()
         self.lm.transformer = nn.Module()
         self.lm.transformer.wte = nn.Embedding(vocab, width)
-        self.lm.transformer.h = nn.ModuleList(Block(width, heads, turned, inner, adapters) for _ in range(depth))
+        self.lm.transformer.h = nn.ModuleList(
+            Block(width, heads, turned, inner, adapters) for _ in range(depth)
+        )
         self.lm.transformer.ln_f = nn.LayerNorm(width)
         self.lm.lm_head = nn.Linear(width, vocab)
         self.word_embedding, self.transformer = self.lm.transformer.wte, self.lm.transformer.h
@@ -165,15 +192,27 @@ def make(adapters: dict[str, tuple], **sizes: Any) -> Magma:
 
 def deepspeed(model: nn.Module, path: Any) -> Any:
     """Saves it with what DeepSpeed saves beside."""
-    shapes = collections.OrderedDict((name, value.shape) for name, value in model.named_parameters())
-    beside = {"optimizer": None, "lr_scheduler": {"last_batch_iteration": 3}, "csr_tensor_module_names": set("a")}
-    beside |= {"skipped_steps": 0, "param_shapes": [shapes], "config": {"encoder_name": "clip_resnet_large"}}
+    shapes = collections.OrderedDict(
+        (name, value.shape) for name, value in model.named_parameters()
+    )
+    beside = {
+        "optimizer": None,
+        "lr_scheduler": {"last_batch_iteration": 3},
+        "csr_tensor_module_names": set("a"),
+    }
+    beside |= {
+        "skipped_steps": 0,
+        "param_shapes": [shapes],
+        "config": {"encoder_name": "clip_resnet_large"},
+    }
     torch.save({"module": model.state_dict(), **beside}, path)
     return path
 
 
 def opened(model: nn.Module, tmp_path: Any, **sizes: int) -> Any:
-    return open_magma(open_tensors(deepspeed(model, tmp_path / "x.pt")), tmp_path, "x.pt", **TINY | sizes)
+    return open_magma(
+        open_tensors(deepspeed(model, tmp_path / "x.pt")), tmp_path, "x.pt", **TINY | sizes
+    )
 
 
 IMAGE = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(np.float32)  # normalised
@@ -208,7 +247,12 @@ def test_logits_are_those_of_the_original(adapters, tmp_path):
 def test_the_config_is_told_by_the_shapes(tmp_path):
     found = opened(make(PARALLEL), tmp_path).config
     assert found.vision == TOWER
-    assert (found.text.width, found.text.depth, found.text.mlp_dim, found.text.vocab_size) == (32, 2, 48, VOCAB)
+    assert (found.text.width, found.text.depth, found.text.mlp_dim, found.text.vocab_size) == (
+        32,
+        2,
+        48,
+        VOCAB,
+    )
     assert found.adapters == (
         AdapterConfig(kind="scaled_parallel", reduction=4, norm=True, sites=("text.layers.mlp",)),
         AdapterConfig(kind="parallel", reduction=6, sites=("text.layers.attn",)),
@@ -236,7 +280,10 @@ def test_a_file_is_loaded_and_converted_and_stays_the_same(half, tmp_path):
     mammut.save(tmp_path / "saved", model, processor)
     for folder in ("converted", "saved"):
         again, restored = mammut.load(tmp_path / folder)
-        assert again.config == model.config and restored.max_length == processor.max_length == 2048 - PREFIX + 1
+        assert (
+            again.config == model.config
+            and restored.max_length == processor.max_length == 2048 - PREFIX + 1
+        )
         np.testing.assert_array_equal(ours(again), found)
 
 
@@ -251,8 +298,13 @@ def test_a_bare_state_dict_and_safetensors_hold_the_same_model(half, tmp_path):
     for name in ("bare.pt", "x.safetensors"):
         found = open_model(tmp_path / name)
         assert found.config == expected.config
-        for parameter in ("text.token_embed.embedding", "adapters.default.text/layers/mlp.up.kernel"):
-            np.testing.assert_array_equal(found.tensors.read(parameter), expected.tensors.read(parameter))
+        for parameter in (
+            "text.token_embed.embedding",
+            "adapters.default.text/layers/mlp.up.kernel",
+        ):
+            np.testing.assert_array_equal(
+                found.tensors.read(parameter), expected.tensors.read(parameter)
+            )
 
 
 def published(
@@ -261,11 +313,23 @@ def published(
     """Names and shapes of a file of the published size; there are no numbers."""
     original_package()
     with torch.device("meta"):
-        tower = sys.modules["open_clip.modified_resnet"].ModifiedResNet(list(stages), 16, 4, 64, width)
+        tower = sys.modules["open_clip.modified_resnet"].ModifiedResNet(
+            list(stages), 16, 4, 64, width
+        )
         tower.attnpool = nn.Identity()
-        sizes = {"vocab": 50_258, "width": 4096, "depth": depth, "heads": 16, "turned": 64, "inner": 16_384}
+        sizes = {
+            "vocab": 50_258,
+            "width": 4096,
+            "depth": depth,
+            "heads": 16,
+            "turned": 64,
+            "inner": 16_384,
+        }
         model = Magma(tower, 32 * width, adapters, **sizes)
-    return {name: TensorSpec(tuple(value.shape), np.dtype("float16")) for name, value in model.state_dict().items()}
+    return {
+        name: TensorSpec(tuple(value.shape), np.dtype("float16"))
+        for name, value in model.state_dict().items()
+    }
 
 
 def no_numbers(name: str) -> np.ndarray:
@@ -279,22 +343,36 @@ def test_a_file_of_the_published_size_is_opened_by_its_header_alone(tmp_path):
     counts = num_params(found.config)
     assert counts["adapters"] == 28 * (2 * 4096 * 1024 + 4096 + 1024)
     computed = "attention.masked_bias", "attention.bias", "num_batches_tracked"
-    learned = [name for name in specs if name.startswith(("lm.", "image_prefix.")) and not name.endswith(computed)]
-    assert counts["total"] == sum(math.prod(specs[name].shape) for name in learned) + 2  # scalars of another loss
+    learned = [
+        name
+        for name in specs
+        if name.startswith(("lm.", "image_prefix.")) and not name.endswith(computed)
+    ]
+    # scalars of another loss
+    assert counts["total"] == sum(math.prod(specs[name].shape) for name in learned) + 2
     assert set(found.tensors.specs) == set(model_specs(found.config))
 
 
-@pytest.mark.parametrize(("adapters", "preset"), [(V1, presets.magma_v1()), (V2, presets.magma_v2())], ids=["v1", "v2"])
+@pytest.mark.parametrize(
+    ("adapters", "preset"), [(V1, presets.magma_v1()), (V2, presets.magma_v2())], ids=["v1", "v2"]
+)
 def test_a_file_of_the_published_size_has_the_config_of_the_preset(adapters, preset, tmp_path):
     """But for the vocabulary, which MAGMA cuts to that of GPT-2 and the image, and for types and remat."""
     text = dataclasses.replace(preset.text, vocab_size=50_258, param_dtype=None)
     expected = dataclasses.replace(preset, text=text, dtype="float32", remat="none")
-    assert open_magma(LazyTensors(published(adapters), no_numbers), tmp_path, "x.pt").config == expected
+    assert (
+        open_magma(LazyTensors(published(adapters), no_numbers), tmp_path, "x.pt").config
+        == expected
+    )
 
 
-@pytest.mark.parametrize(("width", "stages", "size"), [(80, (4, 6, 10, 6), 288), (64, (3, 4, 6, 3), 224)])
+@pytest.mark.parametrize(
+    ("width", "stages", "size"), [(80, (4, 6, 10, 6), 288), (64, (3, 4, 6, 3), 224)]
+)
 def test_the_tower_tells_the_image_size(width, stages, size, tmp_path):
-    found = open_magma(LazyTensors(published(V1, width, stages, depth=1), no_numbers), tmp_path, "x.pt")
+    found = open_magma(
+        LazyTensors(published(V1, width, stages, depth=1), no_numbers), tmp_path, "x.pt"
+    )
     assert found.config.vision == ResNetConfig(stem_width=width, stages=stages, image_size=size)
     assert found.processor.image == ImageTransform(size, mode="shortest", interpolation="bicubic")
 
@@ -315,22 +393,42 @@ def test_a_tokenizer_beside_the_file_is_taken(tmp_path):
     pipeline.save(str(tmp_path / "tokenizer.json"))
     processor = opened(make(V1), tmp_path).processor
     tokens, valid = processor.encode_text(["ab b"])
-    assert tokens[0, valid[0]].tolist() == [4, 2, 3, 1, 4] and processor.decode(tokens[:, 1:]) == ["ab b"]
+    assert tokens[0, valid[0]].tolist() == [4, 2, 3, 1, 4] and processor.decode(tokens[:, 1:]) == [
+        "ab b"
+    ]
 
 
 WTE = "lm.transformer.wte.weight"
 QUERY = "lm.transformer.h.1.attn.attention.q_proj.weight"
 BAD = {
     "missing": ({QUERY: None}, f"{QUERY} is missing"),
-    "unknown": ({"lm.transformer.h.0.ln_2.weight": (32,)}, "h.0.ln_2.weight is not a tensor of this model"),
+    "unknown": (
+        {"lm.transformer.h.0.ln_2.weight": (32,)},
+        "h.0.ln_2.weight is not a tensor of this model",
+    ),
     "misshapen": ({QUERY: (16, 32)}, rf"{QUERY} is \[16, 32\], expected \[32, 32\]"),
-    "second name of another shape": ({"word_embedding.weight": (9, 9)}, "word_embedding.weight is not a tensor"),
+    "second name of another shape": (
+        {"word_embedding.weight": (9, 9)},
+        "word_embedding.weight is not a tensor",
+    ),
     "no embedding": ({WTE: None}, f"has no {WTE}, which tells a size"),
     "no matrix": ({WTE: (32,)}, rf"{WTE} is \[32\], expected 2 axes"),
-    "empty": ({"lm.transformer.h.0.mlp.1.adapter.0.weight": (0, 32)}, "expected 2 axes, none empty"),
-    "wide adapter": ({"lm.transformer.h.0.mlp.1.adapter.0.weight": (64, 32)}, "AdapterConfig.reduction is 0"),
-    "adapter that is too few": ({"lm.transformer.h.1.mlp.1.adapter.2.bias": None}, "adapter.2.bias is missing"),
-    "other tower": ({"image_prefix.enc.conv3.weight": None}, "has no image_prefix.enc.conv3.weight"),
+    "empty": (
+        {"lm.transformer.h.0.mlp.1.adapter.0.weight": (0, 32)},
+        "expected 2 axes, none empty",
+    ),
+    "wide adapter": (
+        {"lm.transformer.h.0.mlp.1.adapter.0.weight": (64, 32)},
+        "AdapterConfig.reduction is 0",
+    ),
+    "adapter that is too few": (
+        {"lm.transformer.h.1.mlp.1.adapter.2.bias": None},
+        "adapter.2.bias is missing",
+    ),
+    "other tower": (
+        {"image_prefix.enc.conv3.weight": None},
+        "has no image_prefix.enc.conv3.weight",
+    ),
     "other heads": ({WTE: (VOCAB, 30)}, "width 30 is not a multiple of num_heads 4"),
 }
 
@@ -338,8 +436,12 @@ BAD = {
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
 def test_a_file_that_does_not_fit_is_reported(change, message, tmp_path):
     theirs = open_tensors(deepspeed(make(V1), tmp_path / "x.pt"))
-    changed = {name: shape and TensorSpec(shape, np.dtype("float32")) for name, shape in change.items()}
-    specs = {name: spec for name, spec in (dict(theirs.specs) | changed).items() if spec is not None}
+    changed = {
+        name: shape and TensorSpec(shape, np.dtype("float32")) for name, shape in change.items()
+    }
+    specs = {
+        name: spec for name, spec in (dict(theirs.specs) | changed).items() if spec is not None
+    }
     with pytest.raises(CheckpointError, match=message):
         open_magma(LazyTensors(specs, theirs.read), tmp_path, "x.pt", **TINY)
 
@@ -358,4 +460,8 @@ def test_a_second_name_with_other_numbers_is_found_when_it_is_read(tmp_path):
 
 def test_what_is_left_out_has_its_reason(tmp_path):
     notes = "; ".join(opened(make(V1), tmp_path).notes)
-    assert "a second name of a tensor that is used" in notes and "a causal mask" in notes and "logit_scale" in notes
+    assert (
+        "a second name of a tensor that is used" in notes
+        and "a causal mask" in notes
+        and "logit_scale" in notes
+    )

@@ -24,7 +24,8 @@ from mammut.models.losses import (
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-# Worked by hand: rows are images, columns texts. softplus(-3 -2 -1 0 1) = .048587 .126928 .313262 .693147 1.313262
+# Worked by hand: rows are images, columns texts. softplus(-3 -2 -1 0 1) = .048587 .126928 .313262
+# .693147 1.313262
 HAND = jnp.array([[2.0, 0.0], [1.0, 3.0]])
 
 
@@ -50,7 +51,8 @@ def test_sigmoid_loss_by_hand():
 
 
 def test_focal_loss_by_hand():
-    # 1 - p of the four pairs: sigmoid(-2) = .119203, sigmoid(0) = .5, sigmoid(1) = .731059, sigmoid(-3) = .047426.
+    # 1 - p of the four pairs: sigmoid(-2) = .119203, sigmoid(0) = .5, sigmoid(1) = .731059,
+    # sigmoid(-3) = .047426.
     matched = [0.119203 * 0.126928, 0.047426 * 0.048587]
     others = [0.5 * 0.693147, 0.731059 * 1.313262]
     np.testing.assert_allclose(focal_contrastive(HAND), np.add(matched, others), atol=2e-6)
@@ -62,8 +64,12 @@ def test_softmax_loss_equals_a_loop():
     logits = logits_of()
     expected = []
     for i in range(len(logits)):
-        to_text = -np.log(np.exp(logits[i, i]) / sum(np.exp(logits[i, j]) for j in range(len(logits))))
-        to_image = -np.log(np.exp(logits[i, i]) / sum(np.exp(logits[j, i]) for j in range(len(logits))))
+        to_text = -np.log(
+            np.exp(logits[i, i]) / sum(np.exp(logits[i, j]) for j in range(len(logits)))
+        )
+        to_image = -np.log(
+            np.exp(logits[i, i]) / sum(np.exp(logits[j, i]) for j in range(len(logits)))
+        )
         expected.append((to_text + to_image) / 2)
     np.testing.assert_allclose(softmax_contrastive(jnp.float32(logits)), expected, rtol=1e-5)
 
@@ -79,7 +85,9 @@ def test_focal_loss_equals_a_loop(gamma, alpha, normalization):
             expected[i] -= 2 * (alpha if i == j else 1 - alpha) * (1 - p) ** gamma * np.log(p)
     if normalization == "pairs":
         expected /= len(logits)
-    losses = focal_contrastive(jnp.float32(logits), gamma=gamma, alpha=alpha, normalization=normalization)
+    losses = focal_contrastive(
+        jnp.float32(logits), gamma=gamma, alpha=alpha, normalization=normalization
+    )
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
@@ -93,7 +101,9 @@ def test_the_mean_is_the_papers_sum_over_pairs_divided_by_the_batch():
     logits = logits_of()
     p = np.where(np.eye(6), sigmoid(logits), 1 - sigmoid(logits))
     pairs = -(1 - p) * np.log(p)
-    np.testing.assert_allclose(focal_contrastive(jnp.float32(logits)).mean(), pairs.sum() / 6, rtol=1e-5)
+    np.testing.assert_allclose(
+        focal_contrastive(jnp.float32(logits)).mean(), pairs.sum() / 6, rtol=1e-5
+    )
     losses = focal_contrastive(jnp.float32(logits), normalization="pairs")
     np.testing.assert_allclose(losses.mean(), pairs.sum() / 36, rtol=1e-5)
 
@@ -104,7 +114,9 @@ def test_at_temperature_1_an_undecided_pair_costs_half_of_log_2(batch):
     nothing = jnp.zeros((batch, 8))
     logits = contrastive_logits(nothing, nothing, jnp.log(1.0))
     np.testing.assert_allclose(focal_contrastive(logits), batch * np.log(2) / 2, rtol=1e-6)
-    np.testing.assert_allclose(focal_contrastive(logits, normalization="pairs"), np.log(2) / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        focal_contrastive(logits, normalization="pairs"), np.log(2) / 2, rtol=1e-6
+    )
     assert 16_384 * np.log(2) / 2 == pytest.approx(5_678, abs=1)
 
 
@@ -115,7 +127,9 @@ def test_a_batch_that_knows_nothing_costs_log_b_by_softmax():
 def test_logits_are_scaled_cosines_of_images_with_texts_plus_the_bias():
     rng = np.random.default_rng(0)
     image, text = rng.normal(size=(5, 4)), rng.normal(size=(5, 4))
-    logits = contrastive_logits(jnp.float32(image), jnp.float32(text), jnp.log(jnp.float32(7.0)), -3.0)
+    logits = contrastive_logits(
+        jnp.float32(image), jnp.float32(text), jnp.log(jnp.float32(7.0)), -3.0
+    )
     expected = np.array([[7 * (i @ t) - 3 for t in text] for i in image])
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -137,7 +151,9 @@ def test_the_losses_are_float32_for_embeddings_in_bfloat16(loss):
     losses = loss(contrastive_logits(embed, embed, jnp.float32(1.0)))
     assert losses.dtype == jnp.float32 and losses.shape == (8,)
     exact = embed.astype(jnp.float32)
-    np.testing.assert_allclose(losses, loss(contrastive_logits(exact, exact, jnp.float32(1.0))), rtol=1e-6)
+    np.testing.assert_allclose(
+        losses, loss(contrastive_logits(exact, exact, jnp.float32(1.0))), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("loss", [softmax_contrastive, sigmoid_contrastive, focal_contrastive])
@@ -150,13 +166,19 @@ def test_a_batch_on_eight_devices_has_the_negatives_and_the_gradients_of_one(los
         return loss(contrastive_logits(image, text, log_scale, bias)).mean()
 
     def run(image, text):
-        return jax.jit(jax.value_and_grad(mean, argnums=(0, 1, 2, 3)))(image, text, jnp.float32(2.0), jnp.float32(-1.0))
+        return jax.jit(jax.value_and_grad(mean, argnums=(0, 1, 2, 3)))(
+            image, text, jnp.float32(2.0), jnp.float32(-1.0)
+        )
 
     single = run(*embeds)
     sharding = NamedSharding(make_mesh(MeshConfig(data=8)), PartitionSpec("data"))
     placed = [jax.device_put(x, sharding) for x in embeds]
-    assert len(placed[0].addressable_shards) == 8 and placed[0].addressable_shards[0].data.shape == (2, 8)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), single, run(*placed))
+    assert len(placed[0].addressable_shards) == 8 and placed[0].addressable_shards[
+        0
+    ].data.shape == (2, 8)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), single, run(*placed)
+    )
     alone = mean(embeds[0][:2], embeds[1][:2], jnp.float32(2.0), jnp.float32(-1.0))
     assert abs(alone - single[0]) > 0.1  # what a device would say of its own two pairs
 
@@ -189,7 +211,9 @@ def caption_by_loop(features, vocab_kernel, labels, loss_mask, label_smoothing, 
     return losses
 
 
-@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.3), (0.2, 0.05)])
+@pytest.mark.parametrize(
+    ("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.3), (0.2, 0.05)]
+)
 def test_caption_loss_equals_a_loop(caption, label_smoothing, z_loss):
     losses = caption_loss(**caption, label_smoothing=label_smoothing, z_loss=z_loss)
     expected = caption_by_loop(**caption, label_smoothing=label_smoothing, z_loss=z_loss)
@@ -202,7 +226,8 @@ def test_caption_loss_by_hand():
     labels, mask = jnp.array([[0, 1, 1]]), jnp.array([[True, True, False]])
     losses = caption_loss(features, kernel, labels, mask)
     np.testing.assert_allclose(losses, [[1.386294, 0.287682, 0]], atol=1e-6)  # log 4, log 4/3
-    smooth = caption_loss(features, kernel, labels, mask, label_smoothing=0.5)  # targets 3/4, 1/4 and the reverse
+    # targets 3/4, 1/4 and the reverse
+    smooth = caption_loss(features, kernel, labels, mask, label_smoothing=0.5)
     expected = [[0.75 * 1.386294 + 0.25 * 0.287682, 0.25 * 1.386294 + 0.75 * 0.287682, 0]]
     np.testing.assert_allclose(smooth, expected, atol=1e-6)
     squared = caption_loss(features, kernel, labels, mask, z_loss=0.1)  # Z = 4
@@ -215,14 +240,22 @@ def test_chunks_change_neither_the_caption_loss_nor_its_gradient(caption, chunk)
 
     def loss(features, kernel, chunk):
         losses = caption_loss(
-            features, kernel, caption["labels"], caption["loss_mask"], label_smoothing=0.1, z_loss=0.1, chunk=chunk
+            features,
+            kernel,
+            caption["labels"],
+            caption["loss_mask"],
+            label_smoothing=0.1,
+            z_loss=0.1,
+            chunk=chunk,
         )
         return (losses * np.arange(1, LENGTH + 1)).sum(), losses
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
     whole = run(caption["features"], caption["vocab_kernel"], LENGTH)
     chunked = run(caption["features"], caption["vocab_kernel"], chunk)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole, chunked)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole, chunked
+    )
 
 
 @pytest.mark.parametrize("chunk", [4, LENGTH])
@@ -230,12 +263,16 @@ def test_a_masked_token_costs_exactly_nothing_and_has_no_gradient(caption, chunk
     mask = caption["loss_mask"]
 
     def loss(features):
-        losses = caption_loss(**{**caption, "features": features}, label_smoothing=0.1, z_loss=0.1, chunk=chunk)
+        losses = caption_loss(
+            **{**caption, "features": features}, label_smoothing=0.1, z_loss=0.1, chunk=chunk
+        )
         return losses.sum(), losses
 
     (_, losses), grad = jax.value_and_grad(loss, has_aux=True)(caption["features"])
     assert (np.asarray(losses)[~mask] == 0).all() and (np.asarray(losses)[mask] > 0).all()
-    assert (np.asarray(grad)[~mask] == 0).all() and (np.abs(np.asarray(grad)[mask]).max(-1) > 0).all()
+    assert (np.asarray(grad)[~mask] == 0).all() and (
+        np.abs(np.asarray(grad)[mask]).max(-1) > 0
+    ).all()
 
 
 def test_large_scores_stay_finite_and_a_sure_wrong_token_costs_their_difference():
@@ -261,17 +298,26 @@ def test_the_caption_loss_is_summed_in_float32_for_features_in_bfloat16():
 
 @pytest.mark.parametrize("chunk", [4, 16])
 @pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.2, 0.05)])
-def test_the_summed_loss_has_the_value_and_the_gradients_of_the_sum(caption, label_smoothing, z_loss, chunk):
+def test_the_summed_loss_has_the_value_and_the_gradients_of_the_sum(
+    caption, label_smoothing, z_loss, chunk
+):
     bias = np.linspace(-1, 1, VOCAB, dtype=np.float32)
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "chunk": chunk}
 
     def run(loss):
         def scaled(features, vocab_kernel, vocab_bias):
-            arrays = {**caption, "features": features, "vocab_kernel": vocab_kernel, "vocab_bias": vocab_bias}
+            arrays = {
+                **caption,
+                "features": features,
+                "vocab_kernel": vocab_kernel,
+                "vocab_bias": vocab_bias,
+            }
             return 0.3 * loss(**arrays, **options).sum()
 
         arrays = caption["features"], caption["vocab_kernel"], bias
-        return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1, 2)))(*arrays), jax.jit(scaled)(*arrays)
+        return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1, 2)))(*arrays), jax.jit(scaled)(
+            *arrays
+        )
 
     expected, got = run(caption_loss), run(summed_caption_loss)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -280,17 +326,23 @@ def test_the_summed_loss_has_the_value_and_the_gradients_of_the_sum(caption, lab
 
 def test_a_masked_token_has_no_gradient_in_the_summed_loss_either(caption):
     def loss(features):
-        return summed_caption_loss(**{**caption, "features": features}, label_smoothing=0.1, z_loss=0.1, chunk=4)
+        return summed_caption_loss(
+            **{**caption, "features": features}, label_smoothing=0.1, z_loss=0.1, chunk=4
+        )
 
     grad = np.asarray(jax.grad(loss)(caption["features"]))
-    assert (grad[~caption["loss_mask"]] == 0).all() and (np.abs(grad[caption["loss_mask"]]).max(-1) > 0).all()
+    assert (grad[~caption["loss_mask"]] == 0).all() and (
+        np.abs(grad[caption["loss_mask"]]).max(-1) > 0
+    ).all()
 
 
 def test_the_gradients_of_the_summed_loss_are_of_the_types_of_its_arguments(caption):
     rounded = [jnp.bfloat16(caption[name]) for name in ("features", "vocab_kernel")]
 
     def loss(features, vocab_kernel):
-        return summed_caption_loss(features, vocab_kernel, caption["labels"], caption["loss_mask"], chunk=4)
+        return summed_caption_loss(
+            features, vocab_kernel, caption["labels"], caption["loss_mask"], chunk=4
+        )
 
     grads = jax.grad(loss, argnums=(0, 1))
     for grad, want in zip(grads(*rounded), grads(*map(jnp.float32, rounded)), strict=True):
@@ -316,7 +368,9 @@ def test_the_vocabulary_is_gathered_once_where_fsdp_splits_it_and_stays_split_ov
     rows = batch_sharding(mesh)
     table = NamedSharding(mesh, partition_spec(("vocab", "embed"), embedding.shape, mesh))
     with jax.set_mesh(mesh):
-        program = jax.jit(run, in_shardings=(rows, table, rows, rows), out_shardings=(None, (rows, table)))
+        program = jax.jit(
+            run, in_shardings=(rows, table, rows, rows), out_shardings=(None, (rows, table))
+        )
         program = program.lower(*args).compile()
         got = program(*map(jax.device_put, args, program.input_shardings[0]))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -326,7 +380,14 @@ def test_the_vocabulary_is_gathered_once_where_fsdp_splits_it_and_stays_split_ov
     local = 1_000 // mesh.shape["model"]
     gathered = re.findall(r"= (\S+?)\{\S* all-gather\(", text)
     assert gathered == ([f"f32[24,{local}]"] if mesh.shape["fsdp"] > 1 else [])
-    reduced = [line for line in text.splitlines() if re.search(r" all-reduce\(", line) and f"f32[24,{local}]" in line]
-    assert len(reduced) == (1 if mesh.shape["fsdp"] > 1 else 0) and not any("while" in line for line in reduced)
+    reduced = [
+        line
+        for line in text.splitlines()
+        if re.search(r" all-reduce\(", line) and f"f32[24,{local}]" in line
+    ]
+    assert len(reduced) == (1 if mesh.shape["fsdp"] > 1 else 0) and not any(
+        "while" in line for line in reduced
+    )
     if mesh.shape["model"] > 1:
-        assert not re.search(r"f32\[[\d,]*\b1000\b[\d,]*\]", text)  # neither the table nor scores, whole
+        # neither the table nor scores, whole
+        assert not re.search(r"f32\[[\d,]*\b1000\b[\d,]*\]", text)

@@ -84,7 +84,9 @@ def test_id_0_is_a_token_like_any_other_where_it_is_valid():
 
 def test_a_label_needs_a_real_input_and_a_real_label():
     """Pads on the left: nothing is learned from a pad, not even the first real token."""
-    _, loss_mask = caption_labels(np.array([[0, 0, 1, 5, 2]], np.int32), np.array([[False, False, True, True, True]]))
+    _, loss_mask = caption_labels(
+        np.array([[0, 0, 1, 5, 2]], np.int32), np.array([[False, False, True, True, True]])
+    )
     assert loss_mask[0].tolist() == [False, False, True, True, False]
 
 

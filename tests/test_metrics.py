@@ -5,7 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from mammut.evaluation.metrics.rankings import classification_scores, nearest, ranking_recall, retrieval_recall
+from mammut.evaluation.metrics.rankings import (
+    classification_scores,
+    nearest,
+    ranking_recall,
+    retrieval_recall,
+)
 
 
 def by_sorting(image_embed, text_embed, image_of_text, ks):
@@ -14,9 +19,13 @@ def by_sorting(image_embed, text_embed, image_of_text, ks):
     recalls = {}
     for k in ks:
         nearest_images = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        recalls[f"t2i_r{k}"] = np.mean([image_of_text[t] in row for t, row in enumerate(nearest_images)])
+        recalls[f"t2i_r{k}"] = np.mean(
+            [image_of_text[t] in row for t, row in enumerate(nearest_images)]
+        )
         nearest_texts = np.argsort(-scores.T, axis=1, kind="stable")[:, :k]
-        recalls[f"i2t_r{k}"] = np.mean([i in image_of_text[row] for i, row in enumerate(nearest_texts)])
+        recalls[f"i2t_r{k}"] = np.mean(
+            [i in image_of_text[row] for i, row in enumerate(nearest_texts)]
+        )
     return recalls | {"mean_recall": np.mean(list(recalls.values()))}
 
 
@@ -25,12 +34,14 @@ def test_a_case_worked_by_hand():
     images = np.eye(3, dtype=np.float32)
     texts = np.array([[0.8, 0.6, 0], [0.6, 0.8, 0], [0, 0.6, 0.8]], np.float32)
     recalls = retrieval_recall(images, texts, np.array([0, 2, 1]), (1, 2, 3))
-    # Text 0 wants image 0: ranks it first. Text 1 wants image 2: third. Text 2 wants image 1: second.
+    # Text 0 wants image 0: ranks it first. Text 1 wants image 2: third. Text 2 wants image 1:
+    # second.
     assert recalls["t2i_r1"] == pytest.approx(1 / 3)
     assert recalls["t2i_r2"] == pytest.approx(2 / 3)
     assert recalls["t2i_r3"] == 1
-    # Image 0 scores its texts (0.8, 0.6, 0), own is 0: first. Image 1: (0.6, 0.8, 0.6), own is 2: third, as 0 ties with
-    # it and comes before. Image 2: (0, 0, 0.8), own is 1: third, for the same reason.
+    # Image 0 scores its texts (0.8, 0.6, 0), own is 0: first. Image 1: (0.6, 0.8, 0.6), own is 2:
+    # third, as 0 ties with it and comes before. Image 2: (0, 0, 0.8), own is 1: third, for the same
+    # reason.
     assert recalls["i2t_r1"] == recalls["i2t_r2"] == pytest.approx(1 / 3)
     assert recalls["i2t_r3"] == 1
     assert recalls["mean_recall"] == pytest.approx((1 / 3 + 2 / 3 + 1 + 1 / 3 + 1 / 3 + 1) / 6)
@@ -61,11 +72,18 @@ def test_an_encoder_that_maps_all_to_one_point_scores_chance(num_images, texts_e
     for _ in range(10):
         point = rng.normal(size=192).astype(np.float32)
         point /= np.linalg.norm(point)
-        images, texts = np.tile(point, (num_images, 1)), np.tile(point, (num_images * texts_each, 1))
-        recalls = retrieval_recall(images, texts, np.repeat(np.arange(num_images), texts_each), (1, 5, 10), chunk)
+        images, texts = (
+            np.tile(point, (num_images, 1)),
+            np.tile(point, (num_images * texts_each, 1)),
+        )
+        recalls = retrieval_recall(
+            images, texts, np.repeat(np.arange(num_images), texts_each), (1, 5, 10), chunk
+        )
         for k in (1, 5, 10):
-            assert recalls[f"t2i_r{k}"] == k / num_images  # the first k images are found, by each of their texts
-            assert recalls[f"i2t_r{k}"] == -(-k // texts_each) / num_images  # the images of the first k texts
+            # the first k images are found, by each of their texts
+            assert recalls[f"t2i_r{k}"] == k / num_images
+            # the images of the first k texts
+            assert recalls[f"i2t_r{k}"] == -(-k // texts_each) / num_images
 
 
 def test_embeddings_that_are_not_numbers_find_nothing():
@@ -82,12 +100,18 @@ def test_recall_equals_a_full_sort(seed, ties):
     """Uneven numbers of texts an image, in any order; small whole numbers tie often and multiply exactly."""
     rng = np.random.default_rng(seed)
     num_images, num_texts = rng.integers(2, 12), rng.integers(12, 40)
-    image_of_text = rng.permutation(np.r_[np.arange(num_images), rng.integers(0, num_images, num_texts - num_images)])
+    image_of_text = rng.permutation(
+        np.r_[np.arange(num_images), rng.integers(0, num_images, num_texts - num_images)]
+    )
     shapes = (num_images, 3), (num_texts, 3)
-    images, texts = ((rng.integers(-1, 2, s) if ties else rng.normal(size=s)).astype(np.float32) for s in shapes)
+    images, texts = (
+        (rng.integers(-1, 2, s) if ties else rng.normal(size=s)).astype(np.float32) for s in shapes
+    )
     expected = by_sorting(images, texts, image_of_text, (1, 2, 5))
     for chunk in (1, 5, 1024):
-        assert retrieval_recall(images, texts, image_of_text, (1, 2, 5), chunk) == pytest.approx(expected)
+        assert retrieval_recall(images, texts, image_of_text, (1, 2, 5), chunk) == pytest.approx(
+            expected
+        )
 
 
 def test_the_best_text_of_an_image_is_not_hidden_by_equals_of_other_images():
@@ -100,7 +124,10 @@ def test_the_best_text_of_an_image_is_not_hidden_by_equals_of_other_images():
 
 def test_recall_does_not_depend_on_the_length_of_the_embeddings():
     rng = np.random.default_rng(0)
-    images, texts = rng.normal(size=(10, 4)).astype(np.float32), rng.normal(size=(10, 4)).astype(np.float32)
+    images, texts = (
+        rng.normal(size=(10, 4)).astype(np.float32),
+        rng.normal(size=(10, 4)).astype(np.float32),
+    )
     small = retrieval_recall(1e-6 * images, 1e-6 * texts, np.arange(10))
     assert small == retrieval_recall(images, texts, np.arange(10))
 
@@ -111,11 +138,19 @@ def test_an_embedding_that_is_not_a_number_hides_no_other(chunk):
     images = np.eye(6, dtype=np.float32)
     images[[0, 3]] = np.nan
     recalls = retrieval_recall(images, np.eye(6, dtype=np.float32), np.arange(6), (1, 6), chunk)
-    assert recalls["t2i_r1"] == recalls["t2i_r6"] == recalls["i2t_r1"] == recalls["i2t_r6"] == pytest.approx(4 / 6)
+    assert (
+        recalls["t2i_r1"]
+        == recalls["t2i_r6"]
+        == recalls["i2t_r1"]
+        == recalls["i2t_r6"]
+        == pytest.approx(4 / 6)
+    )
 
 
 def test_one_image_is_always_found():
-    recalls = retrieval_recall(np.ones((1, 4)), np.random.default_rng(0).normal(size=(5, 4)), np.zeros(5, int))
+    recalls = retrieval_recall(
+        np.ones((1, 4)), np.random.default_rng(0).normal(size=(5, 4)), np.zeros(5, int)
+    )
     assert set(recalls.values()) == {1.0}
 
 
@@ -127,12 +162,16 @@ def test_an_image_without_a_text_is_refused():
 @pytest.mark.parametrize(("num_images", "num_texts"), [(0, 0), (2, 0), (0, 2)])
 def test_an_empty_set_is_refused(num_images, num_texts):
     with pytest.raises(ValueError, match=f"got {num_images} images and {num_texts} texts"):
-        retrieval_recall(np.ones((num_images, 2)), np.ones((num_texts, 2)), np.zeros(num_texts, int))
+        retrieval_recall(
+            np.ones((num_images, 2)), np.ones((num_texts, 2)), np.zeros(num_texts, int)
+        )
 
 
 @pytest.mark.parametrize("image_of_text", [[0, 1, 5], [0, 1, -1]])
 def test_a_text_of_an_image_that_is_not_there_is_refused(image_of_text):
-    with pytest.raises(ValueError, match="image_of_text must be rows 0 to 2 of image_embed, got (0 to 5|-1 to 1)"):
+    with pytest.raises(
+        ValueError, match="image_of_text must be rows 0 to 2 of image_embed, got (0 to 5|-1 to 1)"
+    ):
         retrieval_recall(np.eye(3), np.eye(3), np.array(image_of_text))
 
 
@@ -146,7 +185,9 @@ def test_recall_at_no_k_is_refused(ks):
 
 def best_by_sorting(query, candidates, k):
     """Python's stable sort of (score, position) pairs."""
-    scores = [[float(np.float32(np.dot(q, c))) for c in candidates] for q in query.astype(np.float64)]
+    scores = [
+        [float(np.float32(np.dot(q, c))) for c in candidates] for q in query.astype(np.float64)
+    ]
     scores = np.nan_to_num(scores, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
     indices = [sorted(range(len(row)), key=lambda c: (-row[c], c))[:k] for row in scores]
     return np.array(indices), np.take_along_axis(scores, np.array(indices), 1)
@@ -209,7 +250,8 @@ def test_nearest_refuses_what_it_cannot_rank(candidates, settings, error):
 def test_any_relevant_id_is_enough():
     """The any-of rule of CLIP_benchmark: a query counts once, however many of its relevant ids are found.
 
-    Query 0 has ids 4 and 7, at places 2 and 6: found from k=2 on. Query 1 has id 3, first. Query 2 has ids 1, 2 and 5,
+    Query 0 has ids 4 and 7, at places 2 and 6: found from k=2 on. Query 1 has id 3, first. Query 2
+    has ids 1, 2 and 5,
     at the first three places: 1, and not 3. Query 3 has id 9, which is not among the six first.
     """
     ranked = [[0, 4, 1, 2, 3, 7], [3, 0, 1, 2, 4, 5], [5, 1, 2, 0, 3, 4], [0, 1, 2, 3, 4, 5]]
@@ -224,12 +266,17 @@ def test_stored_rankings_score_as_the_embeddings_do(num_images):
     images = rng.integers(-2, 3, size=(num_images, 3)).astype(np.float32)
     texts = images[image_of_text] + rng.integers(-2, 3, size=(3 * num_images, 3))
     expected = retrieval_recall(images, texts, image_of_text)
-    ranked_images, ranked_texts = nearest(texts, images, 10)[0].tolist(), nearest(images, texts, 10)[0].tolist()
+    ranked_images, ranked_texts = (
+        nearest(texts, images, 10)[0].tolist(),
+        nearest(images, texts, 10)[0].tolist(),
+    )
     t2i = ranking_recall(ranked_images, image_of_text[:, None].tolist(), num_candidates=num_images)
     own_texts = [np.flatnonzero(image_of_text == image).tolist() for image in range(num_images)]
     i2t = ranking_recall(ranked_texts, own_texts, num_candidates=3 * num_images)
     scores = {f"t2i_{k}": v for k, v in t2i.items()} | {f"i2t_{k}": v for k, v in i2t.items()}
-    assert scores == pytest.approx({name: value for name, value in expected.items() if name != "mean_recall"})
+    assert scores == pytest.approx(
+        {name: value for name, value in expected.items() if name != "mean_recall"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,7 +285,12 @@ def test_stored_rankings_score_as_the_embeddings_do(num_images):
         ([], [], None, "got 0 lists for 0 rankings"),
         ([[1, 2]], [[1], [2]], None, "got 2 lists for 1 rankings"),
         ([[1, 2], [1, 2]], [[1], []], None, "query 1 has no relevant ids"),
-        ([[1, 2], [1]], [[1], [2]], None, "ranking of query 1 has 1 places, the scores need the first 2"),
+        (
+            [[1, 2], [1]],
+            [[1], [2]],
+            None,
+            "ranking of query 1 has 1 places, the scores need the first 2",
+        ),
         ([[1]], [[1]], 5, "ranking of query 0 has 1 places, the scores need the first 2"),
         ([[1, 2, 3]], [[1]], 2, "has 3 places for 2 candidates"),
         ([[1, 2, 1]], [[1]], None, "ranking of query 0 names a candidate twice"),
@@ -285,12 +337,27 @@ def test_with_fewer_than_five_classes_top5_finds_all():
     [
         ([], [], ["a", "b"], "got 0 labels for 0 rankings"),
         ([["a", "b"]], ["a", "b"], ["a", "b"], "got 2 labels for 1 rankings"),
-        ([["a", "b"]], ["A"], ["a", "b"], "item 0 has the label 'A', which is not among the 2 classes"),
+        (
+            [["a", "b"]],
+            ["A"],
+            ["a", "b"],
+            "item 0 has the label 'A', which is not among the 2 classes",
+        ),
         ([["a", "c"]], ["a"], ["a", "b"], r"item 0 ranks \['c'\], not among the 2 classes"),
         ([["a", "b"]], ["a"], ["a", "b", "a"], r"classes are named twice: \['a'\]"),
         ([["a", "a"]], ["a"], ["a", "b"], "ranking of item 0 names a candidate twice"),
-        ([["a", "b"], ["a"]], ["a", "a"], ["a", "b"], "ranking of item 1 has 1 places, the scores need the first 2"),
-        ([["a", "b", "c", "d"]], ["a"], list("abcdef"), "has 4 places, the scores need the first 5"),
+        (
+            [["a", "b"], ["a"]],
+            ["a", "a"],
+            ["a", "b"],
+            "ranking of item 1 has 1 places, the scores need the first 2",
+        ),
+        (
+            [["a", "b", "c", "d"]],
+            ["a"],
+            list("abcdef"),
+            "has 4 places, the scores need the first 5",
+        ),
     ],
 )
 def test_a_classification_that_cannot_be_scored_is_refused(ranked, labels, classes, error):

@@ -47,7 +47,10 @@ def forward(model: MaMMUT, image, tokens, text_valid):
     """All that a model says of a batch."""
     encoded = model.image_tokens(image)
     features = model.text.caption_pass(tokens, text_valid, encoded.tokens)
-    task, batch = ImageTextTask(LossConfig()), {"image": image, "tokens": tokens, "text_valid": text_valid}
+    task, batch = (
+        ImageTextTask(LossConfig()),
+        {"image": image, "tokens": tokens, "text_valid": text_valid},
+    )
     return {
         "image_tokens": encoded.tokens,
         "pooled": encoded.pooled,
@@ -56,7 +59,9 @@ def forward(model: MaMMUT, image, tokens, text_valid):
         "text_embed": model.encode_text(tokens, text_valid),
         "caption_features": features,
         "logits": model.caption_logits(image, tokens, text_valid),
-        "token_losses": caption_loss(features, model.text.vocab_kernel, *caption_labels(tokens, text_valid)),
+        "token_losses": caption_loss(
+            features, model.text.vocab_kernel, *caption_labels(tokens, text_valid)
+        ),
         "metrics": task.loss(model, batch, jax.random.key(0))[1],
     }
 
@@ -75,21 +80,30 @@ def run(batch, config: ModelConfig = CONFIG, params=None):
 @functools.partial(jax.jit, static_argnums=0)
 def _text_gradients(graphdef, params, batch, text_weights):
     def weighted(params):
-        return (nnx.merge(graphdef, params).encode_text(batch["tokens"], batch["text_valid"]) * text_weights).sum()
+        return (
+            nnx.merge(graphdef, params).encode_text(batch["tokens"], batch["text_valid"])
+            * text_weights
+        ).sum()
 
     return jax.grad(weighted)(params)
 
 
 def text_gradients(batch):
     """Gradients of a sum that depends on all of the text embedding."""
-    text_weights = np.random.default_rng(5).normal(size=(len(batch["tokens"]), WIDTH)).astype(np.float32)
-    return nnx.to_pure_dict(jax.tree.map(np.asarray, _text_gradients(*weights(), batch, text_weights)))
+    text_weights = (
+        np.random.default_rng(5).normal(size=(len(batch["tokens"]), WIDTH)).astype(np.float32)
+    )
+    return nnx.to_pure_dict(
+        jax.tree.map(np.asarray, _text_gradients(*weights(), batch, text_weights))
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _loss_and_gradients(graphdef, params, batch):
     def loss(params):
-        return ImageTextTask(LossConfig()).loss(nnx.merge(graphdef, params), batch, jax.random.key(0))[0]
+        return ImageTextTask(LossConfig()).loss(
+            nnx.merge(graphdef, params), batch, jax.random.key(0)
+        )[0]
 
     return jax.value_and_grad(loss)(params)
 
@@ -112,7 +126,11 @@ def out(batch):
 
 
 def close(actual, expected, tolerance=1e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), actual, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
+        actual,
+        expected,
+    )
 
 
 def changed(actual, expected, threshold=1e-3):
@@ -139,8 +157,12 @@ def test_the_caption_pass_of_an_example_sees_its_own_image_only(batch, out):
     image = batch["image"].copy()
     image[1] = 255 - image[1]
     other = run({**batch, "image": image})
-    np.testing.assert_array_equal(changed(other["logits"], out["logits"]).all(1), [False, True, False, False])
-    np.testing.assert_array_equal(changed(other["image_embed"], out["image_embed"]), [False, True, False, False])
+    np.testing.assert_array_equal(
+        changed(other["logits"], out["logits"]).all(1), [False, True, False, False]
+    )
+    np.testing.assert_array_equal(
+        changed(other["image_embed"], out["image_embed"]), [False, True, False, False]
+    )
 
 
 def used(grads) -> set[str]:
@@ -154,7 +176,9 @@ def test_the_text_embedding_has_no_gradient_in_the_image_and_the_cross_attention
     grads = text_gradients(batch)
     for part in (grads["vision"], grads["image_projection"], grads["text"]["cross_layers"]):
         assert all((leaf == 0).all() for leaf in jax.tree.leaves(part))
-    assert used(grads["text"]["layers"]) == used(jax.tree.map(np.ones_like, grads["text"]["layers"]))
+    assert used(grads["text"]["layers"]) == used(
+        jax.tree.map(np.ones_like, grads["text"]["layers"])
+    )
 
 
 def test_the_two_losses_reach_every_parameter_but_the_bias_of_other_losses(batch):
@@ -178,7 +202,11 @@ def test_pad_length_changes_no_embedding_no_logit_before_the_pads_and_no_loss(ba
     """The three texts of at most 9 tokens, among 9 and among 12."""
     long = {name: value[[1, 2, 3, 3]] for name, value in batch.items()}
     assert not long["text_valid"][:, 9:].any() and long["text_valid"][:, 8].any()
-    short = {"image": long["image"], "tokens": long["tokens"][:, :9], "text_valid": long["text_valid"][:, :9]}
+    short = {
+        "image": long["image"],
+        "tokens": long["tokens"][:, :9],
+        "text_valid": long["text_valid"][:, :9],
+    }
     out_long, out_short = run(long), run(short)
     close(out_short["text_embed"], out_long["text_embed"])
     close(out_short["metrics"], out_long["metrics"])
@@ -227,7 +255,9 @@ def test_a_later_token_changes_no_earlier_logit_and_all_later_ones(batch, out, p
     tokens = batch["tokens"].copy()
     tokens[0, place] = 4 if tokens[0, place] != 4 else 5
     other = run({**batch, "tokens": tokens})
-    np.testing.assert_array_equal(changed(other["logits"][0], out["logits"][0], 1e-6), np.arange(LENGTH) >= place)
+    np.testing.assert_array_equal(
+        changed(other["logits"][0], out["logits"][0], 1e-6), np.arange(LENGTH) >= place
+    )
     close(other["logits"][1:], out["logits"][1:], 1e-6)
 
 
@@ -270,7 +300,9 @@ def test_the_pooled_image_is_the_mean_of_its_tokens(out):
 
 def test_the_encoder_says_what_it_sees_and_how_it_lies(batch):
     graphdef, params = weights()
-    encoded = jax.jit(lambda params, image: nnx.merge(graphdef, params).vision(image))(params, batch["image"])
+    encoded = jax.jit(lambda params, image: nnx.merge(graphdef, params).vision(image))(
+        params, batch["image"]
+    )
     assert encoded.tokens.shape == (4, 4, 32) and encoded.grid == (2, 2)
     close(encoded.pooled, np.asarray(encoded.tokens).mean(1))
 
@@ -280,7 +312,9 @@ def test_one_training_forward_equals_the_passes_one_by_one(batch, out):
 
     @jax.jit
     def two_pass(params, batch):
-        both = nnx.merge(graphdef, params).two_pass(batch["image"], batch["tokens"], batch["text_valid"])
+        both = nnx.merge(graphdef, params).two_pass(
+            batch["image"], batch["tokens"], batch["text_valid"]
+        )
         return both.image_embed, both.text_embed, both.features
 
     image_embed, text_embed, features = two_pass(params, batch)
@@ -291,7 +325,9 @@ def test_one_training_forward_equals_the_passes_one_by_one(batch, out):
 
 def test_without_validity_all_tokens_count(batch):
     graphdef, params = weights()
-    logits = jax.jit(lambda p, *a: nnx.merge(graphdef, p).caption_logits(*a))(params, batch["image"], batch["tokens"])
+    logits = jax.jit(lambda p, *a: nnx.merge(graphdef, p).caption_logits(*a))(
+        params, batch["image"], batch["tokens"]
+    )
     everything = run({**batch, "text_valid": np.ones_like(batch["text_valid"])})
     close(logits, everything["logits"])
     assert logits.shape == (4, LENGTH, VOCAB)
@@ -299,7 +335,10 @@ def test_without_validity_all_tokens_count(batch):
 
 def test_an_image_of_another_size_is_refused(batch):
     for shape in ((1, 24, 16, 3), (1, 16, 24, 3), (1, 32, 32, 3)):
-        with pytest.raises(ValueError, match=rf"\({shape[1]}, {shape[2]}, 3\).*\(16, 16, 3\).*VisionConfig.image_size"):
+        with pytest.raises(
+            ValueError,
+            match=rf"\({shape[1]}, {shape[2]}, 3\).*\(16, 16, 3\).*VisionConfig.image_size",
+        ):
             tiny_model().encode_image(np.zeros(shape, np.uint8))
 
 
@@ -327,8 +366,16 @@ def test_a_tied_head_is_the_embedding_and_a_separate_one_a_matrix_of_its_own(bat
     assert num_params(config)["total"] - num_params(CONFIG)["total"] == WIDTH * VOCAB
     other = run(batch, config)
     close(other["caption_features"], out["caption_features"])
-    close(other["logits"], out["caption_features"] @ np.asarray(params["text"]["vocab_head"]["kernel"]), 1e-4)
-    close(out["logits"], out["caption_features"] @ np.asarray(params["text"]["token_embed"]["embedding"]).T, 1e-4)
+    close(
+        other["logits"],
+        out["caption_features"] @ np.asarray(params["text"]["vocab_head"]["kernel"]),
+        1e-4,
+    )
+    close(
+        out["logits"],
+        out["caption_features"] @ np.asarray(params["text"]["token_embed"]["embedding"]).T,
+        1e-4,
+    )
 
 
 def test_a_zero_vector_stays_zero_with_a_finite_gradient_and_length_does_not_matter():
@@ -354,7 +401,9 @@ def test_one_bright_patch_is_one_token(patch):
     image = np.zeros((1, 8, 12, 3), np.float32)
     top, left = divmod(patch, 3)
     image[:, 4 * top : 4 * top + 4, 4 * left : 4 * left + 4] = 1
-    np.testing.assert_array_equal(np.asarray(vit.patchify(image, 4))[0].mean(1), np.arange(6) == patch)
+    np.testing.assert_array_equal(
+        np.asarray(vit.patchify(image, 4))[0].mean(1), np.arange(6) == patch
+    )
 
 
 def test_bytes_are_normalised_as_the_config_says(batch):
@@ -363,14 +412,18 @@ def test_bytes_are_normalised_as_the_config_says(batch):
     graphdef, params = weights(config)
     encode = jax.jit(lambda params, image: nnx.merge(graphdef, params).encode_image(image))
     close(encode(params, batch["image"]), encode(params, normalised.astype(np.float32)))
-    assert changed(encode(params, batch["image"]), encode(params, batch["image"] / np.float32(255))).all()
+    assert changed(
+        encode(params, batch["image"]), encode(params, batch["image"] / np.float32(255))
+    ).all()
 
 
 # Numbers, against a second implementation in float64
 
 
 def np_norm(x, p, eps):
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * p[
+        "scale"
+    ] + p["bias"]
 
 
 def np_gelu(x, activation):
@@ -393,7 +446,9 @@ def np_layer(x, p, config, kv=None, mask=None):
         if mask is not None:
             scores = np.where(mask, scores, -1e30)
         shares = np.exp(scores - scores.max(-1, keepdims=True))
-        attended += shares / shares.sum(-1, keepdims=True) @ value @ p["attn"]["out"]["kernel"][head]
+        attended += (
+            shares / shares.sum(-1, keepdims=True) @ value @ p["attn"]["out"]["kernel"][head]
+        )
     x = x + attended + p["attn"]["out"]["bias"]
     y = np_norm(x, p["mlp_norm"], config.norm_eps)
     hidden = np_gelu(y @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"], config.activation)
@@ -407,11 +462,13 @@ def np_model(p, config, image, tokens, text_valid):
         return jax.tree.map(lambda leaf: leaf[i], stack)
 
     size = config.vision.patch_size
-    x = np.stack([
-        (image[top : top + size, left : left + size] / 255 - 0.5).ravel() / 0.5
-        for top in range(0, image.shape[0], size)
-        for left in range(0, image.shape[1], size)
-    ])
+    x = np.stack(
+        [
+            (image[top : top + size, left : left + size] / 255 - 0.5).ravel() / 0.5
+            for top in range(0, image.shape[0], size)
+            for left in range(0, image.shape[1], size)
+        ]
+    )
     vision, text = p["vision"], p["text"]
     x = x @ vision["patch_embed"]["kernel"] + vision["patch_embed"]["bias"]
     x = x + vision["pos_embed"].reshape(len(x), -1)
@@ -431,7 +488,9 @@ def np_model(p, config, image, tokens, text_valid):
             cross = at(text["cross_layers"], i // config.text.cross_attn_every)
             caption = np_layer(caption, cross, config.text, kv=image_tokens)
     contrastive = np_norm(contrastive, text["norm"], config.text.norm_eps)[text_valid]
-    logits = np_norm(caption, text["norm"], config.text.norm_eps) @ text["token_embed"]["embedding"].T
+    logits = (
+        np_norm(caption, text["norm"], config.text.norm_eps) @ text["token_embed"]["embedding"].T
+    )
     embeds = (x / np.linalg.norm(x) for x in (image_tokens.mean(0), contrastive.mean(0)))
     return *embeds, logits
 
@@ -444,7 +503,11 @@ def float64(params):
     "config",
     [
         CONFIG,
-        with_text(with_vision(CONFIG, activation="gelu", norm_eps=1e-2), cross_attn_every=1, activation="gelu"),
+        with_text(
+            with_vision(CONFIG, activation="gelu", norm_eps=1e-2),
+            cross_attn_every=1,
+            activation="gelu",
+        ),
     ],
     ids=["tanh, every second", "erf, every one"],
 )
@@ -464,8 +527,12 @@ def test_a_layer_equals_a_second_implementation(kind):
     x, kv = rng.normal(size=(2, 5, WIDTH)), rng.normal(size=(2, 7, WIDTH))
     mask = rng.random((2, 1, 5, 5)) < 0.6
     mask[:, :, range(5), range(5)] = True
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: Layer(CONFIG.text, rngs=nnx.Rngs(0), dtypes=FLOAT32)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), params)
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: Layer(CONFIG.text, rngs=nnx.Rngs(0), dtypes=FLOAT32))
+    )
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), params
+    )
 
     @jax.jit
     def run(params, x, kv, mask):
@@ -508,14 +575,18 @@ def test_the_two_kinds_of_gelu(activation, at_1, at_minus_2):
     mlp = MLP(config, rngs=nnx.Rngs(0), dtypes=FLOAT32)
     for linear in (mlp.up, mlp.down):
         linear.kernel[...] = jnp.ones((1, 1))
-    np.testing.assert_allclose(mlp(jnp.array([[[1.0], [-2.0]]]))[0, :, 0], [at_1, at_minus_2], atol=2e-6)
+    np.testing.assert_allclose(
+        mlp(jnp.array([[[1.0], [-2.0]]]))[0, :, 0], [at_1, at_minus_2], atol=2e-6
+    )
 
 
 def test_a_query_without_a_key_attends_evenly_and_is_finite():
     rng = np.random.default_rng(0)
     query, key, value = (jnp.float32(rng.normal(size=(1, 3, 2, 4))) for _ in range(3))
     mask = jnp.array([[[[True, False, False], [False, False, False], [True, True, True]]]])
-    out, grad = jax.value_and_grad(lambda q: dot_product_attention(q, key, value, mask).sum())(query)
+    out, grad = jax.value_and_grad(lambda q: dot_product_attention(q, key, value, mask).sum())(
+        query
+    )
     assert np.isfinite(out) and np.isfinite(grad).all()
     attended = dot_product_attention(query, key, value, mask)
     close(attended[0, 0], value[0, 0])
@@ -527,7 +598,11 @@ def test_a_query_without_a_key_attends_evenly_and_is_finite():
 
 def test_initial_weights_have_the_documented_spread():
     config = dataclasses.replace(CONFIG, logit_scale_init=20.0, logit_bias_init=-10.0)
-    make = jax.jit(lambda seed: nnx.state(MaMMUT(config, rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param))
+    make = jax.jit(
+        lambda seed: nnx.state(
+            MaMMUT(config, rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param
+        )
+    )
     params, other = (nnx.to_pure_dict(jax.tree.map(np.asarray, make(seed))) for seed in (0, 1))
     assert params["logit_scale"] == pytest.approx(math.log(20)) and params["logit_bias"] == -10
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -540,9 +615,16 @@ def test_initial_weights_have_the_documented_spread():
             stacked = leaf.reshape(-1, *leaf.shape[-(2 + ("'attn'" in name)) :])
             fan_in = math.prod(stacked.shape[1:3]) if "'out'" in name else stacked.shape[1]
             assert stacked.std() * math.sqrt(fan_in) == pytest.approx(1, abs=0.1), name
-            assert all(changed(layer.ravel(), stacked[0].ravel()) for layer in stacked[1:]), f"{name}: copies"
+            assert all(changed(layer.ravel(), stacked[0].ravel()) for layer in stacked[1:]), (
+                f"{name}: copies"
+            )
     assert params["text"]["token_embed"]["embedding"].std() == pytest.approx(0.02, rel=0.1)
-    assert np.abs(params["text"]["token_embed"]["embedding"] - other["text"]["token_embed"]["embedding"]).min() > 0
+    assert (
+        np.abs(
+            params["text"]["token_embed"]["embedding"] - other["text"]["token_embed"]["embedding"]
+        ).min()
+        > 0
+    )
 
 
 # Precision
@@ -568,8 +650,14 @@ def test_bfloat16_compute_keeps_parameters_embeddings_logits_and_losses_in_float
 
 def test_bfloat16_storage_keeps_the_logit_scale_in_float32():
     params = nnx.to_pure_dict(weights(dataclasses.replace(CONFIG, param_dtype="bfloat16"))[1])
-    kinds = {jax.tree_util.keystr(path): leaf.dtype.name for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    assert {name for name, kind in kinds.items() if kind == "float32"} == {"['logit_scale']", "['logit_bias']"}
+    kinds = {
+        jax.tree_util.keystr(path): leaf.dtype.name
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    assert {name for name, kind in kinds.items() if kind == "float32"} == {
+        "['logit_scale']",
+        "['logit_bias']",
+    }
     assert set(kinds.values()) == {"float32", "bfloat16"}
 
 
@@ -587,9 +675,13 @@ def test_bfloat16_compute_says_nearly_the_same(batch, out):
 def tower():
     """Four layers of width 48 in one stack, and something to put through them."""
     make = functools.partial(Layer, CONFIG.text, dtypes=FLOAT32)
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: stack(lambda rngs: make(rngs=rngs), 4, rngs=nnx.Rngs(0))))
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: stack(lambda rngs: make(rngs=rngs), 4, rngs=nnx.Rngs(0)))
+    )
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), params)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), params
+    )
     return graphdef, params, jnp.float32(rng.normal(size=(2, 5, WIDTH)))
 
 
@@ -597,7 +689,9 @@ def through(remat, unroll):
     graphdef, params, x = tower()
 
     def run(params, x):
-        return scan(lambda x, layer: layer(x), x, nnx.merge(graphdef, params), remat=remat, unroll=unroll)
+        return scan(
+            lambda x, layer: layer(x), x, nnx.merge(graphdef, params), remat=remat, unroll=unroll
+        )
 
     return run, params, x
 
@@ -605,11 +699,14 @@ def through(remat, unroll):
 @functools.cache
 def through_gradients(remat, unroll):
     run, params, x = through(remat, unroll)
-    return jax.jit(jax.value_and_grad(lambda *args: (run(*args) ** 2).sum(), argnums=(0, 1)))(params, x)
+    return jax.jit(jax.value_and_grad(lambda *args: (run(*args) ** 2).sum(), argnums=(0, 1)))(
+        params, x
+    )
 
 
 @pytest.mark.parametrize(
-    ("remat", "unroll"), [("none", 3), ("none", 100), ("dots", 1), ("dots", 4), ("full", 1), ("full", 3)]
+    ("remat", "unroll"),
+    [("none", 3), ("none", 100), ("dots", 1), ("dots", 4), ("full", 1), ("full", 3)],
 )
 def test_neither_recomputing_nor_unrolling_changes_a_tower_or_its_gradients(remat, unroll):
     """Three layers at a time do not divide the four there are."""
@@ -629,7 +726,10 @@ def test_what_is_recomputed_is_not_kept_for_the_backward_pass():
 
 def test_neither_recomputing_nor_unrolling_changes_the_loss_or_its_gradients(batch):
     changes = {"unroll": 2, "remat": "full"}
-    expected, actual = loss_and_gradients(batch), loss_and_gradients(batch, dataclasses.replace(CONFIG, **changes))
+    expected, actual = (
+        loss_and_gradients(batch),
+        loss_and_gradients(batch, dataclasses.replace(CONFIG, **changes)),
+    )
     close(actual, expected)
 
 
@@ -650,7 +750,9 @@ def test_a_crop_is_two_linear_interpolations():
         actual = crop_matrix(start, extent, size) @ table
         for row in range(3):
             points = start[row] + extent[row] * (np.arange(size) + 0.5) / size
-            np.testing.assert_allclose(actual[row], np.interp(points, (np.arange(64) + 0.5) / 64, enlarged), atol=2e-5)
+            np.testing.assert_allclose(
+                actual[row], np.interp(points, (np.arange(64) + 0.5) / 64, enlarged), atol=2e-5
+            )
 
 
 def test_the_whole_box_gives_the_table_back_but_for_the_resampling():
@@ -686,10 +788,13 @@ def test_crops_are_boxes_inside_the_image_of_the_documented_area_and_aspect():
     width = (middle[:, 0, 1, 1] - middle[:, 0, 0, 1]) * size
     area, aspect = height * width, width / height
     centre = middle.mean((1, 2))
-    assert (centre[:, 0] - height / 2 > -1e-4).all() and (centre[:, 0] + height / 2 < 1 + 1e-4).all()
+    assert (centre[:, 0] - height / 2 > -1e-4).all() and (
+        centre[:, 0] + height / 2 < 1 + 1e-4
+    ).all()
     assert (centre[:, 1] - width / 2 > -1e-4).all() and (centre[:, 1] + width / 2 < 1 + 1e-4).all()
     assert area.min() > 0.099 and area.max() < 1.001 and area.min() < 0.13 and area.max() > 0.85
-    whole_sides = (height > 0.999) | (width > 0.999)  # a box too long for the image is cut, which moves its aspect
+    # a box too long for the image is cut, which moves its aspect
+    whole_sides = (height > 0.999) | (width > 0.999)
     assert (0.499 < aspect).all() and (aspect < 2.001).all() and not whole_sides.all()
     assert aspect.min() < 0.55 and aspect.max() > 1.85
     assert np.median(aspect) == pytest.approx(1, abs=0.1)  # as often tall as wide

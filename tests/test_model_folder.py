@@ -72,14 +72,18 @@ def test_a_saved_model_loads_bit_for_bit_with_its_processor(saved):
     expected, expected_processor = tiny_model(), tiny_processor()
     assert model.config == expected.config
     assert_identical(nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(nnx.state(expected)))
-    for got, want in zip(processor.encode_text(TEXTS), expected_processor.encode_text(TEXTS), strict=True):
+    for got, want in zip(
+        processor.encode_text(TEXTS), expected_processor.encode_text(TEXTS), strict=True
+    ):
         np.testing.assert_array_equal(got, want)
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     np.testing.assert_array_equal(processor.image(picture), expected_processor.image(picture))
 
     batch = tiny_batch()
     graphdef = nnx.graphdef(expected)
-    embed = jax.jit(lambda state: nnx.merge(graphdef, state).encode_text(batch["tokens"], batch["text_valid"]))
+    embed = jax.jit(
+        lambda state: nnx.merge(graphdef, state).encode_text(batch["tokens"], batch["text_valid"])
+    )
     np.testing.assert_array_equal(embed(nnx.state(model)), embed(nnx.state(expected)))
 
 
@@ -89,7 +93,10 @@ def test_weights_in_bfloat16_stay_bfloat16(tmp_path):
     mammut.save(tmp_path / "model", model, tiny_processor())
     loaded, _ = mammut.load(tmp_path / "model")
     assert loaded.config == config
-    assert loaded.text.token_embed.embedding.dtype == jnp.bfloat16 and loaded.logit_scale.dtype == jnp.float32
+    assert (
+        loaded.text.token_embed.embedding.dtype == jnp.bfloat16
+        and loaded.logit_scale.dtype == jnp.float32
+    )
     assert_identical(nnx.to_pure_dict(nnx.state(loaded)), nnx.to_pure_dict(nnx.state(model)))
 
 
@@ -97,7 +104,10 @@ def test_the_weights_are_named_by_their_path_and_need_nothing_of_this_library(sa
     arrays = load_file(saved / "model.safetensors")
     assert arrays["vision.layers.attn.query.kernel"].shape == (2, 32, 2, 16)
     assert arrays["text.token_embed.embedding"].shape == (60, 48)
-    assert sum(x.size for x in arrays.values()) == mammut.models.mammut.num_params(tiny_config())["total"]
+    assert (
+        sum(x.size for x in arrays.values())
+        == mammut.models.mammut.num_params(tiny_config())["total"]
+    )
 
 
 def test_a_folder_that_holds_a_model_is_not_overwritten_unasked(folder):
@@ -136,7 +146,9 @@ def test_a_model_is_not_saved_to_where_it_is_read_from(folder, name):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     opened = dataclasses.replace(open_model(folder), where=str(folder / name))
     with pytest.raises(ValueError, match="is where .* is read from: give a new folder"):
-        save_opened(folder.parent / "copy" / ".." / folder.name if name else folder, opened, overwrite=True)
+        save_opened(
+            folder.parent / "copy" / ".." / folder.name if name else folder, opened, overwrite=True
+        )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -144,7 +156,10 @@ def test_a_folder_of_open_clip_and_a_file_are_not_written_to_even_when_asked(tmp
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "open_clip_config.json").write_text("{}")
     (tmp_path / "file").write_text("text")
-    for name, message in (("theirs", "holds open_clip_config.json of a folder of another kind"), ("file", "is a file")):
+    for name, message in (
+        ("theirs", "holds open_clip_config.json of a folder of another kind"),
+        ("file", "is a file"),
+    ):
         with pytest.raises(ValueError, match=message):
             mammut.save(tmp_path / name, tiny_model(), tiny_processor(), overwrite=True)
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["open_clip_config.json"]
@@ -169,22 +184,32 @@ def other_processor(what: str) -> mammut.Processor:
     ("image", "images of 24 pixels, expected an image_size of 16"),
     ("length", "texts of 13 tokens, expected a max_length of 12"),
 ])  # fmt: skip
-def test_the_processor_of_another_model_is_neither_saved_nor_loaded(folder, tmp_path, what, message):
-    with pytest.raises(ValueError, match=f"the processor of the model is of another model: {message}"):
+def test_the_processor_of_another_model_is_neither_saved_nor_loaded(
+    folder, tmp_path, what, message
+):
+    with pytest.raises(
+        ValueError, match=f"the processor of the model is of another model: {message}"
+    ):
         mammut.save(tmp_path / "new", tiny_model(), other_processor(what))
     assert not (tmp_path / "new").exists()
     other_processor(what).save(folder)
     sign(folder)
-    with pytest.raises(CheckpointError, match=f"the processor of {folder} is of another model: {message}"):
+    with pytest.raises(
+        CheckpointError, match=f"the processor of {folder} is of another model: {message}"
+    ):
         mammut.load(folder)
 
 
 def test_a_model_without_a_vocabulary_is_saved_and_still_wants_one(tmp_path):
     tiny = tiny_processor()
-    missing = mammut.Processor(MissingTokenizer((1, 2, None), 60, "put it into here"), tiny.image, 12)
+    missing = mammut.Processor(
+        MissingTokenizer((1, 2, None), 60, "put it into here"), tiny.image, 12
+    )
     mammut.save(tmp_path / "model", tiny_model(), missing)
     _, processor = mammut.load(tmp_path / "model")
-    assert processor.bos_id == 1 and processor(images=[np.zeros((5, 7, 3), np.uint8)])["image"].shape == (1, 16, 16, 3)
+    assert processor.bos_id == 1 and processor(images=[np.zeros((5, 7, 3), np.uint8)])[
+        "image"
+    ].shape == (1, 16, 16, 3)
     with pytest.raises(ValueError, match="put it into here"):
         processor(text=["a dog"])
 
@@ -198,7 +223,9 @@ def test_an_image_size_that_is_none_is_refused(saved, image_size):
 LONG = "a" * 5000
 
 
-@pytest.mark.parametrize("name", [LONG, f"{LONG}.npz", f"{LONG}.pt", "b/" * 3000 + "x.safetensors", "\0"])
+@pytest.mark.parametrize(
+    "name", [LONG, f"{LONG}.npz", f"{LONG}.pt", "b/" * 3000 + "x.safetensors", "\0"]
+)
 def test_a_path_that_can_be_none_is_a_checkpoint_error(name):
     with pytest.raises(CheckpointError) as error:
         mammut.load(name)
@@ -218,13 +245,17 @@ def test_every_damage_to_a_file_is_noticed_and_the_file_named(folder, name, dama
     elif damage == "gone":
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes()[:-1] if damage == "cut short" else path.read_bytes() + b" ")
+        path.write_bytes(
+            path.read_bytes()[:-1] if damage == "cut short" else path.read_bytes() + b" "
+        )
     with pytest.raises(CheckpointError, match=rf"is damaged: {name} ") as error:
         mammut.load(folder)
     assert str(folder) in one_sentence(error)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "{}]", "{}", '{"config.json": 3}', '{"config.json": {}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '"text"', "{}]", "{}", '{"config.json": 3}', '{"config.json": {}}']
+)
 def test_a_manifest_that_is_none_is_an_error_that_names_it(folder, content):
     (folder / "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match="manifest.json") as error:
@@ -255,7 +286,9 @@ def test_every_shard_that_is_opened_must_be_in_the_manifest(tmp_path):
 def test_a_config_that_is_no_json_object_is_an_error_that_names_it(folder, content):
     (folder / "config.json").write_bytes(content.encode(errors="surrogateescape"))
     sign(folder)
-    with pytest.raises(CheckpointError, match=r"config\.json is (empty|not JSON|a JSON list)") as error:
+    with pytest.raises(
+        CheckpointError, match=r"config\.json is (empty|not JSON|a JSON list)"
+    ) as error:
         mammut.load(folder)
     one_sentence(error)
 
@@ -277,10 +310,14 @@ def test_a_config_that_cannot_be_is_refused_by_its_file(folder, change, message)
 
 def test_a_setting_of_another_type_is_an_error_that_names_the_file(folder, tmp_path):
     rewrite_config(folder, lambda c: c["model"]["text"].update(width="48"))
-    with pytest.raises(CheckpointError, match=f"{folder / 'config.json'} does not hold a ModelConfig"):
+    with pytest.raises(
+        CheckpointError, match=f"{folder / 'config.json'} does not hold a ModelConfig"
+    ):
         mammut.load(folder)
     (tmp_path / "run.json").write_text('{"config": {"steps": "many"}, "overrides": []}')
-    with pytest.raises(CheckpointError, match=f"{tmp_path / 'run.json'} does not hold a TrainConfig"):
+    with pytest.raises(
+        CheckpointError, match=f"{tmp_path / 'run.json'} does not hold a TrainConfig"
+    ):
         read_run(tmp_path)
 
 
@@ -334,7 +371,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path, exists):
     folder = tmp_path / "nothing"
     if exists:
         folder.mkdir()
-    message = r"nothing is no model folder \(no manifest.json\), no run" if exists else "there is no .*nothing"
+    message = (
+        r"nothing is no model folder \(no manifest.json\), no run"
+        if exists
+        else "there is no .*nothing"
+    )
     with pytest.raises(CheckpointError, match=message) as error:
         mammut.load(folder)
     one_sentence(error)
@@ -344,13 +385,17 @@ def test_a_folder_without_a_model_is_refused(tmp_path, exists):
 def test_a_manifest_cannot_reach_out_of_its_folder(folder, name):
     (folder.parent / "outside").write_text("secret")
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {name: {"bytes": 6, "sha256": "0" * 64}}))
+    (folder / "manifest.json").write_text(
+        json.dumps(manifest | {name: {"bytes": 6, "sha256": "0" * 64}})
+    )
     with pytest.raises(CheckpointError, match="which is not in") as error:
         mammut.load(folder)
     one_sentence(error)
 
 
-@pytest.mark.parametrize("field, value", [("width", 2**40), ("depth", 10**9), ("mlp_dim", -1), ("vocab_size", 1.5)])
+@pytest.mark.parametrize(
+    "field, value", [("width", 2**40), ("depth", 10**9), ("mlp_dim", -1), ("vocab_size", 1.5)]
+)
 def test_absurd_sizes_are_refused_before_anything_is_made(folder, field, value):
     rewrite_config(folder, lambda c: c["model"]["text"].update({field: value}))
     with pytest.raises(CheckpointError, match=field) as error:
@@ -374,10 +419,14 @@ def test_weights_past_a_size_are_several_files_that_load_as_one(saved, tmp_path)
     flip(tmp_path / "model" / shards[1])
     with pytest.raises(CheckpointError, match=rf"is damaged: {shards[1]} "):
         mammut.load(tmp_path / "model")
-    mammut.save(tmp_path / "model", model, tiny_processor(), overwrite=True)  # in one file again: no shard is left
-    assert not list((tmp_path / "model").glob("model-*")) and not list((tmp_path / "model").glob("*.index.json"))
+    # in one file again: no shard is left
+    mammut.save(tmp_path / "model", model, tiny_processor(), overwrite=True)
+    assert not list((tmp_path / "model").glob("model-*")) and not list(
+        (tmp_path / "model").glob("*.index.json")
+    )
     assert_identical(
-        nnx.to_pure_dict(nnx.state(mammut.load(tmp_path / "model")[0])), nnx.to_pure_dict(nnx.state(model))
+        nnx.to_pure_dict(nnx.state(mammut.load(tmp_path / "model")[0])),
+        nnx.to_pure_dict(nnx.state(model)),
     )
 
 
@@ -391,7 +440,9 @@ def test_parameters_go_straight_to_their_devices(saved, mesh):
     assert kernel.sharding.mesh == mesh and len(kernel.addressable_shards) == 8
     assert kernel.addressable_shards[0].data.size < kernel.size
     embed = jax.jit(lambda state, image: nnx.merge(nnx.graphdef(model), state).encode_image(image))
-    expected = jax.jit(lambda state, image: nnx.merge(nnx.graphdef(model), state).encode_image(image))
+    expected = jax.jit(
+        lambda state, image: nnx.merge(nnx.graphdef(model), state).encode_image(image)
+    )
     image = tiny_batch()["image"]
     one_device = nnx.state(mammut.load(saved)[0])
     with jax.set_mesh(mesh):
@@ -434,12 +485,18 @@ print(sum(spec.nbytes for spec in specs.values()) // 2**20, saved, peak() - befo
 def test_the_card_says_what_the_model_is_and_what_it_scored(folder):
     assert "No evaluation is recorded" in (folder / "README.md").read_text()
     (folder / "eval").mkdir()
-    scores = {"task": "caption", "data": "coco:val", "metrics": {"cider": 1.2345, "by_type": {"x": 1}}}
+    scores = {
+        "task": "caption",
+        "data": "coco:val",
+        "metrics": {"cider": 1.2345, "by_type": {"x": 1}},
+    }
     (folder / "eval" / "caption_val.json").write_text(json.dumps(scores))
     mammut.save(folder, tiny_model(), tiny_processor(), overwrite=True)
     card = (folder / "README.md").read_text()
     total = mammut.models.mammut.num_params(tiny_config())["total"]
-    assert f"| parameters | {total:,} |" in card and "| caption | coco:val | cider | 1.234 |" in card
+    assert (
+        f"| parameters | {total:,} |" in card and "| caption | coco:val | cider | 1.234 |" in card
+    )
     assert "16 x 16 pixels (squash), patches of 8" in card and "library_name: mammut" in card
 
 
@@ -450,7 +507,10 @@ def test_the_card_says_where_the_model_is_and_what_it_started_from(folder, monke
     mammut.save(".", tiny_model(), tiny_processor(), overwrite=True)
     card = (folder / "README.md").read_text()
     assert f'mammut.load("{folder.name}")' in card and f"# {folder.name}\n" in card
-    assert "| image encoder started from | vit.npz |" in card and "| text decoder started from | bert |" in card
+    assert (
+        "| image encoder started from | vit.npz |" in card
+        and "| text decoder started from | bert |" in card
+    )
 
 
 @pytest.mark.parametrize("change, tags, family", [
@@ -459,7 +519,9 @@ def test_the_card_says_where_the_model_is_and_what_it_started_from(folder, monke
     ({"pooling": "none"}, {"image-captioning"}, False),
 ])  # fmt: skip
 def test_the_card_promises_what_the_model_can_do(tmp_path, change, tags, family):
-    config = dataclasses.replace(tiny_config(), text=dataclasses.replace(tiny_config().text, **change))
+    config = dataclasses.replace(
+        tiny_config(), text=dataclasses.replace(tiny_config().text, **change)
+    )
     write_card(tmp_path, config, tiny_processor())
     card = (tmp_path / "README.md").read_text()
     assert {tag for tag in ("image-text-retrieval", "image-captioning") if tag in card} == tags
@@ -478,7 +540,10 @@ def test_opening_a_folder_reads_no_parameter(saved):
     assert {name: (spec.shape, spec.dtype) for name, spec in opened.tensors.specs.items()} == {
         name: (spec.shape, spec.dtype) for name, spec in model_specs(tiny_config()).items()
     }
-    assert opened.config == tiny_config() and opened.processor.vocab_size == tiny_processor().vocab_size
+    assert (
+        opened.config == tiny_config()
+        and opened.processor.vocab_size == tiny_processor().vocab_size
+    )
 
 
 def test_a_mesh_may_have_fewer_axes_and_one_of_another_kind_is_refused(saved):
@@ -487,14 +552,21 @@ def test_a_mesh_may_have_fewer_axes_and_one_of_another_kind_is_refused(saved):
     kernel = mammut.load(saved, mesh=fewer)[0].text.token_embed.embedding[...]
     assert kernel.addressable_shards[0].data.size == kernel.size // 8
     for mesh in (jax.sharding.Mesh(devices, ("x",)), jax.make_mesh((8,), ("fsdp",))):
-        with pytest.raises(ValueError, match="expected automatic axes among .*: mammut.core.sharding.make_mesh") as error:
+        with pytest.raises(
+            ValueError, match="expected automatic axes among .*: mammut.core.sharding.make_mesh"
+        ) as error:
             mammut.load(saved, mesh=mesh)
         one_sentence(error)
 
 
 def test_a_path_where_nothing_is_and_weights_without_their_config_are_told_apart(tmp_path):
-    with pytest.raises(CheckpointError, match="there is no .*laion/model: expected a folder or a file on this machine"):
+    with pytest.raises(
+        CheckpointError,
+        match="there is no .*laion/model: expected a folder or a file on this machine",
+    ):
         mammut.load(tmp_path / "laion/model")
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="holds open_clip_model.safetensors and no open_clip_config.json"):
+    with pytest.raises(
+        CheckpointError, match="holds open_clip_model.safetensors and no open_clip_config.json"
+    ):
         mammut.load(tmp_path)

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from open_clip_models import COCA, CONFIGS, open_specs, original_package, random_arrays, write_folder
+from open_clip_models import (
+    COCA,
+    CONFIGS,
+    open_specs,
+    original_package,
+    random_arrays,
+    write_folder,
+)
 from safetensors.numpy import load_file
 
 from mammut.config import LossConfig
@@ -39,9 +46,18 @@ def fixture_config(name: str, fixture: dict) -> dict:
     """The `model_cfg` of a fixture, some of which give what was built in other words."""
     if "config" in fixture:
         return fixture["config"]
-    vision, (vocab_size, width) = dict(fixture["vision"]), fixture["shapes"]["text.token_embedding.weight"]
+    vision, (vocab_size, width) = (
+        dict(fixture["vision"]),
+        fixture["shapes"]["text.token_embedding.weight"],
+    )
     vision["head_width"] = vision["width"] // vision.pop("heads")
-    text = {"width": width, "heads": 4, "layers": 4, "cross_attn_ratio": 2, "vocab_size": vocab_size}
+    text = {
+        "width": width,
+        "heads": 4,
+        "layers": 4,
+        "cross_attn_ratio": 2,
+        "vocab_size": vocab_size,
+    }
     if name == "mammut2_modern":
         text |= {"text_arch": "modern", "context_length": 24, "qk_norm": True, "attn_gated": True}
     return {"embed_dim": width, "vision_cfg": vision, "multimodal_cfg": text}
@@ -60,22 +76,35 @@ def model_of(opened: OpenedModel) -> MaMMUT:
 def reference(request, shared, tmp_path_factory, quick_compilation):
     """A PyTorch model's inputs and outputs, and the model opened from a folder as on the hub."""
     folder = shared / "fixtures" / "open_clip"
-    spec = importlib.util.spec_from_file_location("random_weights", shared / "fixtures" / "random_weights.py")
+    spec = importlib.util.spec_from_file_location(
+        "random_weights", shared / "fixtures" / "random_weights.py"
+    )
     weights = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(weights)
     fixture = json.loads((folder / f"{request.param}.json").read_text())
     arrays = weights.random_state_dict(fixture["shapes"], fixture["weights_seed"])
     arrays = {name: np.array(array) for name, array in arrays.items()}
-    path = write_folder(tmp_path_factory.mktemp(request.param), fixture_config(request.param, fixture), arrays)
+    path = write_folder(
+        tmp_path_factory.mktemp(request.param), fixture_config(request.param, fixture), arrays
+    )
     if request.param != "mammut2_modern":  # which has another vocabulary, of 2,000 ids
         shutil.copy(shared / "vocabs" / "clip_bpe_simple_vocab_16e6.txt.gz", path)
     opened = open_clip.open_model(path)
     with jax.default_matmul_precision("highest"):
-        yield fixture, load_file(folder / f"{request.param}.safetensors"), opened, model_of(opened), arrays
+        yield (
+            fixture,
+            load_file(folder / f"{request.param}.safetensors"),
+            opened,
+            model_of(opened),
+            arrays,
+        )
 
 
 def batch_of(fixture: dict, outputs: dict) -> dict:
-    image, tokens = jnp.asarray(outputs["images"].transpose(0, 2, 3, 1)), jnp.asarray(outputs["text"])
+    image, tokens = (
+        jnp.asarray(outputs["images"].transpose(0, 2, 3, 1)),
+        jnp.asarray(outputs["text"]),
+    )
     return {"image": image, "tokens": tokens, "text_valid": tokens != fixture.get("pad_id", 0)}
 
 
@@ -90,14 +119,20 @@ def test_embeddings_and_caption_logits_are_those_of_pytorch(reference):
         embeds = [model.encode_text(tokens, valid) for valid in (text_valid, text_mask)]
         return model.encode_image(image), *embeds, logits
 
-    text_mask = jnp.asarray(outputs["text_valid"] > 0) if "text_valid" in outputs else batch["text_valid"]
+    text_mask = (
+        jnp.asarray(outputs["text_valid"] > 0) if "text_valid" in outputs else batch["text_valid"]
+    )
     image_embed, text_embed, text_embed_mask, logits = forward(model, *batch.values(), text_mask)
     np.testing.assert_allclose(image_embed, outputs["image_embed"], atol=1e-5)
     expected = outputs["text_embed"] if "text_embed" in outputs else outputs["text_embed_padvalue"]
     np.testing.assert_allclose(text_embed, expected, atol=1e-5)
     np.testing.assert_allclose(text_embed_mask, outputs.get("text_embed_mask", expected), atol=1e-5)
-    np.testing.assert_allclose(logits[..., outputs["vocab_subset"]], outputs["caption_logits_subset"], atol=1e-4)
-    np.testing.assert_allclose(jax.nn.logsumexp(logits, -1), outputs["caption_logits_logsumexp"], atol=1e-4)
+    np.testing.assert_allclose(
+        logits[..., outputs["vocab_subset"]], outputs["caption_logits_subset"], atol=1e-4
+    )
+    np.testing.assert_allclose(
+        jax.nn.logsumexp(logits, -1), outputs["caption_logits_logsumexp"], atol=1e-4
+    )
     np.testing.assert_array_equal(logits.argmax(-1), outputs["caption_logits_argmax"])
 
 
@@ -111,17 +146,29 @@ def test_losses_and_gradients_are_those_of_pytorch(reference):
         return task.loss(model, batch | {"text_valid": text_valid}, jax.random.key(0))
 
     expected = fixture.get("grad_norms", {})
-    step = nnx.jit(nnx.value_and_grad(loss, has_aux=True) if expected else lambda *args: (loss(*args), None))
-    from_processor = jnp.asarray(opened.processor(text=fixture["captions"])["text_valid"])  # knows "!" from a pad
+    step = nnx.jit(
+        nnx.value_and_grad(loss, has_aux=True) if expected else lambda *args: (loss(*args), None)
+    )
+    # knows "!" from a pad
+    from_processor = jnp.asarray(opened.processor(text=fixture["captions"])["text_valid"])
     for text_valid in (batch["text_valid"], from_processor):
         (_, metrics), gradients = step(model, text_valid)
-        assert metrics["loss_contrastive"] == pytest.approx(fixture["losses"]["contrastive_loss"], rel=1e-5)
-        assert 2 * metrics["loss_caption"] == pytest.approx(fixture["losses"]["caption_loss"], rel=1e-5)
+        assert metrics["loss_contrastive"] == pytest.approx(
+            fixture["losses"]["contrastive_loss"], rel=1e-5
+        )
+        assert 2 * metrics["loss_caption"] == pytest.approx(
+            fixture["losses"]["caption_loss"], rel=1e-5
+        )
     if expected:
-        flat = {".".join(path): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(nnx.state(gradients))}
+        flat = {
+            ".".join(path): np.asarray(leaf.get_value())
+            for path, leaf in nnx.to_flat_state(nnx.state(gradients))
+        }
         ours = LazyTensors(opened.tensors.specs, flat.__getitem__)
         theirs = open_clip.table(opened.config, open_specs(arrays)).to_theirs(ours)
-        norms = {name: np.linalg.norm(theirs.read(name).astype(np.float64)) for name in theirs.specs}
+        norms = {
+            name: np.linalg.norm(theirs.read(name).astype(np.float64)) for name in theirs.specs
+        }
         assert norms == pytest.approx(expected, rel=1e-3)
 
 
@@ -136,7 +183,9 @@ def test_greedy_captions_are_those_of_pytorch(reference):
 
     @nnx.jit
     def greedy(model, image):
-        return generate(model, image, prompt, prompt > 0, config, eos_id=opened.processor.eos_id).tokens[:, 0]
+        return generate(
+            model, image, prompt, prompt > 0, config, eos_id=opened.processor.eos_id
+        ).tokens[:, 0]
 
     np.testing.assert_array_equal(greedy(model, image), expected)
 
@@ -147,7 +196,9 @@ def test_what_was_read_is_written_back_bit_for_bit(reference, tmp_path):
     written = load_file(tmp_path / "open_clip_model.safetensors")
     assert written.keys() == arrays.keys()
     for name, array in arrays.items():
-        assert written[name].dtype == array.dtype and written[name].tobytes() == array.tobytes(), name
+        assert written[name].dtype == array.dtype and written[name].tobytes() == array.tobytes(), (
+            name
+        )
     again = open_clip.open_model(tmp_path)
     assert again.config == opened.config
     assert type(again.processor.tokenizer) is type(opened.processor.tokenizer)
@@ -159,9 +210,19 @@ def test_layers_without_an_mlp_are_those_whose_mlp_says_nothing(tmp_path, quick_
     bare = dict(full)
     for layer in (0, 2):  # those that a cross-attention layer follows
         for part in ("mlp.c_proj.weight", "mlp.c_proj.bias"):
-            full[f"text.resblocks.{layer}.{part}"] = np.zeros_like(full[f"text.resblocks.{layer}.{part}"])
-        bare = {name: array for name, array in bare.items() if not name.startswith(f"text.resblocks.{layer}.mlp")}
-        bare = {name: array for name, array in bare.items() if not name.startswith(f"text.resblocks.{layer}.ln_2")}
+            full[f"text.resblocks.{layer}.{part}"] = np.zeros_like(
+                full[f"text.resblocks.{layer}.{part}"]
+            )
+        bare = {
+            name: array
+            for name, array in bare.items()
+            if not name.startswith(f"text.resblocks.{layer}.mlp")
+        }
+        bare = {
+            name: array
+            for name, array in bare.items()
+            if not name.startswith(f"text.resblocks.{layer}.ln_2")
+        }
     image, tokens = jnp.ones((1, 16, 16, 3)), jnp.array([[49_406, 5, 7, 9, 49_407]])
 
     @nnx.jit
@@ -170,7 +231,9 @@ def test_layers_without_an_mlp_are_those_whose_mlp_says_nothing(tmp_path, quick_
         return two.text_embed, two.features
 
     outputs = [
-        forward(model_of(open_clip.open_model(write_folder(tmp_path / name, CONFIGS[name], arrays))))
+        forward(
+            model_of(open_clip.open_model(write_folder(tmp_path / name, CONFIGS[name], arrays)))
+        )
         for name, arrays in {"fork": full, "fork without MLPs": bare}.items()
     ]
     for one, other in zip(*outputs, strict=True):
@@ -180,7 +243,9 @@ def test_layers_without_an_mlp_are_those_whose_mlp_says_nothing(tmp_path, quick_
 @pytest.mark.parametrize("size", OPENMAMMUT_SIZES)
 def test_every_tensor_of_every_openmammut_size_has_its_place(size, shared, tmp_path):
     """The file has its header and no numbers: a hole of up to 4.7 GB. No config is beside it."""
-    manifest = json.loads((shared / "fixtures" / "open_clip" / "manifests" / f"mammut_{size}.json").read_text())
+    manifest = json.loads(
+        (shared / "fixtures" / "open_clip" / "manifests" / f"mammut_{size}.json").read_text()
+    )
     shapes = manifest.get("shapes", manifest)
     header, end = {}, 0
     for name, shape in shapes.items():
@@ -194,14 +259,18 @@ def test_every_tensor_of_every_openmammut_size_has_its_place(size, shared, tmp_p
     opened = open_clip.open_model(path)
     theirs = open_clip.table(opened.config, open_tensors(path).specs).to_theirs(opened.tensors)
     assert {name: list(spec.shape) for name, spec in theirs.specs.items()} == shapes
-    assert opened.config.vision.width // opened.config.vision.num_heads == (80 if "H" in size else 64)
+    assert opened.config.vision.width // opened.config.vision.num_heads == (
+        80 if "H" in size else 64
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_comes_back_as_it_was(name, tmp_path):
     """theirs -> ours -> theirs, bit for bit, and the config too."""
     model_cfg, arrays = CONFIGS[name], random_arrays(CONFIGS[name])
-    opened = open_clip.open_model(write_folder(tmp_path / "in", model_cfg, arrays, size=16, mean=0.4, fill_color=7))
+    opened = open_clip.open_model(
+        write_folder(tmp_path / "in", model_cfg, arrays, size=16, mean=0.4, fill_color=7)
+    )
     open_clip.save(tmp_path / "out", opened)
     written = load_file(tmp_path / "out" / "open_clip_model.safetensors")
     assert written.keys() == arrays.keys()
@@ -216,29 +285,48 @@ def test_every_family_comes_back_as_it_was(name, tmp_path):
 def test_our_own_numbers_come_back_as_they_were_also_in_bfloat16(tmp_path):
     config = open_clip.model_config(CONFIGS["mammut2"], None, "it")
     model = tiny_model(dataclasses.replace(config, param_dtype="bfloat16"))
-    arrays = {".".join(path): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(nnx.state(model))}
-    opened = OpenedModel(model.config, LazyTensors(open_specs(arrays), arrays.__getitem__), tiny_processor(), "it")
+    arrays = {
+        ".".join(path): np.asarray(leaf.get_value())
+        for path, leaf in nnx.to_flat_state(nnx.state(model))
+    }
+    opened = OpenedModel(
+        model.config, LazyTensors(open_specs(arrays), arrays.__getitem__), tiny_processor(), "it"
+    )
     open_clip.save(tmp_path, opened)
-    assert {str(spec.dtype) for spec in open_tensors(tmp_path / "open_clip_model.safetensors").specs.values()} == {
+    assert {
+        str(spec.dtype)
+        for spec in open_tensors(tmp_path / "open_clip_model.safetensors").specs.values()
+    } == {
         "bfloat16",
         "float32",
     }
     again = open_clip.open_model(tmp_path)
     for name, array in arrays.items():
-        np.testing.assert_array_equal(again.tensors.read(name), array.astype(np.float32), err_msg=name)
+        np.testing.assert_array_equal(
+            again.tensors.read(name), array.astype(np.float32), err_msg=name
+        )
     assert float(arrays["logit_bias"]) != 0
     text = ["a dog", "two dogs"]
-    np.testing.assert_array_equal(again.processor(text=text)["tokens"], opened.processor(text=text)["tokens"])
+    np.testing.assert_array_equal(
+        again.processor(text=text)["tokens"], opened.processor(text=text)["tokens"]
+    )
 
 
 def test_a_coca_of_ours_gives_the_same_in_open_clip(tmp_path):
     torch, theirs = pytest.importorskip("torch"), original_package()
-    config = open_clip.model_config({**COCA, "text_cfg": COCA["text_cfg"] | {"vocab_size": 49_408}}, None, "it")
+    config = open_clip.model_config(
+        {**COCA, "text_cfg": COCA["text_cfg"] | {"vocab_size": 49_408}}, None, "it"
+    )
     model = tiny_model(config)
-    arrays = {".".join(path): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    arrays = {
+        ".".join(path): np.asarray(leaf.get_value())
+        for path, leaf in nnx.to_flat_state(nnx.state(model))
+    }
     arrays["logit_bias"] = np.float32(0)
     processor = Processor(MissingTokenizer((1, 2, 0), 60, "nothing"), ImageTransform(16), 12)
-    opened = OpenedModel(config, LazyTensors(open_specs(arrays), arrays.__getitem__), processor, "it")
+    opened = OpenedModel(
+        config, LazyTensors(open_specs(arrays), arrays.__getitem__), processor, "it"
+    )
     open_clip.save(tmp_path, opened)
     original = theirs.create_model(f"local-dir:{tmp_path}").eval()
     rng = np.random.default_rng(0)
@@ -268,7 +356,10 @@ def test_a_training_checkpoint_is_read_without_running_it(tmp_path):
     expected = open_clip.open_model(folder).tensors
     (folder / "open_clip_model.safetensors").unlink()
     state = {f"module.{name}": torch.from_numpy(array) for name, array in arrays.items()}
-    torch.save({"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"state": {}}}, folder / "epoch_3.pt")
+    torch.save(
+        {"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"state": {}}},
+        folder / "epoch_3.pt",
+    )
     for path in (folder, folder / "epoch_3.pt"):
         tensors = open_clip.open_model(path).tensors
         for name in expected.specs:
@@ -286,14 +377,18 @@ def test_a_training_checkpoint_is_read_without_running_it(tmp_path):
 def test_safetensors_are_taken_before_a_pickle(tmp_path):
     folder = write_folder(tmp_path, CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"]))
     (folder / "open_clip_pytorch_model.bin").write_bytes(b"not even a pickle")
-    assert open_clip.open_model(folder).notes == ("logit_bias is 0.0: the model was trained without",)
+    assert open_clip.open_model(folder).notes == (
+        "logit_bias is 0.0: the model was trained without",
+    )
 
 
 def test_a_folder_with_two_files_of_weights_wants_to_be_told_which(tmp_path):
     folder = write_folder(tmp_path, CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"]))
     shutil.copy(folder / "open_clip_model.safetensors", folder / "a.safetensors")
     (folder / "open_clip_model.safetensors").rename(folder / "b.safetensors")
-    with pytest.raises(CheckpointError, match=r"2 files of weights, a\.safetensors, b\.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"2 files of weights, a\.safetensors, b\.safetensors"
+    ):
         open_clip.open_model(folder)
     assert open_clip.open_model(folder / "b.safetensors").config.embed_dim == 20
 
@@ -306,9 +401,12 @@ def test_scalars_of_the_loss_may_have_an_axis_and_a_bias(tmp_path):
     assert opened.tensors.read("logit_scale") == 2.5 and opened.tensors.read("logit_bias") == -10.5
     assert not opened.notes
     open_clip.save(tmp_path / "out", opened)
-    assert load_file(tmp_path / "out" / "open_clip_model.safetensors")["logit_bias"] == np.float32(-10.5)
+    assert load_file(tmp_path / "out" / "open_clip_model.safetensors")["logit_bias"] == np.float32(
+        -10.5
+    )
     config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
-    assert config["model_cfg"]["init_logit_bias"] == -10.5  # without it open_clip's model has no place for the tensor
+    # without it open_clip's model has no place for the tensor
+    assert config["model_cfg"]["init_logit_bias"] == -10.5
 
 
 def test_all_that_does_not_fit_the_config_is_named_at_once(tmp_path):
@@ -328,7 +426,9 @@ def test_all_that_does_not_fit_the_config_is_named_at_once(tmp_path):
         assert problem in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"model_cfg": 1}', "{", '{"model_cfg": {}, "weights": "../x"}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[1]", '{"model_cfg": 1}', "{", '{"model_cfg": {}, "weights": "../x"}', "\x00"]
+)
 def test_a_damaged_config_is_refused_by_its_name(text, tmp_path):
     folder = write_folder(tmp_path, CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"]))
     (folder / "open_clip_config.json").write_text(text)
@@ -339,23 +439,34 @@ def test_a_damaged_config_is_refused_by_its_name(text, tmp_path):
 def test_weights_without_a_config_that_are_no_openmammut_want_one(tmp_path):
     folder = write_folder(tmp_path, CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"]))
     (folder / "open_clip_config.json").unlink()
-    with pytest.raises(CheckpointError, match="none of the 15 openMaMMUT sizes: put the open_clip_config.json"):
+    with pytest.raises(
+        CheckpointError, match="none of the 15 openMaMMUT sizes: put the open_clip_config.json"
+    ):
         open_clip.open_model(folder / "open_clip_model.safetensors")
-    assert not open_clip.is_open_clip(folder) and open_clip.is_open_clip(folder / "open_clip_model.safetensors")
+    assert not open_clip.is_open_clip(folder) and open_clip.is_open_clip(
+        folder / "open_clip_model.safetensors"
+    )
 
 
 def test_a_folder_is_not_overwritten_unasked(tmp_path):
-    opened = open_clip.open_model(write_folder(tmp_path / "in", CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"])))
+    opened = open_clip.open_model(
+        write_folder(tmp_path / "in", CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"]))
+    )
     open_clip.save(tmp_path / "out", opened)
-    with pytest.raises(ValueError, match="open_clip_config.json already: give a new folder, or overwrite=True"):
+    with pytest.raises(
+        ValueError, match="open_clip_config.json already: give a new folder, or overwrite=True"
+    ):
         open_clip.save(tmp_path / "out", opened)
     sizes = []
     open_clip.save(tmp_path / "out", opened, overwrite=True, progress=sizes.append)
-    assert sum(sizes) == sum(spec.nbytes for spec in opened.tensors.specs.values()) - 4  # all but the logit bias
+    # all but the logit bias
+    assert sum(sizes) == sum(spec.nbytes for spec in opened.tensors.specs.values()) - 4
 
 
 def test_a_model_that_cannot_be_written_whole_leaves_the_one_that_is_there(tmp_path):
-    opened = open_clip.open_model(write_folder(tmp_path / "in", CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"])))
+    opened = open_clip.open_model(
+        write_folder(tmp_path / "in", CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"]))
+    )
     open_clip.save(tmp_path / "out", opened)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
@@ -388,7 +499,9 @@ def test_a_folder_that_is_read_from_or_of_another_kind_is_never_written_to(tmp_p
 
 
 def test_a_processor_that_open_clip_cannot_express_is_refused_by_name(tmp_path):
-    opened = open_clip.open_model(write_folder(tmp_path / "in", CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"])))
+    opened = open_clip.open_model(
+        write_folder(tmp_path / "in", CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"]))
+    )
     image = ImageTransform(16, interpolation="bilinear_aliased")
     processor = Processor(opened.processor.tokenizer, image, 12, "end_filled")
     message = "interpolation is 'bilinear_aliased', expected 'bicubic' or 'bilinear'; text_form is 'end_filled'"
@@ -403,7 +516,9 @@ def test_numbers_that_float32_does_not_hold_are_refused_and_those_that_are_none_
     wide[:3] = np.nan, np.inf, 1e300
     folder = write_folder(tmp_path, CONFIGS["mammut2"], arrays | {"text.ln_final.weight": wide})
     read = open_clip.open_model(folder).tensors.read
-    with pytest.raises(CheckpointError, match="safetensors: text.ln_final.weight holds finite numbers .* float32"):
+    with pytest.raises(
+        CheckpointError, match="safetensors: text.ln_final.weight holds finite numbers .* float32"
+    ):
         read("text.norm.scale")
     wide[2] = 1e30
     folder = write_folder(tmp_path, CONFIGS["mammut2"], arrays | {"text.ln_final.weight": wide})
@@ -412,7 +527,9 @@ def test_numbers_that_float32_does_not_hold_are_refused_and_those_that_are_none_
     )
 
 
-@pytest.mark.parametrize("config", [b'{"model_cfg": {}, "model_cfg": {}}', b'{"model_cfg": {"embed_dim": NaN}}'])
+@pytest.mark.parametrize(
+    "config", [b'{"model_cfg": {}, "model_cfg": {}}', b'{"model_cfg": {"embed_dim": NaN}}']
+)
 def test_a_config_with_a_key_twice_or_without_a_number_is_refused(tmp_path, config):
     folder = write_folder(tmp_path, CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"]))
     (folder / "open_clip_config.json").write_bytes(config)
@@ -421,7 +538,9 @@ def test_a_config_with_a_key_twice_or_without_a_number_is_refused(tmp_path, conf
 
 
 def test_a_model_is_written_with_few_of_its_parameters_in_memory(tmp_path):
-    opened = open_clip.open_model(write_folder(tmp_path / "in", CONFIGS["modern"], random_arrays(CONFIGS["modern"])))
+    opened = open_clip.open_model(
+        write_folder(tmp_path / "in", CONFIGS["modern"], random_arrays(CONFIGS["modern"]))
+    )
     held, most, reads = weakref.WeakSet(), 0, []
 
     def read(name):
@@ -434,7 +553,8 @@ def test_a_model_is_written_with_few_of_its_parameters_in_memory(tmp_path):
 
     watched = dataclasses.replace(opened, tensors=LazyTensors(opened.tensors.specs, read))
     open_clip.save(tmp_path / "out", watched)
-    assert sorted(reads) == sorted([*opened.tensors.specs])  # each once; the logit bias, to see whether it is 0
+    # each once; the logit bias, to see whether it is 0
+    assert sorted(reads) == sorted([*opened.tensors.specs])
     assert most <= 4  # queries, keys and values are one tensor in PyTorch
 
 

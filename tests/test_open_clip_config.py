@@ -59,9 +59,13 @@ from mammut.weights.formats import open_clip
 )
 def test_a_model_that_mammut_does_not_have_is_refused_by_the_key(name, key, value):
     with pytest.raises(CheckpointError) as error:
-        open_clip.model_config(changed(CONFIGS[name], key, value), None, "folder/open_clip_config.json")
+        open_clip.model_config(
+            changed(CONFIGS[name], key, value), None, "folder/open_clip_config.json"
+        )
     message = str(error.value)
-    assert message.startswith("folder/open_clip_config.json tells of a model that mammut does not have: ")
+    assert message.startswith(
+        "folder/open_clip_config.json tells of a model that mammut does not have: "
+    )
     assert key.rpartition(".")[2] in message and "\n" not in message and len(message) < 500
 
 
@@ -69,8 +73,16 @@ def test_all_keys_that_cannot_be_are_named_at_once():
     model_cfg = changed(CONFIGS["fork"], "text_cfg.tempo", 1)
     model_cfg = changed(model_cfg, "vision_cfg.qk_norm", True)
     with pytest.raises(CheckpointError) as error:
-        open_clip.model_config(changed(model_cfg, "embed_dim", "wide"), {"std": [1, 1, 0], "resize_mode": "zoom"}, "it")
-    for name in ("model_cfg.text_cfg.tempo", "vision_cfg.qk_norm", "embed_dim", "preprocess_cfg.std", "resize_mode"):
+        open_clip.model_config(
+            changed(model_cfg, "embed_dim", "wide"), {"std": [1, 1, 0], "resize_mode": "zoom"}, "it"
+        )
+    for name in (
+        "model_cfg.text_cfg.tempo",
+        "vision_cfg.qk_norm",
+        "embed_dim",
+        "preprocess_cfg.std",
+        "resize_mode",
+    ):
         assert name in str(error.value)
 
 
@@ -88,17 +100,31 @@ def test_a_clip_has_no_decoder_and_is_refused():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_keys_without_effect_change_nothing(name):
     model_cfg = changed(CONFIGS[name], "custom_text", True)
-    for key, value in {"vision_cfg.patch_dropout": 0.5, "vision_cfg.timm_pool": "avg", "init_logit_scale": 2.0}.items():
+    for key, value in {
+        "vision_cfg.patch_dropout": 0.5,
+        "vision_cfg.timm_pool": "avg",
+        "init_logit_scale": 2.0,
+    }.items():
         model_cfg = changed(model_cfg, key, value)
     for tower in ("text_cfg", "multimodal_cfg"):
         if tower in model_cfg:
             model_cfg = changed(model_cfg, f"{tower}.output_tokens", False)
             model_cfg = changed(model_cfg, f"{tower}.hf_model_pretrained", True)
             model_cfg = changed(model_cfg, f"{tower}.dim_head", 7)
-    assert open_clip.model_config(model_cfg, None, "it") == open_clip.model_config(CONFIGS[name], None, "it")
+    assert open_clip.model_config(model_cfg, None, "it") == open_clip.model_config(
+        CONFIGS[name], None, "it"
+    )
 
 
-PATHS = sorted({f"{tower}.{key}" for cfg in CONFIGS.values() for tower in cfg if "cfg" in tower for key in cfg[tower]})
+PATHS = sorted(
+    {
+        f"{tower}.{key}"
+        for cfg in CONFIGS.values()
+        for tower in cfg
+        if "cfg" in tower
+        for key in cfg[tower]
+    }
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -117,11 +143,17 @@ def test_no_value_in_a_config_does_more_than_be_refused(name, path, value):
 def test_a_mammut_that_open_clip_cannot_express_is_refused_with_every_field(preset):
     with pytest.raises(ValueError, match="open_clip cannot express this model") as error:
         open_clip.to_open_clip(preset)
-    for field in ("image_projection is 'shared'", "text.tie_embeddings is True", "vision.class_token is False"):
+    for field in (
+        "image_projection is 'shared'",
+        "text.tie_embeddings is True",
+        "vision.class_token is False",
+    ):
         assert field in str(error.value)
 
 
 def test_settings_of_training_and_arithmetic_do_not_stand_in_the_way_of_open_clip():
     config = open_clip.model_config(CONFIGS["mammut2"], None, "it")
-    other = dataclasses.replace(config, dtype="bfloat16", remat="full", unroll=4, logit_scale_init=10.0)
+    other = dataclasses.replace(
+        config, dtype="bfloat16", remat="full", unroll=4, logit_scale_init=10.0
+    )
     assert open_clip.to_open_clip(other) == open_clip.to_open_clip(config)

@@ -36,8 +36,12 @@ def test_texts_become_the_tokens_of_open_clip(shared, tmp_path):
 def test_pictures_become_the_pixels_of_open_clip(mode, picture, shared, tmp_path):
     folder = shared / "fixtures" / "preprocess"
     model_cfg = changed(CONFIGS["mammut2"], "vision_cfg.image_size", 224)
-    opened = open_clip.open_model(write_folder(tmp_path, model_cfg, random_arrays(model_cfg), resize_mode=mode))
-    pixels = opened.processor(images=[folder / f"{picture}.png"])["image"][0, ::4, ::4].transpose(2, 0, 1)
+    opened = open_clip.open_model(
+        write_folder(tmp_path, model_cfg, random_arrays(model_cfg), resize_mode=mode)
+    )
+    pixels = opened.processor(images=[folder / f"{picture}.png"])["image"][0, ::4, ::4].transpose(
+        2, 0, 1
+    )
     expected = load_file(folder / "preprocessed.safetensors")[f"{mode}.{picture}"]
     vision = opened.config.vision
     mean, std = (np.array(x)[:, None, None] for x in (vision.image_mean, vision.image_std))
@@ -49,7 +53,11 @@ def test_without_a_vocabulary_images_and_ready_tokens_still_work(tmp_path):
     processor = open_clip.open_model(folder).processor
     assert processor(images=[np.zeros((5, 7, 3), np.uint8)])["image"].shape == (1, 16, 16, 3)
     tokens = np.array([[1, 2]])
-    for call in (lambda: processor(text=["a dog"]), lambda: processor.decode(tokens), lambda: processor.bos_id):
+    for call in (
+        lambda: processor(text=["a dog"]),
+        lambda: processor.decode(tokens),
+        lambda: processor.bos_id,
+    ):
         with pytest.raises(ValueError, match="came without a vocabulary .* put its "):
             call()
 
@@ -57,7 +65,9 @@ def test_without_a_vocabulary_images_and_ready_tokens_still_work(tmp_path):
 def test_a_vocabulary_that_is_larger_than_the_model_is_refused(shared, tmp_path):
     folder = write_folder(tmp_path, CONFIGS["mammut2"], random_arrays(CONFIGS["mammut2"]))
     shutil.copy(next((shared / "vocabs").rglob("*.txt.gz")), folder)
-    with pytest.raises(CheckpointError, match="the tokenizer has 49408 ids, too many for a vocab_size of 60"):
+    with pytest.raises(
+        CheckpointError, match="the tokenizer has 49408 ids, too many for a vocab_size of 60"
+    ):
         open_clip.open_model(folder)
 
 
@@ -69,13 +79,19 @@ def write_words(folder: pathlib.Path, template: bool) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if template:
         special = [("<s>", 1), ("</s>", 2)]
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=special)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "<s> $A </s>", special_tokens=special
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def test_a_named_tokenizer_has_the_ids_of_the_config(tmp_path):
-    ids = {"bos_id": 58, "eos_id": 57, "pad_id": 59}  # tiktoken's, which the vocabulary itself does not have
-    model_cfg = {**CONFIGS["modern"], "multimodal_cfg": MODERN | ids | {"tokenizer_kwargs": {"clean": "whitespace"}}}
+    # tiktoken's, which the vocabulary itself does not have
+    ids = {"bos_id": 58, "eos_id": 57, "pad_id": 59}
+    model_cfg = {
+        **CONFIGS["modern"],
+        "multimodal_cfg": MODERN | ids | {"tokenizer_kwargs": {"clean": "whitespace"}},
+    }
     model_cfg["embed_dim"] = 24
     folder = write_folder(tmp_path, model_cfg, random_arrays(model_cfg))
     assert open_clip.open_model(folder).processor.eos_id == 57
@@ -84,14 +100,23 @@ def test_a_named_tokenizer_has_the_ids_of_the_config(tmp_path):
     expected = [[58, 3, 5, 57] + [59] * 8]
     assert opened.processor(text=["a &#68;og"])["tokens"].tolist() == expected
     open_clip.save(tmp_path / "out", opened)
-    assert open_clip.open_model(tmp_path / "out").processor(text=["a &#68;og"])["tokens"].tolist() == expected
+    assert (
+        open_clip.open_model(tmp_path / "out").processor(text=["a &#68;og"])["tokens"].tolist()
+        == expected
+    )
 
 
 def test_a_tokenizer_of_hugging_face_must_put_texts_between_start_and_end(tmp_path):
     model_cfg = changed(CONFIGS["mammut"], "multimodal_cfg.hf_tokenizer_name", "words")
     folder = write_folder(tmp_path, model_cfg, random_arrays(model_cfg))
     write_words(folder, template=True)
-    assert open_clip.open_model(folder).processor(text=["a dog"])["tokens"][0, :5].tolist() == [1, 3, 4, 2, 2]
+    assert open_clip.open_model(folder).processor(text=["a dog"])["tokens"][0, :5].tolist() == [
+        1,
+        3,
+        4,
+        2,
+        2,
+    ]
     write_words(folder, template=False)
     with pytest.raises(CheckpointError, match="expected its ids between a start and an end"):
         open_clip.open_model(folder)
@@ -104,8 +129,13 @@ def test_clips_merges_in_a_tokenizer_json_are_clips_tokenizer(shared, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "merges": merges}}))
     processor = open_clip.open_model(folder).processor
     text = "x!=y &amp; Zebras"
-    assert processor.tokenizer.encode(text) == load_tokenizer(vocabulary, True).encode(text) and processor.pad_id == 0
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "merges": ["a b c"] * 48_894}}))
+    assert (
+        processor.tokenizer.encode(text) == load_tokenizer(vocabulary, True).encode(text)
+        and processor.pad_id == 0
+    )
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "BPE", "merges": ["a b c"] * 48_894}})
+    )
     with pytest.raises(CheckpointError, match="tokenizer.json has merges that are not CLIP's"):
         open_clip.open_model(folder)
 
@@ -119,7 +149,15 @@ def test_a_processor_of_another_model_is_refused(tmp_path):
         open_clip.open_model(folder)
 
 
-KEYS = "hf_tokenizer_name", "tokenizer_type", "tokenizer_mode", "tokenizer_kwargs", "bos_id", "eos_id", "pad_id"
+KEYS = (
+    "hf_tokenizer_name",
+    "tokenizer_type",
+    "tokenizer_mode",
+    "tokenizer_kwargs",
+    "bos_id",
+    "eos_id",
+    "pad_id",
+)
 
 
 @settings(max_examples=200, deadline=None)

@@ -35,13 +35,18 @@ class Pictures(Source):
         if index == 3:
             raise BadExample("the fourth is broken", "broken")
         image = np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8)
-        names = [f"{COLOURS[(index + n) % 4]} {SHAPES[(index * 2 + n) % 3]}" for n in range(2 + index % 2)]
+        names = [
+            f"{COLOURS[(index + n) % 4]} {SHAPES[(index * 2 + n) % 3]}"
+            for n in range(2 + index % 2)
+        ]
         qa = [
             Question(text, ["one", "left"], f"{index}-{n}", answer_type="other")
             for n, text in enumerate(QUESTIONS[: 1 + index % 3])
         ]
         key = "picture" if self._same_key else f"picture {index}"
-        return Example(image, [f"one {name} on the left" for name in names], key, qa, name=SHAPES[index % 3])
+        return Example(
+            image, [f"one {name} on the left" for name in names], key, qa, name=SHAPES[index % 3]
+        )
 
 
 GOOD = [index for index in range(10) if index != 3]
@@ -63,7 +68,10 @@ def model():
 @pytest.fixture(scope="module")
 def ask(model, processor):
     """Calls a method of a Predictor on a mesh of one device: `ask("captions", source, ...)`."""
-    axes = {"axis_names": ("data", "fsdp", "model"), "axis_types": (jax.sharding.AxisType.Auto,) * 3}
+    axes = {
+        "axis_names": ("data", "fsdp", "model"),
+        "axis_types": (jax.sharding.AxisType.Auto,) * 3,
+    }
     return asker(model, processor, jax.make_mesh((1, 1, 1), devices=jax.devices()[:1], **axes))
 
 
@@ -75,7 +83,12 @@ def ask_eight(model, processor):
 def asker(model, processor, mesh, **settings):
     with jax.set_mesh(mesh):
         model_of, params = place(model, mesh)
-        options = {"checkpoint": "here", "batch_size": 4, "threads": 2, "max_bad_share": 0.2} | settings
+        options = {
+            "checkpoint": "here",
+            "batch_size": 4,
+            "threads": 2,
+            "max_bad_share": 0.2,
+        } | settings
         predictor = Predictor(model_of, processor, mesh, **options)
 
     def ask(method: str, source: Source = Pictures(), /, *args, **kwargs):
@@ -89,7 +102,9 @@ def asker(model, processor, mesh, **settings):
 def logprob(model, processor):
     """log P(text | image) from the caption pass over the whole text, in float64."""
     graphdef, params = nnx.split(model)
-    logits = jax.jit(lambda params, image, tokens: nnx.merge(graphdef, params).caption_logits(image, tokens))
+    logits = jax.jit(
+        lambda params, image, tokens: nnx.merge(graphdef, params).caption_logits(image, tokens)
+    )
 
     def logprob(images: np.ndarray, texts: list[str]) -> np.ndarray:
         tokens, valid = processor.encode_text(texts)
@@ -97,9 +112,9 @@ def logprob(model, processor):
         for i, image in enumerate(images):
             batch = np.broadcast_to(image, (len(texts), *image.shape))
             scores = np.asarray(logits(params, jnp.asarray(batch), jnp.asarray(tokens)), np.float64)
-            scores -= np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True)) + scores.max(
-                -1, keepdims=True
-            )
+            scores -= np.log(
+                np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True)
+            ) + scores.max(-1, keepdims=True)
             own = np.take_along_axis(scores[:, :-1], tokens[:, 1:, None], axis=2)[..., 0]
             rows[i] = np.where(valid[:, 1:], own, 0).sum(1)
         return rows
@@ -119,31 +134,46 @@ def all_texts() -> list[str]:
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_captions_are_those_of_the_public_function_with_their_references(ask, model, processor, num_beams):
+def test_captions_are_those_of_the_public_function_with_their_references(
+    ask, model, processor, num_beams
+):
     predictions = ask("captions", Pictures(), GenerateConfig(num_beams=num_beams))
     assert [record["index"] for record in predictions.records] == GOOD
     said = [record["prediction"] for record in predictions.records]
-    assert said == mammut.caption(model, processor, list(images()), num_beams=num_beams, batch_size=9)
+    assert said == mammut.caption(
+        model, processor, list(images()), num_beams=num_beams, batch_size=9
+    )
     assert len(set(said)) > 1
-    assert [record["references"] for record in predictions.records] == [Pictures()[i].captions for i in GOOD]
+    assert [record["references"] for record in predictions.records] == [
+        Pictures()[i].captions for i in GOOD
+    ]
     assert predictions.left_out == {"broken": 1} and predictions.settings["image_size"] == 16
 
 
 def test_answers_are_those_of_the_public_function_question_by_question(ask, model, processor):
     predictions = ask("answers")
     asked = [(index, question) for index in GOOD for question in Pictures()[index].qa]
-    assert [record["id"] for record in predictions.records] == [question.id for _, question in asked]
-    questions, pictures = [question.text for _, question in asked], images([index for index, _ in asked])
+    assert [record["id"] for record in predictions.records] == [
+        question.id for _, question in asked
+    ]
+    questions, pictures = (
+        [question.text for _, question in asked],
+        images([index for index, _ in asked]),
+    )
     said = [record["prediction"] for record in predictions.records]
     assert said == mammut.answer(model, processor, list(pictures), questions, batch_size=8)
-    assert len(set(said)) > 2 and all(record["answer_type"] == "other" for record in predictions.records)
+    assert len(set(said)) > 2 and all(
+        record["answer_type"] == "other" for record in predictions.records
+    )
 
 
 def test_a_prompt_is_put_around_the_question(ask, model, processor):
     predictions = ask("answers", Pictures(3), prompt="on {} left")
     asked = [(index, question.text) for index in range(3) for question in Pictures()[index].qa]
     prompts = [f"on {text} left" for _, text in asked]
-    said = mammut.answer(model, processor, list(images([index for index, _ in asked])), prompts, batch_size=6)
+    said = mammut.answer(
+        model, processor, list(images([index for index, _ in asked])), prompts, batch_size=6
+    )
     assert [record["prediction"] for record in predictions.records] == said
     with pytest.raises(ValueError, match="the prompt is 'left', expected a text with {} in it"):
         ask("answers", prompt="left")
@@ -164,9 +194,14 @@ def test_a_question_longer_than_the_context_is_answered_with_nothing_and_marked(
 
 
 def test_eight_devices_say_what_one_says(ask, ask_eight):
-    for method, config in (("captions", GenerateConfig(num_beams=2)), ("answers", GenerateConfig())):
+    for method, config in (
+        ("captions", GenerateConfig(num_beams=2)),
+        ("answers", GenerateConfig()),
+    ):
         one, eight = (asks(method, Pictures(), config).records for asks in (ask, ask_eight))
-        assert [record.pop("logprob") for record in one] == pytest.approx([r.pop("logprob") for r in eight], abs=1e-3)
+        assert [record.pop("logprob") for record in one] == pytest.approx(
+            [r.pop("logprob") for r in eight], abs=1e-3
+        )
         assert one == eight
 
 
@@ -183,8 +218,12 @@ def test_a_blind_model_sees_black(model, processor):
 def test_retrieval_ranks_by_embedding(ask, ask_eight, model, processor):
     predictions = ask("retrieval")
     tokens, valid = processor.encode_text(all_texts())
-    image_embed = np.asarray(jax.jit(type(model).encode_image)(model, jnp.asarray(images())), np.float64)
-    text_embed = np.asarray(jax.jit(type(model).encode_text)(model, jnp.asarray(tokens), valid), np.float64)
+    image_embed = np.asarray(
+        jax.jit(type(model).encode_image)(model, jnp.asarray(images())), np.float64
+    )
+    text_embed = np.asarray(
+        jax.jit(type(model).encode_text)(model, jnp.asarray(tokens), valid), np.float64
+    )
     scores = image_embed @ text_embed.T
     image_of_text = np.repeat(range(9), [len(Pictures()[i].captions) for i in GOOD])
     of_images, of_texts = predictions.records[:9], predictions.records[9:]
@@ -192,11 +231,17 @@ def test_retrieval_ranks_by_embedding(ask, ask_eight, model, processor):
     assert [record["text"] for record in of_texts] == all_texts()
     for record in of_images:
         assert record["relevant"] == np.flatnonzero(image_of_text == record["id"]).tolist()
-        np.testing.assert_allclose(record["scores"], np.sort(scores[record["id"]])[::-1][:10], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(record["scores"], scores[record["id"]][record["ranked"]], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            record["scores"], np.sort(scores[record["id"]])[::-1][:10], rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            record["scores"], scores[record["id"]][record["ranked"]], rtol=1e-4, atol=1e-5
+        )
     for record in of_texts:
         assert record["relevant"] == [image_of_text[record["id"]]] and len(record["ranked"]) == 9
-        np.testing.assert_allclose(record["scores"], np.sort(scores[:, record["id"]])[::-1], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            record["scores"], np.sort(scores[:, record["id"]])[::-1], rtol=1e-4, atol=1e-5
+        )
     for one, eight in zip(predictions.records, ask_eight("retrieval").records, strict=True):
         np.testing.assert_allclose(one["scores"], eight["scores"], rtol=1e-4, atol=1e-5)
 
@@ -212,7 +257,9 @@ def test_candidates_are_scored_again_by_caption_likelihood(ask, logprob, prior):
         assert record["ranked"] == before["ranked"]
         assert sorted(record["reranked"]) == sorted(record["ranked"][:3])
         own = scores[record["id"]] if record["query"] == "image" else scores[:, record["id"]]
-        np.testing.assert_allclose(record["reranked_scores"], own[record["reranked"]], rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(
+            record["reranked_scores"], own[record["reranked"]], rtol=1e-4, atol=1e-3
+        )
         assert record["reranked_scores"] == sorted(record["reranked_scores"], reverse=True)
         changed += record["reranked"] != record["ranked"][:3]
     assert changed > 3
@@ -225,23 +272,35 @@ def test_classes_by_embedding_average_the_templates(ask, model, processor):
     templates = ("one {} on the left", "{} right")
     predictions = ask("classes", Pictures(), SHAPES, templates=templates)
     tokens, valid = processor.encode_text([t.format(name) for name in SHAPES for t in templates])
-    embed = np.asarray(jax.jit(type(model).encode_text)(model, jnp.asarray(tokens), valid)).reshape(3, 2, -1).mean(1)
+    embed = (
+        np.asarray(jax.jit(type(model).encode_text)(model, jnp.asarray(tokens), valid))
+        .reshape(3, 2, -1)
+        .mean(1)
+    )
     embed /= np.linalg.norm(embed, axis=1, keepdims=True)
     scores = np.asarray(jax.jit(type(model).encode_image)(model, jnp.asarray(images()))) @ embed.T
     for row, record in enumerate(predictions.records):
-        assert record["label"] == SHAPES[GOOD[row] % 3] and sorted(record["ranked"]) == sorted(SHAPES)
+        assert record["label"] == SHAPES[GOOD[row] % 3] and sorted(record["ranked"]) == sorted(
+            SHAPES
+        )
         by_name = dict(zip(SHAPES, scores[row]))
-        np.testing.assert_allclose(record["scores"], [by_name[name] for name in record["ranked"]], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            record["scores"], [by_name[name] for name in record["ranked"]], rtol=1e-4, atol=1e-5
+        )
         assert record["scores"] == sorted(record["scores"], reverse=True)
 
 
 @pytest.mark.parametrize("prior", [0.0, 1.0])
 def test_classes_by_likelihood_average_the_templates(ask, logprob, prior):
     templates = ("one {}", "{} on the right")
-    predictions = ask("classes", Pictures(), SHAPES, templates=templates, method="likelihood", prior=prior)
+    predictions = ask(
+        "classes", Pictures(), SHAPES, templates=templates, method="likelihood", prior=prior
+    )
     texts = [t.format(name) for name in SHAPES for t in templates]
     black = np.zeros((1, 16, 16, 3), np.uint8)
-    seen, unseen = (np.log(np.exp(logprob(x, texts)).reshape(-1, 3, 2).mean(2)) for x in (images(), black))
+    seen, unseen = (
+        np.log(np.exp(logprob(x, texts)).reshape(-1, 3, 2).mean(2)) for x in (images(), black)
+    )
     scores = seen - prior * unseen
     for row, record in enumerate(predictions.records):
         by_name = dict(zip(SHAPES, scores[row]))
@@ -249,7 +308,9 @@ def test_classes_by_likelihood_average_the_templates(ask, logprob, prior):
             record["scores"], [by_name[name] for name in record["ranked"]], rtol=1e-4, atol=1e-3
         )
         assert record["scores"] == sorted(record["scores"], reverse=True)
-    with pytest.raises(ValueError, match="the template is 'no slot', expected a text with {} in it"):
+    with pytest.raises(
+        ValueError, match="the template is 'no slot', expected a text with {} in it"
+    ):
         ask("classes", Pictures(), SHAPES, templates=("no slot",))
 
 
@@ -258,7 +319,9 @@ def test_classes_by_likelihood_average_the_templates(ask, logprob, prior):
 
 def test_a_key_twice_is_refused(ask):
     for method, *args in (("captions",), ("retrieval",), ("classes", SHAPES)):
-        with pytest.raises(ValueError, match="'pictures' has 'picture' more than once, expected every image"):
+        with pytest.raises(
+            ValueError, match="'pictures' has 'picture' more than once, expected every image"
+        ):
             ask(method, Pictures(3, same_key=True), *args)
 
 
@@ -278,7 +341,9 @@ def test_a_question_id_twice_is_refused_and_a_picture_of_two_lines_is_not(ask):
 def test_too_many_bad_examples_are_refused_with_their_causes(model, processor, ask):
     mesh = sharding.make_mesh(MeshConfig(data=8))
     strict = asker(model, processor, mesh, batch_size=8, max_bad_share=0.05)
-    with pytest.raises(ValueError, match=r"1 of 10 examples of 'pictures' could not be used \(1 broken\), .*5%"):
+    with pytest.raises(
+        ValueError, match=r"1 of 10 examples of 'pictures' could not be used \(1 broken\), .*5%"
+    ):
         strict("captions")
     with pytest.raises(ValueError, match="8 devices"):
         asker(model, processor, mesh, batch_size=12)

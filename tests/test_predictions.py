@@ -6,13 +6,21 @@ import pytest
 
 from mammut.evaluation.predictions import Predictions
 
-CAPTION = {"key": "a.jpg", "index": 0, "prediction": "ein Hund \u2028 läuft\n", "logprob": -1.5, "references": ["x"]}
+CAPTION = {
+    "key": "a.jpg",
+    "index": 0,
+    "prediction": "ein Hund \u2028 läuft\n",
+    "logprob": -1.5,
+    "references": ["x"],
+}
 RETRIEVAL = {"query": "text", "id": 0, "text": "x", "relevant": [0], "ranked": [0], "scores": [0.5]}
 
 
 def write(tmp_path, records=(CAPTION, CAPTION | {"key": "b.jpg", "index": 1}), task="caption"):
     path = tmp_path / "new" / "x.predictions.jsonl"
-    predictions = Predictions(task, list(records), "jsonl:x", "runs/x", {"num_beams": 4}, {"corrupt": 2})
+    predictions = Predictions(
+        task, list(records), "jsonl:x", "runs/x", {"num_beams": 4}, {"corrupt": 2}
+    )
     predictions.save(path)
     return path, predictions
 
@@ -20,7 +28,8 @@ def write(tmp_path, records=(CAPTION, CAPTION | {"key": "b.jpg", "index": 1}), t
 def test_what_was_written_comes_back_whatever_its_letters(tmp_path):
     path, predictions = write(tmp_path)
     assert Predictions.load(path) == predictions == Predictions.load(path, "caption")
-    assert len(path.read_text().split("\n")) == 4  # one line each, line separators inside the text or not
+    # one line each, line separators inside the text or not
+    assert len(path.read_text().split("\n")) == 4
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -54,7 +63,9 @@ def test_a_file_cut_short_is_refused(tmp_path):
     ([CAPTION, {"key": "b.jpg"}], "record 1 has no .index. of type int"),
     ([CAPTION | {"logprob": float("nan")}], "record 0 has a logprob that is not finite: the model has diverged"),
 ])  # fmt: skip
-def test_records_that_cannot_be_scored_are_refused_before_and_after_they_are_written(tmp_path, records, message):
+def test_records_that_cannot_be_scored_are_refused_before_and_after_they_are_written(
+    tmp_path, records, message
+):
     with pytest.raises(ValueError, match=message):
         write(tmp_path, records)
     path, _ = write(tmp_path)

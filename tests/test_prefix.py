@@ -45,7 +45,9 @@ def test_the_norm_comes_after_the_dropout():
     model = tiny_model(dataclasses.replace(BARE, prefix_norm=True))
     x = np.asarray(prefix(tiny_model(BARE), jax.random.key(3)), np.float64)
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    expected = x * np.asarray(model.prefix_norm.scale[...]) + np.asarray(model.prefix_norm.bias[...])
+    expected = x * np.asarray(model.prefix_norm.scale[...]) + np.asarray(
+        model.prefix_norm.bias[...]
+    )
     np.testing.assert_allclose(prefix(model, jax.random.key(3)), expected, atol=1e-4)
 
 
@@ -57,7 +59,9 @@ def frozen() -> MaMMUT:
 
 def test_a_map_of_the_pooled_image_is_split_into_tokens(frozen):
     pooled = np.asarray(jax.jit(lambda model: model.vision(IMAGES).tokens)(frozen)).mean(1)
-    kernel, bias = (np.asarray(x[...]) for x in (frozen.image_projection.kernel, frozen.image_projection.bias))
+    kernel, bias = (
+        np.asarray(x[...]) for x in (frozen.image_projection.kernel, frozen.image_projection.bias)
+    )
     width = frozen.config.text.width
     flat = pooled @ kernel.reshape(-1, 2 * width) + bias.reshape(2 * width)
     expected = np.stack([flat[:, :width], flat[:, width:]], axis=1)
@@ -71,7 +75,9 @@ def test_a_model_of_two_image_tokens_captions(frozen):
     tokens = np.full((6, 5), processor.bos_id, np.int32)
     logits = jax.jit(lambda model: model.caption_logits(IMAGES, tokens))(frozen)
     assert logits.shape == (6, 5, 60)
-    found = mammut.generate_text(frozen, processor, list(IMAGES), config=GenerateConfig(max_new_tokens=3))
+    found = mammut.generate_text(
+        frozen, processor, list(IMAGES), config=GenerateConfig(max_new_tokens=3)
+    )
     best = jax.nn.log_softmax(logits[:, 0, : processor.vocab_size]).max(-1)
     np.testing.assert_allclose([text.token_logprobs[0] for text in found], best, atol=1e-4)
     assert len(set(np.asarray(best).tolist())) == 6  # each sees its image
@@ -85,7 +91,9 @@ def test_a_larger_image_leaves_less_room_for_text(tmp_path):
     batch = processor(images=list(IMAGES[:2]), text=["one blue circle", "on the left " * 60])
     assert batch["tokens"].shape == (2, 56) and batch["image"].shape == (2, 24, 24, 3)
     graphdef, params = nnx.split(model)
-    logits = jax.jit(lambda params: nnx.merge(graphdef, params).caption_logits(batch["image"], batch["tokens"]))
+    logits = jax.jit(
+        lambda params: nnx.merge(graphdef, params).caption_logits(batch["image"], batch["tokens"])
+    )
     assert np.isfinite(logits(params)).all() and logits(params).shape == (2, 56, 60)
 
 
@@ -94,7 +102,9 @@ def test_texts_of_a_run_may_be_shorter_than_its_model_has_places_for(tmp_path):
     (vocabulary,) = tmp_path.glob("*.model")
     tokenizer = TokenizerConfig(path=str(vocabulary), max_length=7)
     config = TrainConfig(model=tiny_config(), tokenizer=tokenizer)
-    processor = make_processor(config, open_source("synthetic:train[:5]", image_size=16, field="captions"), {})
+    processor = make_processor(
+        config, open_source("synthetic:train[:5]", image_size=16, field="captions"), {}
+    )
     model = tiny_model()
     mammut.save(tmp_path / "model", model, processor)
     _, loaded = mammut.load(tmp_path / "model")
@@ -114,5 +124,7 @@ def test_texts_whose_last_position_counts_have_the_length_of_the_model():
     text = dataclasses.replace(tiny_config().text, pooling="last")
     model = dataclasses.replace(tiny_config(), text=text)
     assert TrainConfig(model=model, tokenizer=TokenizerConfig(max_length=12)).text_length == 12
-    with pytest.raises(ValueError, match="tokenizer.max_length is 7, which with model.text.pooling 'last' is 12"):
+    with pytest.raises(
+        ValueError, match="tokenizer.max_length is 7, which with model.text.pooling 'last' is 12"
+    ):
         TrainConfig(model=model, tokenizer=TokenizerConfig(max_length=7))

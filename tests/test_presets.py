@@ -15,7 +15,11 @@ from mammut.models.flops import forward_flops, num_params
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config, tiny_model
 
-NAMES = [name for name, function in inspect.getmembers(presets, inspect.isfunction) if not name.startswith("_")]
+NAMES = [
+    name
+    for name, function in inspect.getmembers(presets, inspect.isfunction)
+    if not name.startswith("_")
+]
 WITH_PREFIX = ["magma_v1", "magma_v2", "frozen", "limber", "magma_tiny"]
 TWO_PASS = sorted(set(NAMES) - set(WITH_PREFIX))
 
@@ -36,7 +40,15 @@ def layer_params(width: int, mlp_dim: int) -> int:
 
 def test_the_presets_are_the_sizes_of_the_field_and_of_the_paper():
     assert set(NAMES) == {
-        *("tiny", "mammut_s16", "mammut_s14", "mammut_b16", "mammut_b14", "mammut_l16", "mammut_l14"),
+        *(
+            "tiny",
+            "mammut_s16",
+            "mammut_s14",
+            "mammut_b16",
+            "mammut_b14",
+            "mammut_l16",
+            "mammut_l14",
+        ),
         *("paper_ablation", "paper_2b"),
         *WITH_PREFIX,
     }
@@ -76,7 +88,8 @@ def test_every_preset_with_an_image_prefix_runs_its_caption_pass(name):
 
 def test_magmas_presets_have_the_parameters_that_are_published():
     """GPT-J of 6.05 billion, adapters of 3.9 % of it, RN50x16 without its pool, 144 tokens; two of Frozen."""
-    language_model = sum(counts("limber")[part] for part in ("token_embed", "layers", "other")) - 2  # logit scale, bias
+    # logit scale, bias
+    language_model = sum(counts("limber")[part] for part in ("token_embed", "layers", "other")) - 2
     millions(language_model, 6_050, 0.001)
     millions(counts("magma_v1")["adapters"], 235.0, 0.0005)
     millions(counts("magma_v2")["adapters"], 235.1, 0.0005)
@@ -87,7 +100,10 @@ def test_magmas_presets_have_the_parameters_that_are_published():
     millions(counts("frozen")["vision"], 23.5, 0.005)
     assert counts("limber")["image_projection"] == (3072 + 1) * 4096
     assert counts("frozen")["image_projection"] == (2048 + 1) * 2 * 4096
-    tokens = [getattr(presets, name)().num_prefix_tokens for name in ("magma_v1", "magma_v2", "limber", "frozen")]
+    tokens = [
+        getattr(presets, name)().num_prefix_tokens
+        for name in ("magma_v1", "magma_v2", "limber", "frozen")
+    ]
     assert tokens == [144, 144, 144, 2]
 
 
@@ -101,9 +117,13 @@ def test_the_counts_follow_from_the_widths(name):
     assert count["token_embed"] == text.vocab_size * text.width
     patches = (vision.image_size // vision.patch_size) ** 2
     stem = (vision.patch_size**2 * 3 + 1) * vision.width + patches * vision.width
-    assert count["vision"] == vision.depth * layer_params(vision.width, vision.mlp_dim) + stem + 2 * vision.width
+    assert (
+        count["vision"]
+        == vision.depth * layer_params(vision.width, vision.mlp_dim) + stem + 2 * vision.width
+    )
     assert count["image_projection"] == (vision.width + 1) * text.width
-    assert count["other"] == text.max_length * text.width + 2 * text.width + 2  # positions, norm, scale and bias
+    # positions, norm, scale and bias
+    assert count["other"] == text.max_length * text.width + 2 * text.width + 2
     assert count["total"] == sum(value for part, value in count.items() if part != "total")
 
 
@@ -115,7 +135,8 @@ def test_the_counts_are_those_of_a_model_that_is_made():
 def test_the_main_model_has_the_parameters_of_the_paper():
     """Paper, section 4.1: ViT-H of 630M to 650M, a decoder of 1B with 420M of cross-attention in 9 of 18 layers, 2B."""
     count = counts("paper_2b")
-    assert layer_params(1536, 12_288) == 47_212_032  # 9.4M of attention, 37.7M of MLP, the rest biases and norms
+    # 9.4M of attention, 37.7M of MLP, the rest biases and norms
+    assert layer_params(1536, 12_288) == 47_212_032
     millions(count["layers"], 849, 0.002)
     millions(count["cross_layers"], 420, 0.015)
     millions(count["cross_layers"], 425, 0.002)
@@ -130,7 +151,9 @@ def test_the_ablation_model_has_the_parameters_of_the_paper():
     count = counts("paper_ablation")
     millions(count["vision"], 86, 0.005)
     millions(count["layers"], 100.7, 0.002)
-    assert presets.paper_ablation().text.depth // presets.paper_ablation().text.cross_attn_every == 4
+    assert (
+        presets.paper_ablation().text.depth // presets.paper_ablation().text.cross_attn_every == 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,13 +166,19 @@ def test_the_image_encoders_have_the_sizes_of_their_letters(name, published):
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "depth", "heads"), [("s", 384, 12, 6), ("b", 768, 12, 12), ("l", 1024, 24, 16)]
+    ("name", "width", "depth", "heads"),
+    [("s", 384, 12, 6), ("b", 768, 12, 12), ("l", 1024, 24, 16)],
 )
 def test_the_letters_have_the_shapes_of_the_field(name, width, depth, heads):
     for patch in (14, 16):
         config = getattr(presets, f"mammut_{name}{patch}")()
         for tower in (config.vision, config.text):
-            assert (tower.width, tower.depth, tower.num_heads, tower.mlp_dim) == (width, depth, heads, 4 * width)
+            assert (tower.width, tower.depth, tower.num_heads, tower.mlp_dim) == (
+                width,
+                depth,
+                heads,
+                4 * width,
+            )
         assert config.vision.grid == (224 // patch, 224 // patch)
 
 

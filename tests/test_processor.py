@@ -22,7 +22,9 @@ from mammut.data.tokenizer import load_tokenizer, train_sentencepiece
 from mammut.testing import shared_dir
 
 SHARED = shared_dir()
-needs_shared = pytest.mark.skipif(SHARED is None, reason="the shared folder with the reference outputs is absent")
+needs_shared = pytest.mark.skipif(
+    SHARED is None, reason="the shared folder with the reference outputs is absent"
+)
 CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
 CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 WHITE, RED, BLUE = [255, 255, 255], [255, 0, 0], [0, 0, 255]
@@ -32,7 +34,9 @@ SAME = ImageTransform(2)  # of 2 x 2 pictures: leaves the pixels alone
 @pytest.fixture(scope="module")
 def processor():
     captions = ["A dog runs on green grass .", "Two dogs play with a red ball ."] * 4
-    return Processor(train_sentencepiece(captions, 600, lowercase=True), ImageTransform(8), max_length=12)
+    return Processor(
+        train_sentencepiece(captions, 600, lowercase=True), ImageTransform(8), max_length=12
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,9 @@ def noise(height=48, width=64):
 
 def png_header(width, height):
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
@@ -94,7 +100,9 @@ def test_longest_pads_with_fill_and_centres():
 
 
 def test_interpolation_is_used():
-    bicubic, bilinear = (ImageTransform(20, interpolation=name)(noise()) for name in ("bicubic", "bilinear"))
+    bicubic, bilinear = (
+        ImageTransform(20, interpolation=name)(noise()) for name in ("bicubic", "bilinear")
+    )
     assert (bicubic != bilinear).any()
     picture = PIL.Image.fromarray(noise())
     assert (bilinear == np.asarray(picture.resize((20, 20), PIL.Image.Resampling.BILINEAR))).all()
@@ -121,7 +129,9 @@ def test_aliased_bilinear_does_not_mix_up_the_sides():
     tall = aliased(picture.transpose(1, 0, 2).copy())
     np.testing.assert_array_equal(tall.transpose(1, 0, 2), aliased(picture))
     rng = np.random.default_rng(0)
-    np.testing.assert_array_equal(aliased.random_resized_crop(picture, rng, (1.0, 1.0), (1.0, 1.0)), aliased(picture))
+    np.testing.assert_array_equal(
+        aliased.random_resized_crop(picture, rng, (1.0, 1.0), (1.0, 1.0)), aliased(picture)
+    )
 
 
 def test_a_thread_of_pixels_is_not_blown_up():
@@ -130,7 +140,14 @@ def test_a_thread_of_pixels_is_not_blown_up():
 
 
 @pytest.mark.parametrize(
-    "field", [{"mode": "crop"}, {"interpolation": "nearest"}, {"fill": 256}, {"max_image_pixels": 0}, {"image_size": 0}]
+    "field",
+    [
+        {"mode": "crop"},
+        {"interpolation": "nearest"},
+        {"fill": 256},
+        {"max_image_pixels": 0},
+        {"image_size": 0},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(field):
     # Run-time type checks, where they are on, refuse a name that is none of the Literal first.
@@ -150,7 +167,10 @@ def test_whole_crop_is_a_plain_squash():
 def test_crops_repeat_for_a_seed_and_differ_within_it():
     def crops(seed):
         rng = np.random.default_rng(seed)
-        return [ImageTransform(16).random_resized_crop(noise(), rng, (0.2, 1.0), (0.5, 2.0)) for _ in range(4)]
+        return [
+            ImageTransform(16).random_resized_crop(noise(), rng, (0.2, 1.0), (0.5, 2.0))
+            for _ in range(4)
+        ]
 
     assert all((a == b).all() for a, b in zip(crops(0), crops(0)))
     assert (crops(0)[0] != crops(0)[1]).any()
@@ -158,13 +178,16 @@ def test_crops_repeat_for_a_seed_and_differ_within_it():
 
 
 def crop_boxes(scale, ratio, count=400):
-    # The picture's pixels are their own coordinates, so that the edges of a crop can be read off it (200 pixels each).
+    # The picture's pixels are their own coordinates, so that the edges of a crop can be read off it
+    # (200 pixels each).
     grid = np.zeros((200, 200, 3), np.uint8)
     grid[:, :, 0], grid[:, :, 1] = np.arange(200), np.arange(200)[:, None]
     transform, rng = ImageTransform(64, interpolation="bilinear"), np.random.default_rng(0)
     boxes = []
     for _ in range(count):
-        crop = transform.random_resized_crop(PIL.Image.fromarray(grid), rng, scale, ratio).astype(float)
+        crop = transform.random_resized_crop(PIL.Image.fromarray(grid), rng, scale, ratio).astype(
+            float
+        )
         across, down = (np.ptp(crop[:, :, axis]) / 200 * 64 / 63 for axis in (0, 1))
         boxes.append((across, down, crop[:, :, 0].min() / 200, crop[:, :, 1].min() / 200))
     return np.array(boxes).T
@@ -189,7 +212,9 @@ def test_the_area_is_kept_where_the_ratio_does_not_fit():
 
 def test_ratio_is_relative_to_the_pictures():
     picture = PIL.Image.fromarray(noise(30, 90))
-    whole = ImageTransform(16).random_resized_crop(picture, np.random.default_rng(0), (1.0, 1.0), (0.5, 2.0))
+    whole = ImageTransform(16).random_resized_crop(
+        picture, np.random.default_rng(0), (1.0, 1.0), (0.5, 2.0)
+    )
     assert (whole == ImageTransform(16)(picture)).all()
 
 
@@ -197,7 +222,9 @@ def test_a_large_jpeg_is_cropped_like_its_pixels():
     smooth = PIL.Image.fromarray(noise(8, 8)).resize((1024, 768), PIL.Image.Resampling.BICUBIC)
     file = encoded(smooth, "JPEG", quality=95)
     crops = [
-        ImageTransform(32).random_resized_crop(image, np.random.default_rng(3), (0.3, 0.6), (0.8, 1.2)).astype(int)
+        ImageTransform(32)
+        .random_resized_crop(image, np.random.default_rng(3), (0.3, 0.6), (0.8, 1.2))
+        .astype(int)
         for image in (file, ImageTransform(32).read(file))
     ]
     assert np.abs(crops[0] - crops[1]).max() <= 6
@@ -205,7 +232,8 @@ def test_a_large_jpeg_is_cropped_like_its_pixels():
 
 
 @pytest.mark.parametrize(
-    ("scale", "ratio"), [((0.0, 1.0), (1.0, 1.0)), ((0.5, 1.5), (1.0, 1.0)), ((0.5, 1.0), (2.0, 1.0))]
+    ("scale", "ratio"),
+    [((0.0, 1.0), (1.0, 1.0)), ((0.5, 1.5), (1.0, 1.0)), ((0.5, 1.0), (2.0, 1.0))],
 )
 def test_impossible_crops_are_refused(scale, ratio):
     with pytest.raises(ValueError, match="expected 0 < low <= high"):
@@ -229,7 +257,10 @@ def test_grey_becomes_three_equal_channels():
     grey = np.array([[0, 100], [200, 255]], np.uint8)
     for image in (grey, grey[:, :, None], encoded(PIL.Image.fromarray(grey))):
         assert (SAME(image) == grey[:, :, None]).all()
-    assert SAME(encoded(PIL.Image.fromarray(grey > 150))).tolist() == [[[0] * 3, [0] * 3], [WHITE, WHITE]]
+    assert SAME(encoded(PIL.Image.fromarray(grey > 150))).tolist() == [
+        [[0] * 3, [0] * 3],
+        [WHITE, WHITE],
+    ]
 
 
 @pytest.mark.parametrize("values", [[[0, 255], [256, 65535]], [[511, 512], [32767, 32768]]])
@@ -242,7 +273,9 @@ def test_16_bits_lose_the_low_byte(values):
 
 
 def test_transparency_is_composited_on_white():
-    array = np.array([[[255, 0, 0, 255], [255, 0, 0, 0]], [[0, 0, 255, 255], [0, 0, 0, 51]]], np.uint8)
+    array = np.array(
+        [[[255, 0, 0, 255], [255, 0, 0, 0]], [[0, 0, 255, 255], [0, 0, 0, 51]]], np.uint8
+    )
     expected = [[RED, WHITE], [BLUE, [204, 204, 204]]]
     assert SAME(array).tolist() == expected
     assert SAME(encoded(PIL.Image.fromarray(array))).tolist() == expected
@@ -335,7 +368,12 @@ def test_bad_images_have_a_cause(image, cause):
 def test_bad_files_are_named(tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("not an image")
-    causes = {"empty.jpg": "empty", "text.jpg": "corrupt", ".": "missing file", "none.jpg": "missing file"}
+    causes = {
+        "empty.jpg": "empty",
+        "text.jpg": "corrupt",
+        ".": "missing file",
+        "none.jpg": "missing file",
+    }
     for name, cause in causes.items():
         with pytest.raises(BadImage, match=str(tmp_path / name)) as raised:
             SAME(tmp_path / name)
@@ -347,13 +385,20 @@ def test_bad_files_are_named(tmp_path):
 def test_the_header_decides_what_is_oversized():
     limit = PIL.Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Pillow warns from 89 million pixels on and stops at twice that
+        # Pillow warns from 89 million pixels on and stops at twice that
+        warnings.simplefilter("error")
         assert cause_of(png_header(20_000, 20_000)) == "oversized"
         assert cause_of(png_header(10_000, 10_001)) == "oversized"
-        assert cause_of(png_header(10_000, 9_500)) == "truncated"  # allowed, so it went on to decode
-        assert cause_of(png_header(20_000, 20_000), ImageTransform(2, max_image_pixels=10**9)) == "truncated"
+        # allowed, so it went on to decode
+        assert cause_of(png_header(10_000, 9_500)) == "truncated"
+        assert (
+            cause_of(png_header(20_000, 20_000), ImageTransform(2, max_image_pixels=10**9))
+            == "truncated"
+        )
     assert PIL.Image.MAX_IMAGE_PIXELS == limit
-    assert cause_of(PIL.Image.new("L", (5, 5)), ImageTransform(2, max_image_pixels=24)) == "oversized"
+    assert (
+        cause_of(PIL.Image.new("L", (5, 5)), ImageTransform(2, max_image_pixels=24)) == "oversized"
+    )
     assert ImageTransform(2, max_image_pixels=25)(PIL.Image.new("L", (5, 5))).shape == (2, 2, 3)
 
 
@@ -377,7 +422,9 @@ def test_hard_strings_are_decoded_as_by_open_clip(clip):
     for row, decoded in zip(golden["ctx77"], golden["decode"], strict=True):
         # The reference took every 0 for a pad, and lost the "!" of "x!=y" by it.
         row = [token for token in row if token != 0]
-        assert clip.decode(row) == decoded.replace("<start_of_text>", "").replace("<end_of_text>", "")
+        assert clip.decode(row) == decoded.replace("<start_of_text>", "").replace(
+            "<end_of_text>", ""
+        )
     processor = Processor(clip, ImageTransform(8), 77)
     assert processor.decode(processor.encode_text(["x!=y", "A  Dog"])[0]) == ["x != y", "a dog"]
 
@@ -400,14 +447,19 @@ def test_a_long_text_keeps_its_end(processor):
 
 
 @pytest.mark.parametrize(("text_form", "pad"), [("end", 0), ("end_filled", 2)])
-def test_without_a_start_the_end_comes_once_or_to_the_last_place(processor, text_form, pad, tmp_path):
+def test_without_a_start_the_end_comes_once_or_to_the_last_place(
+    processor, text_form, pad, tmp_path
+):
     endless = Processor(processor.tokenizer, processor.image, 12, text_form)
     ids = processor.tokenizer.encode("a dog")
     tokens, text_valid = endless.encode_text(["a dog", "", "a dog " * 50])
     assert tokens[0].tolist() == [*ids, 2] + [pad] * (11 - len(ids))
     assert text_valid[0].sum() == len(ids) + 1
     assert tokens[1].tolist() == [2] + [pad] * 11
-    assert tokens[2, :-1].tolist() == processor.tokenizer.encode("a dog " * 50)[:11] and tokens[2, -1] == 2
+    assert (
+        tokens[2, :-1].tolist() == processor.tokenizer.encode("a dog " * 50)[:11]
+        and tokens[2, -1] == 2
+    )
     assert endless.decode(tokens)[:2] == ["a dog", ""]
     assert endless.room("") == 11 and processor.room("") == 10
     endless.save(tmp_path)
@@ -424,7 +476,9 @@ def test_a_processor_saved_before_there_were_text_forms_has_the_first(processor,
 
 
 def test_a_batch_of_images_and_text(processor):
-    batch = processor(images=[noise(), PIL.Image.fromarray(noise(9, 5))], text=["A dog", "a ball", ""])
+    batch = processor(
+        images=[noise(), PIL.Image.fromarray(noise(9, 5))], text=["A dog", "a ball", ""]
+    )
     assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
         "image": ((2, 8, 8, 3), "uint8"),
         "tokens": ((3, 12), "int32"),
@@ -492,14 +546,20 @@ def check_saved(processor, folder):
         ({"format": 2}, "has format 2, this version reads 1"),
         ({"extra": 1}, "expected format, image, max_length, text_form and tokenizer"),
         ({"max_length": 1}, "processor.json: max_length is 1, expected 2 tokens"),
-        ({"max_length": 2**17 + 1}, "processor.json: max_length is 131073, expected 2 tokens, .* to 131072"),
+        (
+            {"max_length": 2**17 + 1},
+            "processor.json: max_length is 131073, expected 2 tokens, .* to 131072",
+        ),
         ({"image": {"image_size": 0}}, "processor.json: ImageTransform.image_size is 0"),
         ({"image": {"image_size": 8, "colour": 1}}, "processor.json: image has colour"),
         ({"text_form": "ends"}, "text_form.*ends"),
         ({"image": {}}, "processor.json holds a value of the wrong type"),
         ({"tokenizer": None}, "processor.json holds a value of the wrong type"),
         ({"tokenizer": {"kind": "sentencepiece", "file": "/etc/passwd"}}, "tokenizer settings"),
-        ({"tokenizer": {"kind": "missing", "vocab_size": 9}}, "processor.json: settings of a missing tokenizer"),
+        (
+            {"tokenizer": {"kind": "missing", "vocab_size": 9}},
+            "processor.json: settings of a missing tokenizer",
+        ),
     ],
 )
 def test_a_changed_processor_file_is_refused(processor, tmp_path, change, message):
@@ -522,12 +582,16 @@ def test_missing_and_damaged_files_are_named(processor, tmp_path):
         Processor.load(tmp_path)
     (tmp_path / "processor.json").unlink()
     os.mkfifo(tmp_path / "processor.json")  # must not be waited for
-    with pytest.raises(ValueError, match="processor.json is a folder, a pipe or a device, expected a file"):
+    with pytest.raises(
+        ValueError, match="processor.json is a folder, a pipe or a device, expected a file"
+    ):
         Processor.load(tmp_path)
 
 
 def test_importing_it_loads_no_heavy_library():
     heavy = "{'PIL', 'sentencepiece', 'tokenizers', 'ftfy', 'grain', 'tensorflow', 'torch'}"
-    program = f"import sys, mammut.data.processor; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    program = (
+        f"import sys, mammut.data.processor; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -10,14 +10,20 @@ from flax import nnx
 from prefix_models import IMAGES, prefix_model, prefix_processor
 
 import mammut
-from mammut.generation.interleaved import encode_prompt, generate_interleaved, padded_size, prompt_batch
+from mammut.generation.interleaved import (
+    encode_prompt,
+    generate_interleaved,
+    padded_size,
+    prompt_batch,
+)
 from mammut.generation.search import GenerateConfig
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TEN = GenerateConfig(max_new_tokens=10)
-# The first two share a batch, with one image and two, and 24 and 21 tokens; the others have none and one.
+# The first two share a batch, with one image and two, and 24 and 21 tokens; the others have none
+# and one.
 PROMPTS = [
     [IMAGES[0], "Q: what? A: red", IMAGES[1], "Q: where? A:"],
     ["one red circle", IMAGES[2], "on the left", "Q: where? A:"],
@@ -49,15 +55,22 @@ def next_logits(model, processor):
     @jax.jit
     def full_pass(params, embeddings):
         decoder = nnx.merge(graphdef, params).text
-        return jax.nn.log_softmax(decoder.logits(decoder.causal_pass(embeddings[None]))[0, :, : processor.vocab_size])
+        return jax.nn.log_softmax(
+            decoder.logits(decoder.causal_pass(embeddings[None]))[0, :, : processor.vocab_size]
+        )
 
-    seen = jax.jit(lambda params, image: nnx.merge(graphdef, params).image_tokens(image).tokens)(params, IMAGES)
+    seen = jax.jit(lambda params, image: nnx.merge(graphdef, params).image_tokens(image).tokens)(
+        params, IMAGES
+    )
     seen = {image.tobytes(): np.asarray(own) for image, own in zip(IMAGES, seen, strict=True)}
     words = np.asarray(model.text.token_embed.embedding[...])
 
     def next_logits(pieces, said):
         ids = lambda piece: np.array(processor.tokenizer.encode(piece), int)  # noqa: E731
-        parts = [words[ids(piece)] if isinstance(piece, str) else seen[piece.tobytes()] for piece in pieces]
+        parts = [
+            words[ids(piece)] if isinstance(piece, str) else seen[piece.tobytes()]
+            for piece in pieces
+        ]
         embeddings = np.concatenate([*parts, words[np.array(said, int)]])
         # What is behind it changes nothing: causal.
         padded = np.pad(embeddings, ((0, 64 - len(embeddings)), (0, 0)))
@@ -76,7 +89,9 @@ def require_greedy(found, prompt, next_logits, processor, most):
     np.testing.assert_allclose(found.token_logprobs, logprobs, atol=2e-4)
 
 
-def test_greedy_text_is_that_of_full_passes_over_the_embeddings_in_order(next_logits, batched, processor):
+def test_greedy_text_is_that_of_full_passes_over_the_embeddings_in_order(
+    next_logits, batched, processor
+):
     lengths = [len(encode_prompt(prompt, processor, 4)) for prompt in PROMPTS[:2]]
     assert lengths[0] > lengths[1] and len(set(map(padded_size, lengths))) == 1
     for prompt, found in zip(PROMPTS, batched, strict=True):
@@ -95,14 +110,21 @@ def test_a_prompt_says_in_a_batch_what_it_says_alone(processor):
 
 def test_order_of_images_and_of_texts_matters(model, processor):
     first, second = IMAGES[:2]
-    prompts = [[first, second, "one"], [second, first, "one"], [first, "one", second], ["one", first, second]]
+    prompts = [
+        [first, second, "one"],
+        [second, first, "one"],
+        [first, "one", second],
+        ["one", first, second],
+    ]
     found = mammut.generate_prompts(model, processor, prompts, TEN)
     assert len({one.logprob for one in found}) == 4
 
 
 def test_an_image_alone_says_its_caption(model, processor):
     captions = mammut.generate_text(model, processor, list(IMAGES[:4]), config=TEN)
-    found = mammut.generate_prompts(model, processor, [[image] for image in IMAGES[:3]] + [(IMAGES[3], "")], TEN)
+    found = mammut.generate_prompts(
+        model, processor, [[image] for image in IMAGES[:3]] + [(IMAGES[3], "")], TEN
+    )
     assert [one.text for one in found] == [one.text for one in captions]
     for one, other in zip(found, captions, strict=True):
         np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=1e-5)
@@ -115,16 +137,28 @@ def test_beams_find_at_least_as_likely_a_text(model, processor, batched):
     assert min(gains) > -1e-4 and max(gains) > 0.01
 
 
-def test_every_token_of_every_beam_has_the_probability_that_full_passes_give_it(model, processor, next_logits):
+def test_every_token_of_every_beam_has_the_probability_that_full_passes_give_it(
+    model, processor, next_logits
+):
     """Beams that swap places must take what was cached of their texts along."""
     encoded = [encode_prompt(prompt, processor, 4) for prompt in PROMPTS[:2]]
     batch = prompt_batch(encoded, padded_size(max(map(len, encoded))), (16, 16, 3))
     config = dataclasses.replace(TEN, num_beams=3)
-    ids = {"bos_id": processor.bos_id, "eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
+    ids = {
+        "bos_id": processor.bos_id,
+        "eos_id": processor.eos_id,
+        "vocab_size": processor.vocab_size,
+    }
     graphdef, params = nnx.split(model)
-    generate = jax.jit(lambda params, *batch: generate_interleaved(nnx.merge(graphdef, params), *batch, config, **ids))
+    generate = jax.jit(
+        lambda params, *batch: generate_interleaved(
+            nnx.merge(graphdef, params), *batch, config, **ids
+        )
+    )
     found = jax.device_get(generate(params, *batch))
-    for prompt, beams, logprobs, counts in zip(PROMPTS, found.tokens, found.logprobs, found.num_tokens, strict=False):
+    for prompt, beams, logprobs, counts in zip(
+        PROMPTS, found.tokens, found.logprobs, found.num_tokens, strict=False
+    ):
         assert len({tuple(beam) for beam in beams.tolist()}) == 3
         for beam, own, count in zip(beams, logprobs, counts, strict=True):
             said = beam[1 : count + 1]
@@ -141,7 +175,9 @@ def test_what_is_sampled_depends_on_the_place_in_the_list_not_on_the_batch(model
     assert [one.text for one in again] == [one.text for one in found]
 
 
-def test_the_callers_prompts_stay_as_they_are_and_paths_are_images(model, processor, tmp_path, batched):
+def test_the_callers_prompts_stay_as_they_are_and_paths_are_images(
+    model, processor, tmp_path, batched
+):
     from PIL import Image
 
     paths = [tmp_path / "0.png", tmp_path / "1.png"]
@@ -193,7 +229,9 @@ def test_a_model_that_sees_images_by_cross_attention_is_refused():
 
 
 def test_more_new_tokens_than_the_context_holds_are_refused(model, processor):
-    with pytest.raises(ValueError, match="max_new_tokens is 64, expected fewer than DecoderConfig.max_length 64"):
+    with pytest.raises(
+        ValueError, match="max_new_tokens is 64, expected fewer than DecoderConfig.max_length 64"
+    ):
         mammut.generate_prompts(model, processor, [[IMAGES[0]]], GenerateConfig(max_new_tokens=64))
 
 

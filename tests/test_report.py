@@ -35,7 +35,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 HOSTILE = "<script>alert(1)</script> \"><img src=http://x> \u202etxet\u202c nul\x00 & 'quoted'"
 WORDS = ("one red circle", "one blue square on the left", "one green triangle on the right")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 class Page(html.parser.HTMLParser):
@@ -79,7 +81,9 @@ def make_data(folder: pathlib.Path, names=("p0.png", "p1.png", "p2.png")) -> str
         pixels = np.full((30, 40, 3), (60 * number, 200, 100), np.uint8)
         Image.fromarray(pixels).save(folder / name)
         qa = [{"question": f"what is {number}?", "answers": ["red"]}]
-        lines.append(json.dumps({"file": name, "captions": [WORDS[number]], "qa": qa, "name": "circle"}))
+        lines.append(
+            json.dumps({"file": name, "captions": [WORDS[number]], "qa": qa, "name": "circle"})
+        )
     (folder / "data.jsonl").write_text("\n".join(lines))
     return f"jsonl:{folder / 'data.jsonl'}"
 
@@ -87,29 +91,58 @@ def make_data(folder: pathlib.Path, names=("p0.png", "p1.png", "p2.png")) -> str
 def all_predictions(data: str, model: str) -> dict[str, Predictions]:
     at = [{"key": f"p{number}.png", "index": number} for number in range(3)]
     captions = [
-        at[0] | {"prediction": "one red circle", "logprob": -2.5, "references": [WORDS[0], HOSTILE]},
+        at[0]
+        | {"prediction": "one red circle", "logprob": -2.5, "references": [WORDS[0], HOSTILE]},
         at[1] | {"prediction": "", "logprob": -9.0, "references": [WORDS[1]]},
         at[2] | {"prediction": HOSTILE, "logprob": -1.0, "references": [WORDS[2]]},
     ]
-    asked = [("Red!", ["red", "red", "blue"], "other"), ("two", ["three"], "number"), (HOSTILE, [], "other")]
+    asked = [
+        ("Red!", ["red", "red", "blue"], "other"),
+        ("two", ["three"], "number"),
+        (HOSTILE, [], "other"),
+    ]
     vqa = [
-        at[n] | dict(id=f"q{n}", question=f"what is {n}?", prediction=said, answers=answers, answer_type=kind)
+        at[n]
+        | dict(
+            id=f"q{n}", question=f"what is {n}?", prediction=said, answers=answers, answer_type=kind
+        )
         for n, (said, answers, kind) in enumerate(asked)
     ]
     classify = [
         at[n] | dict(label=label, ranked=ranked, scores=[0.5, 0.3, 0.2])
         for n, (label, ranked) in enumerate(
-            [("cat", ["cat", "dog", HOSTILE]), ("cat", ["dog", "cat", HOSTILE]), (HOSTILE, ["dog", "cat", HOSTILE])]
+            [
+                ("cat", ["cat", "dog", HOSTILE]),
+                ("cat", ["dog", "cat", HOSTILE]),
+                (HOSTILE, ["dog", "cat", HOSTILE]),
+            ]
         )
     ]
     retrieval = [
-        dict(query="text", id=0, text=WORDS[0], relevant=[0], ranked=[0, 1, 2], scores=[0.9, 0.5, 0.1]),
-        dict(query="text", id=1, text=HOSTILE, relevant=[1], ranked=[2, 0], scores=[0.8, 0.2], reranked=[1, 0]),
+        dict(
+            query="text",
+            id=0,
+            text=WORDS[0],
+            relevant=[0],
+            ranked=[0, 1, 2],
+            scores=[0.9, 0.5, 0.1],
+        ),
+        dict(
+            query="text",
+            id=1,
+            text=HOSTILE,
+            relevant=[1],
+            ranked=[2, 0],
+            scores=[0.8, 0.2],
+            reranked=[1, 0],
+        ),
         at[0] | dict(query="image", id=0, relevant=[0], ranked=[1, 0], scores=[0.4, 0.3]),
     ]
     by_task = {"caption": captions, "vqa": vqa, "classify": classify, "retrieval": retrieval}
     settings = {"image_size": 16, "note": HOSTILE}
-    return {task: Predictions(task, records, data, model, settings) for task, records in by_task.items()}
+    return {
+        task: Predictions(task, records, data, model, settings) for task, records in by_task.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +150,18 @@ def run(tmp_path_factory) -> pathlib.Path:
     """A run with curves, scores and predictions of all four tasks."""
     folder = tmp_path_factory.mktemp("reports") / "run"
     data = make_data(folder.parent / "data")
-    config = TrainConfig(model=testing.tiny_config(), data=DataConfig(train=data, val=data, batch_size=8), steps=1234)
+    config = TrainConfig(
+        model=testing.tiny_config(), data=DataConfig(train=data, val=data, batch_size=8), steps=1234
+    )
     model_folder.save(folder, testing.tiny_model(), testing.tiny_processor())
     checkpoint.write_run(folder, config, ["--steps", "1234"])
     steps = [
-        {"step": step, "train/loss": 9.0 / step, "train/loss_contrastive": 5 / step, "train/loss_caption": 4 / step}
+        {
+            "step": step,
+            "train/loss": 9.0 / step,
+            "train/loss_contrastive": 5 / step,
+            "train/loss_caption": 4 / step,
+        }
         | {"train/learning_rate": 1e-3, "train/grad_norm": math.nan}
         for step in range(1, 20)
     ]
@@ -146,7 +186,13 @@ def page(run) -> Page:
 
 
 def test_page_of_a_run_has_all_its_sections_in_order(page):
-    titles = ["Scores", "Training", "Retrieval: my_retrieval", "Captions: my_caption", "Questions: my_vqa"]
+    titles = [
+        "Scores",
+        "Training",
+        "Retrieval: my_retrieval",
+        "Captions: my_caption",
+        "Questions: my_vqa",
+    ]
     positions = [page.text.rindex(title) for title in [*titles, "Classification: my_classify"]]
     assert positions == sorted(positions)
     assert not [notice for notice in page.elements if notice[1].get("class") == "notice"]
@@ -155,18 +201,31 @@ def test_page_of_a_run_has_all_its_sections_in_order(page):
 def test_page_describes_the_run(page, run):
     assert page.all("title") and page.words.startswith("run – mammut report")
     total = sum(x.size for x in jax.tree.leaves(nnx.state(testing.tiny_model())))
-    for text in (f"{total:,} parameters", "16 pixels; patches of 8; 2 layers", "1,234 steps of 8", "--steps 1234"):
+    for text in (
+        f"{total:,} parameters",
+        "16 pixels; patches of 8; 2 layers",
+        "1,234 steps of 8",
+        "--steps 1234",
+    ):
         assert text in page.words
     assert f"by mammut {mammut.__version__}" in page.words
 
 
 def test_scores_are_percent_where_they_are_shares(page):
-    for text in ("VQA accuracy 62.5%", "CIDEr 0.875", "number 50.0% 7", "text to image R@1 12.5%", "CIDEr 1.250"):
+    for text in (
+        "VQA accuracy 62.5%",
+        "CIDEr 0.875",
+        "number 50.0% 7",
+        "text to image R@1 12.5%",
+        "CIDEr 1.250",
+    ):
         assert text in page.words
 
 
 def test_curves_name_their_ends_in_words(page):
-    charts = [image["alt"] for image in page.all("img") if image["src"].startswith("data:image/svg+xml")]
+    charts = [
+        image["alt"] for image in page.all("img") if image["src"].startswith("data:image/svg+xml")
+    ]
     titles = ["Losses", "Learning rate", "Gradient norm", "Evaluation, val", "Evaluation, val"]
     assert [alt.split(":")[0] for alt in charts] == titles
     assert "total 9 to 0.4737, steps 1 to 19" in charts[0]
@@ -195,7 +254,8 @@ def test_retrieval_shows_ranks_marks_and_the_right_one_that_was_missed(page):
 
 def test_answers_are_right_after_normalisation_and_unscored_where_there_are_none(page):
     assert "1 of 2 predictions equal an answer (50.0%)" in page.words
-    assert [page.text.count(sign) for sign in ("✓ right", "✗ wrong", "not scored")] == [2, 3, 1]  # with classification
+    # with classification
+    assert [page.text.count(sign) for sign in ("✓ right", "✗ wrong", "not scored")] == [2, 3, 1]
     assert "red (2), blue" in page.words
     assert "number 1 0.0% other 1 100.0%" in page.words
 
@@ -213,14 +273,19 @@ def test_bars_are_as_long_as_the_scores(page):
 @pytest.mark.parametrize("right, shown", [(8, (3, 3)), (1, (1, 5)), (19, (5, 1)), (0, (0, 6))])
 def test_what_is_shown_is_half_right_and_half_wrong_as_far_as_there_are(right, shown, tmp_path):
     names = [["a", "b"] if number < right else ["b", "a"] for number in range(20)]
-    records = [{"key": str(n), "index": n, "label": "a", "ranked": ranked} for n, ranked in enumerate(names)]
+    records = [
+        {"key": str(n), "index": n, "label": "a", "ranked": ranked}
+        for n, ranked in enumerate(names)
+    ]
     Predictions("classify", records, "jsonl:none", "none").save(tmp_path / "x.predictions.jsonl")
     path = write_report(tmp_path / "x.predictions.jsonl", items=6)
     text = Page(path).text
     assert (text.count("✓ right"), text.count("✗ wrong")) == shown
     date = re.compile(r"written.*?by")
     first = date.sub("", " ".join(text.split()))
-    assert first == date.sub("", Page(write_report(tmp_path / "x.predictions.jsonl", items=6)).words)
+    assert first == date.sub(
+        "", Page(write_report(tmp_path / "x.predictions.jsonl", items=6)).words
+    )
 
 
 def test_everything_quoted_is_escaped(page):
@@ -236,13 +301,19 @@ def test_everything_quoted_is_escaped(page):
 
 
 def test_page_loads_nothing(page):
-    policy = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    policy = [
+        meta["content"]
+        for meta in page.all("meta")
+        if meta.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
     for _, attrs in page.elements:
         assert attrs.get("src", "data:image/").startswith("data:image/")
         assert attrs.get("href", "#").startswith("#")
         assert not {"srcset", "action", "formaction", "data", "poster", "background"} & set(attrs)
-    assert not re.search(r"url\(|@import|http", re.sub(r'data:image/[^"]*|http-equiv|http://x', "", page.source))
+    assert not re.search(
+        r"url\(|@import|http", re.sub(r'data:image/[^"]*|http-equiv|http://x', "", page.source)
+    )
 
 
 def test_page_is_accessible(page):
@@ -257,7 +328,9 @@ def test_page_is_accessible(page):
 
 def test_pictures_are_those_of_the_source(page, run):
     shot = next(image for image in page.all("img") if image["alt"] == "p1.png")
-    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(shot["src"].partition(",")[2]))), float)
+    shown = np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(shot["src"].partition(",")[2]))), float
+    )
     pictures = [np.asarray(Image.open(run.parent / "data" / f"p{n}.png"), float) for n in range(3)]
     assert [shown.shape == picture.shape for picture in pictures] == [True] * 3
     errors = [np.abs(shown - picture).mean() for picture in pictures]
@@ -270,7 +343,11 @@ def test_predictions_alone_have_a_page_beside_them(run, tmp_path):
     path = write_report(folder / "my_caption.predictions.jsonl", items=1)
     assert path == folder / "my_caption.report.html"
     page = Page(path)
-    assert "The first 1 of 3" in page.words and "parameters" in page.words and "attention for one" in page.source
+    assert (
+        "The first 1 of 3" in page.words
+        and "parameters" in page.words
+        and "attention for one" in page.source
+    )
     assert "Training" not in page.words and WORDS[2] not in page.words
 
 
@@ -292,13 +369,17 @@ def test_a_picture_that_is_gone_or_another_now_is_left_out_alone(run, tmp_path):
     (tmp_path / "data" / "p2.png").unlink()
     all_predictions(data, str(run))["vqa"].save(tmp_path / "a.predictions.jsonl")
     said, page = notices(write_report(tmp_path / "a.predictions.jsonl"))
-    assert "Pictures that cannot be shown: 2" in said and "is now renamed.png, it was p1.png" in said
+    assert (
+        "Pictures that cannot be shown: 2" in said and "is now renamed.png, it was p1.png" in said
+    )
     assert [image["alt"] for image in page.all("img")] == ["p0.png"]
 
 
 def test_a_model_that_cannot_be_loaded_costs_only_the_maps(run, tmp_path):
     data = make_data(tmp_path / "data")
-    all_predictions(data, str(tmp_path / "nowhere"))["caption"].save(tmp_path / "a.predictions.jsonl")
+    all_predictions(data, str(tmp_path / "nowhere"))["caption"].save(
+        tmp_path / "a.predictions.jsonl"
+    )
     said, page = notices(write_report(tmp_path / "a.predictions.jsonl"))
     assert "The model cannot be described" in said and "There are no heat maps" in said
     assert len(page.all("img")) == 3
@@ -306,7 +387,9 @@ def test_a_model_that_cannot_be_loaded_costs_only_the_maps(run, tmp_path):
 
 def test_a_blind_model_has_no_maps_over_pictures_it_never_saw(run, tmp_path):
     given = all_predictions(make_data(tmp_path / "data"), str(run))["caption"]
-    Predictions("caption", given.records, given.data, str(run), {"blind": True}).save(tmp_path / "a.predictions.jsonl")
+    Predictions("caption", given.records, given.data, str(run), {"blind": True}).save(
+        tmp_path / "a.predictions.jsonl"
+    )
     said, page = notices(write_report(tmp_path / "a.predictions.jsonl"))
     assert "black pictures" in said and len(page.all("img")) == 3
 
@@ -319,7 +402,10 @@ def test_a_run_that_was_moved_still_finds_its_model_and_a_bad_file_spoils_nothin
     (moved / "eval" / "my_vqa.predictions.jsonl").write_text("{")
     (moved / "eval" / "my_classify.json").write_text("[]")
     said, page = notices(write_report(moved, tmp_path / "new" / "page.html"))
-    assert "my_vqa.predictions.jsonl is not a predictions file" in said and "Questions: my_vqa" not in page.words
+    assert (
+        "my_vqa.predictions.jsonl is not a predictions file" in said
+        and "Questions: my_vqa" not in page.words
+    )
     assert "my_classify.json is not a score file" in page.words
     assert "attention for red" in page.source and "heat maps" not in said
     assert "VQA accuracy 62.5%" in page.words  # scores without predictions
@@ -366,13 +452,25 @@ def test_the_program_prints_the_page_and_ends_in_one_sentence(run, tmp_path):
     root = pathlib.Path(__file__).parents[1]
     command = [sys.executable, "-m", "eval.report"]
     ask = functools.partial(subprocess.run, capture_output=True, text=True, cwd=root)
-    done = ask([*command, str(run / "eval" / "my_vqa.predictions.jsonl"), "--out", str(tmp_path / "p.html")])
+    done = ask(
+        [
+            *command,
+            str(run / "eval" / "my_vqa.predictions.jsonl"),
+            "--out",
+            str(tmp_path / "p.html"),
+        ]
+    )
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'p.html'}\n"), done.stderr
     failed = ask([*command, str(tmp_path / "none")])
-    assert failed.returncode == 1 and failed.stderr.startswith("eval.report: ") and failed.stderr.count("\n") == 1
+    assert (
+        failed.returncode == 1
+        and failed.stderr.startswith("eval.report: ")
+        and failed.stderr.count("\n") == 1
+    )
 
 
-# Attention -------------------------------------------------------------------------------------------------------
+# Attention
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -404,15 +502,30 @@ def test_cross_attention_weights_reproduce_the_caption_pass(model, attention):
             x = jax.tree.map(lambda p, n=layer: p[n], text.layers)(x, mask=causal)
         cross = jax.tree.map(lambda p, n=group: p[n], text.cross_layers)
         normed = np.asarray(cross.attn_norm(x), np.float64)
-        kernels = {name: np.asarray(getattr(cross.attn, name).kernel[...], np.float64) for name in ("query", "key")}
-        biases = {name: np.asarray(getattr(cross.attn, name).bias[...], np.float64) for name in ("query", "key")}
+        kernels = {
+            name: np.asarray(getattr(cross.attn, name).kernel[...], np.float64)
+            for name in ("query", "key")
+        }
+        biases = {
+            name: np.asarray(getattr(cross.attn, name).bias[...], np.float64)
+            for name in ("query", "key")
+        }
         query = np.einsum("bld,dnk->blnk", normed, kernels["query"]) + biases["query"]
-        key = np.einsum("bpd,dnk->bpnk", np.asarray(image_tokens, np.float64), kernels["key"]) + biases["key"]
+        key = (
+            np.einsum("bpd,dnk->bpnk", np.asarray(image_tokens, np.float64), kernels["key"])
+            + biases["key"]
+        )
         scores = np.exp(np.einsum("blnk,bpnk->bnlp", query, key) / math.sqrt(16))
-        np.testing.assert_allclose(weights[group], scores / scores.sum(-1, keepdims=True), rtol=1e-4, atol=1e-6)
-        x = x + cross.attn.out(jnp.einsum("bnlp,bpnk->blnk", weights[group], cross.attn.value(image_tokens)))
+        np.testing.assert_allclose(
+            weights[group], scores / scores.sum(-1, keepdims=True), rtol=1e-4, atol=1e-6
+        )
+        x = x + cross.attn.out(
+            jnp.einsum("bnlp,bpnk->blnk", weights[group], cross.attn.value(image_tokens))
+        )
         x = x + cross.mlp(cross.mlp_norm(x))
-    np.testing.assert_allclose(text.norm(x), text.caption_pass(tokens, valid, image_tokens), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        text.norm(x), text.caption_pass(tokens, valid, image_tokens), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_later_token_changes_no_earlier_attention(attention):
@@ -427,22 +540,32 @@ def test_a_later_token_changes_no_earlier_attention(attention):
 def test_without_text_valid_every_token_counts(model, attention):
     batch = testing.tiny_batch()
     everything = attention(batch | {"text_valid": np.ones_like(batch["text_valid"])})
-    np.testing.assert_allclose(jax.jit(model.cross_attention)(batch["image"], batch["tokens"]), everything, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(model.cross_attention)(batch["image"], batch["tokens"]), everything, rtol=1e-5
+    )
 
 
 def test_a_words_map_is_the_mean_over_the_positions_that_predict_its_tokens(model, attention):
     processor, images = testing.tiny_processor(), testing.tiny_batch()["image"]
     texts = ["one green triangle", "", "red", "red"]
     maps = word_maps(model, processor, list(images), texts)
-    assert [[word for word, _ in of_text] for of_text in maps] == [["one", "green", "triangle"], [], ["red"], ["red"]]
+    assert [[word for word, _ in of_text] for of_text in maps] == [
+        ["one", "green", "triangle"],
+        [],
+        ["red"],
+        ["red"],
+    ]
 
     tokens, valid = processor.encode_text(texts)
     rows = attention({"image": images, "tokens": tokens, "text_valid": valid}).mean((0, 2))[0]
     lengths = [len(processor.tokenizer.encode(word)) for word in texts[0].split()]
-    assert max(lengths) > 1 and sum(lengths) == valid[0].sum() - 2  # words of several pieces, encoded one by one
+    # words of several pieces, encoded one by one
+    assert max(lengths) > 1 and sum(lengths) == valid[0].sum() - 2
     start = 0
     for (_, weights), length in zip(maps[0], lengths):
-        np.testing.assert_allclose(weights.reshape(-1), rows[start : start + length].mean(0), rtol=1e-5)
+        np.testing.assert_allclose(
+            weights.reshape(-1), rows[start : start + length].mean(0), rtol=1e-5
+        )
         assert weights.shape == (2, 2) and weights.sum() == pytest.approx(1, rel=1e-5)
         start += length
 
@@ -466,7 +589,10 @@ def test_colour_lies_where_the_model_looks_and_nowhere_at_an_even_share():
     shown = overlay(picture, np.array([[0.1, 0.1], [0.7, 0.1]]), 0.7).astype(int)
     colour = shown[..., 0] - shown[..., 2]  # orange
     quarters = [colour[:15, :25], colour[:15, 35:], colour[25:, :25], colour[25:, 35:]]
-    assert quarters[2].min() > 100 and max(quarter.mean() for quarter in (*quarters[:2], quarters[3])) < 40
+    assert (
+        quarters[2].min() > 100
+        and max(quarter.mean() for quarter in (*quarters[:2], quarters[3])) < 40
+    )
 
 
 def test_unequal_images_and_texts_are_refused(model):
@@ -480,7 +606,8 @@ def test_the_same_curves_give_the_same_bytes_and_leave_gaps():
     assert curves(series) != curves({"a": ([1, 2, 3], [1.0, 2.0, 3.0])})
 
 
-# In a browser ----------------------------------------------------------------------------------------------------
+# In a browser
+# ----------------------------------------------------------------------------------------------------
 
 # Frames are as narrow as they are told to be; a browser's window is not.
 CONTROL = "http://control.invalid/"
@@ -512,10 +639,20 @@ def test_in_a_browser_everything_shows_fits_a_phone_and_nothing_is_requested(pag
         "--disable-component-update --disable-sync --allow-file-access-from-files --virtual-time-budget=10000"
     ).split()
     flags.append("--host-resolver-rules=MAP * ~NOTFOUND")
-    command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'user'}", f"--log-net-log={log}", "--dump-dom"]
+    command = [
+        CHROMIUM,
+        *flags,
+        f"--user-data-dir={tmp_path / 'user'}",
+        f"--log-net-log={log}",
+        "--dump-dom",
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("XLA")}
     done = subprocess.run(
-        [*command, f"file://{tmp_path / 'wrapper.html'}"], capture_output=True, text=True, timeout=120, env=environment
+        [*command, f"file://{tmp_path / 'wrapper.html'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1])
@@ -527,5 +664,8 @@ def test_in_a_browser_everything_shows_fits_a_phone_and_nothing_is_requested(pag
         assert seen["scroll"] <= width and not seen["outside"]
     events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
     started = [event for event in events if "initiator" in event]
-    # What the browser asks for by itself has no origin. The wrapper's own request shows that a page's would be seen.
-    assert {request["url"] for request in started if request["initiator"] != "not an origin"} == {CONTROL}
+    # What the browser asks for by itself has no origin. The wrapper's own request shows that a
+    # page's would be seen.
+    assert {request["url"] for request in started if request["initiator"] != "not an origin"} == {
+        CONTROL
+    }

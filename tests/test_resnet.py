@@ -71,7 +71,11 @@ def test_tokens_lie_row_by_row_and_are_averaged(vision):
     tower, pixels = tiny_model(with_tower(vision)).vision, images(1)
     encode = jax.jit(tower.__call__)
     encoded = encode(pixels)
-    assert encoded.tokens.shape == (1, 4, 256) and encoded.grid == (2, 2) == vision.grid and vision.num_tokens == 4
+    assert (
+        encoded.tokens.shape == (1, 4, 256)
+        and encoded.grid == (2, 2) == vision.grid
+        and vision.num_tokens == 4
+    )
     np.testing.assert_allclose(encoded.pooled, encoded.tokens.mean(1), rtol=1e-5)
     pixels[:, :2, -2:] = 255 - pixels[:, :2, -2:]  # in the upper right corner
     moved = np.abs(encode(pixels).tokens - encoded.tokens).max(2)[0]
@@ -80,7 +84,9 @@ def test_tokens_lie_row_by_row_and_are_averaged(vision):
 
 @BOTH
 def test_bfloat16_stays_close_to_float32(vision):
-    towers = (tiny_model(with_tower(vision, dtype=dtype)).vision for dtype in ("float32", "bfloat16"))
+    towers = (
+        tiny_model(with_tower(vision, dtype=dtype)).vision for dtype in ("float32", "bfloat16")
+    )
     exact, rounded = (jax.jit(tower.__call__)(images(2)).tokens for tower in towers)
     assert rounded.dtype == jnp.bfloat16
     error = np.abs(np.asarray(rounded, np.float32) - exact)
@@ -97,13 +103,18 @@ def test_every_parameter_but_the_statistics_has_a_gradient(vision):
 
     gradients = leaves(nnx.merge(graphdef, jax.jit(jax.grad(loss))(params)))
     moved = {name for name, value in gradients.items() if np.abs(value).max() > 0}
-    assert {name for name in gradients if name not in moved} == {n for n in gradients if n.endswith(STATISTICS)}
+    assert {name for name in gradients if name not in moved} == {
+        n for n in gradients if n.endswith(STATISTICS)
+    }
     assert any(name.endswith(STATISTICS) for name in gradients) == (vision.kind == "clip")
 
 
 def test_steps_of_training_move_everything_but_the_statistics():
     config = TrainConfig(
-        model=with_tower(CLIP), steps=4, data=DataConfig(batch_size=4), optimizer=OptimizerConfig(weight_decay=0.5)
+        model=with_tower(CLIP),
+        steps=4,
+        data=DataConfig(batch_size=4),
+        optimizer=OptimizerConfig(weight_decay=0.5),
     )
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -111,7 +122,9 @@ def test_steps_of_training_move_everything_but_the_statistics():
         state = trainer.init_from(nnx.to_pure_dict(nnx.state(tiny_model(config.model), nnx.Param)))
         before = leaves(trainer.model(jax.tree.map(np.array, state.all_params)))
         for seed in range(2):
-            state, metrics = trainer.step(state, sharding.device_batch(tiny_batch(config.model, seed=seed), mesh))
+            state, metrics = trainer.step(
+                state, sharding.device_batch(tiny_batch(config.model, seed=seed), mesh)
+            )
         after = leaves(trainer.model(state.all_params))
     assert np.isfinite(metrics["loss"])
     for name in (name for name in before if name.startswith("vision.")):
@@ -120,7 +133,10 @@ def test_steps_of_training_move_everything_but_the_statistics():
 
 @BOTH
 def test_a_new_encoder_keeps_its_numbers_in_bounds(vision):
-    config, dtypes = with_tower(dataclasses.replace(vision, stages=(2, 2, 2, 2))), Dtypes(jnp.float32, jnp.float32)
+    config, dtypes = (
+        with_tower(dataclasses.replace(vision, stages=(2, 2, 2, 2))),
+        Dtypes(jnp.float32, jnp.float32),
+    )
     tower = ResNet(config, rngs=nnx.Rngs(0), dtypes=dtypes)
     tokens = jax.jit(tower.__call__)(images(2)).tokens
     assert 0.05 < tokens.std() < 5
@@ -130,12 +146,18 @@ def test_a_new_encoder_keeps_its_numbers_in_bounds(vision):
 def test_recomputing_and_unrolling_change_no_gradient(remat, unroll):
     def gradients(config):
         graphdef, params = nnx.split(tiny_model(config).vision)
-        loss = jax.grad(lambda params: jnp.square(nnx.merge(graphdef, params)(images(2)).tokens).sum())
+        loss = jax.grad(
+            lambda params: jnp.square(nnx.merge(graphdef, params)(images(2)).tokens).sum()
+        )
         return leaves(nnx.merge(graphdef, jax.jit(loss)(params)))
 
-    plain, other = (gradients(with_tower(NORM_FREE, **how)) for how in ({}, {"remat": remat, "unroll": unroll}))
+    plain, other = (
+        gradients(with_tower(NORM_FREE, **how)) for how in ({}, {"remat": remat, "unroll": unroll})
+    )
     for name, value in plain.items():
-        np.testing.assert_allclose(other[name], value, atol=1e-4 * np.abs(value).max(), err_msg=name)
+        np.testing.assert_allclose(
+            other[name], value, atol=1e-4 * np.abs(value).max(), err_msg=name
+        )
 
 
 @BOTH
@@ -149,12 +171,17 @@ def test_a_mesh_changes_no_token(vision):
     run = jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch).tokens)
     alone = run(params, batch)
     with jax.set_mesh(mesh):
-        spread = run(jax.device_put(params, shardings), sharding.device_batch({"image": batch}, mesh)["image"])
+        spread = run(
+            jax.device_put(params, shardings),
+            sharding.device_batch({"image": batch}, mesh)["image"],
+        )
     assert np.abs(spread - alone).max() < 1e-5 * np.abs(alone).max()
 
 
 def test_images_of_another_size_are_refused_in_a_sentence_that_names_the_field():
-    tower = tiny_model(with_tower(dataclasses.replace(CLIP, image_size=96, low_image_size=64))).vision
+    tower = tiny_model(
+        with_tower(dataclasses.replace(CLIP, image_size=96, low_image_size=64))
+    ).vision
     shapes = [jax.eval_shape(lambda x: tower(x).tokens, images(1, size)).shape for size in (64, 96)]
     assert shapes == [(1, 4, 256), (1, 9, 256)]
     sizes = r"\(32, 32, 3\), expected \(96, 96, 3\) from ResNetConfig.image_size or \(64, 64, 3\) from low_image_size"
@@ -164,16 +191,28 @@ def test_images_of_another_size_are_refused_in_a_sentence_that_names_the_field()
 
 def test_the_encoder_of_magma_has_its_published_sizes():
     """136.2 million parameters without the pool, and 12 x 12 tokens of 3072 numbers."""
-    specs = {name: spec for name, spec in model_specs(with_tower(RN50X16)).items() if name.startswith("vision.")}
+    specs = {
+        name: spec
+        for name, spec in model_specs(with_tower(RN50X16)).items()
+        if name.startswith("vision.")
+    }
     sizes = {name: math.prod(spec.shape) for name, spec in specs.items()}
     assert sum(size for name, size in sizes.items() if not name.endswith(STATISTICS)) == 136_202_640
     pixels = jnp.zeros((2, 384, 384, 3), jnp.uint8)
-    tokens = nnx.eval_shape(lambda: mammut.MaMMUT(with_tower(RN50X16), rngs=nnx.Rngs(0)).vision(pixels).tokens)
-    assert tokens.shape == (2, 144, 3072) == (2, RN50X16.num_tokens, RN50X16.width) and RN50X16.grid == (12, 12)
+    tokens = nnx.eval_shape(
+        lambda: mammut.MaMMUT(with_tower(RN50X16), rngs=nnx.Rngs(0)).vision(pixels).tokens
+    )
+    assert tokens.shape == (2, 144, 3072) == (
+        2,
+        RN50X16.num_tokens,
+        RN50X16.width,
+    ) and RN50X16.grid == (12, 12)
 
 
 @pytest.mark.parametrize(
-    "vision", [CLIP, NORM_FREE, RN50X16, ResNetConfig(kind="nf", image_size=256)], ids=["clip", "nf", "RN50x16", "nf50"]
+    "vision",
+    [CLIP, NORM_FREE, RN50X16, ResNetConfig(kind="nf", image_size=256)],
+    ids=["clip", "nf", "RN50x16", "nf50"],
 )
 def test_flops_are_those_that_pytorch_counts(vision):
     torch = pytest.importorskip("torch", reason="it counts them")
@@ -199,9 +238,15 @@ def test_a_model_with_a_resnet_is_saved_loaded_and_looked_into(tmp_path):
     mammut.save(tmp_path / "model", model, processor)
     again, _ = mammut.load(tmp_path / "model")
     assert again.config == config
-    logits, same = (nnx.jit(lambda m: m.caption_logits(batch["image"], batch["tokens"]))(m) for m in (model, again))
+    logits, same = (
+        nnx.jit(lambda m: m.caption_logits(batch["image"], batch["tokens"]))(m)
+        for m in (model, again)
+    )
     np.testing.assert_array_equal(same, logits)
-    assert "a norm-free ResNet, stages of 1, 3, 1, 1 bottlenecks" in (tmp_path / "model/README.md").read_text()
+    assert (
+        "a norm-free ResNet, stages of 1, 3, 1, 1 bottlenecks"
+        in (tmp_path / "model/README.md").read_text()
+    )
     maps = word_maps(again, processor, list(batch["image"][:1]), ["one red circle"])
     assert [word.weights.shape for word in maps[0]] == [(2, 2)] * 3
 
@@ -209,11 +254,15 @@ def test_a_model_with_a_resnet_is_saved_loaded_and_looked_into(tmp_path):
 def test_config_travels_as_json_and_older_files_are_of_a_vit():
     config = with_tower(dataclasses.replace(NORM_FREE, low_image_size=32))
     assert from_dict(ModelConfig, to_dict(config)) == config
-    assert from_dict(ModelConfig, {"vision": {"image_size": 96}}).vision == VisionConfig(image_size=96)
+    assert from_dict(ModelConfig, {"vision": {"image_size": 96}}).vision == VisionConfig(
+        image_size=96
+    )
     assert from_dict(ModelConfig, {"vision": {"kind": "nf"}}).vision == ResNetConfig(kind="nf")
     with pytest.raises(ValueError, match=r"vision has depht, which ResNetConfig does not know"):
         from_dict(ModelConfig, {"vision": {**to_dict(CLIP), "depht": 3}})
-    with pytest.raises(ValueError, match=r"vision holds int, expected an object with the fields of VisionConfig"):
+    with pytest.raises(
+        ValueError, match=r"vision holds int, expected an object with the fields of VisionConfig"
+    ):
         from_dict(ModelConfig, {"vision": 3})
 
 
@@ -222,7 +271,9 @@ def test_overrides_name_the_fields_of_either_encoder(capsys):
     for config in (vit, resnet):
         changed = parse_overrides(config, ["--model.vision.image-size", "64"]).model.vision
         assert changed == dataclasses.replace(config.model.vision, image_size=64)
-    stages = parse_overrides(resnet, ["--model.vision.stages", "1", "2", "1", "1"]).model.vision.stages
+    stages = parse_overrides(
+        resnet, ["--model.vision.stages", "1", "2", "1", "1"]
+    ).model.vision.stages
     assert stages == (1, 2, 1, 1)
     with pytest.raises(SystemExit):
         parse_overrides(resnet, ["--model.vision.patch-size", "8"])
@@ -234,10 +285,18 @@ def test_overrides_name_the_fields_of_either_encoder(capsys):
     [
         ("image_size", 100, "image_size 100 is not a multiple of 32"),
         ("image_size", 0, "image_size is 0, expected a positive number"),
-        ("low_image_size", 224, "low_image_size is 224, expected a multiple of 32 below image_size 224"),
+        (
+            "low_image_size",
+            224,
+            "low_image_size is 224, expected a multiple of 32 below image_size 224",
+        ),
         ("stem_width", 7, "stem_width is 7, expected an even number"),
         ("stages", (3, 4, 0, 3), r"stages is \(3, 4, 0, 3\), expected numbers of bottlenecks"),
-        ("image_std", (1.0, 0.0, 1.0), r"ResNetConfig.image_std is \(1.0, 0.0, 1.0\), expected positive numbers"),
+        (
+            "image_std",
+            (1.0, 0.0, 1.0),
+            r"ResNetConfig.image_std is \(1.0, 0.0, 1.0\), expected positive numbers",
+        ),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(field, value, says):

@@ -34,14 +34,20 @@ NORM_FREE = ResNetConfig(
     kind="nf", stem_width=8, stages=(1, 3, 1, 2), image_size=64,
     image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225),
 )  # fmt: skip
-TIMM = {"architecture": "nf_resnet50", "num_classes": 7, "pretrained_cfg": {"input_size": [3, 64, 64]}}
+TIMM = {
+    "architecture": "nf_resnet50",
+    "num_classes": 7,
+    "pretrained_cfg": {"input_size": [3, 64, 64]},
+}
 TEXT_TOWER = "logit_scale", "token_embedding.weight", "transformer.resblocks.0.ln_1.weight"
 
 
 def tower_of(opened: OpenedModel) -> ResNet:
     """The image encoder with the weights of a file."""
     dtypes = Dtypes(jnp.float32, jnp.float32)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: ResNet(opened.config, rngs=nnx.Rngs(0), dtypes=dtypes)))
+    graphdef, state = nnx.split(
+        nnx.eval_shape(lambda: ResNet(opened.config, rngs=nnx.Rngs(0), dtypes=dtypes))
+    )
 
     def read(path, leaf):
         value = jnp.asarray(opened.tensors.read("vision." + ".".join(entry.key for entry in path)))
@@ -66,7 +72,10 @@ def weights(request, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp(request.param.kind)
     if request.param.kind == "clip":
         cfg = {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8, "patch_size": None}
-        cfg = {"model_cfg": {"embed_dim": 16, "vision_cfg": cfg, "text_cfg": {}}, "preprocess_cfg": {}}
+        cfg = {
+            "model_cfg": {"embed_dim": 16, "vision_cfg": cfg, "text_cfg": {}},
+            "preprocess_cfg": {},
+        }
         (folder / "open_clip_config.json").write_text(json.dumps(cfg))
         write(folder / "open_clip_model.safetensors", request.param)
     else:
@@ -82,7 +91,9 @@ def config_of(folder: pathlib.Path) -> ResNetConfig:
 def test_image_tokens_are_those_of_the_original(weights):
     opened, config = open_model(weights), config_of(weights)
     assert opened.config.vision == config == read_model_config(weights).vision
-    assert opened.parts == ("vision",) and all(name.startswith("vision.") for name in opened.tensors.specs)
+    assert opened.parts == ("vision",) and all(
+        name.startswith("vision.") for name in opened.tensors.specs
+    )
     image = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     expected = features(original(config), image)
     encoded = jax.jit(tower_of(opened).__call__)(image)
@@ -99,13 +110,17 @@ def test_image_tokens_of_a_full_size_resnet_50_are_those_of_the_original(kind, t
     image = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
     opened = at_image_size(opened, 64)
     expected = features(original(config), image)
-    np.testing.assert_allclose(jax.jit(tower_of(opened).__call__)(image).tokens, expected, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(tower_of(opened).__call__)(image).tokens, expected, atol=1e-4
+    )
 
 
 def test_what_is_left_out_is_named_with_its_reason(weights):
     notes = " ".join(open_model(weights).notes)
     if config_of(weights) == CLIP:
-        assert "are not used: of the attention pool: the image tokens are what goes into it" in notes
+        assert (
+            "are not used: of the attention pool: the image tokens are what goes into it" in notes
+        )
         assert ", ".join(TEXT_TOWER) + " is not used: of no image encoder" in notes
         assert "how many batches its statistics are of" in notes
     else:
@@ -120,40 +135,82 @@ def test_pictures_are_taken_as_the_original_takes_them(weights):
 def test_image_size_mean_and_deviation_come_from_the_files_beside_the_weights(tmp_path):
     write(tmp_path / "model.safetensors", NORM_FREE)
     alone = open_model(tmp_path / "model.safetensors")
-    assert alone.config.vision.image_size == 256 and "there is no config.json of timm's" in alone.notes[-1]
-    cfg = TIMM["pretrained_cfg"] | {"input_size": [3, 96, 96], "mean": [0.1, 0.2, 0.3], "crop_pct": 0.94}
-    (tmp_path / "config.json").write_text(json.dumps(TIMM | {"pretrained_cfg": cfg | {"interpolation": "bilinear"}}))
+    assert (
+        alone.config.vision.image_size == 256
+        and "there is no config.json of timm's" in alone.notes[-1]
+    )
+    cfg = TIMM["pretrained_cfg"] | {
+        "input_size": [3, 96, 96],
+        "mean": [0.1, 0.2, 0.3],
+        "crop_pct": 0.94,
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps(TIMM | {"pretrained_cfg": cfg | {"interpolation": "bilinear"}})
+    )
     beside = open_model(tmp_path)
-    assert beside.config.vision.grid == (3, 3) and beside.config.vision.image_mean == (0.1, 0.2, 0.3)
+    assert beside.config.vision.grid == (3, 3) and beside.config.vision.image_mean == (
+        0.1,
+        0.2,
+        0.3,
+    )
     assert beside.processor.image == ImageTransform(96, "shortest", "bilinear")
     assert "pretrained_cfg.crop_pct is 0.94, which is not used" in beside.notes[-1]
-    (tmp_path / "config.json").write_text(json.dumps(TIMM | {"pretrained_cfg": {"input_size": [3, 64, 96]}}))
-    with pytest.raises(CheckpointError, match=r"config.json: pretrained_cfg.input_size is .*, expected \[3, N, N\]"):
+    (tmp_path / "config.json").write_text(
+        json.dumps(TIMM | {"pretrained_cfg": {"input_size": [3, 64, 96]}})
+    )
+    with pytest.raises(
+        CheckpointError, match=r"config.json: pretrained_cfg.input_size is .*, expected \[3, N, N\]"
+    ):
         open_model(tmp_path)
 
 
 def test_the_visual_module_of_clip_is_read_alone(tmp_path):
-    tensors = {name: x for name, x in arrays(original(CLIP)).items() if not name.startswith("attnpool.")}
+    tensors = {
+        name: x for name, x in arrays(original(CLIP)).items() if not name.startswith("attnpool.")
+    }
     save_file(tensors, tmp_path / "visual.safetensors")
     opened = open_model(tmp_path / "visual.safetensors")
-    assert opened.config.vision.image_size == 224 and "image_size is 224: the file does not tell" in opened.notes[-1]
-    np.testing.assert_array_equal(opened.tensors.read("vision.stem.conv2.bias"), tensors["bn2.bias"])
+    assert (
+        opened.config.vision.image_size == 224
+        and "image_size is 224: the file does not tell" in opened.notes[-1]
+    )
+    np.testing.assert_array_equal(
+        opened.tensors.read("vision.stem.conv2.bias"), tensors["bn2.bias"]
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"visual.bn2.running_var": -np.ones(4, np.float32)}, "running_var holds -1.0, expected numbers of 0 or more"),
+        (
+            {"visual.bn2.running_var": -np.ones(4, np.float32)},
+            "running_var holds -1.0, expected numbers of 0 or more",
+        ),
         ({"visual.layer2.1.bn1.weight": None}, "visual.layer2.1.bn1.weight is missing"),
-        ({"visual.layer2.1.conv2.weight": np.ones((16, 16, 1, 1), np.float32)}, r"\[16, 16, 1, 1\], expected"),
-        ({"visual.layer3.0.se.weight": np.ones(3, np.float32)}, "layer3.0.se.weight is not a tensor of this model"),
-        ({"visual.layer5.0.bn1.weight": np.ones(3, np.float32)}, "a ResNet of 5 stages, expected 4"),
-        ({"visual.attnpool.positional_embedding": np.ones((1, 9), np.float32)}, "image_size is 0, expected a positive"),
+        (
+            {"visual.layer2.1.conv2.weight": np.ones((16, 16, 1, 1), np.float32)},
+            r"\[16, 16, 1, 1\], expected",
+        ),
+        (
+            {"visual.layer3.0.se.weight": np.ones(3, np.float32)},
+            "layer3.0.se.weight is not a tensor of this model",
+        ),
+        (
+            {"visual.layer5.0.bn1.weight": np.ones(3, np.float32)},
+            "a ResNet of 5 stages, expected 4",
+        ),
+        (
+            {"visual.attnpool.positional_embedding": np.ones((1, 9), np.float32)},
+            "image_size is 0, expected a positive",
+        ),
     ],
 )
 def test_damaged_weights_are_refused_by_name(change, says, tmp_path):
     tensors = arrays(original(CLIP), "visual.") | change
-    save_file({name: value for name, value in tensors.items() if value is not None}, tmp_path / "w.safetensors")
+    save_file(
+        {name: value for name, value in tensors.items() if value is not None},
+        tmp_path / "w.safetensors",
+    )
     with pytest.raises(CheckpointError, match=says):
         open_model(tmp_path / "w.safetensors").tensors.read("vision.stem.conv2.variance")
 
@@ -162,7 +219,9 @@ def test_a_config_of_another_size_is_refused(tmp_path):
     write(tmp_path / "open_clip_model.safetensors", CLIP)
     cfg = {"model_cfg": {"vision_cfg": {"image_size": 96}}, "preprocess_cfg": {"size": 64}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(cfg))
-    with pytest.raises(CheckpointError, match="vision_cfg.image_size is 96, the weights are of 64 pixels"):
+    with pytest.raises(
+        CheckpointError, match="vision_cfg.image_size is 96, the weights are of 64 pixels"
+    ):
         open_model(tmp_path)
 
 
@@ -170,18 +229,26 @@ def test_a_run_starts_from_the_encoder_whatever_its_recipe_has(weights):
     text = DecoderConfig(vocab_size=60, max_length=12, width=48, depth=2, num_heads=3, mlp_dim=80)
     vit = VisionConfig(pooling="class", class_token=True, patch_drop=0.5)
     recipe = TrainConfig(model=ModelConfig(vit, text, image_projection="separate"))
-    config, starts = with_overrides(recipe, ["--init-vision", str(weights), "--model.vision.image-size", "96"])
+    config, starts = with_overrides(
+        recipe, ["--init-vision", str(weights), "--model.vision.image-size", "96"]
+    )
     assert config.model.vision == dataclasses.replace(config_of(weights), image_size=96)
     plan = warm_start(config.model, starts)
     rows = {row.path: row.what for row in plan.rows if row.path.startswith("vision.")}
     assert rows and set(rows.values()) == {"loaded"}
     assert all(name in plan.random for name in ("text.norm.scale", "image_projection.kernel"))
-    processor = make_processor(config, open_source("synthetic:train[:50]", image_size=64, field="captions"), starts)
-    assert processor.image == ImageTransform(96, "shortest", "bicubic") and processor.max_length == 12
+    processor = make_processor(
+        config, open_source("synthetic:train[:50]", image_size=64, field="captions"), starts
+    )
+    assert (
+        processor.image == ImageTransform(96, "shortest", "bicubic") and processor.max_length == 12
+    )
 
 
 def test_a_whole_model_is_neither_loaded_from_an_encoder_nor_exported_with_one(weights):
     with pytest.raises(CheckpointError, match="holds vision alone, expected a whole model"):
         mammut.load(weights)
-    with pytest.raises(ValueError, match="open_clip cannot express this model: its ResNets have an attention pool"):
+    with pytest.raises(
+        ValueError, match="open_clip cannot express this model: its ResNets have an attention pool"
+    ):
         to_open_clip(dataclasses.replace(tiny_config(), vision=CLIP))

@@ -34,7 +34,11 @@ MATRIX = {
     "focal": functools.partial(focal_contrastive, **FOCAL),
 }
 PAIRS = {"sigmoid": sigmoid_pairs, "focal": functools.partial(focal_pairs, **FOCAL)}
-MESHES = {"data 8": MeshConfig(data=8), "fsdp 8": MeshConfig(1, 8), "2 x 2 x 2": MeshConfig(2, 2, 2)}
+MESHES = {
+    "data 8": MeshConfig(data=8),
+    "fsdp 8": MeshConfig(1, 8),
+    "2 x 2 x 2": MeshConfig(2, 2, 2),
+}
 LOSSES = pytest.mark.parametrize("name", MATRIX)
 
 
@@ -44,7 +48,9 @@ def embeds_of(batch: int, size: int = 16) -> list[np.ndarray]:
 
 
 def by_matrix(name, image, text, log_scale, bias):
-    return MATRIX[name](contrastive_logits(image, text, log_scale, 0.0 if name == "softmax" else bias))
+    return MATRIX[name](
+        contrastive_logits(image, text, log_scale, 0.0 if name == "softmax" else bias)
+    )
 
 
 def by_ring(name, image, text, log_scale, bias, chunk=4):
@@ -118,7 +124,10 @@ def test_losses_are_float32_and_gradients_as_the_embeddings_are(name):
     image, text = (jnp.asarray(x, jnp.bfloat16) for x in embeds_of(6))
     args = (jnp.float32(1), jnp.float32(-1))
     (_, losses), grads = with_gradients(functools.partial(by_ring, name))(image, text, *args)
-    assert losses.dtype == jnp.float32 and [x.dtype.name for x in grads] == ["bfloat16"] * 2 + ["float32"] * 2
+    assert (
+        losses.dtype == jnp.float32
+        and [x.dtype.name for x in grads] == ["bfloat16"] * 2 + ["float32"] * 2
+    )
     exact = by_ring(name, image.astype(jnp.float32), text.astype(jnp.float32), *args)
     np.testing.assert_allclose(losses, exact, rtol=1e-6)
 
@@ -126,7 +135,9 @@ def test_losses_are_float32_and_gradients_as_the_embeddings_are(name):
 def compiled(losses, batch, devices):
     mesh = sharding.make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        embed = jax.ShapeDtypeStruct((batch, 16), jnp.float32, sharding=sharding.batch_sharding(mesh))
+        embed = jax.ShapeDtypeStruct(
+            (batch, 16), jnp.float32, sharding=sharding.batch_sharding(mesh)
+        )
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         mean = jax.jit(jax.value_and_grad(lambda *args: losses(*args).mean(), argnums=(0, 1, 2, 3)))
         return mean.lower(embed, embed, scalar, scalar).compile()
@@ -142,9 +153,16 @@ def test_memory_does_not_grow_with_the_devices_and_only_blocks_travel(name):
             used[losses, devices] = program.memory_analysis().temp_size_in_bytes
             if losses is by_ring:
                 text = program.as_text()
-                assert "collective-permute" in text and "all-gather" not in text and "all-to-all" not in text
-                shapes = [map(int, dims.split(",")) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
-                assert max(map(math.prod, shapes)) == 64 * 16  # the embeddings of a block; the tiles are 4 x 4
+                assert (
+                    "collective-permute" in text
+                    and "all-gather" not in text
+                    and "all-to-all" not in text
+                )
+                shapes = [
+                    map(int, dims.split(",")) for dims in re.findall(r"f32\[([\d,]+)\]", text)
+                ]
+                # the embeddings of a block; the tiles are 4 x 4
+                assert max(map(math.prod, shapes)) == 64 * 16
     assert used[by_ring, 8] < 1.05 * used[by_ring, 2]
     assert used[by_matrix, 8] > 3 * used[by_matrix, 2]
 
@@ -152,7 +170,9 @@ def test_memory_does_not_grow_with_the_devices_and_only_blocks_travel(name):
 @LOSSES
 def test_on_one_device_memory_grows_as_the_batch_and_not_as_its_square(name):
     used = [
-        compiled(functools.partial(losses, name, **options), batch, 1).memory_analysis().temp_size_in_bytes
+        compiled(functools.partial(losses, name, **options), batch, 1)
+        .memory_analysis()
+        .temp_size_in_bytes
         for losses, options in ((by_ring, {"chunk": 64}), (by_matrix, {}))
         for batch in (1_024, 4_096)
     ]
@@ -163,7 +183,9 @@ def test_on_one_device_memory_grows_as_the_batch_and_not_as_its_square(name):
 def test_pairs_that_do_not_divide_over_the_devices_are_refused():
     image, text = embeds_of(12)
     with jax.set_mesh(sharding.make_mesh(MESHES["fsdp 8"])):
-        with pytest.raises(ValueError, match=r"^loss.contrastive_form 'ring' has 12 pairs, .* over the 8 "):
+        with pytest.raises(
+            ValueError, match=r"^loss.contrastive_form 'ring' has 12 pairs, .* over the 8 "
+        ):
             ring_softmax(image, text, jnp.float32(0), chunk=4)
 
 

@@ -28,7 +28,8 @@ CONFIG = TrainConfig(
     steps=10,
 )
 STEPS = 4
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time; the partitioning is as ever
+# compiles in half the time; the partitioning is as ever
+QUICK = {"xla_backend_optimization_level": 0}
 MESHES = {
     "one device": MeshConfig(),
     "data 8": MeshConfig(data=8),
@@ -43,7 +44,11 @@ def uneven_batch() -> dict[str, np.ndarray]:
     length = np.where(np.arange(16) < 2, 3, 12)[:, None]
     valid = np.arange(12) < length
     tokens = np.random.default_rng(0).integers(3, 60, (16, 12), np.int32)
-    return {"image": batch["image"], "tokens": np.where(valid, tokens, 0).astype(np.int32), "text_valid": valid}
+    return {
+        "image": batch["image"],
+        "tokens": np.where(valid, tokens, 0).astype(np.int32),
+        "text_valid": valid,
+    }
 
 
 @dataclasses.dataclass
@@ -64,14 +69,21 @@ def run(name: str) -> Run:
     trainer = make_trainer(CONFIG, ImageTextTask(CONFIG.loss), mesh)
     params = nnx.to_pure_dict(nnx.state(tiny_model(), nnx.Param))
     zero = np.int32(0)
-    begun = TrainState(zero, params, make_optimizer(CONFIG.optimizer, CONFIG.steps).init(params), zero, zero)
+    begun = TrainState(
+        zero, params, make_optimizer(CONFIG.optimizer, CONFIG.steps).init(params), zero, zero
+    )
 
     def place():
         host = jax.tree.map(np.array, begun)
-        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), host, trainer.abstract_state)
+        return jax.tree.map(
+            lambda x, like: jax.device_put(x, like.sharding), host, trainer.abstract_state
+        )
 
     with jax.set_mesh(mesh):
-        batches = [sharding.device_batch(tiny_batch(batch_size=16, seed=seed), mesh) for seed in range(STEPS)]
+        batches = [
+            sharding.device_batch(tiny_batch(batch_size=16, seed=seed), mesh)
+            for seed in range(STEPS)
+        ]
         step = trainer.step.lower(place(), batches[0]).compile(compiler_options=QUICK)
         uneven = jax.device_get(step(place(), sharding.device_batch(uneven_batch(), mesh))[1])
         state, metrics = place(), []
@@ -93,7 +105,9 @@ def test_a_mesh_of_devices_trains_as_one_device_does(name):
     one, many = run("one device"), run(name)
     for step, (metrics, expected) in enumerate(zip(many.metrics, one.metrics, strict=True)):
         for loss in ("loss_contrastive", "loss_caption"):
-            assert metrics[loss] == pytest.approx(expected[loss], rel=1e-5), f"{loss} of step {step}"
+            assert metrics[loss] == pytest.approx(expected[loss], rel=1e-5), (
+                f"{loss} of step {step}"
+            )
         assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
     assert one.metrics[-1]["loss"] < one.metrics[0]["loss"] - 0.1
     # Adam's moments are sums of gradients and of their squares: equal when every gradient was.
@@ -101,10 +115,13 @@ def test_a_mesh_of_devices_trains_as_one_device_does(name):
         expected, got = (by_name(getattr(r.state.opt_state[1], moment)) for r in (one, many))
         for leaf, want in expected.items():
             want = np.asarray(want)
-            assert np.abs(np.asarray(got[leaf]) - want).max() <= tolerance * max(np.abs(want).max(), 1e-3), leaf
+            assert np.abs(np.asarray(got[leaf]) - want).max() <= tolerance * max(
+                np.abs(want).max(), 1e-3
+            ), leaf
     expected, got = by_name(one.state.params), by_name(many.state.params)
     for leaf, want in expected.items():
-        if "key']['bias" not in leaf:  # no score depends on it: its gradient is rounding, and Adam makes steps of that
+        # no score depends on it: its gradient is rounding, and Adam makes steps of that
+        if "key']['bias" not in leaf:
             apart = np.abs(np.asarray(got[leaf]) - np.asarray(want))
             assert apart.max() < CONFIG.optimizer.learning_rate and np.median(apart) < 1e-6, leaf
 
@@ -120,7 +137,10 @@ def test_the_caption_loss_is_a_mean_over_tokens_not_over_devices(name):
 
     scores = np.asarray(logits(params), np.float64)[:, :-1]
     scores -= scores.max(-1, keepdims=True)
-    nats = np.log(np.exp(scores).sum(-1)) - np.take_along_axis(scores, batch["tokens"][:, 1:, None], -1)[..., 0]
+    nats = (
+        np.log(np.exp(scores).sum(-1))
+        - np.take_along_axis(scores, batch["tokens"][:, 1:, None], -1)[..., 0]
+    )
     counted = batch["text_valid"][:, 1:]
     per_token = nats[counted].mean()
     devices = [slice(i, i + 2) for i in range(0, 16, 2)]
@@ -158,10 +178,16 @@ def test_data_parallelism_keeps_every_parameter_whole():
 def test_heads_mlp_and_vocabulary_are_split_over_the_model_axis():
     params = run("2 x 2 x 2").state.params
     vision = params["vision"]["layers"]
-    assert vision["attn"]["query"]["kernel"].sharding.spec == PartitionSpec(None, "fsdp", "model", None)
-    assert vision["attn"]["out"]["kernel"].sharding.spec == PartitionSpec(None, "model", None, "fsdp")
+    assert vision["attn"]["query"]["kernel"].sharding.spec == PartitionSpec(
+        None, "fsdp", "model", None
+    )
+    assert vision["attn"]["out"]["kernel"].sharding.spec == PartitionSpec(
+        None, "model", None, "fsdp"
+    )
     assert vision["mlp"]["up"]["kernel"].sharding.spec == PartitionSpec(None, "fsdp", "model")
-    assert params["text"]["token_embed"]["embedding"].sharding.spec == PartitionSpec("model", "fsdp")
+    assert params["text"]["token_embed"]["embedding"].sharding.spec == PartitionSpec(
+        "model", "fsdp"
+    )
     # Three heads do not split in two.
     query = params["text"]["layers"]["attn"]["query"]["kernel"]
     assert query.shape[2] == 3 and query.sharding.spec == PartitionSpec(None, "fsdp", None, None)
@@ -179,7 +205,11 @@ def fsdp_program(passes: str = "two_calls", accumulation: int = 1) -> Program:
     trainer = make_trainer(config, ImageTextTask(config.loss), mesh)
     with jax.set_mesh(mesh):
         batch = sharding.device_batch(tiny_batch(batch_size=16), mesh)
-        return Program(trainer.step.lower(trainer.abstract_state, batch).compile(compiler_options=QUICK).as_text())
+        return Program(
+            trainer.step.lower(trainer.abstract_state, batch)
+            .compile(compiler_options=QUICK)
+            .as_text()
+        )
 
 
 @pytest.mark.parametrize("passes, accumulation", [("two_calls", 1), ("fused", 1), ("two_calls", 2)])
@@ -193,11 +223,21 @@ def test_the_fsdp_step_gathers_and_reduces_and_never_reshuffles(passes, accumula
 
 def test_fused_passes_gather_the_decoders_weights_half_as_often():
     text = CONFIG.model.text
-    own = {text.width, text.mlp_dim, text.num_heads, text.width // text.num_heads, text.depth, text.num_cross_layers, 1}
+    own = {
+        text.width,
+        text.mlp_dim,
+        text.num_heads,
+        text.width // text.num_heads,
+        text.depth,
+        text.num_cross_layers,
+        1,
+    }
 
     def gathered(passes):  # bytes of what has the decoder's sizes, and no others
         collectives = [c for c in fsdp_program(passes).collectives() if c.kind == "all-gather"]
-        mine = [c for c in collectives if all(set(s.dims) <= own and len(s.dims) > 1 for s in c.shapes)]
+        mine = [
+            c for c in collectives if all(set(s.dims) <= own and len(s.dims) > 1 for s in c.shapes)
+        ]
         return sum(c.runs * c.bytes for c in mine)
 
     assert gathered("fused") < 0.7 * gathered("two_calls")
@@ -205,15 +245,23 @@ def test_fused_passes_gather_the_decoders_weights_half_as_often():
 
 def test_a_vocabulary_split_over_the_model_axis_is_never_gathered_and_its_gradient_is_reduced_once():
     mesh, vocab, width = sharding.make_mesh(MESHES["2 x 2 x 2"]), 1_000, 32
-    table = jax.sharding.NamedSharding(mesh, partition_spec(("vocab", "embed"), (vocab, width), mesh))
+    table = jax.sharding.NamedSharding(
+        mesh, partition_spec(("vocab", "embed"), (vocab, width), mesh)
+    )
     rows = sharding.batch_sharding(mesh)
 
     def loss(table, features, labels, mask):
-        return caption_sum(LossConfig(vocab_chunk=4), features, table.T, None, labels, mask)  # in four chunks
+        # in four chunks
+        return caption_sum(LossConfig(vocab_chunk=4), features, table.T, None, labels, mask)
 
     args = [
         jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in (((vocab, width), float), ((16, 16, width), float), ((16, 16), int), ((16, 16), bool))
+        for shape, dtype in (
+            ((vocab, width), float),
+            ((16, 16, width), float),
+            ((16, 16), int),
+            ((16, 16), bool),
+        )
     ]
     with jax.set_mesh(mesh):
         step = jax.jit(
@@ -221,10 +269,13 @@ def test_a_vocabulary_split_over_the_model_axis_is_never_gathered_and_its_gradie
             out_shardings=(None, (table, rows)),
         )  # fmt: skip
         program = Program(step.lower(*args).compile(compiler_options=QUICK).as_text())
-    sizes = [(c, max(size for s in c.shapes for size in (*s.dims, 0))) for c in program.collectives()]
+    sizes = [
+        (c, max(size for s in c.shapes for size in (*s.dims, 0))) for c in program.collectives()
+    ]
     with_vocabulary = [c for c, size in sizes if size >= vocab // 2]
     assert max(size for _, size in sizes) == vocab // 2
-    assert all(c.group[1] - c.group[0] > 1 for c in with_vocabulary)  # neighbours share the model axis
+    # neighbours share the model axis
+    assert all(c.group[1] - c.group[0] > 1 for c in with_vocabulary)
     assert {c.kind for c in with_vocabulary} <= {"all-gather", "all-reduce", "reduce-scatter"}
     assert sum(c.runs for c in with_vocabulary if c.kind != "all-gather") == 1
     # The whole step: no array that is exchanged has the vocabulary as a dimension.
@@ -246,7 +297,9 @@ def test_adafactors_moment_is_split_as_its_parameter_and_its_factors_are_whole()
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig("adafactor"))
     mesh = sharding.make_mesh(MESHES["fsdp 8"])
     abstract = make_trainer(config, ImageTextTask(config.loss), mesh).abstract_state
-    specs = {leaf: x.sharding.spec for leaf, x in by_name(abstract).items() if "['up']['kernel']" in leaf}
+    specs = {
+        leaf: x.sharding.spec for leaf, x in by_name(abstract).items() if "['up']['kernel']" in leaf
+    }
     expected = PartitionSpec(None, "fsdp", None)
     # three layers' worth of parameters, and as many averages of their updates
     assert sum(spec == expected for leaf, spec in specs.items() if leaf.startswith(".params")) == 3
@@ -313,10 +366,16 @@ def test_sizes_that_do_not_make_up_the_devices_are_refused(sizes):
 
 
 def test_a_batch_that_does_not_split_over_the_devices_is_refused_by_its_field():
-    mesh = sharding.make_mesh(MESHES["2 x 2 x 2"])  # 4 shares: the model axis does not split the batch
+    # 4 shares: the model axis does not split the batch
+    mesh = sharding.make_mesh(MESHES["2 x 2 x 2"])
     for size, accumulation in ((18, 1), (24, 4)):
-        config = dataclasses.replace(CONFIG, data=DataConfig(batch_size=size), accumulation=accumulation)
-        with pytest.raises(ValueError, match=rf"^data.batch_size.* {size // accumulation} does not divide over the 4"):
+        config = dataclasses.replace(
+            CONFIG, data=DataConfig(batch_size=size), accumulation=accumulation
+        )
+        with pytest.raises(
+            ValueError,
+            match=rf"^data.batch_size.* {size // accumulation} does not divide over the 4",
+        ):
             make_trainer(config, ImageTextTask(CONFIG.loss), mesh)
     sharding.require_divisible(24, mesh, "data.eval_batch_size")
     with pytest.raises(ValueError, match="^data.eval_batch_size 25 "):
@@ -329,7 +388,10 @@ def test_a_batch_that_does_not_split_over_the_devices_is_refused_by_its_field():
 def test_a_batch_arrives_whole_and_split_by_rows():
     mesh = sharding.make_mesh(MESHES["2 x 2 x 2"])
     rows = np.arange(24).reshape(8, 3)
-    for placed in (sharding.device_batch({"x": rows}, mesh)["x"], sharding.replicated_batch(rows, mesh)):
+    for placed in (
+        sharding.device_batch({"x": rows}, mesh)["x"],
+        sharding.replicated_batch(rows, mesh),
+    ):
         np.testing.assert_array_equal(placed, rows)
         assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
 
@@ -346,6 +408,10 @@ def test_the_placement_report_adds_up_to_the_model():
     assert counts["text.token_embed"] == expected["token_embed"] == 60 * 48
     megabytes, local = map(float, rows[-1][2:4])
     assert megabytes == pytest.approx(4 * total / 1e6, abs=0.05)
-    on_first = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(run("fsdp 8").state.params))
+    on_first = sum(
+        x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(run("fsdp 8").state.params)
+    )
     assert local == pytest.approx(on_first / 1e6, abs=0.05)
-    assert all("fsdp" in line for line in report.splitlines() if "layers" in line or "kernel" in line)
+    assert all(
+        "fsdp" in line for line in report.splitlines() if "layers" in line or "kernel" in line
+    )

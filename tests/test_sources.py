@@ -53,7 +53,13 @@ def changed(content, *path, to=None):
 
 COCO = {
     "info": {"description": "COCO 2017 Dataset", "year": 2017},
-    "licenses": [{"url": "http://creativecommons.org/licenses/by/2.0/", "id": 4, "name": "Attribution License"}],
+    "licenses": [
+        {
+            "url": "http://creativecommons.org/licenses/by/2.0/",
+            "id": 4,
+            "name": "Attribution License",
+        }
+    ],
     "images": [
         {"license": 4, "file_name": "000000397133.jpg", "height": 427, "width": 640, "id": 397133},
         {"license": 4, "file_name": "000000037777.jpg", "height": 230, "width": 352, "id": 37777},
@@ -80,13 +86,24 @@ def test_coco_captions_are_in_the_order_of_the_images(coco, tmp_path):
     assert len(source) == 3
     first, last = source[0], source[2]
     assert (first.key, first.captions) == ("000000397133.jpg", ["A man in a kitchen."])
-    assert (last.key, last.captions) == ("000000252219.jpg", ["A person on a street.", "Zwölf Leute."])
-    assert last.image == tmp_path / "val2017/000000252219.jpg" and last.qa == [] and last.name is None
-    assert list(sources.texts(source)) == ["A man in a kitchen.", "A person on a street.", "Zwölf Leute."]
+    assert (last.key, last.captions) == (
+        "000000252219.jpg",
+        ["A person on a street.", "Zwölf Leute."],
+    )
+    assert (
+        last.image == tmp_path / "val2017/000000252219.jpg" and last.qa == [] and last.name is None
+    )
+    assert list(sources.texts(source)) == [
+        "A man in a kitchen.",
+        "A person on a street.",
+        "Zwölf Leute.",
+    ]
 
 
 def test_an_image_that_coco_has_no_caption_of_is_bad(coco):
-    with pytest.raises(sources.BadExample, match="captions_val2017.json, image 000000037777.jpg has no caption") as bad:
+    with pytest.raises(
+        sources.BadExample, match="captions_val2017.json, image 000000037777.jpg has no caption"
+    ) as bad:
         open_set(coco)[1]
     assert bad.value.cause == "no caption"
 
@@ -99,7 +116,10 @@ def test_benchmarks_are_sliced_by_images(coco):
 
 def test_the_home_folder_is_found_in_every_part_of_a_benchmark(coco, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert open_set("coco:~/captions_val2017.json,~/val2017")[0].image == tmp_path / "val2017/000000397133.jpg"
+    assert (
+        open_set("coco:~/captions_val2017.json,~/val2017")[0].image
+        == tmp_path / "val2017/000000397133.jpg"
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,11 +131,23 @@ def test_the_home_folder_is_found_in_every_part_of_a_benchmark(coco, tmp_path, m
         (changed(COCO, "images", 1, "id"), r'images\[1\] has no "id", a whole number or a text'),
         (changed(COCO, "images", 2, "file_name"), r'images\[2\] has no "file_name", a text'),
         (changed(COCO, "images", 0, to="000000397133.jpg"), r"images\[0\] is not a JSON object"),
-        (changed(COCO, "images", 2, "id", to=37777), r"images\[2\] has the id 37777 of an image before it"),
+        (
+            changed(COCO, "images", 2, "id", to=37777),
+            r"images\[2\] has the id 37777 of an image before it",
+        ),
         (changed(COCO, "annotations", 3, "image_id"), r'annotations\[3\] has no "image_id"'),
-        (changed(COCO, "annotations", 3, "image_id", to=5), r"annotations\[3\] has the image_id 5, expected the id of"),
-        (changed(COCO, "annotations", 0, "caption", to=["A person"]), r'annotations\[0\] has no "caption", a text'),
-        (changed(COCO, "images", to=[]) | {"annotations": []}, "is empty, expected at least one example"),
+        (
+            changed(COCO, "annotations", 3, "image_id", to=5),
+            r"annotations\[3\] has the image_id 5, expected the id of",
+        ),
+        (
+            changed(COCO, "annotations", 0, "caption", to=["A person"]),
+            r'annotations\[0\] has no "caption", a text',
+        ),
+        (
+            changed(COCO, "images", to=[]) | {"annotations": []},
+            "is empty, expected at least one example",
+        ),
     ],
 )
 def test_what_is_not_of_cocos_format_is_named(tmp_path, content, expected):
@@ -124,8 +156,12 @@ def test_what_is_not_of_cocos_format_is_named(tmp_path, content, expected):
 
 
 def test_a_benchmarks_missing_or_damaged_files_are_named(coco, tmp_path):
-    assert "absent.json cannot be read: No such file or directory" in refusal(f"coco:{tmp_path}/absent.json,{tmp_path}")
-    assert "nowhere is not a folder" in refusal(f"coco:{tmp_path}/captions_val2017.json,{tmp_path}/nowhere")
+    assert "absent.json cannot be read: No such file or directory" in refusal(
+        f"coco:{tmp_path}/absent.json,{tmp_path}"
+    )
+    assert "nowhere is not a folder" in refusal(
+        f"coco:{tmp_path}/captions_val2017.json,{tmp_path}/nowhere"
+    )
     for content in (b'{"images": [', b"", b'{"images": "caf\xe9"}', b"[" * 100_000):
         (tmp_path / "bad.json").write_bytes(content)
         assert "bad.json is not JSON" in refusal(f"coco:{tmp_path}/bad.json,{tmp_path}")
@@ -145,7 +181,9 @@ def test_a_benchmarks_missing_or_damaged_files_are_named(coco, tmp_path):
     ],
 )
 def test_a_benchmark_in_another_form_is_told_the_form(spec, field, form):
-    assert f"is not {form}, with no comma in a path" in refusal(spec, field) or f", {form}," in refusal(spec, field)
+    assert f"is not {form}, with no comma in a path" in refusal(
+        spec, field
+    ) or f", {form}," in refusal(spec, field)
 
 
 @pytest.mark.parametrize(
@@ -157,24 +195,45 @@ def test_a_benchmark_in_another_form_is_told_the_form(spec, field, form):
     ],
 )
 def test_a_benchmark_opened_for_another_field_says_what_it_offers(spec, field, offered):
-    assert f"offers the field {offered!r}, expected one that offers {field!r}" in refusal(spec, field)
+    assert f"offers the field {offered!r}, expected one that offers {field!r}" in refusal(
+        spec, field
+    )
 
 
 # Karpathy's splits
 
 
 def karpathy_image(filename: str, split: str, sentences: list[str], **more) -> dict:
-    said = [{"tokens": text.lower().split(), "raw": text, "imgid": 0, "sentid": n} for n, text in enumerate(sentences)]
+    said = [
+        {"tokens": text.lower().split(), "raw": text, "imgid": 0, "sentid": n}
+        for n, text in enumerate(sentences)
+    ]
     return {"imgid": 0, "sentences": said, "split": split, "filename": filename, **more}
 
 
 KARPATHY_COCO = {
     "dataset": "coco",
     "images": [
-        karpathy_image("COCO_val2014_000000391895.jpg", "test", ["A man."], filepath="val2014", cocoid=391895),
-        karpathy_image("COCO_val2014_000000060623.jpg", "restval", ["A girl."], filepath="val2014", cocoid=60623),
-        karpathy_image("COCO_train2014_000000000009.jpg", "train", ["A meal."], filepath="train2014", cocoid=9),
-        karpathy_image("COCO_val2014_000000483108.jpg", "test", ["A bike.", "A train."], filepath="val2014", cocoid=1),
+        karpathy_image(
+            "COCO_val2014_000000391895.jpg", "test", ["A man."], filepath="val2014", cocoid=391895
+        ),
+        karpathy_image(
+            "COCO_val2014_000000060623.jpg",
+            "restval",
+            ["A girl."],
+            filepath="val2014",
+            cocoid=60623,
+        ),
+        karpathy_image(
+            "COCO_train2014_000000000009.jpg", "train", ["A meal."], filepath="train2014", cocoid=9
+        ),
+        karpathy_image(
+            "COCO_val2014_000000483108.jpg",
+            "test",
+            ["A bike.", "A train."],
+            filepath="val2014",
+            cocoid=1,
+        ),
         karpathy_image("COCO_val2014_000000000042.jpg", "test", [], filepath="val2014", cocoid=42),
     ],
 }
@@ -194,8 +253,13 @@ def test_karpathys_split_has_its_images_alone_in_their_order(tmp_path):
 
 
 def test_karpathys_flickr30k_has_its_pictures_in_one_folder(tmp_path):
-    content = {"dataset": "flickr30k", "images": [karpathy_image("1007129816.jpg", "test", ["A man in a hat."])]}
-    (example,) = open_set(f"karpathy:{write(tmp_path / 'dataset_flickr30k.json', content)},{tmp_path},test")
+    content = {
+        "dataset": "flickr30k",
+        "images": [karpathy_image("1007129816.jpg", "test", ["A man in a hat."])],
+    }
+    (example,) = open_set(
+        f"karpathy:{write(tmp_path / 'dataset_flickr30k.json', content)},{tmp_path},test"
+    )
     assert (example.key, example.image) == ("1007129816.jpg", tmp_path / "1007129816.jpg")
 
 
@@ -205,9 +269,18 @@ def test_karpathys_flickr30k_has_its_pictures_in_one_folder(tmp_path):
         (changed(KARPATHY_COCO, "images"), 'has no "images", a list'),
         (changed(KARPATHY_COCO, "images", 2, "split"), r'images\[2\] has no "split", a text'),
         (changed(KARPATHY_COCO, "images", 0, "filename"), r'images\[0\] has no "filename", a text'),
-        (changed(KARPATHY_COCO, "images", 0, "filepath", to=3), r'images\[0\] has no "filepath", a text'),
-        (changed(KARPATHY_COCO, "images", 0, "sentences"), r'images\[0\] has no "sentences", a list'),
-        (changed(KARPATHY_COCO, "images", 3, "sentences", 1, "raw"), r'images\[3\], sentences\[1\] has no "raw"'),
+        (
+            changed(KARPATHY_COCO, "images", 0, "filepath", to=3),
+            r'images\[0\] has no "filepath", a text',
+        ),
+        (
+            changed(KARPATHY_COCO, "images", 0, "sentences"),
+            r'images\[0\] has no "sentences", a list',
+        ),
+        (
+            changed(KARPATHY_COCO, "images", 3, "sentences", 1, "raw"),
+            r'images\[3\], sentences\[1\] has no "raw"',
+        ),
         (
             changed(KARPATHY_COCO, "images", 4, to=KARPATHY_COCO["images"][0]),
             r"images\[4\] is val2014/COCO_val2014_000000391895.jpg, like an image before it",
@@ -276,20 +349,32 @@ def vqav2(folder: pathlib.Path, questions=QUESTIONS, annotations=ANNOTATIONS) ->
 
 def test_vqav2_gives_each_image_with_its_questions_and_what_ten_people_said(tmp_path):
     source = open_set(vqav2(tmp_path), "qa")
-    assert [example.key for example in source] == ["COCO_val2014_000000262148.jpg", "COCO_val2014_000000000042.jpg"]
-    assert source[0].image == tmp_path / "COCO_val2014_000000262148.jpg" and source[0].captions == []
+    assert [example.key for example in source] == [
+        "COCO_val2014_000000262148.jpg",
+        "COCO_val2014_000000000042.jpg",
+    ]
+    assert (
+        source[0].image == tmp_path / "COCO_val2014_000000262148.jpg" and source[0].captions == []
+    )
     assert source[0].qa == [
-        sources.Question("Where is he looking?", SAID[262148000], "262148000", "other", "where is the"),
+        sources.Question(
+            "Where is he looking?", SAID[262148000], "262148000", "other", "where is the"
+        ),
         sources.Question("Is he skating?", SAID[262148002], "262148002", "yes/no", "is he"),
     ]
-    assert source[1].qa == [sources.Question("How many shoes?", SAID[42001], "42001", "number", "how many")]
+    assert source[1].qa == [
+        sources.Question("How many shoes?", SAID[42001], "42001", "number", "how many")
+    ]
     assert len(open_set(f"{vqav2(tmp_path)}[1:]", "qa")[0].qa) == 1
 
 
 def test_one_who_said_nothing_is_counted_but_not_learnt_from(tmp_path):
     example = open_set(vqav2(tmp_path), "qa")[1]
     assert example.qa[0].answers[-1] == "" and len(example.qa[0].answers) == 10
-    assert collections.Counter(example.pairs) == {("How many shoes?", "2"): 8, ("How many shoes?", "two"): 1}
+    assert collections.Counter(example.pairs) == {
+        ("How many shoes?", "2"): 8,
+        ("How many shoes?", "two"): 1,
+    }
 
 
 def test_a_vqav2_test_set_has_questions_without_answers(tmp_path):
@@ -303,7 +388,10 @@ def test_a_vqav2_test_set_has_questions_without_answers(tmp_path):
 def test_vqav2_finds_pictures_by_their_names_of_2017(tmp_path):
     picture(tmp_path / "000000262148.jpg")
     source = open_set(vqav2(tmp_path), "qa")
-    assert [example.key for example in source] == ["000000262148.jpg", "COCO_val2014_000000000042.jpg"]
+    assert [example.key for example in source] == [
+        "000000262148.jpg",
+        "COCO_val2014_000000000042.jpg",
+    ]
     picture(tmp_path / "COCO_val2014_000000262148.jpg")
     assert open_set(vqav2(tmp_path), "qa")[0].key == "COCO_val2014_000000262148.jpg"
 
@@ -315,21 +403,57 @@ ANNOTATED = ANNOTATIONS["annotations"]
     ("questions", "annotations", "expected"),
     [
         (changed(QUESTIONS, "questions"), ANNOTATIONS, 'questions.json has no "questions", a list'),
-        (changed(QUESTIONS, "data_subtype"), ANNOTATIONS, 'questions.json has no "data_subtype", a text'),
-        (changed(QUESTIONS, "questions", 1, "question"), ANNOTATIONS, r'questions\[1\] has no "question", a text'),
-        (changed(QUESTIONS, "questions", 1, "image_id"), ANNOTATIONS, r'\[1\] has no "image_id", a whole number'),
-        (changed(QUESTIONS, "questions", 1, "question_id"), ANNOTATIONS, r'questions\[1\] has no "question_id"'),
+        (
+            changed(QUESTIONS, "data_subtype"),
+            ANNOTATIONS,
+            'questions.json has no "data_subtype", a text',
+        ),
+        (
+            changed(QUESTIONS, "questions", 1, "question"),
+            ANNOTATIONS,
+            r'questions\[1\] has no "question", a text',
+        ),
+        (
+            changed(QUESTIONS, "questions", 1, "image_id"),
+            ANNOTATIONS,
+            r'\[1\] has no "image_id", a whole number',
+        ),
+        (
+            changed(QUESTIONS, "questions", 1, "question_id"),
+            ANNOTATIONS,
+            r'questions\[1\] has no "question_id"',
+        ),
         (
             changed(QUESTIONS, "questions", 2, "question_id", to=42001),
             ANNOTATIONS,
             r"questions\[2\] has the question_id 42001 of a question before it",
         ),
         (QUESTIONS, QUESTIONS, 'annotations.json has no "annotations", a list'),
-        (QUESTIONS, changed(ANNOTATIONS, "annotations", 0, "question_id"), r'annotations\[0\] has no "question_id"'),
-        (QUESTIONS, changed(ANNOTATIONS, "annotations", 0, "image_id"), r'annotations\[0\] has no "image_id"'),
-        (QUESTIONS, changed(ANNOTATIONS, "annotations", 0, "answers"), r'annotations\[0\] has no "answers", a list'),
-        (QUESTIONS, changed(ANNOTATIONS, "annotations", 0, "answer_type"), r'\[0\] has no "answer_type", a text'),
-        (QUESTIONS, changed(ANNOTATIONS, "annotations", 0, "question_type"), r'\[0\] has no "question_type", a text'),
+        (
+            QUESTIONS,
+            changed(ANNOTATIONS, "annotations", 0, "question_id"),
+            r'annotations\[0\] has no "question_id"',
+        ),
+        (
+            QUESTIONS,
+            changed(ANNOTATIONS, "annotations", 0, "image_id"),
+            r'annotations\[0\] has no "image_id"',
+        ),
+        (
+            QUESTIONS,
+            changed(ANNOTATIONS, "annotations", 0, "answers"),
+            r'annotations\[0\] has no "answers", a list',
+        ),
+        (
+            QUESTIONS,
+            changed(ANNOTATIONS, "annotations", 0, "answer_type"),
+            r'\[0\] has no "answer_type", a text',
+        ),
+        (
+            QUESTIONS,
+            changed(ANNOTATIONS, "annotations", 0, "question_type"),
+            r'\[0\] has no "question_type", a text',
+        ),
         (
             QUESTIONS,
             changed(ANNOTATIONS, "annotations", 2, "answers", 9, "answer"),
@@ -375,11 +499,18 @@ def one_line(folder: pathlib.Path, line: dict, field: sources.Field) -> sources.
 
 def test_questions_are_named_by_their_id_or_their_place(tmp_path):
     asked = [
-        {"question": "what is it?", "answers": ["a cat", ""], "answer_type": "other", "question_type": "what is"},
+        {
+            "question": "what is it?",
+            "answers": ["a cat", ""],
+            "answer_type": "other",
+            "question_type": "what is",
+        },
         {"question": "how many?", "answers": [], "question_id": 7},
         {"question": "why?", "question_id": "eight", "answers": None, "answer_type": None},
     ]
-    example = one_line(tmp_path, {"file": "1.png", "qa": asked, "captions": None, "name": "a cat"}, "qa")
+    example = one_line(
+        tmp_path, {"file": "1.png", "qa": asked, "captions": None, "name": "a cat"}, "qa"
+    )
     assert example.qa == [
         sources.Question("what is it?", ["a cat", ""], "1.png#0", "other", "what is"),
         sources.Question("how many?", [], "7"),
@@ -395,33 +526,76 @@ def test_a_name_is_all_that_is_said_of_an_image(tmp_path):
 
 
 def asked(**question) -> dict:
-    return {"file": "1.png", "qa": [{"question": "why?", "answers": ["so"]}, {"question": "how?", **question}]}
+    return {
+        "file": "1.png",
+        "qa": [{"question": "why?", "answers": ["so"]}, {"question": "how?", **question}],
+    }
 
 
 @pytest.mark.parametrize(
     ("field", "line", "cause", "expected"),
     [
-        ("captions", {"file": "1.png", "captions": None}, "no caption", 'not annotated: its "captions" is null'),
-        ("captions", {"file": "1.png", "captions": [2]}, "missing field", 'no "captions", a list of texts'),
+        (
+            "captions",
+            {"file": "1.png", "captions": None},
+            "no caption",
+            'not annotated: its "captions" is null',
+        ),
+        (
+            "captions",
+            {"file": "1.png", "captions": [2]},
+            "missing field",
+            'no "captions", a list of texts',
+        ),
         ("qa", {"file": "1.png"}, "missing field", 'no "qa"'),
         ("qa", {"file": "1.png", "qa": None}, "no question", 'not annotated: its "qa" is null'),
         ("qa", {"file": "1.png", "qa": []}, "no question", "has no question"),
-        ("qa", {"file": "1.png", "qa": ["why?"]}, "missing field", "a list of objects with a question and answers"),
+        (
+            "qa",
+            {"file": "1.png", "qa": ["why?"]},
+            "missing field",
+            "a list of objects with a question and answers",
+        ),
         ("qa", asked(answers="so"), "missing field", "answers 'so', expected a list of texts"),
         ("qa", asked(answers=[2]), "missing field", "2 for an answer, expected a text"),
         ("qa", asked(answers=2), "missing field", "answers 2, expected a list of texts"),
-        ("qa", asked(question=" ", answers=["so"]), "missing field", "' ' for a question, expected a text"),
-        ("qa", asked(question=None, answers=["so"]), "missing field", "None for a question, expected a text"),
+        (
+            "qa",
+            asked(question=" ", answers=["so"]),
+            "missing field",
+            "' ' for a question, expected a text",
+        ),
+        (
+            "qa",
+            asked(question=None, answers=["so"]),
+            "missing field",
+            "None for a question, expected a text",
+        ),
         ("qa", asked(answers=["\ud800"]), "not UTF-8", "a text that is not UTF-8"),
         ("qa", asked(question_id=[1]), "missing field", r"question_id \[1\], expected a text"),
         ("qa", asked(question_id="1.png#0"), "duplicate id", "the question_id '1.png#0' twice"),
         ("qa", asked(answer_type=3), "missing field", "3 for answer_type, expected a text"),
         ("name", {"file": "1.png"}, "missing field", 'no "name"'),
         ("name", {"file": "1.png", "name": None}, "no name", 'not annotated: its "name" is null'),
-        ("name", {"file": "1.png", "name": ""}, "missing field", "'' for its name, expected a text"),
+        (
+            "name",
+            {"file": "1.png", "name": ""},
+            "missing field",
+            "'' for its name, expected a text",
+        ),
         ("name", {"file": "1.png", "name": 7}, "missing field", "7 for its name, expected a text"),
-        ("qa", {"video_id": "v", "frames": [{"file": "1.png"}], "qa": []}, "missing field", "cannot be read yet"),
-        ("captions", {"video_id": "v", "frames": [], "captions": ["x"]}, "missing field", "frames of a video"),
+        (
+            "qa",
+            {"video_id": "v", "frames": [{"file": "1.png"}], "qa": []},
+            "missing field",
+            "cannot be read yet",
+        ),
+        (
+            "captions",
+            {"video_id": "v", "frames": [], "captions": ["x"]},
+            "missing field",
+            "frames of a video",
+        ),
     ],
 )
 def test_a_line_without_the_field_says_what_is_wrong(tmp_path, field, line, cause, expected):
@@ -441,7 +615,9 @@ def prepared(tmp_path):
 
     pixels = picture(tmp_path / "nine.png").read_bytes()
 
-    def prepare(features: dict, examples: list[dict], field: sources.Field, nested: dict | None = None):
+    def prepare(
+        features: dict, examples: list[dict], field: sources.Field, nested: dict | None = None
+    ):
         class Set(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             name = "prepared"
             VERSION = tfds.core.Version("1.0.0")
@@ -459,7 +635,9 @@ def prepared(tmp_path):
         builder = Set(data_dir=str(tmp_path), file_format="array_record")
         builder.download_and_prepare()
         if nested:
-            tfds.features.FeaturesDict({"image": tfds.features.Image(), **nested}).save_config(builder.data_dir)
+            tfds.features.FeaturesDict({"image": tfds.features.Image(), **nested}).save_config(
+                builder.data_dir
+            )
         return open_set("tfds:prepared/val", field, tfds_dir=str(tmp_path))
 
     return prepare
@@ -475,7 +653,9 @@ def tfds_features():
 def test_a_label_of_a_prepared_set_is_its_class(prepared):
     _, _, features = tfds_features()
     labels = {"label": features.ClassLabel(names=["cat", "dog"]), "image/filename": features.Text()}
-    source = prepared(labels, [{"label": n, "image/filename": f"{n}.png"} for n in (1, 0, -1)], "name")
+    source = prepared(
+        labels, [{"label": n, "image/filename": f"{n}.png"} for n in (1, 0, -1)], "name"
+    )
     assert [(source[i].name, source[i].key) for i in (0, 1)] == [("dog", "1.png"), ("cat", "0.png")]
     with pytest.raises(sources.BadExample, match="example 2 is not annotated") as bad:
         source[2]  # tensorflow-datasets' label where a test set keeps it back
@@ -484,28 +664,51 @@ def test_a_label_of_a_prepared_set_is_its_class(prepared):
 
 def test_a_prepared_set_may_have_its_names_as_texts(prepared):
     text, _, _ = tfds_features()
-    (example,) = prepared({"name": text, "label": np.int64}, [{"name": "ein Kätzchen", "label": 5}], "name")
+    (example,) = prepared(
+        {"name": text, "label": np.int64}, [{"name": "ein Kätzchen", "label": 5}], "name"
+    )
     assert example.name == "ein Kätzchen" and example.pairs == [("", "ein Kätzchen")]
 
 
 def test_clevrs_questions_are_read_from_a_prepared_set(prepared):
     text, _, features = tfds_features()
-    asked = [{"question": "how many?", "answer": "2"}, {"question": "what color?", "answer": "rot, süß"}]
+    asked = [
+        {"question": "how many?", "answer": "2"},
+        {"question": "what color?", "answer": "rot, süß"},
+    ]
     source = prepared(
-        {"file_name": text, "question_answer": features.Sequence({"question": text, "answer": text})},
-        [{"file_name": "a.png", "question_answer": asked}, {"file_name": "b.png", "question_answer": []}],
+        {
+            "file_name": text,
+            "question_answer": features.Sequence({"question": text, "answer": text}),
+        },
+        [
+            {"file_name": "a.png", "question_answer": asked},
+            {"file_name": "b.png", "question_answer": []},
+        ],
         "qa",
     )
-    assert [(q.text, q.answers) for q in source[0].qa] == [("how many?", ["2"]), ("what color?", ["rot, süß"])]
-    assert [q.id for q in source[0].qa] == ["tfds:prepared/val, example 0#0", "tfds:prepared/val, example 0#1"]
+    assert [(q.text, q.answers) for q in source[0].qa] == [
+        ("how many?", ["2"]),
+        ("what color?", ["rot, süß"]),
+    ]
+    assert [q.id for q in source[0].qa] == [
+        "tfds:prepared/val, example 0#0",
+        "tfds:prepared/val, example 0#1",
+    ]
     with pytest.raises(sources.BadExample, match="has no question"):
         source[1]
 
 
 def test_a_prepared_set_may_have_one_question_an_example(prepared):
     text, texts, _ = tfds_features()
-    asked = [{"question": "how many?", "answers": ["2", "two"]}, {"question": "why?", "answers": []}]
-    rows = [{**question, "question_id": n, "image/filename": "a.png"} for n, question in enumerate(asked, start=7)]
+    asked = [
+        {"question": "how many?", "answers": ["2", "two"]},
+        {"question": "why?", "answers": []},
+    ]
+    rows = [
+        {**question, "question_id": n, "image/filename": "a.png"}
+        for n, question in enumerate(asked, start=7)
+    ]
     types = {"question": text, "answers": texts, "question_id": np.int64, "image/filename": text}
     first, second = prepared(types, rows, "qa")
     assert first.qa == [sources.Question("how many?", ["2", "two"], "7")] and first.key == "a.png"
@@ -521,17 +724,30 @@ def test_questions_about_one_image_in_several_examples_have_names_of_their_own(p
 
 def test_a_prepared_set_may_have_several_answers_to_each_of_several_questions(prepared):
     text, texts, features = tfds_features()
-    # Sequences in sequences, as they are stored: without TensorFlow tensorflow-datasets reads but does not write them.
+    # Sequences in sequences, as they are stored: without TensorFlow tensorflow-datasets reads but
+    # does not write them.
     stored = {
         "qa/question": texts,
         "qa/question_id": features.Sequence(np.int64),
         "qa/answers/ragged_flat_values": texts,
         "qa/answers/ragged_row_lengths_0": features.Sequence(np.int64),
     }
-    row = dict(zip(stored, [["how many?", "why?", "who?"], [5, 6, 7], ["2", "two", "he"], [2, 0, 1]], strict=True))
-    nested = {"qa": features.Sequence({"question": text, "question_id": np.int64, "answers": texts})}
+    row = dict(
+        zip(
+            stored,
+            [["how many?", "why?", "who?"], [5, 6, 7], ["2", "two", "he"], [2, 0, 1]],
+            strict=True,
+        )
+    )
+    nested = {
+        "qa": features.Sequence({"question": text, "question_id": np.int64, "answers": texts})
+    }
     (example,) = prepared(stored, [row], "qa", nested)
-    assert [(q.text, q.answers) for q in example.qa] == [("how many?", ["2", "two"]), ("why?", []), ("who?", ["he"])]
+    assert [(q.text, q.answers) for q in example.qa] == [
+        ("how many?", ["2", "two"]),
+        ("why?", []),
+        ("who?", ["he"]),
+    ]
     assert [q.id for q in example.qa] == ["5", "6", "7"]
 
 
@@ -550,11 +766,18 @@ def test_captions_of_tensorflow_datasets_own_coco(prepared):
     text, _, features = tfds_features()
     said = [{"id": 7, "text": "A cat."}, {"id": 3, "text": "Eine Katze, süß."}]
     (example,) = prepared(
-        {"captions": features.Sequence({"id": np.int64, "text": text}), "image/filename": text, "image/id": np.int64},
+        {
+            "captions": features.Sequence({"id": np.int64, "text": text}),
+            "image/filename": text,
+            "image/id": np.int64,
+        },
         [{"captions": said, "image/filename": "COCO_val2014_000000000042.jpg", "image/id": 42}],
         "captions",
     )
-    assert (example.key, example.captions) == ("COCO_val2014_000000000042.jpg", ["A cat.", "Eine Katze, süß."])
+    assert (example.key, example.captions) == (
+        "COCO_val2014_000000000042.jpg",
+        ["A cat.", "Eine Katze, süß."],
+    )
 
 
 # Real sets
@@ -579,14 +802,18 @@ def test_real_questions(shared, name):
 def test_real_names(shared):
     source = open_set(f"jsonl:{shared}/data/cifar10", "name")
     lines = lines_of(shared / "data/cifar10/labels.jsonl")
-    assert [(example.key, example.name) for example in source] == [(line["file"], line["name"]) for line in lines]
+    assert [(example.key, example.name) for example in source] == [
+        (line["file"], line["name"]) for line in lines
+    ]
     assert set(collections.Counter(example.name for example in source).values()) == {300}
 
 
 def test_real_captions(shared):
     lines = lines_of(shared / "data/flickr8k/captions.jsonl")
     said = [caption for line in lines for caption in line["captions"]]
-    assert list(sources.texts(open_set(f"jsonl:{shared}/data/flickr8k"))) == [text for text in said if text.strip()]
+    assert list(sources.texts(open_set(f"jsonl:{shared}/data/flickr8k"))) == [
+        text for text in said if text.strip()
+    ]
 
 
 def test_real_images_that_were_not_captioned_are_bad_and_the_others_are_not(shared):
@@ -603,7 +830,9 @@ def test_real_images_that_were_not_captioned_are_bad_and_the_others_are_not(shar
     assert causes and captions
 
 
-@pytest.mark.parametrize(("name", "field"), [("flickr8k", "qa"), ("daquar", "name"), ("cifar10", "captions")])
+@pytest.mark.parametrize(
+    ("name", "field"), [("flickr8k", "qa"), ("daquar", "name"), ("cifar10", "captions")]
+)
 def test_a_real_set_opened_for_another_field_has_no_usable_example(shared, name, field):
     source = open_set(f"jsonl:{shared}/data/{name}[:20]", field)
     for index in range(20):

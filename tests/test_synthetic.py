@@ -51,7 +51,11 @@ def test_held_out_combinations_are_a_sixth_and_never_in_training():
     train, val = synthetic.combinations("train"), synthetic.combinations("val")
     assert len(set(train) | set(val)) == len(train) + len(val) == 576
     assert len(val) == 96
-    said = {caption for index in range(5_000) for caption in synthetic.captions(synthetic.combination("train", index))}
+    said = {
+        caption
+        for index in range(5_000)
+        for caption in synthetic.captions(synthetic.combination("train", index))
+    }
     held_out = {caption for combination in val for caption in synthetic.captions(combination)}
     assert len(held_out) == 3 * 96 and not said & held_out
 
@@ -62,7 +66,10 @@ def test_the_split_never_changes():
         "on the right three large white squares",
         "a picture of three large white squares on the right",
     ]
-    assert synthetic.captions(synthetic.combination("train", 0))[0] == "one large yellow circle at the top"
+    assert (
+        synthetic.captions(synthetic.combination("train", 0))[0]
+        == "one large yellow circle at the top"
+    )
 
 
 def test_val_shows_each_held_out_combination_once():
@@ -72,7 +79,10 @@ def test_val_shows_each_held_out_combination_once():
 
 def test_every_pair_of_attributes_is_learnable_from_training():
     for a, b in itertools.combinations(range(5), 2):
-        pairs = {split: {(c[a], c[b]) for c in synthetic.combinations(split)} for split in ("train", "val")}
+        pairs = {
+            split: {(c[a], c[b]) for c in synthetic.combinations(split)}
+            for split in ("train", "val")
+        }
         assert pairs["val"] <= pairs["train"]
 
 
@@ -104,9 +114,16 @@ def test_pictures_at_32_pixels_show_what_the_captions_say():
         for index in range(96):
             count, size, colour, _, place = read_off(synthetic.draw(split, index, 32))
             shown = synthetic.combination(split, index)
-            assert (count, size, colour, place) == (shown.count, shown.size, shown.colour, shown.place), (split, index)
+            assert (count, size, colour, place) == (
+                shown.count,
+                shown.size,
+                shown.colour,
+                shown.place,
+            ), (split, index)
 
 
 def test_larger_pictures_show_the_same_scene():
     for index in range(96):
-        assert read_off(synthetic.draw("val", index, 96)) == synthetic.combination("val", index), index
+        assert read_off(synthetic.draw("val", index, 96)) == synthetic.combination("val", index), (
+            index
+        )

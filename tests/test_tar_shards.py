@@ -39,7 +39,9 @@ def picture(level: int, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def write_tar(path: pathlib.Path, files: list[tuple[str, bytes]], tar_format: int = tarfile.GNU_FORMAT) -> pathlib.Path:
+def write_tar(
+    path: pathlib.Path, files: list[tuple[str, bytes]], tar_format: int = tarfile.GNU_FORMAT
+) -> pathlib.Path:
     with tarfile.open(path, "w", format=tar_format) as tar:
         for name, content in files:
             info = tarfile.TarInfo(name)
@@ -51,7 +53,11 @@ def write_tar(path: pathlib.Path, files: list[tuple[str, bytes]], tar_format: in
 def pairs_of(first: int, count: int) -> list[tuple[str, bytes]]:
     """Files of examples: image i is of grey level i."""
     names = range(first, first + count)
-    return [(f"{i:06d}.{end}", said) for i in names for end, said in (("png", picture(i)), ("txt", b"level %d\n" % i))]
+    return [
+        (f"{i:06d}.{end}", said)
+        for i in names
+        for end, said in (("png", picture(i)), ("txt", b"level %d\n" % i))
+    ]
 
 
 def write_shards(folder: pathlib.Path, count: int = 3, examples: int = 4) -> str:
@@ -97,26 +103,42 @@ def as_we_read(path: pathlib.Path) -> list[dict[str, bytes]]:
     shards = tar_shards.TarShards(str(path))
     found = []
     for example in range(len(shards)):
-        files = [shards.read(example, column) for column in tar_shards.COLUMNS if shards.count(example, column)]
-        found.append({name.rpartition("/")[2].partition(".")[2]: content for name, content in files})
+        files = [
+            shards.read(example, column)
+            for column in tar_shards.COLUMNS
+            if shards.count(example, column)
+        ]
+        found.append(
+            {name.rpartition("/")[2].partition(".")[2]: content for name, content in files}
+        )
     return found
 
 
 LONG = "folder.with.dots/" + "long/" * 40 + "ünï" * 20
 
 
-@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    "tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+)
 def test_random_access_equals_reading_from_front_to_back(tmp_path, tar_format):
     rng = np.random.default_rng(0)
-    path, long = tmp_path / "set.tar", LONG if tar_format != tarfile.USTAR_FORMAT else "a/" * 90 + "b" * 60
+    path, long = (
+        tmp_path / "set.tar",
+        LONG if tar_format != tarfile.USTAR_FORMAT else "a/" * 90 + "b" * 60,
+    )
     with tarfile.open(path, "w", format=tar_format) as tar:
-        for number, stem in enumerate(["./first", "a/b.c/second", long, "third", f"{long}2", "last"]):
+        for number, stem in enumerate(
+            ["./first", "a/b.c/second", long, "third", f"{long}2", "last"]
+        ):
             folder = tarfile.TarInfo(f"folder{number}")
             folder.type, folder.size = tarfile.DIRTYPE, 0
             tar.addfile(folder)
             for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
                 link = tarfile.TarInfo(f"linked{number}.jpg")
-                link.type, link.linkname = kind, "l" * 99 if tar_format == tarfile.USTAR_FORMAT else long + ".jpg"
+                link.type, link.linkname = (
+                    kind,
+                    "l" * 99 if tar_format == tarfile.USTAR_FORMAT else long + ".jpg",
+                )
                 tar.addfile(link)
             for extension in ("jpg", "txt", "json"):
                 # Around a multiple of the block, where sizes and ends go wrong.
@@ -130,12 +152,18 @@ def test_random_access_equals_reading_from_front_to_back(tmp_path, tar_format):
 
 def test_a_global_header_and_sizes_in_pax_records_are_read(tmp_path):
     path = tmp_path / "set.tar"
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "of a commit"}) as tar:
+    with tarfile.open(
+        path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "of a commit"}
+    ) as tar:
         info = tarfile.TarInfo("0.jpg")
         info.size, info.pax_headers = 700, {"size": "700", "path": "other.jpg", "note": "a=b\nc"}
         tar.addfile(info, io.BytesIO(bytes(700)))
         tar.addfile(tarfile.TarInfo("other.txt"))
-    assert as_we_read(path) == list(as_tarfile_reads(path).values()) == [{"jpg": bytes(700), "txt": b""}]
+    assert (
+        as_we_read(path)
+        == list(as_tarfile_reads(path).values())
+        == [{"jpg": bytes(700), "txt": b""}]
+    )
 
 
 def test_gnus_large_numbers_are_read(tmp_path):
@@ -145,7 +173,11 @@ def test_gnus_large_numbers_are_read(tmp_path):
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block[:512])
     path.write_bytes(block)
-    assert as_we_read(path) == list(as_tarfile_reads(path).values()) == [{"jpg": bytes(range(256)) * 3}]
+    assert (
+        as_we_read(path)
+        == list(as_tarfile_reads(path).values())
+        == [{"jpg": bytes(range(256)) * 3}]
+    )
 
 
 def test_shards_joined_into_one_file_are_read_to_the_end(tmp_path):
@@ -157,9 +189,23 @@ def test_shards_joined_into_one_file_are_read_to_the_end(tmp_path):
 
 
 def test_a_key_ends_at_the_first_dot_after_the_last_slash(tmp_path):
-    names = ["a.b/c.jpg", "a.b/c.seg.png", "a.b/c.JSON", "a/c.TXT", ".hidden.jpg", "._c.jpg", "noext", "a.b/c.npy"]
-    shards = tar_shards.TarShards(str(write_tar(tmp_path / "set.tar", [(name, name.encode()) for name in names])))
-    found = [[shards.count(example, column) for column in tar_shards.COLUMNS] for example in range(len(shards))]
+    names = [
+        "a.b/c.jpg",
+        "a.b/c.seg.png",
+        "a.b/c.JSON",
+        "a/c.TXT",
+        ".hidden.jpg",
+        "._c.jpg",
+        "noext",
+        "a.b/c.npy",
+    ]
+    shards = tar_shards.TarShards(
+        str(write_tar(tmp_path / "set.tar", [(name, name.encode()) for name in names]))
+    )
+    found = [
+        [shards.count(example, column) for column in tar_shards.COLUMNS]
+        for example in range(len(shards))
+    ]
     assert found == [[1, 0, 1], [0, 1, 0]]
     assert [shards.name(0), shards.read(0, tar_shards.JSON), shards.name(1)] == [
         "a.b/c.jpg",
@@ -175,7 +221,10 @@ def test_of_several_images_of_one_key_jpg_is_meant_before_png(tmp_path):
         for end in ends.split()
     ]
     shards = tar_shards.TarShards(str(write_tar(tmp_path / "set.tar", files)))
-    assert [shards.read(example, tar_shards.IMAGE) for example in (0, 1)] == [("0.jpg", b"jpg"), ("1.png", b"png")]
+    assert [shards.read(example, tar_shards.IMAGE) for example in (0, 1)] == [
+        ("0.jpg", b"jpg"),
+        ("1.png", b"png"),
+    ]
 
 
 # Patterns
@@ -195,9 +244,7 @@ def test_of_several_images_of_one_key_jpg_is_meant_before_png(tmp_path):
 )
 def test_patterns_mean_what_they_mean_in_a_shell(tmp_path, pattern, names):
     (tmp_path / "deep/er").mkdir(parents=True)
-    for (
-        name
-    ) in "00008.tar 00009.tar 00010.tar 8 9 10 2 1 0 a0.tar a1.tar b0.tar b1.tar 1x1.tar 0x9.tar 0x1.tar".split():
+    for name in "00008.tar 00009.tar 00010.tar 8 9 10 2 1 0 a0.tar a1.tar b0.tar b1.tar 1x1.tar 0x9.tar 0x1.tar".split():
         (tmp_path / name).touch()
     (tmp_path / "deep/er/in.tar").touch()
     whole = "::".join(f"{tmp_path}/{part}" for part in pattern.split("::"))
@@ -231,7 +278,11 @@ def test_a_missing_shard_of_a_range_is_named(tmp_path):
     spec = write_shards(tmp_path)
     (tmp_path / "00001.tar").unlink()
     said = refusal(spec)
-    assert "1 of the 3 shards do not exist" in said and "00001.tar" in said and "narrower pattern" in said
+    assert (
+        "1 of the 3 shards do not exist" in said
+        and "00001.tar" in said
+        and "narrower pattern" in said
+    )
     assert len(open_set(f"tar:{tmp_path}/00000.tar::{tmp_path}/00002.tar")) == 8
 
 
@@ -244,14 +295,27 @@ def test_a_shard_cut_short_anywhere_is_refused_by_name(tmp_path):
     whole = path.read_bytes()
     with tarfile.open(path) as tar:
         members = tar.getmembers()
-    # In a header, in the bytes of a file, in its padding, between files, and where only the end mark is missing.
+    # In a header, in the bytes of a file, in its padding, between files, and where only the end
+    # mark is missing.
     last = members[-1]
     between = [member.offset for member in members]
-    cuts = [0, 100, 512, members[0].offset_data + 5, last.offset_data + 3, last.offset_data + last.size, *between]
+    cuts = [
+        0,
+        100,
+        512,
+        members[0].offset_data + 5,
+        last.offset_data + 3,
+        last.offset_data + last.size,
+        *between,
+    ]
     for cut in [*cuts, 1024 * 3, last.offset_data + 512]:
         path.write_bytes(whole[:cut])
         said = refusal(spec)
-        assert "00001.tar" in said and ("cut short" in said or "damaged" in said) and "leave it out" in said, cut
+        assert (
+            "00001.tar" in said
+            and ("cut short" in said or "damaged" in said)
+            and "leave it out" in said
+        ), cut
     path.write_bytes(whole[: last.offset_data + 1024])
     assert len(open_set(spec)) == 12  # the end mark is there: what is missing is filler
 
@@ -316,7 +380,9 @@ def test_long_names_and_pax_records_that_lie_are_refused(tmp_path):
 
 def test_no_damage_gives_anything_but_a_refusal_or_a_whole_reading(tmp_path):
     rng = np.random.default_rng(0)
-    path = write_tar(tmp_path / "0.tar", [("l" * 150 + "0.png", picture(1)), ("0.txt", b"a")], tarfile.PAX_FORMAT)
+    path = write_tar(
+        tmp_path / "0.tar", [("l" * 150 + "0.png", picture(1)), ("0.txt", b"a")], tarfile.PAX_FORMAT
+    )
     whole = path.read_bytes()
     refused = 0
     for _ in range(120):
@@ -334,7 +400,9 @@ def test_no_damage_gives_anything_but_a_refusal_or_a_whole_reading(tmp_path):
 def test_compressed_shards_are_refused_and_told_why(tmp_path):
     path = write_tar(tmp_path / "0.tar", pairs_of(0, 2))
     (tmp_path / "0.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
-    assert "compressed (gzip), which has no random access: unpack it" in refusal(f"tar:{tmp_path}/0.tar.gz")
+    assert "compressed (gzip), which has no random access: unpack it" in refusal(
+        f"tar:{tmp_path}/0.tar.gz"
+    )
     (tmp_path / "text.tar").write_text("not a tar file\n" * 100)
     assert "no tar file" in refusal(f"tar:{tmp_path}/text.tar")
 
@@ -349,7 +417,9 @@ def test_all_shards_that_cannot_be_used_are_counted(tmp_path):
     spec = write_shards(tmp_path, 5)
     for shard in (1, 3):
         (tmp_path / f"{shard:05d}.tar").write_bytes(b"")
-    assert "00001.tar" in refusal(spec) and "1 of the other shards cannot be used either" in refusal(spec)
+    assert "00001.tar" in refusal(
+        spec
+    ) and "1 of the other shards cannot be used either" in refusal(spec)
 
 
 def test_a_shard_without_files_adds_nothing_and_a_set_of_them_is_refused(tmp_path):
@@ -396,10 +466,17 @@ def test_files_of_an_example_need_not_stand_side_by_side(tmp_path):
     assert [name for name, _ in files][5:7] == ["000005.png", "000000.txt"]
     path = write_tar(tmp_path / "0.tar", files)
     source = open_set(f"tar:{path}")
-    assert [(e.image, e.captions) for e in source] == [(picture(i), [f"level {i}"]) for i in range(6)]
+    assert [(e.image, e.captions) for e in source] == [
+        (picture(i), [f"level {i}"]) for i in range(6)
+    ]
 
 
-RECORD = {"caption": "one", "qa": [{"question": "why?", "answers": ["so"]}], "name": "cat", "url": None}
+RECORD = {
+    "caption": "one",
+    "qa": [{"question": "why?", "answers": ["so"]}],
+    "name": "cat",
+    "url": None,
+}
 
 
 def test_json_has_the_fields_that_json_lines_have(tmp_path):
@@ -421,7 +498,11 @@ def test_json_has_the_fields_that_json_lines_have(tmp_path):
 
 
 def test_a_caption_in_txt_comes_before_one_in_json(tmp_path):
-    files = [("0.jpg", b"x"), ("0.json", json.dumps(RECORD).encode()), ("0.txt", "\ufeff zwölf\n".encode())]
+    files = [
+        ("0.jpg", b"x"),
+        ("0.json", json.dumps(RECORD).encode()),
+        ("0.txt", "\ufeff zwölf\n".encode()),
+    ]
     assert outcomes(open_set(f"tar:{write_tar(tmp_path / '0.tar', files)}")) == [["zwölf"]]
 
 
@@ -436,7 +517,9 @@ def test_each_broken_example_says_why_and_where(tmp_path):
         "missing field": [("g.jpg", b"x"), ("g.json", b'{"caption": 3}')],
     }
     files = [("../../etc/0.jpg", b"x"), ("../../etc/0.txt", b"never written anywhere")]
-    path = write_tar(tmp_path / "0.tar", sum(broken.values(), files) + [("h.jpg", b"x"), ("h.txt", b"  \n")])
+    path = write_tar(
+        tmp_path / "0.tar", sum(broken.values(), files) + [("h.jpg", b"x"), ("h.txt", b"  \n")]
+    )
     source = open_set(f"tar:{path}")
     assert outcomes(source) == [["never written anywhere"], *broken, "no caption"]
     for index, name in ((1, "a.txt"), (2, "b.jpg"), (3, "c.jpg"), (4, "d.txt"), (5, "e.json")):
@@ -519,8 +602,12 @@ def test_shards_can_be_prepared_for_tensorflow_datasets(tmp_path):
     with tarfile.open(tmp_path / "00001.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo("without.jpg"))
     assert prepare.prepare(spec, str(tmp_path / "tfds"), "packed") == {"no caption": 1}
-    packed = sources.open_source("tfds:packed/train", image_size=SIZE, tfds_dir=str(tmp_path / "tfds"))
-    assert [(e.image, e.captions) for e in packed] == [(picture(i), [f"level {i}"]) for i in range(12)]
+    packed = sources.open_source(
+        "tfds:packed/train", image_size=SIZE, tfds_dir=str(tmp_path / "tfds")
+    )
+    assert [(e.image, e.captions) for e in packed] == [
+        (picture(i), [f"level {i}"]) for i in range(12)
+    ]
     assert packed[5].key == "00001.tar/000005.png"
 
 
@@ -548,7 +635,10 @@ def test_a_shard_is_indexed_once_until_it_changes(tmp_path, indexed, cache):
     path = tmp_path / "00001.tar"
     write_tar(path, pairs_of(40, 4))  # of the same size
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-    assert outcomes(open_set(spec))[4:8] == [[f"level {i}"] for i in range(40, 44)] and len(indexed) == 4
+    assert (
+        outcomes(open_set(spec))[4:8] == [[f"level {i}"] for i in range(40, 44)]
+        and len(indexed) == 4
+    )
     at = path.stat().st_mtime_ns
     write_tar(path, pairs_of(60, 20))
     os.utime(path, ns=(0, at))
@@ -562,25 +652,37 @@ def test_a_damaged_index_is_made_again(tmp_path, indexed, cache):
     (kept,) = cache.iterdir()
     whole = kept.read_bytes()
     flipped = whole[:-1] + bytes([whole[-1] ^ 1])
-    for damaged in (b"", whole[:-36], whole[: len(whole) // 2], flipped, whole.replace(b'"format": 1', b'"format": 9')):
+    for damaged in (
+        b"",
+        whole[:-36],
+        whole[: len(whole) // 2],
+        flipped,
+        whole.replace(b'"format": 1', b'"format": 9'),
+    ):
         kept.write_bytes(damaged)
         indexed.clear()
         assert outcomes(open_set(spec)) == expected and len(indexed) == 1
         assert kept.read_bytes() == whole
 
 
-def test_where_nothing_can_be_kept_a_warning_says_so_and_the_set_is_read(tmp_path, indexed, monkeypatch, caplog):
+def test_where_nothing_can_be_kept_a_warning_says_so_and_the_set_is_read(
+    tmp_path, indexed, monkeypatch, caplog
+):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     spec = write_shards(tmp_path)
     assert len(open_set(spec)) == len(open_set(spec)) == 12 and len(indexed) == 6
-    assert [message for message in caplog.messages if "cannot be kept" in message] == caplog.messages[:1]
+    assert [
+        message for message in caplog.messages if "cannot be kept" in message
+    ] == caplog.messages[:1]
 
 
 def test_indexes_made_at_the_same_time_are_whole(tmp_path, cache):
     spec = write_shards(tmp_path)
     found = []
-    threads = [threading.Thread(target=lambda: found.append(outcomes(open_set(spec)))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: found.append(outcomes(open_set(spec)))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

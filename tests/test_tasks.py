@@ -50,7 +50,9 @@ def grads(params):
 def test_the_loss_is_the_mean_over_the_answers_tokens(params):
     batch = qa_batch()
     model = tiny_model()
-    logits = np.asarray(model.caption_logits(batch["image"], batch["tokens"], batch["text_valid"]), np.float64)
+    logits = np.asarray(
+        model.caption_logits(batch["image"], batch["tokens"], batch["text_valid"]), np.float64
+    )
     logits -= logits.max(-1, keepdims=True)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     costs = [
@@ -79,7 +81,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(params, grads):
     """Their numbers of answer tokens differ: a mean of means would not do."""
     merge = lambda params: nnx.merge(nnx.graphdef(tiny_model()), params)  # noqa: E731
     accumulated, metrics = jax.jit(
-        lambda params, batch: accumulated_text_gradients(TASK, merge, params, batch, jax.random.key(0), 4)
+        lambda params, batch: accumulated_text_gradients(
+            TASK, merge, params, batch, jax.random.key(0), 4
+        )
     )(params, qa_batch())
     np.testing.assert_allclose(metrics["loss"], jax.jit(loss_of)(params, qa_batch()), rtol=1e-5)
     for whole, parts in zip(jax.tree.leaves(grads), jax.tree.leaves(accumulated), strict=True):
@@ -92,13 +96,18 @@ def test_eight_devices_take_the_step_of_one(params):
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0), loss=TASK.config,
     )  # fmt: skip
     states = []
-    for devices, mesh in ((jax.devices()[:1], MeshConfig()), (jax.devices(), MeshConfig(data=2, fsdp=2, model=2))):
+    for devices, mesh in (
+        (jax.devices()[:1], MeshConfig()),
+        (jax.devices(), MeshConfig(data=2, fsdp=2, model=2)),
+    ):
         mesh = sharding.make_mesh(mesh, devices)
         with jax.set_mesh(mesh):
             trainer = make_trainer(config, TASKS["vqa"](config.loss), mesh)
             batch = sharding.device_batch(jax.tree.map(np.asarray, qa_batch()), mesh)
             state, metrics = trainer.step(trainer.init_from(jax.tree.map(jnp.array, params)), batch)
-            states.append((jax.device_get(state.params), float(metrics["loss"]), float(metrics["grad_norm"])))
+            states.append(
+                (jax.device_get(state.params), float(metrics["loss"]), float(metrics["grad_norm"]))
+            )
     (one, *one_numbers), (eight, *eight_numbers) = states
     np.testing.assert_allclose(one_numbers, eight_numbers, rtol=1e-4)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, params)
@@ -111,7 +120,10 @@ def test_eight_devices_take_the_step_of_one(params):
 
 @pytest.fixture
 def folder(tmp_path):
-    qa = [{"question": "one red circle", "answers": ["left", "right"]}, {"question": "on the right?", "answers": []}]
+    qa = [
+        {"question": "one red circle", "answers": ["left", "right"]},
+        {"question": "on the right?", "answers": []},
+    ]
     qa.append({"question": "green " * 20, "answers": ["left"]})
     line = {"file": "a.png", "captions": ["one red circle"], "qa": qa[:2], "name": "triangle"}
     lines = [line, line | {"qa": qa[1:2]}, line | {"qa": qa[2:]}]
@@ -134,8 +146,13 @@ def said(batch) -> tuple[str, str]:
     processor, tokens, target = tiny_processor(), batch["tokens"][0], batch["target"][0]
     start = target.argmax()
     assert tokens[0] == processor.bos_id and not target[0]
-    assert tokens[target][-1] == processor.eos_id and batch["text_valid"][0].sum() == start + target.sum()
-    return processor.tokenizer.decode(tokens[1:start].tolist()), processor.tokenizer.decode(tokens[target].tolist())
+    assert (
+        tokens[target][-1] == processor.eos_id
+        and batch["text_valid"][0].sum() == start + target.sum()
+    )
+    return processor.tokenizer.decode(tokens[1:start].tolist()), processor.tokenizer.decode(
+        tokens[target].tolist()
+    )
 
 
 def test_each_visit_draws_one_of_the_answers_after_its_question(folder):
@@ -163,7 +180,10 @@ def test_what_is_to_be_said_follows_the_prompt_of_the_run(folder, task, prompt, 
 
 
 def test_a_prompt_that_leaves_no_room_or_has_no_place_for_the_question_is_refused(folder):
-    with pytest.raises(ValueError, match="data.prompt is 'one red circle on .* leaves no room in a text of 12 tokens"):
+    with pytest.raises(
+        ValueError,
+        match="data.prompt is 'one red circle on .* leaves no room in a text of 12 tokens",
+    ):
         batches_of(folder, "caption", prompt="one red circle on the left or right " * 2)
     with pytest.raises(ValueError, match="data.prompt is 'Q: A:', expected a text with {} in it"):
         TrainConfig(task="vqa", data=DataConfig(prompt="Q: A:"))
@@ -172,15 +192,22 @@ def test_a_prompt_that_leaves_no_room_or_has_no_place_for_the_question_is_refuse
 def test_a_language_task_reads_no_image_and_is_the_loss_of_a_text_alone(folder, params):
     (folder / "a.png").unlink()
     batch = next(batches_of(folder, "text"))
-    assert batch.keys() == {"tokens", "text_valid", "target"} and said(batch) == ("", "one red circle")
+    assert batch.keys() == {"tokens", "text_valid", "target"} and said(batch) == (
+        "",
+        "one red circle",
+    )
     model = tiny_model()
     batch = jax.tree.map(jnp.asarray, batch)
     logits = model.text.logits(model.text.language_pass(batch["tokens"], batch["text_valid"]))
     logprobs = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32)))
     last = int(batch["text_valid"].sum()) - 1  # the end, which is learnt; what comes after is not
-    costs = [-logprobs[0, place - 1, int(batch["tokens"][0, place])] for place in range(1, last + 1)]
+    costs = [
+        -logprobs[0, place - 1, int(batch["tokens"][0, place])] for place in range(1, last + 1)
+    ]
     assert batch["tokens"][0, last] == tiny_processor().eos_id
-    np.testing.assert_allclose(loss_of(params, batch, TASKS["text"](LossConfig())), np.mean(costs), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss_of(params, batch, TASKS["text"](LossConfig())), np.mean(costs), rtol=1e-5
+    )
 
 
 def test_a_prompt_and_its_text_are_encoded_as_when_the_text_is_generated():

@@ -102,18 +102,25 @@ def test_a_state_dict_is_read_as_torch_saved_it(torch, tmp_path, protocol):
     assert np.shares_memory(file.read("weight"), file.read("transposed"))
 
 
-@pytest.mark.parametrize("wrapped", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_a_training_checkpoint_gives_its_state_dict_without_the_names_of_wrappers(torch, tmp_path, wrapped):
+@pytest.mark.parametrize(
+    "wrapped", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_a_training_checkpoint_gives_its_state_dict_without_the_names_of_wrappers(
+    torch, tmp_path, wrapped
+):
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).to(torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(4, 3).bfloat16()).sum().backward()
     optimizer.step()
-    optimizer.param_groups[0]["lr"] = np.float64(1e-3) * np.cos(0.5)  # as open_clip's schedule leaves it
+    # as open_clip's schedule leaves it
+    optimizer.param_groups[0]["lr"] = np.float64(1e-3) * np.cos(0.5)
     scaler = torch.amp.GradScaler("cpu")
     state = model.state_dict(prefix=wrapped)
     checkpoint = {"epoch": 3, "name": "x", "state_dict": state, "optimizer": optimizer.state_dict()}
     torch.save(checkpoint | {"scaler": scaler.state_dict()}, tmp_path / "x.pt")
-    assert_same(tmp_path / "x.pt", {name: numbers_of(tensor) for name, tensor in model.state_dict().items()})
+    assert_same(
+        tmp_path / "x.pt", {name: numbers_of(tensor) for name, tensor in model.state_dict().items()}
+    )
     torch.save({"model": state, "args": None}, tmp_path / "x.pt")
     assert list(open_tensors(tmp_path / "x.pt").specs) == list(model.state_dict())
 
@@ -145,11 +152,17 @@ def saved(torch, path, state, storage=bytes(24), **more):
             return NotImplemented
 
         def persistent_id(self, value):
-            return ("storage", *value[1]) if isinstance(value, tuple) and value[:1] == ("id",) else None
+            return (
+                ("storage", *value[1])
+                if isinstance(value, tuple) and value[:1] == ("id",)
+                else None
+            )
 
     file = io.BytesIO()
     Pickler(file, 2).dump(state)
-    return zipped(path, {"x/data.pkl": file.getvalue(), "x/byteorder": b"little", "x/data/0": storage} | more)
+    return zipped(
+        path, {"x/data.pkl": file.getvalue(), "x/byteorder": b"little", "x/data/0": storage} | more
+    )
 
 
 class Told:
@@ -199,7 +212,9 @@ def test_a_storage_that_is_not_as_told_is_refused(torch, tmp_path, storage, mess
     refused(saved(torch, tmp_path / "x.pt", {"a": tensor}), message)
 
 
-def test_a_tensor_saved_as_a_view_of_its_negative_or_by_another_function_is_refused(torch, tmp_path):
+def test_a_tensor_saved_as_a_view_of_its_negative_or_by_another_function_is_refused(
+    torch, tmp_path
+):
     torch.save({"a": torch._neg_view(torch.ones(2))}, tmp_path / "x.pt")
     refused(tmp_path / "x.pt", "'a' is stored as its negative or conjugate")
     torch.save({"a": torch.ones(2).to_sparse()}, tmp_path / "x.pt")
@@ -217,29 +232,43 @@ class Runs:
 
 
 @pytest.mark.parametrize("where", ["state_dict", "extra"])
-@pytest.mark.parametrize("call", [os.system, eval, pickle.loads, getattr, io.open], ids=lambda call: call.__name__)
+@pytest.mark.parametrize(
+    "call", [os.system, eval, pickle.loads, getattr, io.open], ids=lambda call: call.__name__
+)
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_a_pickle_that_would_run_code_is_refused_by_the_name_of_what_it_calls(torch, tmp_path, where, call, protocol):
+def test_a_pickle_that_would_run_code_is_refused_by_the_name_of_what_it_calls(
+    torch, tmp_path, where, call, protocol
+):
     marker = tmp_path / "it ran"
     state = {"state_dict": {"a": torch.zeros(2)}, "extra": 1}
     evil = Runs(call, f"touch '{marker}'")
     state |= {"extra": evil} if where == "extra" else {"state_dict": {"a": evil}}
     torch.save(state, tmp_path / "x.pt", pickle_protocol=protocol)
-    refused(tmp_path / "x.pt", rf"'x/data.pkl' wants to call '\w+\.{call.__name__}', none of the few functions that")
+    refused(
+        tmp_path / "x.pt",
+        rf"'x/data.pkl' wants to call '\w+\.{call.__name__}', none of the few functions that",
+    )
     assert not marker.exists()
 
 
 def test_a_class_of_torch_is_not_enough_to_be_called(torch, tmp_path):
     torch.save({"a": torch.nn.Linear(2, 2)}, tmp_path / "x.pt")
-    refused(tmp_path / "x.pt", "wants to call 'torch.nn.modules.linear.Linear', none of the few functions")
+    refused(
+        tmp_path / "x.pt",
+        "wants to call 'torch.nn.modules.linear.Linear', none of the few functions",
+    )
     saved(torch, tmp_path / "x.pt", {"a": Told(torch.FloatStorage, 10**9)})
     refused(tmp_path / "x.pt", "torch.FloatStorage is called with what it does not take")
 
 
-@pytest.mark.parametrize("value", [frozenset({1}), pathlib.PurePosixPath("x"), argparse.Namespace(lr=1)])
+@pytest.mark.parametrize(
+    "value", [frozenset({1}), pathlib.PurePosixPath("x"), argparse.Namespace(lr=1)]
+)
 def test_what_is_harmless_and_rebuilds_no_tensor_is_not_said_to_run_code(torch, tmp_path, value):
     torch.save({"state_dict": {"a": torch.ones(1)}, "args": value}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=f"{type(value).__name__}', none of the few functions that") as error:
+    with pytest.raises(
+        CheckpointError, match=f"{type(value).__name__}', none of the few functions that"
+    ) as error:
         open_tensors(tmp_path / "x.pt")
     assert "run code" not in str(error.value)
 
@@ -287,7 +316,9 @@ def test_a_damaged_or_endless_pickle_is_refused(tmp_path, program, message):
 def test_what_is_not_a_state_dict_is_refused_with_what_to_do(torch, tmp_path):
     path = tmp_path / "x.pt"
     torch.save([torch.zeros(1)], path)
-    refused(path, r"does not hold a dict: save it again with torch.save\(model.state_dict\(\), ...\)")
+    refused(
+        path, r"does not hold a dict: save it again with torch.save\(model.state_dict\(\), ...\)"
+    )
     torch.save({"state_dict": {"a": torch.zeros(1), "b": 3}}, path)
     refused(path, "entry 'state_dict': 'b' is not a tensor")
     torch.save({"a": torch.zeros(1)}, path, _use_new_zipfile_serialization=False)
@@ -337,7 +368,11 @@ ARRAYS = {
 def test_npz_is_read_as_numpy_saved_it(tmp_path, save):
     path = tmp_path / "x.npz"
     save(path, **ARRAYS)
-    native = {name: array.astype(array.dtype.newbyteorder("=")) for name, array in ARRAYS.items() if name != "bfloat16"}
+    native = {
+        name: array.astype(array.dtype.newbyteorder("="))
+        for name, array in ARRAYS.items()
+        if name != "bfloat16"
+    }
     assert_same(path, {name: native.get(name, ARRAYS[name]) for name in ARRAYS})
     file = open_tensors(path)
     one, other = file.read("fortran"), file.read("fortran")
@@ -358,7 +393,13 @@ def test_every_version_of_npy_and_an_archive_of_nothing_are_read(tmp_path):
 
 def npy(header, data=bytes(8), version=b"\1\0"):
     header = header if isinstance(header, bytes) else repr(header).encode()
-    return b"\x93NUMPY" + version + len(header).to_bytes(2 if version == b"\1\0" else 4, "little") + header + data
+    return (
+        b"\x93NUMPY"
+        + version
+        + len(header).to_bytes(2 if version == b"\1\0" else 4, "little")
+        + header
+        + data
+    )
 
 
 HEADER = {"descr": "<f4", "fortran_order": False, "shape": (2,)}
@@ -395,7 +436,10 @@ def test_an_array_that_is_none_or_lies_is_refused(tmp_path, member, message, com
 
 
 def test_an_archive_of_something_else_is_refused(tmp_path):
-    refused(zipped(tmp_path / "x.npz", {"word/document.xml": b"<x/>"}), "is a zip archive of 'word/document.xml'")
+    refused(
+        zipped(tmp_path / "x.npz", {"word/document.xml": b"<x/>"}),
+        "is a zip archive of 'word/document.xml'",
+    )
 
 
 # the archive itself
@@ -441,7 +485,10 @@ def test_a_directory_that_lies_is_refused(tmp_path, signature, offset, value, me
 
 
 def test_a_name_that_is_there_twice_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+    with (
+        zipfile.ZipFile(tmp_path / "x.npz", "w") as archive,
+        pytest.warns(UserWarning, match="Duplicate name"),
+    ):
         archive.writestr("a.npy", npy(HEADER))
         archive.writestr("a.npy", npy(HEADER))
     refused(tmp_path / "x.npz", "the name 'a.npy' is there twice")
@@ -450,12 +497,15 @@ def test_a_name_that_is_there_twice_is_refused(tmp_path):
 def test_members_that_share_their_bytes_or_lie_in_the_directory_are_refused(tmp_path):
     path = tmp_path / "x.npz"
     inner = npy(HEADER)
-    local = LOCAL + struct.pack("<5H3I2H", 20, 0, 0, 0, 0, zlib.crc32(inner), len(inner), len(inner), 5, 0) + b"b.npy"
+    local = (
+        LOCAL
+        + struct.pack("<5H3I2H", 20, 0, 0, 0, 0, zlib.crc32(inner), len(inner), len(inner), 5, 0)
+        + b"b.npy"
+    )
     zipped(path, {"a.npy": local + inner, "b.npy": inner})
     second = path.read_bytes().index(CENTRAL, path.read_bytes().index(CENTRAL) + 1)
     patched(path, CENTRAL, 42, struct.pack("<I", 35), after=second)
     refused(path, "'a.npy' runs into 'b.npy'")
-
 
     # A directory may carry comments: here one that looks like a member.
     with zipfile.ZipFile(path, "w") as archive:
@@ -473,7 +523,9 @@ def test_members_that_share_their_bytes_or_lie_in_the_directory_are_refused(tmp_
 def test_a_member_that_does_not_unpack_to_its_size_is_refused_without_unpacking_it(tmp_path, size):
     path = tmp_path / "x.npz"
     header = HEADER | {"shape": (250_000,)}
-    zipped(path, {"a.npy": npy(header, bytes(10**6 if size < 10**6 else 10**8))}, zipfile.ZIP_DEFLATED)
+    zipped(
+        path, {"a.npy": npy(header, bytes(10**6 if size < 10**6 else 10**8))}, zipfile.ZIP_DEFLATED
+    )
     promised = len(npy(header)) - 8 + 10**6
     data = path.read_bytes()
     if size == 100:  # the bytes end too early: the stream is of a shorter array
@@ -498,8 +550,12 @@ def test_a_flipped_bit_in_an_array_is_found_when_it_is_read(tmp_path):
     for save in (np.savez, np.savez_compressed):
         save(path, a=np.random.default_rng(0).normal(size=1000))
         file = open_tensors(path)
-        patched(path, LOCAL, 5000, bytes([path.read_bytes()[path.read_bytes().index(LOCAL) + 5000] ^ 1]))
-        with pytest.raises(CheckpointError, match="'a.npy' (does not have its checksum|cannot be unpacked)"):
+        patched(
+            path, LOCAL, 5000, bytes([path.read_bytes()[path.read_bytes().index(LOCAL) + 5000] ^ 1])
+        )
+        with pytest.raises(
+            CheckpointError, match="'a.npy' (does not have its checksum|cannot be unpacked)"
+        ):
             file.read("a")
 
 

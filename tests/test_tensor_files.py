@@ -12,7 +12,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mammut.weights.files.tensor_file import CheckpointError, TensorSpec, open_tensors, write_safetensors, write_sharded
+from mammut.weights.files.tensor_file import (
+    CheckpointError,
+    TensorSpec,
+    open_tensors,
+    write_safetensors,
+    write_sharded,
+)
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -45,7 +51,9 @@ def assert_same(got, want):
 
 def raw_safetensors(path, header, data=b"", length=None):
     header = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+    path.write_bytes(
+        (len(header) if length is None else length).to_bytes(8, "little") + header + data
+    )
     return path
 
 
@@ -63,7 +71,9 @@ def test_what_we_write_the_safetensors_library_reads(tmp_path):
     path = tmp_path / "new" / "x.safetensors"
     told = []
     arrays = ARRAYS | {"transposed": RNG.normal(size=(4, 3)).astype(np.float32).T}
-    write_safetensors(path, specs_of(arrays), arrays.__getitem__, metadata={"a": "ö"}, progress=told.append)
+    write_safetensors(
+        path, specs_of(arrays), arrays.__getitem__, metadata={"a": "ö"}, progress=told.append
+    )
     assert_same(load_file(path), arrays)
     with safe_open(path, "np") as file:
         assert file.metadata() == {"a": "ö"}
@@ -87,7 +97,9 @@ def test_half_and_quarter_precision_are_the_same_numbers_to_torch(tmp_path):
 
     kinds = ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"]
     numbers = torch.tensor([0.5, -1.75, 24.0, float("nan")])
-    save_torch({kind: numbers.to(getattr(torch, kind)) for kind in kinds}, tmp_path / "torch.safetensors")
+    save_torch(
+        {kind: numbers.to(getattr(torch, kind)) for kind in kinds}, tmp_path / "torch.safetensors"
+    )
     arrays = all_of(tmp_path / "torch.safetensors")
     assert {name: array.dtype for name, array in arrays.items()} == {
         kind: np.dtype(getattr(ml_dtypes, kind)) for kind in kinds
@@ -134,19 +146,32 @@ def test_a_tensor_that_is_not_as_told_is_refused_and_the_old_file_stays(tmp_path
     ({"\ud800": TensorSpec((1,), np.dtype("f4"))}, None, "cannot be a name"),
     ({}, {"a": "\ud800"}, "cannot be a name or a text"),
 ])  # fmt: skip
-def test_what_the_format_cannot_hold_is_refused_before_anything_is_read(tmp_path, specs, metadata, message):
+def test_what_the_format_cannot_hold_is_refused_before_anything_is_read(
+    tmp_path, specs, metadata, message
+):
     with pytest.raises(ValueError, match=message):
         write_safetensors(tmp_path / "x.safetensors", specs, {}.__getitem__, metadata=metadata)
     assert os.listdir(tmp_path) == []
 
 
 def test_shards_hold_as_much_as_they_may_and_are_read_as_one_file(tmp_path):
-    arrays = {f"layer.{i}": np.full(10, i, np.float32) for i in range(5)} | {"head": np.ones(100, np.float32)}
-    names = write_sharded(tmp_path, "model", specs_of(arrays), arrays.__getitem__, max_bytes=80, metadata={"a": "b"})
-    assert names == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)] + ["model.safetensors.index.json"]
+    arrays = {f"layer.{i}": np.full(10, i, np.float32) for i in range(5)} | {
+        "head": np.ones(100, np.float32)
+    }
+    names = write_sharded(
+        tmp_path, "model", specs_of(arrays), arrays.__getitem__, max_bytes=80, metadata={"a": "b"}
+    )
+    assert names == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)] + [
+        "model.safetensors.index.json"
+    ]
     assert sorted(os.listdir(tmp_path)) == sorted(names)
     held = [list(load_file(tmp_path / name)) for name in names[:-1]]
-    assert [sorted(names) for names in held] == [["layer.0", "layer.1"], ["layer.2", "layer.3"], ["layer.4"], ["head"]]
+    assert [sorted(names) for names in held] == [
+        ["layer.0", "layer.1"],
+        ["layer.2", "layer.3"],
+        ["layer.4"],
+        ["head"],
+    ]
     index = json.loads((tmp_path / names[-1]).read_text())
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in arrays.values())
     file = open_tensors(tmp_path / names[-1])
@@ -158,7 +183,9 @@ def test_what_was_written_before_is_not_mixed_with_what_is_written_now(tmp_path)
     old, new = ({f"layer.{i}": np.full(10, i + value) for i in range(3)} for value in (0, 100))
 
     def write(arrays, max_bytes):
-        return write_sharded(tmp_path, "model", specs_of(arrays), arrays.__getitem__, max_bytes=max_bytes)
+        return write_sharded(
+            tmp_path, "model", specs_of(arrays), arrays.__getitem__, max_bytes=max_bytes
+        )
 
     index = tmp_path / "model.safetensors.index.json"
     assert write(old, 10**6) == ["model.safetensors"]
@@ -167,7 +194,9 @@ def test_what_was_written_before_is_not_mixed_with_what_is_written_now(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     files = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     with pytest.raises(KeyError):
-        write_sharded(tmp_path, "model", specs_of(old), {"layer.0": old["layer.0"]}.__getitem__, max_bytes=80)
+        write_sharded(
+            tmp_path, "model", specs_of(old), {"layer.0": old["layer.0"]}.__getitem__, max_bytes=80
+        )
     assert files == {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     write(old, 10**6)
     assert_same(load_file(tmp_path / "model.safetensors"), old)
@@ -184,7 +213,9 @@ def test_a_file_is_written_from_the_very_file_that_it_replaces(tmp_path):
     assert_same(all_of(path), ARRAYS)
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="tells the peak of resident memory")
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/status").exists(), reason="tells the peak of resident memory"
+)
 def test_a_large_file_is_written_and_read_with_one_tensor_in_memory(tmp_path):
     script = """
 import pathlib, re, sys
@@ -260,7 +291,9 @@ def test_a_header_that_is_no_object_or_of_too_many_tensors_is_refused(tmp_path):
         open_tensors(raw_safetensors(tmp_path / "x.safetensors", [1]))
     entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
     with pytest.raises(CheckpointError, match="has 100001 tensors, more than 100000"):
-        open_tensors(raw_safetensors(tmp_path / "x.safetensors", {str(i): entry for i in range(100_001)}))
+        open_tensors(
+            raw_safetensors(tmp_path / "x.safetensors", {str(i): entry for i in range(100_001)})
+        )
 
 
 def test_a_truth_value_that_is_neither_is_refused_when_read(tmp_path):
@@ -291,10 +324,15 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
             open_tensors(tmp_path / name)
 
 
-@pytest.mark.parametrize("content", [b"hello", b"\0" * 600, b"\x89PNG\r\n", b"[1, 2]", b"\x93NUMPY\1\0"])
+@pytest.mark.parametrize(
+    "content", [b"hello", b"\0" * 600, b"\x89PNG\r\n", b"[1, 2]", b"\x93NUMPY\1\0"]
+)
 def test_a_file_of_another_kind_is_refused(tmp_path, content):
     (tmp_path / "x.bin").write_bytes(content)
-    with pytest.raises(CheckpointError, match="x.bin is not safetensors, an index of it, a torch.save archive or .npz"):
+    with pytest.raises(
+        CheckpointError,
+        match="x.bin is not safetensors, an index of it, a torch.save archive or .npz",
+    ):
         open_tensors(tmp_path / "x.bin")
 
 
@@ -348,7 +386,9 @@ def test_a_shard_named_by_its_whole_path_is_refused_wherever_it_lies(sharded):
 
 def test_the_metadata_of_shards_is_what_all_of_them_say(sharded):
     path, _ = sharded
-    save_file({"a": np.zeros(4)}, path.parent / FIRST, metadata={"format": "np", "part": "1", "first": ""})
+    save_file(
+        {"a": np.zeros(4)}, path.parent / FIRST, metadata={"format": "np", "part": "1", "first": ""}
+    )
     save_file({"b": np.ones(4)}, path.parent / SECOND, metadata={"format": "np", "part": "2"})
     assert open_tensors(path).metadata == {"format": "np"}
 

@@ -17,11 +17,19 @@ from safetensors.numpy import save_file
 
 from mammut.weights.files.tensor_file import CheckpointError, open_tensors
 
-_ARRAYS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([True]), "c": np.array(2.5)}
+_ARRAYS = {
+    "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": np.array([True]),
+    "c": np.array(2.5),
+}
 _fuzzed = settings(
     max_examples=150,
     deadline=2000,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
 )
 
 
@@ -51,13 +59,19 @@ def damaged(draw, data: bytes) -> bytes:
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, max(0, len(out) - 1)))
         size = draw(st.integers(1, 16))
-        match draw(st.sampled_from(["flip", "overwrite", "number", "insert", "delete", "repeat", "cut"])):
+        match draw(
+            st.sampled_from(["flip", "overwrite", "number", "insert", "delete", "repeat", "cut"])
+        ):
             case "flip" if out:
                 out[at] ^= 1 << draw(st.integers(0, 7))
             case "overwrite":
                 out[at : at + size] = draw(st.binary(min_size=size, max_size=size))
             case "number":
-                number = draw(st.sampled_from([0, 1, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]))
+                number = draw(
+                    st.sampled_from(
+                        [0, 1, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
+                    )
+                )
                 width = draw(st.sampled_from([2, 4, 8]))
                 out[at : at + width] = (number % 256**width).to_bytes(width, "little")
             case "insert":
@@ -91,7 +105,11 @@ def originals(tmp_path_factory):
     save_file(_ARRAYS, folder / "safetensors", metadata={"format": "np"})
     np.savez(folder / "npz.npz", **_ARRAYS)
     np.savez_compressed(folder / "packed.npz", **_ARRAYS)
-    files = {"safetensors": folder / "safetensors", "npz": folder / "npz.npz", "packed": folder / "packed.npz"}
+    files = {
+        "safetensors": folder / "safetensors",
+        "npz": folder / "npz.npz",
+        "packed": folder / "packed.npz",
+    }
     with contextlib.suppress(ImportError):
         import torch
 
@@ -131,10 +149,17 @@ def test_a_pickle_damaged_at_random_is_read_or_refused(originals, target, data):
 
 
 _values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=3),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.tuples(inner, inner)
-    | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.binary(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -158,7 +183,9 @@ def test_an_array_damaged_at_random_is_read_or_refused(originals, target, compre
 
 
 _numbers = st.integers(-2, 30) | st.sampled_from([2**31, 2**63, 2**64, 10**400])
-_dtypes = st.sampled_from(["<f4", "|b1", ">i8", "<V2", "|O", "|V1", "<c16", "", "f4", "<f4,<f4", "<U1"])
+_dtypes = st.sampled_from(
+    ["<f4", "|b1", ">i8", "<V2", "|O", "|V1", "<c16", "", "f4", "<f4,<f4", "<U1"]
+)
 
 
 @_fuzzed
@@ -169,8 +196,12 @@ _dtypes = st.sampled_from(["<f4", "|b1", ">i8", "<V2", "|O", "|V1", "<c16", "", 
     data=st.binary(max_size=64),
 )
 def test_an_array_of_any_header_is_read_or_refused(target, descr, fortran, shape, data):
-    header = repr({"descr": descr, "fortran_order": fortran, "shape": shape}).encode("utf-8", "surrogatepass")
-    target.write_bytes(zip_of({"a.npy": b"\x93NUMPY\3\0" + struct.pack("<I", len(header)) + header + data}))
+    header = repr({"descr": descr, "fortran_order": fortran, "shape": shape}).encode(
+        "utf-8", "surrogatepass"
+    )
+    target.write_bytes(
+        zip_of({"a.npy": b"\x93NUMPY\3\0" + struct.pack("<I", len(header)) + header + data})
+    )
     read_or_refuse(target)
 
 
@@ -190,7 +221,9 @@ def as_json(value) -> bytes:
 
 @_fuzzed
 @given(
-    header=st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]) | st.text(max_size=2), _entries | _values),
+    header=st.dictionaries(
+        st.sampled_from(["a", "b", "__metadata__"]) | st.text(max_size=2), _entries | _values
+    ),
     extra=st.integers(-9, 9),
     data=st.binary(max_size=64),
 )
@@ -201,8 +234,13 @@ def test_a_safetensors_header_of_anything_is_read_or_refused(target, header, ext
 
 
 @_fuzzed
-@given(shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), max_size=4), trailing=st.sampled_from([0, 0, 0, 1]))
-def test_a_safetensors_header_that_fits_is_read_and_one_that_does_not_is_refused(target, shapes, trailing):
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), max_size=4),
+    trailing=st.sampled_from([0, 0, 0, 1]),
+)
+def test_a_safetensors_header_that_fits_is_read_and_one_that_does_not_is_refused(
+    target, shapes, trailing
+):
     header, at = {}, 0
     for number, shape in enumerate(shapes):
         size = int(np.prod(shape))
@@ -214,7 +252,11 @@ def test_a_safetensors_header_that_fits_is_read_and_one_that_does_not_is_refused
 
 
 @_fuzzed
-@given(weight_map=st.dictionaries(st.sampled_from(["a.weight", "b", "c"]), st.sampled_from(["one", "two", ".."])))
+@given(
+    weight_map=st.dictionaries(
+        st.sampled_from(["a.weight", "b", "c"]), st.sampled_from(["one", "two", ".."])
+    )
+)
 def test_an_index_of_anything_is_read_or_refused(originals, target, weight_map):
     (target.parent / "one").write_bytes(originals["safetensors"])
     (target.parent / "two").write_bytes(originals["packed"])
@@ -225,7 +267,9 @@ def test_an_index_of_anything_is_read_or_refused(originals, target, weight_map):
 @pytest.mark.parametrize("kind", ["torch", "npz"])
 @_fuzzed
 @given(data=st.data())
-def test_numbers_overwritten_in_the_directory_of_an_archive_are_refused_or_do_not_matter(originals, target, kind, data):
+def test_numbers_overwritten_in_the_directory_of_an_archive_are_refused_or_do_not_matter(
+    originals, target, kind, data
+):
     if kind not in originals:
         pytest.skip("torch is not here")
     raw = bytearray(originals[kind])

@@ -6,12 +6,23 @@ import json
 import pytest
 import tokenizers
 
-from mammut.data.tokenizer import MissingTokenizer, load_tokenizer, restore_tokenizer, train_sentencepiece
+from mammut.data.tokenizer import (
+    MissingTokenizer,
+    load_tokenizer,
+    restore_tokenizer,
+    train_sentencepiece,
+)
 from mammut.testing import shared_dir
 
 SHARED = shared_dir()
-needs_shared = pytest.mark.skipif(SHARED is None, reason="the shared folder with the reference encodings is absent")
-CAPTIONS = ["A dog runs on green grass .", "Two dogs play with a red ball .", "A child in a pink dress climbs stairs ."]
+needs_shared = pytest.mark.skipif(
+    SHARED is None, reason="the shared folder with the reference encodings is absent"
+)
+CAPTIONS = [
+    "A dog runs on green grass .",
+    "Two dogs play with a red ball .",
+    "A child in a pink dress climbs stairs .",
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +78,8 @@ def test_t5_encodes_and_decodes_as_sentencepiece(t5):
 @needs_shared
 def test_special_ids_and_sizes(clip, t5):
     assert (clip.bos_id, clip.eos_id, clip.pad_id, clip.vocab_size) == (49406, 49407, 0, 49408)
-    assert (t5.bos_id, t5.eos_id, t5.pad_id, t5.vocab_size) == (0, 1, 0, 32_000)  # T5 starts with its pad
+    # T5 starts with its pad
+    assert (t5.bos_id, t5.eos_id, t5.pad_id, t5.vocab_size) == (0, 1, 0, 32_000)
 
 
 @needs_shared
@@ -87,7 +99,9 @@ def test_clip_reads_special_tokens_in_text_only_as_whole_words(clip):
 def test_sentencepiece_text_never_becomes_a_control_id(t5, text):
     trained = train_sentencepiece(CAPTIONS, 600, lowercase=True)
     for tokenizer in (t5, trained):
-        assert not {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} & set(tokenizer.encode(text))
+        assert not {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} & set(
+            tokenizer.encode(text)
+        )
         assert tokenizer.encode(text)
     assert trained.decode(trained.encode(text)) == text
 
@@ -137,18 +151,28 @@ def test_training_needs_captions(captions):
 
 
 def test_training_refuses_a_vocabulary_below_its_characters():
-    with pytest.raises(ValueError, match=r"vocab_size 10 \(model.text.vocab_size\) fits .*Vocabulary size is smaller"):
+    with pytest.raises(
+        ValueError,
+        match=r"vocab_size 10 \(model.text.vocab_size\) fits .*Vocabulary size is smaller",
+    ):
         train_sentencepiece(CAPTIONS, 10, lowercase=True)
 
 
 def test_huggingface_ids_come_from_the_config_beside_it(tmp_path):
     path = word_level(tmp_path / "tokenizer.json", "<end>", "<go>", "</s>", "<fill>")
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<go>"}))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": "</s>", "bos_token": "<go>"})
+    )
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": {"content": "<end>"}, "pad_token": "<fill>", "cls_token": None})
     )
     tokenizer = load_tokenizer(path, lowercase=True)
-    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.vocab_size) == (3, 4, 6, 7)
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.vocab_size) == (
+        3,
+        4,
+        6,
+        7,
+    )
     assert tokenizer.encode("A dog") == [1, 2]
 
 
@@ -170,7 +194,9 @@ def test_huggingface_ids_are_found_by_their_well_known_names(tmp_path, special, 
 def test_huggingface_text_never_becomes_the_end(tmp_path):
     words = word_level(tmp_path / "words.json", "<s>", "</s>")
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((sign, -3.0) for sign in "▁adog</s>")]
-    unigram = save_pipeline(tmp_path / "unigram.json", tokenizers.models.Unigram(pieces, 0, False), special=["</s>"])
+    unigram = save_pipeline(
+        tmp_path / "unigram.json", tokenizers.models.Unigram(pieces, 0, False), special=["</s>"]
+    )
     for path in (words, unigram):
         tokenizer = load_tokenizer(path, lowercase=True)
         assert tokenizer.eos_id not in tokenizer.encode("a dog </s> a")
@@ -189,7 +215,9 @@ def test_huggingface_truncation_and_padding_of_the_file_are_ignored(tmp_path):
 
 
 def test_a_vocabulary_without_end_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="tokenizer.json cannot be used as a vocabulary: it has no end token"):
+    with pytest.raises(
+        ValueError, match="tokenizer.json cannot be used as a vocabulary: it has no end token"
+    ):
         load_tokenizer(word_level(tmp_path / "tokenizer.json", "<s>"), lowercase=True)
 
 
@@ -214,7 +242,9 @@ def test_a_damaged_config_beside_tokenizer_json_is_named(tmp_path):
     with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
         load_tokenizer(path, lowercase=True)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "eos_token": "<end>"}')
-    with pytest.raises(ValueError, match="tokenizer_config.json is not JSON: the key 'eos_token' is there 2 times"):
+    with pytest.raises(
+        ValueError, match="tokenizer_config.json is not JSON: the key 'eos_token' is there 2 times"
+    ):
         load_tokenizer(path, lowercase=True)
 
 
@@ -225,7 +255,8 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path):
 
 
 def test_saved_and_restored_alike_for_every_kind(tmp_path):
-    config = tmp_path / "source" / "tokenizer_config.json"  # what names the end must not be needed again
+    # what names the end must not be needed again
+    config = tmp_path / "source" / "tokenizer_config.json"
     config.parent.mkdir()
     config.write_text(json.dumps({"eos_token": "<end>"}))
     made = [
@@ -233,8 +264,12 @@ def test_saved_and_restored_alike_for_every_kind(tmp_path):
         load_tokenizer(word_level(config.parent / "tokenizer.json", "<end>"), lowercase=True),
     ]
     if SHARED is not None:
-        made.append(load_tokenizer(SHARED / "vocabs/clip_bpe_simple_vocab_16e6.txt.gz", lowercase=True))
-        made.append(load_tokenizer(SHARED / "vocabs/t5_base_32k.sentencepiece.model", lowercase=False))
+        made.append(
+            load_tokenizer(SHARED / "vocabs/clip_bpe_simple_vocab_16e6.txt.gz", lowercase=True)
+        )
+        made.append(
+            load_tokenizer(SHARED / "vocabs/t5_base_32k.sentencepiece.model", lowercase=False)
+        )
     for number, tokenizer in enumerate(made):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -243,12 +278,16 @@ def test_saved_and_restored_alike_for_every_kind(tmp_path):
         assert restored.settings() == tokenizer.settings() == settings
         for text in (*CAPTIONS[:3], "A Dog &amp; </s>", "naïve 東京 <|endoftext|>"):
             assert restored.encode(text) == tokenizer.encode(text)
-            assert restored.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+            assert restored.decode(tokenizer.encode(text)) == tokenizer.decode(
+                tokenizer.encode(text)
+            )
 
 
 def test_restoring_refuses_what_does_not_fit(tmp_path):
     settings = train_sentencepiece(CAPTIONS, 600, lowercase=True).save(tmp_path)
-    with pytest.raises(ValueError, match="expected .* kind one of clip, sentencepiece, huggingface"):
+    with pytest.raises(
+        ValueError, match="expected .* kind one of clip, sentencepiece, huggingface"
+    ):
         restore_tokenizer(tmp_path, settings | {"kind": "words"})
     with pytest.raises(ValueError, match="expected .*'pad_id'"):
         restore_tokenizer(tmp_path, settings | {"file": "../other.model"})
@@ -267,13 +306,28 @@ def test_a_missing_vocabulary_is_still_missing_once_saved(tmp_path):
     restored = restore_tokenizer(tmp_path, settings)
     assert restored.settings() == settings
     assert (restored.vocab_size, restored.bos_id, restored.eos_id) == (60, 1, 2)
-    for call in (lambda: restored.pad_id, lambda: restored.encode("a"), lambda: restored.decode([3])):
-        with pytest.raises(ValueError, match="came without a vocabulary for its texts: put it into here, and load or"):
+    for call in (
+        lambda: restored.pad_id,
+        lambda: restored.encode("a"),
+        lambda: restored.decode([3]),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="came without a vocabulary for its texts: put it into here, and load or",
+        ):
             call()
 
 
 @pytest.mark.parametrize(
-    "change", [{"vocab_size": 0}, {"vocab_size": True}, {"bos_id": 60}, {"pad_id": -1}, {"needs": 1}, {"more": 1}]
+    "change",
+    [
+        {"vocab_size": 0},
+        {"vocab_size": True},
+        {"bos_id": 60},
+        {"pad_id": -1},
+        {"needs": 1},
+        {"more": 1},
+    ],
 )
 def test_settings_of_a_missing_vocabulary_that_cannot_be_are_refused(tmp_path, change):
     settings = MissingTokenizer((1, 2, None), 60, "put it into here").settings() | change

@@ -76,11 +76,22 @@ class Program:
 
     def __init__(self, folder: pathlib.Path):
         self.folder, self.recipe = folder, write_recipe(folder)
-        self._environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        self._environment |= {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self._environment = {
+            name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
+        }
+        self._environment |= {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
 
     def start(self, *argv: str) -> subprocess.Popen:
-        command = [sys.executable, str(TRAIN), *argv, "--compilation-cache", str(self.folder / "xla")]
+        command = [
+            sys.executable,
+            str(TRAIN),
+            *argv,
+            "--compilation-cache",
+            str(self.folder / "xla"),
+        ]
         return subprocess.Popen(command, cwd=self.folder, env=self._environment, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
@@ -131,7 +142,9 @@ def assert_same_run(workdir: pathlib.Path, expected: pathlib.Path) -> None:
     """Same parameters, optimizer state, position in the data and model folder; and same losses of every step."""
     got, want = restore(workdir), restore(expected)
     assert got.step == want.step == STEPS and got.data == want.data
-    for (path, x), y in zip(jax.tree.leaves_with_path(want.state), jax.tree.leaves(got.state), strict=True):
+    for (path, x), y in zip(
+        jax.tree.leaves_with_path(want.state), jax.tree.leaves(got.state), strict=True
+    ):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(path)
     for name in ("model.safetensors", "config.json", "processor.json", "tokenizer.model"):
         assert (workdir / name).read_bytes() == (expected / name).read_bytes(), name
@@ -160,23 +173,38 @@ def straight(program) -> tuple[pathlib.Path, str]:
 def test_a_run_leaves_its_log_its_config_and_a_model_that_loads(straight):
     workdir, out = straight
     config, overrides = read_run(workdir)
-    assert config.steps == STEPS and config.loss.caption_weight == 2 and "--compilation-cache" in overrides
+    assert (
+        config.steps == STEPS
+        and config.loss.caption_weight == 2
+        and "--compilation-cache" in overrides
+    )
 
     rows = metrics(workdir)
     assert [row["step"] for row in rows] == [*range(1, STEPS + 1)]
     for row in rows:
         weighted = 0.5 * row["train/loss_contrastive"] + 2 * row["train/loss_caption"]
         assert row["train/loss"] == pytest.approx(weighted, rel=1e-5)
-    assert all(0 <= row["perf/data_wait"] <= 1 and row["perf/examples_per_sec"] > 0 for row in rows[1:])
+    assert all(
+        0 <= row["perf/data_wait"] <= 1 and row["perf/examples_per_sec"] > 0 for row in rows[1:]
+    )
     assert rows[-1]["train/loss_caption"] < rows[0]["train/loss_caption"] - 0.2
     assert [row["train/learning_rate"] for row in rows[:3]] == pytest.approx([0, 1.5e-3, 3e-3])
 
-    evaluations = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if "eval/" in line]
+    evaluations = [
+        json.loads(line)
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+        if "eval/" in line
+    ]
     assert [row["step"] for row in evaluations] == [20, STEPS]
     for row in evaluations:
         assert 0 <= row["eval/val/t2i_r1"] <= row["eval/val/t2i_r5"] <= row["eval/val/t2i_r10"] <= 1
     events = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
-    for name in (b"train/loss_contrastive", b"train/loss_caption", b"perf/data_wait", b"eval/val/i2t_r1"):
+    for name in (
+        b"train/loss_contrastive",
+        b"train/loss_caption",
+        b"perf/data_wait",
+        b"eval/val/i2t_r1",
+    ):
         assert name in events
 
     model, processor = mammut.load(workdir)
@@ -193,16 +221,27 @@ def test_a_run_says_what_it_does_and_how_well_it_went(straight):
     assert f"starting at step 0 of {STEPS} in straight" in out
     line = rf"^step 7/{STEPS}  contrastive \d+\.\d+  caption \d+\.\d+  .* images/s  data wait \d+%"
     assert re.search(line, out, re.M)
-    assert "val at step 20" in out and f"val at step {STEPS}: 16 images, 48 texts (chance R@1 6.2%)" in out
-    assert re.search(r"text to image  R@1 [\d.]+%  R@5 [\d.]+%  R@10 [\d.]+%\n  image to text  R@1 ", out)
+    assert (
+        "val at step 20" in out
+        and f"val at step {STEPS}: 16 images, 48 texts (chance R@1 6.2%)" in out
+    )
+    assert re.search(
+        r"text to image  R@1 [\d.]+%  R@5 [\d.]+%  R@10 [\d.]+%\n  image to text  R@1 ", out
+    )
     final = out[out.index(f"val at step {STEPS}") :]
     assert final.count("    says  ") == final.count("    ref   ") == 10
-    assert out.strip().endswith("model saved: mammut.load('straight')\nreport: straight/report.html")
+    assert out.strip().endswith(
+        "model saved: mammut.load('straight')\nreport: straight/report.html"
+    )
 
 
 def test_a_run_ends_with_its_predictions_their_scores_and_a_report(straight):
     workdir, _ = straight
-    last = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if "eval/" in line][-1]
+    last = [
+        json.loads(line)
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+        if "eval/" in line
+    ][-1]
     retrieval = Predictions.load(workdir / "eval" / "retrieval_val.predictions.jsonl", "retrieval")
     captions = Predictions.load(workdir / "eval" / "caption_val.predictions.jsonl", "caption")
     assert len(retrieval.records) == 16 + 48 and len(captions.records) == 16
@@ -210,7 +249,9 @@ def test_a_run_ends_with_its_predictions_their_scores_and_a_report(straight):
     assert {f"eval/val/{name}": value for name, value in scores.items()}.items() <= last.items()
     model, processor = mammut.load(workdir)
     images = [synthetic.draw("val", record["index"], 16) for record in captions.records]
-    assert [record["prediction"] for record in captions.records] == mammut.caption(model, processor, images)
+    assert [record["prediction"] for record in captions.records] == mammut.caption(
+        model, processor, images
+    )
     page = (workdir / "report.html").read_text()
     assert all(html.escape(record["prediction"]) in page for record in captions.records[:3])
 
@@ -221,27 +262,46 @@ def test_a_run_ends_with_its_predictions_their_scores_and_a_report(straight):
 @pytest.mark.long
 def test_a_run_starts_from_the_weights_and_the_processor_of_another(program, straight):
     """A learning rate next to nothing leaves the weights where they were, whatever the recipe's own architecture."""
-    workdir, still = straight[0], ["--optimizer.learning-rate", "1e-9", "--steps", "2", "--optimizer.warmup-steps", "0"]
+    workdir, still = (
+        straight[0],
+        ["--optimizer.learning-rate", "1e-9", "--steps", "2", "--optimizer.warmup-steps", "0"],
+    )
     write_recipe(program.folder, width=32).rename(program.folder / "wide.py")
     write_recipe(program.folder)
-    out, _ = program.run("wide.py", "--workdir", "tuned", "--init", "straight", "--task", "caption", *still)
+    out, _ = program.run(
+        "wide.py", "--workdir", "tuned", "--init", "straight", "--task", "caption", *still
+    )
     tuned = program.folder / "tuned"
     assert (tuned / "processor.json").read_bytes() == (workdir / "processor.json").read_bytes()
     (before, _), (after, _) = mammut.load(workdir), mammut.load(tuned)
     assert before.config == after.config
     before, after = (nnx.to_pure_dict(nnx.state(model)) for model in (before, after))
-    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after))) < 1e-7
+    assert (
+        max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)))
+        < 1e-7
+    )
     assert "contrastive" not in out and "\n  cider " in out and out.count("    says  ") == 10
     captions = Predictions.load(tuned / "eval" / "caption_val.predictions.jsonl", "caption")
     assert len(captions.records) == 16
 
     replace = ["--tokenizer.replace", "True", "--model.text.vocab-size", "48"]
-    program.run("small.py", "--workdir", "new", "--init", "straight", "--task", "classify", *replace, *still)
+    program.run(
+        "small.py", "--workdir", "new", "--init", "straight", "--task", "classify", *replace, *still
+    )
     model, processor = mammut.load(program.folder / "new")
     assert processor.vocab_size <= 48 and model.config.text.vocab_size == 48
     new = nnx.to_pure_dict(nnx.state(model))
-    assert float(abs(new["vision"]["patch_embed"]["kernel"] - before["vision"]["patch_embed"]["kernel"]).max()) < 1e-7
-    labels = Predictions.load(program.folder / "new" / "eval" / "classify_val.predictions.jsonl", "classify")
+    assert (
+        float(
+            abs(
+                new["vision"]["patch_embed"]["kernel"] - before["vision"]["patch_embed"]["kernel"]
+            ).max()
+        )
+        < 1e-7
+    )
+    labels = Predictions.load(
+        program.folder / "new" / "eval" / "classify_val.predictions.jsonl", "classify"
+    )
     assert set(labels.settings["classes"]) == {"circle", "cross", "square", "triangle"}
 
 
@@ -255,27 +315,48 @@ def test_a_run_starts_from_an_image_encoder_alone_and_would_resume_without_it(pr
     processor = Processor(tiny_processor().tokenizer, transform, config.text.max_length)
     before = tiny_model(config)
     mammut.save(program.folder / "tower", before, processor)
-    argv = ["--init-vision", "tower", "--model.vision.image-size", "24", "--task", "caption", "--data.val", "None"]
+    argv = [
+        "--init-vision",
+        "tower",
+        "--model.vision.image-size",
+        "24",
+        "--task",
+        "caption",
+        "--data.val",
+        "None",
+    ]
     still = ["--optimizer.learning-rate", "1e-9", "--steps", "2", "--optimizer.warmup-steps", "0"]
     out, _ = program.run("small.py", "--workdir", "seen", *argv, *still)
-    assert re.search(r"^vision.pos_embed +288  resampled init_vision tower, 2 x 2 -> 3 x 3, bicubic$", out, re.M)
+    assert re.search(
+        r"^vision.pos_embed +288  resampled init_vision tower, 2 x 2 -> 3 x 3, bicubic$", out, re.M
+    )
     assert re.search(r"^vision.layers +[\d,]+  loaded    init_vision tower$", out, re.M)
     assert re.search(r"^text.layers +[\d,]+  random    in nothing it starts from$", out, re.M)
-    assert re.search(r"^text.layers +[\d,]+  left out  init_vision tower, of no image encoder$", out, re.M)
+    assert re.search(
+        r"^text.layers +[\d,]+  left out  init_vision tower, of no image encoder$", out, re.M
+    )
 
     model, processor = mammut.load(program.folder / "seen")
     assert model.config.vision == dataclasses.replace(tower, image_size=24)
     assert model.config.text == recipes.load_recipe(program.recipe).model.text
-    assert processor.image == dataclasses.replace(transform, image_size=24) and processor.max_length == 16
+    assert (
+        processor.image == dataclasses.replace(transform, image_size=24)
+        and processor.max_length == 16
+    )
     table = resample_positions(np.asarray(before.vision.pos_embed[...]), (3, 3), "bicubic")
     np.testing.assert_allclose(model.vision.pos_embed[...], table, rtol=0, atol=1e-7)
-    same = [(m.vision.layers.mlp.up.kernel[...], m.vision.class_embed[...]) for m in (before, model)]
+    same = [
+        (m.vision.layers.mlp.up.kernel[...], m.vision.class_embed[...]) for m in (before, model)
+    ]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-7), *same)
-    assert 0 < abs(np.asarray(model.text.token_embed.embedding[...])).mean() < 0.1  # 0.02, in the tower's file 0.2
+    # 0.02, in the tower's file 0.2
+    assert 0 < abs(np.asarray(model.text.token_embed.embedding[...])).mean() < 0.1
 
     shutil.rmtree(program.folder / "tower")
     run = recipes.resolve(None, TRAIN, program.folder / "seen", ["--steps", "3"], resume=True)
-    assert run.starts == {} and run.config.init_vision == "tower" and run.config.model == model.config
+    assert (
+        run.starts == {} and run.config.init_vision == "tower" and run.config.model == model.config
+    )
 
 
 @pytest.fixture
@@ -297,7 +378,9 @@ def model_folder(tmp_path) -> pathlib.Path:
     (["--init", "model", "--tokenizer.replace", "True", "--model.text.pad-id", "7", "--model.text.vocab-size", "64"],
      "model.text.pad_id is 7, the pad of the new vocabulary is 0"),
 ])  # fmt: skip
-def test_a_run_does_not_start_from_a_model_that_is_not_there_or_another(refusal, model_folder, argv, message):
+def test_a_run_does_not_start_from_a_model_that_is_not_there_or_another(
+    refusal, model_folder, argv, message
+):
     assert message in refusal("small.py", "--workdir", "new", *argv)
 
 
@@ -307,7 +390,9 @@ def test_a_run_does_not_start_from_a_model_that_is_not_there_or_another(refusal,
     (["--model.vision.image-size", "20", "--model.vision.patch_size=10"], (20, 10, 12, 60)),
     (["--model.text.max-length", "30", "--model.text.vocab_size", "7", "--tokenizer.replace", "True"], (16, 8, 30, 7)),
 ])  # fmt: skip
-def test_the_sizes_of_a_model_to_start_from_can_be_overridden(model_folder, tmp_path, overrides, sizes):
+def test_the_sizes_of_a_model_to_start_from_can_be_overridden(
+    model_folder, tmp_path, overrides, sizes
+):
     """Sizes that the recipe's own patches would not fit are no error."""
     path = write_recipe(tmp_path)
     path.write_text(path.read_text().replace("patch_size=8", "patch_size=16"))
@@ -321,10 +406,14 @@ def test_the_sizes_of_a_model_to_start_from_can_be_overridden(model_folder, tmp_
 def test_a_task_that_the_model_cannot_do_is_refused():
     model = tiny_config()
     mute = dataclasses.replace(model.text, depth=0, text_only_depth=2)
-    with pytest.raises(ValueError, match="task is 'caption', which needs a caption pass: model.text.depth is 0"):
+    with pytest.raises(
+        ValueError, match="task is 'caption', which needs a caption pass: model.text.depth is 0"
+    ):
         TrainConfig(task="caption", model=dataclasses.replace(model, text=mute))
     blind = dataclasses.replace(model, text=dataclasses.replace(model.text, pooling="none"))
-    with pytest.raises(ValueError, match="task is 'image_text', but with model.text.pooling 'none'"):
+    with pytest.raises(
+        ValueError, match="task is 'image_text', but with model.text.pooling 'none'"
+    ):
         TrainConfig(model=blind)
     assert TrainConfig(task="caption", model=blind).model == blind
 
@@ -335,7 +424,9 @@ def test_a_model_without_a_tokenizer_wants_to_be_told_of_one(tmp_path, model_fol
     bare = {"init_text": dataclasses.replace(opened, processor=None)}
     config = TrainConfig(model=opened.config)
     source = open_source("synthetic:val[:8]", image_size=16)
-    with pytest.raises(ValueError, match="init_text .*model comes without a tokenizer: tokenizer.path says where"):
+    with pytest.raises(
+        ValueError, match="init_text .*model comes without a tokenizer: tokenizer.path says where"
+    ):
         run_processor.make_processor(config, source, bare)
     path = str(tmp_path / "vocabulary" / "tokenizer.model")
     config = dataclasses.replace(config, tokenizer=TokenizerConfig(path=path))
@@ -347,8 +438,12 @@ def test_a_model_without_a_tokenizer_wants_to_be_told_of_one(tmp_path, model_fol
 
 
 def test_compile_only_tells_the_memory_of_the_step_and_trains_nothing(program, straight):
-    out, _ = program.run("small.py", "--workdir", "compiled", "--compile-only", "--init", "straight")
-    assert re.search(r"compiled in \d+ s for the devices here: 1 x cpu, mesh data 1 x fsdp 1 x model 1", out)
+    out, _ = program.run(
+        "small.py", "--workdir", "compiled", "--compile-only", "--init", "straight"
+    )
+    assert re.search(
+        r"compiled in \d+ s for the devices here: 1 x cpu, mesh data 1 x fsdp 1 x model 1", out
+    )
     assert re.search(r"temporaries +\d+\.\d", out) and "step 1/" not in out
     assert not (program.folder / "compiled").exists()
 
@@ -357,7 +452,9 @@ def test_compile_only_tells_the_memory_of_the_step_and_trains_nothing(program, s
 
 
 @pytest.mark.long
-def test_a_run_killed_twice_and_resumed_with_other_threads_is_bit_for_bit_the_undisturbed_one(program, straight):
+def test_a_run_killed_twice_and_resumed_with_other_threads_is_bit_for_bit_the_undisturbed_one(
+    program, straight
+):
     first, second = random.randint(2, 10), random.randint(13, 18)  # the evaluation at 20 gives time
     print(f"killed once step {first}, then step {second} was logged")
     code, _ = program.interrupt("killed", first, signal.SIGKILL, "small.py", "--workdir", "killed")
@@ -379,7 +476,9 @@ def test_a_run_killed_twice_and_resumed_with_other_threads_is_bit_for_bit_the_un
 def test_a_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_from_there(program, straight):
     at = random.choice([step for step in range(4, 19) if step % 3])
     print(f"terminated once step {at} was logged")
-    code, out = program.interrupt("terminated", at, signal.SIGTERM, "small.py", "--workdir", "terminated")
+    code, out = program.interrupt(
+        "terminated", at, signal.SIGTERM, "small.py", "--workdir", "terminated"
+    )
     assert code == 0
     workdir = program.folder / "terminated"
     last = metrics(workdir)[-1]["step"]
@@ -391,15 +490,22 @@ def test_a_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_from_there(prog
     out, _ = program.run("small.py", "--workdir", "terminated", "--resume")
     assert f"resuming at step {last} of {STEPS}" in out
     assert_same_run(workdir, straight[0])
-    assert [row["step"] for row in metrics(workdir)] == [*range(1, STEPS + 1)]  # no step was done twice
+    # no step was done twice
+    assert [row["step"] for row in metrics(workdir)] == [*range(1, STEPS + 1)]
 
 
 def test_help_tells_of_the_program_and_of_every_setting(train, capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(["--help"])
     said = capsys.readouterr().out
-    assert stopped.value.code == 0 and "--coordinator HOST:PORT --num-processes N --process-id I" in said
-    assert "One process drives all devices of its machine" in said and "--optimizer.learning-rate" in said
+    assert (
+        stopped.value.code == 0
+        and "--coordinator HOST:PORT --num-processes N --process-id I" in said
+    )
+    assert (
+        "One process drives all devices of its machine" in said
+        and "--optimizer.learning-rate" in said
+    )
 
 
 # --- a language model first
@@ -415,18 +521,28 @@ def test_a_run_that_makes_its_language_model_first_is_resumed_in_either_stage(pr
     program.run("small.py", "--workdir", "language", *only)
     whole = program.folder / "language"
     weights = mammut.load(whole)[0], mammut.load(whole / "language_model")[0]
-    ours, theirs = (partition.by_name(nnx.to_pure_dict(nnx.state(model.text, nnx.Param))) for model in weights)
+    ours, theirs = (
+        partition.by_name(nnx.to_pure_dict(nnx.state(model.text, nnx.Param))) for model in weights
+    )
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value)
-    assert metrics(whole / "language_model")[-1]["train/loss"] < metrics(whole / "language_model")[0]["train/loss"]
+    assert (
+        metrics(whole / "language_model")[-1]["train/loss"]
+        < metrics(whole / "language_model")[0]["train/loss"]
+    )
 
     args = ("small.py", "--workdir", "stopped", *only)
     assert program.interrupt("stopped/language_model", 2, signal.SIGTERM, *args)[0] == 0
     assert not (program.folder / "stopped" / "processor.json").exists()
-    assert program.interrupt("stopped", 2, signal.SIGTERM, "--workdir", "stopped", "--resume")[0] == 0
-    shutil.rmtree(program.folder / "stopped" / "language_model")  # the run is on its own from its first checkpoint on
+    assert (
+        program.interrupt("stopped", 2, signal.SIGTERM, "--workdir", "stopped", "--resume")[0] == 0
+    )
+    # the run is on its own from its first checkpoint on
+    shutil.rmtree(program.folder / "stopped" / "language_model")
     program.run("--workdir", "stopped", "--resume")
-    assert (program.folder / "stopped" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (program.folder / "stopped" / "model.safetensors").read_bytes() == (
+        whole / "model.safetensors"
+    ).read_bytes()
 
 
 # --- what stops a run
@@ -448,9 +564,13 @@ def test_a_run_whose_loss_stays_nan_stops_and_says_so(program, straight):
     with Checkpoints(workdir, keep=2) as checkpoints:
         checkpoints.save(27, saved.state, saved.data)
 
-    out, err = program.run("--workdir", "poisoned", "--resume", "--max-nonfinite-steps", "2", code=1)
+    out, err = program.run(
+        "--workdir", "poisoned", "--resume", "--max-nonfinite-steps", "2", code=1
+    )
     last = err.strip().splitlines()[-1]
-    assert last.startswith("train.py: the loss or its gradient was not finite 2 steps in a row (max_nonfinite_steps)")
+    assert last.startswith(
+        "train.py: the loss or its gradient was not finite 2 steps in a row (max_nonfinite_steps)"
+    )
     assert "Traceback" not in err and "model saved" not in out
     assert [row["train/nonfinite_in_a_row"] for row in metrics(workdir)] in ([1, 2], [1, 2, 3])
     assert all(np.isnan(row["train/loss"]) for row in metrics(workdir))
@@ -464,7 +584,12 @@ def jsonl(program) -> str:
     lines = []
     for i in range(64):
         Image.new("RGB", (16, 16), (i, 255 - i, i)).save(folder / f"{i}.png")
-        lines.append({"file": f"{i}.png", "captions": [f"one small red circle number {i}", "at the top on the left"]})
+        lines.append(
+            {
+                "file": f"{i}.png",
+                "captions": [f"one small red circle number {i}", "at the top on the left"],
+            }
+        )
     for i in range(4):
         (folder / f"{i}.png").write_bytes(b"no picture")
     lines[9]["captions"] = []
@@ -473,12 +598,19 @@ def jsonl(program) -> str:
 
 
 def test_pictures_that_cannot_be_used_are_counted_and_named_once(program, straight, jsonl):
-    out, err = program.run("small.py", "--workdir", "bad", "--data.train", jsonl, "--data.max-bad-share", "0.3")
+    out, err = program.run(
+        "small.py", "--workdir", "bad", "--data.train", jsonl, "--data.max-bad-share", "0.3"
+    )
     counts = restore(program.folder / "bad").data["bad"]
     # 30 batches of 16 are 7.5 passes over the set.
-    assert counts.keys() == {"corrupt", "no caption"} and counts["corrupt"] >= 4 * 7 and counts["no caption"] >= 7
+    assert (
+        counts.keys() == {"corrupt", "no caption"}
+        and counts["corrupt"] >= 4 * 7
+        and counts["no caption"] >= 7
+    )
     told = re.search(r"examples that could not be used: (\d+) corrupt, (\d+) no caption", out)
-    assert int(told[1]) >= counts["corrupt"] and int(told[2]) >= counts["no caption"]  # with those read ahead
+    # with those read ahead
+    assert int(told[1]) >= counts["corrupt"] and int(told[2]) >= counts["no caption"]
     assert err.count("skipped, as any other example like it") == 2
 
 
@@ -558,15 +690,22 @@ def test_compilations_would_be_seen():
 def test_a_used_folder_is_refused_without_resume(refusal, train, tmp_path):
     write_small_run(tmp_path / "used", train)
     message = refusal("small.py", "--workdir", "used")
-    assert message.startswith("--workdir used is not empty (it holds ") and "or --resume its run" in message
+    assert (
+        message.startswith("--workdir used is not empty (it holds ")
+        and "or --resume its run" in message
+    )
 
 
 def test_a_folder_with_a_model_that_is_no_run_is_refused(refusal, tmp_path):
     mammut.save(tmp_path / "exported", mammut.testing.tiny_model(), tiny_processor())
-    assert refusal("small.py", "--workdir", "exported").startswith("--workdir exported is not empty (it holds ")
+    assert refusal("small.py", "--workdir", "exported").startswith(
+        "--workdir exported is not empty (it holds "
+    )
 
 
-def test_without_a_workdir_a_fresh_run_takes_the_first_folder_that_is_free(train, tmp_path, monkeypatch):
+def test_without_a_workdir_a_fresh_run_takes_the_first_folder_that_is_free(
+    train, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert str(recipes.default_workdir("small", resume=False)) == "runs/small"
     for name in ("small", "small-2"):
@@ -578,7 +717,9 @@ def test_without_a_workdir_a_fresh_run_takes_the_first_folder_that_is_free(train
 @pytest.mark.parametrize("argv", [["--workdir", "nowhere"], []])
 def test_a_run_that_does_not_exist_cannot_be_resumed(refusal, argv):
     place = "nowhere" if argv else "runs/tiny"
-    assert refusal(*argv, "--resume") == f"there is no run to resume in {place}: run.json is missing"
+    assert (
+        refusal(*argv, "--resume") == f"there is no run to resume in {place}: run.json is missing"
+    )
 
 
 @pytest.mark.parametrize("argv, changed", [
@@ -587,16 +728,23 @@ def test_a_run_that_does_not_exist_cannot_be_resumed(refusal, argv):
     (["--data.train", "synthetic:train[:300]"], "data.train is synthetic:train[:300], it was synthetic:train[:200]"),
     (["--seed", "1"], "seed is 1, it was 0"),
 ])  # fmt: skip
-def test_a_run_is_not_resumed_with_what_would_make_it_another(refusal, train, tmp_path, argv, changed):
+def test_a_run_is_not_resumed_with_what_would_make_it_another(
+    refusal, train, tmp_path, argv, changed
+):
     write_small_run(tmp_path / "run", train)
     message = refusal("--workdir", "run", "--resume", *argv)
-    assert message.startswith("the run in run cannot go on with another config: ") and changed in message
+    assert (
+        message.startswith("the run in run cannot go on with another config: ")
+        and changed in message
+    )
 
 
 def test_a_recipe_of_another_model_does_not_resume_a_run(refusal, train, tmp_path):
     write_small_run(tmp_path / "run", train)
     write_recipe(tmp_path, width=32)
-    assert "model.vision.width is 32, it was 16" in refusal("small.py", "--workdir", "run", "--resume")
+    assert "model.vision.width is 32, it was 16" in refusal(
+        "small.py", "--workdir", "run", "--resume"
+    )
 
 
 def test_a_run_whose_config_is_damaged_is_not_resumed(refusal, train, tmp_path):
@@ -656,18 +804,31 @@ def test_an_override_that_is_unknown_or_impossible_is_refused_with_what_would_do
 
 # --- out of memory
 
-TERABYTES = ["--model.text.width", "65536", "--model.text.mlp-dim", "262144", "--model.text.depth", "64"]
+TERABYTES = [
+    "--model.text.width",
+    "65536",
+    "--model.text.mlp-dim",
+    "262144",
+    "--model.text.depth",
+    "64",
+]
 
 
-def test_a_model_that_no_memory_holds_ends_in_one_sentence_with_what_helps(train, tmp_path, monkeypatch):
+def test_a_model_that_no_memory_holds_ends_in_one_sentence_with_what_helps(
+    train, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         train.main(["small.py", "--workdir", "new", *TERABYTES, "--model.remat", "full", "--data.val", "None",
                     "--task", "caption", "--compilation-cache", "None"])  # fmt: skip
     message = stopped.value.code
-    assert message.startswith("train.py: the run does not fit into the memory of a device (out of memory allocating ")
-    assert "\n" not in message and "--accumulation 2 (now 1), a larger --mesh.fsdp (now 1)" in message
+    assert message.startswith(
+        "train.py: the run does not fit into the memory of a device (out of memory allocating "
+    )
+    assert (
+        "\n" not in message and "--accumulation 2 (now 1), a larger --mesh.fsdp (now 1)" in message
+    )
     assert "--loss.vocab-chunk 8 (now 16)" in message and "--model.remat" not in message
 
 
@@ -678,7 +839,9 @@ def test_a_model_that_no_memory_holds_ends_in_one_sentence_with_what_helps(train
 def test_how_much_memory_is_missing_is_told_in_the_words_of_the_device(said, amount):
     config = TrainConfig(model=tiny_config(), accumulation=128)
     assert f"a device ({amount}" in out_of_memory_advice(config, RuntimeError(said))
-    assert "--accumulation 256 (now 128), --model.remat full" in out_of_memory_advice(config, RuntimeError(said))
+    assert "--accumulation 256 (now 128), --model.remat full" in out_of_memory_advice(
+        config, RuntimeError(said)
+    )
     with pytest.raises(RuntimeError, match="another"), enough_memory(config):
         raise jax.errors.JaxRuntimeError("INTERNAL: another error")
 

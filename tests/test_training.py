@@ -47,14 +47,18 @@ def random_state(trainer: Trainer) -> TrainState:
     """A state with random numbers in every parameter, its optimizer just begun; nothing is compiled."""
     params = nnx.to_pure_dict(nnx.state(tiny_model(), nnx.Param))
     zero = np.int32(0)
-    state = TrainState(zero, params, make_optimizer(CONFIG.optimizer, CONFIG.steps).init(params), zero, zero)
+    state = TrainState(
+        zero, params, make_optimizer(CONFIG.optimizer, CONFIG.steps).init(params), zero, zero
+    )
     return place(state, trainer)
 
 
 def place(state: TrainState, trainer: Trainer) -> TrainState:
     """A copy: a step gives the memory of its state away."""
     host = jax.tree.map(np.array, state)
-    return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), host, trainer.abstract_state)
+    return jax.tree.map(
+        lambda x, like: jax.device_put(x, like.sharding), host, trainer.abstract_state
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,19 +68,25 @@ def embeds(trainer) -> Callable:
     @functools.partial(jax.jit, compiler_options=QUICK)
     def embed(params):
         model = trainer.model(params)
-        return model.encode_image(BATCH["image"]), model.encode_text(BATCH["tokens"], BATCH["text_valid"])
+        return model.encode_image(BATCH["image"]), model.encode_text(
+            BATCH["tokens"], BATCH["text_valid"]
+        )
 
     return lambda params: [np.asarray(x, np.float64) for x in embed(params)]
 
 
 def by_name(tree) -> dict[str, np.ndarray]:
-    return {jax.tree_util.keystr(path): np.array(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.array(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def assert_identical(tree, expected) -> None:
     got, want = by_name(tree), by_name(expected)
     assert got.keys() == want.keys()
-    assert [name for name in want if got[name].tobytes() != want[name].tobytes()] == []  # NaN equals NaN
+    # NaN equals NaN
+    assert [name for name in want if got[name].tobytes() != want[name].tobytes()] == []
 
 
 # --- the schedule
@@ -92,7 +102,9 @@ def test_the_learning_rate_warms_up_then_falls_along_a_cosine_to_zero_at_the_las
 def test_the_linear_schedule_falls_by_the_same_amount_every_step():
     config = OptimizerConfig(learning_rate=6.0, warmup_steps=2, schedule="linear")
     schedule = learning_rate_schedule(config, steps=8)
-    np.testing.assert_allclose([schedule(i) for i in range(9)], [0, 3, 6, 5, 4, 3, 2, 1, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        [schedule(i) for i in range(9)], [0, 3, 6, 5, 4, 3, 2, 1, 0], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind, halfway", [("cosine", 2.0), ("linear", 2.0)])
@@ -106,7 +118,9 @@ def test_without_warm_up_the_first_step_has_the_peak_rate(kind, halfway):
 
 def small_params(rng: np.random.Generator) -> dict:
     shapes = {"kernel": (3, 4), "bias": (4,), "embedding": (5, 3)}
-    return {"layer": {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}}
+    return {
+        "layer": {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    }
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.7])
@@ -119,7 +133,9 @@ def test_adamw_equals_its_formula_in_numpy(clip_norm):
     rng = np.random.default_rng(0)
     params = small_params(rng)
     expected = {name: value.astype(np.float64) for name, value in params["layer"].items()}
-    first, second = ({name: np.zeros(value.shape) for name, value in expected.items()} for _ in range(2))
+    first, second = (
+        {name: np.zeros(value.shape) for name, value in expected.items()} for _ in range(2)
+    )
     optimizer = make_optimizer(config, steps=6)
     state = optimizer.init(params)
     # warm-up 0, 0.05, then 0.1 falling by a quarter of itself over the four steps left
@@ -137,7 +153,9 @@ def test_adamw_equals_its_formula_in_numpy(clip_norm):
             step = first[name] / (1 - 0.8**t) / (np.sqrt(second[name] / (1 - 0.9**t)) + 1e-3)
             expected[name] -= rate * (step + (0.3 * expected[name] if name == "kernel" else 0))
         for name, value in expected.items():
-            np.testing.assert_allclose(params["layer"][name], value, rtol=2e-5, atol=1e-6, err_msg=f"{name} {t}")
+            np.testing.assert_allclose(
+                params["layer"][name], value, rtol=2e-5, atol=1e-6, err_msg=f"{name} {t}"
+            )
 
 
 def test_weight_decay_touches_the_kernels_and_nothing_else():
@@ -150,7 +168,14 @@ def test_weight_decay_touches_the_kernels_and_nothing_else():
     assert moved == {name for name in by_name(params) if name.endswith("['kernel']")}
     # Some of what stays has as many dimensions as a kernel.
     still = by_name(params).keys() - moved
-    for part in ("attn_norm']['scale", "query']['bias", "pos_embed", "embedding", "logit_scale", "logit_bias"):
+    for part in (
+        "attn_norm']['scale",
+        "query']['bias",
+        "pos_embed",
+        "embedding",
+        "logit_scale",
+        "logit_bias",
+    ):
         assert any(part in name for name in still), part
     for name, value in by_name(params).items():
         if name in moved:
@@ -162,10 +187,14 @@ def test_adafactor_divides_by_the_root_of_row_and_column_means():
     rng = np.random.default_rng(0)
     size = np.outer(rng.uniform(0.1, 10, 40), rng.uniform(0.1, 10, 50))
     sign = rng.choice([-1.0, 1.0], size.shape)
-    config = OptimizerConfig("adafactor", learning_rate=0.2, weight_decay=0.0, b1=0.9, clip_norm=0.0)
+    config = OptimizerConfig(
+        "adafactor", learning_rate=0.2, weight_decay=0.0, b1=0.9, clip_norm=0.0
+    )
     optimizer = make_optimizer(config, steps=10)
     params = {"kernel": jnp.zeros(size.shape)}
-    updates, _ = optimizer.update({"kernel": jnp.float32(size * sign)}, optimizer.init(params), params)
+    updates, _ = optimizer.update(
+        {"kernel": jnp.float32(size * sign)}, optimizer.init(params), params
+    )
     # the average of updates starts at zero and takes a tenth of the first one
     np.testing.assert_allclose(updates["kernel"], -0.2 * 0.1 * sign, rtol=1e-4)
 
@@ -185,7 +214,9 @@ def test_adafactor_keeps_one_moment_where_adamw_keeps_two():
     unfactored = [
         jax.tree_util.keystr(path)
         for path, leaf in jax.tree_util.tree_leaves_with_path(states["adafactor"])
-        if ".v[" in jax.tree_util.keystr(path) and "kernel" in jax.tree_util.keystr(path) and leaf.size > 1
+        if ".v[" in jax.tree_util.keystr(path)
+        and "kernel" in jax.tree_util.keystr(path)
+        and leaf.size > 1
     ]
     assert unfactored == []
 
@@ -199,7 +230,11 @@ def test_the_same_seed_gives_the_same_state_and_another_seed_another(trainer):
     assert_identical(second, first)
     first, other = by_name(first.params), by_name(other.params)
     different = {name for name in first if not np.array_equal(first[name], other[name])}
-    constant = {name for name in first if name.endswith(("['bias']", "['scale']", "['logit_scale']", "['logit_bias']"))}
+    constant = {
+        name
+        for name in first
+        if name.endswith(("['bias']", "['scale']", "['logit_scale']", "['logit_bias']"))
+    }
     assert different == first.keys() - constant
 
 
@@ -247,7 +282,9 @@ def test_the_logit_scale_stays_at_or_below_100_and_can_come_down_from_it(trainer
     ("vision", "patch_embed", "kernel", np.nan),
     ("text", "token_embed", "embedding", np.inf),
 ])  # fmt: skip
-def test_a_step_whose_loss_is_not_finite_changes_no_parameter_and_no_moment(trainer, part, module, name, value):
+def test_a_step_whose_loss_is_not_finite_changes_no_parameter_and_no_moment(
+    trainer, part, module, name, value
+):
     with jax.set_mesh(trainer.mesh):
         state, first = trainer.step(random_state(trainer), BATCH)
         good = jax.device_get(state)
@@ -259,10 +296,16 @@ def test_a_step_whose_loss_is_not_finite_changes_no_parameter_and_no_moment(trai
         skipped = jax.device_get(state)
         assert_identical((skipped.params, skipped.opt_state), (poisoned.params, poisoned.opt_state))
         assert not np.isfinite(bad["loss"])
-        assert (int(skipped.step), int(skipped.nonfinite), int(skipped.nonfinite_in_a_row)) == (3, 2, 2)
+        assert (int(skipped.step), int(skipped.nonfinite), int(skipped.nonfinite_in_a_row)) == (
+            3,
+            2,
+            2,
+        )
 
         # Healed, it goes on as if the two steps had not been, except that it counts them.
-        state, after = trainer.step(place(dataclasses.replace(skipped, params=good.params), trainer), BATCH)
+        state, after = trainer.step(
+            place(dataclasses.replace(skipped, params=good.params), trainer), BATCH
+        )
         assert (int(state.step), int(state.nonfinite), int(state.nonfinite_in_a_row)) == (4, 2, 0)
         unharmed, expected = trainer.step(place(good, trainer), BATCH)
         assert_identical((state.params, state.opt_state), (unharmed.params, unharmed.opt_state))
@@ -282,7 +325,8 @@ def test_two_micro_batches_are_the_same_training_as_one_batch(trainer):
             assert metrics.keys() == expected.keys()
             for name in metrics:
                 assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-4), name
-    # Of Adam's state, what is linear in the gradients: it divides by their size, which may be nothing but rounding.
+    # Of Adam's state, what is linear in the gradients: it divides by their size, which may be
+    # nothing but rounding.
     expected, got = by_name(whole.opt_state[1].mu), by_name(split.opt_state[1].mu)
     for name, want in expected.items():
         assert np.abs(got[name] - want).max() <= 1e-4 * max(np.abs(want).max(), 0.1), name
@@ -311,7 +355,9 @@ def whole_batch():
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradient(params, batch):
-        return jax.grad(lambda p: task.loss(nnx.merge(graphdef, p), batch, jax.random.key(0)), has_aux=True)(params)
+        return jax.grad(
+            lambda p: task.loss(nnx.merge(graphdef, p), batch, jax.random.key(0)), has_aux=True
+        )(params)
 
     return task, graphdef, params, gradient(params, BATCH)
 
@@ -320,12 +366,16 @@ def whole_batch():
 def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumulation, form):
     """The last have one pair each; the ring takes the eight in tiles of three."""
     task, graphdef, params, (expected, expected_metrics) = whole_batch
-    task = AllContrastive(dataclasses.replace(task.config, contrastive_form=form, contrastive_chunk=3))
+    task = AllContrastive(
+        dataclasses.replace(task.config, contrastive_form=form, contrastive_chunk=3)
+    )
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradient(params, batch):
         key = jax.random.key(0)
-        return accumulated_gradients(task, lambda p: nnx.merge(graphdef, p), params, batch, key, accumulation)
+        return accumulated_gradients(
+            task, lambda p: nnx.merge(graphdef, p), params, batch, key, accumulation
+        )
 
     grads, metrics = gradient(params, BATCH)
     for name in ("loss", "loss_contrastive", "loss_caption"):
@@ -341,7 +391,8 @@ def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
     """Each micro-batch crops and drops out by a key of its own, which a direct gradient uses once."""
     config = tiny_config()
     if what == "prefix":
-        text = dataclasses.replace(config.text, cross_attn_every=0, max_length=15)  # and 12 beside an image
+        # and 12 beside an image
+        text = dataclasses.replace(config.text, cross_attn_every=0, max_length=15)
         config = dataclasses.replace(config, text=text, conditioning="prefix", prefix_dropout=0.4)
     else:
         vision = dataclasses.replace(config.vision, patch_drop=0.5, cropped_pos_embed=True)
@@ -354,11 +405,16 @@ def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
 
     def direct(params, batch, key):
         model, embeds, caption = merge(params), [], 0.0
-        for i, micro_key in enumerate(jax.random.split(key, 4)):  # rows go to the micro-batches in turn
-            out, caption_sum = task.embed_and_caption(model, {k: x[i::4] for k, x in batch.items()}, micro_key)
+        # rows go to the micro-batches in turn
+        for i, micro_key in enumerate(jax.random.split(key, 4)):
+            out, caption_sum = task.embed_and_caption(
+                model, {k: x[i::4] for k, x in batch.items()}, micro_key
+            )
             embeds.append(out)
             caption += caption_sum
-        contrastive = task.contrastive(model, *(jnp.concatenate(x) for x in zip(*embeds, strict=True)))
+        contrastive = task.contrastive(
+            model, *(jnp.concatenate(x) for x in zip(*embeds, strict=True))
+        )
         return task.total(contrastive, caption / task.caption_tokens(model, batch))
 
     @functools.partial(jax.jit, compiler_options=QUICK)
@@ -388,7 +444,8 @@ def test_one_device_takes_a_step_of_32768_pairs_without_their_matrix():
     )
     trainer = one_device_trainer(config)
     batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), tiny_batch(config.model, 1)
+        lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype),
+        tiny_batch(config.model, 1),
     )
     with jax.set_mesh(trainer.mesh):
         step = trainer.step.lower(trainer.abstract_state, batch).compile(compiler_options=QUICK)
@@ -398,18 +455,30 @@ def test_one_device_takes_a_step_of_32768_pairs_without_their_matrix():
 @pytest.mark.parametrize("contrastive", ["softmax", "sigmoid", "focal"])
 def test_the_mean_over_micro_batches_would_be_another_loss(contrastive):
     """The gradients compared above could tell: a micro-batch on its own has fewer negatives."""
-    task, model, rng = ImageTextTask(LossConfig(contrastive)), tiny_model(), np.random.default_rng(0)
+    task, model, rng = (
+        ImageTextTask(LossConfig(contrastive)),
+        tiny_model(),
+        np.random.default_rng(0),
+    )
     image_embed, text_embed = (
-        jnp.float32(x / np.linalg.norm(x, axis=1, keepdims=True)) for x in rng.normal(size=(2, 8, 48))
+        jnp.float32(x / np.linalg.norm(x, axis=1, keepdims=True))
+        for x in rng.normal(size=(2, 8, 48))
     )
     whole = float(task.contrastive(model, image_embed, text_embed))
-    parts = [float(task.contrastive(model, image_embed[i : i + 4], text_embed[i : i + 4])) for i in (0, 4)]
+    parts = [
+        float(task.contrastive(model, image_embed[i : i + 4], text_embed[i : i + 4]))
+        for i in (0, 4)
+    ]
     assert abs(np.mean(parts) / whole - 1) > 0.2
 
 
 def test_a_batch_that_does_not_split_into_micro_batches_is_refused():
-    with pytest.raises(ValueError, match=r"^data.batch_size 8 is not a multiple of accumulation 3$"):
+    with pytest.raises(
+        ValueError, match=r"^data.batch_size 8 is not a multiple of accumulation 3$"
+    ):
         dataclasses.replace(CONFIG, accumulation=3)
     mesh = sharding.make_mesh(MeshConfig())
-    with pytest.raises(ValueError, match=r"^data.batch_size / accumulation 4 does not divide over the 8 devices"):
+    with pytest.raises(
+        ValueError, match=r"^data.batch_size / accumulation 4 does not divide over the 8 devices"
+    ):
         make_trainer(dataclasses.replace(CONFIG, accumulation=2), ImageTextTask(CONFIG.loss), mesh)

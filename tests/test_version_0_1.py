@@ -1,7 +1,8 @@
 """What version 0.1.0 wrote, before the library had folders: it loads to the same numbers, and a run of it goes on.
 
-The archive holds three model folders (a MaMMUT, a CoCa, a MAGMA with an adapter), what the version itself gave for two
-pictures and two texts, and a run of six steps as a kill after its third leaves it, with the losses of all six.
+The archive holds three model folders (a MaMMUT, a CoCa, a MAGMA with an adapter), what the version
+itself gave for two pictures and two texts, and a run of six steps as a kill after its third leaves
+it, with the losses of all six.
 """
 
 import json
@@ -17,7 +18,10 @@ import mammut
 
 ROOT = pathlib.Path(__file__).parents[1]
 ARCHIVE = pathlib.Path(__file__).parent / "data" / "version_0_1.tar.xz"
-IMAGES = [np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3), np.full((16, 16, 3), 90, np.uint8)]
+IMAGES = [
+    np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3),
+    np.full((16, 16, 3), 90, np.uint8),
+]
 TEXTS = ["one red circle on the left", "one blue square"]
 
 
@@ -39,7 +43,9 @@ def test_a_model_folder_gives_the_numbers_that_it_gave(old, name):
     if name != "magma":  # it has no contrastive pass
         text_embed = model.encode_text(batch["tokens"], batch["text_valid"])
         np.testing.assert_allclose(text_embed, expected["text_embed"], atol=1e-6)
-        np.testing.assert_allclose(model.encode_image(batch["image"]), expected["image_embed"], atol=1e-6)
+        np.testing.assert_allclose(
+            model.encode_image(batch["image"]), expected["image_embed"], atol=1e-6
+        )
     assert mammut.caption(model, processor, IMAGES) == expected["captions"]
 
 
@@ -50,7 +56,10 @@ def test_a_run_goes_on_as_it_would_have_gone_on(old, monkeypatch):
 
     workdir = old / "resumed"
     shutil.copytree(old / "run", workdir)
-    losses = [json.loads(line)["train/loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["train/loss"]
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
     monkeypatch.setattr(sys, "argv", ["train.py"])
     train.main(["--workdir", str(workdir), "--resume"])
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

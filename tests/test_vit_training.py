@@ -63,7 +63,9 @@ def fused_results(monkeypatch, change):
     monkeypatch.setattr(
         kernels,
         "_attention_and_gradients",
-        lambda kernel, *shape: change(attend(kernel, *shape)) if kernel == "cudnn" else attend(kernel, *shape),
+        lambda kernel, *shape: (
+            change(attend(kernel, *shape)) if kernel == "cudnn" else attend(kernel, *shape)
+        ),
     )
 
 
@@ -90,14 +92,17 @@ def test_the_fused_kernel_is_tried_once_for_each_shape(gpu, caplog):
     ],
     ids=["raises", "wrong", "nan", "wrong gradients"],
 )
-def test_a_kernel_that_does_not_work_is_replaced_with_one_line_in_the_log(gpu, caplog, monkeypatch, change, reason):
+def test_a_kernel_that_does_not_work_is_replaced_with_one_line_in_the_log(
+    gpu, caplog, monkeypatch, change, reason
+):
     fused_results(monkeypatch, change)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             assert attention_kernel(jnp.bfloat16, 16, 16) == "xla"
     (record,) = [record for record in caplog.records if record.name.startswith("mammut")]
     assert record.getMessage() == (
-        "image attention of 16 tokens with heads of 16 in bfloat16 runs on XLA, cudnn does not work here: " + reason
+        "image attention of 16 tokens with heads of 16 in bfloat16 runs on XLA, cudnn does not work here: "
+        + reason
     )
 
 
@@ -120,7 +125,10 @@ def test_nothing_is_tried_in_float32_for_other_devices_or_when_told(gpu):
     assert attention_kernel(jnp.bfloat16, 16, 16, "tpu") == "xla"
     with jax.set_mesh(mesh):  # of CPU devices: what is compiled here is for them
         assert attention_kernel(jnp.bfloat16, 16, 16) == "xla"
-    assert image_attention_kernel(dataclasses.replace(WIDE, dtype="bfloat16", image_attention="xla")) == "xla"
+    assert (
+        image_attention_kernel(dataclasses.replace(WIDE, dtype="bfloat16", image_attention="xla"))
+        == "xla"
+    )
     assert not gpu
 
 
@@ -128,11 +136,14 @@ def test_a_kernel_is_asked_for_at_the_shape_that_is_run(monkeypatch):
     """Tokens, class token included, and the size of a head, by the image tower alone."""
     asked = []
     monkeypatch.setattr(
-        "mammut.models.layers.attention_kernel", lambda dtype, *shape: asked.append((dtype.name, *shape)) or "xla"
+        "mammut.models.layers.attention_kernel",
+        lambda dtype, *shape: asked.append((dtype.name, *shape)) or "xla",
     )
     config = with_vision(WIDE, class_token=True)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
-    jax.eval_shape(lambda p: nnx.merge(graphdef, p).caption_logits(BATCH["image"], BATCH["tokens"]), params)
+    jax.eval_shape(
+        lambda p: nnx.merge(graphdef, p).caption_logits(BATCH["image"], BATCH["tokens"]), params
+    )
     assert asked == [("float32", 17, 16)]
 
 
@@ -156,7 +167,8 @@ def test_the_share_that_is_kept_is_exact(drop, kept):
     assert (np.diff(chosen, axis=1) > 0).all()  # none twice, and in their order
     assert kept == 1 or len({tuple(row) for row in chosen}) > 32  # every image its own
     counts = np.bincount(chosen.astype(int).ravel(), minlength=16)
-    assert counts.min() > 0 and counts.max() < 64 * kept / 16 + 5 * np.sqrt(64 * kept / 16)  # every place as often
+    # every place as often
+    assert counts.min() > 0 and counts.max() < 64 * kept / 16 + 5 * np.sqrt(64 * kept / 16)
 
 
 def test_what_is_kept_is_seen_as_if_the_rest_of_the_image_did_not_exist():
@@ -194,7 +206,8 @@ def test_dropping_patches_leaves_the_crops_as_they_are(monkeypatch):
     """With the two together, and nothing dropped after all, the tokens are those of the crops alone."""
     monkeypatch.setattr(vit, "drop_patches", lambda key, x, share: x)
     crops, both = (
-        encode(with_vision(WIDE, cropped_pos_embed=True, patch_drop=drop), BATCH["image"], KEY) for drop in (0.0, 0.5)
+        encode(with_vision(WIDE, cropped_pos_embed=True, patch_drop=drop), BATCH["image"], KEY)
+        for drop in (0.0, 0.5)
     )
     np.testing.assert_array_equal(both.tokens, crops.tokens)
 
@@ -214,10 +227,14 @@ def test_patches_are_not_drawn_with_the_numbers_of_the_crops():
 def test_the_flops_of_a_training_step_are_those_of_the_patches_that_are_kept(pooling):
     """Counted in the program; causal attention counts half there and whole here."""
     options = {"class_token": True, "pooling": pooling, "pool_queries": 5, "pool_heads": 4}
-    config = with_vision(dataclasses.replace(WIDE, image_projection="separate"), patch_drop=0.5, **options)
+    config = with_vision(
+        dataclasses.replace(WIDE, image_projection="separate"), patch_drop=0.5, **options
+    )
     graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
     batch, text = tiny_batch(config, batch_size=1), config.text
-    program = jax.make_jaxpr(lambda p: nnx.merge(graphdef, p).two_pass(*batch.values(), crop_key=KEY))(params)
+    program = jax.make_jaxpr(
+        lambda p: nnx.merge(graphdef, p).two_pass(*batch.values(), crop_key=KEY)
+    )(params)
     flops = forward_flops(config, training=True)
     causal = 2 * text.max_length**2 * text.width * text.depth
     assert matrix_flops(program.jaxpr) == sum(flops.values()) - flops["vocabulary"] + causal
@@ -236,7 +253,9 @@ def test_a_small_image_is_seen_as_by_a_small_model_with_a_resized_table():
     params = nnx.to_pure_dict(params)
     table = np.asarray(tiny_model(BOTH_SIZES).vision.pos_embed[...])
     channels = [Image.fromarray(channel) for channel in table.transpose(2, 0, 1)]
-    resized = [np.asarray(channel.resize((3, 3), Image.Resampling.BILINEAR)) for channel in channels]
+    resized = [
+        np.asarray(channel.resize((3, 3), Image.Resampling.BILINEAR)) for channel in channels
+    ]
     params["vision"]["pos_embed"] = jnp.asarray(np.stack(resized, axis=-1))
     expected = jax.jit(lambda p, x: nnx.merge(graphdef, p).image_tokens(x))(params, SMALL)
     actual = encode(BOTH_SIZES, SMALL)
@@ -246,7 +265,9 @@ def test_a_small_image_is_seen_as_by_a_small_model_with_a_resized_table():
 
 def test_a_small_image_teaches_every_position_of_the_table():
     graphdef, params = nnx.split(tiny_model(BOTH_SIZES))
-    grads = jax.jit(jax.grad(lambda p: (nnx.merge(graphdef, p).image_tokens(SMALL).tokens ** 2).sum()))(params)
+    grads = jax.jit(
+        jax.grad(lambda p: (nnx.merge(graphdef, p).image_tokens(SMALL).tokens ** 2).sum())
+    )(params)
     assert (np.abs(grads["vision"]["pos_embed"][...]).max(-1) > 1e-3).all()
 
 
@@ -268,5 +289,7 @@ def test_positions_of_small_images_are_cropped_and_their_patches_left_out():
 def test_images_of_a_third_size_are_refused():
     sizes = r"\(56, 56, 3\) from VisionConfig.image_size or \(24, 24, 3\) from low_image_size"
     for side in (16, 48):
-        with pytest.raises(ValueError, match=rf"images are \({side}, {side}, 3\), expected {sizes}"):
+        with pytest.raises(
+            ValueError, match=rf"images are \({side}, {side}, 3\), expected {sizes}"
+        ):
             tiny_model(BOTH_SIZES).vision(np.zeros((1, side, side, 3), np.uint8))

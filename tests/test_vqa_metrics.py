@@ -68,10 +68,12 @@ def test_the_contraction_table_is_the_official_one():
     [
         ("a-b", "b"),  # each mark a space, then the article goes
         ("red-ish", "red ish"),
-        ("red-ish, no", "red ish no"),  # the comma stands beside a space and goes, the hyphen does not
+        # the comma stands beside a space and goes, the hyphen does not
+        ("red-ish, no", "red ish no"),
         ("red-ish - no", "redish no"),  # one hyphen beside a space: all of them go
         ("2,000 red-ish", "2000 redish"),  # a comma between digits: every mark goes without a space
-        ("red-;ish-y", "red ish y"),  # the space that the semicolon leaves is beside no hyphen of the text as it came
+        # the space that the semicolon leaves is beside no hyphen of the text as it came
+        ("red-;ish-y", "red ish y"),
         ("1.5.", "1.5"),
         (".5", ".5"),
         ("3.a", "3a"),
@@ -124,7 +126,8 @@ def test_accuracy_worked_by_hand(prediction, answers, expected):
         ("two", ["3", "2"], True),
         ("a red\tball\n", ["red ball"], True),
         ("- red-ish", ["red ish"], False),  # a hyphen beside a space: "redish"
-        ("  -red-ish", ["red ish"], True),  # the space around the text goes first: no hyphen is beside one
+        # the space around the text goes first: no hyphen is beside one
+        ("  -red-ish", ["red ish"], True),
         ("red", ["dark red"], False),
         ("", ["red"], False),
         ("<b>red</b>", ["red"], False),
@@ -180,7 +183,10 @@ def test_one_answer_a_question_has_an_exact_match_and_no_accuracy():
 def test_four_answers_to_each_question_have_an_accuracy():
     """The first: 2 of 4 match, (1/3 + 1/3 + 2/3 + 2/3) / 4. The second: all the same, and the prediction is not."""
     types = {"answer_type": "colour", "question_type": "what is"}
-    records = [record("red", "red", "Red", "blue", "pink", **types), record("Red", *["red"] * 4, **types)]
+    records = [
+        record("red", "red", "Red", "blue", "pink", **types),
+        record("Red", *["red"] * 4, **types),
+    ]
     scores = vqa_scores(records)
     assert scores.vqa_acc == pytest.approx(0.25) and scores.vqa_acc_missing is None
     assert scores.exact_match == 1 and scores.most_common_exact_match == 1
@@ -190,7 +196,11 @@ def test_four_answers_to_each_question_have_an_accuracy():
 
 
 def test_the_most_common_answer_counts_every_answer_of_every_question():
-    records = [record("x", "red", "red", "blue"), record("x", "Blue", "blue", "green"), record("x", "pink", "pink")]
+    records = [
+        record("x", "red", "red", "blue"),
+        record("x", "Blue", "blue", "green"),
+        record("x", "pink", "pink"),
+    ]
     scores = vqa_scores(records)
     assert (scores.most_common_answer, scores.most_common_exact_match) == ("blue", 2 / 3)
     assert vqa_scores(records[::-1]) == scores
@@ -232,7 +242,8 @@ def test_no_records_are_refused():
 
 
 @pytest.mark.parametrize("prediction, answers, expected", [
-    # Cut at the next question: 3 of 10 agree. Setting one of them aside leaves 2, another 3: (3 x 2/3 + 7 x 1) / 10.
+    # Cut at the next question: 3 of 10 agree. Setting one of them aside leaves 2, another 3: (3 x
+    # 2/3 + 7 x 1) / 10.
     ("Red. Q: what? A: blue", ["red"] * 3 + ["dark red"] * 2 + ["blue"] * 5, 0.9),
     ("red\nblue", ["red"] * 3 + ["dark red"] * 2 + ["blue"] * 5, 0.9),
     # Cut to the one word that the longest answer has, which the official score does not do.
@@ -248,7 +259,9 @@ def test_no_records_are_refused():
 ])  # fmt: skip
 def test_magmas_own_accuracy_truncates_to_the_longest_answer(prediction, answers, expected):
     if expected is None:
-        with pytest.raises(ValueError, match="compares with the other answers of a question, got 1 answer"):
+        with pytest.raises(
+            ValueError, match="compares with the other answers of a question, got 1 answer"
+        ):
             magma_truncated_accuracy(prediction, answers)
     else:
         assert magma_truncated_accuracy(prediction, answers) == pytest.approx(expected)

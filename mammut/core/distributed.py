@@ -1,8 +1,9 @@
 """Runs over several processes: how they find each other, agree, and all end when one of them does.
 
-A program calls `processes` once, in its main process; nothing else connects anything. Within it, process 0 decides and
-writes, the others follow (`from_first`, `meet`). A process that fails tells the others, which end too; one that is
-killed or stopped is missed by its heartbeat; one that makes no progress is ended by its `Watchdog`.
+A program calls `processes` once, in its main process; nothing else connects anything. Within it,
+process 0 decides and writes, the others follow (`from_first`, `meet`). A process that fails tells
+the others, which end too; one that is killed or stopped is missed by its heartbeat; one that makes
+no progress is ended by its `Watchdog`.
 """
 
 import contextlib
@@ -28,7 +29,8 @@ from mammut.core import sharding
 # Errors that are said in one sentence; any other is a defect, and shown with its traceback.
 EXPECTED = (ValueError, FloatingPointError, OSError, MemoryError)
 
-# Where a launcher says how many processes it has started. Slurm's is that of `srun`: a batch script does not have it.
+# Where a launcher says how many processes it has started. Slurm's is that of `srun`: a batch script
+# does not have it.
 _LAUNCHERS = {
     "SLURM_STEP_NUM_TASKS": "Slurm",
     "OMPI_COMM_WORLD_SIZE": "Open MPI",
@@ -48,9 +50,9 @@ _joined = threading.Event()  # this process and the others can talk
 class Processes:
     """How a program is told of the processes it is one of.
 
-    `cluster` takes all from the TPU pod, Slurm or Open MPI; otherwise the three others say it. With none of them the
-    program is one process. A process that is not heard of for `timeout` seconds ends all; three times as long is waited
-    for all to come.
+    `cluster` takes all from the TPU pod, Slurm or Open MPI; otherwise the three others say it. With
+    none of them the program is one process. A process that is not heard of for `timeout` seconds
+    ends all; three times as long is waited for all to come.
     """
 
     cluster: bool = False
@@ -62,17 +64,23 @@ class Processes:
     def __post_init__(self):
         given = [value is not None for value in (self.coordinator, self.count, self.index)]
         if self.cluster and any(given):
-            raise ValueError("--distributed is given with --coordinator, --num-processes or --process-id: give either")
+            raise ValueError(
+                "--distributed is given with --coordinator, --num-processes or --process-id: give either"
+            )
         if self.count is not None and self.count < 1:
             raise ValueError(f"--num-processes is {self.count}, expected at least 1")
         if any(given) and not all(given) and not (self.count == 1 and sum(given) == 1):
-            raise ValueError("--coordinator, --num-processes and --process-id go together: give all three or none")
+            raise ValueError(
+                "--coordinator, --num-processes and --process-id go together: give all three or none"
+            )
         if not 1 <= self.timeout <= 86_400:
             raise ValueError(f"--peer-timeout is {self.timeout:g}, expected 1 to 86400 seconds")
         if all(given):
             host, _, port = self.coordinator.rpartition(":")
             if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-                raise ValueError(f"--coordinator is {self.coordinator!r}, expected HOST:PORT of process 0")
+                raise ValueError(
+                    f"--coordinator is {self.coordinator!r}, expected HOST:PORT of process 0"
+                )
             if not 0 <= self.index < self.count:
                 raise ValueError(
                     f"--process-id is {self.index} of --num-processes {self.count}, expected 0 to {self.count - 1}"
@@ -93,19 +101,23 @@ def require_one_process(program: str) -> None:
     """Raises ValueError where a launcher has started a program several times that is made for one process."""
     count, launcher = launched()
     if count > 1:
-        raise ValueError(f"{launcher} has started {count} processes, expected one: {program} does not divide its work")
+        raise ValueError(
+            f"{launcher} has started {count} processes, expected one: {program} does not divide its work"
+        )
 
 
 @contextlib.contextmanager
 def processes(asked: Processes, program: str) -> Iterator[None]:
     """Connects this process to the others that `asked` tells of, until all are done.
 
-    An error in one of several processes ends all of them: each exits with 1 after one sentence on stderr, without
-    waiting for what the others take part in. Of a single process errors are raised.
+    An error in one of several processes ends all of them: each exits with 1 after one sentence on
+    stderr, without waiting for what the others take part in. Of a single process errors are raised.
 
     Raises:
-      ValueError: a launcher tells of several processes and `asked` does not, or nothing tells `cluster` of any.
-      RuntimeError: this process, which is to be connected, is a worker of another, or connected already.
+      ValueError: a launcher tells of several processes and `asked` does not, or nothing tells
+        `cluster` of any.
+      RuntimeError: this process, which is to be connected, is a worker of another, or connected
+        already.
     """
     if not asked.cluster and asked.coordinator is None:
         count, launcher = launched()
@@ -168,7 +180,10 @@ def gather(name: str, value: Any) -> list[Any]:
     state.client.key_value_set(f"{key}{state.process_id}", json.dumps(value))
     if not first():
         return []
-    values = [json.loads(state.client.blocking_key_value_get(f"{key}{i}", _LONG)) for i in range(state.num_processes)]
+    values = [
+        json.loads(state.client.blocking_key_value_get(f"{key}{i}", _LONG))
+        for i in range(state.num_processes)
+    ]
     state.client.key_value_delete(key)
     return values
 
@@ -176,7 +191,8 @@ def gather(name: str, value: Any) -> list[Any]:
 def compiled_by_all(function: Callable) -> Callable:
     """A jitted function of arrays that no process runs before all have compiled it.
 
-    One machine compiles faster than another, and what waits in a computation waits briefly: 30 s on CPU (gloo).
+    One machine compiles faster than another, and what waits in a computation waits briefly: 30 s on
+    CPU (gloo).
     """
     if not _connected():
         return function
@@ -195,14 +211,17 @@ def compiled_by_all(function: Callable) -> Callable:
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """Which part of every batch this process reads, of how many: `process_index`, `process_count` of `TrainBatches`.
 
-    Processes whose devices hold the same rows (the axis `model` goes across them) read the same part.
+    Processes whose devices hold the same rows (the axis `model` goes across them) read the same
+    part.
 
     Raises:
-      ValueError: the rows of a process overlap with those of another without being the same; or the devices are those
-        of several processes which nothing has connected.
+      ValueError: the rows of a process overlap with those of another without being the same; or the
+        devices are those of several processes which nothing has connected.
     """
     if jax.process_count() > 1 and not _connected():
-        raise ValueError(f"the devices here are those of {jax.process_count()} processes: --distributed connects them")
+        raise ValueError(
+            f"the devices here are those of {jax.process_count()} processes: --distributed connects them"
+        )
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     held: dict[int, set[int]] = {}
     for device, (rows,) in sharding.batch_sharding(mesh).devices_indices_map((ways,)).items():
@@ -220,8 +239,8 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 class Termination:
     """Whether a SIGTERM to any of the processes asks the run to stop.
 
-    Several processes agree on the step in the background (JAX's preemption service: the one after the furthest that
-    any has come to); asking costs a look at a number.
+    Several processes agree on the step in the background (JAX's preemption service: the one after
+    the furthest that any has come to); asking costs a look at a number.
     """
 
     def __init__(self):
@@ -235,7 +254,8 @@ class Termination:
             return self._asked.is_set()
         from jax.experimental import multihost_utils
 
-        # Counted from 1, not from the step that a run is resumed at: a SIGTERM before the first call means call 1.
+        # Counted from 1, not from the step that a run is resumed at: a SIGTERM before the first
+        # call means call 1.
         self._calls += 1
         return multihost_utils.reached_preemption_sync_point(self._calls)
 
@@ -243,9 +263,10 @@ class Termination:
 class Watchdog:
     """Ends this process, and with it all, when it has made no progress for `seconds` (TrainConfig.step_timeout).
 
-    Progress is what calls `doing` (the run goes on to something else: the next batch, the next step) or `alive` (a
-    batch evaluated), and whatever JAX traces, lowers or compiles: one compilation may take as long as the limit. Time
-    in which this process itself is stopped, by Ctrl-Z say, is not counted.
+    Progress is what calls `doing` (the run goes on to something else: the next batch, the next
+    step) or `alive` (a batch evaluated), and whatever JAX traces, lowers or compiles: one
+    compilation may take as long as the limit. Time in which this process itself is stopped, by
+    Ctrl-Z say, is not counted.
     """
 
     _TICK = 1.0
@@ -298,10 +319,13 @@ def _connected() -> bool:
 
 def _connect(asked: Processes, program: str) -> threading.Thread:
     if multiprocessing.parent_process() is not None:
-        raise RuntimeError("the processes of a run are connected by its main process, not by a worker of it")
+        raise RuntimeError(
+            "the processes of a run are connected by its main process, not by a worker of it"
+        )
     if jax.distributed.is_initialized():
         raise RuntimeError("the processes of this run are connected already")
-    faulthandler.enable()  # JAX aborts a process that has lost the others: with the stacks of all threads
+    # JAX aborts a process that has lost the others: with the stacks of all threads
+    faulthandler.enable()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     where = asked.coordinator or "the coordinator of the cluster"
     patience = 3 * asked.timeout
@@ -328,7 +352,9 @@ def _connect(asked: Processes, program: str) -> threading.Thread:
                 f"--distributed found no processes of a TPU pod, Slurm or Open MPI ({_first_line(error)}): expected "
                 "one of these, or --coordinator, --num-processes and --process-id"
             ) from error
-        raise ValueError(f"the processes cannot be connected at {where}: {_first_line(error)}") from error
+        raise ValueError(
+            f"the processes cannot be connected at {where}: {_first_line(error)}"
+        ) from error
     finally:
         late.cancel()
     _joined.set()
@@ -356,7 +382,11 @@ def _watch_others(program: str) -> None:
                 failure = {"process": 0, "sentence": "it cannot be reached", "stacks": True}
                 break
     if failure is not None:
-        _end(program, f"process {failure['process']} has ended: {failure['sentence']}", stacks=failure["stacks"])
+        _end(
+            program,
+            f"process {failure['process']} has ended: {failure['sentence']}",
+            stacks=failure["stacks"],
+        )
 
 
 def _end(program: str, sentence: str, *, stacks: bool = False) -> NoReturn:
@@ -395,11 +425,17 @@ def _sentence(error: BaseException) -> str:
     """An error in one sentence; of one that is not to be expected, the traceback is printed."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, str) else f"it exits with {error.code}"
-    if os.environ.get("MAMMUT_TRACEBACK") or not isinstance(error, (*EXPECTED, jax.errors.JaxRuntimeError)):
+    if os.environ.get("MAMMUT_TRACEBACK") or not isinstance(
+        error, (*EXPECTED, jax.errors.JaxRuntimeError)
+    ):
         traceback.print_exception(error)
     if isinstance(error, jax.errors.JaxRuntimeError):
         return f"the processes cannot go on together, as when one of them is gone: {_first_line(error)}"
-    return str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {_first_line(error)}"
+    return (
+        str(error)
+        if isinstance(error, EXPECTED)
+        else f"{type(error).__name__}: {_first_line(error)}"
+    )
 
 
 def _first_line(error: BaseException) -> str:

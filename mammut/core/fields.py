@@ -1,8 +1,8 @@
 """Every setting of a model and of a run, as frozen dataclasses.
 
-`ModelConfig` is the architecture and travels with the weights; `TrainConfig` is one run and contains it. Named
-architectures are in `mammut.presets`, named runs in `configs/`. A dataclass refuses values that cannot work when it is
-built, in one sentence that names the field.
+`ModelConfig` is the architecture and travels with the weights; `TrainConfig` is one run and
+contains it. Named architectures are in `mammut.presets`, named runs in `configs/`. A dataclass
+refuses values that cannot work when it is built, in one sentence that names the field.
 """
 
 import dataclasses
@@ -20,26 +20,40 @@ def require(condition: bool, message: str) -> None:
 def require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(0 < value < math.inf, f"{type(config).__name__}.{name} is {value}, expected a positive number")
+        require(
+            0 < value < math.inf,
+            f"{type(config).__name__}.{name} is {value}, expected a positive number",
+        )
 
 
 def require_at_most(config: Any, limits: dict[str, int]) -> None:
-    # Past these no model is: a file that says so is damaged or a trap, and is refused before anything is allocated.
+    # Past these no model is: a file that says so is damaged or a trap, and is refused before
+    # anything is allocated.
     for name, limit in limits.items():
         value = getattr(config, name)
-        require(value <= limit, f"{type(config).__name__}.{name} is {value}, expected at most {limit}")
+        require(
+            value <= limit, f"{type(config).__name__}.{name} is {value}, expected at most {limit}"
+        )
 
 
 def require_share(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(0 <= value < 1, f"{type(config).__name__}.{name} is {value}, expected a number in [0, 1)")
+        require(
+            0 <= value < 1,
+            f"{type(config).__name__}.{name} is {value}, expected a number in [0, 1)",
+        )
 
 
 def require_choices(config: Any) -> None:
-    # Unchecked, a misspelt choice would silently be the last one: code asks for one value after the other, then "else".
+    # Unchecked, a misspelt choice would silently be the last one: code asks for one value after the
+    # other, then "else".
     for field in dataclasses.fields(config):
-        kinds = get_args(field.type) if get_origin(field.type) in (Union, types.UnionType) else (field.type,)
+        kinds = (
+            get_args(field.type)
+            if get_origin(field.type) in (Union, types.UnionType)
+            else (field.type,)
+        )
         for kind in kinds:
             if get_origin(kind) is Literal:
                 value, choices = getattr(config, field.name), get_args(kind)
@@ -54,7 +68,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], free: set[str], prefix: str = "") -> list[str]:
+def differences(
+    old: dict[str, Any], new: dict[str, Any], free: set[str], prefix: str = ""
+) -> list[str]:
     """The fields of a config as `to_dict` gives it that are not what they were, but for those in `free`, in words."""
     changed = []
     for name, value in new.items():
@@ -72,10 +88,13 @@ def from_dict(cls: type, values: Any, where: str = "config"):
     """Builds the dataclass `cls` from plain JSON values; `where` names their file in errors.
 
     Raises:
-      ValueError: `values` is not an object, or has a field that `cls` does not have. A missing field takes its default.
+      ValueError: `values` is not an object, or has a field that `cls` does not have. A missing
+        field takes its default.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{where} holds {type(values).__name__}, expected an object with the fields of {cls.__name__}")
+        raise ValueError(
+            f"{where} holds {type(values).__name__}, expected an object with the fields of {cls.__name__}"
+        )
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"{where} has {', '.join(unknown)}, which {cls.__name__} does not know")
@@ -88,7 +107,9 @@ def from_dict(cls: type, values: Any, where: str = "config"):
             value = [from_dict(get_args(kind)[0], item, f"{where}: {name}") for item in value]
         elif not _fits(value, kind):
             expected = kind.__name__ if isinstance(kind, type) else str(kind)
-            raise ValueError(f"{where} has {name} {value!r}, expected {expected} for {cls.__name__}.{name}")
+            raise ValueError(
+                f"{where} has {name} {value!r}, expected {expected} for {cls.__name__}.{name}"
+            )
         built[name] = _as_tuples(value)
     return cls(**built)
 
@@ -99,7 +120,10 @@ def _dataclass_for(value: Any, kind: Any) -> Any:
     if not options or not all(map(dataclasses.is_dataclass, options)):
         return kind
     names = set(value) if isinstance(value, dict) else set()
-    return max(options, key=lambda option: len(names & {field.name for field in dataclasses.fields(option)}))
+    return max(
+        options,
+        key=lambda option: len(names & {field.name for field in dataclasses.fields(option)}),
+    )
 
 
 def _is_list_of(kind: Any, what: Callable[[Any], bool] = lambda item: True) -> bool:
@@ -119,10 +143,16 @@ def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(kind))
     if _is_list_of(kind):
-        return isinstance(value, list | tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
+        return isinstance(value, list | tuple) and all(
+            _fits(item, get_args(kind)[0]) for item in value
+        )
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
-        return isinstance(value, list | tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(kinds)
+            and all(map(_fits, value, kinds))
+        )
     if kind is float:
         return isinstance(value, float) or type(value) is int and abs(value) < 2**53
     return type(value) is kind

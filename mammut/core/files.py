@@ -17,7 +17,8 @@ _MAX_CONFIG = 4_000_000  # bytes
 def make_manifest(folder: pathlib.Path, files: list[pathlib.Path]) -> dict[str, Any]:
     """`bytes` and `sha256` of each of `files`, by its path within `folder`."""
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files
     }
 
 
@@ -27,7 +28,10 @@ def check_manifest(folder: pathlib.Path, manifest: pathlib.Path) -> list[str]:
     try:
         for name, entry in read_json_object(manifest, MAX_HEADER).items():
             path, size, sha256 = folder / name, entry["bytes"], entry["sha256"]
-            if pathlib.PurePosixPath(name).is_absolute() or ".." in pathlib.PurePosixPath(name).parts:
+            if (
+                pathlib.PurePosixPath(name).is_absolute()
+                or ".." in pathlib.PurePosixPath(name).parts
+            ):
                 problems.append(f"{manifest} lists {name}, which is not in {folder}")
             elif not path.is_file():
                 problems.append(f"{name} is missing")
@@ -37,7 +41,8 @@ def check_manifest(folder: pathlib.Path, manifest: pathlib.Path) -> list[str]:
                 problems.append(f"{name} does not have the SHA-256 of its manifest")
     except CheckpointError as error:
         return [str(error)]
-    except (KeyError, TypeError, ValueError, OSError):  # another structure, or a name that can be no file's
+    # another structure, or a name that can be no file's
+    except (KeyError, TypeError, ValueError, OSError):
         return [f"{manifest} does not give the bytes and sha256 of every file"]
     return problems
 
@@ -53,8 +58,8 @@ def read_json_object(path: pathlib.Path, max_bytes: int = _MAX_CONFIG) -> dict[s
     """The object in a JSON file that a stranger may have written.
 
     Raises:
-      CheckpointError: the file is missing, no regular file or larger than `max_bytes`; or it holds something else, a
-        key twice, or NaN or Infinity.
+      CheckpointError: the file is missing, no regular file or larger than `max_bytes`; or it holds
+        something else, a key twice, or NaN or Infinity.
     """
     file = MappedFile(path)
     if file.size > max_bytes:
@@ -63,11 +68,13 @@ def read_json_object(path: pathlib.Path, max_bytes: int = _MAX_CONFIG) -> dict[s
 
 
 @contextlib.contextmanager
-def replacing(folder: pathlib.Path, last: str, stale: Collection[str] = ()) -> Iterator[pathlib.Path]:
+def replacing(
+    folder: pathlib.Path, last: str, stale: Collection[str] = ()
+) -> Iterator[pathlib.Path]:
     """A folder to write files to, whose files take the places of those in `folder` at the end.
 
-    Only then does `folder` change: its file `last` is removed first and put there last, so that a folder that has it is
-    complete; of the files `stale`, those not written are removed.
+    Only then does `folder` change: its file `last` is removed first and put there last, so that a
+    folder that has it is complete; of the files `stale`, those not written are removed.
     """
     new = folder / ".partial"
     shutil.rmtree(new, ignore_errors=True)  # of one that was killed

@@ -1,7 +1,8 @@
 """Files of tensors, mapped: what every format has in common once its header is understood.
 
-A file is mapped whole and read through views, so nothing is loaded before it is asked for, and what was read last is
-let go of at the next read: resident memory stays near the largest tensor, however large the file.
+A file is mapped whole and read through views, so nothing is loaded before it is asked for, and what
+was read last is let go of at the next read: resident memory stays near the largest tensor, however
+large the file.
 """
 
 import collections
@@ -21,7 +22,8 @@ import numpy as np
 MAX_TENSORS = 100_000
 MAX_HEADER = 100_000_000  # bytes
 _MAX_JSON_VALUES = 32 * MAX_TENSORS  # a tensor's entry has about a dozen
-_MAX_BYTES = 2**48  # of one tensor: beyond every file, within every integer NumPy computes strides in
+# of one tensor: beyond every file, within every integer NumPy computes strides in
+_MAX_BYTES = 2**48
 _MAX_AXES = 32
 
 
@@ -56,9 +58,12 @@ def tensor_spec(where: str, shape: Sequence[Any], dtype: np.dtype) -> TensorSpec
     Raises:
       CheckpointError: no array can have it.
     """
-    # The values are not shown: an integer of a million digits, or a list that holds itself, is what may be here.
+    # The values are not shown: an integer of a million digits, or a list that holds itself, is what
+    # may be here.
     if len(shape) > _MAX_AXES or not all(type(size) is int and size >= 0 for size in shape):
-        raise CheckpointError(f"{where} has no shape of at most {_MAX_AXES} axes, none of them negative")
+        raise CheckpointError(
+            f"{where} has no shape of at most {_MAX_AXES} axes, none of them negative"
+        )
     if math.prod(max(size, 1) for size in shape) * dtype.itemsize > _MAX_BYTES:
         raise CheckpointError(f"{where} is said to take more than {_MAX_BYTES} bytes")
     return TensorSpec(tuple(shape), dtype)
@@ -104,7 +109,8 @@ class MappedFile:
         self._resident = (0, 0)
         try:
             status = path.stat()
-            if not stat.S_ISREG(status.st_mode):  # asked before opening: a pipe without a writer would wait forever
+            # asked before opening: a pipe without a writer would wait forever
+            if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path} is a folder, a pipe or a device, expected a file")
             if status.st_size == 0:
                 raise CheckpointError(f"{path} is empty")
@@ -158,11 +164,13 @@ def json_object(raw: bytes, where: str) -> dict[str, Any]:
     """The JSON object that a stranger wrote.
 
     Raises:
-      CheckpointError: it is none, names a key twice, holds NaN or Infinity, or would take far more memory than a list
-        of tensors does.
+      CheckpointError: it is none, names a key twice, holds NaN or Infinity, or would take far more
+        memory than a list of tensors does.
     """
     if len(raw) > MAX_HEADER or sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
-        raise CheckpointError(f"{where} has more than {MAX_HEADER} bytes or {_MAX_JSON_VALUES} values")
+        raise CheckpointError(
+            f"{where} has more than {MAX_HEADER} bytes or {_MAX_JSON_VALUES} values"
+        )
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_distinct, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON, or nested without end

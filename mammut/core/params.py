@@ -1,8 +1,9 @@
 """Which parameters of a model are trained: by patterns of their paths, such as `adapters.*` or `vision.*`.
 
-The parameters are two trees, the trained and the frozen. Gradients are taken of the one and the optimizer knows no
-other: masking the updates of a single tree is where frozen weights come to move (`optax.masked` hands on the raw
-gradients of what it leaves out, and weight decay needs no gradient at all).
+The parameters are two trees, the trained and the frozen. Gradients are taken of the one and the
+optimizer knows no other: masking the updates of a single tree is where frozen weights come to move
+(`optax.masked` hands on the raw gradients of what it leaves out, and weight decay needs no gradient
+at all).
 """
 
 import fnmatch
@@ -13,7 +14,8 @@ import jax
 
 Params = Any  # nested dict of arrays
 
-# What a batch norm has seen in its own training: it has no gradient worth the name, and no optimizer may decay it.
+# What a batch norm has seen in its own training: it has no gradient worth the name, and no
+# optimizer may decay it.
 STATISTICS = ("mean", "variance")
 
 
@@ -43,7 +45,9 @@ def trained_names(names: Collection[str], patterns: Iterable[str]) -> frozenset[
             )
         trained.update(fitting)
     if not trained:
-        raise ValueError(f"trainable is empty, so nothing would be trained: expected patterns of {_some(able)}")
+        raise ValueError(
+            f"trainable is empty, so nothing would be trained: expected patterns of {_some(able)}"
+        )
     return frozenset(trained)
 
 

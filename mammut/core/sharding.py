@@ -1,8 +1,9 @@
 """The mesh and the one table that maps logical axes to mesh axes.
 
-Layers name the logical axes of their parameters and activations; only this file knows which mesh axis each becomes. The
-mesh has `AxisType.Auto` axes: the compiler places everything that is not constrained here. (With `Explicit` axes
-shardings are part of array types, and an embedding gather needs one of its own.)
+Layers name the logical axes of their parameters and activations; only this file knows which mesh
+axis each becomes. The mesh has `AxisType.Auto` axes: the compiler places everything that is not
+constrained here. (With `Explicit` axes shardings are part of array types, and an embedding gather
+needs one of its own.)
 """
 
 import dataclasses
@@ -16,8 +17,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "model")
 
-# Logical axis -> mesh axes. A mesh axis is used once per array, from the left: in an activation [batch, text, embed]
-# the batch takes `fsdp`, so `embed` stays whole; in a kernel [embed, mlp] there is no batch, and `embed` is split.
+# Logical axis -> mesh axes. A mesh axis is used once per array, from the left: in an activation
+# [batch, text, embed] the batch takes `fsdp`, so `embed` stays whole; in a kernel [embed, mlp]
+# there is no batch, and `embed` is split.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
@@ -31,7 +33,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_size": (),
     "rank": (),
 }
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +51,18 @@ class MeshConfig:
             sizes = tuple(num_devices // known if size == -1 else size for size in sizes)
         if min(sizes) < 1 or math.prod(sizes) != num_devices:
             given = " x ".join(map(str, dataclasses.astuple(self)))
-            raise ValueError(f"mesh.data x fsdp x model is {given}, expected a product of {num_devices} devices")
+            raise ValueError(
+                f"mesh.data x fsdp x model is {given}, expected a product of {num_devices} devices"
+            )
         return sizes
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """A `data` x `fsdp` x `model` mesh over `devices` (default: all).
 
-    Within a TPU slice, neighbours along a mesh axis are neighbours in the torus. Across slices (or GPU boxes), whose
-    network is far slower, goes `data` first, which communicates once a step; then `fsdp`, then `model`.
+    Within a TPU slice, neighbours along a mesh axis are neighbours in the torus. Across slices (or
+    GPU boxes), whose network is far slower, goes `data` first, which communicates once a step; then
+    `fsdp`, then `model`.
 
     Raises:
       ValueError: the sizes in `config` do not multiply to the number of devices.
@@ -72,13 +76,17 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         left //= across[-1]
     if slices > 1:
         within = [size // count for size, count in zip(sizes, across, strict=True)]
-        arranged = create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+        arranged = create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
     else:
         arranged = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+def partition_spec(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any
+) -> PartitionSpec:
     """The spec of an array with logical `axes`; a dimension that a mesh axis does not divide stays whole."""
     used: set[str] = set()
     entries = []
@@ -121,8 +129,8 @@ def param_shardings(abstract_params: Any, axes: dict[tuple[str, ...], tuple], me
 def state_shardings(abstract_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings for a train state: what mirrors a parameter (Adam's moments) is placed as it is, the rest replicated.
 
-    A leaf mirrors a parameter when its path ends with the parameter's and the shapes agree; Adafactor's factored
-    moments do not, and are small.
+    A leaf mirrors a parameter when its path ends with the parameter's and the shapes agree;
+    Adafactor's factored moments do not, and are small.
     """
     by_path = {
         tuple(entry.key for entry in path): (leaf.shape, sharding)
@@ -150,7 +158,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def device_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's part of a batch [b, ...] -> the global batch [B, ...] on the mesh."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+    }
 
 
 def replicated_batch(x: np.ndarray, mesh: Mesh) -> jax.Array:
@@ -162,7 +173,9 @@ def require_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
     """Raises ValueError, naming `field`, when `batch_size` does not split evenly over the mesh."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % ways:
-        raise ValueError(f"{field} {batch_size} does not divide over the {ways} devices of mesh.data x mesh.fsdp")
+        raise ValueError(
+            f"{field} {batch_size} does not divide over the {ways} devices of mesh.data x mesh.fsdp"
+        )
 
 
 def placement_report(params: Any, shardings: Any) -> str:
@@ -182,5 +195,7 @@ def placement_report(params: Any, shardings: Any) -> str:
     lines = [f"{'parameters':<28}{'count':>14}{'MB':>10}{'MB/device':>11}  split over"]
     rows["total"] = [sum(row[i] for row in rows.values()) for i in range(3)] + [set()]
     for module, (count, size, local, specs) in rows.items():
-        lines.append(f"{module:<28}{count:>14,}{size / 1e6:>10.1f}{local / 1e6:>11.1f}  {', '.join(sorted(specs))}")
+        lines.append(
+            f"{module:<28}{count:>14,}{size / 1e6:>10.1f}{local / 1e6:>11.1f}  {', '.join(sorted(specs))}"
+        )
     return "\n".join(lines)

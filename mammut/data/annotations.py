@@ -1,8 +1,8 @@
 """The files of captioning, retrieval and visual question answering benchmarks, read as they are downloaded.
 
-Each reader returns the set as records: the objects that its lines would hold if it were stored as JSON lines, so
-`{"file", "captions"}` or `{"file", "qa"}` with files relative to the folder of the images. The texts themselves are
-left to `mammut.data.sources` to check, as those of JSON lines are.
+Each reader returns the set as records: the objects that its lines would hold if it were stored as
+JSON lines, so `{"file", "captions"}` or `{"file", "qa"}` with files relative to the folder of the
+images. The texts themselves are left to `mammut.data.sources` to check, as those of JSON lines are.
 """
 
 import json
@@ -15,7 +15,8 @@ from typing import Any
 
 from mammut.data.config import Field
 
-FORMS: dict[str, tuple[Field, str]] = {  # the field on offer, and what follows the kind and a colon in a spec
+# the field on offer, and what follows the kind and a colon in a spec
+FORMS: dict[str, tuple[Field, str]] = {
     "coco": ("captions", "ANNOTATIONS.json,IMAGES"),
     "karpathy": ("captions", "DATASET.json,IMAGES,SPLIT"),
     "vqav2": ("qa", "QUESTIONS.json,ANNOTATIONS.json,IMAGES"),
@@ -25,10 +26,12 @@ FORMS: dict[str, tuple[Field, str]] = {  # the field on offer, and what follows 
 def read(kind: str, form: str) -> tuple[pathlib.Path, pathlib.Path, list[dict[str, Any]]]:
     """Reads a benchmark as a spec names it: its first file, the folder of its images, and its records.
 
-    Parts end at commas, so no path can have one; `~` is the home folder. ANNOTATIONS.json may be empty in vqav2.
+    Parts end at commas, so no path can have one; `~` is the home folder. ANNOTATIONS.json may be
+    empty in vqav2.
 
     Raises:
-      ValueError: `form` is not what `FORMS` says, IMAGES is not a folder, or a file is not as its reader expects it.
+      ValueError: `form` is not what `FORMS` says, IMAGES is not a folder, or a file is not as its
+        reader expects it.
     """
     match (kind, *form.split(",")):
         case "coco", file, images if file and images:
@@ -36,7 +39,9 @@ def read(kind: str, form: str) -> tuple[pathlib.Path, pathlib.Path, list[dict[st
         case "karpathy", file, images, split if file and images and split:
             records = read_karpathy(_path(file), split)
         case "vqav2", file, annotations, images if file and images:
-            records = read_vqav2(_path(file), _path(annotations) if annotations else None, _folder(images))
+            records = read_vqav2(
+                _path(file), _path(annotations) if annotations else None, _folder(images)
+            )
         case _:
             raise ValueError(f"{form!r} is not {FORMS[kind][1]}, with no comma in a path")
     return _path(file), _folder(images), records
@@ -48,19 +53,24 @@ def read_coco(annotations: pathlib.Path) -> list[dict[str, Any]]:
     Format: "Data format" at cocodataset.org.
 
     Raises:
-      ValueError: the file is missing or not of that format, an image is in it twice or a caption is of none of them.
+      ValueError: the file is missing or not of that format, an image is in it twice or a caption is
+        of none of them.
     """
     content = _read_json(annotations)
     records = {}
     for where, image in _objects(content, "images", annotations):
         identity = _get(image, "id", _ID, where)
         if identity in records:
-            raise ValueError(f"{where} has the id {identity!r} of an image before it, expected each image once")
+            raise ValueError(
+                f"{where} has the id {identity!r} of an image before it, expected each image once"
+            )
         records[identity] = {"file": _get(image, "file_name", str, where), "captions": []}
     for where, annotation in _objects(content, "annotations", annotations):
         identity = _get(annotation, "image_id", _ID, where)
         if identity not in records:
-            raise ValueError(f'{where} has the image_id {identity!r}, expected the id of one of the "images"')
+            raise ValueError(
+                f'{where} has the image_id {identity!r}, expected the id of one of the "images"'
+            )
         records[identity]["captions"].append(_get(annotation, "caption", str, where))
     return list(records.values())
 
@@ -68,12 +78,14 @@ def read_coco(annotations: pathlib.Path) -> list[dict[str, Any]]:
 def read_karpathy(dataset: pathlib.Path, split: str) -> list[dict[str, Any]]:
     """The images of one of Karpathy's splits (`dataset_coco.json`, `dataset_flickr30k.json`) with their captions.
 
-    "test" has the 5,000 images of COCO, or the 1,000 of Flickr30k, that retrieval and captioning results are quoted on;
-    the training images of COCO are in two splits, "train" and "restval". An image is in the folder that its "filepath"
-    names, where it has one. Source: Karpathy and Fei-Fei, arXiv:1412.2306.
+    "test" has the 5,000 images of COCO, or the 1,000 of Flickr30k, that retrieval and captioning
+    results are quoted on; the training images of COCO are in two splits, "train" and "restval". An
+    image is in the folder that its "filepath" names, where it has one. Source: Karpathy and
+    Fei-Fei, arXiv:1412.2306.
 
     Raises:
-      ValueError: the file is missing or not of that format, has no such split, or an image of it twice.
+      ValueError: the file is missing or not of that format, has no such split, or an image of it
+        twice.
     """
     records, splits = {}, set()
     for where, image in _objects(_read_json(dataset), "images", dataset):
@@ -84,25 +96,35 @@ def read_karpathy(dataset: pathlib.Path, split: str) -> list[dict[str, Any]]:
         if "filepath" in image:
             file = f"{_get(image, 'filepath', str, where)}/{file}"
         if file in records:
-            raise ValueError(f"{where} is {file}, like an image before it, expected each image once")
+            raise ValueError(
+                f"{where} is {file}, like an image before it, expected each image once"
+            )
         sentences = _objects(image, "sentences", where)
-        records[file] = {"file": file, "captions": [_get(sentence, "raw", str, at) for at, sentence in sentences]}
+        records[file] = {
+            "file": file,
+            "captions": [_get(sentence, "raw", str, at) for at, sentence in sentences],
+        }
     if split not in splits:
-        raise ValueError(f"{dataset} has no split {split!r}, expected one of {', '.join(sorted(splits))}")
+        raise ValueError(
+            f"{dataset} has no split {split!r}, expected one of {', '.join(sorted(splits))}"
+        )
     return list(records.values())
 
 
-def read_vqav2(questions: pathlib.Path, annotations: pathlib.Path | None, images: pathlib.Path) -> list[dict[str, Any]]:
+def read_vqav2(
+    questions: pathlib.Path, annotations: pathlib.Path | None, images: pathlib.Path
+) -> list[dict[str, Any]]:
     """The images that a VQA v2 questions file asks about, in the order of its questions, with questions and answers.
 
-    A record is `{"file", "qa": [{"question", "question_id", "answers", "answer_type", "question_type"}]}`, of which a
-    test set, without `annotations`, has the question and its id. Pictures are named as in COCO 2014, by
-    `COCO_val2014_` and twelve digits, or as in 2017, by the digits alone, where the folder `images` has them so;
-    test-dev asks about pictures of test2015. Format: visualqa.org/vqa_v1_download.html, "Input Questions Format".
+    A record is `{"file", "qa": [{"question", "question_id", "answers", "answer_type",
+    "question_type"}]}`, of which a test set, without `annotations`, has the question and its id.
+    Pictures are named as in COCO 2014, by `COCO_val2014_` and twelve digits, or as in 2017, by the
+    digits alone, where the folder `images` has them so; test-dev asks about pictures of test2015.
+    Format: visualqa.org/vqa_v1_download.html, "Input Questions Format".
 
     Raises:
-      ValueError: a file is missing or not of that format, an id is there twice, or questions and annotations are not
-        of each other.
+      ValueError: a file is missing or not of that format, an id is there twice, or questions and
+        annotations are not of each other.
     """
     content = _read_json(questions)
     subset = re.sub(r"^test-[a-z]+", "test", _get(content, "data_subtype", str, questions))
@@ -110,9 +132,14 @@ def read_vqav2(questions: pathlib.Path, annotations: pathlib.Path | None, images
     for where, question in _objects(content, "questions", questions):
         identity = _get(question, "question_id", _ID, where)
         if identity in asked:
-            raise ValueError(f"{where} has the question_id {identity!r} of a question before it, expected each once")
+            raise ValueError(
+                f"{where} has the question_id {identity!r} of a question before it, expected each once"
+            )
         image_of[identity] = _get(question, "image_id", int, where)
-        asked[identity] = {"question": _get(question, "question", str, where), "question_id": identity}
+        asked[identity] = {
+            "question": _get(question, "question", str, where),
+            "question_id": identity,
+        }
     if annotations is not None:
         _add_answers(asked, image_of, annotations)
 
@@ -121,7 +148,10 @@ def read_vqav2(questions: pathlib.Path, annotations: pathlib.Path | None, images
     for identity, image in image_of.items():
         if image not in records:
             short, long = f"{image:012d}.jpg", f"COCO_{subset}_{image:012d}.jpg"
-            records[image] = {"file": short if short in names and long not in names else long, "qa": []}
+            records[image] = {
+                "file": short if short in names and long not in names else long,
+                "qa": [],
+            }
         records[image]["qa"].append(asked[identity])
     return list(records.values())
 
@@ -136,26 +166,39 @@ def _folder(text: str) -> pathlib.Path:
     return _path(text)
 
 
-def _add_answers(asked: dict[Any, dict[str, Any]], image_of: dict[Any, int], annotations: pathlib.Path) -> None:
+def _add_answers(
+    asked: dict[Any, dict[str, Any]], image_of: dict[Any, int], annotations: pathlib.Path
+) -> None:
     """Adds what a VQA v2 annotations file says to the questions, given by id."""
     content = _read_json(annotations, _answer_alone)
     for where, annotation in _objects(content, "annotations", annotations):
         identity = _get(annotation, "question_id", _ID, where)
         if identity not in asked:
-            raise ValueError(f"{where} has the question_id {identity!r}, expected one of the questions file")
+            raise ValueError(
+                f"{where} has the question_id {identity!r}, expected one of the questions file"
+            )
         if "answers" in asked[identity]:
-            raise ValueError(f"{where} has the question_id {identity!r} of one before it, expected each once")
+            raise ValueError(
+                f"{where} has the question_id {identity!r} of one before it, expected each once"
+            )
         image = _get(annotation, "image_id", int, where)
         if image != image_of[identity]:
-            raise ValueError(f"{where} has the image_id {image}, expected {image_of[identity]} as its question has")
+            raise ValueError(
+                f"{where} has the image_id {image}, expected {image_of[identity]} as its question has"
+            )
         answers = _get(annotation, "answers", list, where)
         if not all(isinstance(answer, str) for answer in answers):
             raise ValueError(f'{where} has one of the "answers" without "answer", a text')
-        types = {name: sys.intern(_get(annotation, name, str, where)) for name in ("answer_type", "question_type")}
+        types = {
+            name: sys.intern(_get(annotation, name, str, where))
+            for name in ("answer_type", "question_type")
+        }
         asked[identity] |= {"answers": answers} | types
     missing = [identity for identity, question in asked.items() if "answers" not in question]
     if missing:
-        raise ValueError(f"{annotations} has no annotation of {len(missing)} of the questions, such as {missing[0]!r}")
+        raise ValueError(
+            f"{annotations} has no annotation of {len(missing)} of the questions, such as {missing[0]!r}"
+        )
 
 
 def _answer_alone(value: dict[str, Any]) -> Any:
@@ -168,7 +211,9 @@ _ID = (int, str)
 _KINDS = {str: "a text", int: "a whole number", _ID: "a whole number or a text", list: "a list"}
 
 
-def _read_json(path: pathlib.Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
+def _read_json(
+    path: pathlib.Path, object_hook: Callable[[dict[str, Any]], Any] | None = None
+) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8-sig"), object_hook=object_hook)
     except OSError as error:

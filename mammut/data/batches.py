@@ -1,7 +1,8 @@
 """From a source to batches: every example read by index, shuffled anew each epoch, split by process, resumable.
 
-`TrainBatches` draws endless training batches from a source, `eval_batches` passes over it once, `prefetch` moves
-batches to the device ahead of the step, `measure_reading` times them. Batches are NumPy arrays of this process' share.
+`TrainBatches` draws endless training batches from a source, `eval_batches` passes over it once,
+`prefetch` moves batches to the device ahead of the step, `measure_reading` times them. Batches are
+NumPy arrays of this process' share.
 """
 
 import collections
@@ -47,15 +48,17 @@ class _Read:
 class TrainBatches:
     """Endless training batches of this process' share: `image`, `tokens`, `text_valid` and `target` in a dict.
 
-    Every epoch visits all examples once in a new order; each visit draws one of the captions, or of the questions and
-    answers, and, where the config asks for them, a crop and a flip. All of that depends only on the seed and on the
-    position in the run, so a run continues bit for bit from `state()`, with another number of threads or processes too.
-    In place of an example that cannot be used another is drawn at random, so batches stay full and all processes stay
-    at the same position.
+    Every epoch visits all examples once in a new order; each visit draws one of the captions, or of
+    the questions and answers, and, where the config asks for them, a crop and a flip. All of that
+    depends only on the seed and on the position in the run, so a run continues bit for bit from
+    `state()`, with another number of threads or processes too. In place of an example that cannot
+    be used another is drawn at random, so batches stay full and all processes stay at the same
+    position.
 
-    However many processes there are, batch k of all of them together has the same examples, drawn alike. Their order
-    in it differs where the processes' shares are put one after the other, as `jax.make_array_from_process_local_data`
-    does; the losses, sums over a batch, do not depend on it.
+    However many processes there are, batch k of all of them together has the same examples, drawn
+    alike. Their order in it differs where the processes' shares are put one after the other, as
+    `jax.make_array_from_process_local_data` does; the losses, sums over a batch, do not depend on
+    it.
 
     A text to be said follows `config.prompt`, with its question in place of the {}.
 
@@ -69,17 +72,19 @@ class TrainBatches:
       config: The fields from `batch_size` to `max_bad_share` are used.
       seed: Of the order, captions, crops and flips.
       process_index: This process, of `process_count`.
-      process_count: Processes that share each batch; row i of the whole batch goes to process i % process_count.
-      low_image_size: Pixels of the images of the first `low_steps` batches of the run, drawn alike, before those of
-        the processor's size.
+      process_count: Processes that share each batch; row i of the whole batch goes to process i %
+        process_count.
+      low_image_size: Pixels of the images of the first `low_steps` batches of the run, drawn alike,
+        before those of the processor's size.
       low_steps: 0 for none.
       images: False: no image is opened, and a batch has none.
       state: What `state()` returned; the batches then go on from there.
 
     Raises:
-      ValueError: the set is smaller than a batch, the batch is not a multiple of `process_count`, `low_steps` comes
-        without `low_image_size`, or `state` belongs to another set or seed.
-      TooManyBadExamples: when iterating, more than `config.max_bad_share` of the examples could not be used.
+      ValueError: the set is smaller than a batch, the batch is not a multiple of `process_count`,
+        `low_steps` comes without `low_image_size`, or `state` belongs to another set or seed.
+      TooManyBadExamples: when iterating, more than `config.max_bad_share` of the examples could not
+        be used.
     """
 
     def __init__(
@@ -104,12 +109,19 @@ class TrainBatches:
                 f"{source.spec!r} has {len(source)} examples, expected at least data.batch_size {config.batch_size}"
             )
         if low_steps and low_image_size is None:
-            raise ValueError(f"low_steps is {low_steps} and low_image_size None, expected the size of those images")
+            raise ValueError(
+                f"low_steps is {low_steps} and low_image_size None, expected the size of those images"
+            )
         if processor.room(config.prompt_of("")) < 1:
             raise ValueError(
                 f"data.prompt is {config.prompt!r}, which leaves no room in a text of {processor.max_length} tokens"
             )
-        self._source, self._processor, self._config, self._images = source, processor, config, images
+        self._source, self._processor, self._config, self._images = (
+            source,
+            processor,
+            config,
+            images,
+        )
         self._low_image_size, self._low_end = low_image_size, low_steps * config.batch_size
         start = {"examples": len(source), "seed": seed, "position": 0, "read": 0, "bad": {}}
         self._state = start if state is None else state
@@ -137,7 +149,10 @@ class TrainBatches:
 
     def time_stages(self, examples: int = 200) -> dict[str, float]:
         """Milliseconds for each stage of a random example, in this thread alone: see `measure_reading`."""
-        rng, stages = np.random.default_rng(0), collections.Counter(record_ms=0.0, image_ms=0.0, text_ms=0.0)
+        rng, stages = (
+            np.random.default_rng(0),
+            collections.Counter(record_ms=0.0, image_ms=0.0, text_ms=0.0),
+        )
         for index in rng.integers(len(self._source), size=examples):
             times = [time.perf_counter()]
             with contextlib.suppress(BadExample, BadImage):
@@ -157,7 +172,8 @@ class TrainBatches:
         self._low = self._position < self._low_end
         if self._low:
             transform = dataclasses.replace(transform, image_size=self._low_image_size)
-        # Randomness before the slice: it belongs to the position in the run, whichever process reads it.
+        # Randomness before the slice: it belongs to the position in the run, whichever process
+        # reads it.
         drawn = self._order.random_map(functools.partial(self._load, transform))
         mine = drawn[self._position + self._process_index :: self._process_count]
         return iter(mine.to_iter_dataset(self._options))
@@ -176,10 +192,16 @@ class TrainBatches:
             self._check_share(stop=read.example is None)
             reads.append(read)
         self._position += self._rows * self._process_count
-        self._state = self._state | {"position": self._position, "read": self._read, "bad": self.bad_counts}
+        self._state = self._state | {
+            "position": self._position,
+            "read": self._read,
+            "bad": self.bad_counts,
+        }
         tokens, text_valid, target = self._processor.encode_pairs([read.pair for read in reads])
         texts = {"tokens": tokens, "text_valid": text_valid, "target": target}
-        return {"image": np.stack([read.image for read in reads]), **texts} if self._images else texts
+        return (
+            {"image": np.stack([read.image for read in reads]), **texts} if self._images else texts
+        )
 
     def state(self) -> dict[str, Any]:
         """The position after the batches handed out so far, as JSON values."""
@@ -221,7 +243,9 @@ class TrainBatches:
         question, text = pairs[rng.integers(len(pairs))]
         prompt = self._config.prompt_of(question)
         # A caption that is too long is cut; half an answer would be learnt as a whole one.
-        if question and len(self._processor.encode_after(prompt, text)) > self._processor.room(prompt):
+        if question and len(self._processor.encode_after(prompt, text)) > self._processor.room(
+            prompt
+        ):
             longest = self._processor.max_length
             raise BadExample(
                 f"{example.key}: {prompt!r} with {text!r} has more than the {longest} tokens of a text",
@@ -229,7 +253,9 @@ class TrainBatches:
             )
         return prompt, text
 
-    def _view(self, transform: ImageTransform, example: Example, rng: np.random.Generator) -> np.ndarray | None:
+    def _view(
+        self, transform: ImageTransform, example: Example, rng: np.random.Generator
+    ) -> np.ndarray | None:
         config = self._config
         if not self._images:
             return None
@@ -238,7 +264,9 @@ class TrainBatches:
         if config.crop_scale == (1, 1):
             image = transform(example.image)
         else:
-            image = transform.random_resized_crop(example.image, rng, config.crop_scale, config.crop_ratio)
+            image = transform.random_resized_crop(
+                example.image, rng, config.crop_scale, config.crop_ratio
+            )
         return image[:, ::-1] if config.horizontal_flip and rng.random() < 0.5 else image
 
     def _check_share(self, stop: bool) -> None:
@@ -255,16 +283,18 @@ def prefetch(
 ) -> Iterator[tuple[Any, dict[str, Any], float]]:
     """Reads and transfers up to `size` batches ahead in a thread of its own.
 
-    Yields `(transfer(batch), state, wait)`: the state after exactly this batch, not after those read ahead, and the
-    seconds the caller had to wait for it. Whatever the thread raises is raised here. A caller that waits for 30 seconds
-    is told so by a warning that names the source, and again after every 30 seconds more.
+    Yields `(transfer(batch), state, wait)`: the state after exactly this batch, not after those
+    read ahead, and the seconds the caller had to wait for it. Whatever the thread raises is raised
+    here. A caller that waits for 30 seconds is told so by a warning that names the source, and
+    again after every 30 seconds more.
     """
 
     def load() -> tuple[Any, dict[str, Any]]:
         batch = next(batches)
         return transfer(batch), batches.state()
 
-    # A pool of one, because its tasks end by themselves: no thread can be left waiting for a consumer that has gone.
+    # A pool of one, because its tasks end by themselves: no thread can be left waiting for a
+    # consumer that has gone.
     pool = futures.ThreadPoolExecutor(1, thread_name_prefix="mammut-prefetch")
     try:
         ahead = collections.deque(pool.submit(load) for _ in range(size))
@@ -272,7 +302,11 @@ def prefetch(
             start, first = time.perf_counter(), ahead.popleft()
             while not futures.wait([first], _STALLED).done:
                 waited = time.perf_counter() - start
-                _log.warning("no batch from %r for %.0f s: its disk or network may be stuck", batches.spec, waited)
+                _log.warning(
+                    "no batch from %r for %.0f s: its disk or network may be stuck",
+                    batches.spec,
+                    waited,
+                )
             batch, state = first.result()
             wait = time.perf_counter() - start
             ahead.append(pool.submit(load))
@@ -285,7 +319,8 @@ def prefetch(
 class EvalBatch:
     """A batch of one pass over a set, this process' share; rows that are not an example are zero.
 
-    A row is not an example where the last batch is padded or the example could not be used; `bad` counts the latter.
+    A row is not an example where the last batch is padded or the example could not be used; `bad`
+    counts the latter.
     """
 
     image: UInt8[np.ndarray, "b height width 3"]
@@ -308,8 +343,8 @@ def eval_batches(
 ) -> Iterator[EvalBatch]:
     """Passes once over the first `limit` examples in order, without randomness, in batches of one shape.
 
-    Process p holds rows [p * b, (p + 1) * b) of every batch, b = batch_size // process_count, and all processes get
-    the same number of batches. With `blind` every image is black.
+    Process p holds rows [p * b, (p + 1) * b) of every batch, b = batch_size // process_count, and
+    all processes get the same number of batches. With `blind` every image is black.
 
     Raises:
       ValueError: at the call, `batch_size` is not a multiple of `process_count`.
@@ -336,7 +371,9 @@ def eval_batches(
         import grain
 
         places = grain.MapDataset.range(-(-total // batch_size) * rows)
-        loaded = iter(places.map(load).to_iter_dataset(grain.ReadOptions(threads, max(threads, rows))))
+        loaded = iter(
+            places.map(load).to_iter_dataset(grain.ReadOptions(threads, max(threads, rows)))
+        )
         bad = collections.Counter()
         try:
             for _ in range(len(places) // rows):
@@ -360,7 +397,9 @@ def eval_batches(
 
 def describe_bad(counts: dict[str, int]) -> str:
     """Counts by cause as words, the most frequent first: "12 corrupt, 3 no caption"."""
-    return ", ".join(f"{count} {cause}" for cause, count in collections.Counter(counts).most_common())
+    return ", ".join(
+        f"{count} {cause}" for cause, count in collections.Counter(counts).most_common()
+    )
 
 
 def _count(counts: collections.Counter, bad: list[tuple[str, str]]) -> None:

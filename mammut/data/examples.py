@@ -18,7 +18,8 @@ class Question:
     """A question about an image, and what people answered."""
 
     text: str
-    answers: list[str]  # one for each person asked, blank where one said nothing; [] where they are kept back
+    # one for each person asked, blank where one said nothing; [] where they are kept back
+    answers: list[str]
     id: str  # names the question in predictions
     answer_type: str | None = None  # as a benchmark sorts its questions: yes/no, number, other
     question_type: str | None = None  # what it begins with: "how many"
@@ -28,7 +29,8 @@ class Question:
 class Example:
     """One image and what is said about it; only the field that its source was opened for is filled."""
 
-    image: Any  # encoded bytes, a path, uint8[height, width, 3] or a PIL image, as `Processor.image` takes them
+    # encoded bytes, a path, uint8[height, width, 3] or a PIL image, as `Processor.image` takes them
+    image: Any
     captions: list[str]
     key: str  # names the example in messages and predictions: its file, where it has one
     qa: list[Question] = dataclasses.field(default_factory=list)
@@ -45,8 +47,8 @@ class Example:
 class Source(abc.ABC):
     """A set of examples by index; `source[i]` raises BadExample where there is no usable example.
 
-    Subclass it to train on data of your own: `spec` (its name in messages), `__len__` and `__getitem__` are enough.
-    Examples are read from several threads at once.
+    Subclass it to train on data of your own: `spec` (its name in messages), `__len__` and
+    `__getitem__` are enough. Examples are read from several threads at once.
     """
 
     spec: str

@@ -12,10 +12,12 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import UInt8
 
-# bytes, a path, a PIL image, or uint8[height, width], [height, width, 1], [height, width, 3] or [height, width, 4]
+# bytes, a path, a PIL image, or uint8[height, width], [height, width, 1], [height, width, 3] or
+# [height, width, 4]
 ImageLike = Any
 Cause = Literal["missing file", "empty", "corrupt", "truncated", "oversized", "unsupported"]
-# Named, so that no picture from the web reaches the formats Pillow hands to other programs (EPS to Ghostscript).
+# Named, so that no picture from the web reaches the formats Pillow hands to other programs (EPS to
+# Ghostscript).
 _FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"
 _PILLOW_LIMIT = threading.Lock()
 
@@ -23,9 +25,10 @@ _PILLOW_LIMIT = threading.Lock()
 class BadImage(ValueError):
     """An image that cannot be used; the message says which and why in one sentence.
 
-    `cause` is "missing file" (or unreadable), "empty" (no bytes or no pixels), "corrupt" (not an image, or damaged),
-    "truncated", "oversized" (more pixels than `ImageTransform.max_image_pixels`) or "unsupported" (a pixel format,
-    array or object that is not taken).
+    `cause` is "missing file" (or unreadable), "empty" (no bytes or no pixels), "corrupt" (not an
+    image, or damaged), "truncated", "oversized" (more pixels than
+    `ImageTransform.max_image_pixels`) or "unsupported" (a pixel format, array or object that is not
+    taken).
     """
 
     def __init__(self, message: str, cause: Cause):
@@ -41,9 +44,10 @@ class ImageTransform:
     """Any picture to `uint8[image_size, image_size, 3]`; the three modes are those of open_clip at inference."""
 
     image_size: int  # pixels; the output is square
-    mode: Literal["squash", "shortest", "longest"] = "squash"  # both sides; shortest and crop; longest and pad
-    # The first two are antialiased and Pillow's; the third, of big_vision, is tf.image.resize as it is by default, with
-    # the fractions of pixel values cut off.
+    # both sides; shortest and crop; longest and pad
+    mode: Literal["squash", "shortest", "longest"] = "squash"
+    # The first two are antialiased and Pillow's; the third, of big_vision, is tf.image.resize as it
+    # is by default, with the fractions of pixel values cut off.
     interpolation: Literal["bicubic", "bilinear", "bilinear_aliased"] = "bicubic"
     fill: int = 0  # the pad's grey value, mode "longest"
     max_image_pixels: int = 100_000_000  # more in the header, and the image is refused undecoded
@@ -55,11 +59,19 @@ class ImageTransform:
         }
         for name, values in choices.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"ImageTransform.{name} is {getattr(self, name)!r}, expected one of {values}")
-        for name, low, high in (("image_size", 1, 2**14), ("fill", 0, 255), ("max_image_pixels", 1, 2**31)):
+                raise ValueError(
+                    f"ImageTransform.{name} is {getattr(self, name)!r}, expected one of {values}"
+                )
+        for name, low, high in (
+            ("image_size", 1, 2**14),
+            ("fill", 0, 255),
+            ("max_image_pixels", 1, 2**31),
+        ):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
-                raise ValueError(f"ImageTransform.{name} is {value!r}, expected a whole number from {low} to {high}")
+                raise ValueError(
+                    f"ImageTransform.{name} is {value!r}, expected a whole number from {low} to {high}"
+                )
 
     def read(self, image: ImageLike):
         """A PIL image in mode RGB, upright; see the top of this module for what each kind of picture becomes.
@@ -79,9 +91,14 @@ class ImageTransform:
         if self.mode == "shortest":
             resized = [size * side // min(width, height) for side in (width, height)]
         else:
-            resized = [max(1, round(side / (max(width, height) / size))) for side in (width, height)]
+            resized = [
+                max(1, round(side / (max(width, height) / size))) for side in (width, height)
+            ]
         if math.prod(resized) > max(self.max_image_pixels, size * size):
-            raise BadImage(f"an image of {width} x {height} pixels is too narrow to resize its short side", "oversized")
+            raise BadImage(
+                f"an image of {width} x {height} pixels is too narrow to resize its short side",
+                "oversized",
+            )
         pixels = self._resized(picture, tuple(resized))
         if self.mode == "shortest":
             top, left = (round((side - size) / 2) for side in pixels.shape[:2])
@@ -92,19 +109,27 @@ class ImageTransform:
         return square
 
     def random_resized_crop(
-        self, image: ImageLike, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+        self,
+        image: ImageLike,
+        rng: np.random.Generator,
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
     ) -> UInt8[np.ndarray, "height width 3"]:
         """A random part of the picture, squashed to the output size; takes and raises what `read` does.
 
-        `scale` bounds the part's share of the area (uniform), `ratio` its width / height relative to the picture's
-        (log-uniform, as far as such a part fits): with (1, 1) for both it is the whole picture, as in mode "squash".
-        A JPEG given as bytes or path is decoded at a fraction of its size where that leaves twice the pixels needed.
+        `scale` bounds the part's share of the area (uniform), `ratio` its width / height relative
+        to the picture's (log-uniform, as far as such a part fits): with (1, 1) for both it is the
+        whole picture, as in mode "squash". A JPEG given as bytes or path is decoded at a fraction
+        of its size where that leaves twice the pixels needed.
         """
         if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
-            raise ValueError(f"scale {scale} and ratio {ratio} of a crop, expected 0 < low <= high, scale up to 1")
+            raise ValueError(
+                f"scale {scale} and ratio {ratio} of a crop, expected 0 < low <= high, scale up to 1"
+            )
         area_draw, aspect_draw, x_draw, y_draw = rng.random(4)
         area = scale[0] + (scale[1] - scale[0]) * area_draw
-        low, high = np.log(np.clip(ratio, area, 1 / area))  # beyond, one side would be longer than the picture's
+        # beyond, one side would be longer than the picture's
+        low, high = np.log(np.clip(ratio, area, 1 / area))
         aspect = math.exp(low + (high - low) * aspect_draw)
         across, down = min(1.0, math.sqrt(area * aspect)), min(1.0, math.sqrt(area / aspect))
         picture = self._read(image, sides=math.ceil(2 * self.image_size / min(across, down)))
@@ -113,12 +138,16 @@ class ImageTransform:
         box = (x * width, y * height, min(1.0, x + across) * width, min(1.0, y + down) * height)
         return self._resized(picture, (self.image_size, self.image_size), box)
 
-    def _resized(self, picture, size: tuple[int, int], box: tuple[float, float, float, float] | None = None):
+    def _resized(
+        self, picture, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+    ):
         """The picture, or the part of it in `box`, as uint8[height, width, 3] of `size` (width, height)."""
         from PIL.Image import Resampling
 
         if self.interpolation == "bilinear_aliased":
-            return _resized_without_antialiasing(np.array(picture), size, box or (0.0, 0.0, *map(float, picture.size)))
+            return _resized_without_antialiasing(
+                np.array(picture), size, box or (0.0, 0.0, *map(float, picture.size))
+            )
         filters = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR}
         return np.array(picture.resize(size, filters[self.interpolation], box=box))
 
@@ -136,7 +165,9 @@ class ImageTransform:
                 picture = _open(image)
             if math.prod(picture.size) > self.max_image_pixels:
                 size = f"{picture.width} x {picture.height} pixels"
-                raise BadImage(f"has {size}, more than max_image_pixels {self.max_image_pixels}", "oversized")
+                raise BadImage(
+                    f"has {size}, more than max_image_pixels {self.max_image_pixels}", "oversized"
+                )
             if picture is not image and sides is not None:
                 picture.draft(None, (sides, sides))
             picture.load()
@@ -144,7 +175,9 @@ class ImageTransform:
         except BadImage as error:
             raise BadImage(f"{name} {error}", error.cause) from error.__cause__
         except PIL.UnidentifiedImageError as error:
-            raise BadImage(f"{name} is corrupt or none of {', '.join(_FORMATS)}", "corrupt") from error
+            raise BadImage(
+                f"{name} is corrupt or none of {', '.join(_FORMATS)}", "corrupt"
+            ) from error
         except Exception as error:  # Pillow's decoders raise whatever they trip over
             cause = "truncated" if "truncated" in str(error).lower() else "corrupt"
             raise BadImage(f"{name} is {cause}: {error}", cause) from error
@@ -164,7 +197,9 @@ def _no_pillow_limit() -> Iterator[None]:
 
 
 def _resized_without_antialiasing(
-    pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int], box: tuple[float, float, float, float]
+    pixels: UInt8[np.ndarray, "height width 3"],
+    size: tuple[int, int],
+    box: tuple[float, float, float, float],
 ) -> UInt8[np.ndarray, "height2 width2 3"]:
     """Samples the `box` of an image bilinearly at the centres of `size` (width, height) new pixels."""
     lines: np.ndarray = pixels
@@ -201,10 +236,15 @@ def _open(image: ImageLike):
 def _from_array(array: np.ndarray):
     import PIL.Image
 
-    given, expected = f"{array.dtype}{list(array.shape)}", "uint8[height, width] or [height, width, 1, 3 or 4]"
+    given, expected = (
+        f"{array.dtype}{list(array.shape)}",
+        "uint8[height, width] or [height, width, 1, 3 or 4]",
+    )
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    if array.dtype != np.uint8 or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4)):
+    if array.dtype != np.uint8 or not (
+        array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4)
+    ):
         raise BadImage(f"is {given}, expected {expected}", "unsupported")
     if not array.size:
         raise BadImage(f"is {given}, expected at least one pixel", "empty")
@@ -225,10 +265,14 @@ def _upright_rgb(picture):
         8: Transpose.ROTATE_90,
     }
     turn = turns.get(picture.getexif().get(0x0112))
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):  # Pillow would clip
+    # Pillow would clip
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):
         picture = PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
-        raise BadImage(f"has 32-bit pixels (Pillow's mode {picture.mode}), expected 8 or 16 bits", "unsupported")
+        raise BadImage(
+            f"has 32-bit pixels (Pillow's mode {picture.mode}), expected 8 or 16 bits",
+            "unsupported",
+        )
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)

@@ -37,17 +37,26 @@ _MAX_LENGTH = 2**17  # as DecoderConfig's
 class Processor:
     """The image transform, the tokenizer and the text rules of one model.
 
-    Text is `[start] + ids + [end]`, padded to `max_length`; a text that is too long is cut and keeps the end. With
-    `text_form` "end" there is no start (SigLIP 2), with "end_filled" ends take the place of pads, too (SigLIP).
+    Text is `[start] + ids + [end]`, padded to `max_length`; a text that is too long is cut and
+    keeps the end. With `text_form` "end" there is no start (SigLIP 2), with "end_filled" ends take
+    the place of pads, too (SigLIP).
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, image: ImageTransform, max_length: int, text_form: TextForm = "start_end"
+        self,
+        tokenizer: Tokenizer,
+        image: ImageTransform,
+        max_length: int,
+        text_form: TextForm = "start_end",
     ):
         if type(max_length) is not int or not 2 <= max_length <= _MAX_LENGTH:
-            raise ValueError(f"max_length is {max_length!r}, expected 2 tokens, start and end, to {_MAX_LENGTH}")
+            raise ValueError(
+                f"max_length is {max_length!r}, expected 2 tokens, start and end, to {_MAX_LENGTH}"
+            )
         if text_form not in get_args(TextForm):
-            raise ValueError(f"text_form is {text_form!r}, expected one of {', '.join(get_args(TextForm))}")
+            raise ValueError(
+                f"text_form is {text_form!r}, expected one of {', '.join(get_args(TextForm))}"
+            )
         self.tokenizer = tokenizer
         self.image = image
         self.max_length = max_length
@@ -57,7 +66,8 @@ class Processor:
         """A batch of what is given: a sequence of images (see `ImageTransform.read`), a sequence of str, or both.
 
         Returns:
-          `image` uint8[B, height, width, 3]; `tokens` int32[B, L] and `text_valid` bool[B, L], False on pads.
+          `image` uint8[B, height, width, 3]; `tokens` int32[B, L] and `text_valid` bool[B, L],
+          False on pads.
 
         Raises:
           ValueError: a lone image or text, or neither.
@@ -67,15 +77,25 @@ class Processor:
             raise ValueError("neither images nor text is given, expected at least one of them")
         batch = {}
         if images is not None:
-            if not (isinstance(images, list | tuple) or isinstance(images, np.ndarray) and images.ndim == 4):
-                raise ValueError(f"images is one {type(images).__name__}, expected a list of images")
+            if not (
+                isinstance(images, list | tuple)
+                or isinstance(images, np.ndarray)
+                and images.ndim == 4
+            ):
+                raise ValueError(
+                    f"images is one {type(images).__name__}, expected a list of images"
+                )
             size = self.image.image_size
-            batch["image"] = np.array([self.image(image) for image in images], np.uint8).reshape(-1, size, size, 3)
+            batch["image"] = np.array([self.image(image) for image in images], np.uint8).reshape(
+                -1, size, size, 3
+            )
         if text is not None:
             batch["tokens"], batch["text_valid"] = self.encode_text(text)
         return batch
 
-    def encode_text(self, texts: Sequence) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
+    def encode_text(
+        self, texts: Sequence
+    ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
         """`tokens` and `text_valid` of each text; an empty one is start and end, or the end alone.
 
         Raises:
@@ -93,7 +113,8 @@ class Processor:
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
         """Prompts, each with the text to be said after it: `tokens`, `text_valid`, and `target`, True on text and end.
 
-        A prompt and its text are encoded apart, as when the text is generated. What is too long is cut; `room` tells.
+        A prompt and its text are encoded apart, as when the text is generated. What is too long is
+        cut; `room` tells.
         """
         tokens = np.full((len(pairs), self.max_length), self.pad_id, np.int32)
         text_valid, target = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
@@ -108,7 +129,8 @@ class Processor:
     def encode_prompt(self, prompt: str) -> list[int]:
         """The ids of a prompt, without the start; none of the empty prompt.
 
-        Where the vocabulary tells words by the space in front, a prompt ends without one: the text after it has it.
+        Where the vocabulary tells words by the space in front, a prompt ends without one: the text
+        after it has it.
         """
         prompt = prompt.rstrip() if self.tokenizer.needs_space else prompt
         return self.tokenizer.encode(prompt) if prompt else []
@@ -180,7 +202,9 @@ class Processor:
         path = pathlib.Path(folder) / _FILE
         values = {"text_form": "start_end"} | read_json_object(path)  # the one that was there first
         if values.get("format") != _FORMAT:
-            raise ValueError(f"{path} has format {values.get('format')!r}, this version reads {_FORMAT}")
+            raise ValueError(
+                f"{path} has format {values.get('format')!r}, this version reads {_FORMAT}"
+            )
         if set(values) != {"format", "image", "max_length", "text_form", "tokenizer"}:
             expected = "format, image, max_length, text_form and tokenizer"
             raise ValueError(f"{path} has {sorted(values)}, expected {expected}")
@@ -192,5 +216,3 @@ class Processor:
             raise ValueError(f"{path} holds a value of the wrong type: {error}") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-

@@ -1,6 +1,7 @@
 """Sets of examples by index: drawn scenes, JSON lines, tar shards, benchmarks as downloaded, prepared tfds sets.
 
-A source is opened for one `Field`: captions, questions with answers ("qa"), or the name of what an image shows.
+A source is opened for one `Field`: captions, questions with answers ("qa"), or the name of what an
+image shows.
 """
 
 import array
@@ -20,36 +21,40 @@ from mammut.data.config import Field
 from mammut.data.examples import BadExample, Example, Question, Source
 
 
-def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None, field: Field = "captions") -> Source:
+def open_source(
+    spec: str, *, image_size: int, tfds_dir: str | None = None, field: Field = "captions"
+) -> Source:
     """Opens a set of images with captions, with questions and answers, or with names.
 
     Args:
-      spec: One of these, each with an optional slice such as `[1000:]`, `[:90%]` or `[::5]`, every fifth example;
-        `[!::5]` is all the others.
-        `synthetic:train`, `synthetic:val`: the drawn scenes of `mammut.data.synthetic`.
-        `jsonl:PATH`: one object a line with a "file", relative to PATH, which is the .jsonl or a folder that holds
-        exactly one; and with the field asked for: "captions", a list of texts; "qa", a list of
-        `{"question", "answers": [...]}`, optionally with "question_id", "answer_type" and "question_type"; or "name".
-        Only the place of each line is kept in memory.
-        `tar:PATTERN`: plain tar files as webdataset has them, such as `tar:data/{00000..00127}.tar`; wildcards go, too,
-        and several patterns joined by `::`. Files that share a key are an example: an image (jpg, jpeg, png, webp) and
-        a caption in a `txt`, or a `json` that has the field asked for as a JSON line has it, or one "caption", as
+      spec: One of these, each with an optional slice such as `[1000:]`, `[:90%]` or `[::5]`, every
+        fifth example; `[!::5]` is all the others. `synthetic:train`, `synthetic:val`: the drawn
+        scenes of `mammut.data.synthetic`. `jsonl:PATH`: one object a line with a "file", relative
+        to PATH, which is the .jsonl or a folder that holds exactly one; and with the field asked
+        for: "captions", a list of texts; "qa", a list of `{"question", "answers": [...]}`,
+        optionally with "question_id", "answer_type" and "question_type"; or "name". Only the place
+        of each line is kept in memory. `tar:PATTERN`: plain tar files as webdataset has them, such
+        as `tar:data/{00000..00127}.tar`; wildcards go, too, and several patterns joined by `::`.
+        Files that share a key are an example: an image (jpg, jpeg, png, webp) and a caption in a
+        `txt`, or a `json` that has the field asked for as a JSON line has it, or one "caption", as
         img2dataset writes it. The shards' headers are read once; see `mammut.data.tar_shards`.
         `coco:ANNOTATIONS.json,IMAGES`, `karpathy:DATASET.json,IMAGES,SPLIT` (captions) and
-        `vqav2:QUESTIONS.json,ANNOTATIONS.json,IMAGES` (qa; without answers where ANNOTATIONS.json is left empty):
-        benchmarks as they are downloaded, IMAGES a folder, no comma in a path; see `mammut.data.annotations`.
-        `tfds:NAME/SPLIT`: a set that tensorflow-datasets has prepared as array_record; NAME may have a config and a
-        version, or be the folder of the prepared set. The image is its field `image`. Captions are its first field of
-        `captions` (a sequence of texts, or of objects with a `text`, as in COCO), `caption` and `text`. Questions are
-        its sequence `qa`, `qas` or `question_answer` (as in CLEVR) of objects with a `question` and with `answers` or
-        an `answer`, or it has these fields itself. The name is its `label`, a class, or its `name`, a text.
+        `vqav2:QUESTIONS.json,ANNOTATIONS.json,IMAGES` (qa; without answers where ANNOTATIONS.json
+        is left empty): benchmarks as they are downloaded, IMAGES a folder, no comma in a path; see
+        `mammut.data.annotations`. `tfds:NAME/SPLIT`: a set that tensorflow-datasets has prepared as
+        array_record; NAME may have a config and a version, or be the folder of the prepared set.
+        The image is its field `image`. Captions are its first field of `captions` (a sequence of
+        texts, or of objects with a `text`, as in COCO), `caption` and `text`. Questions are its
+        sequence `qa`, `qas` or `question_answer` (as in CLEVR) of objects with a `question` and
+        with `answers` or an `answer`, or it has these fields itself. The name is its `label`, a
+        class, or its `name`, a text.
       image_size: Pixels of the drawn scenes; other sources give their images as they are stored.
       tfds_dir: The `data_dir` of tensorflow-datasets; None is its default.
       field: What an example must have; one without it is a BadExample.
 
     Raises:
-      ValueError: the spec is none of these, the set does not exist, is not of its format or not of the field, or
-        there is nothing in it.
+      ValueError: the spec is none of these, the set does not exist, is not of its format or not of
+        the field, or there is nothing in it.
     """
     pattern = r"(.*?)(?:\[(!)?(-?\d+%?)?:(-?\d+%?)?(?::([1-9]\d*)?)?\])?"
     name, others, start, stop, step = re.fullmatch(pattern, spec, re.DOTALL).groups()
@@ -81,7 +86,9 @@ def open_source(spec: str, *, image_size: int, tfds_dir: str | None = None, fiel
     if others:
         rows = np.setdiff1d(range(len(source)), rows).tolist()
     if not rows:
-        raise ValueError(f"data source {spec!r} is empty, expected at least one example; the set has {len(source)}")
+        raise ValueError(
+            f"data source {spec!r} is empty, expected at least one example; the set has {len(source)}"
+        )
     return _Slice(spec, source, rows)
 
 
@@ -128,10 +135,14 @@ class _Jsonl(Source):
         if path.is_dir():
             found = sorted(path.glob("*.jsonl"))
             if len(found) != 1:
-                raise ValueError(f"data source {spec!r} is a folder with {len(found)} .jsonl files, expected one")
+                raise ValueError(
+                    f"data source {spec!r} is a folder with {len(found)} .jsonl files, expected one"
+                )
             path = found[0]
         if not path.is_file():
-            raise ValueError(f"data source {spec!r} names {path}, which does not exist; expected a .jsonl file")
+            raise ValueError(
+                f"data source {spec!r} names {path}, which does not exist; expected a .jsonl file"
+            )
         starts, numbers, end = array.array("q"), array.array("q"), 0
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -154,7 +165,11 @@ class _Jsonl(Source):
         record = _record(os.pread(self._file, end - start, start), where)
         file = record.get("file")
         if not isinstance(file, str) or not file:
-            video = ", but the frames of a video, which cannot be read yet" if "frames" in record else ""
+            video = (
+                ", but the frames of a video, which cannot be read yet"
+                if "frames" in record
+                else ""
+            )
             raise BadExample(f'{where} has no "file"{video}', "missing field")
         if self._field not in record:
             raise BadExample(f'{where} has no "{self._field}"', "missing field")
@@ -171,7 +186,9 @@ class _Tar(Source):
         folder = os.path.commonpath([os.path.dirname(path) for path in paths])
         self._names = [os.path.relpath(path, folder) for path in paths]
         self._field = field
-        self._said_in = (tar_shards.TXT, tar_shards.JSON) if field == "captions" else (tar_shards.JSON,)
+        self._said_in = (
+            (tar_shards.TXT, tar_shards.JSON) if field == "captions" else (tar_shards.JSON,)
+        )
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -216,7 +233,9 @@ class _Benchmark(Source):
     def __init__(self, spec: str, kind: str, form: str, field: Field):
         offered, _ = annotations.FORMS[kind]
         if field != offered:
-            raise ValueError(f"data source {spec!r} offers the field {offered!r}, expected one that offers {field!r}")
+            raise ValueError(
+                f"data source {spec!r} offers the field {offered!r}, expected one that offers {field!r}"
+            )
         try:
             self._path, self._images, self._records = annotations.read(kind, form)
         except ValueError as error:
@@ -229,12 +248,19 @@ class _Benchmark(Source):
     def __getitem__(self, index: int) -> Example:
         record = self._records[index]
         file = record["file"]
-        return _example(self._images / file, file, self._field, record[self._field], f"{self._path}, image {file}")
+        return _example(
+            self._images / file,
+            file,
+            self._field,
+            record[self._field],
+            f"{self._path}, image {file}",
+        )
 
 
 _QUESTION = ("question", "answers", "answer", "question_id", "answer_type", "question_type")
 
-# Where tensorflow-datasets' sets have a field: the first of these features that is of one of these types.
+# Where tensorflow-datasets' sets have a field: the first of these features that is of one of these
+# types.
 _TFDS_FEATURES: dict[Field, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "captions": (("captions", "caption", "text"), ("Sequence", "Text")),
     "qa": (("qa", "qas", "question_answer", "question"), ("Sequence", "Text")),
@@ -249,11 +275,14 @@ class _Tfds(Source):
 
         name, _, split = os.path.expanduser(name).rpartition("/")
         try:
-            # From files, never from tensorflow-datasets' code for the set: that may reach for the network.
+            # From files, never from tensorflow-datasets' code for the set: that may reach for the
+            # network.
             if pathlib.Path(name, "features.json").exists():
                 builder = read_only_builder.builder_from_directory(name)
             else:
-                builder = read_only_builder.builder_from_files(name, data_dir=tfds_dir and os.path.expanduser(tfds_dir))
+                builder = read_only_builder.builder_from_files(
+                    name, data_dir=tfds_dir and os.path.expanduser(tfds_dir)
+                )
         except ValueError as error:  # its own messages run over many lines
             raise ValueError(
                 f"data source {spec!r} is not prepared in {tfds_dir or 'the default data_dir'} (data.tfds_dir); "
@@ -273,8 +302,12 @@ class _Tfds(Source):
                 f"data source {spec!r} has the fields {found}, "
                 f"expected image and one of {', '.join(names)} ({' or '.join(expected)})"
             )
-        self._class_name = features[self._feature].int2str if types[self._feature] == "ClassLabel" else None
-        images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+        self._class_name = (
+            features[self._feature].int2str if types[self._feature] == "ClassLabel" else None
+        )
+        images = [
+            name for name, feature in features.items() if isinstance(feature, tfds.features.Image)
+        ]
         decoders = dict.fromkeys(images, tfds.decode.SkipDecoding())
         try:
             self._records = builder.as_data_source(split, decoders=decoders)
@@ -303,13 +336,31 @@ class _Tfds(Source):
         """The field as JSON lines have it."""
         value = _plain(record[self._feature])
         if self._field == "name":
-            return value if self._class_name is None else self._class_name(value) if value >= 0 else None
+            return (
+                value
+                if self._class_name is None
+                else self._class_name(value)
+                if value >= 0
+                else None
+            )
         if self._field == "captions":
-            return [value] if isinstance(value, str) else value.get("text", []) if isinstance(value, dict) else value
+            return (
+                [value]
+                if isinstance(value, str)
+                else value.get("text", [])
+                if isinstance(value, dict)
+                else value
+            )
         if self._feature == "question":
             value = {name: [_plain(column)] for name, column in record.items() if name in _QUESTION}
-        columns = {name: value[name] for name in _QUESTION if name in value} if isinstance(value, dict) else {}
-        questions = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        columns = (
+            {name: value[name] for name in _QUESTION if name in value}
+            if isinstance(value, dict)
+            else {}
+        )
+        questions = [
+            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+        ]
         return [{"answers": [q["answer"]]} | q if "answer" in q else q for q in questions]
 
 
@@ -346,9 +397,12 @@ def _decoded(content: bytes, where: str) -> str:
 _ABSENT: dict[Field, str] = {"captions": "no caption", "qa": "no question", "name": "no name"}
 
 
-def _example(image: Any, key: str, field: Field, value: Any, where: str, questions: str | None = None) -> Example:
+def _example(
+    image: Any, key: str, field: Field, value: Any, where: str, questions: str | None = None
+) -> Example:
     """The example whose field has `value`, as JSON lines have it; `questions` names those that have no id."""
-    if value is None:  # as opposed to a field that is not there: the set has it, this image was not annotated
+    # as opposed to a field that is not there: the set has it, this image was not annotated
+    if value is None:
         raise BadExample(f'{where} is not annotated: its "{field}" is null', _ABSENT[field])
     if field == "captions":
         return Example(image, _captions(value, where), key)
@@ -360,10 +414,13 @@ def _example(image: Any, key: str, field: Field, value: Any, where: str, questio
 def _text(value: Any, where: str, what: str, blank: bool = False) -> str:
     """A text of the set, checked."""
     if not isinstance(value, str) or not (blank or value.strip()):
-        raise BadExample(f"{where} has {reprlib.repr(value)} for {what}, expected a text", "missing field")
+        raise BadExample(
+            f"{where} has {reprlib.repr(value)} for {what}, expected a text", "missing field"
+        )
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+    # JSON can spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
         raise BadExample(f"{where} has a text that is not UTF-8", "not UTF-8") from error
     return value
 
@@ -379,15 +436,23 @@ def _captions(values: Any, where: str) -> list[str]:
 
 def _questions(values: Any, where: str, prefix: str) -> list[Question]:
     if not isinstance(values, list) or not all(isinstance(question, dict) for question in values):
-        raise BadExample(f'{where} has no "qa", a list of objects with a question and answers', "missing field")
+        raise BadExample(
+            f'{where} has no "qa", a list of objects with a question and answers', "missing field"
+        )
     questions = {}
     for number, value in enumerate(values):
         value = {name: item for name, item in value.items() if item is not None}
         answers, identity = value.get("answers", []), value.get("question_id", f"{prefix}#{number}")
         if not isinstance(answers, list):
-            raise BadExample(f"{where} has answers {reprlib.repr(answers)}, expected a list of texts", "missing field")
+            raise BadExample(
+                f"{where} has answers {reprlib.repr(answers)}, expected a list of texts",
+                "missing field",
+            )
         if not isinstance(identity, int | str):
-            raise BadExample(f"{where} has question_id {reprlib.repr(identity)}, expected a text", "missing field")
+            raise BadExample(
+                f"{where} has question_id {reprlib.repr(identity)}, expected a text",
+                "missing field",
+            )
         if str(identity) in questions:
             raise BadExample(f"{where} has the question_id {identity!r} twice", "duplicate id")
         questions[str(identity)] = Question(
@@ -395,7 +460,10 @@ def _questions(values: Any, where: str, prefix: str) -> list[Question]:
             # A blank answer stays: one who said nothing counts among the people asked.
             [_text(answer, where, "an answer", blank=True) for answer in answers],
             str(identity),
-            *(_text(value[name], where, name) if name in value else None for name in ("answer_type", "question_type")),
+            *(
+                _text(value[name], where, name) if name in value else None
+                for name in ("answer_type", "question_type")
+            ),
         )
     if not questions:
         raise BadExample(f"{where} has no question", "no question")

@@ -1,8 +1,8 @@
 """Drawn scenes with exact captions: data for a first run, and a test of whether a model binds words to what it sees.
 
-A scene shows a combination of five attributes ("two small red circles on the left"). A sixth of the combinations is
-held out: the scenes of split "train" never show one of them, those of split "val" show each of them once. A model that
-only remembers whole captions therefore fails on "val".
+A scene shows a combination of five attributes ("two small red circles on the left"). A sixth of the
+combinations is held out: the scenes of split "train" never show one of them, those of split "val"
+show each of them once. A model that only remembers whole captions therefore fails on "val".
 """
 
 import functools
@@ -78,8 +78,12 @@ def questions(combination: Combination) -> list[tuple[str, str]]:
 @functools.cache
 def combinations(split: Split) -> tuple[Combination, ...]:
     """All combinations that scenes of the split may show, in an order and a division that never change."""
-    every = itertools.starmap(Combination, itertools.product(_COUNTS, _SIZES, _COLOURS, _SHAPES, _PLACES))
-    mixed = sorted(every, key=lambda combination: hashlib.sha256(captions(combination)[0].encode()).digest())
+    every = itertools.starmap(
+        Combination, itertools.product(_COUNTS, _SIZES, _COLOURS, _SHAPES, _PLACES)
+    )
+    mixed = sorted(
+        every, key=lambda combination: hashlib.sha256(captions(combination)[0].encode()).digest()
+    )
     held_out = len(mixed) // 6
     return tuple(mixed[:held_out] if split == "val" else mixed[held_out:])
 
@@ -111,8 +115,9 @@ def draw(split: Split, index: int, image_size: int) -> UInt8[np.ndarray, "image_
     background = rng.integers(95, 150) + rng.integers(-8, 9, size=3)
     canvas = Image.new("RGB", (side, side), tuple(background.tolist()))
     pen = ImageDraw.Draw(canvas)
-    # The objects stand in a row along the half of the image that is their place, in cells of a third of its length. The
-    # row is centred, so that one object "on the left" is not also "at the top".
+    # The objects stand in a row along the half of the image that is their place, in cells of a
+    # third of its length. The row is centred, so that one object "on the left" is not also "at the
+    # top".
     row_shift = rng.uniform(-0.1, 0.1) if count < 3 else 0.0
     for k in range(count):
         radius = _SIZES[size] * rng.uniform(0.94, 1.0) / 2
@@ -120,11 +125,24 @@ def draw(split: Split, index: int, image_size: int) -> UInt8[np.ndarray, "image_
         along = 0.5 + (k - (count - 1) / 2) / 3 + row_shift + rng.uniform(-slack, slack)
         across = centre + rng.uniform(-0.1, 0.1)
         x, y = (across, along) if axis == 0 else (along, across)
-        fill = tuple(np.clip(np.add(_COLOURS[colour], rng.integers(-10, 11, size=3)), 0, 255).tolist())
+        fill = tuple(
+            np.clip(np.add(_COLOURS[colour], rng.integers(-10, 11, size=3)), 0, 255).tolist()
+        )
         if corners := _SHAPES[shape]:
-            pen.polygon([((x + radius * dx) * side, (y + radius * dy) * side) for dx, dy in corners], fill=fill)
+            pen.polygon(
+                [((x + radius * dx) * side, (y + radius * dy) * side) for dx, dy in corners],
+                fill=fill,
+            )
         else:
-            pen.ellipse([(x - radius) * side, (y - radius) * side, (x + radius) * side, (y + radius) * side], fill=fill)
+            pen.ellipse(
+                [
+                    (x - radius) * side,
+                    (y - radius) * side,
+                    (x + radius) * side,
+                    (y + radius) * side,
+                ],
+                fill=fill,
+            )
     image = np.asarray(canvas.reduce(4), dtype=np.int16)
     noise = rng.integers(-6, 7, size=image.shape, dtype=np.int16)
     return np.clip(image + noise, 0, 255).astype(np.uint8)

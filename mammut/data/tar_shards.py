@@ -1,10 +1,12 @@
 """Tar shards as webdataset users have them, read at random: each shard's headers are indexed once, nothing is unpacked.
 
-The files of an example share a key: the name up to the first dot after the last slash. What follows the dot tells what
-a file is: `jpg`, `jpeg`, `png` or `webp` the image, `txt` and `json` what is said about it; others are left alone.
-The convention is that of github.com/webdataset/webdataset, "The WebDataset Format"; unlike there, the files of an
-example need not stand side by side. The tar format: POSIX.1-2017, pax, "EXTENDED DESCRIPTION", and GNU's long names
-and large numbers (GNU tar manual, "Basic Tar Format").
+The files of an example share a key: the name up to the first dot after the last slash. What follows
+the dot tells what
+a file is: `jpg`, `jpeg`, `png` or `webp` the image, `txt` and `json` what is said about it; others
+are left alone. The convention is that of github.com/webdataset/webdataset, "The WebDataset Format";
+unlike there, the files of an example need not stand side by side. The tar format: POSIX.1-2017,
+pax, "EXTENDED DESCRIPTION", and GNU's long names and large numbers (GNU tar manual, "Basic Tar
+Format").
 """
 
 import array
@@ -32,10 +34,19 @@ from jaxtyping import Int64, UInt32
 _log = logging.getLogger(__name__)
 
 IMAGE, TXT, JSON = COLUMNS = range(3)  # the files of an example that are indexed
-_ABSENT = -1  # in place of where a file starts; where the same name comes again, -2 - start takes the place of start
+# in place of where a file starts; where the same name comes again, -2 - start takes the place of
+# start
+_ABSENT = -1
 
 # Of several images with one key the first of these is meant.
-_COLUMNS = {b"jpg": IMAGE, b"jpeg": IMAGE, b"png": IMAGE, b"webp": IMAGE, b"txt": TXT, b"json": JSON}
+_COLUMNS = {
+    b"jpg": IMAGE,
+    b"jpeg": IMAGE,
+    b"png": IMAGE,
+    b"webp": IMAGE,
+    b"txt": TXT,
+    b"json": JSON,
+}
 _RANKS = {extension: rank for rank, extension in enumerate(_COLUMNS)}
 
 _BLOCK = 512
@@ -52,10 +63,12 @@ _BRACES = re.compile(r"\{(?:([0-9]+)\.\.([0-9]+)|([^{}]*,[^{}]*))\}")
 class Index(NamedTuple):
     """Where a shard has the files of its examples, in the columns IMAGE, TXT and JSON.
 
-    A file is everything from its first header, long names and pax records included, to the last of its bytes.
+    A file is everything from its first header, long names and pax records included, to the last of
+    its bytes.
     """
 
-    starts: Int64[np.ndarray, "examples 3"]  # bytes into the shard; -1 without a file, -2 - start where there are two
+    # bytes into the shard; -1 without a file, -2 - start where there are two
+    starts: Int64[np.ndarray, "examples 3"]
     lengths: UInt32[np.ndarray, "examples 3"]  # bytes
 
 
@@ -68,23 +81,31 @@ class TarShards:
       pattern: See `shard_paths`.
 
     Raises:
-      ValueError: the pattern means no shard, or one that is missing, cut short, compressed or damaged.
+      ValueError: the pattern means no shard, or one that is missing, cut short, compressed or
+        damaged.
     """
 
     def __init__(self, pattern: str):
         from tqdm import tqdm
 
         self.paths = shard_paths(pattern)
-        # Threads, because what takes time is a disk or a network that is asked for one header after the other.
+        # Threads, because what takes time is a disk or a network that is asked for one header after
+        # the other.
         pool = futures.ThreadPoolExecutor(8, thread_name_prefix="mammut-index")
         try:
             opened = [pool.submit(open_index, path) for path in self.paths]
             waited = tqdm(opened, "indexing shards", unit="shard", delay=2, disable=None)
-            errors = [error for future in waited if isinstance(error := future.exception(), ValueError)]
+            errors = [
+                error for future in waited if isinstance(error := future.exception(), ValueError)
+            ]
         finally:
             pool.shutdown(cancel_futures=True)
         if errors:
-            others = f" ({len(errors) - 1} of the other shards cannot be used either)" if len(errors) > 1 else ""
+            others = (
+                f" ({len(errors) - 1} of the other shards cannot be used either)"
+                if len(errors) > 1
+                else ""
+            )
             raise ValueError(f"{errors[0]}{others}") from errors[0]
         indexes = [future.result() for future in opened]
         self._starts = np.concatenate([index.starts for index in indexes])
@@ -106,7 +127,9 @@ class TarShards:
 
     def name(self, example: int) -> str:
         """The name of a file of the example."""
-        return self.read(example, next(column for column in COLUMNS if self.count(example, column)))[0]
+        return self.read(
+            example, next(column for column in COLUMNS if self.count(example, column))
+        )[0]
 
     def read(self, example: int, column: int) -> tuple[str, bytes]:
         """Name and bytes of a file that the example has, the first of two, in any thread.
@@ -126,7 +149,9 @@ class TarShards:
                 return file.name.decode(errors="replace"), content[file.data :]
         except (_Damage, StopIteration):
             pass
-        raise ValueError(f"shard {path} has changed while it was in use, expected the one that was opened")
+        raise ValueError(
+            f"shard {path} has changed while it was in use, expected the one that was opened"
+        )
 
 
 class _OpenShard:
@@ -145,8 +170,8 @@ def shard_paths(pattern: str) -> list[pathlib.Path]:
     """The shards that a pattern means, in its order; those that a wildcard finds are sorted.
 
     Args:
-      pattern: A path with ranges `{00000..00127}`, lists `{a,b}` and the wildcards `*`, `**`, `?` and `[...]`; several
-        are joined by `::`.
+      pattern: A path with ranges `{00000..00127}`, lists `{a,b}` and the wildcards `*`, `**`, `?`
+        and `[...]`; several are joined by `::`.
 
     Raises:
       ValueError: a shard of a range or list is missing, or a wildcard finds none.
@@ -154,7 +179,9 @@ def shard_paths(pattern: str) -> list[pathlib.Path]:
     paths = []
     for part in pattern.split("::"):
         if "://" in part or part.startswith("pipe:"):
-            raise ValueError(f"{part} is not a path: shards are read at random, so copy or mount them first")
+            raise ValueError(
+                f"{part} is not a path: shards are read at random, so copy or mount them first"
+            )
         for name in _expanded(os.path.expanduser(part)):
             found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
             if not found:
@@ -192,14 +219,15 @@ def _expanded(text: str) -> list[str]:
 def open_index(path: pathlib.Path) -> Index:
     """The index of a shard: the one kept for it, or a new one, which is then kept.
 
-    Indexes are kept in `mammut/shards` of XDG_CACHE_HOME, by default `~/.cache`, and made again where the shard's size
-    or time of change is another.
+    Indexes are kept in `mammut/shards` of XDG_CACHE_HOME, by default `~/.cache`, and made again
+    where the shard's size or time of change is another.
 
     Raises:
       ValueError: the shard is not a whole, uncompressed tar file.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for who writes into it
+        # opening a pipe would wait for who writes into it
+        if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(f"shard {path} is not a file")
         with open(path, "rb") as file:
             before = os.fstat(file.fileno())
@@ -210,7 +238,10 @@ def open_index(path: pathlib.Path) -> Index:
                 "mtime_ns": before.st_mtime_ns,
             }
             name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-            folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mammut/shards"
+            folder = (
+                pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+                / "mammut/shards"
+            )
             kept = _load(folder / name, identity)
             if kept is not None:
                 return kept
@@ -230,7 +261,9 @@ def open_index(path: pathlib.Path) -> Index:
     try:
         _store(folder, name, identity, index)
     except OSError as error:
-        _warn_once(f"indexes of tar shards cannot be kept in {folder}, so each start makes them anew: {error.strerror}")
+        _warn_once(
+            f"indexes of tar shards cannot be kept in {folder}, so each start makes them anew: {error.strerror}"
+        )
     return index
 
 
@@ -283,7 +316,9 @@ def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
     head = read(0, 6)
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
-            raise _Damage(f"is compressed ({name}), which has no random access: unpack it into a plain .tar")
+            raise _Damage(
+                f"is compressed ({name}), which has no random access: unpack it into a plain .tar"
+            )
     rows: dict[bytes, int] = {}
     starts, lengths, ranks = array.array("q"), array.array("I"), array.array("b")
     for file in _files(read, size):
@@ -294,7 +329,9 @@ def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
             continue
         length = file.data + file.size - file.start
         if length > _MAX_FILE:
-            raise _Damage(f"has the file {_shown(file.name)} of {file.size:,} bytes, expected less than 4 GiB")
+            raise _Damage(
+                f"has the file {_shown(file.name)} of {file.size:,} bytes, expected less than 4 GiB"
+            )
         row = rows.setdefault(folder + slash + stem, len(rows))
         if 3 * row == len(starts):
             starts.extend((_ABSENT, _ABSENT, _ABSENT))
@@ -305,7 +342,9 @@ def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
             starts[cell], lengths[cell], ranks[cell] = file.start, length, rank
         elif rank == ranks[cell]:
             starts[cell] = min(starts[cell], -2 - starts[cell])
-    return Index(np.array(starts, np.int64).reshape(-1, 3), np.array(lengths, np.uint32).reshape(-1, 3))
+    return Index(
+        np.array(starts, np.int64).reshape(-1, 3), np.array(lengths, np.uint32).reshape(-1, 3)
+    )
 
 
 def _files(read: Callable[[int, int], bytes], size: int) -> Iterator[_File]:
@@ -314,7 +353,8 @@ def _files(read: Callable[[int, int], bytes], size: int) -> Iterator[_File]:
     ended, name, pax = False, None, {}
     while place < size:
         block = read(place, _BLOCK)
-        if block.count(0) == len(block):  # the end; a last block that is not whole matters to nobody
+        # the end; a last block that is not whole matters to nobody
+        if block.count(0) == len(block):
             ended, place = not pax and name is None, place + _BLOCK
             start = place
             continue
@@ -323,7 +363,9 @@ def _files(read: Callable[[int, int], bytes], size: int) -> Iterator[_File]:
         data = place + _BLOCK
         if kind in b"LKxXg":  # about the file that follows
             if length > _MAX_EXTENSION:
-                raise _Damage(f"has a header of {length:,} bytes at byte {place:,}, expected at most 1 MiB")
+                raise _Damage(
+                    f"has a header of {length:,} bytes at byte {place:,}, expected at most 1 MiB"
+                )
             content = read(data, length)
             if len(content) < length:
                 break
@@ -333,7 +375,10 @@ def _files(read: Callable[[int, int], bytes], size: int) -> Iterator[_File]:
                 pax = _pax_records(content, data)
             place = data + -(-length // _BLOCK) * _BLOCK
             continue
-        name, length = pax.get(b"path", name or plain_name), _decimal(pax.get(b"size"), length, place)
+        name, length = (
+            pax.get(b"path", name or plain_name),
+            _decimal(pax.get(b"size"), length, place),
+        )
         if kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in pax):
             raise _Damage(f"has {_shown(name)} as a sparse file: pack it again without --sparse")
         # Folders, links and devices have no bytes, whatever their size says.
@@ -357,7 +402,9 @@ def _files(read: Callable[[int, int], bytes], size: int) -> Iterator[_File]:
 
 def _header(block: bytes, place: int) -> tuple[bytes, bytes, int]:
     """The kind of what follows, its name and its size in bytes."""
-    if len(block) < _BLOCK or sum(block) - sum(block[148:156]) + 8 * ord(" ") != _number(block[148:156], place):
+    if len(block) < _BLOCK or sum(block) - sum(block[148:156]) + 8 * ord(" ") != _number(
+        block[148:156], place
+    ):
         raise _Damage(
             f"is damaged at byte {place:,}, where the header of a file should be, or no tar file; get it again, or "
             "leave it out by a narrower pattern"
@@ -373,7 +420,9 @@ def _number(field: bytes, place: int) -> int:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip(b" ")
     if digits.strip(b"01234567"):
-        raise _Damage(f"is damaged at byte {place:,}, where a header has {digits!r} for a number, or no tar file")
+        raise _Damage(
+            f"is damaged at byte {place:,}, where a header has {digits!r} for a number, or no tar file"
+        )
     return int(digits or b"0", 8)
 
 
@@ -394,7 +443,9 @@ def _decimal(digits: bytes | None, default: int, place: int) -> int:
     if digits is None:
         return default
     if not digits.isdigit() or len(digits) > 20:
-        raise _Damage(f"is damaged before byte {place:,}: a pax record has {digits[:20]!r} for a number")
+        raise _Damage(
+            f"is damaged before byte {place:,}: a pax record has {digits[:20]!r} for a number"
+        )
     return int(digits)
 
 

@@ -1,13 +1,15 @@
 """Text to ids and back: CLIP's byte-pair vocabulary, SentencePiece, Hugging Face `tokenizer.json`.
 
-`load_tokenizer` reads a user's vocabulary file, `train_sentencepiece` makes one from captions, `restore_tokenizer`
-reads back what `Tokenizer.save` wrote. The special ids of a SentencePiece or Hugging Face vocabulary:
+`load_tokenizer` reads a user's vocabulary file, `train_sentencepiece` makes one from captions,
+`restore_tokenizer` reads back what `Tokenizer.save` wrote. The special ids of a SentencePiece or
+Hugging Face vocabulary:
 
   end    must exist; a vocabulary without one is refused
   pad    its own pad, else the end id
   start  its own start (or BERT's [CLS]), else its own pad (what T5's decoder starts with), else the end id
 
-No id marks a pad: 0 is "!" in CLIP's vocabulary and its pad, too. `text_valid` of the processor marks the real tokens.
+No id marks a pad: 0 is "!" in CLIP's vocabulary and its pad, too. `text_valid` of the processor
+marks the real tokens.
 """
 
 import abc
@@ -34,7 +36,8 @@ _CLIP_WORDS = (
     r"<start_of_text>|<end_of_text>|<\|startoftext\|>|<\|endoftext\|>"
     r"|(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 )
-# For each special token of a tokenizer.json: its names in the config beside it, then well-known tokens.
+# For each special token of a tokenizer.json: its names in the config beside it, then well-known
+# tokens.
 _HF_TOKENS = {
     "bos": (
         ("bos_token", "cls_token"),
@@ -42,28 +45,40 @@ _HF_TOKENS = {
     ),
     "eos": (
         ("eos_token", "sep_token"),
-        ("<|endoftext|>", "</s>", "[SEP]", "<|end_of_text|>", "<end_of_text>", "<|im_end|>", "<eos>"),
+        (
+            "<|endoftext|>",
+            "</s>",
+            "[SEP]",
+            "<|end_of_text|>",
+            "<end_of_text>",
+            "<|im_end|>",
+            "<eos>",
+        ),
     ),
     "pad": (("pad_token",), ("<pad>", "[PAD]", "<|pad|>")),
 }
 _SETTINGS = "kind", "lowercase", "vocab_size", "bos_id", "eos_id", "pad_id"
 _MAX_VOCAB = 2**24
-_MIN_VOCAB_FOR_BYTES = 512  # byte pieces take 256 places; a smaller vocabulary needs them for characters and words
+# byte pieces take 256 places; a smaller vocabulary needs them for characters and words
+_MIN_VOCAB_FOR_BYTES = 512
 
 
 class Tokenizer(abc.ABC):
     """Text to ids and back. Use `load_tokenizer` or `train_sentencepiece` to make one.
 
-    `lowercase` says whether text is lower-cased before it is encoded. `vocab_size` is one more than the largest id.
+    `lowercase` says whether text is lower-cased before it is encoded. `vocab_size` is one more than
+    the largest id.
     """
 
     kind: str
     files: tuple[str, ...]  # their names in a saved folder, the vocabulary first
-    # Whether a text that follows another has to bring the space between them along: byte-level BPE tells a word by it,
-    # where other vocabularies add it themselves.
+    # Whether a text that follows another has to bring the space between them along: byte-level BPE
+    # tells a word by it, where other vocabularies add it themselves.
     needs_space = False
 
-    def __init__(self, content: bytes, lowercase: bool, special_ids: tuple[int, int, int], vocab_size: int):
+    def __init__(
+        self, content: bytes, lowercase: bool, special_ids: tuple[int, int, int], vocab_size: int
+    ):
         self._content = content
         self.lowercase = lowercase
         self.bos_id, self.eos_id, self.pad_id = special_ids
@@ -91,7 +106,9 @@ class Tokenizer(abc.ABC):
             ids = ids[: ids.index(self.eos_id)]
         for token in ids:
             if not 0 <= token < self.vocab_size:
-                raise ValueError(f"id {token} is not in the vocabulary, expected 0 to {self.vocab_size - 1}")
+                raise ValueError(
+                    f"id {token} is not in the vocabulary, expected 0 to {self.vocab_size - 1}"
+                )
         return self._decode([token for token in ids if token != self.bos_id])
 
     def settings(self) -> dict[str, Any]:
@@ -115,8 +132,8 @@ class Tokenizer(abc.ABC):
 class ClipTokenizer(Tokenizer):
     """CLIP's byte-pair encoding of cleaned, lower-cased text, with open_clip's ids.
 
-    As there, "<start_of_text>" and "<end_of_text>" in a text become the special ids, and so do OpenAI's spellings
-    "<|startoftext|>" and "<|endoftext|>".
+    As there, "<start_of_text>" and "<end_of_text>" in a text become the special ids, and so do
+    OpenAI's spellings "<|startoftext|>" and "<|endoftext|>".
     """
 
     kind = "clip"
@@ -126,7 +143,9 @@ class ClipTokenizer(Tokenizer):
         from tokenizers import Regex, models, pre_tokenizers
         from tokenizers import Tokenizer as Pipeline
 
-        text = gzip.GzipFile(fileobj=io.BytesIO(content)).read(_CLIP_BYTES).decode("utf-8", "ignore")
+        text = (
+            gzip.GzipFile(fileobj=io.BytesIO(content)).read(_CLIP_BYTES).decode("utf-8", "ignore")
+        )
         lines = text.split("\n")[1 : 1 + _CLIP_MERGES]
         merges = [tuple(line.split()) for line in lines]
         if len(merges) < _CLIP_MERGES or any(len(merge) != 2 for merge in merges):
@@ -147,12 +166,17 @@ class ClipTokenizer(Tokenizer):
         if not any(special in text for special in _CLIP_SPECIAL):
             return self._pipeline.encode(text, add_special_tokens=False).ids
         words = [word for word, _ in self._words.pre_tokenize_str(text)]
-        ids = ([_CLIP_SPECIAL[word]] if word in _CLIP_SPECIAL else self._pipeline.encode(word).ids for word in words)
+        ids = (
+            [_CLIP_SPECIAL[word]] if word in _CLIP_SPECIAL else self._pipeline.encode(word).ids
+            for word in words
+        )
         return [token for word in ids for token in word]
 
     def _decode(self, ids: list[int]) -> str:
         text = "".join(self._pieces[token] for token in ids)
-        return bytes(map(self._bytes.get, text)).decode("utf-8", errors="replace").replace("</w>", " ")
+        return (
+            bytes(map(self._bytes.get, text)).decode("utf-8", errors="replace").replace("</w>", " ")
+        )
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -179,8 +203,9 @@ class SentencePieceTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json`; its own truncation, padding and special-token template are not used.
 
-    `named` holds what the config files beside it call its special tokens, `eos_token` and so on; or their ids,
-    `eos_token_id`, which it need not have itself. With `fix_text` texts are cleaned as open_clip does.
+    `named` holds what the config files beside it call its special tokens, `eos_token` and so on; or
+    their ids, `eos_token_id`, which it need not have itself. With `fix_text` texts are cleaned as
+    open_clip does.
     """
 
     kind = "huggingface"
@@ -202,7 +227,9 @@ class HuggingFaceTokenizer(Tokenizer):
     @classmethod
     def from_file(cls, path: pathlib.Path, lowercase: bool, **named: Any):
         """Reads a `tokenizer.json`, and of its special tokens the two files beside it, where they are, and `named`."""
-        beside = [path.with_name(name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
+        beside = [
+            path.with_name(name) for name in ("special_tokens_map.json", "tokenizer_config.json")
+        ]
         told = {}
         for config in filter(pathlib.Path.is_file, beside):
             told |= read_json_object(config)
@@ -212,7 +239,11 @@ class HuggingFaceTokenizer(Tokenizer):
         """As `Tokenizer.save`; a `tokenizer_config.json` keeps the names of the special tokens."""
         ids = {role: getattr(self, f"{role}_id") for role in _HF_TOKENS}
         named = {f"{role}_token": self._pipeline.id_to_token(token) for role, token in ids.items()}
-        named |= {f"{role}_token_id": token for role, token in ids.items() if named[f"{role}_token"] is None}
+        named |= {
+            f"{role}_token_id": token
+            for role, token in ids.items()
+            if named[f"{role}_token"] is None
+        }
         named |= {"fix_text": True} if self._fix_text else {}
         (folder / self.files[1]).write_text(json.dumps(named, indent=2) + "\n", "utf-8")
         return super().save(folder)
@@ -227,7 +258,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return next((token for token in found if token is not None), None)
 
     def _encode(self, text: str) -> list[int]:
-        # A unigram vocabulary lists "</s>" as a piece like any other, so that its id can still come out of a text.
+        # A unigram vocabulary lists "</s>" as a piece like any other, so that its id can still come
+        # out of a text.
         text = _tidy(text) if self._fix_text else text
         ids = self._pipeline.encode(text, add_special_tokens=False).ids
         return [token for token in ids if token not in (self.bos_id, self.eos_id)]
@@ -239,13 +271,16 @@ class HuggingFaceTokenizer(Tokenizer):
 class MissingTokenizer(Tokenizer):
     """A tokenizer whose vocabulary file is not at hand. A model with it still takes images, and ready tokens.
 
-    Texts are refused, and so are those special ids that are not known (None); `needs` says which file to put where.
+    Texts are refused, and so are those special ids that are not known (None); `needs` says which
+    file to put where.
     """
 
     kind = "missing"
     files = ()
 
-    def __init__(self, special_ids: tuple[int | None, int | None, int | None], vocab_size: int, needs: str):
+    def __init__(
+        self, special_ids: tuple[int | None, int | None, int | None], vocab_size: int, needs: str
+    ):
         self._special_ids, self._needs = special_ids, needs
         self.lowercase, self.vocab_size = False, vocab_size
 
@@ -274,12 +309,16 @@ class MissingTokenizer(Tokenizer):
         """What had these `settings()`; raises ValueError when they are none."""
         match settings:
             case {"vocab_size": int(size), "needs": str(needs), **rest} if (
-                rest.keys() == {"kind", "bos_id", "eos_id", "pad_id"} and type(size) is int and 1 <= size <= _MAX_VOCAB
+                rest.keys() == {"kind", "bos_id", "eos_id", "pad_id"}
+                and type(size) is int
+                and 1 <= size <= _MAX_VOCAB
             ):
                 ids = rest["bos_id"], rest["eos_id"], rest["pad_id"]
                 if all(token is None or type(token) is int and 0 <= token < size for token in ids):
                     return cls(ids, size, needs)
-        raise ValueError(f"settings of a missing tokenizer are {settings}, expected a vocab_size, ids below it, needs")
+        raise ValueError(
+            f"settings of a missing tokenizer are {settings}, expected a vocab_size, ids below it, needs"
+        )
 
     def settings(self) -> dict[str, Any]:
         """Its ids, null where they are not known, and what it needs."""
@@ -297,7 +336,9 @@ class MissingTokenizer(Tokenizer):
         others = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
         for name, known, other in zip(names, self._special_ids, others):
             if known is not None and known != other:
-                raise ValueError(f"the vocabulary given has the {name} id {other}, the model was trained with {known}")
+                raise ValueError(
+                    f"the vocabulary given has the {name} id {other}, the model was trained with {known}"
+                )
 
     def _special_id(self, place: int) -> int:
         token = self._special_ids[place]
@@ -316,18 +357,25 @@ class MissingTokenizer(Tokenizer):
 def load_tokenizer(path: str | pathlib.Path, lowercase: bool, **named: Any) -> Tokenizer:
     """Reads a vocabulary file: CLIP's `*.txt.gz`, a SentencePiece `*.model` or a Hugging Face `tokenizer.json`.
 
-    The special tokens of a `tokenizer.json` are those named by `tokenizer_config.json` or `special_tokens_map.json`
-    beside it, else well-known ones such as <|endoftext|>, </s> and [SEP]; `named` takes their place, as
-    `HuggingFaceTokenizer` tells. CLIP's vocabulary lower-cases in any case.
+    The special tokens of a `tokenizer.json` are those named by `tokenizer_config.json` or
+    `special_tokens_map.json` beside it, else well-known ones such as <|endoftext|>, </s> and [SEP];
+    `named` takes their place, as `HuggingFaceTokenizer` tells. CLIP's vocabulary lower-cases in any
+    case.
 
     Raises:
       ValueError: `path` is missing, of no known kind, damaged, or has no end token.
     """
     path = pathlib.Path(path)
-    kinds = {".txt.gz": ClipTokenizer, ".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
+    kinds = {
+        ".txt.gz": ClipTokenizer,
+        ".model": SentencePieceTokenizer,
+        ".json": HuggingFaceTokenizer,
+    }
     cls = next((cls for suffix, cls in kinds.items() if path.name.endswith(suffix)), None)
     if cls is None:
-        raise ValueError(f"vocabulary {path} is of no known kind, expected a *.txt.gz, *.model or *.json file")
+        raise ValueError(
+            f"vocabulary {path} is of no known kind, expected a *.txt.gz, *.model or *.json file"
+        )
     return _read(cls, path, lowercase, **named)
 
 
@@ -339,18 +387,23 @@ def restore_tokenizer(folder: pathlib.Path, settings: dict[str, Any]) -> Tokeniz
     cls = next((cls for cls in classes if cls.kind == settings.get("kind")), None)
     if cls is None or set(settings) != set(_SETTINGS):
         kinds = ", ".join(cls.kind for cls in classes)
-        raise ValueError(f"{folder} has tokenizer settings {settings}, expected {_SETTINGS}, kind one of {kinds}")
+        raise ValueError(
+            f"{folder} has tokenizer settings {settings}, expected {_SETTINGS}, kind one of {kinds}"
+        )
     path = folder / cls.files[0]
     tokenizer = _read(cls, path, settings["lowercase"])
     if tokenizer.settings() != settings:
-        raise ValueError(f"{path} has settings {tokenizer.settings()}, but was saved with {settings}")
+        raise ValueError(
+            f"{path} has settings {tokenizer.settings()}, but was saved with {settings}"
+        )
     return tokenizer
 
 
 def train_sentencepiece(captions: Iterable[str], vocab_size: int, lowercase: bool) -> Tokenizer:
     """Trains a BPE SentencePiece vocabulary of at most `vocab_size` pieces: pad 0, start 1, end 2, unknown 3.
 
-    The same captions give the same bytes. From 512 pieces on, 256 of them are bytes, so that no character is unknown.
+    The same captions give the same bytes. From 512 pieces on, 256 of them are bytes, so that no
+    character is unknown.
 
     Raises:
       ValueError: there is no text to train on, or `vocab_size` is too small for its characters.
@@ -359,7 +412,9 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int, lowercase: boo
 
     texts = [text for text in (_clean(caption, lowercase) for caption in captions) if text.strip()]
     if not texts:
-        raise ValueError("there are no captions to train a vocabulary on; give captions or set tokenizer.path")
+        raise ValueError(
+            "there are no captions to train a vocabulary on; give captions or set tokenizer.path"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -372,7 +427,8 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int, lowercase: boo
             bos_id=1,
             eos_id=2,
             unk_id=3,
-            model_type="bpe",  # whole words from a few hundred pieces on, where unigram still spells them out
+            # whole words from a few hundred pieces on, where unigram still spells them out
+            model_type="bpe",
             num_threads=1,  # the sums of several threads depend on their number
             minloglevel=2,
         )
@@ -395,7 +451,9 @@ def _read(cls: type[Tokenizer], path: pathlib.Path, lowercase: bool, **named: An
 
 def _special_ids(bos: int | None, eos: int | None, pad: int | None) -> tuple[int, int, int]:
     if eos is None:
-        raise ValueError("it has no end token (of a tokenizer.json, eos_token in tokenizer_config.json names it)")
+        raise ValueError(
+            "it has no end token (of a tokenizer.json, eos_token in tokenizer_config.json names it)"
+        )
     start = next(token for token in (bos, pad, eos) if token is not None)
     return start, eos, eos if pad is None else pad
 
@@ -414,7 +472,10 @@ def _tidy(text: str) -> str:
 
 
 def _visible_bytes() -> dict[str, int]:
-    # GPT-2's stand-ins: a printable byte is its own character, the other bytes follow from U+0100 on, in that order.
+    # GPT-2's stand-ins: a printable byte is its own character, the other bytes follow from U+0100
+    # on, in that order.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(hidden)
+    }

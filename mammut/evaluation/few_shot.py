@@ -1,9 +1,9 @@
 """Examples in front of a question or a caption: how they are drawn and what the prompt looks like (MAGMA's protocol).
 
-The prompt of a query, as in the first public code of MAGMA (arXiv 2112.05253), is for every example and then for the
-query itself: the instruction, if there is one; the image; the text. An example's text is the prompt's, such as
-"Q: what is it? A:" or "A picture of", a space, and one of its answers or captions; the query's ends with the prompt,
-without a space.
+The prompt of a query, as in the first public code of MAGMA (arXiv 2112.05253), is for every example
+and then for the query itself: the instruction, if there is one; the image; the text. An example's
+text is the prompt's, such as "Q: what is it? A:" or "A picture of", a space, and one of its answers
+or captions; the query's ends with the prompt, without a space.
 """
 
 import dataclasses
@@ -31,22 +31,23 @@ class Query:
 class FewShot:
     """Draws examples for queries and makes prompts of them.
 
-    The rule: the examples of a query are `shots` different questions (or captioned images) of `source`, in random
-    order, all equally likely; none about an image with the key of the query's own. Where the query has a question type,
-    so have they, as MAGMA draws them for VQAv2 and OKVQA, as far as there are so many; the rest are any. Each comes
-    with one of its answers (captions), all equally likely, blank ones left out. One that cannot be read is passed over
-    for the next. Everything random follows from `seed`, the query's index in its set and its number there: neither the
-    order of queries nor the batch matters.
+    The rule: the examples of a query are `shots` different questions (or captioned images) of
+    `source`, in random order, all equally likely; none about an image with the key of the query's
+    own. Where the query has a question type, so have they, as MAGMA draws them for VQAv2 and OKVQA,
+    as far as there are so many; the rest are any. Each comes with one of its answers (captions),
+    all equally likely, blank ones left out. One that cannot be read is passed over for the next.
+    Everything random follows from `seed`, the query's index in its set and its number there:
+    neither the order of queries nor the batch matters.
 
     Args:
-      source: read once, at the start, where there are shots, for the questions and their types: of a large set in
-        archives, give a part.
+      source: read once, at the start, where there are shots, for the questions and their types: of
+        a large set in archives, give a part.
       shots: 0 makes the prompt without examples.
       instruction: said in front of every example and the query.
 
     Raises:
-      ValueError: `shots` or `seed` is negative, or `source` has too few examples; when a prompt is made, too few that
-        are not about the query's own image.
+      ValueError: `shots` or `seed` is negative, or `source` has too few examples; when a prompt is
+        made, too few that are not about the query's own image.
     """
 
     def __init__(self, source: Source, shots: int, *, seed: int = 0, instruction: str = ""):
@@ -68,7 +69,9 @@ class FewShot:
                 self._items.append((index, number))
                 self._keys.append(example.key)
         if len(self._items) < shots:
-            raise ValueError(f"{source.spec!r} has {len(self._items)} examples to show, expected at least {shots}")
+            raise ValueError(
+                f"{source.spec!r} has {len(self._items)} examples to show, expected at least {shots}"
+            )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -76,7 +79,9 @@ class FewShot:
         values = {"shots": self.shots, "shots_seed": self.seed, "instruction": self.instruction}
         return values | {"shots_data": self.source.spec}
 
-    def pieces(self, query: Query, image: Any, prompt: str, read: Callable[[Any], Any]) -> list[Any]:
+    def pieces(
+        self, query: Query, image: Any, prompt: str, read: Callable[[Any], Any]
+    ) -> list[Any]:
         """The prompt of a query about `image`, for `mammut.generation.interleaved`; `read` makes pictures of the examples' images.
 
         `prompt` is what examples are asked with, {} in place of the question.
@@ -84,7 +89,9 @@ class FewShot:
         shown = [*self._drawn(query, prompt, read), (image, query.text.rstrip())]
         return [piece for image, text in shown for piece in (self.instruction, image, text)]
 
-    def _drawn(self, query: Query, prompt: str, read: Callable[[Any], Any]) -> list[tuple[Any, str]]:
+    def _drawn(
+        self, query: Query, prompt: str, read: Callable[[Any], Any]
+    ) -> list[tuple[Any, str]]:
         rng = np.random.default_rng([self.seed, query.index, query.number])
         drawn = []
         places = self._places(rng, query)
@@ -121,8 +128,8 @@ class FewShot:
 def answer_part(text: str, prompt: str, instruction: str = "") -> str:
     """What a model said, up to a line break or the next example: the instruction, or what `prompt` begins with.
 
-    A beginning such as "Q:" or "A picture of" ends the answer where it stands as words of its own; one that is a single
-    word, such as "a", may well be a part of it.
+    A beginning such as "Q:" or "A picture of" ends the answer where it stands as words of its own;
+    one that is a single word, such as "a", may well be a part of it.
     """
     text, heads = text.partition("\n")[0], (instruction.strip(), prompt.partition("{}")[0].strip())
     for head in heads:

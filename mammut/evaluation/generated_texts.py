@@ -6,7 +6,8 @@ from typing import Any
 
 from mammut.generation.search import GenerateConfig
 
-_TOO_LONG = {"prediction": "", "logprob": 0.0, "too_long": True}  # what is said of what does not fit the context
+# what is said of what does not fit the context
+_TOO_LONG = {"prediction": "", "logprob": 0.0, "too_long": True}
 
 
 def _settings(config: GenerateConfig) -> dict[str, Any]:

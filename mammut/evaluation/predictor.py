@@ -1,8 +1,8 @@
 """A model asked about a whole set: captions, answers, classes, retrieval, in batches of one shape on any mesh.
 
-Every method of `Predictor` gives `Predictions`, ready to be written and scored. Two of them do what only a model of two
-passes can: retrieval by embedding whose best candidates are scored again by the likelihood of the text given the image,
-and classification by that likelihood.
+Every method of `Predictor` gives `Predictions`, ready to be written and scored. Two of them do what
+only a model of two passes can: retrieval by embedding whose best candidates are scored again by the
+likelihood of the text given the image, and classification by that likelihood.
 """
 
 import collections
@@ -53,8 +53,9 @@ def place(model: MaMMUT, mesh: Mesh) -> tuple[Callable[[Any], MaMMUT], Any]:
 class Predictor:
     """Asks a model about sets of examples. To be called inside `jax.set_mesh(mesh)`.
 
-    Every process reads the whole set and hands its devices their rows, so that results are exact on any mesh. The last,
-    smaller batch is padded. An example that cannot be used is left out and counted.
+    Every process reads the whole set and hands its devices their rows, so that results are exact on
+    any mesh. The last, smaller batch is padded. An example that cannot be used is left out and
+    counted.
 
     Args:
       model_of: the model of given parameters: `Trainer.model`, or what `place` returns.
@@ -64,8 +65,9 @@ class Predictor:
       alive: called with every batch that the model is asked about.
 
     Raises:
-      ValueError: `batch_size` does not divide over the mesh. When called: too many examples cannot be used, or, as
-        soon as it is read, a second example has the key (a second question the id) of one before.
+      ValueError: `batch_size` does not divide over the mesh. When called: too many examples cannot
+        be used, or, as soon as it is read, a second example has the key (a second question the id)
+        of one before.
     """
 
     def __init__(
@@ -85,8 +87,18 @@ class Predictor:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         sharding.require_divisible(batch_size, mesh, "batch_size")
-        self._processor, self._mesh, self._checkpoint, self._batch_size = processor, mesh, checkpoint, batch_size
-        self._threads, self._max_bad_share, self._blind, self._progress = threads, max_bad_share, blind, progress
+        self._processor, self._mesh, self._checkpoint, self._batch_size = (
+            processor,
+            mesh,
+            checkpoint,
+            batch_size,
+        )
+        self._threads, self._max_bad_share, self._blind, self._progress = (
+            threads,
+            max_bad_share,
+            blind,
+            progress,
+        )
         self._alive, self._model_of = alive, model_of
         replicated = jax.NamedSharding(mesh, jax.P())
 
@@ -97,12 +109,22 @@ class Predictor:
         @functools.cache
         def generator(config: GenerateConfig):
             ids = {"eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
-            return compiled(lambda model, image, prompt, valid: generate(model, image, prompt, valid, config, **ids))
+            return compiled(
+                lambda model, image, prompt, valid: generate(
+                    model, image, prompt, valid, config, **ids
+                )
+            )
 
         @functools.cache
         def interleaved_generator(config: GenerateConfig):
-            ids = {"bos_id": processor.bos_id, "eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
-            return compiled(lambda model, *batch: generate_interleaved(model, *batch, config, **ids))
+            ids = {
+                "bos_id": processor.bos_id,
+                "eos_id": processor.eos_id,
+                "vocab_size": processor.vocab_size,
+            }
+            return compiled(
+                lambda model, *batch: generate_interleaved(model, *batch, config, **ids)
+            )
 
         self._generator, self._interleaved_generator = generator, interleaved_generator
         self._encode_image = compiled(lambda model, image: model.encode_image(image))
@@ -160,14 +182,19 @@ class Predictor:
     ) -> Predictions:
         """An answer to every question; the empty one, marked `too_long`, to a question longer than the context.
 
-        The model is asked to go on from `prompt`, with the question in place of its {}. With `few_shot`, after
-        examples, and only up to a line break or the next example ("Q:").
+        The model is asked to go on from `prompt`, with the question in place of its {}. With
+        `few_shot`, after examples, and only up to a line break or the next example ("Q:").
         """
         _require_slot(prompt, "prompt")
         records = []
 
         def record_of(index: int, example: Example, question: Question) -> dict[str, Any]:
-            values = {"id": question.id, "key": example.key, "index": index, "question": question.text}
+            values = {
+                "id": question.id,
+                "key": example.key,
+                "index": index,
+                "question": question.text,
+            }
             values |= {"answers": question.answers}
             types = {"answer_type": question.answer_type, "question_type": question.question_type}
             return values | {name: value for name, value in types.items() if value is not None}
@@ -211,9 +238,10 @@ class Predictor:
     ) -> Predictions:
         """The best candidates of every image among all texts and of every text among all images, by embedding.
 
-        With `rerank`, the best n candidates of each are scored again by log P(text | image) - prior * log P(text), the
-        latter with a black image in place of the image. A short or frequent text is likely for any image, which spoils
-        the order of texts at prior 0; the order of images for one text is the same at any prior (arXiv 2306.01879).
+        With `rerank`, the best n candidates of each are scored again by log P(text | image) - prior
+        * log P(text), the latter with a black image in place of the image. A short or frequent text
+        is likely for any image, which spoils the order of texts at prior 0; the order of images for
+        one text is the same at any prior (arXiv 2306.01879).
         """
         left_out = collections.Counter()
         indices, keys, texts, image_of_text, embeds, seen = [], [], [], [], [], set()
@@ -232,7 +260,9 @@ class Predictor:
         texts_of, text_scores = nearest(image_embed, text_embed, size)
         images_of, image_scores = nearest(text_embed, image_embed, size)
 
-        own_texts = np.split(np.arange(len(texts)), np.cumsum(np.bincount(image_of_text, minlength=len(keys)))[:-1])
+        own_texts = np.split(
+            np.arange(len(texts)), np.cumsum(np.bincount(image_of_text, minlength=len(keys)))[:-1]
+        )
         records = [
             {"query": "image", "id": image, "key": keys[image], "index": indices[image]}
             | {"relevant": own_texts[image].tolist()}
@@ -248,13 +278,18 @@ class Predictor:
             images, candidates = np.arange(len(keys))[:, None], np.arange(len(texts))[:, None]
             to_text = images * len(texts) + texts_of[:, :rerank]
             to_image = images_of[:, :rerank] * len(texts) + candidates
-            pairs, place = np.unique(np.concatenate([to_text.ravel(), to_image.ravel()]), return_inverse=True)
+            pairs, place = np.unique(
+                np.concatenate([to_text.ravel(), to_image.ravel()]), return_inverse=True
+            )
             scores = self._rescore(params, source, limit, indices, tokens, pairs, prior)[place]
             of_images, of_texts = np.split(scores, [to_text.size])
             for record, own in zip(
-                records, [*of_images.reshape(to_text.shape), *of_texts.reshape(to_image.shape)], strict=True
+                records,
+                [*of_images.reshape(to_text.shape), *of_texts.reshape(to_image.shape)],
+                strict=True,
             ):
-                order = np.argsort(-own, kind="stable")  # equals stay in the order of their embeddings
+                # equals stay in the order of their embeddings
+                order = np.argsort(-own, kind="stable")
                 record["reranked"] = np.array(record["ranked"][:rerank])[order].tolist()
                 record["reranked_scores"] = own[order].tolist()
         settings = {"images": len(keys), "texts": len(texts), "rerank": rerank, "prior": prior}
@@ -273,19 +308,23 @@ class Predictor:
     ) -> Predictions:
         """The five best classes of every image.
 
-        By "contrastive", a class is the mean of the embeddings of its name in every template (CLIP, arXiv 2103.00020,
-        section 3.1.4); by "likelihood", its score is the log of the mean over templates of P(text | image), less
-        `prior` times the same for a black image.
+        By "contrastive", a class is the mean of the embeddings of its name in every template (CLIP,
+        arXiv 2103.00020, section 3.1.4); by "likelihood", its score is the log of the mean over
+        templates of P(text | image), less `prior` times the same for a black image.
         """
         left_out = collections.Counter()
         for template in templates:
             _require_slot(template, "template")
         if not classes or not templates:
-            raise ValueError(f"there are {len(classes)} classes and {len(templates)} templates, expected some of each")
+            raise ValueError(
+                f"there are {len(classes)} classes and {len(templates)} templates, expected some of each"
+            )
         texts = [template.replace("{}", name) for name in classes for template in templates]
         tokens = self._processor.encode_text(texts)
         if method == "contrastive":
-            embed = self._embed_texts(params, tokens).reshape(len(classes), len(templates), -1).mean(1)
+            embed = (
+                self._embed_texts(params, tokens).reshape(len(classes), len(templates), -1).mean(1)
+            )
             embed /= np.maximum(np.linalg.norm(embed, axis=1, keepdims=True), 1e-12)
         else:
             embed = None
@@ -294,20 +333,38 @@ class Predictor:
         records, seen = [], set()
         for batch in self._batches(source, limit, left_out):
             if embed is None:
-                scores = self._class_scores(params, batch.image, len(batch.examples), tokens, len(classes))
+                scores = self._class_scores(
+                    params, batch.image, len(batch.examples), tokens, len(classes)
+                )
                 scores = scores - prior * prior_scores
                 order = np.argsort(-scores, axis=1, kind="stable")[:, :5]
                 scores = np.take_along_axis(scores, order, axis=1)
             else:
-                order, scores = nearest(self._array(self._encode_image, params, batch.image), embed, 5)
-            for row, (index, example) in enumerate(zip(batch.index.tolist(), batch.examples, strict=True)):
+                order, scores = nearest(
+                    self._array(self._encode_image, params, batch.image), embed, 5
+                )
+            for row, (index, example) in enumerate(
+                zip(batch.index.tolist(), batch.examples, strict=True)
+            ):
                 if example is not None:
                     _require_new(example.key, seen, source)
                     if example.name not in classes:
-                        raise ValueError(f"{example.key!r} is {example.name!r}, not one of the {len(classes)} classes")
-                    ranked = {"ranked": [classes[i] for i in order[row]], "scores": scores[row].tolist()}
-                    records.append({"key": example.key, "index": index, "label": example.name} | ranked)
-        settings = {"classes": list(classes), "templates": list(templates), "method": method, "prior": prior}
+                        raise ValueError(
+                            f"{example.key!r} is {example.name!r}, not one of the {len(classes)} classes"
+                        )
+                    ranked = {
+                        "ranked": [classes[i] for i in order[row]],
+                        "scores": scores[row].tolist(),
+                    }
+                    records.append(
+                        {"key": example.key, "index": index, "label": example.name} | ranked
+                    )
+        settings = {
+            "classes": list(classes),
+            "templates": list(templates),
+            "method": method,
+            "prior": prior,
+        }
         return self._predictions("classify", records, source, left_out, settings)
 
     @property
@@ -323,14 +380,21 @@ class Predictor:
         settings = settings | {"image_size": self.image_size, "blind": self._blind}
         return Predictions(task, records, source.spec, self._checkpoint, settings, dict(left_out))
 
-    def _batches(self, source: Source, limit: int | None, left_out: collections.Counter) -> Iterator[EvalBatch]:
+    def _batches(
+        self, source: Source, limit: int | None, left_out: collections.Counter
+    ) -> Iterator[EvalBatch]:
         """Batches over the set, with a progress bar; at the end too many examples left out are an error."""
         from tqdm import tqdm
 
         settings = {"batch_size": self._batch_size, "threads": self._threads, "blind": self._blind}
         total = len(source) if limit is None else min(limit, len(source))
         good = 0
-        with tqdm(total=total, unit="example", disable=None if self._progress else True, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=total,
+            unit="example",
+            disable=None if self._progress else True,
+            dynamic_ncols=True,
+        ) as bar:
             for batch in eval_batches(source, self._processor, limit=limit, **settings):
                 left_out.update(batch.bad)
                 good += int(batch.example_valid.sum())
@@ -347,26 +411,42 @@ class Predictor:
         self, source: Source, limit: int | None, left_out: collections.Counter
     ) -> Iterator[tuple[int, np.ndarray, Example]]:
         for batch in self._batches(source, limit, left_out):
-            for index, image, example in zip(batch.index.tolist(), batch.image, batch.examples, strict=True):
+            for index, image, example in zip(
+                batch.index.tolist(), batch.image, batch.examples, strict=True
+            ):
                 if example is not None:
                     yield index, image, example
 
     def _texts(
-        self, params: Any, rows: Iterable[tuple[np.ndarray, list[int]]], config: GenerateConfig, width: int = 1
+        self,
+        params: Any,
+        rows: Iterable[tuple[np.ndarray, list[int]]],
+        config: GenerateConfig,
+        width: int = 1,
     ) -> Iterator[dict[str, Any]]:
         """What is said after each image's prompt, with its log-probability; prompts are padded to `width` tokens.
 
-        A text has the processor's length at most: the context of a language model may be a hundred times as long.
+        A text has the processor's length at most: the context of a language model may be a hundred
+        times as long.
         """
         processor = self._processor
-        config = dataclasses.replace(config, max_new_tokens=config.max_new_tokens or processor.max_length - 1)
+        config = dataclasses.replace(
+            config, max_new_tokens=config.max_new_tokens or processor.max_length - 1
+        )
         for chunk in _chunked(rows, self._batch_size):
-            images = [image for image, _ in chunk] + [np.zeros_like(chunk[0][0])] * (self._batch_size - len(chunk))
+            images = [image for image, _ in chunk] + [np.zeros_like(chunk[0][0])] * (
+                self._batch_size - len(chunk)
+            )
             prompts = [[processor.bos_id, *prompt] for _, prompt in chunk]
-            prompts += [prompts[0]] * (self._batch_size - len(chunk))  # ends when the first does: no row runs on
-            tokens = np.array([ids + [processor.pad_id] * (width - len(ids)) for ids in prompts], np.int32)
+            # ends when the first does: no row runs on
+            prompts += [prompts[0]] * (self._batch_size - len(chunk))
+            tokens = np.array(
+                [ids + [processor.pad_id] * (width - len(ids)) for ids in prompts], np.int32
+            )
             valid = np.arange(width) < np.array([len(ids) for ids in prompts])[:, None]
-            out = jax.device_get(self._call(self._generator(config), params, np.stack(images), tokens, valid))
+            out = jax.device_get(
+                self._call(self._generator(config), params, np.stack(images), tokens, valid)
+            )
             for row in range(len(chunk)):
                 own = out.tokens[row, 0].tolist()[len(prompts[row]) :]
                 text = processor.tokenizer.decode(own).strip()
@@ -382,13 +462,21 @@ class Predictor:
     ) -> Iterator[dict[str, Any]]:
         """What is said after each query's examples, with the log-probability of all that was generated.
 
-        What is generated has `config.max_new_tokens` at most, or else as many as a text of the processor's.
+        What is generated has `config.max_new_tokens` at most, or else as many as a text of the
+        processor's.
         """
         if prompt.endswith(" "):
-            raise ValueError(f"the prompt {prompt!r} ends in a space, expected none: what is said begins with it")
+            raise ValueError(
+                f"the prompt {prompt!r} ends in a space, expected none: what is said begins with it"
+            )
         processor, model_config = self._processor, self._model_of(params).config
-        config = dataclasses.replace(config, max_new_tokens=config.max_new_tokens or processor.max_length - 1)
-        room, image_tokens = prompt_room(model_config, config.max_new_tokens), model_config.num_prefix_tokens
+        config = dataclasses.replace(
+            config, max_new_tokens=config.max_new_tokens or processor.max_length - 1
+        )
+        room, image_tokens = (
+            prompt_room(model_config, config.max_new_tokens),
+            model_config.num_prefix_tokens,
+        )
         try:
             require_room(few_shot.shots + 1, 0, room, model_config)
         except ValueError as error:
@@ -398,10 +486,14 @@ class Predictor:
 
         def encoded(row: tuple[np.ndarray, Query]) -> EncodedPrompt:
             image, query = row
-            return encode_prompt(few_shot.pieces(query, image, prompt, read), processor, image_tokens)
+            return encode_prompt(
+                few_shot.pieces(query, image, prompt, read), processor, image_tokens
+            )
 
         with futures.ThreadPoolExecutor(self._threads) as pool:
-            for prompts in _ahead(pool.map(encoded, chunk) for chunk in _chunked(rows, self._batch_size)):
+            for prompts in _ahead(
+                pool.map(encoded, chunk) for chunk in _chunked(rows, self._batch_size)
+            ):
                 prompts = list(prompts)
                 fitting = [own for own in prompts if len(own) <= room]
                 said = []
@@ -409,9 +501,17 @@ class Predictor:
                     size = min(padded_size(max(map(len, fitting))), room)
                     padded = fitting + fitting[:1] * (self._batch_size - len(fitting))
                     batch = prompt_batch(padded, size, self._image_shape)
-                    out = jax.device_get(self._call(self._interleaved_generator(config), params, *batch))
-                    for tokens, logprobs in zip(out.tokens[: len(fitting), 0, 1:], out.logprobs[:, 0], strict=False):
-                        text = answer_part(processor.tokenizer.decode(tokens.tolist()), prompt, few_shot.instruction)
+                    out = jax.device_get(
+                        self._call(self._interleaved_generator(config), params, *batch)
+                    )
+                    for tokens, logprobs in zip(
+                        out.tokens[: len(fitting), 0, 1:], out.logprobs[:, 0], strict=False
+                    ):
+                        text = answer_part(
+                            processor.tokenizer.decode(tokens.tolist()),
+                            prompt,
+                            few_shot.instruction,
+                        )
                         said.append({"prediction": text, "logprob": float(logprobs.sum())})
                 said = iter(said)
                 for own in prompts:
@@ -437,12 +537,17 @@ class Predictor:
             # Pairs are sorted by image, so that those of a batch of images lie together.
             own = slice(*np.searchsorted(images, [first, first + len(rows)]))
             image_tokens = self._call(self._image_tokens, params, batch.image)
-            scores[own] = self._logprobs(params, image_tokens, rows[images[own] - first], encoded, texts[own])
+            scores[own] = self._logprobs(
+                params, image_tokens, rows[images[own] - first], encoded, texts[own]
+            )
         if prior:
             black = np.zeros((self._batch_size, *self._image_shape), np.uint8)
             image_tokens = self._call(self._image_tokens, params, black)
             every = np.arange(len(encoded[0]))
-            scores -= prior * self._logprobs(params, image_tokens, np.zeros_like(every), encoded, every)[texts]
+            scores -= (
+                prior
+                * self._logprobs(params, image_tokens, np.zeros_like(every), encoded, every)[texts]
+            )
         return scores
 
     def _class_scores(self, params, image, rows: int, encoded, num_classes: int) -> np.ndarray:
@@ -460,14 +565,19 @@ class Predictor:
         for start in range(0, len(texts), self._batch_size):
             chunk = slice(start, start + self._batch_size)
             arrays = (rows[chunk].astype(np.int32), *(x[texts[chunk]] for x in encoded))
-            out.append(self._array(self._text_logprob, params, image_tokens, *map(self._padded, arrays)))
+            out.append(
+                self._array(self._text_logprob, params, image_tokens, *map(self._padded, arrays))
+            )
         return np.concatenate(out)[: len(texts)]
 
     def _padded(self, x: np.ndarray) -> np.ndarray:
         return np.pad(x, ((0, self._batch_size - len(x)), *((0, 0),) * (x.ndim - 1)))
 
     def _call(self, function: Callable, params: Any, *args: Any) -> Any:
-        placed = (sharding.replicated_batch(x, self._mesh) if isinstance(x, np.ndarray) else x for x in args)
+        placed = (
+            sharding.replicated_batch(x, self._mesh) if isinstance(x, np.ndarray) else x
+            for x in args
+        )
         self._alive()
         return function(params, *placed)
 
@@ -483,7 +593,9 @@ def _require_slot(text: str, what: str) -> None:
 def _require_new(name: str, seen: set[str], source: Source) -> None:
     """Adds a key or question id to those seen; refuses it the second time, before the model is asked any further."""
     if name in seen:
-        raise ValueError(f"{source.spec!r} has {name!r} more than once, expected every image and question id once")
+        raise ValueError(
+            f"{source.spec!r} has {name!r} more than once, expected every image and question id once"
+        )
     seen.add(name)
 
 
@@ -496,5 +608,3 @@ def _chunked(rows: Iterable, size: int) -> Iterator[list]:
             chunk = []
     if chunk:
         yield chunk
-
-

@@ -26,12 +26,16 @@ def score(predictions: Predictions, *, java: bool | None = None) -> Scores:
     """Scores predictions as their benchmark's official tool does.
 
     Args:
-      java: whether captions are scored by pycocoevalcap with Java, or without; None: with, where both are there.
+      java: whether captions are scored by pycocoevalcap with Java, or without; None: with, where
+        both are there.
 
     Raises:
-      ValueError: there is nothing to score against: captions without references, questions without answers.
+      ValueError: there is nothing to score against: captions without references, questions without
+        answers.
     """
-    scores = {"caption": _caption, "vqa": _vqa, "classify": _classify, "retrieval": _retrieval}[predictions.task]
+    scores = {"caption": _caption, "vqa": _vqa, "classify": _classify, "retrieval": _retrieval}[
+        predictions.task
+    ]
     scores = scores(predictions, java) if predictions.task == "caption" else scores(predictions)
     notes = [f"left out: {count} {cause}" for cause, count in predictions.left_out.items()]
     return dataclasses.replace(scores, notes=scores.notes + notes)
@@ -39,7 +43,9 @@ def score(predictions: Predictions, *, java: bool | None = None) -> Scores:
 
 def _caption(predictions: Predictions, java: bool | None) -> Scores:
     said = [record["prediction"] for record in predictions.records]
-    scores = caption_scores(said, [record["references"] for record in predictions.records], java=java)
+    scores = caption_scores(
+        said, [record["references"] for record in predictions.records], java=java
+    )
     notes = [f"scored by {scores.tool}, text split by {scores.tokenizer}"]
     notes += [f"no {name}: {reason}" for name, reason in scores.left_out.items()]
     notes += _too_long(predictions.records)
@@ -48,7 +54,11 @@ def _caption(predictions: Predictions, java: bool | None) -> Scores:
 
 def _too_long(records: list[dict[str, Any]]) -> list[str]:
     count = sum(record.get("too_long", False) for record in records)
-    return [f"{count} prompts are longer than the model's context: answered with the empty text"] if count else []
+    return (
+        [f"{count} prompts are longer than the model's context: answered with the empty text"]
+        if count
+        else []
+    )
 
 
 def _vqa(predictions: Predictions) -> Scores:
@@ -70,16 +80,23 @@ def _vqa(predictions: Predictions) -> Scores:
     notes += _too_long(records)
     metrics = {} if scores.vqa_acc is None else {"vqa_acc": scores.vqa_acc}
     if "shots" in predictions.settings and scores.vqa_acc is not None:
-        own = [magma_truncated_accuracy(record["prediction"], record["answers"]) for record in records]
+        own = [
+            magma_truncated_accuracy(record["prediction"], record["answers"]) for record in records
+        ]
         metrics["magma_truncated_accuracy"] = sum(own) / len(own)
         notes.append(
             "magma_truncated_accuracy, MAGMA's own score, cuts what was said to the word count of the longest answer: "
             "a leak that raises it, not to be compared with vqa_acc"
         )
-    metrics |= {"exact_match": scores.exact_match, "most_common_exact_match": scores.most_common_exact_match}
+    metrics |= {
+        "exact_match": scores.exact_match,
+        "most_common_exact_match": scores.most_common_exact_match,
+    }
     for by in ("by_answer_type", "by_question_type"):
         for name, own in getattr(scores, by).items():
-            kept = {key: value for key, value in dataclasses.asdict(own).items() if value is not None}
+            kept = {
+                key: value for key, value in dataclasses.asdict(own).items() if value is not None
+            }
             metrics.setdefault(by, {})[name] = kept
     return Scores(metrics, notes, {"questions": len(records)})
 
@@ -88,7 +105,9 @@ def _classify(predictions: Predictions) -> Scores:
     records = predictions.records
     ranked, labels = ([record[name] for record in records] for name in ("ranked", "label"))
     metrics = classification_scores(ranked, labels, predictions.settings["classes"])
-    return Scores(metrics, [], {"images": len(records), "classes": len(predictions.settings["classes"])})
+    return Scores(
+        metrics, [], {"images": len(records), "classes": len(predictions.settings["classes"])}
+    )
 
 
 def _retrieval(predictions: Predictions) -> Scores:
@@ -99,10 +118,13 @@ def _retrieval(predictions: Predictions) -> Scores:
         recalls = {}
         for query, way, candidates in (("text", "t2i", "images"), ("image", "i2t", "texts")):
             records = [record for record in predictions.records if record["query"] == query]
-            ranked, relevant = ([record[name] for record in records] for name in (lists, "relevant"))
+            ranked, relevant = (
+                [record[name] for record in records] for name in (lists, "relevant")
+            )
             # Candidates past the re-ranked ones stay behind them, in the order of their embeddings.
             ranked = [
-                own + [i for i in record["ranked"] if i not in set(own)] for own, record in zip(ranked, records)
+                own + [i for i in record["ranked"] if i not in set(own)]
+                for own, record in zip(ranked, records)
             ]
             recall = ranking_recall(ranked, relevant, num_candidates=settings[candidates])
             recalls |= {f"{way}_{name}": value for name, value in recall.items()}
@@ -115,7 +137,8 @@ def require_same_set(predictions: Predictions, source: Source) -> None:
     """Refuses predictions made on another set than `source`.
 
     Raises:
-      ValueError: an example is not there or has another key, other references, answers or another label.
+      ValueError: an example is not there or has another key, other references, answers or another
+        label.
     """
     for record in predictions.records:
         if "index" not in record:  # a text of retrieval belongs to an image that has one
@@ -130,16 +153,25 @@ def require_same_set(predictions: Predictions, source: Source) -> None:
         if example.key != record["key"]:
             raise ValueError(f"{where} is {example.key!r}, the predictions have {record['key']!r}")
         answers = {question.id: question.answers for question in example.qa}
-        said = {"references": example.captions, "label": example.name, "answers": answers.get(record.get("id"))}
+        said = {
+            "references": example.captions,
+            "label": example.name,
+            "answers": answers.get(record.get("id")),
+        }
         for name, value in said.items():
             if name in record and record[name] != value:
-                raise ValueError(f"{where}, {example.key!r}, has {value!r:.60} for {name}, not {record[name]!r:.60}")
+                raise ValueError(
+                    f"{where}, {example.key!r}, has {value!r:.60} for {name}, not {record[name]!r:.60}"
+                )
 
 
 def save_scores(path: str | os.PathLike, predictions: Predictions, scores: Scores) -> None:
     """Writes scores as JSON, with what they are of."""
     path = pathlib.Path(path)
-    values = {name: getattr(predictions, name) for name in ("task", "data", "checkpoint", "settings", "left_out")}
+    values = {
+        name: getattr(predictions, name)
+        for name in ("task", "data", "checkpoint", "settings", "left_out")
+    }
     values |= dataclasses.asdict(scores)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,9 +1,10 @@
 """Prompts of images and texts in any order, for models with an image prefix (MAGMA, arXiv 2112.05253, section 3).
 
-An image becomes the embeddings the decoder takes of it, a text those of its ids; all of them in order, with neither a
-start nor an end between them, are the prefix of the text that is generated. Prompts of a batch may have different
-lengths and numbers of images: pads stand in front of the shorter ones, where nothing attends to them and no position is
-counted, so that a prompt's text does not depend on its neighbours.
+An image becomes the embeddings the decoder takes of it, a text those of its ids; all of them in
+order, with neither a start nor an end between them, are the prefix of the text that is generated.
+Prompts of a batch may have different lengths and numbers of images: pads stand in front of the
+shorter ones, where nothing attends to them and no position is counted, so that a prompt's text does
+not depend on its neighbours.
 """
 
 import dataclasses
@@ -30,7 +31,8 @@ class EncodedPrompt:
 
     images: tuple[Any, ...]
     tokens: Int32[np.ndarray, " n"]  # 0 where an image stands
-    place: Int32[np.ndarray, " n"]  # in the embeddings of its images, one after the other; -1 where a text stands
+    # in the embeddings of its images, one after the other; -1 where a text stands
+    place: Int32[np.ndarray, " n"]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -39,11 +41,12 @@ class EncodedPrompt:
 def encode_prompt(pieces: Sequence[Any], processor: Processor, image_tokens: int) -> EncodedPrompt:
     """The prompt of `pieces`: each str is a text, anything else an image, which has `image_tokens` positions.
 
-    Texts are encoded one by one as they are: where a vocabulary tells words by the space in front, so does a piece.
+    Texts are encoded one by one as they are: where a vocabulary tells words by the space in front,
+    so does a piece.
 
     Raises:
-      ValueError: `pieces` is not a list or tuple; there is nothing in it; it ends in a space. The message goes on after
-        the prompt's name.
+      ValueError: `pieces` is not a list or tuple; there is nothing in it; it ends in a space. The
+        message goes on after the prompt's name.
     """
     if not isinstance(pieces, list | tuple):
         raise ValueError(f"is a {type(pieces).__name__}, expected a list of images and str")
@@ -99,11 +102,15 @@ def prompt_batch(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The arguments of `interleave` for B prompts, and `valid` bool[B, P]: P is `size`, pads in front.
 
-    Their images are uint8[image_shape]; M is the most images of a prompt, or a few more. Absent ones are black.
+    Their images are uint8[image_shape]; M is the most images of a prompt, or a few more. Absent
+    ones are black.
     """
     count = padded_size(max(len(prompt.images) for prompt in prompts))
     image = np.zeros((len(prompts), count, *image_shape), np.uint8)
-    tokens, place = np.zeros((len(prompts), size), np.int32), np.full((len(prompts), size), -1, np.int32)
+    tokens, place = (
+        np.zeros((len(prompts), size), np.int32),
+        np.full((len(prompts), size), -1, np.int32),
+    )
     for row, prompt in enumerate(prompts):
         if prompt.images:
             image[row, : len(prompt.images)] = prompt.images
@@ -153,7 +160,9 @@ def generate_interleaved(
     return generate_after(model, prefix, start, jnp.ones(start.shape, bool), config, **settings)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "config", "bos_id", "eos_id", "vocab_size"))
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "config", "bos_id", "eos_id", "vocab_size")
+)
 def _generate(graphdef, params, batch, config, *, keys, **ids) -> Generation:
     return generate_interleaved(nnx.merge(graphdef, params), *batch, config, keys=keys, **ids)
 
@@ -169,21 +178,24 @@ def generate_prompts(
 ) -> list[Text]:
     """The best text after each prompt of images and texts: `[image, "Q: what? A: a cat", image, "Q: where? A:"]`.
 
-    A str is a text; an image is anything else that `processor` reads: an array, a PIL image, a `pathlib.Path`, bytes. A
-    prompt may have any number of each in any order. See `encode_prompt`; `generate_text` is for one image and one text.
+    A str is a text; an image is anything else that `processor` reads: an array, a PIL image, a
+    `pathlib.Path`, bytes. A prompt may have any number of each in any order. See `encode_prompt`;
+    `generate_text` is for one image and one text.
 
-    A prompt runs together with those of its size. Give `config.max_new_tokens`: it is padded to one of few sizes then,
-    so that little is compiled; with None it is not, as pads would take of the room that the text has to the end.
+    A prompt runs together with those of its size. Give `config.max_new_tokens`: it is padded to one
+    of few sizes then, so that little is compiled; with None it is not, as pads would take of the
+    room that the text has to the end.
 
     Args:
       prompts: left as they are.
       batch_size: of prompts at a time.
-      seed: of sampling; a text depends on it and on the prompt's place in the list, not on the batch.
+      seed: of sampling; a text depends on it and on the prompt's place in the list, not on the
+        batch.
 
     Raises:
-      ValueError: the model sees images by cross-attention; a prompt is no list, empty, ends in a space, or is longer
-        than `DecoderConfig.max_length` less `config.max_new_tokens`; an image cannot be read; `processor` is not the
-        model's; the model's logits are not numbers.
+      ValueError: the model sees images by cross-attention; a prompt is no list, empty, ends in a
+        space, or is longer than `DecoderConfig.max_length` less `config.max_new_tokens`; an image
+        cannot be read; `processor` is not the model's; the model's logits are not numbers.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
@@ -202,7 +214,11 @@ def generate_prompts(
         by_size.setdefault(size, []).append(number)
 
     graphdef, params = nnx.split(model)
-    ids = {"bos_id": processor.bos_id, "eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
+    ids = {
+        "bos_id": processor.bos_id,
+        "eos_id": processor.eos_id,
+        "vocab_size": processor.vocab_size,
+    }
     texts: dict[int, Text] = {}
     for size, numbers in by_size.items():
         rows = min(batch_size, padded_size(len(numbers)))
@@ -211,7 +227,9 @@ def generate_prompts(
             read = [_with_pixels(encoded[number], processor) for number in own]
             # Padding repeats the last row: it ends no later than the others.
             padding = rows - len(own)
-            batch = prompt_batch(read + read[-1:] * padding, size, (processor.image.image_size,) * 2 + (3,))
+            batch = prompt_batch(
+                read + read[-1:] * padding, size, (processor.image.image_size,) * 2 + (3,)
+            )
             keys = None
             if config.temperature > 0:
                 places = np.array(own + own[-1:] * padding)
@@ -235,6 +253,10 @@ def require_room(images: int, length: int, room: int, config: ModelConfig) -> No
     each, most = config.num_prefix_tokens, config.text.max_length
     context = f"DecoderConfig.max_length {most} less {most - room} for the text"
     if images * each > room:
-        raise ValueError(f"has {images} images of {each} tokens each, expected at most {room // each}: {context}")
+        raise ValueError(
+            f"has {images} images of {each} tokens each, expected at most {room // each}: {context}"
+        )
     if length > room:
-        raise ValueError(f"has {length} tokens, its {images} images included, expected at most {room}: {context}")
+        raise ValueError(
+            f"has {length} tokens, its {images} images included, expected at most {room}: {context}"
+        )

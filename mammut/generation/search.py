@@ -1,10 +1,10 @@
 """The search for a text, token by token: greedy, sampling, beams; one jitted loop of static shapes each.
 
-A search asks for the next token through a `Decoding`: from a cache in `mammut.generation.text`, or in any other way. The loop
-stops when every row has ended.
+A search asks for the next token through a `Decoding`: from a cache in `mammut.generation.text`, or
+in any other way. The loop stops when every row has ended.
 
-Log-probabilities are natural logarithms and those of the model (log-softmax of its logits), whatever temperature,
-filters or penalties chose the tokens.
+Log-probabilities are natural logarithms and those of the model (log-softmax of its logits),
+whatever temperature, filters or penalties chose the tokens.
 """
 
 import dataclasses
@@ -23,47 +23,71 @@ from mammut.core.typing import Array
 class GenerateConfig:
     """How tokens are chosen. The defaults are greedy decoding."""
 
-    max_new_tokens: int | None = None  # of a text, its end token included; None: as many as the model has places for
+    # of a text, its end token included; None: as many as the model has places for
+    max_new_tokens: int | None = None
     num_beams: int = 1  # more than 1: beam search
     length_penalty: float = 1.0  # a text scores its log-probability / length ** length_penalty
     num_groups: int = 1  # the beams in so many groups, each kept from repeating the ones before
-    diversity_penalty: float = 0.0  # for each earlier group that chose a token at this position (arXiv 1610.02424)
+    # for each earlier group that chose a token at this position (arXiv 1610.02424)
+    diversity_penalty: float = 0.0
     temperature: float = 0.0  # 0: the likeliest token; else sample
     top_k: int = 0  # sample from the k likeliest; 0: from all
     top_p: float = 1.0  # sample from the likeliest that together reach p (arXiv 1904.09751)
     min_p: float = 0.0  # sample from those with at least this share of the likeliest's probability
-    repetition_penalty: float = 1.0  # logits of tokens already there are divided (if positive) or multiplied by it
+    # logits of tokens already there are divided (if positive) or multiplied by it
+    repetition_penalty: float = 1.0
 
     def __post_init__(self):
         def require(condition: bool, name: str, expected: str) -> None:
             if not condition:
-                raise ValueError(f"GenerateConfig.{name} is {getattr(self, name)}, expected {expected}")
+                raise ValueError(
+                    f"GenerateConfig.{name} is {getattr(self, name)}, expected {expected}"
+                )
 
         sampling, searching = self.temperature > 0, self.num_beams > 1
-        require(self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
+        require(
+            self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens", "at least 1"
+        )
         require(self.num_beams >= 1, "num_beams", "at least 1")
-        require(-10 <= self.length_penalty <= 10, "length_penalty", "a number from -10 to 10")  # a power in float32
-        require(self.num_groups >= 1 and self.num_beams % self.num_groups == 0, "num_groups", "a divisor of num_beams")
+        # a power in float32
+        require(-10 <= self.length_penalty <= 10, "length_penalty", "a number from -10 to 10")
+        require(
+            self.num_groups >= 1 and self.num_beams % self.num_groups == 0,
+            "num_groups",
+            "a divisor of num_beams",
+        )
         require(self.diversity_penalty >= 0, "diversity_penalty", "at least 0")
-        require(self.temperature == 0 or self.temperature >= 1e-6, "temperature", "0, or at least 1e-6")
+        require(
+            self.temperature == 0 or self.temperature >= 1e-6, "temperature", "0, or at least 1e-6"
+        )
         require(self.top_k >= 0, "top_k", "at least 0")
         require(0 < self.top_p <= 1, "top_p", "0 < p <= 1")
         require(0 <= self.min_p <= 1, "min_p", "0 <= p <= 1")
         require(self.repetition_penalty > 0, "repetition_penalty", "a positive number")
         # A setting that would do nothing is a misunderstanding.
-        require(self.diversity_penalty == 0 or self.num_groups > 1, "diversity_penalty", "0 with one group of beams")
+        require(
+            self.diversity_penalty == 0 or self.num_groups > 1,
+            "diversity_penalty",
+            "0 with one group of beams",
+        )
         require(not (sampling and searching), "temperature", "0 with num_beams above 1")
-        require(self.repetition_penalty == 1 or not searching, "repetition_penalty", "1 with num_beams above 1")
+        require(
+            self.repetition_penalty == 1 or not searching,
+            "repetition_penalty",
+            "1 with num_beams above 1",
+        )
         for name, neutral in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
-            require(sampling or getattr(self, name) == neutral, name, f"{neutral} with temperature 0")
+            require(
+                sampling or getattr(self, name) == neutral, name, f"{neutral} with temperature 0"
+            )
 
 
 @struct.dataclass
 class Generation:
     """What was generated; n hypotheses an image, best first (n = num_beams).
 
-    A score of minus infinity says that there is no such text: there are fewer texts than beams, or the model's logits
-    were not numbers, as after training diverged.
+    A score of minus infinity says that there is no such text: there are fewer texts than beams, or
+    the model's logits were not numbers, as after training diverged.
     """
 
     tokens: Any  # int[B, n, L]: start, prompt, text, and the end token from where it ended on
@@ -77,10 +101,10 @@ class Generation:
 class Decoding:
     """How a search asks a model for the next token: from a cache, as `generate` does, or in any other way.
 
-    `step(text int[R, L], position int[], state)` gives the logits float[R, V] of the token after `position`, given all
-    up to there, and the next state. Rows [i * R / B, (i + 1) * R / B) are texts of image i.
-    `take(state, beam int[B, n])` gives the state for n rows an image: beam[i, j] is the row, of those image i has now,
-    that its row j goes on from.
+    `step(text int[R, L], position int[], state)` gives the logits float[R, V] of the token after
+    `position`, given all up to there, and the next state. Rows [i * R / B, (i + 1) * R / B) are
+    texts of image i. `take(state, beam int[B, n])` gives the state for n rows an image: beam[i, j]
+    is the row, of those image i has now, that its row j goes on from.
     """
 
     step: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -131,7 +155,9 @@ def _sample(decoding: Decoding, tokens, lengths, limit, config, eos_id, keys) ->
         chosen, logprob = jnp.where(broken, eos_id, chosen), jnp.where(broken, -jnp.inf, logprob)
         in_prompt = position < lengths
         kept = in_prompt | done  # what is there is the prompt, or the end
-        tokens = tokens.at[:, position].set(jnp.where(kept, tokens[:, position], chosen).astype(tokens.dtype))
+        tokens = tokens.at[:, position].set(
+            jnp.where(kept, tokens[:, position], chosen).astype(tokens.dtype)
+        )
         logprobs = logprobs.at[:, position].set(jnp.where(kept, 0, logprob))
         done |= ~in_prompt & ((chosen == eos_id) | (position + 1 == limit))
         return position + 1, state, tokens, logprobs, done
@@ -149,8 +175,14 @@ def _choose(logits, tokens, position, config, keys) -> Int[Array, "R"]:
     if config.repetition_penalty != 1:
         rows, vocab = logits.shape
         there = jnp.where(jnp.arange(tokens.shape[1]) < position, tokens, vocab)
-        seen = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], there].set(True, mode="drop")
-        penalised = jnp.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
+        seen = (
+            jnp.zeros(logits.shape, bool)
+            .at[jnp.arange(rows)[:, None], there]
+            .set(True, mode="drop")
+        )
+        penalised = jnp.where(
+            logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty
+        )
         logits = jnp.where(seen, penalised, logits)
     if config.temperature == 0:
         return jnp.argmax(logits, axis=-1)
@@ -167,8 +199,8 @@ def filter_logits(
 ) -> Float[Array, "R V"]:
     """Logits float[R, V] with those not to be sampled at minus infinity; the likeliest always stays.
 
-    `top_p` keeps the smallest set of likeliest tokens whose probabilities reach p: a token stays if those likelier than
-    it do not reach p yet.
+    `top_p` keeps the smallest set of likeliest tokens whose probabilities reach p: a token stays if
+    those likelier than it do not reach p yet.
     """
     order = jnp.argsort(-logits, axis=-1, stable=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
@@ -178,7 +210,9 @@ def filter_logits(
     if top_k:
         keep &= jnp.arange(logits.shape[-1]) < top_k
     rows = jnp.arange(len(logits))[:, None]
-    return jnp.where(jnp.zeros_like(keep).at[rows, order].set(keep.at[:, 0].set(True)), logits, -jnp.inf)
+    return jnp.where(
+        jnp.zeros_like(keep).at[rows, order].set(keep.at[:, 0].set(True)), logits, -jnp.inf
+    )
 
 
 class _Beams(NamedTuple):
@@ -190,15 +224,17 @@ class _Beams(NamedTuple):
 
     def pick(self, place) -> "_Beams":
         """Those at place int[B, m], in that order."""
-        one = lambda x: jnp.take_along_axis(x, place.reshape(*place.shape, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731
+        one = lambda x: jnp.take_along_axis(
+            x, place.reshape(*place.shape, *(1,) * (x.ndim - 2)), axis=1
+        )  # noqa: E731
         return jax.tree.map(one, self)
 
 
 def _beam_search(decoding: Decoding, tokens, lengths, limit, config, eos_id) -> Generation:
     """Beam search, in groups that avoid each other's choices where `num_groups` is more than 1.
 
-    A beam that ends competes by its score with the beams that ended before it; the search of an image stops when no
-    running beam of it can beat the worst of those. Rows are images x beams.
+    A beam that ends competes by its score with the beams that ended before it; the search of an
+    image stops when no running beam of it can beat the worst of those. Rows are images x beams.
     """
     images, length = tokens.shape
     beams, groups = config.num_beams, config.num_groups
@@ -219,11 +255,19 @@ def _beam_search(decoding: Decoding, tokens, lengths, limit, config, eos_id) -> 
         ranked = flat(candidates - config.diversity_penalty * chosen[:, None])
         rank, best = jax.lax.top_k(ranked, 2 * size)  # twice as many: half of them may end here
         beam, token = best // vocab, (best % vocab).astype(tokens.dtype)
-        score, logprob = (jnp.take_along_axis(flat(x), best, axis=1) for x in (candidates, logprobs))
+        score, logprob = (
+            jnp.take_along_axis(flat(x), best, axis=1) for x in (candidates, logprobs)
+        )
         grown = running.pick(beam)
-        grown = _Beams(score, grown.text.at[:, :, position].set(token), grown.logprobs.at[:, :, position].set(logprob))
+        grown = _Beams(
+            score,
+            grown.text.at[:, :, position].set(token),
+            grown.logprobs.at[:, :, position].set(logprob),
+        )
         # The last position ends every beam, as the others are ended by their end token.
-        ends = ((token == eos_id) | (position + 1 == limit)[:, None]) & ~forced & jnp.isfinite(score)
+        ends = (
+            ((token == eos_id) | (position + 1 == limit)[:, None]) & ~forced & jnp.isfinite(score)
+        )
 
         # Those that end compete with those that have.
         ended = grown._replace(score=jnp.where(ends, normalised(score, position + 1), -jnp.inf))
@@ -242,9 +286,12 @@ def _beam_search(decoding: Decoding, tokens, lengths, limit, config, eos_id) -> 
 
     def step(carry):
         position, state, running, finished, _ = carry
-        logits, state = decoding.step(running.text.reshape(images * beams, length), position - 1, state)
+        logits, state = decoding.step(
+            running.text.reshape(images * beams, length), position - 1, state
+        )
         logprobs = jax.nn.log_softmax(logits).reshape(images, beams, -1)
-        logprobs = jnp.where(jnp.isnan(logprobs), -jnp.inf, logprobs)  # logits that are not numbers: no text
+        # logits that are not numbers: no text
+        logprobs = jnp.where(jnp.isnan(logprobs), -jnp.inf, logprobs)
         chosen = jnp.zeros((images, logprobs.shape[2]))
         by_group = []
         for first in range(0, beams, size):
@@ -254,7 +301,8 @@ def _beam_search(decoding: Decoding, tokens, lengths, limit, config, eos_id) -> 
             result[2] += first
             by_group.append(result)
         running, finished, beam = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *by_group)
-        # A running beam can only lose log-probability; its best score is at the length that divides it the most.
+        # A running beam can only lose log-probability; its best score is at the length that divides
+        # it the most.
         hope = normalised(running.score, limit if config.length_penalty > 0 else position + 1)
         done = (position >= lengths) & (hope.max(1) <= finished.score.min(1))
         return position + 1, decoding.take(state, beam), running, finished, done

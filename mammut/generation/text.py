@@ -1,8 +1,8 @@
 """Text from images: a search over the cached caption pass.
 
-The image is encoded once; its keys and values are made once and shared by its beams. The prompts but for their last
-column are run in one pass, then one position at a time for all rows together: a row whose prompt is longer is fed its
-prompt until that ends.
+The image is encoded once; its keys and values are made once and shared by its beams. The prompts
+but for their last column are run in one pass, then one position at a time for all rows together: a
+row whose prompt is longer is fed its prompt until that ends.
 """
 
 import dataclasses
@@ -36,21 +36,24 @@ def generate(
 ) -> Generation:
     """Continues prompts, given their images. Pure: to be called under `jax.jit`, on any mesh.
 
-    L of what comes back is `ModelConfig.text_length`, or Q + `config.max_new_tokens` where that is less.
+    L of what comes back is `ModelConfig.text_length`, or Q + `config.max_new_tokens` where that is
+    less.
 
     Args:
       image: uint8[B, height, width, 3].
       prompt: int[B, Q], the start token first; no end token.
-      prompt_valid: bool[B, Q], True for the prompt's tokens, which come before any pad. The first always counts.
+      prompt_valid: bool[B, Q], True for the prompt's tokens, which come before any pad. The first
+        always counts.
       eos_id: ends a text. An id outside of the vocabulary, such as -1: nothing does.
-      vocab_size: only ids below it are chosen, and only they share the probability: a model's vocabulary may be
-        larger than its tokenizer's. None: the model's.
-      keys: a random key for each row [B], used where `config.temperature` is not 0. A row's tokens depend on its own
-        key alone, not on the rows beside it.
+      vocab_size: only ids below it are chosen, and only they share the probability: a model's
+        vocabulary may be larger than its tokenizer's. None: the model's.
+      keys: a random key for each row [B], used where `config.temperature` is not 0. A row's tokens
+        depend on its own key alone, not on the rows beside it.
 
     Raises:
-      ValueError: the prompt leaves no room below `ModelConfig.text_length`, there are not fewer beams than tokens in
-        the vocabulary, no images, not as many prompts as images, or no keys to sample with.
+      ValueError: the prompt leaves no room below `ModelConfig.text_length`, there are not fewer
+        beams than tokens in the vocabulary, no images, not as many prompts as images, or no keys to
+        sample with.
     """
     if not len(prompt) or len(prompt) != len(image):
         raise ValueError(
@@ -75,8 +78,9 @@ def generate_after(
 ) -> Generation:
     """`generate` with the images as the decoder takes them, or, of a model with an image prefix, with any prefix.
 
-    Such a prefix may hold several images and texts between them (`mammut.generation.interleaved`), with pads in front where
-    `prefix_valid` is False. L is what `DecoderConfig.max_length` leaves, or less.
+    Such a prefix may hold several images and texts between them (`mammut.generation.interleaved`),
+    with pads in front where `prefix_valid` is False. L is what `DecoderConfig.max_length` leaves,
+    or less.
     """
     text, (rows, width) = model.config.text, prompt.shape
     longest = text.max_length - (image_tokens.shape[1] - 1 if model.decoder.has_prefix else 0)
@@ -87,14 +91,23 @@ def generate_after(
         )
     vocab_size = min(text.vocab_size, vocab_size or text.vocab_size)
     if config.num_beams >= vocab_size:
-        raise ValueError(f"num_beams is {config.num_beams}, expected fewer than the {vocab_size} of the vocabulary")
+        raise ValueError(
+            f"num_beams is {config.num_beams}, expected fewer than the {vocab_size} of the vocabulary"
+        )
     if config.temperature > 0 and keys is None:
-        raise ValueError(f"GenerateConfig.temperature is {config.temperature}, expected a key for each row with it")
+        raise ValueError(
+            f"GenerateConfig.temperature is {config.temperature}, expected a key for each row with it"
+        )
 
     prompt_valid = jnp.asarray(prompt_valid).at[:, 0].set(True)
     length = min(longest, width + (config.max_new_tokens or longest))
-    tokens = jnp.full((rows, length), eos_id, jnp.int32).at[:, :width].set(jnp.where(prompt_valid, prompt, eos_id))
-    # The loop starts with a prompt's last token, at the latest: what precedes the last column is enough.
+    tokens = (
+        jnp.full((rows, length), eos_id, jnp.int32)
+        .at[:, :width]
+        .set(jnp.where(prompt_valid, prompt, eos_id))
+    )
+    # The loop starts with a prompt's last token, at the latest: what precedes the last column is
+    # enough.
     decoder = model.decoder
     _, cache = prefill(decoder, prompt[:, :-1], image_tokens, length, prefix_valid)
 
@@ -103,21 +116,30 @@ def generate_after(
         return decoder.logits(features)[:, :vocab_size], cache
 
     def take(cache, beam):
-        # Image by image, so that on a mesh no row leaves its device; the image's keys and values have no beams.
+        # Image by image, so that on a mesh no row leaves its device; the image's keys and values
+        # have no beams.
         def pick(x):
             by_image = x.reshape(*x.shape[:2], rows, -1, *x.shape[3:])
-            taken = jax.vmap(lambda x, beam: x[:, :, beam], in_axes=(2, 0), out_axes=2)(by_image, beam)
+            taken = jax.vmap(lambda x, beam: x[:, :, beam], in_axes=(2, 0), out_axes=2)(
+                by_image, beam
+            )
             return taken.reshape(*x.shape[:2], -1, *x.shape[3:])
 
         return cache.replace(text=jax.tree.map(pick, cache.text))
 
-    return search(Decoding(step, take, cache), tokens, prompt_valid.sum(1), config, eos_id=eos_id, keys=keys)
+    return search(
+        Decoding(step, take, cache), tokens, prompt_valid.sum(1), config, eos_id=eos_id, keys=keys
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "eos_id", "vocab_size"))
-def _generate(graphdef, params, image, prompt, prompt_valid, config, *, eos_id, vocab_size, keys) -> Generation:
+def _generate(
+    graphdef, params, image, prompt, prompt_valid, config, *, eos_id, vocab_size, keys
+) -> Generation:
     model = nnx.merge(graphdef, params)
-    return generate(model, image, prompt, prompt_valid, config, eos_id=eos_id, vocab_size=vocab_size, keys=keys)
+    return generate(
+        model, image, prompt, prompt_valid, config, eos_id=eos_id, vocab_size=vocab_size, keys=keys
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +148,8 @@ class Text:
 
     text: str
     logprob: float  # of the text and its end, natural logarithm: the sum of `token_logprobs`
-    token_logprobs: tuple[float, ...]  # of each token, the end token last, unless there was no place left for it
+    # of each token, the end token last, unless there was no place left for it
+    token_logprobs: tuple[float, ...]
 
 
 def generate_text(
@@ -145,42 +168,53 @@ def generate_text(
       images: whatever `processor` reads: arrays, PIL images, paths, bytes.
       prompts: what each text starts with; it is not part of what comes back. None: nothing.
       batch_size: of images at a time; fewer images make a smaller batch.
-      seed: of sampling; the text of an image depends on it and on the image's place in the list, not on the batch.
+      seed: of sampling; the text of an image depends on it and on the image's place in the list,
+        not on the batch.
 
     Raises:
-      ValueError: an image cannot be read, `prompts` are not as many str as `images`, or one leaves no room for a text;
-        `processor` is not the model's; the model's logits are not numbers, as after training diverged.
+      ValueError: an image cannot be read, `prompts` are not as many str as `images`, or one leaves
+        no room for a text; `processor` is not the model's; the model's logits are not numbers, as
+        after training diverged.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     ids = _prompt_ids(model, processor, images, prompts)
     if not ids:
         return []
-    # Few sizes, so that a call with other images or prompts can use what was compiled: powers of two.
+    # Few sizes, so that a call with other images or prompts can use what was compiled: powers of
+    # two.
     batch_size = min(batch_size, _power_of_two(len(ids)))
     width = min(_power_of_two(max(map(len, ids))), model.config.text_length - 1)
     graphdef, params = nnx.split(model)
     settings = {"eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
     # The context of a language model may be a hundred times as long as the texts it is used for.
-    config = dataclasses.replace(config, max_new_tokens=config.max_new_tokens or processor.max_length - 1)
+    config = dataclasses.replace(
+        config, max_new_tokens=config.max_new_tokens or processor.max_length - 1
+    )
     texts: list[Text] = []
     for start in range(0, len(ids), batch_size):
         rows = min(batch_size, len(ids) - start)
         # Padding repeats the last row: it ends no later than the others.
         padded = [*range(start, start + rows), *[start + rows - 1] * (batch_size - rows)]
         image = processor(images=images[start : start + rows])["image"][np.array(padded) - start]
-        prompt = np.array([ids[i] + [processor.pad_id] * (width - len(ids[i])) for i in padded], np.int32)
+        prompt = np.array(
+            [ids[i] + [processor.pad_id] * (width - len(ids[i])) for i in padded], np.int32
+        )
         prompt_valid = np.arange(width) < np.array([len(ids[i]) for i in padded])[:, None]
         keys = None
         if config.temperature > 0:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.array(padded))
-        out = jax.device_get(_generate(graphdef, params, image, prompt, prompt_valid, config, keys=keys, **settings))
+        out = jax.device_get(
+            _generate(graphdef, params, image, prompt, prompt_valid, config, keys=keys, **settings)
+        )
         own = range(start, start + rows)
         texts += texts_of(out, [len(ids[i]) for i in own], processor, [f"image {i}" for i in own])
     return texts
 
 
-def texts_of(out: Generation, lengths: Sequence[int], processor: Processor, names: Sequence[str]) -> list[Text]:
+def texts_of(
+    out: Generation, lengths: Sequence[int], processor: Processor, names: Sequence[str]
+) -> list[Text]:
     """The best text of each of the first rows, what follows its prompt of so many tokens.
 
     Raises:
@@ -198,7 +232,9 @@ def texts_of(out: Generation, lengths: Sequence[int], processor: Processor, name
     return texts
 
 
-def _prompt_ids(model: MaMMUT, processor: Processor, images: Sequence[Any] | np.ndarray, prompts: Any) -> list:
+def _prompt_ids(
+    model: MaMMUT, processor: Processor, images: Sequence[Any] | np.ndarray, prompts: Any
+) -> list:
     """The ids of each image's prompt, the start first."""
     text_length = model.config.text_length
     require_same_vocabulary(model, processor)
@@ -242,7 +278,10 @@ def caption(
 ) -> list[str]:
     """Captions of images, one each: greedy, or by beam search with `num_beams` above 1. See `generate_text`."""
     config = GenerateConfig(num_beams=num_beams)
-    return [found.text for found in generate_text(model, processor, images, None, config, batch_size=batch_size)]
+    return [
+        found.text
+        for found in generate_text(model, processor, images, None, config, batch_size=batch_size)
+    ]
 
 
 def answer(
@@ -257,10 +296,18 @@ def answer(
 ) -> list[str]:
     """Answers to questions, one an image: what the model says after the question. See `generate_text`.
 
-    `prompt` is what a question is put into, {} being its place: that of the model's training, such as "Q: {} A:".
+    `prompt` is what a question is put into, {} being its place: that of the model's training, such
+    as "Q: {} A:".
     """
     if "{}" not in prompt:
-        raise ValueError(f"prompt is {prompt!r}, expected a text with {{}} in it, the place of the question")
+        raise ValueError(
+            f"prompt is {prompt!r}, expected a text with {{}} in it, the place of the question"
+        )
     config = GenerateConfig(num_beams=num_beams)
-    asked = questions if prompt == "{}" else [prompt.replace("{}", question) for question in questions]
-    return [found.text for found in generate_text(model, processor, images, asked, config, batch_size=batch_size)]
+    asked = (
+        questions if prompt == "{}" else [prompt.replace("{}", question) for question in questions]
+    )
+    return [
+        found.text
+        for found in generate_text(model, processor, images, asked, config, batch_size=batch_size)
+    ]

@@ -12,8 +12,9 @@ They import a model by its name in `big_vision.models`. In a config file:
         config.model = dict(preset="mammut_b16", outputs="embeddings")
         config.model_init = "runs/flickr8k"
 
-`mammut.config.to_dict(mammut.weights.model_folder.read_model_config(PATH))` are the fields of a model that exists. Nothing of
-big_vision is needed here, but for checkpoints that its trainers wrote.
+`mammut.config.to_dict(mammut.weights.model_folder.read_model_config(PATH))` are the fields of a
+model that exists. Nothing of big_vision is needed here, but for checkpoints that its trainers
+wrote.
 """
 
 import dataclasses
@@ -46,13 +47,16 @@ _PARTS |= dict.fromkeys(("text", "txt"), "init_text")
 class Model:
     """What big_vision calls a model: `init` and `apply` on a nested dict of parameters, by their paths in `MaMMUT`.
 
-    Images are float, normalised already (`value_range(-1, 1)`, for mean and deviation 0.5), or uint8. Texts are ids
-    without a start and without a mask: pads are what `text.pad_id` says, if anything.
+    Images are float, normalised already (`value_range(-1, 1)`, for mean and deviation 0.5), or
+    uint8. Texts are ids without a start and without a mask: pads are what `text.pad_id` says, if
+    anything.
 
     Args:
-      preset: a function of `mammut.presets`; the fields below change it. None: they change `ModelConfig()`.
-      outputs: what `apply(variables, image, text)` gives: "embeddings", as two towers do, for SigLIP's and the
-        contrastive trainer; or "logits" of the text, as CapPa does, for its trainer. The model must have that pass.
+      preset: a function of `mammut.presets`; the fields below change it. None: they change
+        `ModelConfig()`.
+      outputs: what `apply(variables, image, text)` gives: "embeddings", as two towers do, for
+        SigLIP's and the contrastive trainer; or "logits" of the text, as CapPa does, for its
+        trainer. The model must have that pass.
       start_id: what stands in front of a text where its logits are asked for. CapPa's is 0.
       fields: those of `ModelConfig`; `vision` and `text` are dicts of theirs.
 
@@ -73,26 +77,37 @@ class Model:
         if outputs not in ("embeddings", "logits"):
             raise ValueError(f"outputs is {outputs!r}, expected 'embeddings' or 'logits'")
         if outputs == "embeddings" and text.pooling == "none":
-            raise ValueError("outputs is 'embeddings', which needs a contrastive pass: text.pooling is 'none'")
+            raise ValueError(
+                "outputs is 'embeddings', which needs a contrastive pass: text.pooling is 'none'"
+            )
         if outputs == "logits" and text.depth == 0:
             raise ValueError("outputs is 'logits', which needs a caption pass: text.depth is 0")
         if not 0 <= start_id < text.vocab_size:
-            raise ValueError(f"start_id is {start_id}, expected an id below text.vocab_size {text.vocab_size}")
+            raise ValueError(
+                f"start_id is {start_id}, expected an id below text.vocab_size {text.vocab_size}"
+            )
         if outputs == "logits" and start_id == text.pad_id:
-            raise ValueError(f"start_id {start_id} is text.pad_id, so that no token would see the start")
+            raise ValueError(
+                f"start_id {start_id} is text.pad_id, so that no token would see the start"
+            )
         self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: MaMMUT(self.config, rngs=nnx.Rngs(0))))
 
     def init(self, rng: jax.Array, image: Any, text: Any = None) -> dict[str, Any]:
         """Random parameters, `{"params": ...}`; `image` and `text` are examples of what `apply` will be given.
 
         Raises:
-          ValueError: the images are of another size than `vision.image_size`, or the texts longer than the longest.
+          ValueError: the images are of another size than `vision.image_size`, or the texts longer
+            than the longest.
         """
         size, longest = self.config.vision.image_size, self.config.text_length
         if tuple(image.shape[1:]) != (size, size, 3):
-            raise ValueError(f"images are {list(image.shape)}, expected [B, {size}, {size}, 3] by vision.image_size")
+            raise ValueError(
+                f"images are {list(image.shape)}, expected [B, {size}, {size}, 3] by vision.image_size"
+            )
         if text is not None and text.shape[1] > longest:
-            raise ValueError(f"texts are {list(text.shape)}, expected {longest} tokens at most by text.max_length")
+            raise ValueError(
+                f"texts are {list(text.shape)}, expected {longest} tokens at most by text.max_length"
+            )
         model = MaMMUT(self.config, rngs=nnx.Rngs(rng))
         return {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
 
@@ -112,18 +127,20 @@ class Model:
 
         Args:
           variables: `{"params": ...}`, as `init` makes it.
-          image: the images; None where only texts are embedded. With `method=model.decode`, what `encode` gave.
+          image: the images; None where only texts are embedded. With `method=model.decode`, what
+            `encode` gave.
           train: with `rngs["dropout"]`, cropped positions are drawn, where the model has them.
           method: `encode` or `decode` of this object; None: both.
           return_enc_features: what CapPa gives for images alone.
           decode: must be False: a cache is `mammut.generation.text`'s affair.
 
         Returns:
-          Of "embeddings": `zimg` and `ztxt`, float32[B, E] of unit norm, None where not given; and a dict with the
-          factor "t" and the summand "b" of the logits, float32[1] each, "t/parameter", the logarithm of "t",
-          "img/norm", "img/normalized", the same of "txt", and "img/pre_logits", the encoder's own vector. Of "logits":
-          float32[B, L, V], of every token given those before it. With `return_enc_features`: the image tokens, and
-          a dict with "encoded" and "pre_logits".
+          Of "embeddings": `zimg` and `ztxt`, float32[B, E] of unit norm, None where not given; and
+          a dict with the factor "t" and the summand "b" of the logits, float32[1] each,
+          "t/parameter", the logarithm of "t", "img/norm", "img/normalized", the same of "txt", and
+          "img/pre_logits", the encoder's own vector. Of "logits": float32[B, L, V], of every token
+          given those before it. With `return_enc_features`: the image tokens, and a dict with
+          "encoded" and "pre_logits".
 
         Raises:
           ValueError: a combination that has no meaning.
@@ -131,7 +148,9 @@ class Model:
         if set(variables) != {"params"}:
             raise ValueError(f"variables hold {sorted(variables)}, expected params alone")
         if decode:
-            raise ValueError("decode is True, expected False: mammut.generation.text decodes step by step")
+            raise ValueError(
+                "decode is True, expected False: mammut.generation.text decodes step by step"
+            )
         if method is not None and method not in (self.encode, self.decode):
             raise ValueError(f"method is {method!r}, expected encode or decode of this model")
         if method is not None:
@@ -140,7 +159,9 @@ class Model:
         if return_enc_features:
             tokens, pooled = model.image_tokens(image).tokens, model.encoder(image).pooled
             return tokens, {"encoded": tokens, "pre_logits": pooled}
-        crop_key = rngs["dropout"] if train and rngs and self.config.vision.cropped_pos_embed else None
+        crop_key = (
+            rngs["dropout"] if train and rngs and self.config.vision.cropped_pos_embed else None
+        )
         if crop_key is not None and not jnp.issubdtype(crop_key.dtype, jax.dtypes.prng_key):
             crop_key = jax.random.wrap_key_data(crop_key)
         if self._outputs == "logits":
@@ -159,11 +180,17 @@ class Model:
         return nnx.merge(self._graphdef, variables["params"])
 
     def _logits(self, model: MaMMUT, image_tokens: jax.Array, text: Any) -> jax.Array:
-        tokens = jnp.pad(text[:, :-1], ((0, 0), (1, 0)), constant_values=self._start_id).astype(jnp.int32)
-        return model.text.logits(model.decoder.caption_pass(tokens, jnp.ones(tokens.shape, bool), image_tokens))
+        tokens = jnp.pad(text[:, :-1], ((0, 0), (1, 0)), constant_values=self._start_id).astype(
+            jnp.int32
+        )
+        return model.text.logits(
+            model.decoder.caption_pass(tokens, jnp.ones(tokens.shape, bool), image_tokens)
+        )
 
 
-def _embeddings(model: MaMMUT, image: Any, text: Any, crop_key: jax.Array | None) -> tuple[Any, Any, dict[str, Any]]:
+def _embeddings(
+    model: MaMMUT, image: Any, text: Any, crop_key: jax.Array | None
+) -> tuple[Any, Any, dict[str, Any]]:
     """What two towers give."""
     zimg, ztxt, scale = None, None, model.logit_scale[...][None]
     out = {"t": jnp.exp(scale), "t/parameter": scale, "b": model.logit_bias[...][None]}
@@ -186,7 +213,11 @@ def model_config(preset: str | None = None, **fields: Any) -> ModelConfig:
     Raises:
       ValueError: a preset or field that is not known, or fields that do not go together.
     """
-    known = {name: make for name, make in inspect.getmembers(presets, inspect.isfunction) if not name.startswith("_")}
+    known = {
+        name: make
+        for name, make in inspect.getmembers(presets, inspect.isfunction)
+        if not name.startswith("_")
+    }
     if preset is not None and preset not in known:
         raise ValueError(f"preset is {preset!r}, expected one of {', '.join(known)}")
     values = to_dict(known[preset]()) if preset is not None else {}
@@ -204,15 +235,17 @@ def load(
 ) -> dict[str, Any]:
     """The parameters that a model starts from; big_vision calls it with `config.model_init` and `config.model_load`.
 
-    Other sizes of image, patch and text follow the rules of `mammut.weights.warm_start`. Whatever else does not fit is an
-    error, but for what `dont_load` names.
+    Other sizes of image, patch and text follow the rules of `mammut.weights.warm_start`. Whatever
+    else does not fit is an error, but for what `dont_load` names.
 
     Args:
       init_params: random parameters, for what is not loaded. None: all of them must be.
-      init_files: what `mammut.load` reads, or a checkpoint that a trainer of big_vision wrote of this model; or a part
-        each, {"vision": PATH, "text": PATH}, where "img" and "txt" or "encoder" will do as well.
+      init_files: what `mammut.load` reads, or a checkpoint that a trainer of big_vision wrote of
+        this model; or a part each, {"vision": PATH, "text": PATH}, where "img" and "txt" or
+        "encoder" will do as well.
       model_cfg: the arguments of `Model`. None: the model in the file as it is.
-      dont_load: regular expressions for names such as "text/token_embed/embedding" that keep their random values.
+      dont_load: regular expressions for names such as "text/token_embed/embedding" that keep their
+        random values.
 
     Returns:
       A nested dict of NumPy arrays, and of `init_params` as they were where nothing was loaded.
@@ -222,35 +255,64 @@ def load(
     """
     config = None
     if model_cfg is not None:
-        config = model_config(**{name: model_cfg[name] for name in model_cfg if name not in ("outputs", "start_id")})
+        config = model_config(
+            **{name: model_cfg[name] for name in model_cfg if name not in ("outputs", "start_id")}
+        )
     parts = {"": init_files} if isinstance(init_files, str) else dict(init_files)
     if unknown := sorted(parts.keys() - {"", *_PARTS}):
-        raise ValueError(f"model_init names {', '.join(unknown)}, expected a path, or some of {', '.join(_PARTS)}")
+        raise ValueError(
+            f"model_init names {', '.join(unknown)}, expected a path, or some of {', '.join(_PARTS)}"
+        )
     starts = {_PARTS.get(part, "init"): _open(path, config) for part, path in parts.items()}
     if config is None:
         if "init" not in starts:
-            raise ValueError("model_cfg is None, expected the arguments of Model, since model_init names parts")
+            raise ValueError(
+                "model_cfg is None, expected the arguments of Model, since model_init names parts"
+            )
         config = starts["init"].config
-    if "init" in starts:  # where the scale and the bias of a loss would start is no matter to a model that is trained
-        scalars = {name: getattr(starts["init"].config, name) for name in ("logit_scale_init", "logit_bias_init")}
+    # where the scale and the bias of a loss would start is no matter to a model that is trained
+    if "init" in starts:
+        scalars = {
+            name: getattr(starts["init"].config, name)
+            for name in ("logit_scale_init", "logit_bias_init")
+        }
         config = dataclasses.replace(config, **scalars)
-    specs, random = model_specs(config), {} if init_params is None else flatten_dict(init_params, sep=".")
-    patterns = [re.compile(pattern) for pattern in ([dont_load] if isinstance(dont_load, str) else dont_load)]
-    kept = {name for name in specs if any(pattern.fullmatch(name.replace(".", "/")) for pattern in patterns)}
-    vocabulary = {name for name in specs if name.startswith(("text.token_embed.", "text.vocab_head"))}
+    specs, random = (
+        model_specs(config),
+        {} if init_params is None else flatten_dict(init_params, sep="."),
+    )
+    patterns = [
+        re.compile(pattern)
+        for pattern in ([dont_load] if isinstance(dont_load, str) else dont_load)
+    ]
+    kept = {
+        name
+        for name in specs
+        if any(pattern.fullmatch(name.replace(".", "/")) for pattern in patterns)
+    }
+    vocabulary = {
+        name for name in specs if name.startswith(("text.token_embed.", "text.vocab_head"))
+    }
     plan = warm_start(config, starts, new_vocabulary=vocabulary <= kept)
-    problems = [f"{name} of init_params is not one of its parameters" for name in sorted(random.keys() - specs.keys())]
+    problems = [
+        f"{name} of init_params is not one of its parameters"
+        for name in sorted(random.keys() - specs.keys())
+    ]
     for name, spec in specs.items():
         named = "init" in starts or f"init_{name.partition('.')[0]}" in starts
         if name in random and tuple(random[name].shape) != tuple(spec.shape):
-            problems.append(f"{name} is {list(random[name].shape)} in init_params, expected {list(spec.shape)}")
+            problems.append(
+                f"{name} is {list(random[name].shape)} in init_params, expected {list(spec.shape)}"
+            )
         elif name in plan.random and name not in kept and named:
             problems.append(f"{name} is in no file, wholly or in part, and not in dont_load")
         elif name in plan.random | kept and name not in random:
             problems.append(f"{name} is neither loaded nor in init_params")
     if problems:
         raise ValueError(f"the model does not fit model_init {init_files}: {'; '.join(problems)}")
-    values = {name: random[name] if name in kept else plan.read(name, random.get(name)) for name in specs}
+    values = {
+        name: random[name] if name in kept else plan.read(name, random.get(name)) for name in specs
+    }
     return unflatten_dict(values, sep=".")
 
 
@@ -258,11 +320,17 @@ def _open(path: str, config: ModelConfig | None) -> OpenedModel:
     """A model in a file; `config` tells what a file does not."""
     if ".bv-" in pathlib.Path(path).name:  # what big_vision calls its checkpoints
         if config is None:
-            raise ValueError(f"model_cfg is None, expected the arguments of Model: {path} does not tell them")
+            raise ValueError(
+                f"model_cfg is None, expected the arguments of Model: {path} does not tell them"
+            )
         from big_vision import utils
 
-        arrays = flatten_dict(jax.device_get(utils.load_params(str(pathlib.Path(path).absolute()))), sep=".")
-        specs = {name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}
+        arrays = flatten_dict(
+            jax.device_get(utils.load_params(str(pathlib.Path(path).absolute()))), sep="."
+        )
+        specs = {
+            name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()
+        }
         return OpenedModel(config, LazyTensors(specs, arrays.__getitem__), None, path)
     if config is not None and big_vision_weights.is_big_vision(path):
         sizes = {"image_size": config.vision.image_size, "max_length": config.text_length}

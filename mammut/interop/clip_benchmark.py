@@ -1,11 +1,13 @@
 """A model as CLIP_benchmark (LAION-AI/CLIP_benchmark 1.6, package `clip_benchmark`) scores it.
 
-    model, transform, tokenizer = load("runs/flickr8k")
-    loader = torch.utils.data.DataLoader(dataset_of_pictures(transform=transform), batch_size=64)
-    zeroshot_retrieval.evaluate(model, loader, tokenizer, device="cpu", amp=False, recall_k_list=[1, 5, 10])
+    model, transform, tokenizer = load("runs/flickr8k") loader =
+    torch.utils.data.DataLoader(dataset_of_pictures(transform=transform), batch_size=64)
+    zeroshot_retrieval.evaluate(model, loader, tokenizer, device="cpu", amp=False, recall_k_list=[1,
+    5, 10])
 
-Its command line takes the model with `clip_benchmark.models.TYPE2FUNC["mammut"] = load` and "mammut" among its
-`MODEL_TYPES`; `--pretrained` is then the folder. By default (`amp=True`) it compares embeddings in 16 bits.
+Its command line takes the model with `clip_benchmark.models.TYPE2FUNC["mammut"] = load` and
+"mammut" among its `MODEL_TYPES`; `--pretrained` is then the folder. By default (`amp=True`) it
+compares embeddings in 16 bits.
 """
 
 import functools
@@ -29,7 +31,8 @@ _CLIP_END = 49_407  # "<end_of_text>" of CLIP's vocabulary
 class ClipBenchmarkModel:
     """`encode_image`, `encode_text` and `generate` on torch tensors; the model itself runs in JAX, on JAX's device.
 
-    `transform` and `tokenizer` make what they take. Both can be pickled, for the workers of a `DataLoader`.
+    `transform` and `tokenizer` make what they take. Both can be pickled, for the workers of a
+    `DataLoader`.
 
     Args:
       batch_size: rows the model takes at a time; batches of any size are cut and filled up to it.
@@ -54,19 +57,27 @@ class ClipBenchmarkModel:
           ValueError: another tokenizer made them.
         """
         ids, vocab_size = tokens.cpu().numpy(), self._processor.vocab_size
-        if ids.dtype != np.int64 or ids.ndim != 2 or ids.size and not -1 <= ids.min() <= ids.max() < vocab_size:
+        if (
+            ids.dtype != np.int64
+            or ids.ndim != 2
+            or ids.size
+            and not -1 <= ids.min() <= ids.max() < vocab_size
+        ):
             raise ValueError(
                 f"tokens are {tokens.dtype}{list(tokens.shape)}, expected int64[B, L] of ids below {vocab_size} and -1 "
                 "at pads: the tokenizer that belongs to this model makes them"
             )
         valid = ids >= 0
-        return self._in_batches(_encode_text, tokens, np.where(valid, ids, 0).astype(np.int32), valid)
+        return self._in_batches(
+            _encode_text, tokens, np.where(valid, ids, 0).astype(np.int32), valid
+        )
 
     def generate(self, images: torch.Tensor) -> torch.Tensor:
         """Greedy captions of images that `transform` made, as int64[B, N] ids of CLIP's vocabulary.
 
-        `clip_benchmark.metrics.captioning` decodes with CLIP's vocabulary whatever the model's is. That vocabulary
-        begins with the 256 single bytes: each caption is spelled in these, and comes back letter by letter.
+        `clip_benchmark.metrics.captioning` decodes with CLIP's vocabulary whatever the model's is.
+        That vocabulary begins with the 256 single bytes: each caption is spelled in these, and
+        comes back letter by letter.
         """
         rows = list(self._pixels_of(images))
         texts = caption(self._model, self._processor, rows, batch_size=self._batch_size)
@@ -103,7 +114,9 @@ class ClipBenchmarkModel:
         return torch.from_numpy(np.concatenate(embeds)[: len(given)].copy()).to(given.device)
 
 
-def load(pretrained: str, model_name: str = "", cache_dir: str | None = None, device: Any = "cpu") -> tuple:
+def load(
+    pretrained: str, model_name: str = "", cache_dir: str | None = None, device: Any = "cpu"
+) -> tuple:
     """(model, transform, tokenizer) of a folder that `mammut.load` reads: what CLIP_benchmark wants of a loader.
 
     The other arguments are those that it calls every loader with; JAX chooses the device itself.
@@ -125,7 +138,9 @@ def _tokenize(processor: Processor, texts: str | Sequence[str]) -> torch.Tensor:
 
 def _spelled(texts: list[str]) -> torch.Tensor:
     # GPT-2's order of bytes: the printable ones first.
-    order = sorted(range(256), key=lambda byte: not (33 <= byte < 127 or 161 <= byte < 173 or 174 <= byte))
+    order = sorted(
+        range(256), key=lambda byte: not (33 <= byte < 127 or 161 <= byte < 173 or 174 <= byte)
+    )
     rows = [[order.index(byte) for byte in text.encode()] for text in texts]
     width = 1 + max(map(len, rows), default=0)
     filled = [row + [_CLIP_END] * (width - len(row)) for row in rows]

@@ -1,6 +1,7 @@
 """A model as lmms-eval (EvolvingLMMs-Lab/lmms-eval 0.7, package `lmms_eval`) scores it.
 
-    lmms_eval.evaluator.simple_evaluate(LmmsEvalModel(*mammut.load("runs/vqa")), tasks=["vqav2_val_lite"])
+    lmms_eval.evaluator.simple_evaluate(LmmsEvalModel(*mammut.load("runs/vqa")),
+    tasks=["vqav2_val_lite"])
 
 With `manifest` in the entry-point group `lmms_eval.models`, its command line takes
 `--model mammut --model_args pretrained=runs/vqa --batch_size 32`.
@@ -33,19 +34,29 @@ class LmmsEvalModel(lmms):
 
     Args:
       batch_size: requests at a time; the last batch is filled up to it.
-      prompt: what the model is given before it speaks, the task's question in place of its {}. "" is for a model that
-        captions, which would take a task's instruction for the beginning of a caption.
+      prompt: what the model is given before it speaks, the task's question in place of its {}. ""
+        is for a model that captions, which would take a task's instruction for the beginning of a
+        caption.
     """
 
-    def __init__(self, model: MaMMUT, processor: Processor, batch_size: int = 32, prompt: str = "{}"):
+    def __init__(
+        self, model: MaMMUT, processor: Processor, batch_size: int = 32, prompt: str = "{}"
+    ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         super().__init__()
-        self._model, self._processor, self._batch_size, self._prompt = model, processor, batch_size, prompt
+        self._model, self._processor, self._batch_size, self._prompt = (
+            model,
+            processor,
+            batch_size,
+            prompt,
+        )
         self._max_length = model.config.text_length
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "LmmsEvalModel":
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict | None = None
+    ) -> "LmmsEvalModel":
         """The model of `--model_args pretrained=FOLDER[,prompt=TEXT]` and `--batch_size`; JAX chooses the device.
 
         Raises:
@@ -53,21 +64,26 @@ class LmmsEvalModel(lmms):
         """
         given = simple_parse_args_string(arg_string)
         if not {"pretrained"} <= set(given) <= {"pretrained", "prompt"}:
-            raise ValueError(f"model_args name {sorted(given)}, expected pretrained and perhaps prompt")
+            raise ValueError(
+                f"model_args name {sorted(given)}, expected pretrained and perhaps prompt"
+            )
         batch_size = str((additional_config or {}).get("batch_size") or 32)
         if not batch_size.isdigit():
             raise ValueError(f"batch_size is {batch_size!r}, expected a number")
-        return cls(*mammut.weights.model_folder.load(given.pop("pretrained")), int(batch_size), **given)
+        return cls(
+            *mammut.weights.model_folder.load(given.pop("pretrained")), int(batch_size), **given
+        )
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """What the model says after each question, up to a string of `until`, `max_new_tokens` or its own length.
 
-        Of the generation kwargs, which have Hugging Face's names, `do_sample` and those of `GenerateConfig` are
-        followed. A sample depends on the request's place in the list: repeats of one request differ.
+        Of the generation kwargs, which have Hugging Face's names, `do_sample` and those of
+        `GenerateConfig` are followed. A sample depends on the request's place in the list: repeats
+        of one request differ.
 
         Raises:
-          ValueError: a request has not one image, its prompt leaves no room for a text, or its kwargs contradict
-            themselves.
+          ValueError: a request has not one image, its prompt leaves no room for a text, or its
+            kwargs contradict themselves.
         """
         configs = [_generate_config(request.args[1]) for request in requests]
         texts = [""] * len(requests)
@@ -75,7 +91,9 @@ class LmmsEvalModel(lmms):
             places = [place for place, own in enumerate(configs) if own == config]
             images = _Images(self._image, [requests[place] for place in places])
             asked = [self._prompt_of(requests[place]) for place in places]
-            found = generate_text(self._model, self._processor, images, asked, config, batch_size=self._batch_size)
+            found = generate_text(
+                self._model, self._processor, images, asked, config, batch_size=self._batch_size
+            )
             for place, text in zip(places, found):
                 texts[place] = _cut(text.text, requests[place].args[1].get("until"))
         return texts
@@ -83,11 +101,13 @@ class LmmsEvalModel(lmms):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(-log P(continuation | image, context), whether each of its tokens is the likeliest) of each request.
 
-        P is that of the continuation's tokens, without an end. In spite of the method's name it is a loss: lmms-eval's
-        own models return one, and its multiple-choice tasks choose the *smallest* (its issue 370).
+        P is that of the continuation's tokens, without an end. In spite of the method's name it is
+        a loss: lmms-eval's own models return one, and its multiple-choice tasks choose the
+        *smallest* (its issue 370).
 
         Raises:
-          ValueError: a request has not one image, its continuation is empty, or both texts together are too long.
+          ValueError: a request has not one image, its continuation is empty, or both texts together
+            are too long.
         """
         results, split = [], nnx.split(self._model)
         for start in range(0, len(requests), self._batch_size):
@@ -97,22 +117,32 @@ class LmmsEvalModel(lmms):
             tokens = np.full((len(chunk), self._max_length), self._processor.pad_id, np.int32)
             for row, ids in enumerate(prompt + text for prompt, text in zip(prompts, texts)):
                 tokens[row, : len(ids)] = ids
-            rows = [*range(len(chunk)), *[0] * (self._batch_size - len(chunk))]  # one shape for all batches
-            scores = _score(*split, image[rows], tokens[rows], vocab_size=self._processor.vocab_size)
+            # one shape for all batches
+            rows = [*range(len(chunk)), *[0] * (self._batch_size - len(chunk))]
+            scores = _score(
+                *split, image[rows], tokens[rows], vocab_size=self._processor.vocab_size
+            )
             for prompt, text, logprobs, likeliest in zip(prompts, texts, *map(np.asarray, scores)):
-                own = slice(len(prompt) - 1, len(prompt) + len(text) - 1)  # scored at the position before each
+                # scored at the position before each
+                own = slice(len(prompt) - 1, len(prompt) + len(text) - 1)
                 results.append((-float(logprobs[own].sum()), bool(likeliest[own].all())))
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Raises NotImplementedError: there is no conversation with this model."""
-        raise NotImplementedError("a MaMMUT answers one question about one image, it holds no conversation")
+        raise NotImplementedError(
+            "a MaMMUT answers one question about one image, it holds no conversation"
+        )
 
     def _prompt_of(self, request: Instance) -> str:
         return self._prompt.replace("{}", request.args[0])
 
     def _prompt_and_continuation(self, request: Instance) -> tuple[list[int], list[int]]:
-        text = request.args[1] if isinstance(request.args[1], str) else request.args[1](self._document(request))
+        text = (
+            request.args[1]
+            if isinstance(request.args[1], str)
+            else request.args[1](self._document(request))
+        )
         prompt = [self._processor.bos_id, *self._processor.encode_prompt(self._prompt_of(request))]
         ids = self._processor.encode_after(self._prompt_of(request), text)
         if not ids or len(prompt) + len(ids) > self._max_length:
@@ -148,7 +178,11 @@ class _Images(Sequence):
 
     def __getitem__(self, at):
         found = self._requests[at]
-        return [self._image_of(request) for request in found] if isinstance(at, slice) else self._image_of(found)
+        return (
+            [self._image_of(request) for request in found]
+            if isinstance(at, slice)
+            else self._image_of(found)
+        )
 
 
 def manifest() -> ModelManifest:
@@ -170,18 +204,26 @@ def _generate_config(kwargs: dict[str, Any]) -> GenerateConfig:
     fields = dataclasses.fields(GenerateConfig)
     kinds = {field.name: float if isinstance(field.default, float) else int for field in fields}
     if unknown := sorted(set(kwargs) - set(kinds) - {"until", "do_sample"}):
-        warnings.warn(f"generation_kwargs {unknown} mean nothing to this model and are left out", stacklevel=3)
-    chosen = {name: kind(kwargs[name]) for name, kind in kinds.items() if kwargs.get(name) is not None}
+        warnings.warn(
+            f"generation_kwargs {unknown} mean nothing to this model and are left out", stacklevel=3
+        )
+    chosen = {
+        name: kind(kwargs[name]) for name, kind in kinds.items() if kwargs.get(name) is not None
+    }
     chosen.setdefault("temperature", 1.0 if kwargs.get("do_sample") else 0.0)
     if chosen["temperature"] == 0 or kwargs.get("do_sample") is False:
-        # As with Hugging Face's `generate`, what shapes a sample (often top_p 0) means nothing where none is drawn.
-        chosen = {name: chosen[name] for name in set(chosen) - {"temperature", "top_k", "top_p", "min_p"}}
+        # As with Hugging Face's `generate`, what shapes a sample (often top_p 0) means nothing
+        # where none is drawn.
+        chosen = {
+            name: chosen[name] for name in set(chosen) - {"temperature", "top_k", "top_p", "min_p"}
+        }
     return GenerateConfig(**chosen)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "vocab_size"))
 def _score(graphdef, params, image, tokens, *, vocab_size):
-    # The log-probability float[B, L-1] of each token after the first, and whether it is the likeliest.
+    # The log-probability float[B, L-1] of each token after the first, and whether it is the
+    # likeliest.
     logits = nnx.merge(graphdef, params).caption_logits(image, tokens[:, :-1])  # pads come last
     logits = logits[..., :vocab_size].astype(jnp.float32)
     own = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]

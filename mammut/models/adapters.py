@@ -1,7 +1,8 @@
 """What is done with the adapters of a model: added, switched on and off, merged into plain weights, saved, loaded.
 
-Every function gives a new model over the same arrays and leaves the one it was given as it is. An adapter's folder, a
-small one beside a large base that many adapters share, is what `save_adapter` writes:
+Every function gives a new model over the same arrays and leaves the one it was given as it is. An
+adapter's folder, a small one beside a large base that many adapters share, is what `save_adapter`
+writes:
 
     adapter.json          format, version, the `AdapterConfig`s, the base's config and its hash, what else is there
     adapter.safetensors   the adapter's parameters, and those others, named by their path in the model
@@ -25,7 +26,8 @@ def add_adapter(model: MaMMUT, *configs: AdapterConfig, rngs: nnx.Rngs) -> MaMMU
     """The model with new adapters, switched on beside those that were.
 
     Raises:
-      ValueError: the model has an adapter of such a name already, or there is no such site (`mammut.models.adapter_modules`).
+      ValueError: the model has an adapter of such a name already, or there is no such site
+        (`mammut.models.adapter_modules`).
     """
     # Compiled as one: op by op, each site would be compiled for itself.
     return _extended(model, configs, nnx.jit(lambda rngs: _fresh(model, configs, rngs))(rngs))
@@ -64,8 +66,8 @@ def merge_adapter(model: MaMMUT, name: str) -> MaMMUT:
     The sums are float32 and rounded once, to the type that the weights are stored in.
 
     Raises:
-      ValueError: there is no such adapter, a bottleneck is part of it, which is no change of weights, or another works
-        before it on the same map.
+      ValueError: there is no such adapter, a bottleneck is part of it, which is no change of
+        weights, or another works before it on the same map.
     """
     _require_names(model, name)
     names = _names(model.config)
@@ -74,13 +76,22 @@ def merge_adapter(model: MaMMUT, name: str) -> MaMMUT:
     for key, adapter in model.adapters[name].items():
         place = key.replace("/", ".")
         if not isinstance(adapter, LoRA | IA3):
-            raise ValueError(f"the adapter {name!r} is a bottleneck on {place}, which plain weights cannot stand for")
+            raise ValueError(
+                f"the adapter {name!r} is a bottleneck on {place}, which plain weights cannot stand for"
+            )
         before = [other[key] for other in earlier if key in other]
         if before and not all(isinstance(other, LoRA) for other in (adapter, *before)):
-            raise ValueError(f"another adapter works on {place} before {name!r}: merge or remove that one first")
+            raise ValueError(
+                f"another adapter works on {place} before {name!r}: merge or remove that one first"
+            )
         linear = functools.reduce(getattr, key.split("/"), merged)
-        old = [None if value is None else value[...].astype(jnp.float32) for value in (linear.kernel, linear.bias)]
-        for value, new in zip((linear.kernel, linear.bias), jax.vmap(type(adapter).merged)(adapter, *old), strict=True):
+        old = [
+            None if value is None else value[...].astype(jnp.float32)
+            for value in (linear.kernel, linear.bias)
+        ]
+        for value, new in zip(
+            (linear.kernel, linear.bias), jax.vmap(type(adapter).merged)(adapter, *old), strict=True
+        ):
             if value is not None:
                 value.set_value(new.astype(value.dtype))
     return merged
@@ -106,7 +117,9 @@ def _require_names(model: MaMMUT, *names: str) -> None:
     there = _names(model.config)
     for name in names:
         if name not in there:
-            raise ValueError(f"the model has no adapter {name!r}, it has {', '.join(there) or 'none'}")
+            raise ValueError(
+                f"the model has no adapter {name!r}, it has {', '.join(there) or 'none'}"
+            )
 
 
 def _fresh(model: MaMMUT, configs: Sequence[AdapterConfig], rngs: nnx.Rngs) -> Adapters:
@@ -119,7 +132,9 @@ def _extended(model: MaMMUT, configs: Sequence[AdapterConfig], fresh: Adapters) 
     """The model with `fresh`, made for `configs`, beside the adapters that it has."""
     there = _names(model.config)
     if taken := [name for name in fresh if name in there]:
-        raise ValueError(f"the model has an adapter {taken[0]!r} already: give the new one another name")
+        raise ValueError(
+            f"the model has an adapter {taken[0]!r} already: give the new one another name"
+        )
     model = _copy(model)
     for name in there:
         fresh[name] = model.adapters[name]
@@ -128,5 +143,3 @@ def _extended(model: MaMMUT, configs: Sequence[AdapterConfig], fresh: Adapters) 
     new = tuple(name for name in _names(model.config) if name not in there)
     model.active_adapters = (*model.active_adapters, *new)
     return model
-
-

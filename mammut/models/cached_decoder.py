@@ -37,7 +37,8 @@ class DecodeCache:
     """Keys and values of the caption pass; R rows of text share the B images."""
 
     text: TextCache
-    image: KeyValue | None  # float[groups, B, P, N, K] each, by group of layers; None: there is no cross-attention
+    # float[groups, B, P, N, K] each, by group of layers; None: there is no cross-attention
+    image: KeyValue | None
 
 
 def prefill(
@@ -49,8 +50,8 @@ def prefill(
 ) -> tuple[Float[Array, "B Lp D"], DecodeCache]:
     """The caption pass over prompts, and the cache to go on from it, with room for `length` positions of text.
 
-    Pads may stand at the end of a prompt: what the cache holds of them is overwritten before it is attended to.
-    Features are of all positions, those of a prefix included.
+    Pads may stand at the end of a prompt: what the cache holds of them is overwritten before it is
+    attended to. Features are of all positions, those of a prefix included.
     """
     text_valid = jnp.ones(tokens.shape, bool)
     valid, prefix = decoder.valid(tokens, text_valid), None
@@ -73,7 +74,9 @@ def prefill(
     def text_only_layer(layer, x, mask, rotate):
         return layer.feed_forward(remember(text_only, layer, x, mask, rotate))
 
-    x, mask, rotate = decoder.caption_start(tokens, text_valid, image_tokens, prefix_valid, text_only_layer)
+    x, mask, rotate = decoder.caption_start(
+        tokens, text_valid, image_tokens, prefix_valid, text_only_layer
+    )
 
     def group(x, stacked):
         kept, image = [], []
@@ -99,8 +102,9 @@ def cached_step(
 ) -> tuple[Float[Array, "R D"], DecodeCache]:
     """The caption pass for one more token of each of R rows, all at `position`: float[R, D], and the next cache.
 
-    R is a multiple of the B images of the cache: rows [i * R / B, (i + 1) * R / B) belong to image i, whose keys
-    and values they share. Position 0 of a model with an image prefix is the prefix's last.
+    R is a multiple of the B images of the cache: rows [i * R / B, (i + 1) * R / B) belong to image
+    i, whose keys and values they share. Position 0 of a model with an image prefix is the prefix's
+    last.
     """
     rows, past = tokens.shape[0], cache.text
     x = decoder.token_embed(tokens[:, None])
@@ -108,7 +112,10 @@ def cached_step(
         slot, places = position, position[None, None]
     else:
         x = jnp.where(position == 0, past.prefix.last[0, 0][:, None], x)
-        slot, places = position + past.prefix.size - 1, (past.prefix.before[0, 0] + position)[:, None]
+        slot, places = (
+            position + past.prefix.size - 1,
+            (past.prefix.before[0, 0] + position)[:, None],
+        )
     if decoder.pos_embed is not None:
         x = x + decoder.pos_embed[...][places].astype(decoder.dtype)
     rotate = decoder.rotation_at(places)
@@ -116,18 +123,28 @@ def cached_step(
         past.valid, decoder.valid(tokens, jnp.ones(rows, bool))[None, None, :, None], slot, axis=3
     )
     seen = (jnp.arange(valid.shape[3]) <= slot)[None, None, None]
-    if past.prefix is not None or (decoder.config.pad_id is not None and decoder.config.pad_masking == "both"):
+    if past.prefix is not None or (
+        decoder.config.pad_id is not None and decoder.config.pad_masking == "both"
+    ):
         seen = seen & valid[0, 0][:, None, None, :]
 
     def remember(kept, layer, x, old, mask):
         new = layer.own_keys_values(x, rotate)
-        kept.append(jax.tree.map(lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n, slot, axis=1), old, new))
+        kept.append(
+            jax.tree.map(
+                lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n, slot, axis=1), old, new
+            )
+        )
         return layer.attend(x, kept[-1], mask, rotate)
 
     text_only = past.text_only
     if text_only is not None:
         kept = []
-        mask = seen & shift_valid(valid[0, 0])[:, None, None, : valid.shape[3]] if decoder.shifted else seen
+        mask = (
+            seen & shift_valid(valid[0, 0])[:, None, None, : valid.shape[3]]
+            if decoder.shifted
+            else seen
+        )
         for i in range(decoder.config.text_only_depth):
             layer = jax.tree.map(operator.itemgetter(i), decoder.text_only_layers)
             old = jax.tree.map(lambda y, i=i: y[0, i], text_only)
@@ -143,7 +160,8 @@ def cached_step(
             return remember(kept, layer, x, own, within(seen, window, slot))
 
         def see_image(layer, x):
-            # The rows of an image ask together, as if they were the tokens of one text: its cache is not repeated.
+            # The rows of an image ask together, as if they were the tokens of one text: its cache
+            # is not repeated.
             images = image.key.shape[0]
             return layer(x.reshape(images, rows // images, -1), image).reshape(rows, 1, -1)
 
@@ -151,7 +169,9 @@ def cached_step(
         return x, _stacked(kept)
 
     x, layers = jax.lax.scan(group, x, (decoder.groups(), past.layers, cache.image))
-    return decoder.norm(x)[:, 0], DecodeCache(TextCache(layers, text_only, valid, past.prefix), cache.image)
+    return decoder.norm(x)[:, 0], DecodeCache(
+        TextCache(layers, text_only, valid, past.prefix), cache.image
+    )
 
 
 def _stacked(kept: list[KeyValue]) -> KeyValue:

@@ -9,8 +9,17 @@ from flax import nnx
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
-# How a run computes and trains a model, which its weights do not depend on: fields of ModelConfig and VisionConfig.
-RUN_FIELDS = ("dtype", "param_dtype", "remat", "unroll", "passes", "image_attention", "prefix_dropout")
+# How a run computes and trains a model, which its weights do not depend on: fields of ModelConfig
+# and VisionConfig.
+RUN_FIELDS = (
+    "dtype",
+    "param_dtype",
+    "remat",
+    "unroll",
+    "passes",
+    "image_attention",
+    "prefix_dropout",
+)
 RUN_VISION_FIELDS = ("cropped_pos_embed", "patch_drop", "low_image_size")
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -29,8 +38,9 @@ class Dtypes:
 def recomputed(function: Callable) -> Callable:
     """The same function; its backward pass keeps its arguments alone and computes the rest again.
 
-    For what is cheap to compute and has large intermediates: a norm or an activation costs less than writing and
-    reading what its gradient needs, also where the layers around it are not recomputed (`ModelConfig.remat`).
+    For what is cheap to compute and has large intermediates: a norm or an activation costs less
+    than writing and reading what its gradient needs, also where the layers around it are not
+    recomputed (`ModelConfig.remat`).
     """
     # XLA may well find it cheaper to keep something: outside of a loop nothing forbids it.
     return jax.checkpoint(function, prevent_cse=False)
@@ -59,10 +69,12 @@ def keeping(step: Callable, remat: Remat) -> Callable:
 def scan(step: Callable, x: jax.Array, layers: Any, *, remat: Remat, unroll: int) -> jax.Array:
     """`x = step(x, layer)` for each layer of a stack, as one `jax.lax.scan`.
 
-    `remat` is what the backward pass keeps of a layer: "none" recomputes nothing, "dots" recomputes all but the matrix
-    products, "full" everything from the layer's input. `unroll` layers are laid out in each turn of the loop: XLA's CPU
-    code is up to 1.7 times faster when all are.
+    `remat` is what the backward pass keeps of a layer: "none" recomputes nothing, "dots" recomputes
+    all but the matrix products, "full" everything from the layer's input. `unroll` layers are laid
+    out in each turn of the loop: XLA's CPU code is up to 1.7 times faster when all are.
     """
     step = keeping(step, remat)
     depth = jax.tree.leaves(layers)[0].shape[0]
-    return jax.lax.scan(lambda x, layer: (step(x, layer), None), x, layers, unroll=min(unroll, depth))[0]
+    return jax.lax.scan(
+        lambda x, layer: (step(x, layer), None), x, layers, unroll=min(unroll, depth)
+    )[0]

@@ -29,11 +29,11 @@ def forward_flops(
 ) -> dict[str, int]:
     """FLOPs of one example forward (2 a multiply-add), by part: vision, contrastive pass, caption pass, vocabulary.
 
-    A text has `length` tokens, beside those of an image prefix; None: as many as the model has places for. With
-    `training`, what it is in a training step, where `VisionConfig.patch_drop` leaves patches out; such a step is three
-    times the sum. Without `sees_image` the caption pass is a language pass. Attention counts in full where it is
-    bidirectional and half where it is causal. What remat recomputes is not counted, nor are the B x B contrastive
-    logits, nor adapters.
+    A text has `length` tokens, beside those of an image prefix; None: as many as the model has
+    places for. With `training`, what it is in a training step, where `VisionConfig.patch_drop`
+    leaves patches out; such a step is three times the sum. Without `sees_image` the caption pass is
+    a language pass. Attention counts in full where it is bidirectional and half where it is causal.
+    What remat recomputes is not counted, nor are the B x B contrastive logits, nor adapters.
     """
     vision, text = config.vision, config.text
     length = config.text_length if length is None else length
@@ -44,7 +44,8 @@ def forward_flops(
     tokens = patches - dropped + vision.class_token
     seen = vision.num_tokens - (0 if vision.pooling == "queries" else dropped)  # by the decoder
 
-    def attention(tower, asking, attended, causal=False, size=None):  # `size` of what is attended to
+    # `size` of what is attended to
+    def attention(tower, asking, attended, causal=False, size=None):
         own = (3 if tower.attn_gate else 2) * asking * tower.width
         maps = 2 * tower.width * (own + 2 * attended * (size or tower.width))
         return maps + 4 * asking * attended * tower.width // (2 if causal else 1)
@@ -66,10 +67,18 @@ def forward_flops(
         pool = {
             "map": attention(vision, 1, tokens) + mlp(vision, 1),
             "queries": 4 * vision.pool_queries * tokens * config.vision_size
-            + projected(2, config.vision_size, vision.pool_queries * config.vision_size + tokens * vision.width),
+            + projected(
+                2,
+                config.vision_size,
+                vision.pool_queries * config.vision_size + tokens * vision.width,
+            ),
         }
         layers = vision.depth * (attention(vision, tokens, tokens) + mlp(vision, tokens))
-        return projected(patches, vision.patch_size**2 * 3, vision.width) + layers + pool.get(vision.pooling, 0)
+        return (
+            projected(patches, vision.patch_size**2 * 3, vision.width)
+            + layers
+            + pool.get(vision.pooling, 0)
+        )
 
     to_decoder = config.image_projection in ("shared", "separate", "decoder")
     to_embedding = config.image_projection in ("separate", "embedding")
@@ -80,13 +89,16 @@ def forward_flops(
     of_pooled = config.prefix_tokens is not None
     return {
         "vision": (resnet_flops(vision) if isinstance(vision, ResNetConfig) else vit())
-        + to_decoder * projected(config.prefix_tokens if of_pooled else seen, config.vision_size, text.width)
+        + to_decoder
+        * projected(config.prefix_tokens if of_pooled else seen, config.vision_size, text.width)
         + to_embedding * projected(1, config.vision_size, config.embed_size),
         "contrastive_pass": 0
         if text.pooling == "none"
         else text_layers(*contrastive, text.causal_contrastive, length)
         + config.text_projection * projected(1, text.width, config.embed_size),
-        "caption_pass": early + text_layers(text.depth, mlps, True, sequence) + sees_image * groups * cross,
+        "caption_pass": early
+        + text_layers(text.depth, mlps, True, sequence)
+        + sees_image * groups * cross,
         "vocabulary": projected(length, text.width, text.vocab_size) if text.depth else 0,
     }
 
@@ -100,8 +112,13 @@ def resnet_flops(config: ResNetConfig) -> int:
     for place, depth in enumerate(config.stages):
         middle, outputs = width * 2**place, 4 * width * 2**place
         after = side // 2 if place else side
-        halved = after if norm_free else side  # the 3 x 3 convolution has a stride, or an average follows it
-        macs += inputs * middle * side**2 + 9 * middle**2 * halved**2 + (middle + inputs) * outputs * after**2
+        # the 3 x 3 convolution has a stride, or an average follows it
+        halved = after if norm_free else side
+        macs += (
+            inputs * middle * side**2
+            + 9 * middle**2 * halved**2
+            + (middle + inputs) * outputs * after**2
+        )
         macs += (depth - 1) * (2 * middle * outputs + 9 * middle**2) * after**2
         side, inputs = after, outputs
     return 2 * macs

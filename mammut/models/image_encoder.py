@@ -26,9 +26,11 @@ def require_pixels(config: Any) -> None:
 class EncoderOutput:
     """What the encoder says of an image: its tokens, one vector for all of it, and how the patches lie."""
 
-    tokens: jax.Array  # float[B, P, D]: the patches row by row, after the class token where that is one of them
+    # float[B, P, D]: the patches row by row, after the class token where that is one of them
+    tokens: jax.Array
     pooled: jax.Array  # float32[B, D], by `VisionConfig.pooling` the mean over P or another
-    # Patches down and across; None where `VisionConfig.patch_drop` left some out, others of each image.
+    # Patches down and across; None where `VisionConfig.patch_drop` left some out, others of each
+    # image.
     grid: tuple[int, int] | None = struct.field(pytree_node=False)
 
 
@@ -49,4 +51,6 @@ def normalised(
         raise ValueError(f"images are {image.shape[1:]}, expected {expected}")
     if image.dtype != jnp.uint8:
         return image
-    return (image.astype(jnp.float32) / 255 - jnp.array(config.image_mean)) / jnp.array(config.image_std)
+    return (image.astype(jnp.float32) / 255 - jnp.array(config.image_mean)) / jnp.array(
+        config.image_std
+    )

@@ -1,8 +1,8 @@
 """Norms, linear maps, attention, MLP, embeddings and the layer of both towers. Every parameter names its logical axes.
 
-Axes in einsum strings: B batch, L text or image tokens that ask, S tokens that are attended to, N heads, K head size,
-D width. Parameters are stored in `param_dtype` and cast to `dtype` where they are used; statistics of norms and softmax
-are float32.
+Axes in einsum strings: B batch, L text or image tokens that ask, S tokens that are attended to, N
+heads, K head size, D width. Parameters are stored in `param_dtype` and cast to `dtype` where they
+are used; statistics of norms and softmax are float32.
 """
 
 import dataclasses
@@ -31,21 +31,24 @@ class LayerConfig:
     depth: int = 12
     num_heads: int = 12
     mlp_dim: int = 3072
-    # gelu is exact (PyTorch's default), gelu_tanh its approximation (Flax's), quick_gelu x * sigmoid(1.702 x) (OpenAI's
-    # CLIP), relu2 the square of a ReLU, swiglu a linear map gated by the SiLU of another
+    # gelu is exact (PyTorch's default), gelu_tanh its approximation (Flax's), quick_gelu x *
+    # sigmoid(1.702 x) (OpenAI's CLIP), relu2 the square of a ReLU, swiglu a linear map gated by the
+    # SiLU of another
     activation: Activation = "gelu_tanh"
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-6
     norm_bias: bool = True  # of LayerNorm; an RMSNorm has none
     attn_bias: bool = True
     attn_out_bias: bool | None = None  # of attention's last map; None: as `attn_bias`
-    attn_scale: bool = True  # attention scores are divided by the root of the head size; GPT-Neo's are not
+    # attention scores are divided by the root of the head size; GPT-Neo's are not
+    attn_scale: bool = True
     mlp_bias: bool = True
-    # serial: the MLP reads what attention has been added to. parallel: both read one norm of the layer's input (GPT-J);
-    # parallel_two_norms: each has a norm of its own (GPT-NeoX).
+    # serial: the MLP reads what attention has been added to. parallel: both read one norm of the
+    # layer's input (GPT-J); parallel_two_norms: each has a norm of its own (GPT-NeoX).
     layout: Literal["serial", "parallel", "parallel_two_norms"] = "serial"
     qk_norm: bool = False  # a norm over each head's queries and keys
-    attn_gate: bool = False  # what a layer attended to is multiplied by a sigmoid of the layer's normed input
+    # what a layer attended to is multiplied by a sigmoid of the layer's normed input
+    attn_gate: bool = False
     gate_bias: bool = True
 
     def __post_init__(self):
@@ -61,14 +64,18 @@ class LayerConfig:
 def param(value: jax.Array, *axes: str | None) -> nnx.Param:
     """A parameter with one logical axis name for each dimension (None: never split)."""
     if len(axes) != value.ndim:
-        raise ValueError(f"a parameter of shape {value.shape} was given {len(axes)} axis names: {axes}")
+        raise ValueError(
+            f"a parameter of shape {value.shape} was given {len(axes)} axis names: {axes}"
+        )
     return nnx.Param(value, axes=axes)
 
 
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, with scale and, unless told otherwise, bias."""
 
-    def __init__(self, width: int, eps: float, *, dtypes: Dtypes, axis: str = "embed", use_bias: bool = True):
+    def __init__(
+        self, width: int, eps: float, *, dtypes: Dtypes, axis: str = "embed", use_bias: bool = True
+    ):
         self.eps = eps
         self.scale = param(jnp.ones(width, dtypes.param), axis)
         self.bias = param(jnp.zeros(width, dtypes.param), axis) if use_bias else None
@@ -103,7 +110,9 @@ class RMSNorm(nnx.Module):
         return normed(x, self.scale[...])
 
 
-def make_norm(config: LayerConfig, *, dtypes: Dtypes, width: int | None = None, axis: str = "embed") -> nnx.Module:
+def make_norm(
+    config: LayerConfig, *, dtypes: Dtypes, width: int | None = None, axis: str = "embed"
+) -> nnx.Module:
     """The norm that `config` asks for, over `width` numbers; None: the tower's width."""
     width = width or config.width
     if config.norm == "rms":
@@ -121,8 +130,8 @@ def adapted(
 class Linear(nnx.Module):
     """An affine map from axes `inputs` to axes `outputs`, each a dict of logical axis name to size.
 
-    `Linear({"embed": D}, {"heads": N, "head_size": K})` has a kernel [D, N, K] and maps [..., D] to [..., N, K].
-    Initialised with variance 1 / fan-in; biases with zero.
+    `Linear({"embed": D}, {"heads": N, "head_size": K})` has a kernel [D, N, K] and maps [..., D] to
+    [..., N, K]. Initialised with variance 1 / fan-in; biases with zero.
     """
 
     def __init__(
@@ -138,9 +147,15 @@ class Linear(nnx.Module):
         self.dtype = dtypes.compute
         shape = (*inputs.values(), *outputs.values())
         stddev = 1 / math.sqrt(math.prod(inputs.values()))
-        kernel = stddev * jax.random.truncated_normal(rngs.params(), -2, 2, shape, jnp.float32) / 0.87962566
+        kernel = (
+            stddev
+            * jax.random.truncated_normal(rngs.params(), -2, 2, shape, jnp.float32)
+            / 0.87962566
+        )
         self.kernel = param(kernel.astype(dtypes.param), *inputs, *outputs)
-        self.bias = param(jnp.zeros(tuple(outputs.values()), dtypes.param), *outputs) if use_bias else None
+        self.bias = (
+            param(jnp.zeros(tuple(outputs.values()), dtypes.param), *outputs) if use_bias else None
+        )
         self.adapter: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -161,7 +176,6 @@ class Embedding(nnx.Module):
         self.embedding = param(table.astype(dtypes.param), "vocab", "embed")
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        # Gathered whole along `embed` first: a lookup in a table that is split there comes out split the wrong way.
+        # Gathered whole along `embed` first: a lookup in a table that is split there comes out
+        # split the wrong way.
         return constrain(self.embedding[...].astype(self.dtype), "vocab", None)[tokens]
-
-

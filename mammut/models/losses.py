@@ -1,7 +1,8 @@
 """Contrastive and captioning losses: arrays in, float32 inside, per-example values out.
 
-The contrastive losses take the embeddings of the global batch. Under `jax.jit` an array sharded over devices is the
-global batch, so a sharded step has the same negatives, and the same loss, as one device.
+The contrastive losses take the embeddings of the global batch. Under `jax.jit` an array sharded
+over devices is the global batch, so a sharded step has the same negatives, and the same loss, as
+one device.
 """
 
 import functools
@@ -24,9 +25,12 @@ def contrastive_logits(
     bias: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "B B"]:
     """Scaled cosines float[B, B] of every image (rows) with every text (columns)."""
-    # In full: by default a TPU multiplies in bfloat16, and a scale of 100 makes errors of 0.4 of that.
+    # In full: by default a TPU multiplies in bfloat16, and a scale of 100 makes errors of 0.4 of
+    # that.
     cosines = jnp.matmul(
-        image_embed.astype(jnp.float32), text_embed.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST
+        image_embed.astype(jnp.float32),
+        text_embed.astype(jnp.float32).T,
+        precision=jax.lax.Precision.HIGHEST,
     )
     return jnp.exp(log_scale) * cosines + bias
 
@@ -54,24 +58,34 @@ def sigmoid_pairs(logits: Float[Array, "Q R"], matched: Bool[Array, "Q R"]) -> F
 
 
 def focal_contrastive(
-    logits: Float[Array, "B B"], *, gamma: float = 1.0, alpha: float = 0.5, normalization: str = "batch"
+    logits: Float[Array, "B B"],
+    *,
+    gamma: float = 1.0,
+    alpha: float = 0.5,
+    normalization: str = "batch",
 ) -> Float[Array, "B"]:
     """The paper's focal sigmoid loss (section 3.2; RO-ViT, arXiv 2305.07011, section 3.3): float[B], over the texts.
 
-    With p the probability given to the truth of a pair, a pair costs -(1 - p)^gamma log p, weighted 2 alpha if matched
-    and 2 (1 - alpha) if not, so that alpha = 0.5 is the unweighted form of the paper. The paper adds image-to-text and
-    text-to-image; over a full B x B matrix these are one number, which is counted once here.
+    With p the probability given to the truth of a pair, a pair costs -(1 - p)^gamma log p, weighted
+    2 alpha if matched and 2 (1 - alpha) if not, so that alpha = 0.5 is the unweighted form of the
+    paper. The paper adds image-to-text and text-to-image; over a full B x B matrix these are one
+    number, which is counted once here.
 
-    `normalization` is what the mean over the batch of the returned values divides the sum over B x B pairs by:
-    "batch", as in the paper, by B; "pairs" by B * B. By B, a batch of 16K starts at about 5,700 at temperature 1,
-    beside a captioning loss of 11: weights of 1 and 1 then mean something only with a negative bias, as SigLIP has.
+    `normalization` is what the mean over the batch of the returned values divides the sum over B x
+    B pairs by: "batch", as in the paper, by B; "pairs" by B * B. By B, a batch of 16K starts at
+    about 5,700 at temperature 1, beside a captioning loss of 11: weights of 1 and 1 then mean
+    something only with a negative bias, as SigLIP has.
     """
     pairs = focal_pairs(logits, jnp.eye(len(logits), dtype=bool), gamma=gamma, alpha=alpha)
     return pairs.sum(1) if normalization == "batch" else pairs.mean(1)
 
 
 def focal_pairs(
-    logits: Float[Array, "Q R"], matched: Bool[Array, "Q R"], *, gamma: float = 1.0, alpha: float = 0.5
+    logits: Float[Array, "Q R"],
+    matched: Bool[Array, "Q R"],
+    *,
+    gamma: float = 1.0,
+    alpha: float = 0.5,
 ) -> Float[Array, "Q R"]:
     """What each pair costs by the focal loss, float[Q, R]."""
     logits = jnp.where(matched, logits, -logits)
@@ -92,10 +106,10 @@ def caption_loss(
 ) -> Float[Array, "B L"]:
     """Cross-entropy of each label in nats, float[B, L]; zero where `loss_mask` is False.
 
-    The scores exist for `chunk` text positions at a time, float32[B, chunk, V], and are computed again in the backward
-    pass: all at once they are 33 MB an example at V = 64,000. `label_smoothing` spreads that share of the target evenly
-    over the vocabulary; `z_loss` weighs log(Z)^2, which keeps the scores from drifting. To train,
-    `summed_caption_loss` is faster.
+    The scores exist for `chunk` text positions at a time, float32[B, chunk, V], and are computed
+    again in the backward pass: all at once they are 33 MB an example at V = 64,000.
+    `label_smoothing` spreads that share of the target evenly over the vocabulary; `z_loss` weighs
+    log(Z)^2, which keeps the scores from drifting. To train, `summed_caption_loss` is faster.
     """
 
     @jax.checkpoint
@@ -121,19 +135,26 @@ def summed_caption_loss(
 ) -> Float[Array, ""]:
     """The sum of `caption_loss`, float32, with the same peak of scores and three matrix products in place of four.
 
-    The gradient of a sum is known but for one factor, so it is taken in the forward pass, chunk by chunk, while the
-    scores are there. It is summed in float32, and multiplied in the type of `features` like any other.
+    The gradient of a sum is known but for one factor, so it is taken in the forward pass, chunk by
+    chunk, while the scores are there. It is summed in float32, and multiplied in the type of
+    `features` like any other.
     """
-    return _summed(label_smoothing, z_loss, chunk, features, vocab_kernel, vocab_bias, labels, loss_mask)
+    return _summed(
+        label_smoothing, z_loss, chunk, features, vocab_kernel, vocab_bias, labels, loss_mask
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _summed(label_smoothing, z_loss, chunk, features, vocab_kernel, vocab_bias, labels, loss_mask):
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "chunk": chunk}
-    return caption_loss(features, vocab_kernel, labels, loss_mask, vocab_bias=vocab_bias, **options).sum()
+    return caption_loss(
+        features, vocab_kernel, labels, loss_mask, vocab_bias=vocab_bias, **options
+    ).sum()
 
 
-def _summed_forward(label_smoothing, z_loss, chunk, features, vocab_kernel, vocab_bias, labels, loss_mask):
+def _summed_forward(
+    label_smoothing, z_loss, chunk, features, vocab_kernel, vocab_bias, labels, loss_mask
+):
     def step(carry, xs):
         total, kernel_grad, bias_grad = carry
         features, labels, counted = xs
@@ -145,13 +166,17 @@ def _summed_forward(label_smoothing, z_loss, chunk, features, vocab_kernel, voca
         slopes = weights * ((1 + 2 * z_loss * log_z) * jnp.exp(logits - log_z) - target)
         bias_grad = None if bias_grad is None else bias_grad + slopes.sum((0, 1))
         slopes = slopes.astype(features.dtype)
-        kernel_grad += jnp.einsum("BLD,BLV->DV", features, slopes, preferred_element_type=jnp.float32)
+        kernel_grad += jnp.einsum(
+            "BLD,BLV->DV", features, slopes, preferred_element_type=jnp.float32
+        )
         features_grad = jnp.matmul(slopes, vocab_kernel.T, preferred_element_type=jnp.float32)
         return (total + jnp.where(counted, losses, 0).sum(), kernel_grad, bias_grad), features_grad
 
     zeros = lambda x: None if x is None else jnp.zeros(x.shape, jnp.float32)  # noqa: E731
     start = (jnp.float32(0), zeros(vocab_kernel), zeros(vocab_bias))
-    (total, *grads), features_grad = jax.lax.scan(step, start, _chunks((features, labels, loss_mask), chunk))
+    (total, *grads), features_grad = jax.lax.scan(
+        step, start, _chunks((features, labels, loss_mask), chunk)
+    )
     like = jax.tree.map(lambda x: jnp.zeros(0, x.dtype), (features, vocab_kernel, vocab_bias))
     return total, ((_joined(features_grad, labels.shape), *grads), like)
 
@@ -178,7 +203,9 @@ def _token_losses(
     """The losses float[B, L] of logits float[B, L, V], and log(Z) float[B, L, 1]."""
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     # A sum and no look-up, so that a vocabulary that is split over devices stays where it is.
-    target = (1 - label_smoothing) * jnp.where(is_label, logits, 0).sum(-1) + label_smoothing * logits.mean(-1)
+    target = (1 - label_smoothing) * jnp.where(is_label, logits, 0).sum(
+        -1
+    ) + label_smoothing * logits.mean(-1)
     return log_z[..., 0] - target + z_loss * log_z[..., 0] ** 2, log_z
 
 
@@ -217,7 +244,9 @@ def caption_sum(
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "chunk": chunk}
 
     def summed(features, vocab_kernel, vocab_bias, labels, loss_mask):
-        return summed_caption_loss(features, vocab_kernel, labels, loss_mask, vocab_bias=vocab_bias, **options)[None]
+        return summed_caption_loss(
+            features, vocab_kernel, labels, loss_mask, vocab_bias=vocab_bias, **options
+        )[None]
 
     mesh = jax.sharding.get_abstract_mesh()
     axes = None if mesh.empty else partition_spec(("batch",), labels.shape[:1], mesh)[0]

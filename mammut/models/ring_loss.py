@@ -1,9 +1,10 @@
 """Contrastive losses whose memory does not grow with the global batch: the values of `mammut.models.losses`, tile by tile.
 
-Every device keeps its images; blocks of texts go round the devices, each with the sums over its columns, until they are
-home again. Of the B x B scores a device holds one tile of at most `chunk` x `chunk`, in the backward pass too, which
-computes them again. On one device there is one block, cut into tiles. (The idea is that of Inf-CL, arXiv 2410.17243,
-and of SigLIP's chunks, arXiv 2303.15343, section 3.3.)
+Every device keeps its images; blocks of texts go round the devices, each with the sums over its
+columns, until they are home again. Of the B x B scores a device holds one tile of at most `chunk` x
+`chunk`, in the backward pass too, which computes them again. On one device there is one block, cut
+into tiles. (The idea is that of Inf-CL, arXiv 2410.17243, and of SigLIP's chunks, arXiv 2303.15343,
+section 3.3.)
 """
 
 import functools
@@ -19,18 +20,25 @@ from jaxtyping import Float
 from mammut.core.sharding import RULES
 from mammut.core.typing import Array
 
-Tree = Any  # nested dicts and tuples of arrays whose first axis is the batch, or the rows or columns of a tile
+# nested dicts and tuples of arrays whose first axis is the batch, or the rows or columns of a tile
+Tree = Any
 
 
 def ring_softmax(
-    image_embed: Float[Array, "B E"], text_embed: Float[Array, "B E"], log_scale: Float[Array, ""], *, chunk: int
+    image_embed: Float[Array, "B E"],
+    text_embed: Float[Array, "B E"],
+    log_scale: Float[Array, ""],
+    *,
+    chunk: int,
 ) -> Float[Array, "B"]:
     """`losses.softmax_contrastive` of `losses.contrastive_logits`, float32[B].
 
     Raises:
       ValueError: the pairs do not divide over the devices of mesh.data x mesh.fsdp.
     """
-    image_to_text, text_to_image, matched = _log_sums(chunk, *_scaled(image_embed, text_embed, log_scale))
+    image_to_text, text_to_image, matched = _log_sums(
+        chunk, *_scaled(image_embed, text_embed, log_scale)
+    )
     return (image_to_text + text_to_image) / 2 - matched
 
 
@@ -45,7 +53,8 @@ def ring_pairs(
 ) -> Float[Array, "B"]:
     """`pair_loss(scores, matched)` of every image with every text, summed over the texts, float32[B].
 
-    `pair_loss` is `losses.sigmoid_pairs`, `losses.focal_pairs` or another function of single scores.
+    `pair_loss` is `losses.sigmoid_pairs`, `losses.focal_pairs` or another function of single
+    scores.
 
     Raises:
       ValueError: the pairs do not divide over the devices of mesh.data x mesh.fsdp.
@@ -55,24 +64,32 @@ def ring_pairs(
 
 
 def _scaled(image_embed: Array, text_embed: Array, log_scale: Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.exp(log_scale) * jnp.asarray(image_embed, jnp.float32), jnp.asarray(text_embed, jnp.float32)
+    return jnp.exp(log_scale) * jnp.asarray(image_embed, jnp.float32), jnp.asarray(
+        text_embed, jnp.float32
+    )
 
 
-# --- softmax: the log of the sum of exp(score), by row and by column, and the score of each matched pair
+# --- softmax: the log of the sum of exp(score), by row and by column, and the score of each matched
+# pair
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log_sums(chunk: int, image: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _log_sums(
+    chunk: int, image: jax.Array, text: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     return _log_sums_forward(chunk, image, text)[0]
 
 
 def _log_sums_forward(chunk, image, text):
-    # The largest score and the sum of exp(score - largest) stay apart: the log of the whole is rounded like a number
-    # of 100, and the probabilities that the backward pass takes from it would not sum to 1 by 1e-5.
+    # The largest score and the sum of exp(score - largest) stay apart: the log of the whole is
+    # rounded like a number of 100, and the probabilities that the backward pass takes from it would
+    # not sum to 1 by 1e-5.
     def added(sums, scores, axis):
         top, total = sums
         new_top = jnp.maximum(top, scores.max(axis))
-        return new_top, total * jnp.exp(top - new_top) + jnp.exp(scores - jnp.expand_dims(new_top, axis)).sum(axis)
+        return new_top, total * jnp.exp(top - new_top) + jnp.exp(
+            scores - jnp.expand_dims(new_top, axis)
+        ).sum(axis)
 
     def add(row, row_sums, column, column_sums):
         scores, matched, real = _scores(row, column)
@@ -83,7 +100,9 @@ def _log_sums_forward(chunk, image, text):
 
     zero = jnp.zeros(len(image))
     nothing = jnp.full(len(image), jnp.finfo(jnp.float32).min), zero
-    (by_row, diagonal), by_column = _every_pair(add, {"embed": image}, (nothing, zero), {"embed": text}, nothing, chunk)
+    (by_row, diagonal), by_column = _every_pair(
+        add, {"embed": image}, (nothing, zero), {"embed": text}, nothing, chunk
+    )
     log_sums = [top + jnp.log(total) for top, total in (by_row, by_column)]
     return (*log_sums, diagonal), (image, text, by_row, by_column)
 
@@ -97,7 +116,12 @@ def _log_sums_backward(chunk, saved, grads):
         slopes += column["grad"] * jnp.exp(scores - column["top"])
         return slopes + jnp.where(matched, row["diagonal_grad"][:, None], 0)
 
-    rows = {"embed": image, "top": by_row[0], "grad": by_row_grad / by_row[1], "diagonal_grad": diagonal_grad}
+    rows = {
+        "embed": image,
+        "top": by_row[0],
+        "grad": by_row_grad / by_row[1],
+        "diagonal_grad": diagonal_grad,
+    }
     columns = {"embed": text, "top": by_column[0], "grad": by_column_grad / by_column[1]}
     return _gradients(slope, rows, columns, chunk)[:2]
 
@@ -109,12 +133,16 @@ _log_sums.defvjp(_log_sums_forward, _log_sums_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _pair_sums(pair_loss: Callable, chunk: int, image: jax.Array, text: jax.Array, bias: jax.Array) -> jax.Array:
+def _pair_sums(
+    pair_loss: Callable, chunk: int, image: jax.Array, text: jax.Array, bias: jax.Array
+) -> jax.Array:
     def add(row, total, column, nothing):
         scores, matched, real = _scores(row, column)
         return total + jnp.where(real, pair_loss(scores, matched), 0).sum(1), nothing
 
-    return _every_pair(add, {"embed": image, "bias": bias}, jnp.zeros(len(image)), {"embed": text}, (), chunk)[0]
+    return _every_pair(
+        add, {"embed": image, "bias": bias}, jnp.zeros(len(image)), {"embed": text}, (), chunk
+    )[0]
 
 
 def _pair_sums_forward(pair_loss, chunk, image, text, bias):
@@ -150,7 +178,9 @@ def _scores(row: Tree, column: Tree) -> tuple[jax.Array, jax.Array, jax.Array]:
     return scores, number == column_number, (number > 0) & (column_number > 0)
 
 
-def _gradients(slope: Callable, rows: Tree, columns: Tree, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _gradients(
+    slope: Callable, rows: Tree, columns: Tree, chunk: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of rows, columns and biases, where `slope(scores, matched, row, column)` is that of a score."""
 
     def add(row, row_sums, column, column_grad):
@@ -172,7 +202,8 @@ def _every_pair(
 ) -> tuple[Tree, Tree]:
     """Sums over all pairs by row and by column: `add(row, row_sums, column, column_sums)` adds those of one tile.
 
-    `rows` and `columns` get the `number` of their example, from 1; a row or column that pads a tile is number 0.
+    `rows` and `columns` get the `number` of their example, from 1; a row or column that pads a tile
+    is number 0.
     """
     batch = len(rows["embed"])
     number = jnp.arange(1, batch + 1)
@@ -189,7 +220,9 @@ def _every_pair(
     tile = math.ceil(size / tiles)
 
     def split(x):
-        return jnp.pad(x, ((0, tiles * tile - size),) + ((0, 0),) * (x.ndim - 1)).reshape(tiles, tile, *x.shape[1:])
+        return jnp.pad(x, ((0, tiles * tile - size),) + ((0, 0),) * (x.ndim - 1)).reshape(
+            tiles, tile, *x.shape[1:]
+        )
 
     def joined(x):
         return x.reshape(tiles * tile, *x.shape[2:])[:size]
@@ -214,7 +247,11 @@ def _every_pair(
 
             row_sums, column_sums = jax.lax.scan(add_column, row_sums, (columns, column_sums))
             # What does not depend on the sums can travel while they are computed.
-            return row_sums, *(jax.tree.map(next_device, (columns, column_sums)) if axes else (columns, column_sums))
+            return row_sums, *(
+                jax.tree.map(next_device, (columns, column_sums))
+                if axes
+                else (columns, column_sums)
+            )
 
         row_sums, _, column_sums = jax.lax.fori_loop(0, ways, hop, tuple(carry))
         return jax.tree.map(joined, (row_sums, column_sums))

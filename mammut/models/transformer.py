@@ -63,8 +63,8 @@ class KeyValue(NamedTuple):
 class Rotation:
     """Rotary positions (arXiv 2104.09864) of L tokens: cosines and sines, float32[L, R / 2] or [B, L, R / 2] each.
 
-    The first R of a head's numbers are turned, in pairs (0, 1), (2, 3), ..., or, where `halves`, (0, R / 2),
-    (1, R / 2 + 1), ...
+    The first R of a head's numbers are turned, in pairs (0, 1), (2, 3), ..., or, where `halves`,
+    (0, R / 2), (1, R / 2 + 1), ...
     """
 
     cos: jax.Array
@@ -84,7 +84,9 @@ class Rotation:
         return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-def rotation(positions: Int[Array, "*B L"], size: int, theta: float, *, halves: bool = False) -> Rotation:
+def rotation(
+    positions: Int[Array, "*B L"], size: int, theta: float, *, halves: bool = False
+) -> Rotation:
     """The rotary angles of tokens at `positions`: position * theta ^ (-2 i / size) for pair i."""
     frequencies = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     angles = positions[..., None].astype(jnp.float32) * frequencies
@@ -94,8 +96,8 @@ def rotation(positions: Int[Array, "*B L"], size: int, theta: float, *, halves: 
 class Attention(nnx.Module):
     """Multi-head attention of some tokens to keys and values made of the same or of other tokens.
 
-    `kv_width` is the width of those others where it differs. `config` says what it has beside the four maps. `fused`
-    lets a fused kernel take over where there is no mask.
+    `kv_width` is the width of those others where it differs. `config` says what it has beside the
+    four maps. `fused` lets a fused kernel take over where there is no mask.
     """
 
     def __init__(
@@ -118,23 +120,35 @@ class Attention(nnx.Module):
         self.value = Linear(others, heads, **options)
         out_bias = config.attn_bias if config.attn_out_bias is None else config.attn_out_bias
         self.out = Linear(heads, embed, **{**options, "use_bias": out_bias})
-        self.gate = Linear(embed, heads, **{**options, "use_bias": config.gate_bias}) if config.attn_gate else None
+        self.gate = (
+            Linear(embed, heads, **{**options, "use_bias": config.gate_bias})
+            if config.attn_gate
+            else None
+        )
         norms = [
-            make_norm(config, dtypes=dtypes, width=heads["head_size"], axis="head_size") if config.qk_norm else None
+            make_norm(config, dtypes=dtypes, width=heads["head_size"], axis="head_size")
+            if config.qk_norm
+            else None
             for _ in range(2)
         ]
         self.query_norm, self.key_norm = norms
 
-    def queries(self, x: Float[Array, "B L D"], rotate: Rotation | None = None) -> Float[Array, "B L N K"]:
+    def queries(
+        self, x: Float[Array, "B L D"], rotate: Rotation | None = None
+    ) -> Float[Array, "B L N K"]:
         """What tokens ask."""
         query = self.query(x) if self.query_norm is None else self.query_norm(self.query(x))
-        return constrain(query if rotate is None else rotate(query), "batch", None, "heads", "head_size")
+        return constrain(
+            query if rotate is None else rotate(query), "batch", None, "heads", "head_size"
+        )
 
     def keys_values(self, x: Float[Array, "B S D"], rotate: Rotation | None = None) -> KeyValue:
         """Keys and values of tokens to be attended to."""
         key = self.key(x) if self.key_norm is None else self.key_norm(self.key(x))
         key = key if rotate is None else rotate(key)
-        return KeyValue(*(constrain(y, "batch", None, "heads", "head_size") for y in (key, self.value(x))))
+        return KeyValue(
+            *(constrain(y, "batch", None, "heads", "head_size") for y in (key, self.value(x)))
+        )
 
     def __call__(
         self,
@@ -146,7 +160,11 @@ class Attention(nnx.Module):
         return adapted(self, lambda x: self._attend(x, kv, mask, rotate), x)
 
     def _attend(
-        self, x: Float[Array, "B L D"], kv: KeyValue, mask: jax.Array | None, rotate: Rotation | None
+        self,
+        x: Float[Array, "B L D"],
+        kv: KeyValue,
+        mask: jax.Array | None,
+        rotate: Rotation | None,
     ) -> Float[Array, "B L D"]:
         query = self.queries(x, rotate)
         if mask is None:
@@ -171,7 +189,9 @@ class MLP(nnx.Module):
         self.up = Linear({"embed": config.width}, {"mlp": config.mlp_dim}, **options)
         self.down = Linear({"mlp": config.mlp_dim}, {"embed": config.width}, **options)
         self.gate = (
-            Linear({"embed": config.width}, {"mlp": config.mlp_dim}, **options) if self.activation == "swiglu" else None
+            Linear({"embed": config.width}, {"mlp": config.mlp_dim}, **options)
+            if self.activation == "swiglu"
+            else None
         )
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
@@ -187,9 +207,10 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """A pre-norm transformer layer: attention, then an MLP, each added to its input; or both to one input, parallel.
 
-    Called with `kv` it attends to those keys and values, of an image or of a cache (`image_keys_values`,
-    `own_keys_values`); without, to its own tokens. `has_mlp` False leaves the MLP out; `image_norm` norms image tokens,
-    which have the size `image_width`; None: the tower's width. `fused` is that of `Attention`.
+    Called with `kv` it attends to those keys and values, of an image or of a cache
+    (`image_keys_values`, `own_keys_values`); without, to its own tokens. `has_mlp` False leaves the
+    MLP out; `image_norm` norms image tokens, which have the size `image_width`; None: the tower's
+    width. `fused` is that of `Attention`.
     """
 
     def __init__(
@@ -205,9 +226,13 @@ class Layer(nnx.Module):
     ):
         self.attn_norm = make_norm(config, dtypes=dtypes)
         self.attn = Attention(config, rngs=rngs, dtypes=dtypes, kv_width=image_width, fused=fused)
-        self.image_norm = make_norm(config, dtypes=dtypes, width=image_width) if image_norm else None
+        self.image_norm = (
+            make_norm(config, dtypes=dtypes, width=image_width) if image_norm else None
+        )
         self.parallel = config.layout != "serial"
-        self.mlp_norm = make_norm(config, dtypes=dtypes) if has_mlp and config.layout != "parallel" else None
+        self.mlp_norm = (
+            make_norm(config, dtypes=dtypes) if has_mlp and config.layout != "parallel" else None
+        )
         self.mlp = MLP(config, rngs=rngs, dtypes=dtypes) if has_mlp else None
 
     def own_keys_values(self, x: Float[Array, "B L D"], rotate: Rotation | None = None) -> KeyValue:
@@ -216,7 +241,9 @@ class Layer(nnx.Module):
 
     def image_keys_values(self, image_tokens: Float[Array, "B P D"]) -> KeyValue:
         """What cross-attention attends to."""
-        return self.attn.keys_values(image_tokens if self.image_norm is None else self.image_norm(image_tokens))
+        return self.attn.keys_values(
+            image_tokens if self.image_norm is None else self.image_norm(image_tokens)
+        )
 
     def attend(
         self,

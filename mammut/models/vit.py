@@ -17,14 +17,14 @@ from mammut.models.image_encoder import EncoderOutput, normalised, require_pixel
 from mammut.models.layers import LayerConfig, Linear, make_norm, param
 from mammut.models.transformer import MLP, Attention, Layer
 
-# Cropped positional embedding (RO-ViT, section 3.2): the table is enlarged to so many positions a side, then cropped to
-# a box of this area and aspect.
+# Cropped positional embedding (RO-ViT, section 3.2): the table is enlarged to so many positions a
+# side, then cropped to a box of this area and aspect.
 _CROP_RESOLUTION = 64
 _CROP_AREA = (0.1, 1.0)
 _CROP_ASPECT = (0.5, 2.0)
-# Of the key of an image's crop: `crop_pos_embed` splits it in four, and a split's i-th key is what `fold_in` i gives.
+# Of the key of an image's crop: `crop_pos_embed` splits it in four, and a split's i-th key is what
+# `fold_in` i gives.
 _DROP_STREAM = 4
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +36,20 @@ class VisionConfig(LayerConfig):
     patch_bias: bool = True
     class_token: bool = False  # a learned token before the patches
     input_norm: bool = False  # a norm before the first layer
-    # What an image is represented by: the mean of its patches, of all tokens, the class token, the first of
-    # `pool_queries` learned queries that attend to all tokens (CoCa; the others go to the decoder in place of the
-    # patches), or one such query with an MLP (the MAP head of SigLIP).
+    # What an image is represented by: the mean of its patches, of all tokens, the class token, the
+    # first of `pool_queries` learned queries that attend to all tokens (CoCa; the others go to the
+    # decoder in place of the patches), or one such query with an MLP (the MAP head of SigLIP).
     pooling: Literal["mean", "mean_all", "class", "queries", "map"] = "mean"
     pool_queries: int = 256  # of pooling "queries"
     pool_heads: int = 8  # of pooling "queries"
-    norm_after_pooling: bool = False  # the last norm is of the pooled image alone; the decoder sees tokens without
-    cropped_pos_embed: bool = False  # train with a random crop of the position table for each image (RO-ViT)
-    patch_drop: float = 0.0  # in training, this share of an image's patches is left out at random (FLIP)
-    # Images of this size are taken too, with the positions resampled: those of `TrainConfig.low_image_steps`.
+    # the last norm is of the pooled image alone; the decoder sees tokens without
+    norm_after_pooling: bool = False
+    # train with a random crop of the position table for each image (RO-ViT)
+    cropped_pos_embed: bool = False
+    # in training, this share of an image's patches is left out at random (FLIP)
+    patch_drop: float = 0.0
+    # Images of this size are taken too, with the positions resampled: those of
+    # `TrainConfig.low_image_steps`.
     low_image_size: int | None = None
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels scaled to 0..1
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -136,7 +140,12 @@ class ViT(nnx.Module):
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs, dtypes: Dtypes):
         vision = config.vision
-        self.config, self.remat, self.unroll, self.dtype = vision, config.remat, config.unroll, dtypes.compute
+        self.config, self.remat, self.unroll, self.dtype = (
+            vision,
+            config.remat,
+            config.unroll,
+            dtypes.compute,
+        )
         self.patch_embed = Linear(
             {"patch": vision.patch_size**2 * 3},
             {"embed": vision.width},
@@ -144,10 +153,14 @@ class ViT(nnx.Module):
             dtypes=dtypes,
             use_bias=vision.patch_bias,
         )
-        positions = jax.random.normal(rngs.params(), (*vision.grid, vision.width)) / math.sqrt(vision.width)
+        positions = jax.random.normal(rngs.params(), (*vision.grid, vision.width)) / math.sqrt(
+            vision.width
+        )
         self.pos_embed = param(positions.astype(dtypes.param), None, None, "embed")
         fused = config.image_attention == "auto"
-        self.layers = stack(lambda r: Layer(vision, rngs=r, dtypes=dtypes, fused=fused), vision.depth, rngs=rngs)
+        self.layers = stack(
+            lambda r: Layer(vision, rngs=r, dtypes=dtypes, fused=fused), vision.depth, rngs=rngs
+        )
         # After the rest, so that these options leave the random weights of the rest as they are.
 
         def vector():
@@ -171,31 +184,40 @@ class ViT(nnx.Module):
     ) -> EncoderOutput:
         """Encodes images of `image_size`, or of `low_image_size`.
 
-        Smaller images have the position table resampled to their patches (RECLIP, arXiv 2304.06028; CLIPA-v2, arXiv
-        2306.15658: most of the training on small images, the end of it on whole ones): bilinear with antialiasing, so
-        that a position is the average of those it covers. It is done here and not in the table, whose gradient is then
-        the same map transposed: one table learns from both sizes, and the change of size needs no change of weights.
+        Smaller images have the position table resampled to their patches (RECLIP, arXiv 2304.06028;
+        CLIPA-v2, arXiv 2306.15658: most of the training on small images, the end of it on whole
+        ones): bilinear with antialiasing, so that a position is the average of those it covers. It
+        is done here and not in the table, whose gradient is then the same map transposed: one table
+        learns from both sizes, and the change of size needs no change of weights.
 
         Args:
-          image: uint8[B, height, width, 3] RGB, normalised here; or float, taken as normalised already.
-          crop_key: given in training. With `cropped_pos_embed` each image sees a random crop of the position table,
-            with `patch_drop` a random subset of its patches.
+          image: uint8[B, height, width, 3] RGB, normalised here; or float, taken as normalised
+            already.
+          crop_key: given in training. With `cropped_pos_embed` each image sees a random crop of the
+            position table, with `patch_drop` a random subset of its patches.
 
         Raises:
           ValueError: the images are of another size.
         """
         vision = self.config
-        x = self.patch_embed(patchify(normalised(image, vision).astype(self.dtype), vision.patch_size))
+        x = self.patch_embed(
+            patchify(normalised(image, vision).astype(self.dtype), vision.patch_size)
+        )
 
         pos_embed = constrain(self.pos_embed[...].astype(self.dtype), None, None, None)
         grid = image.shape[1] // vision.patch_size, image.shape[2] // vision.patch_size
         if grid != vision.grid:
-            pos_embed = jax.image.resize(pos_embed, (*grid, vision.width), "bilinear", antialias=True)
+            pos_embed = jax.image.resize(
+                pos_embed, (*grid, vision.width), "bilinear", antialias=True
+            )
         if vision.cropped_pos_embed and crop_key is not None:
             pos_embed = crop_pos_embed(crop_key, pos_embed, image.shape[0])
         x = x + pos_embed.reshape(-1, *x.shape[1:])
         if vision.patch_drop and crop_key is not None:
-            x, grid = drop_patches(jax.random.fold_in(crop_key, _DROP_STREAM), x, vision.patch_drop), None
+            x, grid = (
+                drop_patches(jax.random.fold_in(crop_key, _DROP_STREAM), x, vision.patch_drop),
+                None,
+            )
         if self.class_embed is not None:
             first = (self.class_embed[...] + self.class_pos_embed[...]).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, x.shape[2])), x], axis=1)
@@ -229,7 +251,9 @@ def patchify(image: Float[Array, "B height width 3"], patch_size: int) -> Float[
     batch, height, width, channels = image.shape
     down, across = height // patch_size, width // patch_size
     x = image.reshape(batch, down, patch_size, across, patch_size, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, down * across, patch_size * patch_size * channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(
+        batch, down * across, patch_size * patch_size * channels
+    )
 
 
 def patches_kept(patches: int, patch_drop: float) -> int:
@@ -237,10 +261,13 @@ def patches_kept(patches: int, patch_drop: float) -> int:
     return max(1, round((1 - patch_drop) * patches))
 
 
-def drop_patches(key: Key[Array, ""], x: Float[Array, "B P D"], patch_drop: float) -> Float[Array, "B Q D"]:
+def drop_patches(
+    key: Key[Array, ""], x: Float[Array, "B P D"], patch_drop: float
+) -> Float[Array, "B Q D"]:
     """A random subset of the patches of each image, float[B, Q, D] of Q = `patches_kept`, in their order.
 
-    FLIP (arXiv 2212.00794, section 3): half of the patches make half of the image encoder's work, and of its memory.
+    FLIP (arXiv 2212.00794, section 3): half of the patches make half of the image encoder's work,
+    and of its memory.
     """
     x = constrain(x, "batch", "patch", "embed")
     shuffled = jnp.argsort(jax.random.uniform(key, x.shape[:2]), axis=1)
@@ -253,9 +280,10 @@ def crop_pos_embed(
 ) -> Float[Array, "B down across D"]:
     """A random crop of the position table for each of `batch` images, float[B, down, across, D].
 
-    Cropped positional embedding (RO-ViT, arXiv 2305.07011, section 3.2; used by the paper for a last 100K steps): the
-    table is enlarged bilinearly, cropped to a random box and sampled back to its own size, so that the image passes for
-    a region of a larger one. All three steps are linear and separable: one small matrix for each axis.
+    Cropped positional embedding (RO-ViT, arXiv 2305.07011, section 3.2; used by the paper for a
+    last 100K steps): the table is enlarged bilinearly, cropped to a random box and sampled back to
+    its own size, so that the image passes for a region of a larger one. All three steps are linear
+    and separable: one small matrix for each axis.
     """
     area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
     area = jax.random.uniform(area_key, (batch,), minval=_CROP_AREA[0], maxval=_CROP_AREA[1])
@@ -270,7 +298,9 @@ def crop_pos_embed(
     return jnp.einsum("bIi,bJj,ijD->bIJD", rows, columns, pos_embed)
 
 
-def _crop_matrix(start: Float[Array, "B"], extent: Float[Array, "B"], size: int) -> Float[Array, "B S S"]:
+def _crop_matrix(
+    start: Float[Array, "B"], extent: Float[Array, "B"], size: int
+) -> Float[Array, "B S S"]:
     """Enlarges `size` positions, then samples as many evenly from [start, start + extent] of 0..1: float[B, S, S]."""
     centres = start[:, None] + extent[:, None] * (jnp.arange(size) + 0.5) / size
     crop = _bilinear(centres, _CROP_RESOLUTION)

@@ -1,7 +1,8 @@
 """One HTML page of a run or of a predictions file: scores, curves, and pictures with what the model said of them.
 
-The page is a single file that loads nothing: its pictures are inside it, it has no script, and its content security
-policy forbids both. What it quotes is escaped. Where a picture or the model is gone it says so and shows the rest.
+The page is a single file that loads nothing: its pictures are inside it, it has no script, and its
+content security policy forbids both. What it quotes is escaped. Where a picture or the model is
+gone it says so and shows the rest.
 """
 
 import collections
@@ -27,24 +28,35 @@ from mammut.training.config import TrainConfig
 from mammut.training.run_folder import read_run
 
 _SUFFIX = ".predictions.jsonl"
-_TITLES = {"retrieval": "Retrieval", "caption": "Captions", "vqa": "Questions", "classify": "Classification"}
+_TITLES = {
+    "retrieval": "Retrieval",
+    "caption": "Captions",
+    "vqa": "Questions",
+    "classify": "Classification",
+}
 _TOP = 5  # of a ranking
 _MAX_TEXT = 400  # characters of a text
 _MAX_ROWS = 40  # of a table
-_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # of the text around them
-_SHARE = re.compile(r"(^|_)(r\d+|top\d+|acc|accuracy|recall|exact|share)($|_)")  # a metric that is a share by name
+# of the text around them
+_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# a metric that is a share by name
+_SHARE = re.compile(r"(^|_)(r\d+|top\d+|acc|accuracy|recall|exact|share)($|_)")
 
 
-def write_report(target: str | os.PathLike, out: str | os.PathLike | None = None, *, items: int = 12) -> pathlib.Path:
+def write_report(
+    target: str | os.PathLike, out: str | os.PathLike | None = None, *, items: int = 12
+) -> pathlib.Path:
     """Writes the page of a run (a folder with run.json) or of a predictions file, and returns its path.
 
-    The page of a run shows its curves and every `RUN/eval/NAME.predictions.jsonl`, with the scores in `NAME.json`
-    beside it. Its pictures take at most 2.2 MB; those beyond are left out, and the page says so.
+    The page of a run shows its curves and every `RUN/eval/NAME.predictions.jsonl`, with the scores
+    in `NAME.json` beside it. Its pictures take at most 2.2 MB; those beyond are left out, and the
+    page says so.
 
     Args:
       target: the run or the predictions file.
       out: the page; by default RUN/report.html, or NAME.report.html beside NAME.predictions.jsonl.
-      items: at most so many queries each way, captions, questions and classified pictures of each predictions file.
+      items: at most so many queries each way, captions, questions and classified pictures of each
+        predictions file.
 
     Raises:
       ValueError: `target` is neither or cannot be read, or `items` is not positive.
@@ -55,9 +67,14 @@ def write_report(target: str | os.PathLike, out: str | os.PathLike | None = None
     if (target / "run.json").is_file():
         page, default = _of_run(target, items), target / "report.html"
     elif target.is_file():
-        page, default = _of_predictions(target, items), target.with_name(f"{_name(target)}.report.html")
+        page, default = (
+            _of_predictions(target, items),
+            target.with_name(f"{_name(target)}.report.html"),
+        )
     else:
-        raise ValueError(f"{target} is neither a run, a folder with run.json, nor a predictions file")
+        raise ValueError(
+            f"{target} is neither a run, a folder with run.json, nor a predictions file"
+        )
     out = default if out is None else pathlib.Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
@@ -74,7 +91,9 @@ def _of_run(run: pathlib.Path, items: int) -> dict[str, Any]:
             found[path] = Predictions.load(path)
         except ValueError as error:
             notices.append(f"{error}.")
-    others = [path for path in sorted(run.glob("eval/*.json")) if path.with_suffix(_SUFFIX) not in found]
+    others = [
+        path for path in sorted(run.glob("eval/*.json")) if path.with_suffix(_SUFFIX) not in found
+    ]
     facts = _model_facts(config.model) | {
         "training": f"{config.task}, {config.steps:,} steps of {config.data.batch_size:,} examples, "
         f"{config.optimizer.name} at {config.optimizer.learning_rate:g}",
@@ -82,7 +101,9 @@ def _of_run(run: pathlib.Path, items: int) -> dict[str, Any]:
     }
     if overrides:
         facts["overrides"] = " ".join(map(str, overrides))
-    return _page(run.resolve().name, facts, notices, found, others, items, run) | _training(run / "metrics.jsonl")
+    return _page(run.resolve().name, facts, notices, found, others, items, run) | _training(
+        run / "metrics.jsonl"
+    )
 
 
 def _of_predictions(path: pathlib.Path, items: int) -> dict[str, Any]:
@@ -108,7 +129,9 @@ def _page(
     album = Album()
     order = sorted(found, key=lambda path: (list(_TITLES).index(found[path].task), path))
     sections = [_section(path, found[path], album, items, run) for path in order]
-    scores = [_scores(path.with_name(f"{_name(path)}.json")) for path in order] + [_scores(path) for path in others]
+    scores = [_scores(path.with_name(f"{_name(path)}.json")) for path in order] + [
+        _scores(path) for path in others
+    ]
     if album.left_out:
         notices.append(f"{album.left_out} pictures are left out, to keep the page below 3 MB.")
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -132,18 +155,31 @@ def _section(
     if run is not None and not folder.is_dir():  # the run was moved, and its predictions with it
         folder = run
     pictures = Pictures(predictions, folder, album)
-    show = {"caption": _captions, "vqa": _questions, "classify": _classes, "retrieval": _retrieval}[predictions.task]
+    show = {"caption": _captions, "vqa": _questions, "classify": _classes, "retrieval": _retrieval}[
+        predictions.task
+    ]
     shown = show(predictions.records, pictures, items)
     facts = {"data": predictions.data, "model": predictions.checkpoint, "file": path.name}
     if predictions.settings:
-        facts["settings"] = ", ".join(f"{name} {_setting(value)}" for name, value in predictions.settings.items())
+        facts["settings"] = ", ".join(
+            f"{name} {_setting(value)}" for name, value in predictions.settings.items()
+        )
     if predictions.left_out:
-        facts["left out"] = ", ".join(f"{count} {cause}" for cause, count in predictions.left_out.items())
+        facts["left out"] = ", ".join(
+            f"{count} {cause}" for cause, count in predictions.left_out.items()
+        )
     title = f"{_TITLES[predictions.task]}: {_name(path)}"
-    return {"title": title, "task": predictions.task, "facts": facts, "notices": pictures.notices, **shown}
+    return {
+        "title": title,
+        "task": predictions.task,
+        "facts": facts,
+        "notices": pictures.notices,
+        **shown,
+    }
 
 
-# Scores and curves -----------------------------------------------------------------------------------------------
+# Scores and curves
+# -----------------------------------------------------------------------------------------------
 
 
 def _scores(path: pathlib.Path) -> dict[str, Any] | None:
@@ -164,7 +200,11 @@ def _tables(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     groups = {"": {name: value for name, value in metrics.items() if name not in groups}} | groups
     tables = []
     for title, group in groups.items():
-        columns = list(dict.fromkeys(key for value in group.values() if isinstance(value, Mapping) for key in value))
+        columns = list(
+            dict.fromkeys(
+                key for value in group.values() if isinstance(value, Mapping) for key in value
+            )
+        )
         if columns:
             rows = [
                 (name, *(_number((title, key), value.get(key)) for key in columns))
@@ -172,16 +212,32 @@ def _tables(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
                 if isinstance(value, Mapping)
             ]
         else:
-            rows = [(name if title else _label(name), _number((title, name), value)) for name, value in group.items()]
+            rows = [
+                (name if title else _label(name), _number((title, name), value))
+                for name, value in group.items()
+            ]
         if rows:
             columns = [_label(key) for key in columns] or ["value"]
             left_out = max(0, len(rows) - _MAX_ROWS)
-            tables.append({"title": _label(title), "columns": columns, "rows": rows[:_MAX_ROWS], "left_out": left_out})
+            tables.append(
+                {
+                    "title": _label(title),
+                    "columns": columns,
+                    "rows": rows[:_MAX_ROWS],
+                    "left_out": left_out,
+                }
+            )
     return tables
 
 
 def _label(name: str) -> str:
-    words = {"t2i": "text to image", "i2t": "image to text", "cider": "CIDEr", "vqa": "VQA", "acc": "accuracy"}
+    words = {
+        "t2i": "text to image",
+        "i2t": "image to text",
+        "cider": "CIDEr",
+        "vqa": "VQA",
+        "acc": "accuracy",
+    }
     return " ".join(words.get(word, re.sub(r"^r(\d+)$", r"R@\1", word)) for word in name.split("_"))
 
 
@@ -207,7 +263,11 @@ def _training(path: pathlib.Path) -> dict[str, Any]:
         for name, value in numbers.items():
             series[name][0].append(step)
             series[name][1].append(value)
-    losses = {"total": "train/loss", "contrastive": "train/loss_contrastive", "caption": "train/loss_caption"}
+    losses = {
+        "total": "train/loss",
+        "contrastive": "train/loss_contrastive",
+        "caption": "train/loss_caption",
+    }
     groups = {
         "Losses": {name: series[key] for name, key in losses.items() if key in series},
         "Learning rate": {key: series[key] for key in ("train/learning_rate",) if key in series},
@@ -226,7 +286,10 @@ def _training(path: pathlib.Path) -> dict[str, Any]:
     for title, group in groups.items():
         if group:
             uri = curves(group, share=title.endswith(": shares"))
-            ends = (f"{name} {y[0]:.4g} to {y[-1]:.4g}, steps {x[0]:,} to {x[-1]:,}" for name, (x, y) in group.items())
+            ends = (
+                f"{name} {y[0]:.4g} to {y[-1]:.4g}, steps {x[0]:,} to {x[-1]:,}"
+                for name, (x, y) in group.items()
+            )
             charts.append({"title": title, "picture": uri, "alt": f"{title}: {'; '.join(ends)}"})
     return {"curves": charts, "last": {name: _tables(metrics)[0] for name, metrics in last.items()}}
 
@@ -246,7 +309,8 @@ def _model_facts(config: ModelConfig) -> dict[str, str]:
     }
 
 
-# What each task shows --------------------------------------------------------------------------------------------
+# What each task shows
+# --------------------------------------------------------------------------------------------
 
 
 def _captions(records: list[dict[str, Any]], pictures: Pictures, items: int) -> dict[str, Any]:
@@ -268,7 +332,9 @@ def _questions(records: list[dict[str, Any]], pictures: Pictures, items: int) ->
         record = records[row]
         counts = collections.Counter(record["answers"]).most_common()
         answers = [f"{text} ({count})" if count > 1 else text for text, count in counts]
-        shown.append(record | {"picture": pictures.thumbnail(record), "answers": answers, "hit": right[row]})
+        shown.append(
+            record | {"picture": pictures.thumbnail(record), "answers": answers, "hit": right[row]}
+        )
     rows = [(name, len(hits), sum(hits) / len(hits)) for name, hits in sorted(by_type.items())]
     known = [hit for hit in right if hit is not None]
     return {"shown": shown, "total": len(known), "hits": sum(known), "by_type": rows[:_MAX_ROWS]}
@@ -279,7 +345,9 @@ def _classes(records: list[dict[str, Any]], pictures: Pictures, items: int) -> d
     sizes = collections.Counter(record["label"] for record in records)
     wrong = [record for record, hit in zip(records, right) if record["ranked"] and not hit]
     pairs = collections.Counter((record["label"], record["ranked"][0]) for record in wrong)
-    confused = [(label, said, count, sizes[label]) for (label, said), count in pairs.most_common(items)]
+    confused = [
+        (label, said, count, sizes[label]) for (label, said), count in pairs.most_common(items)
+    ]
     shown = []
     for row in _mix(right, items):
         record = records[row]
@@ -289,13 +357,17 @@ def _classes(records: list[dict[str, Any]], pictures: Pictures, items: int) -> d
         for entry, score in zip(top, scores):
             entry["bar"] = round(100 * (score - low) / ((max(scores) - low) or 1))
         picture = pictures.thumbnail(record)
-        shown.append({"picture": picture, "label": record["label"], "hit": right[row], "ranked": top})
+        shown.append(
+            {"picture": picture, "label": record["label"], "hit": right[row], "ranked": top}
+        )
     return {"shown": shown, "total": len(records), "hits": sum(right), "confused": confused}
 
 
 def _retrieval(records: list[dict[str, Any]], pictures: Pictures, items: int) -> dict[str, Any]:
     """Queries both ways; a hit has a right one among the first shown."""
-    of_kind = {kind: {r["id"]: r for r in records if r["query"] == kind} for kind in ("text", "image")}
+    of_kind = {
+        kind: {r["id"]: r for r in records if r["query"] == kind} for kind in ("text", "image")
+    }
 
     def found(kind: str, name: Any) -> dict[str, Any]:
         """What an id stands for. One that was no query is known by its number alone."""
@@ -304,7 +376,9 @@ def _retrieval(records: list[dict[str, Any]], pictures: Pictures, items: int) ->
             return {"text": record.get("text", f"text {name}")}
         return {"key": record.get("key", f"image {name}"), "picture": pictures.thumbnail(record)}
 
-    def line(title: str, other: str, ranked: list, scores: list | None, relevant: list) -> dict[str, Any]:
+    def line(
+        title: str, other: str, ranked: list, scores: list | None, relevant: list
+    ) -> dict[str, Any]:
         rank = _rank(ranked, relevant)
         top = [entry | found(other, entry["name"]) for entry in _ranking(ranked, scores, relevant)]
         missed = relevant[:1] if rank is None else [ranked[rank - 1]] if rank > _TOP else []
@@ -321,10 +395,26 @@ def _retrieval(records: list[dict[str, Any]], pictures: Pictures, items: int) ->
             relevant, again = query["relevant"], query.get("reranked")
             lines = [line("By embedding", other, query["ranked"], query.get("scores"), relevant)]
             if again:
-                lines.append(line("Scored again by likelihood", other, again, query.get("reranked_scores"), relevant))
+                lines.append(
+                    line(
+                        "Scored again by likelihood",
+                        other,
+                        again,
+                        query.get("reranked_scores"),
+                        relevant,
+                    )
+                )
             shown.append(found(kind, query["id"]) | {"lines": lines})
         if queries:
-            ways.append({"query": kind, "other": other, "shown": shown, "total": len(queries), "hits": sum(hits)})
+            ways.append(
+                {
+                    "query": kind,
+                    "other": other,
+                    "shown": shown,
+                    "total": len(queries),
+                    "hits": sum(hits),
+                }
+            )
     return {"ways": ways}
 
 
@@ -332,10 +422,15 @@ def _rank(ranked: Sequence[Any], relevant: Sequence[Any]) -> int | None:
     return next((rank for rank, name in enumerate(ranked, 1) if name in relevant), None)
 
 
-def _ranking(ranked: Sequence[Any], scores: Sequence[float] | None, relevant: Sequence[Any]) -> list[dict[str, Any]]:
+def _ranking(
+    ranked: Sequence[Any], scores: Sequence[float] | None, relevant: Sequence[Any]
+) -> list[dict[str, Any]]:
     """The first of a ranking: `name`, `score` (None where there is none), `hit`."""
     scores = [*(scores or []), *[None] * _TOP]
-    return [{"name": name, "score": score, "hit": name in relevant} for name, score in zip(ranked[:_TOP], scores)]
+    return [
+        {"name": name, "score": score, "hit": name in relevant}
+        for name, score in zip(ranked[:_TOP], scores)
+    ]
 
 
 def _mix(hits: Sequence[bool | None], items: int) -> list[int]:
@@ -346,15 +441,22 @@ def _mix(hits: Sequence[bool | None], items: int) -> list[int]:
     return sorted(good + bad[: items - len(good)])
 
 
-# The page --------------------------------------------------------------------------------------------------------
+# The page
+# --------------------------------------------------------------------------------------------------------
 
 
 def _render(page: dict[str, Any]) -> str:
     import jinja2
 
-    template = importlib.resources.files("mammut.pages").joinpath("report.html.jinja").read_text("utf-8")
+    template = (
+        importlib.resources.files("mammut.pages").joinpath("report.html.jinja").read_text("utf-8")
+    )
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_visible
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_visible,
     )
     environment.filters["clip"] = _clip
     return environment.from_string(template).render(page)
@@ -364,7 +466,11 @@ def _visible(value: Any) -> Any:
     """Text with U+FFFD for what a page cannot hold or show: control characters, lone surrogates, reordering marks."""
     if not isinstance(value, str):
         return value
-    bad = {char for char in set(value) if unicodedata.category(char) in ("Cc", "Cs") or char in _REORDERING}
+    bad = {
+        char
+        for char in set(value)
+        if unicodedata.category(char) in ("Cc", "Cs") or char in _REORDERING
+    }
     return value.translate(dict.fromkeys(map(ord, bad - {"\n", "\t"}), "\ufffd"))
 
 

@@ -27,7 +27,8 @@ from mammut.weights import model_folder
 _PICTURE, _MAP = 160, 96  # pixels of the longer side
 _BUDGET = 2_200_000  # characters of all pictures in a page
 _FIELDS = {"caption": "captions", "retrieval": "captions", "vqa": "qa", "classify": "name"}
-_GREY, _COLOURS = "#7d828a", ("#2f81d6", "#d9730d", "#2c9a61", "#a05cc9", "#c23b53", "#8a7b1f")  # on white and on black
+# on white and on black
+_GREY, _COLOURS = "#7d828a", ("#2f81d6", "#d9730d", "#2c9a61", "#a05cc9", "#c23b53", "#8a7b1f")
 
 
 def folder_config(folder: pathlib.Path) -> TrainConfig | ModelConfig:
@@ -39,7 +40,9 @@ def folder_config(folder: pathlib.Path) -> TrainConfig | ModelConfig:
     if (folder / "run.json").is_file():
         return read_run(folder)[0]
     try:
-        return from_dict(ModelConfig, json.loads((folder / "config.json").read_text("utf-8"))["model"])
+        return from_dict(
+            ModelConfig, json.loads((folder / "config.json").read_text("utf-8"))["model"]
+        )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is no model folder that can be read: {error}") from error
 
@@ -68,7 +71,8 @@ class Album:
 class Pictures:
     """The pictures of one predictions file, found by `index` in the source that it names, `folder` its model.
 
-    The page is about the predictions, so no error with a picture or the model leaves here: `notices` tells of them.
+    The page is about the predictions, so no error with a picture or the model leaves here:
+    `notices` tells of them.
     """
 
     def __init__(self, predictions: Predictions, folder: pathlib.Path, album: Album):
@@ -78,13 +82,17 @@ class Pictures:
         self._problems: list[str] = []
         self._blind = predictions.settings.get("blind", False)
         tfds_dir = None
-        with contextlib.suppress(ValueError):  # said where the model is described, and where it is asked
+        # said where the model is described, and where it is asked
+        with contextlib.suppress(ValueError):
             config = folder_config(folder)
             tfds_dir = config.data.tfds_dir if isinstance(config, TrainConfig) else None
         try:
             field = _FIELDS[predictions.task]
-            size = predictions.settings.get("image_size", _PICTURE)  # a drawn scene is the same scene at any size
-            self._source = open_source(predictions.data, image_size=size, tfds_dir=tfds_dir, field=field)
+            # a drawn scene is the same scene at any size
+            size = predictions.settings.get("image_size", _PICTURE)
+            self._source = open_source(
+                predictions.data, image_size=size, tfds_dir=tfds_dir, field=field
+            )
         except Exception as error:  # what tensorflow-datasets raises is not known
             self._problems.append(f"The pictures cannot be shown: {error}.")
 
@@ -93,7 +101,9 @@ class Pictures:
         """What could not be shown, in sentences."""
         missing = []
         if self._missing:
-            missing = [f"Pictures that cannot be shown: {len(self._missing)}. The first: {self._missing[0]}."]
+            missing = [
+                f"Pictures that cannot be shown: {len(self._missing)}. The first: {self._missing[0]}."
+            ]
         return self._problems + missing
 
     def thumbnail(self, record: Mapping[str, Any]) -> str | None:
@@ -104,12 +114,15 @@ class Pictures:
     def word_maps(self, records: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
         """For each record the words of its prediction: `word`, `picture` (where the model looked) and `peak`.
 
-        `peak` is the largest weight of a patch, in even shares. The colours of one caption have one scale.
+        `peak` is the largest weight of a patch, in even shares. The colours of one caption have one
+        scale.
         """
         usable = [row for row, record in enumerate(records) if self._pixels(record) is not None]
         words: list[list[dict[str, Any]]] = [[] for _ in records]
         if self._blind:
-            self._problems.append("There are no heat maps: the model was shown black pictures in place of these.")
+            self._problems.append(
+                "There are no heat maps: the model was shown black pictures in place of these."
+            )
         if self._blind or not usable:
             return words
         try:
@@ -118,15 +131,20 @@ class Pictures:
             texts = [records[row]["prediction"] for row in usable]
             maps = word_maps(model, processor, images, texts)
         except Exception as error:  # Orbax's and XLA's own, too
-            self._problems.append(f"There are no heat maps, because the model cannot be asked: {error}.")
+            self._problems.append(
+                f"There are no heat maps, because the model cannot be asked: {error}."
+            )
             return words
-        view = dataclasses.replace(processor.image, image_size=_MAP)  # what the model sees, at the size of the page
+        # what the model sees, at the size of the page
+        view = dataclasses.replace(processor.image, image_size=_MAP)
         for row, image, maps_of_words in zip(usable, images, maps):
             pixels = view(image)
             full = max((float(weights.max()) for _, weights in maps_of_words), default=0.0)
             for word, weights in maps_of_words:
                 uri = self._album.uri(overlay(pixels, weights, full))
-                words[row].append({"word": word, "picture": uri, "peak": float(weights.max()) * weights.size})
+                words[row].append(
+                    {"word": word, "picture": uri, "peak": float(weights.max()) * weights.size}
+                )
         return words
 
     def _pixels(self, record: Mapping[str, Any]) -> np.ndarray | None:
@@ -149,11 +167,15 @@ class Pictures:
             raise ValueError(f"{self._source.spec} has no example {index}")
         example = self._source[index]
         if example.key != key:  # the wrong picture would be worse than none
-            raise ValueError(f"example {index} of {self._source.spec} is now {example.key}, it was {key}")
+            raise ValueError(
+                f"example {index} of {self._source.spec} is now {example.key}, it was {key}"
+            )
         return example.image
 
 
-def curves(series: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, share: bool = False) -> str:
+def curves(
+    series: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, share: bool = False
+) -> str:
     """Values over steps as the data URI of an SVG image that reads on white and on black.
 
     Args:
@@ -187,7 +209,12 @@ def curves(series: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, share
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(bottom=0)
     if len(series) > 1:
-        figure.legend(loc="outside upper left", ncols=3 if len(series) == 3 else 2, frameon=False, labelcolor=_GREY)
+        figure.legend(
+            loc="outside upper left",
+            ncols=3 if len(series) == 3 else 2,
+            frameon=False,
+            labelcolor=_GREY,
+        )
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "mammut"}):  # the same curves give the same bytes
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})

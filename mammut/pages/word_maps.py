@@ -23,32 +23,45 @@ class WordMap(NamedTuple):
     weights: np.ndarray  # float32[down, across] over the patches, sums to 1
 
 
-def word_maps(model: MaMMUT, processor: Processor, images: Sequence[Any], texts: Sequence[str]) -> list[list[WordMap]]:
+def word_maps(
+    model: MaMMUT, processor: Processor, images: Sequence[Any], texts: Sequence[str]
+) -> list[list[WordMap]]:
     """The words of each text with their maps: cross-attention averaged over layers, heads and the word's tokens.
 
-    A token's weights are those of the position before it, which predicts it. The texts are encoded again, so that a
-    word is what the tokenizer gives back of it; those that do not fit in the processor's `max_length` have no map.
+    A token's weights are those of the position before it, which predicts it. The texts are encoded
+    again, so that a word is what the tokenizer gives back of it; those that do not fit in the
+    processor's `max_length` have no map.
 
     Args:
       images: one for each text, whatever `processor` reads.
 
     Raises:
-      ValueError: an image cannot be read, there are not as many images as texts, or the decoder sees learned queries
-        (`VisionConfig.pooling`) or tokens of the pooled image (`ModelConfig.prefix_tokens`) and no patches.
+      ValueError: an image cannot be read, there are not as many images as texts, or the decoder
+        sees learned queries (`VisionConfig.pooling`) or tokens of the pooled image
+        (`ModelConfig.prefix_tokens`) and no patches.
     """
     if len(images) != len(texts):
-        raise ValueError(f"there are {len(images)} images for {len(texts)} texts, expected one each")
+        raise ValueError(
+            f"there are {len(images)} images for {len(texts)} texts, expected one each"
+        )
     if model.config.vision.pooling == "queries":
-        raise ValueError("VisionConfig.pooling is 'queries': the decoder looks at those, expected patches")
+        raise ValueError(
+            "VisionConfig.pooling is 'queries': the decoder looks at those, expected patches"
+        )
     if model.config.prefix_tokens is not None:
-        raise ValueError("ModelConfig.prefix_tokens are made of the pooled image: the decoder sees no patches")
+        raise ValueError(
+            "ModelConfig.prefix_tokens are made of the pooled image: the decoder sees no patches"
+        )
     if not texts:
         return []
     batch = processor(images=list(images), text=list(texts))
     graphdef, params = nnx.split(model)
-    weights = np.asarray(_mean_weights(graphdef, params, batch["image"], batch["tokens"], batch["text_valid"]))
+    weights = np.asarray(
+        _mean_weights(graphdef, params, batch["image"], batch["tokens"], batch["text_valid"])
+    )
     grid = model.config.vision.grid
-    weights = weights[..., -grid[0] * grid[1] :]  # without the class token, whose share is spread over the patches
+    # without the class token, whose share is spread over the patches
+    weights = weights[..., -grid[0] * grid[1] :]
     weights = weights / weights.sum(-1, keepdims=True)
     maps = []
     for row, tokens, valid in zip(weights, batch["tokens"], batch["text_valid"]):
@@ -66,7 +79,8 @@ def _mean_weights(graphdef, params, image, tokens, text_valid) -> Float[jax.Arra
 def split_words(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
     """The words that `ids` decode to, with the places in `ids` of the tokens that each is made of.
 
-    A token that shows nothing (the space before a word, the first bytes of a character) belongs to the word after it.
+    A token that shows nothing (the space before a word, the first bytes of a character) belongs to
+    the word after it.
     """
     words, places, waiting = [], [], []
     for place in range(len(ids)):
@@ -83,7 +97,9 @@ def split_words(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, lis
 
 
 def overlay(
-    picture: UInt8[np.ndarray, "height width 3"], weights: Float[np.ndarray, "down across"], full: float
+    picture: UInt8[np.ndarray, "height width 3"],
+    weights: Float[np.ndarray, "down across"],
+    full: float,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """The picture in grey, with colour where the model looks: none at an even share or less, all of it at `full`.
 
@@ -94,7 +110,10 @@ def overlay(
     height, width = picture.shape[:2]
     even = 1 / weights.size
     strength = np.clip((weights - even) / max(full - even, 1e-9), 0, 1).astype(np.float32)
-    strength = np.asarray(Image.fromarray(strength).resize((width, height), Image.Resampling.BICUBIC))
+    strength = np.asarray(
+        Image.fromarray(strength).resize((width, height), Image.Resampling.BICUBIC)
+    )
     alpha = 0.8 * np.clip(strength, 0, 1)[..., None]
-    grey = 70 + 0.6 * picture.mean(-1, keepdims=True)  # neither black nor white, for the colour to stand out
+    # neither black nor white, for the colour to stand out
+    grey = 70 + 0.6 * picture.mean(-1, keepdims=True)
     return np.round(grey * (1 - alpha) + _COLOUR * alpha).astype(np.uint8)

@@ -13,7 +13,16 @@ import numpy as np
 from mammut.generation.search import GenerateConfig
 from mammut.models.mammut import MaMMUT
 from mammut.performance.generation_time import cached, compiled_loop, rates
-from mammut.performance.peers import BETAS, EPS, LEARNING_RATE, START, WEIGHT_DECAY, Mode, OpenClip, PeerError
+from mammut.performance.peers import (
+    BETAS,
+    EPS,
+    LEARNING_RATE,
+    START,
+    WEIGHT_DECAY,
+    Mode,
+    OpenClip,
+    PeerError,
+)
 from mammut.performance.step_time import RunSettings, computed, exact_float32, make_step
 from mammut.performance.timing import in_turns, ratio, summary
 from mammut.training.config import OptimizerConfig
@@ -34,7 +43,8 @@ def require_equal(ours: dict[str, float], theirs: dict[str, float]) -> dict[str,
     """The relative differences of both losses and of the gradient's norm.
 
     Raises:
-      PeerError: one is above its tolerance: the two do not compute the same, and their times say nothing.
+      PeerError: one is above its tolerance: the two do not compute the same, and their times say
+        nothing.
     """
     differences = {name: abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in TOLERANCES}
     # `not <=`: a loss that is not a number is different from every other.
@@ -44,7 +54,9 @@ def require_equal(ours: dict[str, float], theirs: dict[str, float]) -> dict[str,
         if not differences[name] <= limit
     ]
     if wrong:
-        raise PeerError(f"on the same weights and batch {'; '.join(wrong)}: what is not the same work is not timed")
+        raise PeerError(
+            f"on the same weights and batch {'; '.join(wrong)}: what is not the same work is not timed"
+        )
     return differences
 
 
@@ -59,17 +71,26 @@ def train(
 ) -> dict[str, Any]:
     """Full training steps of both: forward, both losses, backward, AdamW; `modes` are PyTorch's.
 
-    Losses are compared in float32; in bfloat16, which rounds otherwise in every order of sums, steps are only timed:
-    theirs is that of `torch.autocast`, open_clip's own `amp_bf16`.
+    Losses are compared in float32; in bfloat16, which rounds otherwise in every order of sums,
+    steps are only timed: theirs is that of `torch.autocast`, open_clip's own `amp_bf16`.
 
     Raises:
       PeerError: the losses or gradients differ.
     """
     optimizer = OptimizerConfig(
-        learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, b1=BETAS[0], b2=BETAS[1], eps=EPS, clip_norm=0.0
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        b1=BETAS[0],
+        b2=BETAS[1],
+        eps=EPS,
+        clip_norm=0.0,
     )
     tokens = peer.batch["tokens"]
-    batch = {"image": peer.batch["image"], "tokens": tokens.astype(np.int32), "text_valid": tokens != 0}
+    batch = {
+        "image": peer.batch["image"],
+        "tokens": tokens.astype(np.int32),
+        "text_valid": tokens != 0,
+    }
 
     def our_step(dtype):
         timed = dataclasses.replace(settings, dtype=dtype)
@@ -78,8 +99,15 @@ def train(
             return make_step(config, ours, batch)
 
     step, dtype = our_step("float32"), settings.dtype or "float32"
-    names = {"contrastive_loss": "loss_contrastive", "caption_loss": "loss_caption", "grad_norm": "grad_norm"}
-    mine, theirs = {name: step.metrics[own] for name, own in names.items()}, peer.losses_and_gradient()
+    names = {
+        "contrastive_loss": "loss_contrastive",
+        "caption_loss": "loss_caption",
+        "grad_norm": "grad_norm",
+    }
+    mine, theirs = (
+        {name: step.metrics[own] for name, own in names.items()},
+        peer.losses_and_gradient(),
+    )
     differences = require_equal(mine, theirs)
     if dtype != "float32":
         step = our_step(dtype)
@@ -108,8 +136,10 @@ def generation(
 ) -> dict[str, Any]:
     """Texts of exactly `new_tokens` tokens for the first images of the batch: greedy, or `beams` beams.
 
-    Nothing ends early: the end token is forbidden there until the last place, and is no token here. Greedy texts are
-    compared, in float32. Beams are not: released open_clip ranks them by sums of logits that are no log-probabilities.
+    Nothing ends early: the end token is forbidden there until the last place, and is no token here.
+    Greedy texts are
+    compared, in float32. Beams are not: released open_clip ranks them by sums of logits that are no
+    log-probabilities.
 
     Returns:
       The row; where the peer cannot generate, with `not_run` in place of times.
@@ -118,18 +148,28 @@ def generation(
       PeerError: greedy texts differ.
     """
     dtype = settings.dtype or "float32"
-    row: dict[str, Any] = {"batch": images, "beams": beams, "new_tokens": new_tokens, "dtype": dtype}
+    row: dict[str, Any] = {
+        "batch": images,
+        "beams": beams,
+        "new_tokens": new_tokens,
+        "dtype": dtype,
+    }
     try:
         theirs = peer.try_generation(images, beams, new_tokens)
     except PeerError as error:
         return row | {"not_run": str(error)}
     row["peer_images_at_once"] = peer.at_once
-    start, image = jnp.full((images, 1), START, jnp.int32), jnp.asarray(peer.batch["image"][:images])
+    start, image = (
+        jnp.full((images, 1), START, jnp.int32),
+        jnp.asarray(peer.batch["image"][:images]),
+    )
     config = GenerateConfig(max_new_tokens=new_tokens, num_beams=beams)
 
     def our_loop(dtype):
         model = computed(ours, dataclasses.replace(settings, dtype=dtype))
-        return compiled_loop(functools.partial(cached, vocab_size=peer.end_id), model, image, start, config)
+        return compiled_loop(
+            functools.partial(cached, vocab_size=peer.end_id), model, image, start, config
+        )
 
     if beams == 1:  # the last token of theirs is the end
         mine = np.asarray(our_loop("float32")[0]().tokens)[:, 0]

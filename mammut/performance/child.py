@@ -1,6 +1,6 @@
 """A fresh process that makes a training step and says how long each stage took: what a run waits for before it trains.
 
-    python -m mammut.performance.child < REQUEST.json > ANSWER.json
+python -m mammut.performance.child < REQUEST.json > ANSWER.json
 """
 
 import dataclasses
@@ -16,7 +16,9 @@ from mammut.performance.timing import exponent
 from mammut.training.config import TrainConfig
 
 
-def ask(config: TrainConfig, *, cache: str | None = None, fake_devices: int | None = None) -> dict[str, Any]:
+def ask(
+    config: TrainConfig, *, cache: str | None = None, fake_devices: int | None = None
+) -> dict[str, Any]:
     """Stages of the first step of `config` in a process of its own: seconds `import`, `trace`, `compile`, `run`.
 
     Args:
@@ -30,13 +32,21 @@ def ask(config: TrainConfig, *, cache: str | None = None, fake_devices: int | No
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
     if fake_devices is not None:
         environment["JAX_PLATFORMS"] = "cpu"
-        flags = [flag for flag in environment.get("XLA_FLAGS", "").split() if "device_count" not in flag]
-        environment["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={fake_devices}"])
+        flags = [
+            flag for flag in environment.get("XLA_FLAGS", "").split() if "device_count" not in flag
+        ]
+        environment["XLA_FLAGS"] = " ".join(
+            [*flags, f"--xla_force_host_platform_device_count={fake_devices}"]
+        )
     request = json.dumps({"config": to_dict(config), "cache": cache, "asked": time.time()})
     command = [sys.executable, "-m", "mammut.performance.child"]
-    done = subprocess.run(command, input=request, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        command, input=request, capture_output=True, text=True, env=environment, check=False
+    )
     if done.returncode:
-        raise RuntimeError(f"the process that makes a first step failed: {' '.join(done.stderr.split()[-40:])}")
+        raise RuntimeError(
+            f"the process that makes a first step failed: {' '.join(done.stderr.split()[-40:])}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -83,8 +93,8 @@ def startup(config: TrainConfig, cache: str) -> dict[str, Any]:
 def over_devices(config: TrainConfig, counts: list[int]) -> dict[str, Any]:
     """The step with its batch and parameters split over 1, 2, ... fake devices of the CPU: the memory of one.
 
-    Fake devices share the cores, so that time says nothing of real ones. Not for an accelerator: there a run with
-    another `mesh` is timed by itself.
+    Fake devices share the cores, so that time says nothing of real ones. Not for an accelerator:
+    there a run with another `mesh` is timed by itself.
 
     Raises:
       ValueError: there are not two counts.
@@ -97,7 +107,8 @@ def over_devices(config: TrainConfig, counts: list[int]) -> dict[str, Any]:
         found = ask(dataclasses.replace(config, mesh=mesh), fake_devices=count)
         rows.append({"devices": count, "memory_gib": found["memory_gib"]})
     exponents = {
-        name: exponent(counts, [row["memory_gib"][name] for row in rows]) for name in ("state_and_batch", "temporaries")
+        name: exponent(counts, [row["memory_gib"][name] for row in rows])
+        for name in ("state_and_batch", "temporaries")
     }
     return {"axis": "devices", "sizes": counts, "exponents": exponents, "rows": rows}
 

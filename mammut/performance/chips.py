@@ -12,14 +12,16 @@ class Chip:
     memory_bandwidth: float  # bytes a second
     link: float  # bytes a second, one way, to one neighbour (of a GPU: to all others in the box)
     network: float  # bytes a second, one way, to devices of other slices (of a GPU: of other boxes)
-    ring: int | None = None  # an axis of a slice closes into a ring where its length is a multiple of this
+    # an axis of a slice closes into a ring where its length is a multiple of this
+    ring: int | None = None
 
 
 GIB = 2.0**30
 # By `jax.Device.device_kind`, to the letter: an A100 of 40 GB is not one of 80. TPU:
-# docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x ("bidirectional ICI bandwidth per chip" over both ways and 4 or 6
-# ports; network: that of a host's cards over its chips); a TPU7x chip is two devices. GPU: NVIDIA's data sheets of
-# A100, H100 and H200, all SXM (NVLink one way; one 400 Gbit/s card a GPU, an A100 200).
+# docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x ("bidirectional ICI bandwidth per chip" over
+# both ways and 4 or 6 ports; network: that of a host's cards over its chips); a TPU7x chip is two
+# devices. GPU: NVIDIA's data sheets of A100, H100 and H200, all SXM (NVLink one way; one 400 Gbit/s
+# card a GPU, an A100 200).
 _V5E = Chip(197e12, 16 * GIB, 819e9, 50e9, 3.125e9, ring=16)
 _V5P = Chip(459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, ring=4)
 _V6E = Chip(918e12, 32 * GIB, 1638e9, 100e9, 12.5e9, ring=16)

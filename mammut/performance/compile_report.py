@@ -1,6 +1,7 @@
 """What the train step takes of each device, found out by compiling it: nothing runs, and no data are needed.
 
-With a topology the devices are those of a TPU slice that need not be there: libtpu compiles for it on any machine.
+With a topology the devices are those of a TPU slice that need not be there: libtpu compiles for it
+on any machine.
 """
 
 import collections
@@ -35,8 +36,8 @@ def compile_report(config: TrainConfig, topology: str | None = None) -> str:
       topology: a TPU slice such as "v5e:8x8", or several as in "2*v5e:8x8"; None: the devices here.
 
     Raises:
-      ValueError: the topology is unknown or libtpu missing, the mesh or the batch do not divide over the devices, or
-        the step does not fit into their memory.
+      ValueError: the topology is unknown or libtpu missing, the mesh or the batch do not divide
+        over the devices, or the step does not fit into their memory.
     """
     devices = jax.devices() if topology is None else topology_devices(topology)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -44,7 +45,9 @@ def compile_report(config: TrainConfig, topology: str | None = None) -> str:
     with jax.set_mesh(mesh):
         compiled = compile_step(config, make_trainer(config, TASKS[config.task](config.loss), mesh))
         seconds = time.perf_counter() - start
-        memory = _memory_lines(config, compiled.memory_analysis(), chip := find_chip(devices[0].device_kind))
+        memory = _memory_lines(
+            config, compiled.memory_analysis(), chip := find_chip(devices[0].device_kind)
+        )
     program = Program(compiled.as_text())
     collectives = program.collectives()
     return "\n".join([
@@ -65,14 +68,19 @@ def topology_devices(topology: str) -> list[Any]:
     Raises:
       ValueError: libtpu is not installed, or does not know the topology.
     """
-    expected = f"--topology is {topology!r}, expected a TPU slice such as v5e:8x8, v5p:4x4x4 or 2*v6e:8x8"
+    expected = (
+        f"--topology is {topology!r}, expected a TPU slice such as v5e:8x8, v5p:4x4x4 or 2*v6e:8x8"
+    )
     if not (parts := re.fullmatch(r"(?:([1-9]\d*)\*)?(\w+:\w+)", topology)):
         raise ValueError(expected)
     slices = int(parts[1] or 1)
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"--topology {topology} needs libtpu, which is not installed (pip install 'mammut[tpu]')")
-    # There may be no TPU here: libtpu is not to look for one, nor to claim it, and what is computed here is on the CPU.
-    # The last two only keep it from complaining that it does not know where it is.
+        raise ValueError(
+            f"--topology {topology} needs libtpu, which is not installed (pip install 'mammut[tpu]')"
+        )
+    # There may be no TPU here: libtpu is not to look for one, nor to claim it, and what is computed
+    # here is on the CPU. The last two only keep it from complaining that it does not know where it
+    # is.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     jax.config.update("jax_platforms", "cpu")
@@ -112,8 +120,8 @@ def step_flops(config: TrainConfig) -> tuple[int, int]:
 
     Less runs where parameters are frozen, whose gradients nothing computes; that is not counted.
 
-    What runs is more where it is computed again: the towers once with remat "full" (with "dots", next to nothing), both
-    embeddings once with accumulation.
+    What runs is more where it is computed again: the towers once with remat "full" (with "dots",
+    next to nothing), both embeddings once with accumulation.
     """
     parts = collections.Counter(task_flops(config))
     rows, forward = config.data.batch_size, sum(parts.values())
@@ -136,10 +144,15 @@ def _memory_lines(config: TrainConfig, memory: Any, chip: Chip | None) -> list[s
         amount = f"Used {total / GIB:.2f}G of {chip.memory / GIB:.2f}G"
         raise ValueError(out_of_memory_advice(config, MemoryError(amount)))
     share = f"{total / chip.memory:.0%} of {chip.memory / 1e6:,.0f}" if chip else ""
-    notes = {"arguments": f"state and batch; {memory.alias_size_in_bytes / 1e6:,.1f} of it donated to the output"}
+    notes = {
+        "arguments": f"state and batch; {memory.alias_size_in_bytes / 1e6:,.1f} of it donated to the output"
+    }
     return [
         "memory of a device, MB",
-        *(f"  {name:<12}{size / 1e6:>12,.1f}  {notes.get(name, '')}".rstrip() for name, size in sizes.items()),
+        *(
+            f"  {name:<12}{size / 1e6:>12,.1f}  {notes.get(name, '')}".rstrip()
+            for name, size in sizes.items()
+        ),
         f"  {'total':<12}{total / 1e6:>12,.1f}  {share}".rstrip(),
     ]
 
@@ -157,7 +170,9 @@ def _axes(collective: Collective, mesh: Mesh) -> str:
     if collective.kind == "send":
         return "other slices"
     places = np.array(np.unravel_index(collective.group, mesh.devices.shape))
-    names = [name for name, along in zip(mesh.axis_names, places, strict=True) if len(set(along)) > 1]
+    names = [
+        name for name, along in zip(mesh.axis_names, places, strict=True) if len(set(along)) > 1
+    ]
     return " x ".join(names) or "-"
 
 
@@ -168,18 +183,24 @@ def _collective_lines(collectives: list[Collective], mesh: Mesh) -> list[str]:
         row = rows[kind, _axes(collective, mesh)]
         for i, value in enumerate((1, collective.bytes, collective.sent)):
             row[i] += collective.runs * value
-    lines = [f"{'collectives of a step':<24}{'over':<16}{'count':>8}{'MB':>12}{'MB sent a device':>18}"]
+    lines = [
+        f"{'collectives of a step':<24}{'over':<16}{'count':>8}{'MB':>12}{'MB sent a device':>18}"
+    ]
     for (kind, axes), (count, size, sent) in sorted(rows.items()):
         lines.append(f"  {kind:<22}{axes:<16}{count:>8,}{size / 1e6:>12,.1f}{sent / 1e6:>18,.1f}")
     if any(collective.in_product for collective in collectives):
-        lines.append("  * pieces of gathers and reductions, which the compiler passes on while it multiplies")
+        lines.append(
+            "  * pieces of gathers and reductions, which the compiler passes on while it multiplies"
+        )
     return lines if rows else ["collectives of a step: none"]
 
 
 def _loop_lines(program: Program) -> list[str]:
     if not program.unknown_loops:
         return []
-    return [f"  {program.unknown_loops} loops do not say how often they run: what is in them is counted once"]
+    return [
+        f"  {program.unknown_loops} loops do not say how often they run: what is in them is counted once"
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,13 +223,18 @@ class Estimate:
 
 
 def estimate(
-    config: TrainConfig, program: Program, collectives: list[Collective], devices: list[Any], chip: Chip
+    config: TrainConfig,
+    program: Program,
+    collectives: list[Collective],
+    devices: list[Any],
+    chip: Chip,
 ) -> Estimate:
     """The roofline of a step on `devices`, in the order of the mesh.
 
-    compute: FLOPs that run on a device / its peak. memory: bytes that its operations read and write / its bandwidth.
-    links: bytes that it sends in its collectives, each as a ring, / the sum of its links; what leaves the slice
-    / the bandwidth of the network.
+    compute: FLOPs that run on a device / its peak. memory: bytes that its operations read and write
+      / its bandwidth.
+    links: bytes that it sends in its collectives, each as a ring, / the sum of its links; what
+    leaves the slice / the bandwidth of the network.
     """
     of_slice = [getattr(device, "slice_index", 0) for device in devices]
     inside = outside = 0.0
@@ -216,7 +242,8 @@ def estimate(
         slices = len({of_slice[i] for i in collective.group})
         if collective.kind == "send":
             outside += collective.runs * collective.sent
-        elif slices > 1:  # first within the slices, so that a device takes only its share of the tensor outside
+        # first within the slices, so that a device takes only its share of the tensor outside
+        elif slices > 1:
             share = len(collective.group) // slices
             outside += collective.runs * collective.ring_bytes(slices) / share
             inside += collective.runs * collective.ring_bytes(share)
@@ -238,16 +265,26 @@ def _links(devices: list[Any], chip: Chip) -> int:
 
 
 def _estimate_lines(
-    config: TrainConfig, program: Program, collectives: list[Collective], mesh: Mesh, chip: Chip | None
+    config: TrainConfig,
+    program: Program,
+    collectives: list[Collective],
+    mesh: Mesh,
+    chip: Chip | None,
 ) -> list[str]:
     if chip is None:
-        return [f"no estimate of the time: mammut.performance.chips has no figures of {mesh.devices.flat[0].device_kind!r}"]
-    times, model = estimate(config, program, collectives, list(mesh.devices.flat), chip), step_flops(config)[0]
+        return [
+            f"no estimate of the time: mammut.performance.chips has no figures of {mesh.devices.flat[0].device_kind!r}"
+        ]
+    times, model = (
+        estimate(config, program, collectives, list(mesh.devices.flat), chip),
+        step_flops(config)[0],
+    )
     peak, rows = mesh.size * chip.flops, config.data.batch_size
     parts = {"compute": times.compute, "memory": times.memory, "links": times.links}
     bound = max(parts, key=parts.get)
     return [
-        "estimate by the roofline, no measurement: " + ", ".join(f"{k} {v * 1e3:,.1f} ms" for k, v in parts.items()),
+        "estimate by the roofline, no measurement: "
+        + ", ".join(f"{k} {v * 1e3:,.1f} ms" for k, v in parts.items()),
         f"  a step takes {times.best * 1e3:,.1f} ms if all overlap ({bound} is what it waits for) to "
         f"{times.worst * 1e3:,.1f} ms if nothing does: MFU {model / peak / times.best:.0%} to "
         f"{model / peak / times.worst:.0%}, {rows / times.best:,.0f} to {rows / times.worst:,.0f} images/s",

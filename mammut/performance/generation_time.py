@@ -18,14 +18,20 @@ _NO_END = -1  # an id that no token has
 
 
 def cached(
-    model: MaMMUT, image: jax.Array, start: jax.Array, config: GenerateConfig, vocab_size: int | None = None
+    model: MaMMUT,
+    image: jax.Array,
+    start: jax.Array,
+    config: GenerateConfig,
+    vocab_size: int | None = None,
 ) -> Generation:
     """`generate` from start tokens int[B, 1], without an end, of ids below `vocab_size`."""
     valid = jnp.ones(start.shape, bool)
     return generate(model, image, start, valid, config, eos_id=_NO_END, vocab_size=vocab_size)
 
 
-def uncached(model: MaMMUT, image: jax.Array, start: jax.Array, config: GenerateConfig) -> Generation:
+def uncached(
+    model: MaMMUT, image: jax.Array, start: jax.Array, config: GenerateConfig
+) -> Generation:
     """The same by the caption pass over the whole text at every step."""
 
     def step(text, position, image_tokens):
@@ -81,7 +87,9 @@ def measure_generation(
     of_cached, of_uncached = found.values()
     row["steps"] = [int(of_cached.steps), int(of_uncached.steps)]
     row["texts_equal"] = int((of_cached.tokens[:, 0] == of_uncached.tokens[:, 0]).all(1).sum())
-    row["max_score_difference"] = float(abs(of_cached.scores[:, 0] - of_uncached.scores[:, 0]).max())
+    row["max_score_difference"] = float(
+        abs(of_cached.scores[:, 0] - of_uncached.scores[:, 0]).max()
+    )
     for name, turns in in_turns(calls, rounds, per_turn=1).items():
         row[name] |= rates(turns, len(image), config.max_new_tokens)
     row["speedup"] = row["uncached"]["seconds"] / row["cached"]["seconds"]

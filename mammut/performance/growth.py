@@ -52,10 +52,16 @@ def measure_growth(
         raise ValueError(f"{axis} grows over {list(sizes)}, expected two sizes or more")
     rows = []
     for size in sizes:
-        config = settings.train_config(grown(model, axis, size), size if axis == "batch" else batch_size)
+        config = settings.train_config(
+            grown(model, axis, size), size if axis == "batch" else batch_size
+        )
         rows.append(measure(make_step(config), steps, warmup, peak))
     seconds = [row["seconds"] for row in rows]
     work = [row["tflops"] * row["seconds"] for row in rows]
     held = [row["memory_gib"]["temporaries"] for row in rows]
-    exponents = {"seconds": exponent(sizes, seconds), "flops": exponent(sizes, work), "memory": exponent(sizes, held)}
+    exponents = {
+        "seconds": exponent(sizes, seconds),
+        "flops": exponent(sizes, work),
+        "memory": exponent(sizes, held),
+    }
     return {"axis": axis, "sizes": list(sizes), "exponents": exponents, "rows": rows}

@@ -1,6 +1,7 @@
 """What a compiled program does, read from its text (XLA's HLO): its collectives and its traffic to memory.
 
-Loops count as often as they run: XLA's own cost analysis counts the body of a loop once, and a scanned tower is a loop.
+Loops count as often as they run: XLA's own cost analysis counts the body of a loop once, and a
+scanned tower is a loop.
 """
 
 import dataclasses
@@ -11,7 +12,14 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast")
+KINDS = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 
 _BYTES = {"pred": 1, "c64": 8, "c128": 16}
 # What moves nothing by itself.
@@ -55,8 +63,12 @@ class Instruction:
         """The computations that it runs."""
         if self.opcode.endswith(("-done", "-update")):  # they name what their start runs
             return ()
-        found = re.findall(r"(?:calls|to_apply|body|called_computation)=%?([\w.-]+)", self.attributes)
-        for several in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", self.attributes):
+        found = re.findall(
+            r"(?:calls|to_apply|body|called_computation)=%?([\w.-]+)", self.attributes
+        )
+        for several in re.findall(
+            r"(?:branch_computations|called_computations)=\{([^}]*)\}", self.attributes
+        ):
             found += re.findall(r"[\w.-]+", several)
         return tuple(found)
 
@@ -67,10 +79,12 @@ class Collective:
 
     kind: str  # one of KINDS, or "send": what a TPU gives its host for other slices
     runs: int  # in one run of the program
-    group: tuple[int, ...]  # the devices that take part, by their position in the mesh; one such group
+    # the devices that take part, by their position in the mesh; one such group
+    group: tuple[int, ...]
     local: int  # bytes that a device brings
     shapes: tuple[Shape, ...]  # of its result
-    in_product: bool  # a piece of a larger one, which the compiler interleaves with the matrix product that needs it
+    # a piece of a larger one, which the compiler interleaves with the matrix product that needs it
+    in_product: bool
     source: str  # the operation that it comes from, as JAX names it
 
     @property
@@ -85,7 +99,11 @@ class Collective:
 
     def ring_bytes(self, devices: int) -> int:
         """What each of so many devices in a ring sends of a tensor of this size."""
-        if self.kind == "send" or self.kind in ("collective-permute", "collective-broadcast") and devices > 1:
+        if (
+            self.kind == "send"
+            or self.kind in ("collective-permute", "collective-broadcast")
+            and devices > 1
+        ):
             return self.local
         return (2 if self.kind == "all-reduce" else 1) * self.bytes * (devices - 1) // devices
 
@@ -104,17 +122,21 @@ class Program:
                 self._entry = header[2] if header[1] else self._entry
             elif " = " in line and self.computations and (instruction := _instruction(line)):
                 current[instruction.name] = instruction
-        # What runs, in order: a computation, how often, and the loop body (or the entry) that it is part of.
+        # What runs, in order: a computation, how often, and the loop body (or the entry) that it is
+        # part of.
         self._running = list(self._run(self._entry, 1, self._entry)) if self._entry else []
         self.unknown_loops = sum(
-            i.opcode == "while" and self._trips(i) is None for name, _, _ in self._running for i in self._of(name)
+            i.opcode == "while" and self._trips(i) is None
+            for name, _, _ in self._running
+            for i in self._of(name)
         )
 
     def collectives(self) -> list[Collective]:
         """Every collective once, with how often it runs.
 
-        A TPU program spreads one over several fused computations, to compute while it is under way, through loops even:
-        they share its channel. What it fuses with the cut that follows is a reduce-scatter, whatever is inside.
+        A TPU program spreads one over several fused computations, to compute while it is under way,
+        through loops even: they share its channel. What it fuses with the cut that follows is a
+        reduce-scatter, whatever is inside.
         """
         found = {}
         for name, runs, body in self._running:
@@ -130,7 +152,9 @@ class Program:
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
                 given = i.operands[:1] if is_send else i.operands
-                local = sum(shape.bytes for operand in given for shape in self._shapes(name, operand))
+                local = sum(
+                    shape.bytes for operand in given for shape in self._shapes(name, operand)
+                )
                 source = re.search(r'op_name="([^"]*)"', i.attributes)
                 shapes = i.shapes if i.opcode == kind or len(i.shapes) < 2 else i.shapes[1:2]
                 found[key] = Collective(
@@ -147,7 +171,8 @@ class Program:
     def bytes_accessed(self) -> int:
         """Bytes read from and written to a device's memory: what each operation takes and gives.
 
-        Of what is only sliced, the slice counts. What stays in the chip's other memories does not count.
+        Of what is only sliced, the slice counts. What stays in the chip's other memories does not
+        count.
         """
         total = 0
         for name, runs, body in self._running:
@@ -157,7 +182,12 @@ class Program:
 
     @functools.cached_property
     def _called_plainly(self) -> set[str]:
-        plain = [i for name, _, _ in self._running for i in self._of(name) if i.opcode in ("call", "conditional")]
+        plain = [
+            i
+            for name, _, _ in self._running
+            for i in self._of(name)
+            if i.opcode in ("call", "conditional")
+        ]
         return {called for i in plain for called in i.called}
 
     def _of(self, name: str) -> list[Instruction]:
@@ -176,9 +206,14 @@ class Program:
         """How often a loop runs; None where the text does not tell."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(known[1])
-        # Of TPU programs: the one number that the condition compares with the counter, which starts at 0.
+        # Of TPU programs: the one number that the condition compares with the counter, which starts
+        # at 0.
         condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)
-        bounds = [i.operands[0] for i in self._of(condition[1]) if i.opcode == "constant"] if condition else []
+        bounds = (
+            [i.operands[0] for i in self._of(condition[1]) if i.opcode == "constant"]
+            if condition
+            else []
+        )
         return int(bounds[0]) if len(bounds) == 1 and bounds[0].isdigit() else None
 
     def _shapes(self, name: str, operand: str) -> tuple[Shape, ...]:
@@ -188,7 +223,8 @@ class Program:
     def _accessed(self, name: str, i: Instruction) -> int:
         if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")):
             return 0
-        # Calls of a library, cuBLAS say, begin so; the others are marks, of shardings or of memory set aside.
+        # Calls of a library, cuBLAS say, begin so; the others are marks, of shardings or of memory
+        # set aside.
         if i.opcode == "custom-call" and 'custom_call_target="__' not in i.attributes:
             return 0
         if i.opcode == "fusion":
@@ -196,9 +232,12 @@ class Program:
         given = [shape for operand in i.operands for shape in self._shapes(name, operand)]
         if i.opcode == "all-gather-start":  # its shapes are what it was given and what it gives
             return _hbm(given) + _hbm(i.shapes[-1:])
-        if i.opcode.endswith("-start"):  # of a copy or a slice, or of another collective: as much is given as is got
+        # of a copy or a slice, or of another collective: as much is given as is got
+        if i.opcode.endswith("-start"):
             moved = min((shape.bytes for shape in i.shapes if len(shape.dims)), default=0)
-            return moved * (any(s.in_hbm for s in given) + any(s.in_hbm for s in i.shapes if s.bytes == moved))
+            return moved * (
+                any(s.in_hbm for s in given) + any(s.in_hbm for s in i.shapes if s.bytes == moved)
+            )
         written = _hbm(i.shapes)
         if i.opcode in _SLICES:
             return 2 * written
@@ -208,14 +247,20 @@ class Program:
 
     def _fusion(self, name: str, i: Instruction) -> int:
         (inner,) = i.called
-        parameters = {int(j.operands[0]): j.name for j in self._of(inner) if j.opcode == "parameter"}
+        parameters = {
+            int(j.operands[0]): j.name for j in self._of(inner) if j.opcode == "parameter"
+        }
         total = 0
         for position, operand in enumerate(i.operands):
             for shape in self._shapes(name, operand)[:1]:
                 if shape.in_hbm:
                     total += min(shape.bytes, self._read(inner, parameters[position], shape.bytes))
         root = next(j for j in self._of(inner) if j.is_root)
-        roots = [self.computations[inner][o] for o in root.operands] if root.opcode == "tuple" else [root]
+        roots = (
+            [self.computations[inner][o] for o in root.operands]
+            if root.opcode == "tuple"
+            else [root]
+        )
         for shape, result in zip(i.shapes, roots, strict=False):
             if shape.in_hbm:
                 total += self._written(inner, result, shape.bytes)
@@ -229,14 +274,24 @@ class Program:
                 continue
             if i.opcode in _SLICES and i.operands[0] == value:
                 total += sum(shape.bytes for shape in i.shapes)
-            elif i.opcode == "dynamic-update-slice" and i.operands[0] == value or i.opcode in _PASSED_ON:
+            elif (
+                i.opcode == "dynamic-update-slice"
+                and i.operands[0] == value
+                or i.opcode in _PASSED_ON
+            ):
                 continue  # written in place, or the buffer of a collective under way
             elif i.opcode in _VIEWS:
                 total += self._read(name, i.name, whole)
             elif i.opcode == "fusion":
                 (inner,) = i.called
-                inside = {int(j.operands[0]): j.name for j in self._of(inner) if j.opcode == "parameter"}
-                total += sum(self._read(inner, inside[n], whole) for n, o in enumerate(i.operands) if o == value)
+                inside = {
+                    int(j.operands[0]): j.name for j in self._of(inner) if j.opcode == "parameter"
+                }
+                total += sum(
+                    self._read(inner, inside[n], whole)
+                    for n, o in enumerate(i.operands)
+                    if o == value
+                )
             else:
                 return whole
         return total
@@ -283,7 +338,11 @@ def _shapes(text: str) -> tuple[Shape, ...]:
     found = re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", text)
     # S(0), or none, is the main memory of a device; S(1) and higher are others.
     return tuple(
-        Shape(dtype, tuple(map(int, dims.split(","))) if dims else (), not re.search(r"S\([1-9]", layout))
+        Shape(
+            dtype,
+            tuple(map(int, dims.split(","))) if dims else (),
+            not re.search(r"S\([1-9]", layout),
+        )
         for dtype, dims, layout in found
     )
 
@@ -295,9 +354,15 @@ def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
         return next((pair for pair in ends if len(set(pair)) > 1), ends[0])
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return tuple(map(int, listed[1].split(",")))
-    if tiled := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        groups, dims, order = (list(map(int, part.split(","))) if part else None for part in tiled.groups())
-        return tuple(np.arange(num_devices).reshape(dims).transpose(order).reshape(groups)[0].tolist())
+    if tiled := re.search(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+    ):
+        groups, dims, order = (
+            list(map(int, part.split(","))) if part else None for part in tiled.groups()
+        )
+        return tuple(
+            np.arange(num_devices).reshape(dims).transpose(order).reshape(groups)[0].tolist()
+        )
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])]
         # 'x': all of an axis; 'x':(2)4: the 4 within each of 2.

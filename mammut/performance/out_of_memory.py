@@ -35,7 +35,8 @@ def out_of_memory_advice(config: TrainConfig, error: BaseException) -> str:
     amount = f" ({said[0].lower()}{said[1:]})" if said else ""
     mesh = jax.sharding.get_abstract_mesh()
     ways = math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
-    rows, left = divmod(config.data.batch_size, config.accumulation * ways)  # of a device in a micro-batch
+    # of a device in a micro-batch
+    rows, left = divmod(config.data.batch_size, config.accumulation * ways)
     knobs = []
     if rows > 1 and not left:
         factor = next(n for n in range(2, rows + 1) if rows % n == 0)
@@ -44,7 +45,9 @@ def out_of_memory_advice(config: TrainConfig, error: BaseException) -> str:
         knobs.append(f"--model.remat full (now {config.model.remat})")
     knobs.append(f"a larger --mesh.fsdp (now {config.mesh.fsdp}) over more devices")
     if config.loss.vocab_chunk > 1:
-        knobs.append(f"--loss.vocab-chunk {config.loss.vocab_chunk // 2} (now {config.loss.vocab_chunk})")
+        knobs.append(
+            f"--loss.vocab-chunk {config.loss.vocab_chunk // 2} (now {config.loss.vocab_chunk})"
+        )
     knobs.append(f"a smaller --data.batch-size (now {config.data.batch_size})")
     return f"the run does not fit into the memory of a device{amount}: what helps is {', '.join(knobs)}"
 

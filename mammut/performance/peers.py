@@ -1,8 +1,9 @@
 """open_clip beside mammut in one process: the same sizes, one set of weights, equal losses first, then times in turn.
 
-The peer is a package `open_clip` that the user has: a released one, a checkout's `src`, LAION's fork with MaMMUT. Its
-model is made from a config that both sides read, every weight of it is drawn at random, written as open_clip writes
-weights and read by `mammut.load`; its losses are its own `CoCaLoss`.
+The peer is a package `open_clip` that the user has: a released one, a checkout's `src`, LAION's
+fork with MaMMUT. Its model is made from a config that both sides read, every weight of it is drawn
+at random, written as open_clip writes weights and read by `mammut.load`; its losses are its own
+`CoCaLoss`.
 """
 
 import contextlib
@@ -54,7 +55,8 @@ SIZES = {
 def peer_config(size: Size, family: Family, vocab_size: int) -> dict[str, Any]:
     """A model of this size as open_clip's JSON: CoCa, or MaMMUT as in LAION's fork.
 
-    CoCa has as many layers before its image attention as after, and one learned query more than there are patches.
+    CoCa has as many layers before its image attention as after, and one learned query more than
+    there are patches.
     """
     patches = (size.image_size // size.patch_size) ** 2
     vision = {
@@ -74,7 +76,11 @@ def peer_config(size: Size, family: Family, vocab_size: int) -> dict[str, Any]:
     }
     shared = {"embed_dim": size.width, "custom_text": True}
     if family == "coca":
-        pool = {"attentional_pool": True, "attn_pooler_heads": size.width // 64, "attn_pooler_queries": patches + 1}
+        pool = {
+            "attentional_pool": True,
+            "attn_pooler_heads": size.width // 64,
+            "attn_pooler_queries": patches + 1,
+        }
         return shared | {
             "vision_cfg": vision | pool,
             "text_cfg": text | {"embed_cls": True, "output_tokens": True},
@@ -82,7 +88,8 @@ def peer_config(size: Size, family: Family, vocab_size: int) -> dict[str, Any]:
         }
     return shared | {
         "vision_cfg": vision | {"pool_type": "avg_all", "final_ln_after_pool": True},
-        "text_cfg": text | {"output_tokens": True, "cross_attn_ratio": 2, "does_full_decoding": True},
+        "text_cfg": text
+        | {"output_tokens": True, "cross_attn_ratio": 2, "does_full_decoding": True},
     }
 
 
@@ -130,8 +137,11 @@ class OpenClip:
             try:
                 self.model = self.package.create_model(path.stem, output_dict=True)
             except (TypeError, RuntimeError, ValueError, KeyError, AssertionError) as error:
-                raise PeerError(f"{self.package.__file__} does not make this {family}: {error}") from error
-        with torch.no_grad():  # all of them: some start as zeros, and CoCa's vocabulary head as whatever memory held
+                raise PeerError(
+                    f"{self.package.__file__} does not make this {family}: {error}"
+                ) from error
+        # all of them: some start as zeros, and CoCa's vocabulary head as whatever memory held
+        with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(std=(parameter.numel() / len(parameter)) ** -0.5)
@@ -140,7 +150,9 @@ class OpenClip:
             self.model.logit_scale.fill_(math.log(1 / 0.07))
         self.model.to(self.device).train()
         self.batch = noise_batch(self.model_cfg, rows)
-        mean, std = (np.float32(getattr(self.package, f"OPENAI_DATASET_{name}")) for name in ("MEAN", "STD"))
+        mean, std = (
+            np.float32(getattr(self.package, f"OPENAI_DATASET_{name}")) for name in ("MEAN", "STD")
+        )
         image = (self.batch["image"].astype(np.float32) / 255 - mean) / std
         self.image = torch.from_numpy(image.transpose(0, 3, 1, 2).copy()).to(self.device)
         self.tokens = torch.from_numpy(self.batch["tokens"].astype(np.int64)).to(self.device)
@@ -148,14 +160,25 @@ class OpenClip:
         # Fused where it is to be had: the fastest of PyTorch's three forms.
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
+        groups = [
+            {"params": decayed, "weight_decay": WEIGHT_DECAY},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True
+        )
 
     def _read(self, name: str) -> dict[str, Any]:
         path = pathlib.Path(name).expanduser()
-        found = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else self.package.get_model_config(name)
+        found = (
+            json.loads(path.read_text("utf-8"))
+            if path.suffix == ".json"
+            else self.package.get_model_config(name)
+        )
         if not isinstance(found, dict):
-            raise PeerError(f"--peer-config is {name}, expected a .json file or a name of open_clip.list_models()")
+            raise PeerError(
+                f"--peer-config is {name}, expected a .json file or a name of open_clip.list_models()"
+            )
         return found.get("model_cfg", found)
 
     @property
@@ -201,7 +224,9 @@ class OpenClip:
 
         return step
 
-    def generate(self, images: int, beams: int, new_tokens: int, dtype: Dtype = "float32") -> np.ndarray:
+    def generate(
+        self, images: int, beams: int, new_tokens: int, dtype: Dtype = "float32"
+    ) -> np.ndarray:
         """Texts int[images, 1 + new_tokens] of the first images, the start token first: greedy, or by beams.
 
         No text ends early: its end, `end_id`, is forbidden up to the last place.
@@ -219,9 +244,15 @@ class OpenClip:
         self.model.eval()
         try:
             with self.torch.inference_mode(), self._computing(dtype):
-                found = [self.model.generate(image, **options) for image in self.image[:images].split(self.at_once)]
-        except Exception as error:  # whatever its versions of transformers and of itself raise at one another
-            raise PeerError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+                found = [
+                    self.model.generate(image, **options)
+                    for image in self.image[:images].split(self.at_once)
+                ]
+        # whatever its versions of transformers and of itself raise at one another
+        except Exception as error:
+            raise PeerError(
+                f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            ) from error
         finally:
             self.model.train()
         return self.torch.cat(found).cpu().numpy()
@@ -241,7 +272,9 @@ class OpenClip:
         return _text_cfg(self.model_cfg).get("vocab_size", 49_408) - 1
 
     def _computing(self, dtype: Dtype) -> Any:
-        return self.torch.autocast(self.device.type, self.torch.bfloat16, enabled=dtype == "bfloat16")
+        return self.torch.autocast(
+            self.device.type, self.torch.bfloat16, enabled=dtype == "bfloat16"
+        )
 
     def _losses(self, model: Any) -> dict[str, Any]:
         return self.loss(**model(self.image, self.tokens), output_dict=True)
@@ -260,9 +293,13 @@ def import_open_clip(where: str) -> types.ModuleType:
     """
     if where != "open_clip":
         folder = pathlib.Path(where).expanduser().resolve()
-        folder = next((path for path in (folder, folder / "src") if (path / "open_clip").is_dir()), None)
+        folder = next(
+            (path for path in (folder, folder / "src") if (path / "open_clip").is_dir()), None
+        )
         if folder is None:
-            raise PeerError(f"--peer is {where}, expected open_clip or a folder that holds the package open_clip")
+            raise PeerError(
+                f"--peer is {where}, expected open_clip or a folder that holds the package open_clip"
+            )
         sys.path.insert(0, str(folder))
     with _without_torchvision():
         try:
@@ -271,7 +308,9 @@ def import_open_clip(where: str) -> types.ModuleType:
         except ImportError as error:
             raise PeerError(f"--peer {where} does not import: {error}") from error
     if where != "open_clip" and folder not in pathlib.Path(open_clip.__file__).resolve().parents:
-        raise PeerError(f"--peer is {where}, but open_clip of {open_clip.__file__} was imported before")
+        raise PeerError(
+            f"--peer is {where}, but open_clip of {open_clip.__file__} was imported before"
+        )
     return open_clip
 
 
@@ -288,7 +327,16 @@ class _Anything(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         def attribute(name):
             if name.startswith("__"):
                 raise AttributeError(name)
-            return type(name, (), {"__init__": lambda self, *_, **__: None, "BICUBIC": 0, "BILINEAR": 1, "NEAREST": 2})
+            return type(
+                name,
+                (),
+                {
+                    "__init__": lambda self, *_, **__: None,
+                    "BICUBIC": 0,
+                    "BILINEAR": 1,
+                    "NEAREST": 2,
+                },
+            )
 
         module.__getattr__ = attribute
         return module
@@ -309,7 +357,9 @@ def _without_torchvision():
             yield
         finally:
             sys.meta_path.remove(finder)
-            for name in [name for name in set(sys.modules) - before if name.split(".")[0] == "torchvision"]:
+            for name in [
+                name for name in set(sys.modules) - before if name.split(".")[0] == "torchvision"
+            ]:
                 del sys.modules[name]
     else:
         yield

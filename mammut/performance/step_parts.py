@@ -1,8 +1,9 @@
 """What a training step spends its time on: its parts, each compiled and timed on its own, forward and backward.
 
-A part is given what the parts before it made, and gives the gradients of its parameters and of what it was given. Apart
-they cannot overlap or be fused with each other, so their sum is near the step's time, not equal to it; `rest` says how
-near: the step less its parts. It holds the norm of the gradients and their sums too.
+A part is given what the parts before it made, and gives the gradients of its parameters and of what
+it was given. Apart they cannot overlap or be fused with each other, so their sum is near the step's
+time, not equal to it; `rest` says how near: the step less its parts. It holds the norm of the
+gradients and their sums too.
 """
 
 from collections.abc import Callable
@@ -45,7 +46,9 @@ def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
     key = jax.random.key(0)
     encode = jax.jit(lambda params: merge(params).image_tokens(batch["image"], key))
     encoded = encode(params)
-    features = jax.jit(lambda params, x: merge(params).decoder.caption_pass(tokens, valid, x))(params, encoded.tokens)
+    features = jax.jit(lambda params, x: merge(params).decoder.caption_pass(tokens, valid, x))(
+        params, encoded.tokens
+    )
     vector = jax.jit(lambda params: unit(merge(params).text_vector(tokens, valid)))(params)
 
     def image(model):
@@ -54,10 +57,16 @@ def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
 
     functions = {"image encoder": (image, ())}
     if config.model.passes == "fused":
-        functions["both passes"] = lambda model, x: model.decoder.both_passes(tokens, valid, x), (encoded.tokens,)
+        functions["both passes"] = (
+            lambda model, x: model.decoder.both_passes(tokens, valid, x),
+            (encoded.tokens,),
+        )
     else:
         functions["contrastive pass"] = lambda model: model.text_vector(tokens, valid), ()
-        functions["caption pass"] = lambda model, x: model.decoder.caption_pass(tokens, valid, x), (encoded.tokens,)
+        functions["caption pass"] = (
+            lambda model, x: model.decoder.caption_pass(tokens, valid, x),
+            (encoded.tokens,),
+        )
     functions["vocabulary and caption loss"] = loss_of_captions, (features,)
     functions["contrastive loss"] = task.contrastive, (unit(encoded.pooled), vector)
     parts = {name: _gradients(merge, params, *function) for name, function in functions.items()}
@@ -70,8 +79,11 @@ def _gradients(merge: Callable, params: Any, function: Callable, given: tuple) -
 
     def value(leaves, given):
         found = function(merge(jax.tree.unflatten(tree, leaves)), *given)
-        # A loss as it is. Of all else the squares: with a constant cotangent XLA would leave out products.
-        return sum((x.astype(jnp.float32) ** 2).sum() if x.ndim else x for x in jax.tree.leaves(found))
+        # A loss as it is. Of all else the squares: with a constant cotangent XLA would leave out
+        # products.
+        return sum(
+            (x.astype(jnp.float32) ** 2).sum() if x.ndim else x for x in jax.tree.leaves(found)
+        )
 
     jaxpr = jax.make_jaxpr(value)(leaves, given).jaxpr
     read = {var for equation in jaxpr.eqns for var in equation.invars if isinstance(var, Var)}
@@ -111,17 +123,28 @@ def measure_parts(step: Step, rounds: int = 3, per_turn: int = 3) -> dict[str, A
     with jax.set_mesh(step.trainer.mesh):
         calls = {"step": step, **make_parts(step)}
         turns = in_turns(calls, rounds, per_turn)
-    times = {name: summary([x for turn in found for x in turn])["seconds"] for name, found in turns.items()}
+    times = {
+        name: summary([x for turn in found for x in turn])["seconds"]
+        for name, found in turns.items()
+    }
     whole = times.pop("step")
     flops = forward_flops(step.config.model, training=True)
     rows = {
         name: {
             "seconds": seconds,
             "share": seconds / whole,
-            **({"flops_share": sum(flops[x] for x in counted) / sum(flops.values())} if counted else {}),
+            **(
+                {"flops_share": sum(flops[x] for x in counted) / sum(flops.values())}
+                if counted
+                else {}
+            ),
         }
         for name, seconds in times.items()
         for counted in [_COUNTED.get(name, ())]
     }
     rest = whole - sum(times.values())
-    return {"step": {"seconds": whole, "share": 1.0}, **rows, "rest": {"seconds": rest, "share": rest / whole}}
+    return {
+        "step": {"seconds": whole, "share": 1.0},
+        **rows,
+        "rest": {"seconds": rest, "share": rest / whole},
+    }

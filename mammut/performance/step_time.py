@@ -46,7 +46,10 @@ class RunSettings:
         names = "dtype", "remat", "unroll", "passes", "image_attention"
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if jax.default_backend() == "cpu":
-            given = {"unroll": max(model.vision.depth, model.text.depth, model.text.text_only_depth), **given}
+            given = {
+                "unroll": max(model.vision.depth, model.text.depth, model.text.text_only_depth),
+                **given,
+            }
         return dataclasses.replace(model, **given)
 
     def train_config(self, model: ModelConfig, batch_size: int, **others: Any) -> TrainConfig:
@@ -103,7 +106,9 @@ class Step:
         jax.block_until_ready(metrics)
 
 
-def make_step(config: TrainConfig, model: MaMMUT | None = None, batch: dict[str, np.ndarray] | None = None) -> Step:
+def make_step(
+    config: TrainConfig, model: MaMMUT | None = None, batch: dict[str, np.ndarray] | None = None
+) -> Step:
     """Builds, compiles and calls the step of `config` once.
 
     Args:
@@ -121,7 +126,9 @@ def make_step(config: TrainConfig, model: MaMMUT | None = None, batch: dict[str,
         if model is None:
             state = trainer.init(config.seed)
         else:  # copies: the step takes over what it is given
-            state = trainer.init_from(jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+            state = trainer.init_from(
+                jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+            )
         batch = sharding.device_batch(batch, mesh)
         began = time.perf_counter()
         compiled = trainer.step.lower(state, batch).compile()
@@ -158,7 +165,11 @@ def utilisation(config: TrainConfig, seconds: float, peak: float) -> dict[str, f
     devices = config.mesh.sizes(jax.device_count())
     count, chip = int(np.prod(devices)), find_chip(jax.devices()[0].device_kind)
     rate = step_flops(config)[0] / seconds
-    stated = {"mfu_stated": rate / (chip.flops * count)} if chip and config.model.dtype == "bfloat16" else {}
+    stated = (
+        {"mfu_stated": rate / (chip.flops * count)}
+        if chip and config.model.dtype == "bfloat16"
+        else {}
+    )
     return {"tflops": rate / 1e12, "mfu": rate / (peak * count), **stated}
 
 

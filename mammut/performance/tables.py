@@ -44,7 +44,9 @@ def parts(rows: dict[str, Any]) -> str:
     lines = [f"{'part':<28} {'ms':>9} {'share':>7} {'of FLOPs':>8}"]
     for name, row in rows.items():
         flops = f"{row['flops_share']:>8.1%}" if "flops_share" in row else ""
-        lines.append(f"{name:<28} {1000 * row['seconds']:>9.1f} {row['share']:>7.1%} {flops}".rstrip())
+        lines.append(
+            f"{name:<28} {1000 * row['seconds']:>9.1f} {row['share']:>7.1%} {flops}".rstrip()
+        )
     return "\n".join(lines)
 
 
@@ -53,10 +55,14 @@ def grown(found: dict[str, Any]) -> str:
     exponents = ", ".join(f"{name} {value:.2f}" for name, value in found["exponents"].items())
     if found["axis"] != "devices":
         return f"{steps(found['rows'])}\nexponents in {found['axis']}: {exponents}"
-    lines = [f"{'devices':>7} {'state GiB':>10} {'temp GiB':>9}   of one device; fake devices share the cores"]
+    lines = [
+        f"{'devices':>7} {'state GiB':>10} {'temp GiB':>9}   of one device; fake devices share the cores"
+    ]
     for row in found["rows"]:
         memory = row["memory_gib"]
-        lines.append(f"{row['devices']:>7} {memory['state_and_batch']:>10.4f} {memory['temporaries']:>9.4f}")
+        lines.append(
+            f"{row['devices']:>7} {memory['state_and_batch']:>10.4f} {memory['temporaries']:>9.4f}"
+        )
     return "\n".join([*lines, f"exponents in devices: {exponents}"])
 
 
@@ -71,13 +77,17 @@ def startup(found: dict[str, Any]) -> str:
 
 def data(found: dict[str, Any]) -> str:
     """The rate of reading, and what it was measured with."""
-    rest = ", ".join(f"{name} {value:.3g}" for name, value in found.items() if isinstance(value, int | float))
+    rest = ", ".join(
+        f"{name} {value:.3g}" for name, value in found.items() if isinstance(value, int | float)
+    )
     return f"data {found['spec']}: {rest}"
 
 
 def beside(row: dict[str, Any]) -> str:
     """Training steps of both: that they compute the same, their times and ratios."""
-    apart = ", ".join(f"{name} {value:.1e}" for name, value in row["losses"]["relative_difference"].items())
+    apart = ", ".join(
+        f"{name} {value:.1e}" for name, value in row["losses"]["relative_difference"].items()
+    )
     ours = row["losses"]["mammut"]
     lines = [
         f"same weights, batch of {row['batch']}: contrastive loss {ours['contrastive_loss']:.6f}, caption loss "
@@ -89,7 +99,9 @@ def beside(row: dict[str, Any]) -> str:
         lines.append(
             f"{label:<16} {times['per_s']:>9.1f} {1000 * times['seconds']:>9.1f} {1000 * times['seconds_iqr']:>8.1f}"
         )
-    lines += [f"ahead of the peer, {mode}: {_interval(found)}" for mode, found in row["speedup"].items()]
+    lines += [
+        f"ahead of the peer, {mode}: {_interval(found)}" for mode, found in row["speedup"].items()
+    ]
     return "\n".join(lines)
 
 
@@ -98,9 +110,13 @@ def beside_generation(row: dict[str, Any]) -> str:
     case = f"{row['batch']} images, {row['beams']} beams, {row['new_tokens']} tokens"
     if "not_run" in row:
         return f"{case}: not run: {row['not_run']}"
-    rates = ", ".join(f"{name} {times['captions_per_s']:.2f} captions/s" for name, times in row["times"].items())
+    rates = ", ".join(
+        f"{name} {times['captions_per_s']:.2f} captions/s" for name, times in row["times"].items()
+    )
     equal = f", texts equal {row['texts_equal']}/{row['batch']}" if "texts_equal" in row else ""
-    alone = "" if row["peer_images_at_once"] > 1 or row["batch"] == 1 else ", the peer image by image"
+    alone = (
+        "" if row["peer_images_at_once"] > 1 or row["batch"] == 1 else ", the peer image by image"
+    )
     return f"{case}: {rates}{equal}{alone}; ahead of the peer: {_interval(row['speedup'])}"
 
 

@@ -34,11 +34,14 @@ def timed(call: Callable[[], Any], calls: int, warmup: int = 1) -> list[float]:
     return times
 
 
-def in_turns(calls: dict[str, Callable[[], Any]], rounds: int, per_turn: int) -> dict[str, list[list[float]]]:
+def in_turns(
+    calls: dict[str, Callable[[], Any]], rounds: int, per_turn: int
+) -> dict[str, list[list[float]]]:
     """Seconds of every contestant's turns: first to last, then last to first, `rounds` times.
 
-    A turn is `per_turn` calls after one that is not counted, so that nobody pays for the caches, clock and threads that
-    the one before left behind, and a machine that slows down slows all of them.
+    A turn is `per_turn` calls after one that is not counted, so that nobody pays for the caches,
+    clock and threads that the one before left behind, and a machine that slows down slows all of
+    them.
     """
     turns: dict[str, list[list[float]]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -48,11 +51,14 @@ def in_turns(calls: dict[str, Callable[[], Any]], rounds: int, per_turn: int) ->
     return turns
 
 
-def ratio(slow: Sequence[Sequence[float]], fast: Sequence[Sequence[float]], draws: int = 2_000) -> dict[str, float]:
+def ratio(
+    slow: Sequence[Sequence[float]], fast: Sequence[Sequence[float]], draws: int = 2_000
+) -> dict[str, float]:
     """How many times as long `slow` takes as `fast`: the ratio of medians, its 95 % interval, the ratio of minima.
 
-    The interval is a bootstrap's over turns and then over the times in them: times of one turn are alike. On a machine
-    that others use too it is wide; the fastest calls of both are those that were disturbed least.
+    The interval is a bootstrap's over turns and then over the times in them: times of one turn are
+    alike. On a machine that others use too it is wide; the fastest calls of both are those that
+    were disturbed least.
 
     Returns:
       `ratio`, `low`, `high`, `of_fastest`.
@@ -77,5 +83,7 @@ def exponent(sizes: Sequence[float | int], values: Sequence[float | int]) -> flo
       ValueError: there are fewer than two different sizes, or a size or value is not positive.
     """
     if len(set(sizes)) < 2 or len(sizes) != len(values) or min(*sizes, *values) <= 0:
-        raise ValueError(f"sizes {list(sizes)} with {list(values)} have no exponent, expected two sizes, all positive")
+        raise ValueError(
+            f"sizes {list(sizes)} with {list(values)} have no exponent, expected two sizes, all positive"
+        )
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])

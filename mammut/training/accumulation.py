@@ -21,20 +21,27 @@ def accumulated_gradients(
 ) -> tuple[Params, Metrics]:
     """Gradients of both losses over the whole batch, in micro-batches: exact, every negative included.
 
-    The contrastive loss depends on the parameters only through the embeddings and the logit scale. So: embed all
-    micro-batches without gradients; take the loss, and its gradient in every embedding, once; then run each micro-batch
-    again, and pull its share of that gradient back together with its captioning loss (GradCache, arXiv 2101.06983).
+    The contrastive loss depends on the parameters only through the embeddings and the logit scale.
+    So: embed all micro-batches without gradients; take the loss, and its gradient in every
+    embedding, once; then run each micro-batch again, and pull its share of that gradient back
+    together with its captioning loss (GradCache, arXiv 2101.06983).
     """
 
     micros, keys = _micro_batches(batch, crop_key, accumulation)
-    embeds = jax.lax.map(lambda xs: task.embed(merge(params), _pinned(xs[0]), xs[1]), (micros, keys))
+    embeds = jax.lax.map(
+        lambda xs: task.embed(merge(params), _pinned(xs[0]), xs[1]), (micros, keys)
+    )
     # In the order of the batch again: its rows never leave their devices.
-    flat = [sharding.constrain(x.swapaxes(0, 1).reshape(-1, x.shape[-1]), "batch", None) for x in embeds]
+    flat = [
+        sharding.constrain(x.swapaxes(0, 1).reshape(-1, x.shape[-1]), "batch", None) for x in embeds
+    ]
 
     def contrastive_loss(params, image_embed, text_embed):
         return task.contrastive(merge(params), image_embed, text_embed)
 
-    contrastive, (grads, *embed_grads) = jax.value_and_grad(contrastive_loss, argnums=(0, 1, 2))(params, *flat)
+    contrastive, (grads, *embed_grads) = jax.value_and_grad(contrastive_loss, argnums=(0, 1, 2))(
+        params, *flat
+    )
     embed_grads = [_split(g, accumulation) for g in embed_grads]
     num_tokens = task.caption_tokens(merge(params), batch)
     weight = task.config.contrastive_weight
@@ -46,7 +53,9 @@ def accumulated_gradients(
         image_grad, text_grad = (sharding.constrain(grad, "batch", None) for grad in embed_grads)
 
         def surrogate(params):
-            (image_embed, text_embed), caption_sum = task.embed_and_caption(merge(params), _pinned(micro), key)
+            (image_embed, text_embed), caption_sum = task.embed_and_caption(
+                merge(params), _pinned(micro), key
+            )
             pulled = (image_embed * image_grad).sum() + (text_embed * text_grad).sum()
             caption = caption_sum / num_tokens
             return weight * pulled + task.config.caption_weight * caption, caption
@@ -81,7 +90,9 @@ def accumulated_text_gradients(
 
 def _micro_batches(batch: Batch, crop_key: jax.Array, accumulation: int) -> tuple[Batch, jax.Array]:
     """The batch with a leading axis of micro-batches, and a key for each."""
-    return {name: _split(x, accumulation) for name, x in batch.items()}, jax.random.split(crop_key, accumulation)
+    return {name: _split(x, accumulation) for name, x in batch.items()}, jax.random.split(
+        crop_key, accumulation
+    )
 
 
 def _split(x: jax.Array, accumulation: int) -> jax.Array:
@@ -90,4 +101,6 @@ def _split(x: jax.Array, accumulation: int) -> jax.Array:
 
 
 def _pinned(micro: Batch) -> Batch:
-    return {name: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)) for name, x in micro.items()}
+    return {
+        name: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)) for name, x in micro.items()
+    }

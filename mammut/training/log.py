@@ -13,12 +13,15 @@ from mammut.training.validation import Evaluation
 class RunLog:
     """The log of a run in `workdir`: `metrics.jsonl` (one object a step logged, appended to) and TensorBoard events.
 
-    On a terminal the losses, rates and time left are in a progress bar; elsewhere in one line every `log_every` steps.
-    What a run logged past the checkpoint it is resumed from (`start`) is dropped: it is logged again. Of several
-    processes one logs; with `silent`, nothing is printed or written.
+    On a terminal the losses, rates and time left are in a progress bar; elsewhere in one line every
+    `log_every` steps. What a run logged past the checkpoint it is resumed from (`start`) is
+    dropped: it is logged again. Of several processes one logs; with `silent`, nothing is printed or
+    written.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, start: int, steps: int, batch_size: int, silent: bool):
+    def __init__(
+        self, workdir: pathlib.Path, *, start: int, steps: int, batch_size: int, silent: bool
+    ):
         self._steps, self._batch_size, self._silent = steps, batch_size, silent
         if silent:
             return
@@ -31,7 +34,13 @@ class RunLog:
         _drop_after(path, start)
         self._file = open(path, "a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-        self._bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
 
     def step(self, step: int, metrics: dict[str, Any], waited: float, *, record: bool) -> None:
         """Counts a step that waited so many seconds for its batch; records it if asked to, and the first in any case.
@@ -45,10 +54,13 @@ class RunLog:
         compiled = self._step is None
         if not (record or compiled):
             return
-        values = {f"train/{name}": float(value) for name, value in metrics.items()}  # waits for the step to end
+        # waits for the step to end
+        values = {f"train/{name}": float(value) for name, value in metrics.items()}
         seconds = time.perf_counter() - self._time
         parts = {name: values.get(f"train/loss_{name}") for name in ("contrastive", "caption")}
-        losses = "  ".join(f"{name} {value:.3f}" for name, value in parts.items() if value is not None)
+        losses = "  ".join(
+            f"{name} {value:.3f}" for name, value in parts.items() if value is not None
+        )
         if compiled:
             text = f"{losses}  first step after {seconds:.0f} s"
         else:
@@ -73,13 +85,19 @@ class RunLog:
         """Records an evaluation and prints it, with the first `samples` texts that the model said."""
         if self._silent:
             return
-        self.record(step, {f"eval/{name}/{metric}": value for metric, value in evaluation.metrics.items()})
+        self.record(
+            step, {f"eval/{name}/{metric}": value for metric, value in evaluation.metrics.items()}
+        )
         images, metrics = evaluation.num_images, dict(evaluation.metrics)
         lines = [f"{name} at step {step}: {images} images, {evaluation.num_texts} texts"]
         if "t2i_r1" in metrics:
             lines[0] += f" (chance R@1 {1 / images:.1%})"
         for way, key in (("text to image", "t2i"), ("image to text", "i2t")):
-            recalls = [f"  R@{k} {metrics.pop(f'{key}_r{k}'):.1%}" for k in (1, 5, 10) if f"{key}_r{k}" in metrics]
+            recalls = [
+                f"  R@{k} {metrics.pop(f'{key}_r{k}'):.1%}"
+                for k in (1, 5, 10)
+                if f"{key}_r{k}" in metrics
+            ]
             lines += [f"  {way}{''.join(recalls)}"] if recalls else []
         metrics.pop("mean_recall", None)
         records = evaluation.predictions[-1].records if evaluation.predictions else []
@@ -133,7 +151,11 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
 def _sample(record: dict[str, Any]) -> list[str]:
     """What a record of captions, answers or classes says, and what it is compared with."""
     if "question" in record:
-        return [f"asks  {record['question']}", f"says  {record['prediction']}", f"ref   {', '.join(record['answers'])}"]
+        return [
+            f"asks  {record['question']}",
+            f"says  {record['prediction']}",
+            f"ref   {', '.join(record['answers'])}",
+        ]
     if "ranked" in record:
         return [f"says  {record['ranked'][0]}", f"ref   {record['label']}"]
     return [f"says  {record['prediction']}", f"ref   {record['references'][0]}"]

@@ -16,7 +16,9 @@ from mammut.weights.opened import OpenedModel
 from mammut.weights.warm_start import Start
 
 
-def shared_processor(config: TrainConfig, source: sources.Source, starts: dict[Start, OpenedModel]) -> Processor:
+def shared_processor(
+    config: TrainConfig, source: sources.Source, starts: dict[Start, OpenedModel]
+) -> Processor:
     """`make_processor` on process 0; the others of the run are given its files."""
     made = []
 
@@ -25,7 +27,9 @@ def shared_processor(config: TrainConfig, source: sources.Source, starts: dict[S
         with tempfile.TemporaryDirectory() as folder:
             made[0].save(folder)
             paths = pathlib.Path(folder).iterdir()
-            return json.dumps({path.name: base64.b64encode(path.read_bytes()).decode() for path in paths}).encode()
+            return json.dumps(
+                {path.name: base64.b64encode(path.read_bytes()).decode() for path in paths}
+            ).encode()
 
     given = json.loads(distributed.from_first("processor", files))
     if made:
@@ -36,7 +40,9 @@ def shared_processor(config: TrainConfig, source: sources.Source, starts: dict[S
         return Processor.load(folder)
 
 
-def make_processor(config: TrainConfig, source: sources.Source, starts: dict[Start, OpenedModel]) -> Processor:
+def make_processor(
+    config: TrainConfig, source: sources.Source, starts: dict[Start, OpenedModel]
+) -> Processor:
     """The processor of a fresh run: of what it starts from, or with a given or a newly trained vocabulary."""
     of = {name: opened.processor for name, opened in starts.items()}
     text, settings = config.model.text, config.tokenizer
@@ -47,7 +53,9 @@ def make_processor(config: TrainConfig, source: sources.Source, starts: dict[Sta
         if isinstance(tokenizer, MissingTokenizer):
             tokenizer, missing = None, tokenizer
         if tokenizer and settings.path and not config.makes_language_model:
-            raise ValueError(f"tokenizer.path and {decoder} are given: tokenizer.replace True takes another vocabulary")
+            raise ValueError(
+                f"tokenizer.path and {decoder} are given: tokenizer.replace True takes another vocabulary"
+            )
         if not (tokenizer or settings.path):
             raise ValueError(
                 f"{decoder} {starts[decoder].where} comes without a tokenizer: tokenizer.path says where it is, "
@@ -63,12 +71,18 @@ def make_processor(config: TrainConfig, source: sources.Source, starts: dict[Sta
             "model.text.vocab_size"
         )
     size = config.model.vision.image_size
-    image = next((of[name].image for name in ("init_vision", "init") if of.get(name)), ImageTransform(size))
-    image = dataclasses.replace(image, image_size=size, max_image_pixels=config.data.max_image_pixels)
+    image = next(
+        (of[name].image for name in ("init_vision", "init") if of.get(name)), ImageTransform(size)
+    )
+    image = dataclasses.replace(
+        image, image_size=size, max_image_pixels=config.data.max_image_pixels
+    )
     form = of[decoder].text_form if of.get(decoder) else "start_end"
     processor = Processor(tokenizer, image, config.text_length, form)
     if missing:
         missing.require_same_ids(tokenizer)
     if settings.replace and text.pad_id not in (None, processor.pad_id):
-        raise ValueError(f"model.text.pad_id is {text.pad_id}, the pad of the new vocabulary is {processor.pad_id}")
+        raise ValueError(
+            f"model.text.pad_id is {text.pad_id}, the pad of the new vocabulary is {processor.pad_id}"
+        )
     return processor

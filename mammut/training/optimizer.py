@@ -32,8 +32,8 @@ def decay_mask(params: Params) -> Any:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping, then AdamW or Adafactor, with the schedule and decoupled weight decay of `config`.
 
-    A parameter of `config.learning_rates` has its update, weight decay included, times its peak / `learning_rate`: the
-    schedule has the same shape for all.
+    A parameter of `config.learning_rates` has its update, weight decay included, times its peak /
+    `learning_rate`: the schedule has the same shape for all.
 
     Raises:
       ValueError: from `init`, a pattern of `learning_rates` fits no parameter.
@@ -42,7 +42,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     if config.name == "adamw":
         scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     else:
-        # Attention kernels end in [heads, 64]: the usual threshold of 128 would leave them unfactored.
+        # Attention kernels end in [heads, 64]: the usual threshold of 128 would leave them
+        # unfactored.
         scale = optax.chain(
             optax.scale_by_factored_rms(min_dim_size_to_factor=32),
             optax.clip_by_block_rms(1.0),
@@ -67,7 +68,9 @@ def _scale_by_group(config: OptimizerConfig) -> optax.GradientTransformation:
         patterns(params)
         return optax.EmptyState()
 
-    def update(updates: Params, state: optax.EmptyState, params: Params = None) -> tuple[Params, optax.EmptyState]:
+    def update(
+        updates: Params, state: optax.EmptyState, params: Params = None
+    ) -> tuple[Params, optax.EmptyState]:
         of = patterns(updates)
 
         def scale(path, update):

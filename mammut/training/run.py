@@ -19,15 +19,16 @@ from mammut.weights.model_folder import open_model
 from mammut.weights.opened import OpenedModel, model_specs
 from mammut.weights.warm_start import SIZES, VOCABULARY, Start, start_config
 
-# What a resumed run may change: how it is watched, placed and fed, what memory it takes, and how long it goes on (the
-# learning rate follows the new length from there); nothing else.
+# What a resumed run may change: how it is watched, placed and fed, what memory it takes, and how
+# long it goes on (the learning rate follows the new length from there); nothing else.
 RESUMABLE = {
     "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps", "step_timeout",
     "mesh", "model.remat", "loss.vocab_chunk", "compilation_cache", "data.val", "data.eval_batch_size",
     "data.val_examples", "data.threads", "data.max_bad_share", "data.tfds_dir",
 }  # fmt: skip
 
-PER_PROCESS = {"compilation_cache", "data.threads", "data.tfds_dir"}  # what each process may have of its own
+# what each process may have of its own
+PER_PROCESS = {"compilation_cache", "data.threads", "data.tfds_dir"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Run:
     config: TrainConfig
     workdir: pathlib.Path
     overrides: list[str]  # all that made the config, those of the run to resume included
-    starts: dict[Start, OpenedModel]  # what a run without checkpoints starts from, by the field that names it
+    # what a run without checkpoints starts from, by the field that names it
+    starts: dict[Start, OpenedModel]
 
 
 def resolve(
@@ -56,7 +58,9 @@ def resolve(
     if resume and "run.json" not in used:
         raise ValueError(f"there is no run to resume in {workdir}: run.json is missing")
     if used and not resume:
-        raise ValueError(f"--workdir {workdir} is not empty (it holds {used[0]}): give another, or --resume its run")
+        raise ValueError(
+            f"--workdir {workdir} is not empty (it holds {used[0]}): give another, or --resume its run"
+        )
     if not resume:
         config, starts = with_overrides(load_recipe(recipe or default_recipe), overrides)
         return Run(config, workdir, overrides, starts)
@@ -70,7 +74,9 @@ def resolve(
         base = parse_overrides(base, saved_overrides)
     config = parse_overrides(base, overrides)
     if changed := differences(to_dict(saved), to_dict(config), RESUMABLE):
-        raise ValueError(f"the run in {workdir} cannot go on with another config: {'; '.join(changed)} in its run.json")
+        raise ValueError(
+            f"the run in {workdir} cannot go on with another config: {'; '.join(changed)} in its run.json"
+        )
     starts = {} if _has_checkpoints(workdir) else _opened(config)
     return Run(config, workdir, saved_overrides + overrides, starts)
 
@@ -81,8 +87,8 @@ def stages(run: Run) -> Iterator[Run]:
     What comes later is opened when it is asked for: the former has to be done by then.
 
     Raises:
-      ValueError: there are several processes, which could not agree on two runs one after the other; or the run to
-        come after its language model cannot work.
+      ValueError: there are several processes, which could not agree on two runs one after the
+        other; or the run to come after its language model cannot work.
     """
     config, folder = run.config, run.workdir / "language_model"
     if config.makes_language_model and not _has_checkpoints(run.workdir):
@@ -92,7 +98,9 @@ def stages(run: Run) -> Iterator[Run]:
                 "--task text before"
             )
         if config.tokenizer.replace:
-            raise ValueError("tokenizer.replace is True with text_steps, whose language model would lose its words")
+            raise ValueError(
+                "tokenizer.replace is True with text_steps, whose language model would lose its words"
+            )
         language_config = _language_config(config)
         # What could be refused later is refused before the language model takes its time.
         trained = trained_names(model_specs(config.model), config.trainable)
@@ -127,7 +135,11 @@ def _has_checkpoints(workdir: pathlib.Path) -> bool:
 
 def _opened(config: TrainConfig) -> dict[Start, OpenedModel]:
     named = {name: getattr(config, name) for name in ("init", "init_vision", "init_text")}
-    return {name: open_model(pathlib.Path(path).expanduser()) for name, path in named.items() if path is not None}
+    return {
+        name: open_model(pathlib.Path(path).expanduser())
+        for name, path in named.items()
+        if path is not None
+    }
 
 
 def require_same(run: Run) -> None:
@@ -135,25 +147,35 @@ def require_same(run: Run) -> None:
     asked = json.loads(json.dumps(to_dict(run.config) | {"workdir": str(run.workdir)}))
     of_first = json.loads(distributed.from_first("run", lambda: json.dumps(asked).encode()))
     if changed := differences(of_first, asked, PER_PROCESS):
-        raise ValueError(f"this process was asked for another run than process 0: {'; '.join(changed)} there")
+        raise ValueError(
+            f"this process was asked for another run than process 0: {'; '.join(changed)} there"
+        )
 
 
 def load_recipe(path: pathlib.Path) -> TrainConfig:
     """The config of a recipe file."""
     if not path.is_file():
-        raise ValueError(f"there is no recipe {path}, expected a Python file with get_config() -> TrainConfig")
+        raise ValueError(
+            f"there is no recipe {path}, expected a Python file with get_config() -> TrainConfig"
+        )
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ValueError(f"the recipe {path} has no get_config(), expected one that returns a TrainConfig")
+        raise ValueError(
+            f"the recipe {path} has no get_config(), expected one that returns a TrainConfig"
+        )
     config = module.get_config()
     if not isinstance(config, TrainConfig):
-        raise ValueError(f"get_config() of {path} returns a {type(config).__name__}, expected a TrainConfig")
+        raise ValueError(
+            f"get_config() of {path} returns a {type(config).__name__}, expected a TrainConfig"
+        )
     return config
 
 
-def with_overrides(config: TrainConfig, overrides: list[str]) -> tuple[TrainConfig, dict[Start, OpenedModel]]:
+def with_overrides(
+    config: TrainConfig, overrides: list[str]
+) -> tuple[TrainConfig, dict[Start, OpenedModel]]:
     """The config with its overrides and with the architecture of the models it starts from; and these, opened.
 
     Raises:
@@ -180,7 +202,10 @@ def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
 
 def default_workdir(recipe: str, resume: bool) -> pathlib.Path:
     """runs/RECIPE, or -2, -3 ...: the newest used one to resume, the first free one otherwise."""
-    names = (pathlib.Path("runs") / (recipe if n == 1 else f"{recipe}-{n}") for n in range(1, sys.maxsize))
+    names = (
+        pathlib.Path("runs") / (recipe if n == 1 else f"{recipe}-{n}")
+        for n in range(1, sys.maxsize)
+    )
     newest = pathlib.Path("runs") / recipe
     for workdir in names:
         if not workdir.exists():

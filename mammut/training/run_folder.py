@@ -26,7 +26,9 @@ def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
     path = workdir / "run.json"
     run = read_json_object(path)
     if run.keys() != {"config", "overrides"}:
-        raise CheckpointError(f"{path} is not a run's config, expected the keys config and overrides")
+        raise CheckpointError(
+            f"{path} is not a run's config, expected the keys config and overrides"
+        )
     return read_config(TrainConfig, run["config"], path), run["overrides"]
 
 
@@ -42,7 +44,9 @@ def require_shared(workdir: pathlib.Path) -> None:
 def position_of_all(step: int, position: dict[str, Any], share: int) -> dict[str, Any]:
     """The position in the data with the counts of all shares in place of those of `share` alone, on process 0."""
     parts = {}
-    for part, read, bad in distributed.gather(f"counts/{step}", [share, position["read"], position["bad"]]):
+    for part, read, bad in distributed.gather(
+        f"counts/{step}", [share, position["read"], position["bad"]]
+    ):
         parts[part] = read, bad  # processes of the same share have read the same
     bad = collections.Counter()
     for _, counts in parts.values():

@@ -1,7 +1,7 @@
 """Train state, optimizer and the jitted step.
 
-What is frozen (`TrainConfig.trainable`) is a tree of its own beside the trained parameters: no gradient is taken of it,
-the optimizer does not know it, and a step hands its arrays on as they are.
+What is frozen (`TrainConfig.trainable`) is a tree of its own beside the trained parameters: no
+gradient is taken of it, the optimizer does not know it, and a step hands its arrays on as they are.
 """
 
 import dataclasses
@@ -46,13 +46,13 @@ class TrainState:
 class Trainer:
     """The compiled pieces of one run: where its state lives, how it starts, and its step.
 
-    `init(seed)` makes the state in place on the mesh, `init_from(params)` starts from given weights and takes
-    them over. `start_params(seed, random, read)` makes such weights one by one, without a second copy of the model:
-    that of a path such as "text.norm.scale" is `read(path, value)`, `value` being the random one of `init`, or None
-    where `random` does not have the path.
-    `step(state, batch)` donates the state it is given and returns the next, with the metrics of the batch; what is
-    frozen stays where it is in memory. `model(params)` is the model with the weights `TrainState.all_params`.
-    All are called inside `jax.set_mesh(mesh)`.
+    `init(seed)` makes the state in place on the mesh, `init_from(params)` starts from given weights
+    and takes them over. `start_params(seed, random, read)` makes such weights one by one, without a
+    second copy of the model: that of a path such as "text.norm.scale" is `read(path, value)`,
+    `value` being the random one of `init`, or None where `random` does not have the path.
+    `step(state, batch)` donates the state it is given and returns the next, with the metrics of the
+    batch; what is frozen stays where it is in memory. `model(params)` is the model with the weights
+    `TrainState.all_params`. All are called inside `jax.set_mesh(mesh)`.
     """
 
     mesh: Mesh
@@ -68,10 +68,12 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
     """Builds the pieces of a run without computing anything.
 
     Raises:
-      ValueError: the batch does not divide over the mesh, or a pattern of `trainable` or `optimizer.learning_rates`
-        fits no parameter.
+      ValueError: the batch does not divide over the mesh, or a pattern of `trainable` or
+        `optimizer.learning_rates` fits no parameter.
     """
-    sharding.require_divisible(config.data.batch_size // config.accumulation, mesh, "data.batch_size / accumulation")
+    sharding.require_divisible(
+        config.data.batch_size // config.accumulation, mesh, "data.batch_size / accumulation"
+    )
     abstract_model = nnx.eval_shape(lambda: MaMMUT(config.model, rngs=nnx.Rngs(0)))
     graphdef = nnx.graphdef(abstract_model)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -105,7 +107,9 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
     ) -> Params:
         places = {path: place for path, place in by_name(param_shardings).items() if path in random}
         # Only these leave the program: XLA computes no others.
-        some = lambda seed: {path: x for path, x in by_name(random_params(seed)).items() if path in places}  # noqa: E731
+        some = lambda seed: {
+            path: x for path, x in by_name(random_params(seed)).items() if path in places
+        }  # noqa: E731
         values = jax.jit(some, out_shardings=places)(seed) if places else {}
 
         def put(path, place):
@@ -113,33 +117,47 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
             value = read(name, values.get(name))
             if isinstance(value, jax.Array):
                 return value
-            return jax.make_array_from_callback(value.shape, place, lambda index: np.array(value[index]))
+            return jax.make_array_from_callback(
+                value.shape, place, lambda index: np.array(value[index])
+            )
 
         return jax.tree_util.tree_map_with_path(put, param_shardings)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        # The key depends on the seed and the step alone, so that a resumed run draws what the first would have drawn.
+        # The key depends on the seed and the step alone, so that a resumed run draws what the first
+        # would have drawn.
         crop_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         whole = lambda params: merge(merged(params, state.frozen))  # noqa: E731
         if config.accumulation > 1:
-            accumulated = accumulated_gradients if isinstance(task, ImageTextTask) else accumulated_text_gradients
-            grads, metrics = accumulated(task, whole, state.params, batch, crop_key, config.accumulation)
-        else:
-            grads, metrics = jax.grad(lambda params: task.loss(whole(params), batch, crop_key), has_aux=True)(
-                state.params
+            accumulated = (
+                accumulated_gradients
+                if isinstance(task, ImageTextTask)
+                else accumulated_text_gradients
             )
+            grads, metrics = accumulated(
+                task, whole, state.params, batch, crop_key, config.accumulation
+            )
+        else:
+            grads, metrics = jax.grad(
+                lambda params: task.loss(whole(params), batch, crop_key), has_aux=True
+            )(state.params)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # Capped here and not in the loss, where the gradient would vanish at the cap and hold the scale there for good.
+        # Capped here and not in the loss, where the gradient would vanish at the cap and hold the
+        # scale there for good.
         if "logit_scale" in params:
             params["logit_scale"] = jnp.minimum(params["logit_scale"], math.log(MAX_LOGIT_SCALE))
-        # A NaN would spread from one batch to every parameter and moment: such an update leaves all as they were.
+        # A NaN would spread from one batch to every parameter and moment: such an update leaves all
+        # as they were.
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
         )
-        learning_rate = schedule(state.step - state.nonfinite)  # the optimizer counts the updates it applied
+        # the optimizer counts the updates it applied
+        learning_rate = schedule(state.step - state.nonfinite)
         skipped = 1 - finite.astype(jnp.int32)
         state = state.replace(
             step=state.step + 1,
@@ -159,7 +177,9 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
 
     abstract_params = jax.eval_shape(random_params, 0)
     # What the task does not run has no gradient: weight decay alone would move it.
-    run = lambda name: task.sees_images or name.startswith("text.") and not name.startswith("text.cross_layers.")  # noqa: E731
+    run = lambda name: (
+        task.sees_images or name.startswith("text.") and not name.startswith("text.cross_layers.")
+    )  # noqa: E731
     trained = trained_names(list(filter(run, by_name(abstract_params))), config.trainable)
     abstract_state = jax.eval_shape(init, 0)
     param_shardings = sharding.param_shardings(abstract_params, logical_axes(abstract_model), mesh)
@@ -168,7 +188,9 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
     return Trainer(
         mesh=mesh,
         abstract_state=jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, shardings
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            abstract_state,
+            shardings,
         ),
         init=jax.jit(init, out_shardings=shardings),
         init_from=init_from,
@@ -181,5 +203,3 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
         ),
         model=merge,
     )
-
-

@@ -1,7 +1,8 @@
 """A task is a batch contract and the loss of a model on such a batch.
 
-A loss over pairs of examples needs the whole batch at once, a loss over single examples does not. A task keeps the two
-apart, so that a step may run in micro-batches and still see every negative (`training.step.accumulated_gradients`).
+A loss over pairs of examples needs the whole batch at once, a loss over single examples does not. A
+task keeps the two apart, so that a step may run in micro-batches and still see every negative
+(`training.step.accumulated_gradients`).
 """
 
 import dataclasses
@@ -51,12 +52,16 @@ class ImageTextTask:
         loss = self.config.contrastive_weight * contrastive + self.config.caption_weight * caption
         return loss, {"loss": loss, "loss_contrastive": contrastive, "loss_caption": caption}
 
-    def embed(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def embed(
+        self, model: MaMMUT, batch: Batch, crop_key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Image and text embeddings, float[B, E] each: all that the contrastive loss sees of an example."""
         image_embed = model.encode_image(batch["image"], crop_key)
         return image_embed, model.encode_text(batch["tokens"], batch["text_valid"])
 
-    def contrastive(self, model: MaMMUT, image_embed: jax.Array, text_embed: jax.Array) -> jax.Array:
+    def contrastive(
+        self, model: MaMMUT, image_embed: jax.Array, text_embed: jax.Array
+    ) -> jax.Array:
         """The contrastive loss over all pairs of the batch; of `model` it uses the logit scale and bias alone."""
         config, scale, bias = self.config, model.logit_scale[...], model.logit_bias[...]
         if config.contrastive == "softmax":
@@ -64,7 +69,10 @@ class ImageTextTask:
         if config.contrastive_form == "ring":
             return self._ring(image_embed, text_embed, scale, bias).mean()
         # All texts are gathered, once: each device scores its own images with them.
-        image_embed, text_embed = constrain(image_embed, "batch", None), constrain(text_embed, None, None)
+        image_embed, text_embed = (
+            constrain(image_embed, "batch", None),
+            constrain(text_embed, None, None),
+        )
         logits = constrain(contrastive_logits(image_embed, text_embed, scale, bias), "batch", None)
         if config.contrastive == "softmax":
             losses = softmax_contrastive(logits)
@@ -72,20 +80,31 @@ class ImageTextTask:
             losses = sigmoid_contrastive(logits)
         else:
             losses = focal_contrastive(
-                logits, gamma=config.focal_gamma, alpha=config.focal_alpha, normalization=config.focal_normalization
+                logits,
+                gamma=config.focal_gamma,
+                alpha=config.focal_alpha,
+                normalization=config.focal_normalization,
             )
         return losses.mean()
 
     def _ring(
-        self, image_embed: jax.Array, text_embed: jax.Array, scale: jax.Array, bias: jax.Array | float
+        self,
+        image_embed: jax.Array,
+        text_embed: jax.Array,
+        scale: jax.Array,
+        bias: jax.Array | float,
     ) -> jax.Array:
         config = self.config
         if config.contrastive == "softmax":
             return ring_softmax(image_embed, text_embed, scale, chunk=config.contrastive_chunk)
         pairs = sigmoid_pairs
         if config.contrastive == "focal":
-            pairs = functools.partial(focal_pairs, gamma=config.focal_gamma, alpha=config.focal_alpha)
-        losses = ring_pairs(pairs, image_embed, text_embed, scale, bias, chunk=config.contrastive_chunk)
+            pairs = functools.partial(
+                focal_pairs, gamma=config.focal_gamma, alpha=config.focal_alpha
+            )
+        losses = ring_pairs(
+            pairs, image_embed, text_embed, scale, bias, chunk=config.contrastive_chunk
+        )
         by_pairs = config.contrastive == "focal" and config.focal_normalization == "pairs"
         return losses / len(losses) if by_pairs else losses
 
@@ -109,10 +128,12 @@ class ImageTextTask:
 class TextTask:
     """The caption pass alone, on texts that start with a prompt: captions, answers to questions, names of classes.
 
-    The loss is that of the tokens to be said, `target`: of an answer and its end, not of its question (paper, section
+    The loss is that of the tokens to be said, `target`: of an answer and its end, not of its
+    question (paper, section
     3.3: visual question answering as open-ended generation).
 
-    Batch: `image` uint8[B, height, width, 3], `tokens` int[B, L], `text_valid` bool[B, L], `target` bool[B, L].
+    Batch: `image` uint8[B, height, width, 3], `tokens` int[B, L], `text_valid` bool[B, L], `target`
+      bool[B, L].
     """
 
     sees_images: ClassVar[bool] = True
@@ -128,7 +149,9 @@ class TextTask:
         """The loss summed over the target tokens of a micro-batch."""
         features = self.features(model, batch, crop_key)
         head = model.text.vocab_kernel, model.text.vocab_bias
-        return caption_sum(features, *head, *labels(model, batch, batch["target"]), **self.config.caption_options)
+        return caption_sum(
+            features, *head, *labels(model, batch, batch["target"]), **self.config.caption_options
+        )
 
     def features(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> jax.Array:
         """What the next tokens are predicted from, float[B, L, D]."""

@@ -38,7 +38,9 @@ class Evaluation:
         for predictions in self.predictions:
             stem = workdir / "eval" / f"{predictions.task}_{name}"
             predictions.save(stem.with_name(stem.name + ".predictions.jsonl"))
-            save_scores(stem.with_name(stem.name + ".json"), predictions, score(predictions, java=False))
+            save_scores(
+                stem.with_name(stem.name + ".json"), predictions, score(predictions, java=False)
+            )
 
 
 class Evaluator:
@@ -55,8 +57,8 @@ class Evaluator:
     `alive` is called with every batch. Several processes all evaluate, and come to the same.
 
     Raises:
-      ValueError: `data.eval_batch_size` does not divide over the mesh, or more than `data.max_bad_share` of the first
-        batch could not be used.
+      ValueError: `data.eval_batch_size` does not divide over the mesh, or more than
+        `data.max_bad_share` of the first batch could not be used.
     """
 
     def __init__(
@@ -65,18 +67,29 @@ class Evaluator:
     ):  # fmt: skip
         data = config.data
         sharding.require_divisible(data.eval_batch_size, trainer.mesh, "data.eval_batch_size")
-        settings = {"batch_size": data.eval_batch_size, "threads": data.threads, "max_bad_share": data.max_bad_share}
+        settings = {
+            "batch_size": data.eval_batch_size,
+            "threads": data.threads,
+            "max_bad_share": data.max_bad_share,
+        }
         self._predictor = Predictor(
             trainer.model, processor, trainer.mesh, checkpoint=checkpoint, blind=data.blind or config.task == "text",
             alive=alive, **settings,
         )  # fmt: skip
-        self._source, self._processor, self._task, self._limit = source, processor, config.task, data.val_examples
+        self._source, self._processor, self._task, self._limit = (
+            source,
+            processor,
+            config.task,
+            data.val_examples,
+        )
         self._prompt, self._stem = data.prompt, data.prompt_of("")
         # A set that cannot be used is found out now, not after hours of training.
         self._predictor.check(source, min(data.eval_batch_size, data.val_examples))
         self._classes = class_names(source) if config.task == "classify" else []
         self._caption_limit = min(data.eval_batch_size, data.val_examples)
-        self._language = _Language(processor, config, trainer, alive) if config.task == "text" else None
+        self._language = (
+            _Language(processor, config, trainer, alive) if config.task == "text" else None
+        )
 
     def __call__(self, params: Any) -> Evaluation:
         """Evaluates the parameters, inside `jax.set_mesh`.
@@ -107,20 +120,32 @@ class Evaluator:
         metrics = score(predictions, java=False).metrics
         metrics = {name: value for name, value in metrics.items() if isinstance(value, float)}
         images = len({record["index"] for record in predictions.records})
-        return Evaluation(metrics, [predictions], images, len(predictions.records), predictions.left_out)
+        return Evaluation(
+            metrics, [predictions], images, len(predictions.records), predictions.left_out
+        )
 
     def _exact(self, captions: Predictions) -> float:
-        # References are compared as the tokenizer gives them back: lower-cased, say, where it lower-cases.
+        # References are compared as the tokenizer gives them back: lower-cased, say, where it
+        # lower-cases.
         given_back = lambda texts: self._processor.decode(self._processor.encode_text(texts)[0])  # noqa: E731
-        exact = [record["prediction"] in given_back(record["references"]) for record in captions.records]
+        exact = [
+            record["prediction"] in given_back(record["references"]) for record in captions.records
+        ]
         return sum(exact) / len(exact)
 
 
 class _Language:
     """How well a model foretells the texts of a set without their images."""
 
-    def __init__(self, processor: Processor, config: TrainConfig, trainer: Trainer, alive: Callable[[], None]):
-        self._processor, self._data, self._mesh, self._alive = processor, config.data, trainer.mesh, alive
+    def __init__(
+        self, processor: Processor, config: TrainConfig, trainer: Trainer, alive: Callable[[], None]
+    ):
+        self._processor, self._data, self._mesh, self._alive = (
+            processor,
+            config.data,
+            trainer.mesh,
+            alive,
+        )
         task = TASKS["text"](LossConfig(vocab_chunk=config.loss.vocab_chunk))
 
         def loss(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -134,7 +159,9 @@ class _Language:
         pairs, bad = [], collections.Counter()
         for index in range(min(limit, len(source))):
             try:
-                pairs += [(self._data.prompt_of(question), text) for question, text in source.pairs(index)]
+                pairs += [
+                    (self._data.prompt_of(question), text) for question, text in source.pairs(index)
+                ]
             except BadExample as error:
                 bad[error.cause] += 1
         left_out = bad.total()
@@ -148,11 +175,12 @@ class _Language:
             arrays = self._processor.encode_pairs(pairs[start : start + rows])
             padded = (np.pad(x, ((0, rows - len(x)), (0, 0))) for x in arrays)
             names = ("tokens", "text_valid", "target")
-            batch = {name: sharding.replicated_batch(x, self._mesh) for name, x in zip(names, padded, strict=True)}
+            batch = {
+                name: sharding.replicated_batch(x, self._mesh)
+                for name, x in zip(names, padded, strict=True)
+            }
             self._alive()
             loss, count = self._loss(params, batch)
             total, tokens = total + float(loss), tokens + int(count)
         metrics = {"loss_caption": total / tokens, "perplexity": math.exp(min(total / tokens, 700))}
         return Evaluation(metrics, [], min(limit, len(source)), len(pairs), dict(bad))
-
-

@@ -24,34 +24,46 @@ from mammut.models.adapter_modules import AdapterConfig
 from mammut.models.adapters import _extended, _fresh, _require_names
 from mammut.models.compute import RUN_FIELDS, RUN_VISION_FIELDS
 from mammut.models.mammut import MaMMUT, ModelConfig
-from mammut.weights.files.tensor_file import CheckpointError, TensorSpec, open_tensors, write_safetensors
+from mammut.weights.files.tensor_file import (
+    CheckpointError,
+    TensorSpec,
+    open_tensors,
+    write_safetensors,
+)
 from mammut.weights.opened import host_tensors, mismatches, read_config
 
 _FORMAT, _VERSION = "mammut adapter", 1
 _CONFIG, _WEIGHTS, _MANIFEST = "adapter.json", "adapter.safetensors", "manifest.json"
-# What makes an image a prefix is trained with the adapters of a language model; a MaMMUT has it from its own training.
+# What makes an image a prefix is trained with the adapters of a language model; a MaMMUT has it
+# from its own training.
 _PREFIX = ("image_projection.*", "prefix_norm.*")
-# Fields of a ModelConfig and its parts that may differ between the bases that an adapter is trained on and used with.
+# Fields of a ModelConfig and its parts that may differ between the bases that an adapter is trained
+# on and used with.
 _FREE = {"adapters", *RUN_FIELDS, *RUN_VISION_FIELDS}
 
 
 def base_hash(config: ModelConfig) -> str:
     """SHA-256 of all of a `ModelConfig` that an adapter depends on, as canonical JSON without fields at their default.
 
-    Adapters, how a run computes and trains (`RUN_FIELDS`) and storage types are left out. A field that a later version
-    adds changes no hash while it has its default.
+    Adapters, how a run computes and trains (`RUN_FIELDS`) and storage types are left out. A field
+    that a later version adds changes no hash while it has its default.
     """
-    return hashlib.sha256(json.dumps(_told(config), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(_told(config), sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
-def save_adapter(folder: str | os.PathLike, model: MaMMUT, name: str, *, also: Sequence[str] | None = None) -> None:
+def save_adapter(
+    folder: str | os.PathLike, model: MaMMUT, name: str, *, also: Sequence[str] | None = None
+) -> None:
     """Writes the adapter `name` to a folder of its own; one that is there already is replaced.
 
     Of several processes, all call it, process 0 writes.
 
     Args:
-      also: patterns of paths (fnmatch) of parameters of the base that were trained with it, such as vision.*. None: of
-        a model with an image prefix, what makes the prefix, `image_projection.*` and `prefix_norm.*`; of others, none.
+      also: patterns of paths (fnmatch) of parameters of the base that were trained with it, such as
+        vision.*. None: of a model with an image prefix, what makes the prefix, `image_projection.*`
+        and `prefix_norm.*`; of others, none.
 
     Raises:
       ValueError: there is no such adapter, or a pattern fits no parameter of the base.
@@ -61,11 +73,17 @@ def save_adapter(folder: str | os.PathLike, model: MaMMUT, name: str, *, also: S
     base = [path for path in specs if not path.startswith("adapters.")]
     for pattern in also or ():
         if not fnmatch.filter(base, pattern):
-            raise ValueError(f"`also` has {pattern!r}, which fits no parameter of the base, such as {base[0]}")
+            raise ValueError(
+                f"`also` has {pattern!r}, which fits no parameter of the base, such as {base[0]}"
+            )
     if also is None:
         also = _PREFIX if model.config.conditioning == "prefix" else ()
     others = [path for path in base if any(fnmatch.fnmatchcase(path, pattern) for pattern in also)]
-    saved = {path: spec for path, spec in specs.items() if path.startswith(f"adapters.{name}.") or path in others}
+    saved = {
+        path: spec
+        for path, spec in specs.items()
+        if path.startswith(f"adapters.{name}.") or path in others
+    }
     if not distributed.first():
         for path in saved:
             read(path)
@@ -87,7 +105,8 @@ def save_adapter(folder: str | os.PathLike, model: MaMMUT, name: str, *, also: S
 def load_adapter(model: MaMMUT, folder: str | os.PathLike, name: str | None = None) -> MaMMUT:
     """The model with an adapter that `save_adapter` wrote, switched on beside those that were.
 
-    What the folder has of the base takes the place of the model's own. Numbers become of the model's storage types.
+    What the folder has of the base takes the place of the model's own. Numbers become of the
+    model's storage types.
 
     Args:
       name: what the adapter is called here; None: as it was saved.
@@ -99,22 +118,38 @@ def load_adapter(model: MaMMUT, folder: str | os.PathLike, name: str | None = No
     folder = pathlib.Path(folder)
     if problems := check_manifest(folder, folder / _MANIFEST):
         raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
-    if unlisted := sorted({_CONFIG, _WEIGHTS} - read_json_object(folder / _MANIFEST, MAX_HEADER).keys()):
+    if unlisted := sorted(
+        {_CONFIG, _WEIGHTS} - read_json_object(folder / _MANIFEST, MAX_HEADER).keys()
+    ):
         raise CheckpointError(f"{folder / _MANIFEST} does not list {', '.join(unlisted)}")
     configs, others = _read_about(folder / _CONFIG, model.config)
     saved_as, name = configs[0].name, name or configs[0].name
     configs = [dataclasses.replace(config, name=name) for config in configs]
     model = _extended(model, configs, nnx.eval_shape(lambda: _fresh(model, configs, nnx.Rngs(0))))
-    tensors, params = open_tensors(folder / _WEIGHTS), by_name(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    source = {path.replace(f"adapters.{saved_as}.", f"adapters.{name}.", 1): path for path in tensors.specs}
+    tensors, params = (
+        open_tensors(folder / _WEIGHTS),
+        by_name(nnx.to_pure_dict(nnx.state(model, nnx.Param))),
+    )
+    source = {
+        path.replace(f"adapters.{saved_as}.", f"adapters.{name}.", 1): path
+        for path in tensors.specs
+    }
     others = [path for path in others if path in params and not path.startswith("adapters.")]
-    wanted = {path: leaf for path, leaf in params.items() if path in others or path.startswith(f"adapters.{name}.")}
-    found = {path: _as_stored(tensors.specs[there], wanted.get(path)) for path, there in source.items()}
+    wanted = {
+        path: leaf
+        for path, leaf in params.items()
+        if path in others or path.startswith(f"adapters.{name}.")
+    }
+    found = {
+        path: _as_stored(tensors.specs[there], wanted.get(path)) for path, there in source.items()
+    }
     if problems := mismatches(found, wanted, "is no parameter of the adapter"):
         raise CheckpointError(f"{folder / _WEIGHTS} does not fit its config: {'; '.join(problems)}")
     for path, there in source.items():
         old = wanted[path]
-        new = jax.device_put(np.array(tensors.read(there), old.dtype), getattr(old, "sharding", None))
+        new = jax.device_put(
+            np.array(tensors.read(there), old.dtype), getattr(old, "sharding", None)
+        )
         functools.reduce(getattr, path.split("."), model).set_value(new)
     return model
 
@@ -140,7 +175,12 @@ def _read_about(path: pathlib.Path, config: ModelConfig) -> tuple[list[AdapterCo
             f"expected {_FORMAT!r} version {_VERSION}"
         )
     match about:
-        case {"adapters": [_, *_] as adapters, "also": list(others), "base_hash": str(found), "base": dict(base)}:
+        case {
+            "adapters": [_, *_] as adapters,
+            "also": list(others),
+            "base_hash": str(found),
+            "base": dict(base),
+        }:
             configs = [read_config(AdapterConfig, adapter, path) for adapter in adapters]
         case _:
             raise CheckpointError(f"{path} does not tell of adapters, also, base_hash and base")
@@ -149,11 +189,15 @@ def _read_about(path: pathlib.Path, config: ModelConfig) -> tuple[list[AdapterCo
     if found != base_hash(config):
         free = {f"{part}{name}" for part in ("", "vision.", "text.") for name in _FREE}
         changed = differences(base, json.loads(json.dumps(to_dict(config))), free)
-        raise ValueError(f"{path} is of another base: {'; '.join(changed) or 'its hash is not that of this model'}")
+        raise ValueError(
+            f"{path} is of another base: {'; '.join(changed) or 'its hash is not that of this model'}"
+        )
     return configs, others
 
 
 def _as_stored(found: TensorSpec, wanted: Any) -> TensorSpec:
     """The spec of a tensor in its file as it would be in the model: numbers may be stored as others."""
-    floats = wanted is not None and all(jnp.issubdtype(dtype, jnp.floating) for dtype in (found.dtype, wanted.dtype))
+    floats = wanted is not None and all(
+        jnp.issubdtype(dtype, jnp.floating) for dtype in (found.dtype, wanted.dtype)
+    )
     return TensorSpec(found.shape, np.dtype(wanted.dtype)) if floats else found

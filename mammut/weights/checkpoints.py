@@ -1,8 +1,9 @@
 """A run's folder: its config, and its checkpoints, each all that a step of the run changes.
 
-The checkpoints are Orbax steps, each atomic, with the position in the data in its metadata. Orbax restores a flipped
-bit silently, so each step has a manifest of checksums too; `restore` falls back to the newest step that passes.
-The frozen parameters are the same in all of them: they are written once, as safetensors with a manifest, to `frozen/`.
+The checkpoints are Orbax steps, each atomic, with the position in the data in its metadata. Orbax
+restores a flipped bit silently, so each step has a manifest of checksums too; `restore` falls back
+to the newest step that passes. The frozen parameters are the same in all of them: they are written
+once, as safetensors with a manifest, to `frozen/`.
 """
 
 import dataclasses
@@ -18,7 +19,12 @@ import numpy as np
 from mammut.core import distributed
 from mammut.core.files import check_manifest, make_manifest, replacing, write_json
 from mammut.core.params import by_name, path_name
-from mammut.weights.files.tensor_file import CheckpointError, TensorFile, open_tensors, write_safetensors
+from mammut.weights.files.tensor_file import (
+    CheckpointError,
+    TensorFile,
+    open_tensors,
+    write_safetensors,
+)
 from mammut.weights.opened import host_tensors, mismatches
 
 _log = logging.getLogger(__name__)
@@ -38,9 +44,10 @@ class Restored:
 class Checkpoints:
     """The checkpoints of a run, under `workdir/checkpoints`, the newest `keep` of them; None: all.
 
-    `save` returns once the arrays are copied from the devices; writing goes on behind. `cleanup` removes what
-    a killed run left half-written: for the run itself, not for those who read beside it. Of several processes, all save
-    and restore, each its part of the arrays; process 0 writes and checks the checksums.
+    `save` returns once the arrays are copied from the devices; writing goes on behind. `cleanup`
+    removes what a killed run left half-written: for the run itself, not for those who read beside
+    it. Of several processes, all save and restore, each its part of the arrays; process 0 writes
+    and checks the checksums.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int | None, *, cleanup: bool = False):
@@ -57,7 +64,9 @@ class Checkpoints:
             )
         except ValueError as error:  # Orbax reads a little of every step here
             manifests = sorted(self._manifests.glob("*.json"))
-            damaged = [path.stem for path in manifests if check_manifest(self._folder / path.stem, path)]
+            damaged = [
+                path.stem for path in manifests if check_manifest(self._folder / path.stem, path)
+            ]
             raise CheckpointError(
                 f"{self._folder} cannot be opened ({error}): remove its damaged steps, {', '.join(damaged)}"
             ) from error
@@ -69,7 +78,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        # What the others have to finish too may never end once this process has failed: the step is left half-written.
+        # What the others have to finish too may never end once this process has failed: the step is
+        # left half-written.
         if kind is None or jax.process_count() == 1:
             self.close()
 
@@ -81,8 +91,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, data: Any) -> None:
         """Saves a `TrainState` and `data` (JSON: the position in the data, that of process 0) as one step.
 
-        The first of a run writes what is frozen, too, before it returns. A second save of a step does nothing. An error
-        of an earlier background write is raised here.
+        The first of a run writes what is frozen, too, before it returns. A second save of a step
+        does nothing. An error of an earlier background write is raised here.
         """
         self.wait()
         for newer in self._left_behind:  # Orbax saves no step older than one that is there
@@ -90,12 +100,17 @@ class Checkpoints:
         self._left_behind = []
         if step in self.steps:
             return
-        # By the list of process 0: that of another may be of a moment ago, and all have to take part.
-        if state.frozen and distributed.from_first(f"frozen/{step}", lambda: b"" if self.steps else b"write"):
+        # By the list of process 0: that of another may be of a moment ago, and all have to take
+        # part.
+        if state.frozen and distributed.from_first(
+            f"frozen/{step}", lambda: b"" if self.steps else b"write"
+        ):
             self._save_frozen(state.frozen)
         self._manifests.mkdir(parents=True, exist_ok=True)
         saved = {"state": _changing(state)}
-        response = self._checkpointer.save_checkpointables_async(step, saved, custom_metadata={"data": data})
+        response = self._checkpointer.save_checkpointables_async(
+            step, saved, custom_metadata={"data": data}
+        )
         self._writing = threading.Thread(target=self._finish, args=(step, response), daemon=True)
         self._writing.start()
 
@@ -153,7 +168,10 @@ class Checkpoints:
         """
         # One process reads it all for its checksums, and all restore the same.
         step = int(distributed.from_first("restored", lambda: str(self._newest_good()).encode()))
-        saved, changing = self._checkpointer.checkpointables_metadata(step), _changing(abstract_state)
+        saved, changing = (
+            self._checkpointer.checkpointables_metadata(step),
+            _changing(abstract_state),
+        )
         if problems := _mismatches(saved.metadata["state"], changing):
             raise CheckpointError(
                 f"{self._folder / str(step)} does not fit this run's model and optimizer: {'; '.join(problems)}"
@@ -161,18 +179,27 @@ class Checkpoints:
         frozen = self._restore_frozen(abstract_state.frozen) if abstract_state.frozen else {}
         loaded = self._checkpointer.load_checkpointables(step, {"state": changing})
         self._left_behind = [newer for newer in self.steps if newer > step]
-        return Restored(step, abstract_state.replace(**loaded["state"], frozen=frozen), saved.custom_metadata["data"])
+        return Restored(
+            step,
+            abstract_state.replace(**loaded["state"], frozen=frozen),
+            saved.custom_metadata["data"],
+        )
 
     def _restore_frozen(self, abstract: Any) -> Any:
         # One process reads it all for its checksums, and all restore the same.
         file = self._open_frozen(distributed.from_first("frozen", self._frozen_problems))
         if problems := mismatches(file.specs, by_name(abstract), "is left over"):
-            raise CheckpointError(f"{file.path} does not fit this run's model: {'; '.join(problems)}")
+            raise CheckpointError(
+                f"{file.path} does not fit this run's model: {'; '.join(problems)}"
+            )
 
         def put(path, leaf):
             array = file.read(path_name(path))
-            # A copy of what is mapped: an array on the CPU may share its memory, and a step gives it away.
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.array(array[index]))
+            # A copy of what is mapped: an array on the CPU may share its memory, and a step gives
+            # it away.
+            return jax.make_array_from_callback(
+                leaf.shape, leaf.sharding, lambda index: np.array(array[index])
+            )
 
         return jax.tree_util.tree_map_with_path(put, abstract)
 
@@ -201,10 +228,13 @@ class Checkpoints:
         unchecked = []
         for step in reversed(steps):
             manifest = self._manifests / f"{step}.json"
-            if not manifest.exists():  # killed after the step was complete and before its checksums were
+            # killed after the step was complete and before its checksums were
+            if not manifest.exists():
                 unchecked.append(step)
             elif problems := check_manifest(self._folder / str(step), manifest):
-                _log.warning("checkpoint %d is damaged (%s): trying the one before", step, problems[0])
+                _log.warning(
+                    "checkpoint %d is damaged (%s): trying the one before", step, problems[0]
+                )
             else:
                 return step
         if unchecked:
@@ -216,7 +246,11 @@ class Checkpoints:
 
 def _changing(state: Any) -> dict[str, Any]:
     """The fields of a train state that a step changes."""
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "frozen"}
+    return {
+        field.name: getattr(state, field.name)
+        for field in dataclasses.fields(state)
+        if field.name != "frozen"
+    }
 
 
 def _mismatches(saved: Any, expected: Any) -> list[str]:
@@ -225,7 +259,9 @@ def _mismatches(saved: Any, expected: Any) -> list[str]:
     def flat(tree):
         names = jax.tree_util.tree_leaves_with_path(tree)
         return {
-            ".".join(str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", e)))) for e in path): leaf
+            ".".join(
+                str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", e)))) for e in path
+            ): leaf
             for path, leaf in names
         }
 

@@ -15,12 +15,18 @@ _MARK = "library_name: mammut"
 def write_card(folder: pathlib.Path, config: ModelConfig, processor: Processor) -> None:
     """Writes `README.md` into a model folder; a README.md that somebody else wrote is left alone.
 
-    The numbers are those of the run in the same folder: its `run.json` and the score files under `eval/`.
+    The numbers are those of the run in the same folder: its `run.json` and the score files under
+    `eval/`.
     """
     path = folder / "README.md"
     if path.exists() and _MARK not in path.read_text("utf-8", errors="replace"):
         return
-    vision, text, counts, name = config.vision, config.text, num_params(config), folder.resolve().name
+    vision, text, counts, name = (
+        config.vision,
+        config.text,
+        num_params(config),
+        folder.resolve().name,
+    )
     retrieves, captions = text.pooling != "none", text.depth > 0
     if retrieves and captions:
         kind = "A vision-language model of the MaMMUT family (arXiv 2303.16839): one image encoder, one text decoder."
@@ -75,7 +81,11 @@ def _training(path: pathlib.Path) -> list[str]:
             f"task {config['task']} |",
             *(
                 f"| {what} started from | {config[name]} |"
-                for name, what in (("init", "model"), ("init_vision", "image encoder"), ("init_text", "text decoder"))
+                for name, what in (
+                    ("init", "model"),
+                    ("init_vision", "image encoder"),
+                    ("init_text", "text decoder"),
+                )
                 if config.get(name)
             ),
             f"| optimizer | {optimizer['name']}, peak rate {optimizer['learning_rate']:g}, "
@@ -93,7 +103,9 @@ def _scores(folder: pathlib.Path) -> list[str]:
         metrics = scores.get("metrics")
         for name, value in metrics.items() if isinstance(metrics, dict) else ():
             if isinstance(value, int | float):
-                rows.append(f"| {scores.get('task')} | {scores.get('data')} | {name} | {value:.4g} |")
+                rows.append(
+                    f"| {scores.get('task')} | {scores.get('data')} | {name} | {value:.4g} |"
+                )
     head = ["| task | data | metric | value |", "|---|---|---|---|"]
     return [*head, *rows] if rows else ["No evaluation is recorded in this folder."]
 

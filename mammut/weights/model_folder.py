@@ -8,8 +8,9 @@ A model folder (docs/model_folder.md) is what `save` writes:
     manifest.json       size and SHA-256 of every file above, checked by `load`
     README.md           the model card
 
-`load` reads such a folder, a run, and the formats of `mammut.interop`. Nothing but headers is read until all fits; then
-parameter after parameter goes to its place on the mesh, so that no second copy of the model is ever held.
+`load` reads such a folder, a run, and the formats of `mammut.interop`. Nothing but headers is read
+until all fits; then parameter after parameter goes to its place on the mesh, so that no second copy
+of the model is ever held.
 """
 
 import os
@@ -34,7 +35,12 @@ from mammut.data.tokenizer import MissingTokenizer, Tokenizer
 from mammut.models.decoder import TextDecoder
 from mammut.models.mammut import MaMMUT, ModelConfig, logical_axes
 from mammut.weights.checkpoints import Checkpoints
-from mammut.weights.files.tensor_file import CheckpointError, TensorSpec, open_tensors, write_sharded
+from mammut.weights.files.tensor_file import (
+    CheckpointError,
+    TensorSpec,
+    open_tensors,
+    write_sharded,
+)
 from mammut.weights.formats import big_vision, huggingface, open_clip, resnets
 from mammut.weights.formats.open_clip_export import CONFIG_FILE
 from mammut.weights.model_card import write_card
@@ -65,11 +71,12 @@ def save(
 ) -> None:
     """Writes a model folder; weights of more than `max_shard_bytes` become several files.
 
-    Of several processes, all call it, process 0 writes: parameters split over them are brought together one by one.
+    Of several processes, all call it, process 0 writes: parameters split over them are brought
+    together one by one.
 
     Raises:
-      ValueError: the folder holds a model already and `overwrite` is False, or one of open_clip; or the processor is of
-        another model.
+      ValueError: the folder holds a model already and `overwrite` is False, or one of open_clip; or
+        the processor is of another model.
     """
     opened = OpenedModel(model.config, _tensors_of(model), processor, "the model")
     if not distributed.first():
@@ -89,8 +96,8 @@ def save_opened(
 ) -> tuple[str, ...]:
     """`save` of a model that is still in its files: one tensor of it is held at a time.
 
-    A folder that holds a model keeps it until all of the new one is written. `progress` is called with the bytes of
-    each tensor written.
+    A folder that holds a model keeps it until all of the new one is written. `progress` is called
+    with the bytes of each tensor written.
 
     Returns:
       What the folder is without, in sentences.
@@ -99,16 +106,29 @@ def save_opened(
       ValueError: as for `save`; or `opened` is a part of a model, or read from `folder` itself.
     """
     folder = pathlib.Path(folder)
-    files = ["config.json", "processor.json", *opened.processor.tokenizer.files] if opened.processor else []
+    files = (
+        ["config.json", "processor.json", *opened.processor.tokenizer.files]
+        if opened.processor
+        else []
+    )
     weights = sorted(path.name for path in folder.glob("*") if _WEIGHT_FILES.fullmatch(path.name))
     require_target(folder, opened, [*files, "manifest.json", *weights], [CONFIG_FILE], overwrite)
     specs, read = opened.tensors.specs, opened.tensors.read
     with replacing(folder, "manifest.json", stale=weights) as new:
         opened.processor.save(new)
         files += write_sharded(
-            new, _WEIGHTS, specs, read, max_bytes=max_shard_bytes, metadata={"format": "mammut"}, progress=progress
+            new,
+            _WEIGHTS,
+            specs,
+            read,
+            max_bytes=max_shard_bytes,
+            metadata={"format": "mammut"},
+            progress=progress,
         )
-        write_json(new / "config.json", {"format": "mammut", "version": _VERSION, "model": to_dict(opened.config)})
+        write_json(
+            new / "config.json",
+            {"format": "mammut", "version": _VERSION, "model": to_dict(opened.config)},
+        )
         write_json(new / "manifest.json", make_manifest(new, [new / name for name in files]))
     write_card(folder, opened.config, opened.processor)
     tokenizer = opened.processor.tokenizer
@@ -121,25 +141,30 @@ def load(
     """The model and its processor.
 
     Args:
-      path: a model folder of ours; a run, for its newest good checkpoint; a folder or file of open_clip's MaMMUT and
-        CoCa or of LAION's openMaMMUT; a SigLIP or CapPa `.npz` of big_vision; a checkpoint of MAGMA's
-        code. `mammut.interop` says which. Parts of a model are refused: `load_language_model` reads the language models
-        of Hugging Face.
+      path: a model folder of ours; a run, for its newest good checkpoint; a folder or file of
+        open_clip's MaMMUT and CoCa or of LAION's openMaMMUT; a SigLIP or CapPa `.npz` of
+        big_vision; a checkpoint of MAGMA's code. `mammut.interop` says which. Parts of a model are
+        refused: `load_language_model` reads the language models of Hugging Face.
       mesh: where the parameters go, split by `mammut.core.sharding.RULES`. None: one device.
-      image_size: pixels; the position table is resampled to it, as the model's makers do. None: as it was trained.
+      image_size: pixels; the position table is resampled to it, as the model's makers do. None: as
+        it was trained.
 
     Raises:
-      CheckpointError: none of these is there, a file is damaged or missing, or the weights do not fit the config. Every
-        mismatch is named.
+      CheckpointError: none of these is there, a file is damaged or missing, or the weights do not
+        fit the config. Every mismatch is named.
       ValueError: `image_size` is no positive multiple of the patch size.
     """
     if image_size is not None and (type(image_size) is not int or image_size < 1):
-        raise ValueError(f"image_size is {image_size!r}, expected a positive whole number of pixels")
+        raise ValueError(
+            f"image_size is {image_size!r}, expected a positive whole number of pixels"
+        )
     opened = open_model(path, image_size=image_size)
     if opened.processor is None or set(opened.parts) != {"vision", "text", "rest"}:
         use = {
             ("vision",): "a run can start from it with --init-vision",
-            ("text",): "mammut.load_language_model reads it, and a run can start from it with --init-text",
+            (
+                "text",
+            ): "mammut.load_language_model reads it, and a run can start from it with --init-text",
         }
         raise CheckpointError(
             f"{opened.where} holds {' and '.join(opened.parts)} alone, expected a whole model: "
@@ -150,7 +175,9 @@ def load(
     return place(opened, mesh), opened.processor
 
 
-def load_language_model(path: str | os.PathLike, *, mesh: Mesh | None = None) -> tuple[TextDecoder, Tokenizer]:
+def load_language_model(
+    path: str | os.PathLike, *, mesh: Mesh | None = None
+) -> tuple[TextDecoder, Tokenizer]:
     """A text decoder and its tokenizer: a GPT-2, GPT-Neo, GPT-J or GPT-NeoX (Pythia) folder of Hugging Face.
 
     Of a whole model, such as `load` reads, it is that model's decoder.
@@ -164,16 +191,21 @@ def load_language_model(path: str | os.PathLike, *, mesh: Mesh | None = None) ->
     """
     opened = open_model(path)
     if "text" not in opened.parts:
-        raise CheckpointError(f"{opened.where} holds {' and '.join(opened.parts)} alone, expected a text decoder")
+        raise CheckpointError(
+            f"{opened.where} holds {' and '.join(opened.parts)} alone, expected a text decoder"
+        )
     if opened.processor is None:
-        raise CheckpointError(f"{opened.where} says nothing of a tokenizer, expected one with the text decoder")
+        raise CheckpointError(
+            f"{opened.where} says nothing of a tokenizer, expected one with the text decoder"
+        )
     return place(opened, mesh, part="text"), opened.processor.tokenizer
 
 
 def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> OpenedModel:
     """What `load` loads, with nothing but headers read.
 
-    `image_size` is that of a model of big_vision whose positions are computed, which its file does not tell.
+    `image_size` is that of a model of big_vision whose positions are computed, which its file does
+    not tell.
 
     Raises:
       CheckpointError: as for `load`.
@@ -190,23 +222,36 @@ def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> Ope
     if huggingface.is_huggingface(path):
         return huggingface.open_model(path)
     if not os.path.exists(path):
-        raise CheckpointError(f"there is no {path}: expected a folder or a file on this machine, nothing is downloaded")
-    weights = sorted(item.name for item in path.glob("*.*") if open_clip.is_open_clip(item)) if path.is_dir() else []
+        raise CheckpointError(
+            f"there is no {path}: expected a folder or a file on this machine, nothing is downloaded"
+        )
+    weights = (
+        sorted(item.name for item in path.glob("*.*") if open_clip.is_open_clip(item))
+        if path.is_dir()
+        else []
+    )
     if weights:
-        raise CheckpointError(f"{path} holds {weights[0]} and no {CONFIG_FILE}, which says what model it is of")
+        raise CheckpointError(
+            f"{path} holds {weights[0]} and no {CONFIG_FILE}, which says what model it is of"
+        )
     raise CheckpointError(
         f"{path} is no model folder (no manifest.json), no run (no checkpoints), no folder with an "
         "open_clip_config.json or a config.json of a known model_type, and no .npz, .pt or .safetensors file"
     )
 
 
-def place(opened: OpenedModel, mesh: Mesh | None = None, part: str | None = None) -> MaMMUT | TextDecoder:
+def place(
+    opened: OpenedModel, mesh: Mesh | None = None, part: str | None = None
+) -> MaMMUT | TextDecoder:
     """The model, or the `part` of it with that name, with its parameters on `mesh`, or on the default device.
 
     Raises:
-      ValueError: the mesh has other axes than those of `mammut.core.sharding.make_mesh`, or other than automatic ones.
+      ValueError: the mesh has other axes than those of `mammut.core.sharding.make_mesh`, or other
+        than automatic ones.
     """
-    if mesh is not None and (set(mesh.axis_names) - set(MESH_AXES) or set(mesh.axis_types) != {AxisType.Auto}):
+    if mesh is not None and (
+        set(mesh.axis_names) - set(MESH_AXES) or set(mesh.axis_types) != {AxisType.Auto}
+    ):
         raise ValueError(
             f"the mesh has the axes {mesh.axis_names} of {', '.join(map(str, mesh.axis_types))}, expected automatic "
             f"axes among {MESH_AXES}: mammut.core.sharding.make_mesh makes one"
@@ -236,7 +281,9 @@ def read_model_config(path: str | os.PathLike) -> ModelConfig:
       CheckpointError: the path is none of these.
     """
     path = pathlib.Path(path)
-    if os.path.exists(path / "config.json") and not (huggingface.is_huggingface(path) or resnets.is_timm(path)):
+    if os.path.exists(path / "config.json") and not (
+        huggingface.is_huggingface(path) or resnets.is_timm(path)
+    ):
         return _model_config(path / "config.json")
     if os.path.exists(path / "run.json"):
         return _run_model_config(path)
@@ -265,7 +312,9 @@ def _open_run(folder: pathlib.Path) -> OpenedModel:
         arrays = checkpoints.restore_params()
     specs = {name: TensorSpec(array.shape, array.dtype) for name, array in arrays.items()}
     _require_fit(config, specs, str(folder / "checkpoints"))
-    return OpenedModel(config, LazyTensors(specs, arrays.__getitem__), _processor(folder), str(folder))
+    return OpenedModel(
+        config, LazyTensors(specs, arrays.__getitem__), _processor(folder), str(folder)
+    )
 
 
 def _require_fit(config: ModelConfig, specs: Any, where: str) -> None:
@@ -289,7 +338,9 @@ def _run_model_config(folder: pathlib.Path) -> ModelConfig:
     path = folder / "run.json"
     config = read_json_object(path).get("config")
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a run's config, expected the key config with an object")
+        raise CheckpointError(
+            f"{path} is not a run's config, expected the key config with an object"
+        )
     return read_config(ModelConfig, config.get("model"), path)
 
 

@@ -39,7 +39,8 @@ class OpenedModel:
     """A model whose files were opened and checked, and whose parameters are read when they are asked for.
 
     Raises:
-      CheckpointError: the processor makes other images or texts than the config's model takes; all of it is named.
+      CheckpointError: the processor makes other images or texts than the config's model takes; all
+        of it is named.
     """
 
     config: ModelConfig
@@ -48,8 +49,10 @@ class OpenedModel:
     where: str  # the file or folder, for errors
     # What is there: of a lone image encoder, "vision" alone, and `config` means nothing beyond it.
     parts: tuple[str, ...] = ("vision", "text", "rest")
-    positions: Literal["bicubic", "bilinear"] = "bicubic"  # how its makers resample the position grid
-    notes: tuple[str, ...] = ()  # what of its files has no place in our model, and what of ours they do not have; why
+    # how its makers resample the position grid
+    positions: Literal["bicubic", "bilinear"] = "bicubic"
+    # what of its files has no place in our model, and what of ours they do not have; why
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.processor is None:
@@ -60,16 +63,24 @@ class OpenedModel:
             found = f"the tokenizer has {self.processor.vocab_size} ids"
             problems.append(f"{found}, too many for a vocab_size of {text.vocab_size}")
         if image.image_size != vision.image_size:
-            problems.append(f"images of {image.image_size} pixels, expected an image_size of {vision.image_size}")
+            problems.append(
+                f"images of {image.image_size} pixels, expected an image_size of {vision.image_size}"
+            )
         found, room = self.processor.max_length, self.config.text_length
         if found > room or (found < room and text.whole_length):
             problems.append(f"texts of {found} tokens, expected a max_length of {room}")
         if problems:
-            raise CheckpointError(f"the processor of {self.where} is of another model: {'; '.join(problems)}")
+            raise CheckpointError(
+                f"the processor of {self.where} is of another model: {'; '.join(problems)}"
+            )
 
 
 def require_target(
-    folder: pathlib.Path, opened: OpenedModel, files: Collection[str], foreign: Collection[str], overwrite: bool
+    folder: pathlib.Path,
+    opened: OpenedModel,
+    files: Collection[str],
+    foreign: Collection[str],
+    overwrite: bool,
 ) -> None:
     """Whether a model may be written to `folder`, asked before anything is touched.
 
@@ -78,18 +89,28 @@ def require_target(
       foreign: files of folders of another kind, which are not overwritten even when asked.
 
     Raises:
-      ValueError: `opened` is a part of a model, is read from `folder` itself, or there is something in the way.
+      ValueError: `opened` is a part of a model, is read from `folder` itself, or there is something
+        in the way.
     """
     if opened.processor is None or set(opened.parts) != {"vision", "text", "rest"}:
-        raise ValueError(f"{opened.where} is {' and '.join(opened.parts)} without a processor, expected a whole model")
+        raise ValueError(
+            f"{opened.where} is {' and '.join(opened.parts)} without a processor, expected a whole model"
+        )
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f"{folder} is a file, expected a folder to write to")
     if there := [name for name in foreign if os.path.exists(folder / name)]:
-        raise ValueError(f"{folder} holds {there[0]} of a folder of another kind: give a new folder")
+        raise ValueError(
+            f"{folder} holds {there[0]} of a folder of another kind: give a new folder"
+        )
     if (there := [name for name in files if os.path.exists(folder / name)]) and not overwrite:
         raise ValueError(f"{folder} holds {there[0]} already: give a new folder, or overwrite=True")
     home = opened.where if os.path.isdir(opened.where) else os.path.dirname(opened.where) or "."
-    if overwrite and os.path.exists(opened.where) and folder.is_dir() and os.path.samefile(home, folder):
+    if (
+        overwrite
+        and os.path.exists(opened.where)
+        and folder.is_dir()
+        and os.path.samefile(home, folder)
+    ):
         raise ValueError(f"{folder} is where {opened.where} is read from: give a new folder")
 
 
@@ -98,7 +119,8 @@ def model_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     state = nnx.state(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))), nnx.Param)
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
     return {
-        ".".join(entry.key for entry in path): TensorSpec(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves
+        ".".join(entry.key for entry in path): TensorSpec(leaf.shape, np.dtype(leaf.dtype))
+        for path, leaf in leaves
     }
 
 
@@ -125,17 +147,22 @@ def read_config(cls: type, values: Any, path: pathlib.Path) -> Any:
         raise CheckpointError(f"{path} does not hold a {cls.__name__}: {error}") from error
 
 
-def host_tensors(arrays: Mapping[str, Any]) -> tuple[dict[str, TensorSpec], Callable[[str], np.ndarray]]:
+def host_tensors(
+    arrays: Mapping[str, Any],
+) -> tuple[dict[str, TensorSpec], Callable[[str], np.ndarray]]:
     """The specs of arrays by name, and what brings one to the host, to be written with `tensor_files`.
 
-    Of several processes, all bring all of them, in the order of the specs, which is that in which they are written.
+    Of several processes, all bring all of them, in the order of the specs, which is that in which
+    they are written.
     """
     specs = {name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}
     specs = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
 
     def read(name: str) -> np.ndarray:
         array = arrays[name]
-        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        if isinstance(array, jax.Array) and not (
+            array.is_fully_addressable or array.is_fully_replicated
+        ):
             return multihost_utils.process_allgather(array, tiled=True)
         return np.asarray(array)
 
@@ -149,5 +176,7 @@ def mismatches(found: Mapping[str, Any], expected: Mapping[str, Any], left_over:
     for name in sorted(found.keys() & expected.keys()):
         got, want = found[name], expected[name]
         if tuple(got.shape) != tuple(want.shape) or got.dtype != want.dtype:
-            problems.append(f"{name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}")
+            problems.append(
+                f"{name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}"
+            )
     return problems

@@ -17,13 +17,15 @@ Tower = VisionConfig | ResNetConfig
 
 
 def resample_positions(
-    table: Float[np.ndarray, "down across D"], grid: tuple[int, int], method: Literal["bicubic", "bilinear"]
+    table: Float[np.ndarray, "down across D"],
+    grid: tuple[int, int],
+    method: Literal["bicubic", "bilinear"],
 ) -> Float[np.ndarray, "down2 across2 D"]:
     """A table of positions for another grid, float[*grid, D].
 
-    "bicubic" is open_clip's resize (torch's interpolate with antialias=True, align_corners=False: a = -0.5, half-pixel
-    centres, the filter widened where the grid shrinks); "bilinear" is big_vision's resample_posemb (scipy's zoom with
-    order=1: the corners stay corners).
+    "bicubic" is open_clip's resize (torch's interpolate with antialias=True, align_corners=False: a
+    = -0.5, half-pixel centres, the filter widened where the grid shrinks); "bilinear" is
+    big_vision's resample_posemb (scipy's zoom with order=1: the corners stay corners).
     """
     weights = {"bicubic": _bicubic, "bilinear": _bilinear_corners}[method]
     return _along_both(weights, table, grid)
@@ -34,8 +36,9 @@ def resample_patches(
 ) -> Float[np.ndarray, "new_patch D"]:
     """A patch kernel float[old * old * 3, D] for patches of `new` pixels a side.
 
-    By the pseudo-inverse of bilinear resizing (FlexiViT, arXiv 2212.08013, section 3.4): an enlarged image has the
-    tokens of the original, exactly; a reduced one those nearest to them, on the mean over images of white noise.
+    By the pseudo-inverse of bilinear resizing (FlexiViT, arXiv 2212.08013, section 3.4): an
+    enlarged image has the tokens of the original, exactly; a reduced one those nearest to them, on
+    the mean over images of white noise.
     """
 
     def inverse(old: int, new: int) -> np.ndarray:
@@ -92,10 +95,14 @@ def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
     def read_resampled(path: str) -> np.ndarray:
         return resampled[1](read(path)) if resampled and path == "vision.pos_embed" else read(path)
 
-    config, processor = dataclasses.replace(opened.config, vision=vision), copy.copy(opened.processor)
+    config, processor = (
+        dataclasses.replace(opened.config, vision=vision),
+        copy.copy(opened.processor),
+    )
     if processor is not None:
         processor.image = dataclasses.replace(processor.image, image_size=image_size)
-        processor.max_length = min(processor.max_length, config.text_length)  # a longer prefix leaves less room
+        # a longer prefix leaves less room
+        processor.max_length = min(processor.max_length, config.text_length)
     return dataclasses.replace(
         opened, config=config, tensors=LazyTensors(specs, read_resampled), processor=processor
     )
@@ -110,8 +117,12 @@ def _resampling(
         return None
     if path == "vision.pos_embed" and old.grid != vision.grid:
         grids = " -> ".join(f"{down} x {across}" for down, across in (old.grid, vision.grid))
-        return f"{grids}, {opened.positions}", lambda x: resample_positions(x, vision.grid, opened.positions)
+        return f"{grids}, {opened.positions}", lambda x: resample_positions(
+            x, vision.grid, opened.positions
+        )
     if path == "vision.patch_embed.kernel" and old.patch_size != vision.patch_size:
         sizes = old.patch_size, vision.patch_size
-        return "patch {} -> {}, pseudo-inverse".format(*sizes), lambda x: resample_patches(x, *sizes)
+        return "patch {} -> {}, pseudo-inverse".format(*sizes), lambda x: resample_patches(
+            x, *sizes
+        )
     return None

@@ -1,9 +1,10 @@
 """A format as a table: which of its tensors are which of our parameters, and how each is laid out.
 
-A table is a list of `Entry`, made for one config, so that it names every key there is. Read one way it is a loader, the
-other way an exporter; neither touches a number before the whole table has been checked, and both work tensor by tensor:
-what comes out is `Tensors`, which read when they are asked. Every mismatch is reported at once. A key that is left over
-on either side is an error unless the table lists it with a reason.
+A table is a list of `Entry`, made for one config, so that it names every key there is. Read one way
+it is a loader, the other way an exporter; neither touches a number before the whole table has been
+checked, and both work tensor by tensor: what comes out is `Tensors`, which read when they are
+asked. Every mismatch is reported at once. A key that is left over on either side is an error unless
+the table lists it with a reason.
 """
 
 import collections
@@ -173,8 +174,8 @@ class Entry:
 class Table:
     """A format for one config.
 
-    `unused` are keys of theirs that have no place in our model, `constant` our parameters that they have not, with the
-    value each takes; every one of both has its reason.
+    `unused` are keys of theirs that have no place in our model, `constant` our parameters that they
+    have not, with the value each takes; every one of both has its reason.
     """
 
     entries: Sequence[Entry]
@@ -184,11 +185,12 @@ class Table:
     def to_ours(self, theirs: Tensors, ours: Mapping[str, TensorSpec], where: str) -> LazyTensors:
         """Our parameters, of the specs `ours`, read from `theirs`; `where` names the file in errors.
 
-        Floats of any size are taken and come out as `ours` has them; to read one that is too large for that raises
-        CheckpointError.
+        Floats of any size are taken and come out as `ours` has them; to read one that is too large
+        for that raises CheckpointError.
 
         Raises:
-          CheckpointError: a key is missing, left over, of another shape or not of floats; all of them are named.
+          CheckpointError: a key is missing, left over, of another shape or not of floats; all of
+            them are named.
         """
         problems = self._uncovered(ours)
         expected = self._their_shapes(ours)
@@ -213,7 +215,9 @@ class Table:
                 return np.full(spec.shape, self.constant[path][0], spec.dtype)
             out = np.empty(spec.shape, spec.dtype)
             for entry, place in places[path]:
-                value = entry.layout.load(theirs.read(entry.theirs), self._our_shapes(entry, ours), place)
+                value = entry.layout.load(
+                    theirs.read(entry.theirs), self._our_shapes(entry, ours), place
+                )
                 value = rounded(value, spec.dtype, f"{where}: {entry.theirs}")
                 out[... if entry.layer is None else entry.layer] = value
             return out
@@ -242,11 +246,16 @@ class Table:
             for path in entry.ours:
                 if path not in held:
                     held[path] = ours.read(path)
-            arrays = [held[path] if entry.layer is None else held[path][entry.layer] for path in entry.ours]
+            arrays = [
+                held[path] if entry.layer is None else held[path][entry.layer]
+                for path in entry.ours
+            ]
             return entry.layout.save(arrays)
 
         in_order = sorted(entries, key=lambda key: entries[key].ours)
-        specs = {key: TensorSpec(shapes[key], ours.specs[entries[key].ours[0]].dtype) for key in in_order}
+        specs = {
+            key: TensorSpec(shapes[key], ours.specs[entries[key].ours[0]].dtype) for key in in_order
+        }
         return LazyTensors(specs, read)
 
     def _our_shapes(self, entry: Entry, ours: Mapping[str, TensorSpec]) -> list[Shape]:
@@ -255,7 +264,10 @@ class Table:
 
     def _their_shapes(self, ours: Mapping[str, TensorSpec]) -> dict[str, Shape]:
         known = [entry for entry in self.entries if all(path in ours for path in entry.ours)]
-        return {entry.theirs: tuple(entry.layout.shape(self._our_shapes(entry, ours))) for entry in known}
+        return {
+            entry.theirs: tuple(entry.layout.shape(self._our_shapes(entry, ours)))
+            for entry in known
+        }
 
     def _uncovered(self, ours: Mapping[str, TensorSpec]) -> list[str]:
         """Where the table and our parameters do not meet one to one."""
@@ -267,7 +279,9 @@ class Table:
         for path, spec in ours.items():
             layers = covered.get(path, set())
             if layers != {None} and layers != set(range(spec.shape[0] if spec.shape else 0)):
-                problems.append(f"there is nothing for {'a layer of ' if layers else ''}the parameter {path}")
+                problems.append(
+                    f"there is nothing for {'a layer of ' if layers else ''}the parameter {path}"
+                )
         return problems
 
 
@@ -277,7 +291,11 @@ def unused_notes(unused: Mapping[str, str]) -> Iterator[str]:
     for key, why in unused.items():
         groups[why].append(key)
     for why, keys in groups.items():
-        named = f"{', '.join(keys)} is" if len(keys) < 4 else f"{len(keys)} arrays, {keys[0]} to {keys[-1]}, are"
+        named = (
+            f"{', '.join(keys)} is"
+            if len(keys) < 4
+            else f"{len(keys)} arrays, {keys[0]} to {keys[-1]}, are"
+        )
         yield f"{named} not used: {why}"
 
 

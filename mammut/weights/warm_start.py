@@ -1,7 +1,8 @@
 """Starting a model from others: which parameters come from where, and what happens where sizes differ.
 
-A run starts from a whole model (`TrainConfig.init`), from an image encoder (`init_vision`), a text decoder
-(`init_text`), or from a whole model one or both of whose towers another replaces. The rules:
+A run starts from a whole model (`TrainConfig.init`), from an image encoder (`init_vision`), a text
+decoder (`init_text`), or from a whole model one or both of whose towers another replaces. The
+rules:
 
   image size        the position grid is resampled as the model's makers do it; a class token keeps its position. A
                     ResNet needs nothing
@@ -37,7 +38,9 @@ What = Literal["loaded", "resampled", "cut", "in part", "random", "left out"]
 # Of an image encoder: how a model uses it, not what it is.
 _USE = ("pooling", "pool_queries", "pool_heads", "norm_after_pooling")
 # What may differ from the models to start from: how it is computed, and what has a rule.
-_COMPUTED = {f"model.{name}" for name in RUN_FIELDS} | {f"model.vision.{name}" for name in RUN_VISION_FIELDS}
+_COMPUTED = {f"model.{name}" for name in RUN_FIELDS} | {
+    f"model.vision.{name}" for name in RUN_VISION_FIELDS
+}
 _COMPUTED |= {"model.text.param_dtype"}
 _COMPUTED |= {"model.logit_scale_init", "model.logit_bias_init"}  # of what is not random
 SIZES = {"model.vision.image_size", "model.vision.patch_size", "model.text.max_length"}
@@ -85,17 +88,19 @@ class WarmStart:
             key = ".".join(row.path.split(".")[:2]), row.what, row.source, row.why
             groups[key] = groups.get(key, 0) + row.count
         for (name, *fate), count in groups.items():
-            lines.append(f"{name:<34}{count:>14,}  {fate[0]:<10}" + ", ".join(filter(None, fate[1:])))
+            lines.append(
+                f"{name:<34}{count:>14,}  {fate[0]:<10}" + ", ".join(filter(None, fate[1:]))
+            )
         return "\n".join([*(line.rstrip() for line in lines), *self.notes])
 
 
 def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> ModelConfig:
     """`config` with the architecture of what it starts from.
 
-    `init` brings all of it, but for adapters where it has none, for what `config` sets of how it is computed
-    (`config.RUN_FIELDS`), other than its default, and for how images are trained on; `init_vision` the image encoder
-    but for how it is pooled; `init_text` the text decoder but for its storage, and where that has no cross-attention,
-    an image prefix.
+    `init` brings all of it, but for adapters where it has none, for what `config` sets of how it is
+    computed (`config.RUN_FIELDS`), other than its default, and for how images are trained on;
+    `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder but for
+    its storage, and where that has no cross-attention, an image prefix.
 
     Raises:
       ValueError: a start holds no such part, or the parts do not go together.
@@ -112,11 +117,15 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
         config = starts["init"].config
         # How a model is computed is the run's business, as far as the run says anything of it.
         computed = {name: getattr(asked, name) for name in RUN_FIELDS}
-        computed = {name: value for name, value in computed.items() if value != getattr(ModelConfig(), name)}
+        computed = {
+            name: value for name, value in computed.items() if value != getattr(ModelConfig(), name)
+        }
         run = _fields(vision, RUN_VISION_FIELDS, config.vision)
         if "cropped_pos_embed" in run:
             run["cropped_pos_embed"] |= config.vision.cropped_pos_embed
-        text = dataclasses.replace(config.text, param_dtype=text.param_dtype or config.text.param_dtype)
+        text = dataclasses.replace(
+            config.text, param_dtype=text.param_dtype or config.text.param_dtype
+        )
         vision = dataclasses.replace(config.vision, **run)
         # Adapters of the run go on a model that has none.
         config = dataclasses.replace(config, **computed, adapters=config.adapters or asked.adapters)
@@ -133,7 +142,9 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
 
 def _fields(vision: Tower, names: tuple[str, ...], other: Tower) -> dict[str, Any]:
     """Those of `vision` among `names` that an encoder of the kind of `other` has, too."""
-    known = {field.name for field in dataclasses.fields(vision)} & {field.name for field in dataclasses.fields(other)}
+    known = {field.name for field in dataclasses.fields(vision)} & {
+        field.name for field in dataclasses.fields(other)
+    }
     return {name: getattr(vision, name) for name in names if name in known}
 
 
@@ -152,8 +163,12 @@ def warm_start(
     """
     names = {name: f"{name} {opened.where}" for name, opened in starts.items()}
     free = _COMPUTED | SIZES | (VOCABULARY if new_vocabulary else set())
-    if changed := differences(to_dict(start_config(config, starts)), to_dict(config), free, "model."):
-        raise ValueError(f"the model to start from, {', '.join(names.values())}, is another one: {'; '.join(changed)}")
+    if changed := differences(
+        to_dict(start_config(config, starts)), to_dict(config), free, "model."
+    ):
+        raise ValueError(
+            f"the model to start from, {', '.join(names.values())}, is another one: {'; '.join(changed)}"
+        )
     rows, reads, problems = [], {}, []
     taken = {name: set() for name in starts}
     for path, spec in model_specs(config).items():
@@ -210,7 +225,11 @@ def _start_of(
 
 
 def _why_left_out(
-    path: str, name: Start, config: ModelConfig, starts: Mapping[Start, OpenedModel], new_vocabulary: bool
+    path: str,
+    name: Start,
+    config: ModelConfig,
+    starts: Mapping[Start, OpenedModel],
+    new_vocabulary: bool,
 ) -> str:
     """Why a parameter of a start has no place in the model; "": it should have one."""
     tower = f"init_{path.partition('.')[0]}"
@@ -233,7 +252,11 @@ def _rule(
         return "cut", why, lambda value, _: np.concatenate([value[:new], value[old:]])
     if path == "text.pos_embed" and new > old:
         why = f"{old} of {new} positions, the others random"
-        return "in part", why, lambda value, random: np.concatenate([value[:old], random[old:new], value[old:]])
+        return (
+            "in part",
+            why,
+            lambda value, random: np.concatenate([value[:old], random[old:new], value[old:]]),
+        )
     pooled, here = opened.config.vision.norm_after_pooling, config.vision.norm_after_pooling
     moved = path.startswith("vision.norm.") and pooled != here
     why = f"there of {'the pooled image' if pooled else 'the tokens'}, here not" if moved else ""
@@ -242,4 +265,3 @@ def _rule(
 
 def _read(theirs: Tensors, path: str, rule: Callable, dtype: np.dtype, random: Any) -> np.ndarray:
     return rule(theirs.read(path), random).astype(dtype, copy=False)
-

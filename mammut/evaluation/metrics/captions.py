@@ -1,8 +1,8 @@
 """Caption scores as the COCO caption evaluation gives them, with Java or without.
 
-The official tool (pycocoevalcap, the `eval` extra) needs Java for its tokenizer and for METEOR and SPICE. Where either
-is missing, the tokenizer and BLEU, ROUGE-L and CIDEr of this module give the same numbers in pure Python; METEOR and
-SPICE are then left out, and the result says so.
+The official tool (pycocoevalcap, the `eval` extra) needs Java for its tokenizer and for METEOR and
+SPICE. Where either is missing, the tokenizer and BLEU, ROUGE-L and CIDEr of this module give the
+same numbers in pure Python; METEOR and SPICE are then left out, and the result says so.
 """
 
 import collections
@@ -33,7 +33,8 @@ _Score = tuple[float, list[float] | np.ndarray]
 class CaptionScores:
     """Caption metrics, all as shares (CIDEr from 0 to 10), and where they come from.
 
-    Keys: `bleu_1` ... `bleu_4`, `rouge_l`, `cider`, and `meteor` and `spice` where they could be computed.
+    Keys: `bleu_1` ... `bleu_4`, `rouge_l`, `cider`, and `meteor` and `spice` where they could be
+      computed.
     """
 
     metrics: dict[str, float]  # of the whole set; BLEU and METEOR are not means over images
@@ -48,28 +49,33 @@ def caption_scores(
 ) -> CaptionScores:
     """Scores one caption an image against its references, as the COCO caption evaluation does.
 
-    CIDEr is CIDEr-D; its document frequencies come from these references, so it depends on the set: of one image alone
-    it is 0. SPICE's jars (`stanford-corenlp-3.6.0*.jar` in `pycocoevalcap/spice/lib`) are used where they lie, never
-    downloaded.
+    CIDEr is CIDEr-D; its document frequencies come from these references, so it depends on the set:
+    of one image alone it is 0. SPICE's jars (`stanford-corenlp-3.6.0*.jar` in
+    `pycocoevalcap/spice/lib`) are used where they lie, never downloaded.
 
     Args:
       predictions: one caption an image; may be "".
       references: one or more captions an image.
-      java: None uses pycocoevalcap and Java where both are found, False never, True insists on them.
+      java: None uses pycocoevalcap and Java where both are found, False never, True insists on
+        them.
 
     Raises:
-      ValueError: no images, unequal lengths, an image without references, one string where a list of captions belongs,
-        or `java=True` where Java or pycocoevalcap is missing.
+      ValueError: no images, unequal lengths, an image without references, one string where a list
+        of captions belongs, or `java=True` where Java or pycocoevalcap is missing.
     """
     if isinstance(predictions, str):
         raise ValueError(f"predictions must be a list of captions, got the string {predictions!r}")
     if not len(predictions):
         raise ValueError("caption scores need at least one image, got no predictions")
     if len(predictions) != len(references):
-        raise ValueError(f"got {len(predictions)} predictions and references for {len(references)} images")
+        raise ValueError(
+            f"got {len(predictions)} predictions and references for {len(references)} images"
+        )
     for position, captions in enumerate(references):
         if isinstance(captions, str) or not len(captions):
-            raise ValueError(f"references[{position}] must be a list of one or more captions, got {captions!r}")
+            raise ValueError(
+                f"references[{position}] must be a list of one or more captions, got {captions!r}"
+            )
 
     missing = "java=False was asked for" if java is False else _missing_for_java()
     if missing and java:
@@ -78,39 +84,52 @@ def caption_scores(
     references = [[LINE_BREAKS.sub(" ", text) for text in captions] for captions in references]
     if not missing:
         try:
-            # Two runs, as the official tool makes: the first words of a line can decide on the line before it.
+            # Two runs, as the official tool makes: the first words of a line can decide on the line
+            # before it.
             tokenized = _java_tokenize([[text] for text in texts]), _java_tokenize(references)
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             missing = f"the Java tokenizer failed: {_one_line(error)}"
     if missing:
         candidates = [" ".join(ptb_tokenize(text)) for text in texts]
-        tokenized_references = [[" ".join(ptb_tokenize(text)) for text in captions] for captions in references]
+        tokenized_references = [
+            [" ".join(ptb_tokenize(text)) for text in captions] for captions in references
+        ]
         scores = _own_scores(candidates, tokenized_references)
         left_out = {"meteor": missing, "spice": missing}
         tool, tokenizer = "mammut", f"mammut's Python version of the PTB tokenizer ({missing})"
     else:
-        scores, left_out = _official_scores([candidate for (candidate,) in tokenized[0]], tokenized[1])
+        scores, left_out = _official_scores(
+            [candidate for (candidate,) in tokenized[0]], tokenized[1]
+        )
         tool = f"pycocoevalcap {importlib.metadata.version('pycocoevalcap')}"
         tokenizer = "PTB tokenizer of Stanford CoreNLP 3.4.1"
     return CaptionScores(
         metrics={name: float(score) for name, (score, _) in scores.items()},
-        per_image={name: [float(value) for value in values] for name, (_, values) in scores.items()},
+        per_image={
+            name: [float(value) for value in values] for name, (_, values) in scores.items()
+        },
         tool=tool,
         tokenizer=tokenizer,
         left_out=left_out,
     )
 
 
-# ---- The metrics in Python: tokens joined by spaces in, as pycocoevalcap passes them on -----------------------------
+# ---- The metrics in Python: tokens joined by spaces in, as pycocoevalcap passes them on
+# -----------------------------
 
 
 def _own_scores(candidates: list[str], references: list[list[str]]) -> dict[str, _Score]:
     candidate_ngrams = [_ngrams(text) for text in candidates]
     reference_ngrams = [[_ngrams(text) for text in captions] for captions in references]
     bleu = _bleu(candidate_ngrams, reference_ngrams)
-    rouge = [_rouge_l(text, captions) for text, captions in zip(candidates, references, strict=True)]
+    rouge = [
+        _rouge_l(text, captions) for text, captions in zip(candidates, references, strict=True)
+    ]
     cider = _cider(candidate_ngrams, reference_ngrams)
-    return bleu | {"rouge_l": (float(np.mean(rouge)), rouge), "cider": (float(np.mean(cider)), cider)}
+    return bleu | {
+        "rouge_l": (float(np.mean(rouge)), rouge),
+        "cider": (float(np.mean(cider)), cider),
+    }
 
 
 def _ngrams(text: str) -> list[collections.Counter]:
@@ -126,10 +145,14 @@ def _bleu(
     statistics = []
     for counts, captions in zip(candidates, references, strict=True):
         length = counts[0].total()
-        closest = min((abs(caption[0].total() - length), caption[0].total()) for caption in captions)[1]
+        closest = min(
+            (abs(caption[0].total() - length), caption[0].total()) for caption in captions
+        )[1]
         correct = []
         for n, ngrams in enumerate(counts):
-            clipped = ngrams & functools.reduce(lambda a, b: a | b, (caption[n] for caption in captions))
+            clipped = ngrams & functools.reduce(
+                lambda a, b: a | b, (caption[n] for caption in captions)
+            )
             correct.append(clipped.total())
         statistics.append([length, closest, *correct, *(max(0, length - n) for n in range(_MAX_N))])
     statistics = np.array(statistics)
@@ -141,10 +164,13 @@ def _bleu(
 def _bleu_of(statistics: list[int]) -> list[float]:
     """BLEU-1..4 from the lengths of candidate and reference and the matched and candidate n-grams of each n."""
     length, reference_length = statistics[:2]
-    # The official tool's guards against 0/0. Its scores of nothing matched, such as 2.09e-10, come from them.
+    # The official tool's guards against 0/0. Its scores of nothing matched, such as 2.09e-10, come
+    # from them.
     tiny, small = 1e-15, 1e-9
     scores, product = [], 1.0
-    for n, (correct, guessed) in enumerate(zip(statistics[2 : 2 + _MAX_N], statistics[2 + _MAX_N :], strict=True)):
+    for n, (correct, guessed) in enumerate(
+        zip(statistics[2 : 2 + _MAX_N], statistics[2 + _MAX_N :], strict=True)
+    ):
         product *= (correct + tiny) / (guessed + small)
         scores.append(product ** (1 / (n + 1)))
     ratio = (length + tiny) / (reference_length + small)
@@ -156,7 +182,9 @@ def _rouge_l(candidate: str, references: list[str]) -> float:
     """ROUGE-L (Lin, 2004): the F-measure of the best recall and the best precision over the references."""
     # Like the official tool, not `split()`: "" is then one empty word, and equal to another "".
     words = candidate.split(" ")
-    common = [(_common_subsequence(words, reference.split(" ")), reference) for reference in references]
+    common = [
+        (_common_subsequence(words, reference.split(" ")), reference) for reference in references
+    ]
     precision = max(length / len(words) for length, _ in common)
     recall = max(length / len(reference.split(" ")) for length, reference in common)
     if not precision:
@@ -190,7 +218,10 @@ def _cider(
     rarity = {ngram: log_images - math.log(images) for ngram, images in frequency.items()}
 
     def weighted(caption: list[collections.Counter]) -> tuple[list[dict], list[float], int]:
-        vectors = [{g: count * rarity.get(g, log_images) for g, count in counts.items()} for counts in caption]
+        vectors = [
+            {g: count * rarity.get(g, log_images) for g, count in counts.items()}
+            for counts in caption
+        ]
         norms = [math.sqrt(sum(value * value for value in vector.values())) for vector in vectors]
         return vectors, norms, caption[0].total()
 
@@ -201,15 +232,20 @@ def _cider(
         for caption in captions:
             other_vectors, other_norms, other_length = weighted(caption)
             penalty = math.exp(-((length - other_length) ** 2) / (2 * _CIDER_SIGMA**2))
-            for vector, norm, other, other_norm in zip(vectors, norms, other_vectors, other_norms, strict=True):
+            for vector, norm, other, other_norm in zip(
+                vectors, norms, other_vectors, other_norms, strict=True
+            ):
                 if norm and other_norm:
-                    shared = sum(min(value, other[g]) * other[g] for g, value in vector.items() if g in other)
+                    shared = sum(
+                        min(value, other[g]) * other[g] for g, value in vector.items() if g in other
+                    )
                     total += penalty * shared / (norm * other_norm)
         scores.append(10 * total / (_MAX_N * len(captions)))
     return scores
 
 
-# ---- The official tool ----------------------------------------------------------------------------------------------
+# ---- The official tool
+# ----------------------------------------------------------------------------------------------
 
 
 def _missing_for_java() -> str:
@@ -228,7 +264,14 @@ def _java_tokenize(groups: list[list[str]]) -> list[list[str]]:
 
     jar = pathlib.Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     texts = [text for group in groups for text in group]
-    command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    command = [
+        "java",
+        "-cp",
+        str(jar),
+        "edu.stanford.nlp.process.PTBTokenizer",
+        "-preserveLines",
+        "-lowerCase",
+    ]
     done = subprocess.run(
         command,
         input="".join(f"{text}\n" for text in texts).encode(errors="replace"),
@@ -239,11 +282,16 @@ def _java_tokenize(groups: list[list[str]]) -> list[list[str]]:
     lines = done.stdout.decode().split("\n")
     if len(lines) != len(texts) + 1:
         raise ValueError(f"{len(texts)} captions went in and {len(lines) - 1} came out")
-    kept = (" ".join(w for w in line.split(" ") if w and w not in ptbtokenizer.PUNCTUATIONS) for line in lines)
+    kept = (
+        " ".join(w for w in line.split(" ") if w and w not in ptbtokenizer.PUNCTUATIONS)
+        for line in lines
+    )
     return [[next(kept) for _ in group] for group in groups]
 
 
-def _official_scores(candidates: list[str], references: list[list[str]]) -> tuple[dict[str, _Score], dict[str, str]]:
+def _official_scores(
+    candidates: list[str], references: list[list[str]]
+) -> tuple[dict[str, _Score], dict[str, str]]:
     """All that pycocoevalcap can compute here, and why it cannot compute the rest."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -256,7 +304,9 @@ def _official_scores(candidates: list[str], references: list[list[str]]) -> tupl
     scores["rouge_l"] = Rouge().compute_score(truth, said)
     # The official CIDEr stops at references without a word; there is nothing to find in them.
     wordless = not any(text.split() for captions in references for text in captions)
-    scores["cider"] = (0.0, [0.0] * len(candidates)) if wordless else Cider().compute_score(truth, said)
+    scores["cider"] = (
+        (0.0, [0.0] * len(candidates)) if wordless else Cider().compute_score(truth, said)
+    )
     left_out = {}
     for name, score in (("meteor", _meteor), ("spice", _spice)):
         try:
@@ -270,7 +320,8 @@ def _meteor(truth: dict[int, list[str]], said: dict[int, list[str]]) -> _Score:
     from pycocoevalcap.meteor.meteor import Meteor
 
     scorer = Meteor()
-    # It reads from the Java process without a limit of time. Killed, the process answers with an empty line.
+    # It reads from the Java process without a limit of time. Killed, the process answers with an
+    # empty line.
     watchdog = threading.Timer(300 + len(said) / 5, scorer.meteor_p.kill)
     watchdog.start()
     try:
@@ -278,13 +329,17 @@ def _meteor(truth: dict[int, list[str]], said: dict[int, list[str]]) -> _Score:
     except (OSError, ValueError) as error:
         scorer.meteor_p.kill()
         with contextlib.suppress(OSError):
-            scorer.meteor_p.stdin.close()  # flushes into the closed pipe: better here than in the destructor
-        message = scorer.meteor_p.stderr.read().decode(errors="replace").strip() or "it gave no score"
+            # flushes into the closed pipe: better here than in the destructor
+            scorer.meteor_p.stdin.close()
+        message = (
+            scorer.meteor_p.stderr.read().decode(errors="replace").strip() or "it gave no score"
+        )
         raise ValueError(f"the METEOR process failed: {message.splitlines()[0]}") from error
     finally:
         watchdog.cancel()
         if scorer.lock.locked():
-            scorer.lock.release()  # its destructor takes the lock, and after an error would wait for ever
+            # its destructor takes the lock, and after an error would wait for ever
+            scorer.lock.release()
     if not np.isfinite([score, *of_image]).all():
         raise ValueError("METEOR gave a score that is not a number")
     return score, of_image
@@ -294,7 +349,9 @@ def _spice(truth: dict[int, list[str]], said: dict[int, list[str]]) -> _Score:
     folder = pathlib.Path(importlib.util.find_spec("pycocoevalcap.spice").origin).parent / "lib"
     for jar in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
         if not (folder / jar).exists():
-            raise ValueError(f"the SPICE jar {jar} is not in pycocoevalcap/spice/lib, and is never downloaded")
+            raise ValueError(
+                f"the SPICE jar {jar} is not in pycocoevalcap/spice/lib, and is never downloaded"
+            )
     from pycocoevalcap.spice.spice import Spice
 
     score, of_image = Spice().compute_score(truth, said)

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import re
 
-# Each of these ends a line for the line-based official tokenizer, and would shift all captions after it.
+# Each of these ends a line for the line-based official tokenizer, and would shift all captions
+# after it.
 LINE_BREAKS = re.compile("[\n\r\v\f\x85\u2028\u2029]")
 _DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _SPELLED = {
@@ -16,7 +17,14 @@ _ASCII = str.maketrans(
     dict.fromkeys("‘‛‹\x91", "`") | dict.fromkeys("’›\x92", "'") | dict.fromkeys("“«\x93", "``")
     | dict.fromkeys("”»\x94", "''") | dict.fromkeys("–—―\x96\x97", "--")
 )  # fmt: skip
-_ENTITIES = {"&amp;": "&", "&apos;": "'", "&quot;": '"', "&nbsp;": " ", "&mdash;": "—", "&ndash;": "–"}
+_ENTITIES = {
+    "&amp;": "&",
+    "&apos;": "'",
+    "&quot;": '"',
+    "&nbsp;": " ",
+    "&mdash;": "—",
+    "&ndash;": "–",
+}
 # Periods that belong to the word before them: always; only after a capital; only before a number.
 _ABBREVIATIONS = (
     "adj adm adv al ala alex apr ariz assn assoc asst attys? aug ave bancorp bhd bldg blvd brig bros calif capt cf "
@@ -37,16 +45,17 @@ _SENTENCE_STARTS = (
 def ptb_tokenize(text: str) -> list[str]:
     """Tokenizes a caption as the COCO caption evaluation does, in pure Python.
 
-    That is Stanford CoreNLP 3.4.1's PTBTokenizer with `-preserveLines -lowerCase`, without the punctuation that
-    pycocoevalcap drops: "Can't stop (Mr. X)." gives `ca n't stop -lrb- mr. x -rrb-`. A token may hold no-break spaces
-    ("1 1/2").
+    That is Stanford CoreNLP 3.4.1's PTBTokenizer with `-preserveLines -lowerCase`, without the
+    punctuation that pycocoevalcap drops: "Can't stop (Mr. X)." gives `ca n't stop -lrb- mr. x
+    -rrb-`. A token may hold no-break spaces ("1 1/2").
 
-    Its rules were found from the official tokenizer's answers. Known to differ: the official one looks into the next
-    caption too (a last "K." is `k.` before "two dogs" and `k` before "A dog"; here always `k.`), and it keeps accents
-    written as HTML (`&eacute;`) in their word.
+    Its rules were found from the official tokenizer's answers. Known to differ: the official one
+    looks into the next caption too (a last "K." is `k.` before "two dogs" and `k` before "A dog";
+    here always `k.`), and it keeps accents written as HTML (`&eacute;`) in their word.
     """
     text = LINE_BREAKS.sub(" ", text).replace("\xad", "")
-    text = re.sub("[\U00010000-\U0010ffff]", "\x01", text)  # such as emoji: dropped, but they end a word
+    # such as emoji: dropped, but they end a word
+    text = re.sub("[\U00010000-\U0010ffff]", "\x01", text)
     text = re.sub("&[a-z]+;", lambda match: _ENTITIES.get(match[0], match[0]), text)
     lexer, tokens, position = _lexer(), [], 0
     while position < len(text):
@@ -72,7 +81,8 @@ def _normalized(token: str, contraction: re.Pattern) -> str:
         return "..."
     if token in ("---", "----"):
         return "--"
-    # Inside a word that is not a contraction, the official tokenizer leaves a curly apostrophe as it is.
+    # Inside a word that is not a contraction, the official tokenizer leaves a curly apostrophe as
+    # it is.
     if not re.search(r"\w", token) or contraction.fullmatch(token):
         token = token.translate(_ASCII)
     return token.lower().replace(" ", "\xa0").replace("(", "-lrb-").replace(")", "-rrb-")
@@ -81,7 +91,8 @@ def _normalized(token: str, contraction: re.Pattern) -> str:
 @dataclasses.dataclass(frozen=True)
 class _Lexer:
     plain: re.Pattern  # a word before a space, which no rule splits
-    rules: tuple[re.Pattern, ...]  # the longest match wins; its group `token`, where there is one, is the token
+    # the longest match wins; its group `token`, where there is one, is the token
+    rules: tuple[re.Pattern, ...]
     contraction: re.Pattern
 
 
@@ -102,7 +113,9 @@ def _lexer() -> _Lexer:
     ends_word = r"(?:[^A-Za-z]|$)"
     acronym = r"[A-Za-z](?:\.[A-Za-z])*"
     after_capital = "|".join(f"{name[0]}(?i:{name[1:]})" for name in _CAPITAL_ABBREVIATIONS.split())
-    always, numbered = (names.replace(" ", "|") for names in (_ABBREVIATIONS, _NUMBER_ABBREVIATIONS))
+    always, numbered = (
+        names.replace(" ", "|") for names in (_ABBREVIATIONS, _NUMBER_ABBREVIATIONS)
+    )
     url_end = r"""[^\s"<>|()]+[^\s"<>|.!?(){},-]"""
     attribute = r"""[A-Za-z][\w:.-]*(?: *= *(?:'[^']*'|"[^"]*"|[A-Za-z][\w:.-]*))?"""
     rules = (

@@ -8,11 +8,16 @@ from jaxtyping import Float, Float32, Int
 
 
 def nearest(
-    query: Float[np.ndarray, "Q E"], candidates: Float[np.ndarray, "C E"], k: int, *, chunk: int = 1024
+    query: Float[np.ndarray, "Q E"],
+    candidates: Float[np.ndarray, "C E"],
+    k: int,
+    *,
+    chunk: int = 1024,
 ) -> tuple[Int[np.ndarray, "Q k"], Float32[np.ndarray, "Q k"]]:
     """The k candidates with the highest dot product with each query, best first, equals by position.
 
-    At most `chunk` x (`chunk` + k) scores exist at a time. A score that is not a number counts as -inf and ranks last.
+    At most `chunk` x (`chunk` + k) scores exist at a time. A score that is not a number counts as
+    -inf and ranks last.
 
     Args:
       query: float[Q, E].
@@ -28,7 +33,9 @@ def nearest(
     if k < 1 or chunk < 1:
         raise ValueError(f"nearest needs k and chunk of 1 or more, got k={k} and chunk={chunk}")
     if not len(candidates) or query.shape[1] != candidates.shape[1]:
-        raise ValueError(f"nearest needs candidates as wide as the queries, got {query.shape} and {candidates.shape}")
+        raise ValueError(
+            f"nearest needs candidates as wide as the queries, got {query.shape} and {candidates.shape}"
+        )
     k = min(k, len(candidates))
     indices, scores = np.empty((len(query), k), np.int64), np.empty((len(query), k), np.float32)
     for row in range(0, len(query), chunk):
@@ -37,7 +44,8 @@ def nearest(
         for start in range(0, len(candidates), chunk):
             block = _scores(rows, candidates[start : start + chunk])
             index = np.broadcast_to(np.arange(start, start + block.shape[1]), block.shape)
-            # The best so far come first: their positions are lower, and `_top` keeps the order of equals.
+            # The best so far come first: their positions are lower, and `_top` keeps the order of
+            # equals.
             best, index = np.concatenate([best, block], 1), np.concatenate([best_index, index], 1)
             top = _top(best, k)
             best, best_index = np.take_along_axis(best, top, 1), np.take_along_axis(index, top, 1)
@@ -54,9 +62,10 @@ def retrieval_recall(
 ) -> dict[str, float]:
     """Recall at k both ways, as shares: `t2i_r1`, `i2t_r1`, ... and their mean `mean_recall`; several texts an image.
 
-    Text-to-image: the share of texts whose image is among the k nearest. Image-to-text: the share of images with any of
-    their texts among the k nearest (the COCO and Flickr protocol). Equal scores rank by position, so that an encoder
-    that maps everything to one point scores chance; a score that is not a number never finds anything.
+    Text-to-image: the share of texts whose image is among the k nearest. Image-to-text: the share
+    of images with any of their texts among the k nearest (the COCO and Flickr protocol). Equal
+    scores rank by position, so that an encoder that maps everything to one point scores chance; a
+    score that is not a number never finds anything.
 
     Args:
       image_embed: float[I, E].
@@ -69,12 +78,18 @@ def retrieval_recall(
     """
     num_images, num_texts = len(image_embed), len(text_embed)
     if not num_images or not num_texts:
-        raise ValueError(f"recall needs images and texts, got {num_images} images and {num_texts} texts")
+        raise ValueError(
+            f"recall needs images and texts, got {num_images} images and {num_texts} texts"
+        )
     if len(image_of_text) != num_texts:
-        raise ValueError(f"image_of_text must name the image of each of {num_texts} texts, got {len(image_of_text)}")
+        raise ValueError(
+            f"image_of_text must name the image of each of {num_texts} texts, got {len(image_of_text)}"
+        )
     if (image_of_text < 0).any() or (image_of_text >= num_images).any():
         low, high = image_of_text.min(), image_of_text.max()
-        raise ValueError(f"image_of_text must be rows 0 to {num_images - 1} of image_embed, got {low} to {high}")
+        raise ValueError(
+            f"image_of_text must be rows 0 to {num_images - 1} of image_embed, got {low} to {high}"
+        )
     if missing := num_images - len(np.unique(image_of_text)):
         raise ValueError(f"{missing} of {num_images} images have no text in image_of_text")
     _check_ks(ks)
@@ -84,7 +99,9 @@ def retrieval_recall(
         "t2i": (images == image_of_text[:, None]) & (image_scores > -np.inf),
         "i2t": (image_of_text[texts] == np.arange(num_images)[:, None]) & (text_scores > -np.inf),
     }
-    recalls = {f"{way}_r{k}": float(hits[:, :k].any(1).mean()) for way, hits in found.items() for k in ks}
+    recalls = {
+        f"{way}_r{k}": float(hits[:, :k].any(1).mean()) for way, hits in found.items() for k in ks
+    }
     return recalls | {"mean_recall": sum(recalls.values()) / len(recalls)}
 
 
@@ -97,20 +114,24 @@ def ranking_recall(
 ) -> dict[str, float]:
     """Recall at k of stored rankings, as shares `r1`, `r5`, ...: queries with any relevant id among the first k.
 
-    Any of several is enough, as in the COCO protocol and CLIP_benchmark's retrieval, not the share of them found.
+    Any of several is enough, as in the COCO protocol and CLIP_benchmark's retrieval, not the share
+    of them found.
 
     Args:
       ranked: ids for each query, the best first.
       relevant: the ids that are right for each query.
-      num_candidates: how many ids could be ranked; a ranking shorter than the largest k must hold as many.
+      num_candidates: how many ids could be ranked; a ranking shorter than the largest k must hold
+        as many.
 
     Raises:
-      ValueError: no queries, no ks, lengths that differ, a query without relevant ids, an id ranked twice, or a
-        ranking that is too short or longer than `num_candidates`.
+      ValueError: no queries, no ks, lengths that differ, a query without relevant ids, an id ranked
+        twice, or a ranking that is too short or longer than `num_candidates`.
     """
     _check_ks(ks)
     if not len(ranked) or len(ranked) != len(relevant):
-        raise ValueError(f"recall needs ids for each ranking, got {len(relevant)} lists for {len(ranked)} rankings")
+        raise ValueError(
+            f"recall needs ids for each ranking, got {len(relevant)} lists for {len(ranked)} rankings"
+        )
     for query, (ids, right) in enumerate(zip(ranked, relevant)):
         if not len(right):
             raise ValueError(f"query {query} has no relevant ids")
@@ -119,7 +140,9 @@ def ranking_recall(
         next((place for place, found in enumerate(ids) if found in right), None)
         for ids, right in zip(ranked, map(set, relevant))
     ]
-    return {f"r{k}": sum(hit is not None and hit < k for hit in first_hits) / len(ranked) for k in ks}
+    return {
+        f"r{k}": sum(hit is not None and hit < k for hit in first_hits) / len(ranked) for k in ks
+    }
 
 
 def classification_scores(
@@ -133,25 +156,33 @@ def classification_scores(
       classes: all class names.
 
     Returns:
-      `top1` and `top5`, the shares of items whose label is first or among the first five (among all where there are
-      fewer classes); `per_class_recall`, the top1 share of the items of each class that occurs, in the order of
-      `classes`; `mean_per_class_recall`, their mean, where a rare class counts as much as a frequent one;
-      `per_class_items` and `items`, the numbers of items.
+      `top1` and `top5`, the shares of items whose label is first or among the first five (among all
+      where there are fewer classes); `per_class_recall`, the top1 share of the items of each class
+      that occurs, in the order of `classes`; `mean_per_class_recall`, their mean, where a rare
+      class counts as much as a frequent one; `per_class_items` and `items`, the numbers of items.
 
     Raises:
-      ValueError: no items, lengths that differ, a class named twice, a label or a ranked name that is not among the
-        classes, a name ranked twice or a ranking that is too short.
+      ValueError: no items, lengths that differ, a class named twice, a label or a ranked name that
+        is not among the classes, a name ranked twice or a ranking that is too short.
     """
     if not len(ranked) or len(ranked) != len(labels):
-        raise ValueError(f"scores need a label for each ranking, got {len(labels)} labels for {len(ranked)} rankings")
+        raise ValueError(
+            f"scores need a label for each ranking, got {len(labels)} labels for {len(ranked)} rankings"
+        )
     known = set(classes)
     if len(known) < len(classes):
-        raise ValueError(f"classes are named twice: {[name for name, count in Counter(classes).items() if count > 1]}")
+        raise ValueError(
+            f"classes are named twice: {[name for name, count in Counter(classes).items() if count > 1]}"
+        )
     for item, (names, label) in enumerate(zip(ranked, labels)):
         if label not in known:
-            raise ValueError(f"item {item} has the label {label!r}, which is not among the {len(classes)} classes")
+            raise ValueError(
+                f"item {item} has the label {label!r}, which is not among the {len(classes)} classes"
+            )
         if unknown := set(names) - known:
-            raise ValueError(f"item {item} ranks {sorted(unknown)}, not among the {len(classes)} classes")
+            raise ValueError(
+                f"item {item} ranks {sorted(unknown)}, not among the {len(classes)} classes"
+            )
         _check_ranking(f"item {item}", names, 5, len(classes))
     right = Counter(label for names, label in zip(ranked, labels) if names[0] == label)
     per_class_items = Counter(labels)
@@ -167,17 +198,22 @@ def classification_scores(
     }
 
 
-def _scores(query: Float[np.ndarray, "Q E"], candidates: Float[np.ndarray, "C E"]) -> Float32[np.ndarray, "Q C"]:
-    # A float32 product gives equal scores other last bits at other places in the matrix: ties would not be ties.
+def _scores(
+    query: Float[np.ndarray, "Q E"], candidates: Float[np.ndarray, "C E"]
+) -> Float32[np.ndarray, "Q C"]:
+    # A float32 product gives equal scores other last bits at other places in the matrix: ties would
+    # not be ties.
     scores = (query.astype(np.float64) @ candidates.astype(np.float64).T).astype(np.float32)
-    scores[np.isnan(scores)] = -np.inf  # every comparison with NaN is False: a model that has diverged could be first
+    # every comparison with NaN is False: a model that has diverged could be first
+    scores[np.isnan(scores)] = -np.inf
     return scores
 
 
 def _top(scores: Float32[np.ndarray, "Q C"], k: int) -> Int[np.ndarray, "Q k"]:
     """The columns of the k highest scores of each row, best first, equals by column; all columns if there are fewer."""
     k = min(k, scores.shape[1])
-    # argpartition picks any of those that equal the k-th best score; here the first of them fill the places left.
+    # argpartition picks any of those that equal the k-th best score; here the first of them fill
+    # the places left.
     threshold = np.partition(scores, -k, axis=1)[:, -k, None]
     above, equal = scores > threshold, scores == threshold
     places = k - above.sum(1, keepdims=True)
@@ -191,11 +227,17 @@ def _check_ks(ks: Sequence[int]) -> None:
         raise ValueError(f"recall needs ks of 1 or more, got {tuple(ks)}")
 
 
-def _check_ranking(whose: str, ranking: Sequence[int] | Sequence[str], k: int, num_candidates: int | None) -> None:
+def _check_ranking(
+    whose: str, ranking: Sequence[int] | Sequence[str], k: int, num_candidates: int | None
+) -> None:
     needed = k if num_candidates is None else min(k, num_candidates)
     if len(ranking) < needed:
-        raise ValueError(f"the ranking of {whose} has {len(ranking)} places, the scores need the first {needed}")
+        raise ValueError(
+            f"the ranking of {whose} has {len(ranking)} places, the scores need the first {needed}"
+        )
     if num_candidates is not None and len(ranking) > num_candidates:
-        raise ValueError(f"the ranking of {whose} has {len(ranking)} places for {num_candidates} candidates")
+        raise ValueError(
+            f"the ranking of {whose} has {len(ranking)} places for {num_candidates} candidates"
+        )
     if len(set(ranking)) < len(ranking):
         raise ValueError(f"the ranking of {whose} names a candidate twice")

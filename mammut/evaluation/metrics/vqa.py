@@ -1,7 +1,7 @@
 """Visual question answering scores: the official VQA accuracy with its oddities, exact match, and both by type.
 
-The reference is `vqaEval.py` of GT-Vision-Lab/VQA at a013f004; the formula is in Antol et al. 2015 (arXiv:1505.00468)
-and in its averaged form on visualqa.org/evaluation.html.
+The reference is `vqaEval.py` of GT-Vision-Lab/VQA at a013f004; the formula is in Antol et al. 2015
+(arXiv:1505.00468) and in its averaged form on visualqa.org/evaluation.html.
 """
 
 import dataclasses
@@ -12,15 +12,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # The marks that go; ' $ % & * : ^ ~ | # stay, and so do periods before a digit.
-_MARKS = ";/[]\"{}()=+\\_-><@`,?!"
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
-# The official tool passes a flag, re.UNICODE, where the number of replacements belongs: no more periods go than this.
+# The official tool passes a flag, re.UNICODE, where the number of replacements belongs: no more
+# periods go than this.
 _MAX_PERIODS = 32
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _ARTICLES = frozenset(("a", "an", "the"))
-_DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
+_DIGITS = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+}
 _DIGITS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
-# The official table to the letter: with capitals that no lowered word meets, without "im", with "somebodyd" reversed.
+# The official table to the letter: with capitals that no lowered word meets, without "im", with
+# "somebodyd" reversed.
 _CONTRACTIONS = dict(
     pair.split(":")
     for pair in """
@@ -50,13 +61,14 @@ youve:you've
 def strip_punctuation(text: str) -> str:
     """The first half of the official normalisation: marks become spaces or go, periods not before a digit go.
 
-    A mark goes wherever it stands if it stands next to a space anywhere in the text; every mark goes if a comma stands
-    between two digits anywhere in the text. Else it becomes a space.
+    A mark goes wherever it stands if it stands next to a space anywhere in the text; every mark
+    goes if a comma stands between two digits anywhere in the text. Else it becomes a space.
     """
     joined = _DIGIT_COMMA_DIGIT.search(text)
     result = text
     for mark in _MARKS:
-        beside_space = f"{mark} " in text or f" {mark}" in text  # in the text as it came, whatever went before
+        # in the text as it came, whatever went before
+        beside_space = f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if joined or beside_space else " ")
     return _PERIOD.sub("", result, count=_MAX_PERIODS)
 
@@ -65,7 +77,8 @@ def strip_punctuation(text: str) -> str:
 def normalize_answer(text: str) -> str:
     """An answer as the official tool compares it: punctuation, lower case, number words, articles, contractions.
 
-    "none" becomes "0"; an answer of articles alone becomes "". `strip_punctuation` says what happens to punctuation.
+    "none" becomes "0"; an answer of articles alone becomes "". `strip_punctuation` says what
+    happens to punctuation.
     """
     words = (_DIGITS.get(word, word) for word in strip_punctuation(text).lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
@@ -74,37 +87,45 @@ def normalize_answer(text: str) -> str:
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """The official accuracy of one prediction, a share 0..1.
 
-    Each answer in turn is set aside and the prediction scores min(1, matches / 3) against the others; the mean of
-    these. With ten answers 1, 2, 3, 4 or more matches give 0.3, 0.6, 0.9 and 1. Normalisation is skipped where all
-    answers are the same but for the space around them: there case and punctuation of the prediction count.
+    Each answer in turn is set aside and the prediction scores min(1, matches / 3) against the
+    others; the mean of these. With ten answers 1, 2, 3, 4 or more matches give 0.3, 0.6, 0.9 and 1.
+    Normalisation is skipped where all answers are the same but for the space around them: there
+    case and punctuation of the prediction count.
 
     Raises:
-      ValueError: fewer than 2 answers; the official formula is 0 for any prediction then, and below 1 under 4 answers.
+      ValueError: fewer than 2 answers; the official formula is 0 for any prediction then, and below
+        1 under 4 answers.
     """
     _check_answers(answers)
     if len(answers) < 2:
-        raise ValueError(f"VQA accuracy compares with the other answers of a question, got {len(answers)} answer")
+        raise ValueError(
+            f"VQA accuracy compares with the other answers of a question, got {len(answers)} answer"
+        )
     prediction, answers = _clean(prediction), [_clean(answer) for answer in answers]
     if len(set(answers)) > 1:
         prediction, answers = normalize_answer(prediction), list(map(normalize_answer, answers))
     matches = answers.count(prediction)
-    return sum(min(1.0, (matches - (answer == prediction)) / 3) for answer in answers) / len(answers)
+    return sum(min(1.0, (matches - (answer == prediction)) / 3) for answer in answers) / len(
+        answers
+    )
 
 
 def magma_truncated_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """MAGMA's own accuracy of one prediction, a share 0..1: not comparable with `vqa_accuracy`, which is the official.
 
-    The prediction is lower-cased, cut at "q:" or a line break, normalised, and then cut to as many words as the longest
-    of the answers has: that tells it how long to be, and raises scores. Each answer in turn is set aside and it scores
-    min(1, matches / 3) against the others, normalised in any case; the mean of these. Reference: `vqa_eval.py` of
-    Aleph-Alpha/magma at 5f11ad3.
+    The prediction is lower-cased, cut at "q:" or a line break, normalised, and then cut to as many
+    words as the longest of the answers has: that tells it how long to be, and raises scores. Each
+    answer in turn is set aside and it scores min(1, matches / 3) against the others, normalised in
+    any case; the mean of these. Reference: `vqa_eval.py` of Aleph-Alpha/magma at 5f11ad3.
 
     Raises:
       ValueError: fewer than 2 answers.
     """
     _check_answers(answers)
     if len(answers) < 2:
-        raise ValueError(f"MAGMA's accuracy compares with the other answers of a question, got {len(answers)} answer")
+        raise ValueError(
+            f"MAGMA's accuracy compares with the other answers of a question, got {len(answers)} answer"
+        )
     said = _normalize(prediction.lower().partition("q:")[0].partition("\n")[0])
     said = " ".join(said.split()[: max(len(answer.split()) for answer in answers)])
     matches = [_normalize(answer) == said for answer in answers]
@@ -139,11 +160,15 @@ class VqaScores:
     Attributes:
       questions: how many.
       exact_match: see `exact_match`.
-      vqa_acc: see `vqa_accuracy`; None where a question has fewer than 4 answers, as the formula cannot reach 1 there.
+      vqa_acc: see `vqa_accuracy`; None where a question has fewer than 4 answers, as the formula
+        cannot reach 1 there.
       vqa_acc_missing: why `vqa_acc` is None, or None.
-      most_common_answer: the answer given most often in this set, normalised; of equals the first in the alphabet.
-      most_common_exact_match: the exact match of always saying it: what knowing nothing of the image can score.
-      answer_type_source: "records", or "derived" from each question's most frequent answer by `derived_answer_type`.
+      most_common_answer: the answer given most often in this set, normalised; of equals the first
+        in the alphabet.
+      most_common_exact_match: the exact match of always saying it: what knowing nothing of the
+        image can score.
+      answer_type_source: "records", or "derived" from each question's most frequent answer by
+        `derived_answer_type`.
       by_answer_type: type to scores.
       by_question_type: type to scores; empty where the records have no question types.
     """
@@ -163,11 +188,12 @@ def vqa_scores(records: Sequence[Mapping[str, Any]]) -> VqaScores:
     """Scores the records of a predictions file.
 
     Args:
-      records: each with `prediction` (str), `answers` (list of str, all with equal say) and, in all of them or in none,
-        `answer_type` and `question_type` (str).
+      records: each with `prediction` (str), `answers` (list of str, all with equal say) and, in all
+        of them or in none, `answer_type` and `question_type` (str).
 
     Raises:
-      ValueError: no records, a record without a prediction or answers, or types in some of the records only.
+      ValueError: no records, a record without a prediction or answers, or types in some of the
+        records only.
     """
     if not records:
         raise ValueError("VQA scores need at least one record, got none")
@@ -202,7 +228,9 @@ def vqa_scores(records: Sequence[Mapping[str, Any]]) -> VqaScores:
         most_common_answer=most_common,
         most_common_exact_match=_mean([most_common in own for own in answers]),
         answer_type_source="records" if answer_types else "derived",
-        by_answer_type=by(answer_types or [derived_answer_type(record["answers"]) for record in records]),
+        by_answer_type=by(
+            answer_types or [derived_answer_type(record["answers"]) for record in records]
+        ),
         by_question_type=by(_types(records, "question_type") or []),
     )
 
@@ -244,7 +272,9 @@ def _types(records: Sequence[Mapping[str, Any]], field: str) -> list[str] | None
     types = [record.get(field) for record in records]
     missing = types.count(None)
     if 0 < missing < len(types):
-        raise ValueError(f"{missing} of {len(types)} records have no {field}: give it in all of them or in none")
+        raise ValueError(
+            f"{missing} of {len(types)} records have no {field}: give it in all of them or in none"
+        )
     return None if missing else types
 
 
@@ -256,7 +286,9 @@ def _check_answers(answers: Any) -> None:
 
 def _check_record(place: int, record: Mapping[str, Any]) -> None:
     if not isinstance(record.get("prediction"), str):
-        raise ValueError(f"record {place} has the prediction {record.get('prediction')!r}, a string is expected")
+        raise ValueError(
+            f"record {place} has the prediction {record.get('prediction')!r}, a string is expected"
+        )
     try:
         _check_answers(record.get("answers"))
     except ValueError as error:

@@ -5,7 +5,8 @@
     .pt .pth .bin .ckpt            torch.save of torch 1.6 or later (`mammut.weights.files.torch_archive`)
     .npz                           numpy.savez and savez_compressed (`mammut.weights.files.zip_archive`)
 
-Nothing in a file is run, and nothing it says is believed: sizes, places and names are checked before memory is taken.
+Nothing in a file is run, and nothing it says is believed: sizes, places and names are checked
+before memory is taken.
 """
 
 import contextlib
@@ -32,7 +33,14 @@ from mammut.core.mapped_file import (
 from mammut.weights.files.torch_archive import torch_tensors
 from mammut.weights.files.zip_archive import ZipArchive, npz_tensors
 
-__all__ = ["CheckpointError", "TensorFile", "TensorSpec", "open_tensors", "write_safetensors", "write_sharded"]
+__all__ = [
+    "CheckpointError",
+    "TensorFile",
+    "TensorSpec",
+    "open_tensors",
+    "write_safetensors",
+    "write_sharded",
+]
 
 _DTYPES = {
     name: np.dtype(dtype)
@@ -53,10 +61,13 @@ class TensorFile:
     Attributes:
       path: the file; of a set of shards, their index.
       specs: every tensor, in the file's order.
-      metadata: the texts in a safetensors file's `__metadata__`, of shards those that all of them have; else empty.
+      metadata: the texts in a safetensors file's `__metadata__`, of shards those that all of them
+        have; else empty.
     """
 
-    def __init__(self, path: pathlib.Path, tensors: dict[str, StoredTensor], metadata: dict[str, str]):
+    def __init__(
+        self, path: pathlib.Path, tensors: dict[str, StoredTensor], metadata: dict[str, str]
+    ):
         self.path = path
         self.metadata = metadata
         self._tensors = tensors
@@ -83,7 +94,8 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
     """Opens a file of tensors, of the kind that its first bytes say.
 
     Raises:
-      CheckpointError: it is missing, damaged, of no kind that is known, or would run code. File and key are named.
+      CheckpointError: it is missing, damaged, of no kind that is known, or would run code. File and
+        key are named.
     """
     path = pathlib.Path(path)
     file = MappedFile(path)
@@ -104,7 +116,9 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
             "torch.save(model.state_dict(), ...) of torch 1.6 or later, or as safetensors"
         )
     else:
-        raise CheckpointError(f"{path} is not safetensors, an index of it, a torch.save archive or .npz")
+        raise CheckpointError(
+            f"{path} is not safetensors, an index of it, a torch.save archive or .npz"
+        )
     file.let_go()
     return TensorFile(path, tensors, metadata)
 
@@ -126,18 +140,27 @@ def _safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, s
         )
     header = json_object(file.bytes(8, 8 + length), f"the header of {file.path}")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise CheckpointError(f"{file.path} has a __metadata__ that is not made of texts")
     places = []
     for name, entry in header.items():
         where = f"{file.path}: {name!r}"
         match entry:
-            case {"dtype": str(kind), "shape": list(shape), "data_offsets": [int(start), int(end)], **rest} if not rest:
+            case {
+                "dtype": str(kind),
+                "shape": list(shape),
+                "data_offsets": [int(start), int(end)],
+                **rest,
+            } if not rest:
                 pass
             case _:
                 raise CheckpointError(f"{where} is not told by dtype, shape and data_offsets")
         if kind not in _DTYPES:
-            raise CheckpointError(f"{where} has dtype {kind!r}, expected one of {', '.join(_DTYPES)}")
+            raise CheckpointError(
+                f"{where} has dtype {kind!r}, expected one of {', '.join(_DTYPES)}"
+            )
         places.append((start, end, name, tensor_spec(where, shape, _DTYPES[kind])))
     tensors = {}
     data_start, at = 8 + length, 0
@@ -148,16 +171,22 @@ def _safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, s
                 f"{where} is {spec.dtype}{list(spec.shape)}, expected at bytes {at} to {at + spec.nbytes}, "
                 f"and said to be at {start} to {end}"
             )
-        tensors[name] = StoredTensor(spec, functools.partial(file.array, where, data_start + start, spec))
+        tensors[name] = StoredTensor(
+            spec, functools.partial(file.array, where, data_start + start, spec)
+        )
         at = end
     if data_start + at != file.size:
-        raise CheckpointError(f"{file.path} has {file.size - data_start} bytes of tensors, its header tells of {at}")
+        raise CheckpointError(
+            f"{file.path} has {file.size - data_start} bytes of tensors, its header tells of {at}"
+        )
     return tensors, metadata
 
 
 def _shards(index: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     weight_map = json_object(index.bytes(0, MAX_HEADER + 1), f"{index.path}").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
         raise CheckpointError(f"{index.path} has no weight_map from tensors to files")
     tensors: dict[str, StoredTensor] = {}
     shared: list[dict[str, str]] = []
@@ -173,9 +202,13 @@ def _shards(index: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]
         shared.append(metadata)
     if missing := weight_map.keys() - tensors.keys():
         name = min(missing)
-        raise CheckpointError(f"{index.path} has {name!r} in {weight_map[name]!r}, which does not have it")
+        raise CheckpointError(
+            f"{index.path} has {name!r} in {weight_map[name]!r}, which does not have it"
+        )
     first, rest = shared[0] if shared else {}, shared[1:]
-    return tensors, {key: text for key, text in first.items() if all(other.get(key) == text for other in rest)}
+    return tensors, {
+        key: text for key, text in first.items() if all(other.get(key) == text for other in rest)
+    }
 
 
 def _shard_path(index: pathlib.Path, shard: str) -> pathlib.Path:
@@ -186,9 +219,14 @@ def _shard_path(index: pathlib.Path, shard: str) -> pathlib.Path:
     try:
         path = (index.parent / shard).resolve(strict=True)
         homes = (index.parent.resolve(), index.resolve().parent)
-    except (OSError, ValueError, RuntimeError) as error:  # missing, not a file's name, a loop of links
-        raise CheckpointError(f"{index} names the shard {shard!r}, which cannot be found") from error
-    if pathlib.PurePath(shard).is_absolute() or not any(path.is_relative_to(home) for home in homes):
+    # missing, not a file's name, a loop of links
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{index} names the shard {shard!r}, which cannot be found"
+        ) from error
+    if pathlib.PurePath(shard).is_absolute() or not any(
+        path.is_relative_to(home) for home in homes
+    ):
         raise CheckpointError(f"{index} names the shard {shard!r}, which is outside its folder")
     return path
 
@@ -203,7 +241,8 @@ def write_safetensors(
 ) -> None:
     """Writes a file with one tensor in memory at a time, whole or not at all.
 
-    Wide numbers come first, else tensors keep their order: each then lies at a multiple of its numbers' size.
+    Wide numbers come first, else tensors keep their order: each then lies at a multiple of its
+    numbers' size.
 
     Args:
       path: the file, which is replaced at the end.
@@ -213,7 +252,8 @@ def write_safetensors(
       progress: told after each tensor how many bytes it had.
 
     Raises:
-      ValueError: a dtype that the format lacks, a name or text that is none, or `read` gave another shape or dtype.
+      ValueError: a dtype that the format lacks, a name or text that is none, or `read` gave another
+        shape or dtype.
     """
     with _replacing(pathlib.Path(path)) as partial:
         _write(partial, specs, read, metadata, progress)
@@ -231,8 +271,9 @@ def write_sharded(
 ) -> list[str]:
     """Writes `{stem}.safetensors`, or shards of at most `max_bytes` of tensors and their index.
 
-    A tensor larger than `max_bytes` has a shard of its own. Nothing in the folder changes until all is written; then
-    what the folder had of the same stem, whole or in shards, is no longer what is opened.
+    A tensor larger than `max_bytes` has a shard of its own. Nothing in the folder changes until all
+    is written; then what the folder had of the same stem, whole or in shards, is no longer what is
+    opened.
 
     Returns:
       The names of the files written, the index last.
@@ -257,14 +298,19 @@ def write_sharded(
             _write(partial, specs, read, metadata, progress)
             index.unlink(missing_ok=True)
         return [single.name]
-    names = [f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    names = [
+        f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors"
+        for number in range(1, len(parts) + 1)
+    ]
     with contextlib.ExitStack() as files:
         partial_index = files.enter_context(_replacing(index))  # entered first, so replaced last
         for name, part in zip(names, parts):
             _write(files.enter_context(_replacing(folder / name)), part, read, metadata, progress)
         weight_map = {tensor: name for name, part in zip(names, parts) for tensor in part}
         total = {"total_size": sum(spec.nbytes for spec in specs.values())}
-        partial_index.write_text(json.dumps({"metadata": total, "weight_map": weight_map}, indent=2) + "\n")
+        partial_index.write_text(
+            json.dumps({"metadata": total, "weight_map": weight_map}, indent=2) + "\n"
+        )
         for old in (single, index):
             old.unlink(missing_ok=True)
     return [*names, index.name]
@@ -296,13 +342,19 @@ def _write(
             raise ValueError(f"{text!r} cannot be a name or a text in a safetensors file")
     for name, spec in specs.items():
         if spec.dtype not in _DTYPE_NAMES:
-            raise ValueError(f"{name!r} is {spec.dtype}, expected one of {', '.join(map(str, _DTYPE_NAMES))}")
+            raise ValueError(
+                f"{name!r} is {spec.dtype}, expected one of {', '.join(map(str, _DTYPE_NAMES))}"
+            )
     ordered = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
     at = 0
     for name in ordered:
         spec = specs[name]
         offsets = [at, at + spec.nbytes]
-        header[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        header[name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": offsets,
+        }
         at = offsets[1]
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)

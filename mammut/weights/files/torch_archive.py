@@ -1,9 +1,10 @@
 """The tensors of a `torch.save` file, without torch and without running anything.
 
-Such a file is a zip archive of a pickle and of the bytes of each storage. A pickle is a program for a small stack
-machine that may call any function of any module. The machine here can call nothing: it knows the opcodes that
-`torch.save` writes and, by name, the few functions and classes that rebuild tensors, and notes what they were told.
-It also never hashes, compares or prints what is nested, so that no pickle makes it recurse or wait.
+Such a file is a zip archive of a pickle and of the bytes of each storage. A pickle is a program for
+a small stack machine that may call any function of any module. The machine here can call nothing:
+it knows the opcodes that `torch.save` writes and, by name, the few functions and classes that
+rebuild tensors, and notes what they were told. It also never hashes, compares or prints what is
+nested, so that no pickle makes it recurse or wait.
 """
 
 import dataclasses
@@ -40,9 +41,15 @@ _STORAGES = {
 }  # fmt: skip
 _TENSORS = {
     f"torch._utils.{name}"
-    for name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter", "_rebuild_parameter_with_state")
+    for name in (
+        "_rebuild_tensor_v2",
+        "_rebuild_tensor_v3",
+        "_rebuild_parameter",
+        "_rebuild_parameter_with_state",
+    )
 }
-# What stands beside the tensors of a training checkpoint: a NumPy learning rate, a device, a set. None of it is kept.
+# What stands beside the tensors of a training checkpoint: a NumPy learning rate, a device, a set.
+# None of it is kept.
 _UNKEPT = {
     "torch.Size", "torch.device", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
     "_codecs.encode", "__builtin__.set", "builtins.set",
@@ -86,28 +93,39 @@ class _Tensor:
 def torch_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
     """The tensors of the state dict in a `torch.save` archive, as views of its storages.
 
-    The state dict is the saved dict itself if all its values are tensors, else its entry "state_dict", "model" or
-    "module" (DeepSpeed); what else was saved is not reported. The prefixes "module." and "_orig_mod." of wrapped models
-    are taken off where every key has them.
+    The state dict is the saved dict itself if all its values are tensors, else its entry
+    "state_dict", "model" or "module" (DeepSpeed); what else was saved is not reported. The prefixes
+    "module." and "_orig_mod." of wrapped models are taken off where every key has them.
 
     Raises:
-      CheckpointError: the file is damaged, calls what does not rebuild tensors, or holds no state dict.
+      CheckpointError: the file is damaged, calls what does not rebuild tensors, or holds no state
+        dict.
     """
     path = archive.file.path
-    pickles = [name for name in archive.members if name.endswith("/data.pkl") and name.count("/") == 1]
+    pickles = [
+        name for name in archive.members if name.endswith("/data.pkl") and name.count("/") == 1
+    ]
     if len(pickles) != 1:
-        raise CheckpointError(f"{path} holds {len(pickles)} of data.pkl, expected one: {_SAVE_AGAIN}")
+        raise CheckpointError(
+            f"{path} holds {len(pickles)} of data.pkl, expected one: {_SAVE_AGAIN}"
+        )
     root = pickles[0].removesuffix("data.pkl")
-    if f"{root}constants.pkl" in archive.members or any(name.startswith(f"{root}code/") for name in archive.members):
+    if f"{root}constants.pkl" in archive.members or any(
+        name.startswith(f"{root}code/") for name in archive.members
+    ):
         raise CheckpointError(f"{path} is a TorchScript program, not a state dict: {_SAVE_AGAIN}")
     program = archive.members[pickles[0]]
     if program.size > _MAX_PICKLE:
-        raise CheckpointError(f"{path}: {program.name!r} has {program.size} bytes, more than {_MAX_PICKLE}")
+        raise CheckpointError(
+            f"{path}: {program.name!r} has {program.size} bytes, more than {_MAX_PICKLE}"
+        )
     byteorder = "little"
     if order := archive.members.get(f"{root}byteorder"):
         byteorder = archive.head(order, 7).decode("latin-1")
         if byteorder not in ("little", "big"):
-            raise CheckpointError(f"{path}: {order.name!r} is {byteorder!r}, expected little or big")
+            raise CheckpointError(
+                f"{path}: {order.name!r} is {byteorder!r}, expected little or big"
+            )
     state = _state_dict(_unpickle(archive.read(program), f"{path}: {program.name!r}"), f"{path}")
     tensors = {}
     for name, tensor in state.items():
@@ -126,30 +144,41 @@ def _state_dict(saved: Any, path: str) -> dict[str, _Tensor]:
             break
     for name, value in state.items():
         if not isinstance(name, str):  # nor shown: an integer may have a million digits
-            raise CheckpointError(f"{path} has a key that is not text, expected a state dict: {_SAVE_AGAIN}")
+            raise CheckpointError(
+                f"{path} has a key that is not text, expected a state dict: {_SAVE_AGAIN}"
+            )
         if not isinstance(value, _Tensor):
-            raise CheckpointError(f"{path}: {name!r} is not a tensor, expected a state dict: {_SAVE_AGAIN}")
+            raise CheckpointError(
+                f"{path}: {name!r} is not a tensor, expected a state dict: {_SAVE_AGAIN}"
+            )
     return state
 
 
 def _without_prefixes(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    for prefix in ("module.", "_orig_mod.", "module."):  # compiled and then distributed, or the other way round
+    # compiled and then distributed, or the other way round
+    for prefix in ("module.", "_orig_mod.", "module."):
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 
-def _stored(archive: ZipArchive, where: str, tensor: _Tensor, member: Member | None, byteorder: str) -> StoredTensor:
+def _stored(
+    archive: ZipArchive, where: str, tensor: _Tensor, member: Member | None, byteorder: str
+) -> StoredTensor:
     """The tensor, once its storage is there and each of its elements lies within it, at a place of its own."""
     storage, dtype = tensor.storage, tensor.dtype
-    if not (_are_sizes(tensor.shape) and _are_sizes(tensor.strides) and _are_sizes((tensor.offset,))):
+    if not (
+        _are_sizes(tensor.shape) and _are_sizes(tensor.strides) and _are_sizes((tensor.offset,))
+    ):
         raise CheckpointError(f"{where} has a shape, strides or an offset that are no sizes")
     spec = tensor_spec(where, tensor.shape, dtype)
     strides = tensor.strides
     if len(strides) != len(spec.shape):
         raise CheckpointError(f"{where} has {len(strides)} strides for {len(spec.shape)} axes")
     if tensor.flagged:
-        raise CheckpointError(f"{where} is stored as its negative or conjugate: save its resolve_neg().resolve_conj()")
+        raise CheckpointError(
+            f"{where} is stored as its negative or conjugate: save its resolve_neg().resolve_conj()"
+        )
     if member is None:
         raise CheckpointError(f"{where} lies in the storage {storage.key!r}, which is missing")
     if member.deflated or storage.count * storage.dtype.itemsize != member.size:
@@ -159,9 +188,13 @@ def _stored(archive: ZipArchive, where: str, tensor: _Tensor, member: Member | N
         )
     if spec.nbytes:
         reach = 1  # elements from the first to the last, along the axes taken so far
-        for stride, size in sorted((stride, size) for stride, size in zip(strides, spec.shape) if size > 1):
+        for stride, size in sorted(
+            (stride, size) for stride, size in zip(strides, spec.shape) if size > 1
+        ):
             if stride < reach:
-                raise CheckpointError(f"{where} has strides {list(strides)}, by which its elements share places")
+                raise CheckpointError(
+                    f"{where} has strides {list(strides)}, by which its elements share places"
+                )
             reach += stride * (size - 1)
         if (tensor.offset + reach) * dtype.itemsize > member.size:
             raise CheckpointError(
@@ -179,10 +212,13 @@ def _stored(archive: ZipArchive, where: str, tensor: _Tensor, member: Member | N
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, tuple) and all(type(value) is int and 0 <= value <= _MAX_SIZE for value in values)
+    return isinstance(values, tuple) and all(
+        type(value) is int and 0 <= value <= _MAX_SIZE for value in values
+    )
 
 
-_TAKES = {  # values that an opcode takes off the stack; those in _MARKED take all since the last mark
+# values that an opcode takes off the stack; those in _MARKED take all since the last mark
+_TAKES = {
     "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "REDUCE": 2, "BUILD": 1, "STACK_GLOBAL": 2,
     "BINPERSID": 1,
 }  # fmt: skip
@@ -261,7 +297,8 @@ def _unpickle(program: bytes | bytearray, where: str) -> Any:
         raise
     except LookupError:
         raise CheckpointError(f"{where} is a damaged pickle: it takes what is not there") from None
-    except (ValueError, DeprecationWarning) as error:  # the second: a bad escape, where warnings are errors
+    # the second: a bad escape, where warnings are errors
+    except (ValueError, DeprecationWarning) as error:
         raise CheckpointError(f"{where} is a damaged pickle: {error}") from error
 
 
@@ -290,7 +327,9 @@ def _known(where: str, name: str) -> _Global:
 
 def _storage(told: Any) -> _Storage:
     match told:
-        case ("storage", _Global(name), str(key), _, int(count)) if name in _STORAGES and 0 <= count <= _MAX_SIZE:
+        case ("storage", _Global(name), str(key), _, int(count)) if (
+            name in _STORAGES and 0 <= count <= _MAX_SIZE
+        ):
             return _Storage(key, _STORAGES[name], count)
     raise ValueError("a storage is not told by its type, key, device and size")
 
@@ -302,9 +341,16 @@ def _call(name: str, told: Any) -> Any:
             return {}
         case "_rebuild_tensor_v2", (_Storage() as storage, offset, shape, strides, _, _, *flags):
             return _Tensor(storage, offset, shape, strides, storage.dtype, any(flags))
-        case "_rebuild_tensor_v3", (_Storage() as storage, offset, shape, strides, _, _, _Global(kind), *flags) if (
-            kind in _DTYPES
-        ):
+        case "_rebuild_tensor_v3", (
+            _Storage() as storage,
+            offset,
+            shape,
+            strides,
+            _,
+            _,
+            _Global(kind),
+            *flags,
+        ) if kind in _DTYPES:
             return _Tensor(storage, offset, shape, strides, _DTYPES[kind], any(flags))
         case "_rebuild_parameter", (_Tensor() as tensor, _, _):
             return tensor

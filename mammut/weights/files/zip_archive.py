@@ -1,7 +1,8 @@
 """Zip archives that strangers wrote, as `numpy.savez` and `torch.save` write them; and the arrays of an `.npz`.
 
-`zipfile` takes what the directory of an archive says at its word. Here every member is checked against the file before
-anything is unpacked: its place, its sizes, its name in both directories, and that no two members share a byte.
+`zipfile` takes what the directory of an archive says at its word. Here every member is checked
+against the file before anything is unpacked: its place, its sizes, its name in both directories,
+and that no two members share a byte.
 """
 
 import ast
@@ -67,7 +68,9 @@ class ZipArchive:
         try:
             self.members = self._read_directory()
         except struct.error:
-            raise CheckpointError(f"{file.path} is a damaged zip archive: it ends within its directory") from None
+            raise CheckpointError(
+                f"{file.path} is a damaged zip archive: it ends within its directory"
+            ) from None
 
     def _refuse(self, reason: str) -> CheckpointError:
         return CheckpointError(f"{self.file.path} is a damaged zip archive: {reason}")
@@ -85,7 +88,9 @@ class ZipArchive:
             members[member.name] = member
             places.append((place, member.start + member.stored, repr(member.name)))
         if at != stop:
-            raise self._refuse(f"its {count} members take {at - start} bytes of its directory of {stop - start}")
+            raise self._refuse(
+                f"its {count} members take {at - start} bytes of its directory of {stop - start}"
+            )
         places.sort()
         for (_, end, name), (begin, _, following) in zip(places, places[1:]):
             if end > begin:
@@ -105,22 +110,42 @@ class ZipArchive:
         where = end - _LOCATOR64.size
         if where >= 0 and self.file.bytes(where, where + 4) == b"PK\6\7":
             _, _, end, _ = _LOCATOR64.unpack(self.file.bytes(where, where + _LOCATOR64.size))
-            signature, _, _, _, *numbers = _END64.unpack(self.file.bytes(end, min(end + _END64.size, where)))
+            signature, _, _, _, *numbers = _END64.unpack(
+                self.file.bytes(end, min(end + _END64.size, where))
+            )
             if signature != b"PK\6\6":
                 raise self._refuse("its zip64 directory is not where it says")
         disk, first_disk, here, count, length, start = numbers
         if disk or first_disk or here != count:
             raise self._refuse("it is one of several volumes")
         if count > _MAX_MEMBERS or length > MAX_HEADER:
-            raise self._refuse(f"it lists {count} members in {length} bytes, more than {_MAX_MEMBERS} in {MAX_HEADER}")
+            raise self._refuse(
+                f"it lists {count} members in {length} bytes, more than {_MAX_MEMBERS} in {MAX_HEADER}"
+            )
         if start + length != end:
-            raise self._refuse(f"its directory of {length} bytes at byte {start} does not end at byte {end}")
+            raise self._refuse(
+                f"its directory of {length} bytes at byte {start} does not end at byte {end}"
+            )
         return start, start + length, count
 
     def _read_entry(self, at: int) -> tuple[int, Member, int]:
         """Where a member begins, the member, and the bytes of its entry in the directory."""
         fields = _ENTRY.unpack(self.file.bytes(at, at + _ENTRY.size))
-        signature, _, _, flags, method, _, _, crc, stored, size, name_size, extra_size, comment_size = fields[:13]
+        (
+            signature,
+            _,
+            _,
+            flags,
+            method,
+            _,
+            _,
+            crc,
+            stored,
+            size,
+            name_size,
+            extra_size,
+            comment_size,
+        ) = fields[:13]
         place = fields[-1]
         if signature != b"PK\1\2":
             raise self._refuse(f"there is no member at byte {at} of its directory")
@@ -131,12 +156,16 @@ class ZipArchive:
             raise self._refuse(f"a member has a name that is not text ({error})") from error
         extra_start = at + _ENTRY.size + name_size
         wide = _zip64_numbers(self.file.bytes(extra_start, extra_start + extra_size))
-        size, stored, place = (next(wide, n) if n == 0xFFFFFFFF else n for n in (size, stored, place))
+        size, stored, place = (
+            next(wide, n) if n == 0xFFFFFFFF else n for n in (size, stored, place)
+        )
 
         if flags & _UNREADABLE:
             raise self._refuse(f"{name!r} is encrypted")
         if method not in (_STORED, _DEFLATED):
-            raise self._refuse(f"{name!r} is packed by method {method}, expected stored or deflated")
+            raise self._refuse(
+                f"{name!r} is packed by method {method}, expected stored or deflated"
+            )
         if size != stored if method == _STORED else size > _MAX_RATIO * stored:
             raise self._refuse(f"{name!r} is said to hold {size} bytes in {stored}")
         if place + _LOCAL.size > self.file.size:
@@ -184,7 +213,9 @@ class ZipArchive:
             if len(data) > member.size:
                 break
         if len(data) != member.size:
-            raise self._refuse(f"{member.name!r} does not unpack to the {member.size} bytes that its directory says")
+            raise self._refuse(
+                f"{member.name!r} does not unpack to the {member.size} bytes that its directory says"
+            )
         self._check_crc(member, zlib.crc32(data))
         return data
 
@@ -222,8 +253,13 @@ def npz_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
     """
     for name in archive.members:
         if not name.endswith(".npy"):
-            raise CheckpointError(f"{archive.file.path} is a zip archive of {name!r}, not .npz nor of torch.save")
-    return {name.removesuffix(".npy"): _npy_tensor(archive, member) for name, member in archive.members.items()}
+            raise CheckpointError(
+                f"{archive.file.path} is a zip archive of {name!r}, not .npz nor of torch.save"
+            )
+    return {
+        name.removesuffix(".npy"): _npy_tensor(archive, member)
+        for name, member in archive.members.items()
+    }
 
 
 def _npy_tensor(archive: ZipArchive, member: Member) -> StoredTensor:
@@ -238,31 +274,47 @@ def _npy_tensor(archive: ZipArchive, member: Member) -> StoredTensor:
     if data_start > len(head):
         raise CheckpointError(f"{where} has a header longer than itself or {_MAX_NPY_HEADER} bytes")
     try:
-        header = ast.literal_eval(head[start:data_start].decode("utf-8" if version == (3, 0) else "latin-1").strip())
+        header = ast.literal_eval(
+            head[start:data_start].decode("utf-8" if version == (3, 0) else "latin-1").strip()
+        )
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         header = None
     match header:
-        case {"descr": str(descr), "fortran_order": bool(fortran), "shape": tuple(shape)} if len(header) == 3:
+        case {"descr": str(descr), "fortran_order": bool(fortran), "shape": tuple(shape)} if (
+            len(header) == 3
+        ):
             pass
         case {"descr": list()}:
             raise CheckpointError(f"{where} is a table of named fields, expected numbers")
         case _:
-            raise CheckpointError(f"{where} has a header that does not give descr, fortran_order and shape")
+            raise CheckpointError(
+                f"{where} has a header that does not give descr, fortran_order and shape"
+            )
     if "O" in descr:
-        raise CheckpointError(f"{where} holds Python objects, which would run code, expected numbers")
+        raise CheckpointError(
+            f"{where} holds Python objects, which would run code, expected numbers"
+        )
     if descr[:1] not in tuple("<>|=") or descr[1:] not in _NPY_DTYPES:
-        raise CheckpointError(f"{where} has dtype {descr!r}, expected one of {', '.join(_NPY_DTYPES)}")
+        raise CheckpointError(
+            f"{where} has dtype {descr!r}, expected one of {', '.join(_NPY_DTYPES)}"
+        )
     spec = tensor_spec(where, shape, _NPY_DTYPES[descr[1:]])
     if data_start + spec.nbytes != member.size:
         raise CheckpointError(
             f"{where} is {spec.dtype}{list(spec.shape)}, {spec.nbytes} bytes, and has {member.size - data_start}"
         )
-    strides = tuple(spec.dtype.itemsize * math.prod(spec.shape[:axis]) for axis in range(len(shape)))
+    strides = tuple(
+        spec.dtype.itemsize * math.prod(spec.shape[:axis]) for axis in range(len(shape))
+    )
     layout = strides if fortran else None, "big" if descr[0] == ">" else "little"
-    return StoredTensor(spec, functools.partial(_read_npy, archive, member, where, data_start, spec, layout))
+    return StoredTensor(
+        spec, functools.partial(_read_npy, archive, member, where, data_start, spec, layout)
+    )
 
 
-def _read_npy(archive: ZipArchive, member: Member, where: str, start: int, spec, layout) -> np.ndarray:
+def _read_npy(
+    archive: ZipArchive, member: Member, where: str, start: int, spec, layout
+) -> np.ndarray:
     if member.deflated:
         return array_view(where, archive.read(member), start, spec, *layout)
     archive.check(member)

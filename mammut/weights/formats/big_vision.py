@@ -1,7 +1,8 @@
 """Models of big_vision (github.com/google-research/big_vision) from `.npz` files: ViT, SigLIP's two towers, CapPa.
 
-Such a file holds arrays under names and nothing else: names and shapes must tell what the model is. What they do not
-tell is taken as big_vision's configs have it, and said in the notes of what is opened. Nothing of big_vision is needed.
+Such a file holds arrays under names and nothing else: names and shapes must tell what the model is.
+What they do not tell is taken as big_vision's configs have it, and said in the notes of what is
+opened. Nothing of big_vision is needed.
 
     params/...  opt/...  chrono/...   a train state, of which `params` are read
     opt/target/...                    the same, of before optax
@@ -23,7 +24,8 @@ from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
 from mammut.weights.tables import Table, unused_notes
 
 _PATH = re.compile(r"(.+\.npz)(?::([\w/]+))?", re.DOTALL)
-_SPECIAL_IDS = 0, 1, 0  # start, end and pad of big_vision's vocabularies, which have no start of their own
+# start, end and pad of big_vision's vocabularies, which have no start of their own
+_SPECIAL_IDS = 0, 1, 0
 
 
 def is_big_vision(path: str | pathlib.Path) -> bool:
@@ -39,12 +41,15 @@ def open_model(
     A SentencePiece `*.model` beside the file is taken for its vocabulary, if it is the only one.
 
     Args:
-      path: the file; "FILE.npz:img" is the image encoder of a SigLIP, as in big_vision's own configs.
-      image_size: of a model whose positions are computed (`posemb="sincos2d"`), which its file does not tell.
+      path: the file; "FILE.npz:img" is the image encoder of a SigLIP, as in big_vision's own
+        configs.
+      image_size: of a model whose positions are computed (`posemb="sincos2d"`), which its file does
+        not tell.
       max_length: the text length of a CapPa with computed positions.
 
     Raises:
-      CheckpointError: the file is damaged, or of a model that mammut does not have. Every mismatch is named.
+      CheckpointError: the file is damaged, or of a model that mammut does not have. Every mismatch
+        is named.
     """
     file, part = _PATH.fullmatch(str(path)).groups()
     theirs = open_tensors(file)
@@ -57,15 +62,25 @@ def open_model(
         model = image_encoder(found, image_size)
     parts = ("vision",) if model.text_form is None else ("vision", "text", "rest")
     specs = {
-        name: spec for name, spec in model_specs(model.config).items() if "rest" in parts or name.startswith("vision.")
+        name: spec
+        for name, spec in model_specs(model.config).items()
+        if "rest" in parts or name.startswith("vision.")
     }
     unused = found.outside | {found.key(name): why for name, why in model.unused.items()}
     constant = {name: (0.0, why) for name, why in model.zero.items()}
     constant |= {name: (0.0, "computed") for name in model.computed}
-    entries = [dataclasses.replace(entry, theirs=found.key(entry.theirs)) for entry in model.entries]
+    entries = [
+        dataclasses.replace(entry, theirs=found.key(entry.theirs)) for entry in model.entries
+    ]
     read = Table(entries, unused, constant).to_ours(theirs, specs, str(path)).read
-    tensors = LazyTensors(specs, lambda name: model.computed[name]() if name in model.computed else read(name))
-    notes = (*unused_notes(unused), *(f"{name} is 0: {why}" for name, why in model.zero.items()), *model.notes)
+    tensors = LazyTensors(
+        specs, lambda name: model.computed[name]() if name in model.computed else read(name)
+    )
+    notes = (
+        *unused_notes(unused),
+        *(f"{name} is 0: {why}" for name, why in model.zero.items()),
+        *model.notes,
+    )
     processor = None if model.text_form is None else _processor(pathlib.Path(file), model)
     return OpenedModel(model.config, tensors, processor, str(path), parts, "bilinear", notes)
 
@@ -76,7 +91,9 @@ def _processor(file: pathlib.Path, model: Model) -> Processor:
     transform = ImageTransform(model.config.vision.image_size, "squash", "bilinear_aliased")
     tokenizer = _tokenizer(file, text.vocab_size)
     if model.text_form == "start_end" and tokenizer.bos_id != 0:
-        raise CheckpointError(f"the vocabulary beside {file} has the start id {tokenizer.bos_id}, CapPa starts with 0")
+        raise CheckpointError(
+            f"the vocabulary beside {file} has the start id {tokenizer.bos_id}, CapPa starts with 0"
+        )
     return Processor(tokenizer, transform, text.max_length, model.text_form)
 
 

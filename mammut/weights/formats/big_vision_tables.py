@@ -21,10 +21,12 @@ _OLD_BLOCK = {
     "MlpBlock_3": "MlpBlock_0",
 }
 _OLD_POSITIONS = "Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding"
-_MAP_HEAD = "probe", "MultiHeadDotProductAttention_0", "LayerNorm_0", "MlpBlock_0"  # once without a module of its own
+# once without a module of its own
+_MAP_HEAD = "probe", "MultiHeadDotProductAttention_0", "LayerNorm_0", "MlpBlock_0"
 _ATTENTION = "MultiHeadDotProductAttention_0"
 _KERNEL, _SCALE = ("kernel", "bias"), ("scale", "bias")
-_GEMMA_VOCAB = 256_000  # of SigLIP 2, whose texts are filled up with pads; those of SigLIP, with ends
+# of SigLIP 2, whose texts are filled up with pads; those of SigLIP, with ends
+_GEMMA_VOCAB = 256_000
 
 
 class Found:
@@ -41,7 +43,14 @@ class Found:
 
     def __init__(self, where: str, specs: Mapping[str, TensorSpec], part: str):
         self._where, self._specs, self._problems = where, specs, []
-        params = next((top for top in ("params/", "opt/target/") if any(key.startswith(top) for key in specs)), "")
+        params = next(
+            (
+                top
+                for top in ("params/", "opt/target/")
+                if any(key.startswith(top) for key in specs)
+            ),
+            "",
+        )
         self._top = params + part
         self.outside = {
             key: f"not of {part}" if key.startswith(params) else "of the training, not of the model"
@@ -52,7 +61,10 @@ class Found:
         self._keys: dict[str, str] = {}
         for old in names:
             name = _todays_name(old, "probe" in names)
-            self.require(name not in self._keys, f"{self._top}{old} and {self.key(name)} are names of the same array")
+            self.require(
+                name not in self._keys,
+                f"{self._top}{old} and {self.key(name)} are names of the same array",
+            )
             self._keys[name] = self._top + old
 
     def __contains__(self, name: str) -> bool:
@@ -71,7 +83,11 @@ class Found:
         shape = tuple(self._specs[self._keys[name]].shape) if name in self else ()
         if len(shape) == axes and min(shape) > 0:
             return shape
-        seen = f"{list(shape)}, expected {axes} axes, none of them empty" if name in self else "missing"
+        seen = (
+            f"{list(shape)}, expected {axes} axes, none of them empty"
+            if name in self
+            else "missing"
+        )
         self._problems.append(f"{self.key(name)} is {seen}")
         return (1,) * axes
 
@@ -92,7 +108,9 @@ class Found:
                 return make(*args, **kwargs)
             except ValueError as error:
                 problems = [str(error)]
-        raise CheckpointError(f"{self._where} is no model of big_vision that mammut can be: {'; '.join(problems)}")
+        raise CheckpointError(
+            f"{self._where} is no model of big_vision that mammut can be: {'; '.join(problems)}"
+        )
 
 
 def _todays_name(name: str, inlined_head: bool) -> str:
@@ -103,7 +121,10 @@ def _todays_name(name: str, inlined_head: bool) -> str:
         return f"MAPHead_0/{name}"
     parts = name.split("/")
     pairs = zip(["", *parts[:-1]], parts)
-    return "/".join(_OLD_BLOCK.get(part, part) if above.startswith("encoderblock") else part for above, part in pairs)
+    return "/".join(
+        _OLD_BLOCK.get(part, part) if above.startswith("encoderblock") else part
+        for above, part in pairs
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +212,10 @@ def cappa(found: Found, image_size: int | None, max_length: int | None) -> Model
     _, vocab_size = found.shape("decoder/LogitsDense/kernel", 2)
     rows, _ = found.shape("decoder/EmbedTargets/embedding", 2)
     biased = any(name.endswith("/MLP/Dense_0/bias") for name in found.under("decoder/"))
-    found.require("encoder/cls" not in found, f"{found.key('encoder/cls')}: there is a class token, expected none")
+    found.require(
+        "encoder/cls" not in found,
+        f"{found.key('encoder/cls')}: there is a class token, expected none",
+    )
     if learned := "pos_embedding_decoder" in found:
         _, max_length, _ = found.shape("pos_embedding_decoder", 3)
     else:
@@ -203,38 +227,62 @@ def cappa(found: Found, image_size: int | None, max_length: int | None) -> Model
         tie_embeddings=False, vocab_bias=True, pooling="none", pad_masking="none",
     )  # fmt: skip
     config = found.build(ModelConfig, vision.config, text, image_projection="none")
-    masked = int(rows == vocab_size + 1)  # also trained to predict all tokens at once, from one that stands for them
+    # also trained to predict all tokens at once, from one that stands for them
+    masked = int(rows == vocab_size + 1)
     notes = list(vision.notes)
     if masked:
-        notes.append(f"the last row of {found.key('decoder/EmbedTargets/embedding')} is not used: of masked tokens")
+        notes.append(
+            f"the last row of {found.key('decoder/EmbedTargets/embedding')} is not used: of masked tokens"
+        )
     entries = [*vision.entries]
-    entries.append(Entry("decoder/EmbedTargets/embedding", ("text.token_embed.embedding",), _Among(Same(), 0, masked)))
+    entries.append(
+        Entry(
+            "decoder/EmbedTargets/embedding",
+            ("text.token_embed.embedding",),
+            _Among(Same(), 0, masked),
+        )
+    )
     computed = dict(vision.computed)
     if learned:
         entries.append(Entry("pos_embedding_decoder", ("text.pos_embed",), _Batched(Same())))
     else:
         computed["text.pos_embed"] = lambda: sincos2d(1, max_length, width)
         notes.append("text.pos_embed is computed: the file has no positions")
-    norms = {"1": "text.layers.attn_norm", "2": "text.cross_layers.attn_norm", "3": "text.layers.mlp_norm"}
+    norms = {
+        "1": "text.layers.attn_norm",
+        "2": "text.cross_layers.attn_norm",
+        "3": "text.layers.mlp_norm",
+    }
     for name, at in layers.each():
         for number, ours in norms.items():
-            entries += _each(f"{name}/LayerNorm{number}", ours, _SCALE if biased else ("scale",), at)
-        for theirs, ours in {"SelfAttn": "text.layers.attn", "CrossAttn": "text.cross_layers.attn"}.items():
+            entries += _each(
+                f"{name}/LayerNorm{number}", ours, _SCALE if biased else ("scale",), at
+            )
+        for theirs, ours in {
+            "SelfAttn": "text.layers.attn",
+            "CrossAttn": "text.cross_layers.attn",
+        }.items():
             entries += _attention(f"{name}/{theirs}", ours, ("kernel",), at)
         entries += _mlp(f"{name}/MLP", "text.layers.mlp", _KERNEL if biased else ("kernel",), at)
     entries += _each("decoder/LayerNorm", "text.norm", _SCALE)
     entries.append(Entry("decoder/LogitsDense/kernel", ("text.vocab_head.kernel",)))
     entries.append(Entry("decoder/LogitsDense/bias", ("text.vocab_head_bias",)))
-    zero = vision.zero | dict.fromkeys(("logit_scale", "logit_bias"), "there is no contrastive pass")
+    zero = vision.zero | dict.fromkeys(
+        ("logit_scale", "logit_bias"), "there is no contrastive pass"
+    )
     if not biased:
         zero |= {f"{ours}.bias": "the last norm alone has a bias" for ours in norms.values()}
-    return Model(config, entries, "start_end", _classifier(found, "encoder/"), zero, computed, tuple(notes))
+    return Model(
+        config, entries, "start_end", _classifier(found, "encoder/"), zero, computed, tuple(notes)
+    )
 
 
 def sincos2d(down: int, across: int, width: int) -> Float32[np.ndarray, "positions width"]:
     """Positions computed of a grid, row by row (`posemb_sincos_2d` of models/vit.py, after MoCo v3)."""
     y, x = np.mgrid[:down, :across].reshape(2, -1, 1).astype(np.float32)
-    frequencies = np.float32(1) / np.float32(10_000) ** np.linspace(0, 1, width // 4, dtype=np.float32)
+    frequencies = np.float32(1) / np.float32(10_000) ** np.linspace(
+        0, 1, width // 4, dtype=np.float32
+    )
     angles = x * frequencies, y * frequencies
     return np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
 
@@ -254,7 +302,9 @@ class _Vision:
         """What the file does not tell of how an image is pooled."""
         if self.config.pooling != "mean":
             return ()
-        return ("vision.pooling is 'mean'; the file does not tell pool_type 'gap' from '0' and 'none'",)
+        return (
+            "vision.pooling is 'mean'; the file does not tell pool_type 'gap' from '0' and 'none'",
+        )
 
 
 def _vision(found: Found, prefix: str, image_size: int | None) -> _Vision:
@@ -274,18 +324,23 @@ def _vision(found: Found, prefix: str, image_size: int | None) -> _Vision:
         _, count, _ = found.shape(positions, 3)
         side = math.isqrt(count)
         found.require(
-            count - side**2 in (0, 1), f"{found.key(positions)} is of {count} positions, expected those of a square"
+            count - side**2 in (0, 1),
+            f"{found.key(positions)} is of {count} positions, expected those of a square",
         )
         image_size = patch * side
         if count > side**2 and class_token:  # of the time when the class token had a position
             ours, layout, zero = ("vision.class_pos_embed", *ours), Joined(Rows()), {}
         elif count > side**2:
             layout = _Among(Rows(), 1, 0)
-            notes.append(f"the first row of {found.key(positions)} is not used: of a class token, which is not there")
+            notes.append(
+                f"the first row of {found.key(positions)} is not used: of a class token, which is not there"
+            )
     else:
         _require_computable(found, positions, "image_size", image_size, width)
         side = (image_size or 0) // patch
-        computed["vision.pos_embed"] = lambda: sincos2d(side, side, width).reshape(side, side, width)
+        computed["vision.pos_embed"] = lambda: sincos2d(side, side, width).reshape(
+            side, side, width
+        )
         notes.append("vision.pos_embed is computed: the file has no positions")
     # Before the entries, of which there may be too many: the config has a limit.
     config = found.build(
@@ -311,7 +366,8 @@ def _vision(found: Found, prefix: str, image_size: int | None) -> _Vision:
 
 def _require_computable(found: Found, name: str, field: str, size: int | None, width: int) -> None:
     found.require(
-        size is not None, f"{found.key(name)} is missing: if positions are computed (sincos2d), say for which {field}"
+        size is not None,
+        f"{found.key(name)} is missing: if positions are computed (sincos2d), say for which {field}",
     )
     found.require(
         size is None or width % 4 == 0 and width > 4,
@@ -320,7 +376,9 @@ def _require_computable(found: Found, name: str, field: str, size: int | None, w
 
 
 def _classifier(found: Found, prefix: str) -> dict[str, str]:
-    return dict.fromkeys(found.under(f"{prefix}head/") + found.under(f"{prefix}pre_logits/"), "of a classifier")
+    return dict.fromkeys(
+        found.under(f"{prefix}head/") + found.under(f"{prefix}pre_logits/"), "of a classifier"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,7 +432,8 @@ class _SecondAxis:
         return ours[0].swapaxes(0, 1)
 
 
-_At = tuple[Layout, int | None]  # how an array lies, and which layer of ours it is; None: the whole parameter
+# how an array lies, and which layer of ours it is; None: the whole parameter
+_At = tuple[Layout, int | None]
 _WHOLE: _At = (Same(), None)
 
 
@@ -394,16 +453,21 @@ class _Layers:
             yield from ((f"{self.stem}{i}", (Same(), i)) for i in range(self.depth))
 
 
-def _layers(found: Found, stem: str, scale: str, axis: int) -> tuple[_Layers, Callable[[str, int], Shape]]:
+def _layers(
+    found: Found, stem: str, scale: str, axis: int
+) -> tuple[_Layers, Callable[[str, int], Shape]]:
     """The layers whose names begin with `stem`, and the shape of an array of one of them, as a function.
 
-    `scale` is an array with one axis; where layers are stacked (`scan=True`), they are on its `axis`.
+    `scale` is an array with one axis; where layers are stacked (`scan=True`), they are on its
+    `axis`.
     """
     stacked = stem.removesuffix("_")
     if not found.under(f"{stacked}/"):
         # Counted, not the largest number: what a number promises need not be there.
         numbers = {name[len(stem) :].partition("/")[0] for name in found.under(stem)}
-        return _Layers(stem, len(numbers), None), lambda name, axes: found.shape(f"{stem}0/{name}", axes)
+        return _Layers(stem, len(numbers), None), lambda name, axes: found.shape(
+            f"{stem}0/{name}", axes
+        )
 
     def shape(name: str, axes: int) -> Shape:
         sizes = found.shape(f"{stacked}/{name}", axes + 1)

@@ -1,8 +1,9 @@
 """Language models of Hugging Face folders: GPT-2, GPT-Neo, GPT-J and GPT-NeoX (Pythia), as transformers saves them.
 
-A folder holds config.json, the weights (one file of safetensors or its shards with their index, or one
-pytorch_model.bin) and the tokenizer. What becomes of the config is in `huggingface_config`, of the weights in
-`huggingface_tables`, of the tokenizer in `huggingface_tokenizer`. A text decoder is all that such a folder holds.
+A folder holds config.json, the weights (one file of safetensors or its shards with their index, or
+one pytorch_model.bin) and the tokenizer. What becomes of the config is in `huggingface_config`, of
+the weights in `huggingface_tables`, of the tokenizer in `huggingface_tokenizer`. A text decoder is
+all that such a folder holds.
 """
 
 import os
@@ -25,7 +26,8 @@ from mammut.weights.tables import Table
 
 CONFIG_FILE = "config.json"
 _WEIGHTS = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
-# A model is more than a decoder: the smallest of image encoders stands for the one that a folder does not have.
+# A model is more than a decoder: the smallest of image encoders stands for the one that a folder
+# does not have.
 _NO_VISION = VisionConfig(width=8, depth=1, num_heads=1, mlp_dim=8, image_size=16)
 _EMBEDDING = "text.token_embed.embedding"
 
@@ -33,37 +35,51 @@ _EMBEDDING = "text.token_embed.embedding"
 def is_huggingface(path: pathlib.Path) -> bool:
     """Whether `path` is a folder of a transformers model, of whatever type."""
     config = path / CONFIG_FILE
-    return os.path.isdir(path) and os.path.exists(config) and "model_type" in read_json_object(config)
+    return (
+        os.path.isdir(path) and os.path.exists(config) and "model_type" in read_json_object(config)
+    )
 
 
 def open_model(folder: pathlib.Path) -> OpenedModel:
     """A language model, "text" alone, with its tokenizer; nothing but headers is read of the weights.
 
     Raises:
-      CheckpointError: a file is damaged or missing, the config is of a model that mammut does not have, or weights or
-        tokenizer do not fit it. Every mismatch is named.
+      CheckpointError: a file is damaged or missing, the config is of a model that mammut does not
+        have, or weights or tokenizer do not fit it. Every mismatch is named.
     """
     values = read_json_object(folder / CONFIG_FILE)
     config = model_config(decoder_config(values, str(folder / CONFIG_FILE)))
     weights = next((folder / name for name in _WEIGHTS if os.path.exists(folder / name)), None)
     if weights is None:
-        raise CheckpointError(f"{folder} has a {CONFIG_FILE} and no weights, expected one of {', '.join(_WEIGHTS)}")
+        raise CheckpointError(
+            f"{folder} has a {CONFIG_FILE} and no weights, expected one of {', '.join(_WEIGHTS)}"
+        )
     theirs = open_tensors(weights)
     rules = table(values["model_type"], config.text, theirs.specs)
     specs = {path: spec for path, spec in model_specs(config).items() if path.startswith("text.")}
     tensors = _compared(rules.to_ours(theirs, specs, str(weights)), rules, theirs)
     try:
         tokenizer = open_tokenizer(folder, values, config.text.vocab_size)
-        processor = Processor(tokenizer, ImageTransform(config.vision.image_size), config.text_length)
+        processor = Processor(
+            tokenizer, ImageTransform(config.vision.image_size), config.text_length
+        )
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    notes = tuple(f"{name} of {weights} is not used: {reason}" for name, reason in rules.unused.items())
+    notes = tuple(
+        f"{name} of {weights} is not used: {reason}" for name, reason in rules.unused.items()
+    )
     return OpenedModel(config, tensors, processor, str(folder), parts=("text",), notes=notes)
 
 
 def model_config(text: DecoderConfig) -> ModelConfig:
     """A model with that decoder; of what is beside it nothing is read."""
-    return ModelConfig(vision=_NO_VISION, text=text, conditioning="prefix", image_projection="decoder", prefix_tokens=1)
+    return ModelConfig(
+        vision=_NO_VISION,
+        text=text,
+        conditioning="prefix",
+        image_projection="decoder",
+        prefix_tokens=1,
+    )
 
 
 def _compared(ours: Tensors, rules: Table, theirs: Tensors) -> LazyTensors:
@@ -72,7 +88,9 @@ def _compared(ours: Tensors, rules: Table, theirs: Tensors) -> LazyTensors:
 
     def read(path: str) -> np.ndarray:
         if path == _EMBEDDING and len({theirs.read(name).tobytes() for name in names}) > 1:
-            raise CheckpointError(f"{' and '.join(names)} differ, which tie_word_embeddings in config.json makes one")
+            raise CheckpointError(
+                f"{' and '.join(names)} differ, which tie_word_embeddings in config.json makes one"
+            )
         return ours.read(path)
 
     return LazyTensors(ours.specs, read)

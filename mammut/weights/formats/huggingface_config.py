@@ -1,7 +1,8 @@
 """The config.json of transformers' GPT-2, GPT-Neo, GPT-J and GPT-NeoX as a `DecoderConfig`.
 
-A key is read under the name of transformers 4 or 5, or its general name; what is left out has transformers' default. A
-key that is not known is refused, as is a value that changes what is computed in a way that our decoder does not have.
+A key is read under the name of transformers 4 or 5, or its general name; what is left out has
+transformers' default. A key that is not known is refused, as is a value that changes what is
+computed in a way that our decoder does not have.
 """
 
 from collections.abc import Callable
@@ -55,13 +56,15 @@ def decoder_config(values: dict[str, Any], where: str) -> DecoderConfig:
     """The decoder that a config.json tells of; `where` names the file in errors.
 
     Raises:
-      CheckpointError: it is of another model type, or a key has a value that our decoder cannot have. All such keys are
-        named.
+      CheckpointError: it is of another model type, or a key has a value that our decoder cannot
+        have. All such keys are named.
     """
     kind = values.get("model_type")
     read = _MODELS.get(kind) if isinstance(kind, str) else None
     if read is None:
-        raise CheckpointError(f"{where} has model_type {shown(kind)}, expected one of {', '.join(_MODELS)}")
+        raise CheckpointError(
+            f"{where} has model_type {shown(kind)}, expected one of {', '.join(_MODELS)}"
+        )
     problems: list[str] = []
     config = JsonObject("config", values, problems)
     fields = read(config, problems)
@@ -76,7 +79,9 @@ def decoder_config(values: dict[str, Any], where: str) -> DecoderConfig:
             return DecoderConfig(cross_attn_every=0, pooling="none", **fields)
         except ValueError as error:
             problems = [str(error)]
-    raise CheckpointError(f"{where} tells of a model that mammut does not have: {'; '.join(problems)}")
+    raise CheckpointError(
+        f"{where} tells of a model that mammut does not have: {'; '.join(problems)}"
+    )
 
 
 # The general name of a size, which transformers takes for that of the model type, and its limit.
@@ -116,7 +121,9 @@ def _shared(
             config.refuse(general, f"{read[field]}, as {name}")
     width, (name, default) = read["width"], inner
     default = 4 * width if default is None else default
-    read["mlp_dim"] = default if config.value(name) is None else config.whole(name, default, high=2**18)
+    read["mlp_dim"] = (
+        default if config.value(name) is None else config.whole(name, default, high=2**18)
+    )
     if width % read["num_heads"]:
         config.refuse(sizes["num_heads"][0], f"a divisor of the width {width}")
     return read | {
@@ -164,14 +171,18 @@ def _windows(config: JsonObject, depth: int) -> tuple[int, ...]:
         if listed not in (None, kinds):
             config.refuse("attention_layers", "what attention_types tells")
     key = "attention_layers" if groups is None else "attention_types"
-    if not isinstance(kinds, list) or any(not isinstance(kind, str) or kind not in sizes for kind in kinds):
+    if not isinstance(kinds, list) or any(
+        not isinstance(kind, str) or kind not in sizes for kind in kinds
+    ):
         config.refuse(key, 'lists of "global" and "local"')
         return (0,)
     if len(kinds) != depth:
         config.refuse(key, f"one kind for each of the {depth} layers")
         return (0,)
     windows = tuple(sizes[kind] for kind in kinds)
-    periods = (n for n in range(1, depth + 1) if depth % n == 0 and windows == windows[:n] * (depth // n))
+    periods = (
+        n for n in range(1, depth + 1) if depth % n == 0 and windows == windows[:n] * (depth // n)
+    )
     return windows[: next(periods)]
 
 
@@ -215,16 +226,27 @@ def _gpt_neox(config: JsonObject, problems: list[str]) -> dict[str, Any]:
         "max_length": ("max_position_embeddings", 2048),
         "vocab_size": ("vocab_size", 50_432),
     }
-    options = {"inner": ("intermediate_size", 24_576), "activation": ("hidden_act", "gelu"), "eps": "layer_norm_eps"}
+    options = {
+        "inner": ("intermediate_size", 24_576),
+        "activation": ("hidden_act", "gelu"),
+        "eps": "layer_norm_eps",
+    }
     read = _shared(config, sizes, **options, tied=False)
     nested = config.value("rope_parameters")
     rope = JsonObject("config.rope_parameters", {} if nested is None else nested, problems)
     rope.only("rope_type", "default")
     config.only("rope_scaling", None)
     share = _told_once(
-        0.25, 1e-6, 1.0, (rope, "partial_rotary_factor"), (config, "rotary_pct"), (config, "partial_rotary_factor")
+        0.25,
+        1e-6,
+        1.0,
+        (rope, "partial_rotary_factor"),
+        (config, "rotary_pct"),
+        (config, "partial_rotary_factor"),
     )
-    theta = _told_once(1e4, 1.0, 1e12, (rope, "rope_theta"), (config, "rotary_emb_base"), (config, "rope_theta"))
+    theta = _told_once(
+        1e4, 1.0, 1e12, (rope, "rope_theta"), (config, "rotary_emb_base"), (config, "rope_theta")
+    )
     rope.close()
     return read | {
         "layout": "parallel_two_norms" if config.flag("use_parallel_residual", True) else "serial",

@@ -27,7 +27,9 @@ class HeadByHead:
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
         """Ours."""
         heads, size = ours[place][-2:]
-        return np.moveaxis(theirs.reshape(heads, len(ours), size, -1)[:, place], -1, 0).reshape(ours[place])
+        return np.moveaxis(theirs.reshape(heads, len(ours), size, -1)[:, place], -1, 0).reshape(
+            ours[place]
+        )
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
         """Theirs."""
@@ -39,8 +41,9 @@ class HeadByHead:
 def table(model_type: str, text: DecoderConfig, theirs: Mapping[str, TensorSpec]) -> Table:
     """The table for a model and for the tensors in its file.
 
-    Of those it looks at what depends on who wrote the file: whether the names have the prefix of a model with a head,
-    the name of the head, a head that is the embedding and may be there twice, what is no parameter.
+    Of those it looks at what depends on who wrote the file: whether the names have the prefix of a
+    model with a head, the name of the head, a head that is the embedding and may be there twice,
+    what is no parameter.
     """
     prefix, make = _TABLES[model_type]
     if not any(name.startswith(prefix) for name in theirs):
@@ -57,7 +60,13 @@ def table(model_type: str, text: DecoderConfig, theirs: Mapping[str, TensorSpec]
 
 
 def _affine(
-    theirs: str, ours: str, layer: int, layout: Layout = Transposed(), *, weight: bool = True, bias: bool = True
+    theirs: str,
+    ours: str,
+    layer: int,
+    layout: Layout = Transposed(),
+    *,
+    weight: bool = True,
+    bias: bool = True,
 ) -> Iterable[Entry]:
     """A torch.nn.Linear, or with the layout `Kernel` a Conv1D."""
     yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), layout, layer)
@@ -70,15 +79,20 @@ def _norm(theirs: str, ours: str, layer: int | None = None) -> Iterable[Entry]:
     yield Entry(f"{theirs}.bias", (f"{ours}.bias",), layer=layer)
 
 
-def _fused(theirs: str, layer: int, weight: Layout, vector: Layout, *, bias: bool = True) -> Iterable[Entry]:
+def _fused(
+    theirs: str, layer: int, weight: Layout, vector: Layout, *, bias: bool = True
+) -> Iterable[Entry]:
     """Query, key and value as one map."""
-    kernels, biases = (tuple(f"text.layers.attn.{name}.{leaf}" for name in _QKV) for leaf in ("kernel", "bias"))
+    kernels, biases = (
+        tuple(f"text.layers.attn.{name}.{leaf}" for name in _QKV) for leaf in ("kernel", "bias")
+    )
     yield Entry(f"{theirs}.weight", kernels, weight, layer)
     if bias:
         yield Entry(f"{theirs}.bias", biases, vector, layer)
 
 
-_Made = tuple[list[Entry], dict[str, str]]  # entries, and what files may hold beside parameters, with the reason
+# entries, and what files may hold beside parameters, with the reason
+_Made = tuple[list[Entry], dict[str, str]]
 
 
 def _gpt2(prefix: str, text: DecoderConfig) -> _Made:
@@ -87,7 +101,9 @@ def _gpt2(prefix: str, text: DecoderConfig) -> _Made:
     for i in range(text.depth):
         block = f"{prefix}h.{i}"
         entries += _norm(f"{block}.ln_1", f"{ours}.attn_norm", i)
-        entries += _fused(f"{block}.attn.c_attn", i, Joined(Kernel(), axis=1), Joined(Same(flat=True)))
+        entries += _fused(
+            f"{block}.attn.c_attn", i, Joined(Kernel(), axis=1), Joined(Same(flat=True))
+        )
         entries += _affine(f"{block}.attn.c_proj", f"{ours}.attn.out", i, Kernel(2))
         entries += _norm(f"{block}.ln_2", f"{ours}.mlp_norm", i)
         entries += _affine(f"{block}.mlp.c_fc", f"{ours}.mlp.up", i, Kernel())
@@ -120,7 +136,9 @@ def _gptj(prefix: str, text: DecoderConfig) -> _Made:
         entries += _norm(f"{block}.ln_1", f"{ours}.attn_norm", i)
         for name in _QKV:
             entries += _affine(f"{block}.attn.{name[0]}_proj", f"{ours}.attn.{name}", i, bias=False)
-        entries += _affine(f"{block}.attn.out_proj", f"{ours}.attn.out", i, Transposed(2), bias=False)
+        entries += _affine(
+            f"{block}.attn.out_proj", f"{ours}.attn.out", i, Transposed(2), bias=False
+        )
         entries += _affine(f"{block}.mlp.fc_in", f"{ours}.mlp.up", i)
         entries += _affine(f"{block}.mlp.fc_out", f"{ours}.mlp.down", i)
         buffers |= {f"{block}.attn.{name}": _MASK for name in ("bias", "masked_bias")}
@@ -137,7 +155,9 @@ def _gpt_neox(prefix: str, text: DecoderConfig) -> _Made:
         entries += _norm(f"{block}.post_attention_layernorm", f"{ours}.mlp_norm", i)
         fused = f"{block}.attention.query_key_value"
         entries += _fused(fused, i, HeadByHead(), HeadByHead(), bias=text.attn_bias)
-        entries += _affine(f"{block}.attention.dense", f"{ours}.attn.out", i, Transposed(2), bias=text.attn_bias)
+        entries += _affine(
+            f"{block}.attention.dense", f"{ours}.attn.out", i, Transposed(2), bias=text.attn_bias
+        )
         entries += _affine(f"{block}.mlp.dense_h_to_4h", f"{ours}.mlp.up", i)
         entries += _affine(f"{block}.mlp.dense_4h_to_h", f"{ours}.mlp.down", i)
         buffers |= {f"{block}.attention.{name}": _MASK for name in ("bias", "masked_bias")}
@@ -153,7 +173,8 @@ def _ends(prefix: str, embedding: str, norm: str) -> list[Entry]:
     ]
 
 
-# By `model_type`: what the names start with in a model with a head, and the table of what is below it.
+# By `model_type`: what the names start with in a model with a head, and the table of what is below
+# it.
 _TABLES: dict[str, tuple[str, Callable[[str, DecoderConfig], _Made]]] = {
     "gpt2": ("transformer.", _gpt2),
     "gpt_neo": ("transformer.", _gpt_neo),

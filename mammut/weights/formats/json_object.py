@@ -8,7 +8,8 @@ from typing import Any
 class JsonObject:
     """A JSON object that is read key by key.
 
-    A value that cannot be is added to `problems`, and one that can takes its place: reading goes on.
+    A value that cannot be is added to `problems`, and one that can takes its place: reading goes
+    on.
     """
 
     def __init__(self, name: str, values: Any, problems: list[str]):
@@ -24,7 +25,9 @@ class JsonObject:
 
     def refuse(self, key: str, expected: str) -> None:
         """Adds the value of `key` to the problems."""
-        self._problems.append(f"{self.name}.{key} is {shown(self._values.get(key))}, expected {expected}")
+        self._problems.append(
+            f"{self.name}.{key} is {shown(self._values.get(key))}, expected {expected}"
+        )
 
     def whole(self, key: str, default: int | None, low: int = 1, high: int = 2**16) -> int:
         """A whole number from `low` to `high`; `default` None: it must be there."""

@@ -1,6 +1,7 @@
 """MAGMA's checkpoint (arXiv 2112.05253), the DeepSpeed file mp_rank_00_model_states.pt, or the tensors of it alone.
 
-Names are those of its public code, Aleph-Alpha-Research/magma; of a layer i, `h.i` standing for `lm.transformer.h.i`:
+Names are those of its public code, Aleph-Alpha-Research/magma; of a layer i, `h.i` standing for
+`lm.transformer.h.i`:
 
     lm.transformer.wte.weight lm.transformer.ln_f.weight lm.lm_head.weight   GPT-J, by the names of GPT-Neo
     h.i.attn.attention.q_proj.weight h.i.mlp.c_fc.weight                     maps of a layer without adapters
@@ -37,10 +38,14 @@ _BLOCKS, _TOWER = "lm.transformer.h.", "image_prefix.enc."
 _SECOND_NAMES = {"word_embedding.": "lm.transformer.wte.", "transformer.": _BLOCKS}
 _IMAGE_SIZES = {96: 384, 80: 288}  # pixels, by the stem of CLIP's RN50x16 and RN50x4; others: 224
 _PREFIX_DROPOUT = 0.1
-# What stands in the place of an attention or MLP with an adapter: the module itself, and its adapter.
+# What stands in the place of an attention or MLP with an adapter: the module itself, and its
+# adapter.
 _WRAPPED = {
     "mlp": {"sequential": ("mlp.0", "mlp.1.adapter"), "parallel": ("mlp.module", "mlp.adapter")},
-    "attn": {"sequential": ("attn.attn_block", "attn.adapter"), "parallel": ("attn.module", "attn.adapter")},
+    "attn": {
+        "sequential": ("attn.attn_block", "attn.adapter"),
+        "parallel": ("attn.module", "attn.adapter"),
+    },
 }
 _NOT_LEARNED = {
     "attention.bias": "a causal mask, which is no parameter",
@@ -68,7 +73,10 @@ class _Site:
 
 def is_magma(specs: Mapping[str, TensorSpec]) -> bool:
     """Whether these are tensors of such a model."""
-    return all(any(name.startswith(part) for name in specs) for part in ("lm.transformer.", "image_prefix."))
+    return all(
+        any(name.startswith(part) for name in specs)
+        for part in ("lm.transformer.", "image_prefix.")
+    )
 
 
 def open_magma(
@@ -93,41 +101,56 @@ def open_magma(
       max_length: the positions of image and text together.
 
     Raises:
-      CheckpointError: the tensors are not those of one such model; every mismatch is named. Or the tokenizer does not
-        fit them.
+      CheckpointError: the tensors are not those of one such model; every mismatch is named. Or the
+        tokenizer does not fit them.
     """
-    config, sites = _config(theirs.specs, where, num_heads=num_heads, rope_dims=rope_dims, max_length=max_length)
+    config, sites = _config(
+        theirs.specs, where, num_heads=num_heads, rope_dims=rope_dims, max_length=max_length
+    )
     second = _second_names(theirs.specs)
     rules = Table(
         list(_entries(config, sites)),
-        _not_learned(theirs.specs) | dict.fromkeys(second.values(), "a second name of a tensor that is used"),
+        _not_learned(theirs.specs)
+        | dict.fromkeys(second.values(), "a second name of a tensor that is used"),
         dict.fromkeys(("logit_scale", "logit_bias"), (0.0, "there is no contrastive pass")),
     )
     tensors = rules.to_ours(_compared(theirs, second, where), model_specs(config), where)
     vocab_size = config.text.vocab_size - 1  # the last is <|image|>, which no text has
     roles = ("bos", "eos", "pad")
     try:
-        tokenizer = open_tokenizer(folder, {f"{role}_token_id": vocab_size - 1 for role in roles}, vocab_size)
+        tokenizer = open_tokenizer(
+            folder, {f"{role}_token_id": vocab_size - 1 for role in roles}, vocab_size
+        )
         transform = ImageTransform(config.vision.image_size, "shortest")
         processor = Processor(tokenizer, transform, config.text_length)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
     notes = [f"{name} is {value}: {reason}" for name, (value, reason) in rules.constant.items()]
-    return OpenedModel(config, tensors, processor, where, notes=(*unused_notes(rules.unused), *notes))
+    return OpenedModel(
+        config, tensors, processor, where, notes=(*unused_notes(rules.unused), *notes)
+    )
 
 
-def _config(specs: Mapping[str, TensorSpec], where: str, **told: int) -> tuple[ModelConfig, dict[str, _Site]]:
+def _config(
+    specs: Mapping[str, TensorSpec], where: str, **told: int
+) -> tuple[ModelConfig, dict[str, _Site]]:
     """What the shapes tell; that they fit each other is checked later, tensor by tensor."""
 
     def shape(name: str, axes: int) -> Shape:
         if name not in specs:
-            raise CheckpointError(f"{where} has no {name}, which tells a size of a MAGMA with CLIP's ResNet")
+            raise CheckpointError(
+                f"{where} has no {name}, which tells a size of a MAGMA with CLIP's ResNet"
+            )
         if len(specs[name].shape) != axes or 0 in specs[name].shape:
-            raise CheckpointError(f"{where}: {name} is {list(specs[name].shape)}, expected {axes} axes, none empty")
+            raise CheckpointError(
+                f"{where}: {name} is {list(specs[name].shape)}, expected {axes} axes, none empty"
+            )
         return tuple(specs[name].shape)
 
     vocab_size, width = shape("lm.transformer.wte.weight", 2)
-    layers = {match[1] for match in map(re.compile(rf"{re.escape(_BLOCKS)}(\d+)\.").match, specs) if match}
+    layers = {
+        match[1] for match in map(re.compile(rf"{re.escape(_BLOCKS)}(\d+)\.").match, specs) if match
+    }
     sites = {site: _site(specs, site) for site in _WRAPPED}
     adapters: dict[AdapterConfig, list[str]] = {}
     stem = shape(f"{_TOWER}conv3.weight", 4)[0]
@@ -164,12 +187,16 @@ def _config(specs: Mapping[str, TensorSpec], where: str, **told: int) -> tuple[M
             conditioning="prefix",
             prefix_dropout=_PREFIX_DROPOUT,
             prefix_norm="image_prefix.ln.weight" in specs,
-            adapters=tuple(dataclasses.replace(adapter, sites=tuple(at)) for adapter, at in adapters.items()),
+            adapters=tuple(
+                dataclasses.replace(adapter, sites=tuple(at)) for adapter, at in adapters.items()
+            ),
         )
     except CheckpointError:
         raise
     except ValueError as error:
-        raise CheckpointError(f"{where} tells of a model that mammut does not have: {error}") from error
+        raise CheckpointError(
+            f"{where} tells of a model that mammut does not have: {error}"
+        ) from error
     return config, sites
 
 
@@ -177,12 +204,16 @@ def _site(specs: Mapping[str, TensorSpec], site: str) -> _Site:
     for kind, (inner, adapter) in _WRAPPED[site].items():
         if any(name.startswith(f"{_BLOCKS}0.{inner}.") for name in specs):
             scaled = "scaled_" if f"{_BLOCKS}0.{site}.adapter_scale" in specs else ""
-            return _Site(inner, adapter, scaled + kind, norm=f"{_BLOCKS}0.{adapter}.1.weight" in specs)
+            return _Site(
+                inner, adapter, scaled + kind, norm=f"{_BLOCKS}0.{adapter}.1.weight" in specs
+            )
     return _Site(site)
 
 
 def _not_learned(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    return {name: why for name in specs for end, why in _NOT_LEARNED.items() if name.endswith(f".{end}")}
+    return {
+        name: why for name in specs for end, why in _NOT_LEARNED.items() if name.endswith(f".{end}")
+    }
 
 
 def _second_names(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
@@ -206,14 +237,21 @@ def _compared(theirs: Tensors, second: Mapping[str, str], where: str) -> LazyTen
             # Where PyTorch saved both they are one place of the file, which is not read twice.
             one = tensor.__array_interface__ == other.__array_interface__
             if not one and tensor.tobytes() != other.tobytes():
-                raise CheckpointError(f"{where}: {name} and {second[name]} differ, expected one tensor by two names")
+                raise CheckpointError(
+                    f"{where}: {name} and {second[name]} differ, expected one tensor by two names"
+                )
         return tensor
 
     return LazyTensors(theirs.specs, read)
 
 
 def _affine(
-    theirs: str, ours: str, layer: int | None = None, layout: Layout = Transposed(), *, bias: bool = True
+    theirs: str,
+    ours: str,
+    layer: int | None = None,
+    layout: Layout = Transposed(),
+    *,
+    bias: bool = True,
 ) -> Iterable[Entry]:
     """A torch.nn.Linear."""
     yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), layout, layer)
@@ -240,8 +278,12 @@ def _entries(config: ModelConfig, sites: Mapping[str, _Site]) -> Iterable[Entry]
         attention, mlp = f"{block}.{sites['attn'].inner}.attention", f"{block}.{sites['mlp'].inner}"
         yield from _norm(f"{block}.ln_1", "text.layers.attn_norm", i)
         for name in ("query", "key", "value"):
-            yield from _affine(f"{attention}.{name[0]}_proj", f"text.layers.attn.{name}", i, bias=False)
-        yield from _affine(f"{attention}.out_proj", "text.layers.attn.out", i, Transposed(2), bias=False)
+            yield from _affine(
+                f"{attention}.{name[0]}_proj", f"text.layers.attn.{name}", i, bias=False
+            )
+        yield from _affine(
+            f"{attention}.out_proj", "text.layers.attn.out", i, Transposed(2), bias=False
+        )
         yield from _affine(f"{mlp}.c_fc", "text.layers.mlp.up", i)
         yield from _affine(f"{mlp}.c_proj", "text.layers.mlp.down", i)
         for name, site in sites.items():

@@ -1,8 +1,8 @@
 """Models of open_clip: MaMMUT and CoCa, and LAION's openMaMMUT (`open_clip_config` says which), in and out.
 
-A folder as on the Hugging Face hub is read, `open_clip_config.json` beside the weights, or a file of weights with or
-without one: what it is without can be told of the 15 openMaMMUT sizes alone, and of two kinds that are others' to open,
-the ResNets (`resnets`) and MAGMA (`magma`).
+A folder as on the Hugging Face hub is read, `open_clip_config.json` beside the weights, or a file
+of weights with or without one: what it is without can be told of the 15 openMaMMUT sizes alone, and
+of two kinds that are others' to open, the ResNets (`resnets`) and MAGMA (`magma`).
 """
 
 import os
@@ -27,9 +27,18 @@ from mammut.weights.formats.open_clip_tables import table
 from mammut.weights.formats.open_clip_tokenizer import open_tokenizer
 from mammut.weights.opened import OpenedModel, model_specs
 
-__all__ = ["is_open_clip", "model_config", "open_model", "openmammut", "save", "table", "to_open_clip"]
+__all__ = [
+    "is_open_clip",
+    "model_config",
+    "open_model",
+    "openmammut",
+    "save",
+    "table",
+    "to_open_clip",
+]
 
-# The weights of a folder, the first that is there; never two files of one kind, unless they are shards.
+# The weights of a folder, the first that is there; never two files of one kind, unless they are
+# shards.
 _WEIGHTS = (
     WEIGHTS_FILE,
     "*.safetensors.index.json",
@@ -55,12 +64,13 @@ def open_model(path: pathlib.Path, config: dict[str, Any] | None = None) -> Open
     """A model with its processor, or a ResNet image encoder alone; nothing but headers is read of the weights.
 
     Args:
-      path: a folder with `open_clip_config.json` and weights, or a file of weights, a training checkpoint included.
+      path: a folder with `open_clip_config.json` and weights, or a file of weights, a training
+        checkpoint included.
       config: what `open_clip_config.json` would hold. None: the file beside the weights.
 
     Raises:
-      CheckpointError: a file is damaged or missing, the config is of a model that mammut does not have, or the weights
-        do not fit it. Every mismatch is named.
+      CheckpointError: a file is damaged or missing, the config is of a model that mammut does not
+        have, or the weights do not fit it. Every mismatch is named.
     """
     path = pathlib.Path(path)
     folder = path if os.path.isdir(path) else path.parent
@@ -68,7 +78,8 @@ def open_model(path: pathlib.Path, config: dict[str, Any] | None = None) -> Open
     told = str(folder / CONFIG_FILE) if config is None else "the config given"
     if config is None and os.path.exists(folder / CONFIG_FILE):
         config = read_json_object(folder / CONFIG_FILE)
-        if "model_cfg" not in config and "vision_cfg" in config:  # as in open_clip's own model_configs
+        # as in open_clip's own model_configs
+        if "model_cfg" not in config and "vision_cfg" in config:
             config = {"model_cfg": config}
     theirs = open_tensors(weights)
     if resnets.is_resnet(theirs.specs):
@@ -96,8 +107,12 @@ def _weights(folder: pathlib.Path) -> pathlib.Path:
             return found[0]
         if found:
             names = ", ".join(path.name for path in found)
-            raise CheckpointError(f"{folder} has {len(found)} files of weights, {names}: give the path of one of them")
-    raise CheckpointError(f"{folder} has a {CONFIG_FILE} and no weights, expected {WEIGHTS_FILE} or another file")
+            raise CheckpointError(
+                f"{folder} has {len(found)} files of weights, {names}: give the path of one of them"
+            )
+    raise CheckpointError(
+        f"{folder} has a {CONFIG_FILE} and no weights, expected {WEIGHTS_FILE} or another file"
+    )
 
 
 def _recognised(theirs: TensorFile) -> dict[str, Any]:
@@ -109,7 +124,11 @@ def _recognised(theirs: TensorFile) -> dict[str, Any]:
         model_cfg = openmammut(size)
         vision = model_cfg["vision_cfg"]
         kernel = vision["width"], 3, vision["patch_size"], vision["patch_size"]
-        if patches == kernel and decoder == (CLIP_VOCAB, model_cfg["embed_dim"]) and "map_viz2txt_kv" in shapes:
+        if (
+            patches == kernel
+            and decoder == (CLIP_VOCAB, model_cfg["embed_dim"])
+            and "map_viz2txt_kv" in shapes
+        ):
             return model_cfg
     raise CheckpointError(
         f"{theirs.path} is of none of the {len(OPENMAMMUT_SIZES)} openMaMMUT sizes: put the {CONFIG_FILE} of its model "
@@ -117,7 +136,9 @@ def _recognised(theirs: TensorFile) -> dict[str, Any]:
     )
 
 
-def _processor(folder: pathlib.Path, config: ModelConfig, files: dict[str, Any], told: str) -> Processor:
+def _processor(
+    folder: pathlib.Path, config: ModelConfig, files: dict[str, Any], told: str
+) -> Processor:
     """Of a folder that `save` wrote, its own; else what open_clip would make of the config."""
     text_cfg = files["model_cfg"].get("text_cfg") or files["model_cfg"]["multimodal_cfg"]
     try:

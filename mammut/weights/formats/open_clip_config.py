@@ -1,13 +1,15 @@
 """The JSON of open_clip's models and our `ModelConfig`, each made from the other.
 
-`open_clip_config.json` holds `model_cfg` and `preprocess_cfg`. Four families of `model_cfg` are models of ours, too:
+`open_clip_config.json` holds `model_cfg` and `preprocess_cfg`. Four families of `model_cfg` are
+models of ours, too:
 
     text_cfg with does_full_decoding   openMaMMUT: LAION's fork, github.com/LAION-AI/open_clip_mammut at ed2d1f6
     multimodal_cfg                     mammut_* and mammut2_* of open_clip's main branch
     ... with text_arch "modern"        mammut2-moderntext_*
     multimodal_cfg and text_cfg        CoCa, as in open_clip_torch 3.3.0
 
-A key is read, or has no effect on what a trained model computes and is listed here as such, or is refused.
+A key is read, or has no effect on what a trained model computes and is listed here as such, or is
+refused.
 """
 
 from typing import Any
@@ -24,25 +26,78 @@ _OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_EPS = 1e-5  # PyTorch's
 
-# Keys without effect on what a trained model computes: of its making, its training, its tokenizer (read elsewhere), ...
-_MAKING = {"custom_text", "cast_dtype", "output_dict", "output_tokens", "nonscalar_logit_scale", "zero_init_residual"}
+# Keys without effect on what a trained model computes: of its making, its training, its tokenizer
+# (read elsewhere), ...
+_MAKING = {
+    "custom_text",
+    "cast_dtype",
+    "output_dict",
+    "output_tokens",
+    "nonscalar_logit_scale",
+    "zero_init_residual",
+}
 _MAKING |= {"init_logit_scale", "init_logit_bias", "timm_model_pretrained", "hf_model_pretrained"}
 _TRAINING = {"patch_dropout", "timm_drop", "timm_drop_path", "freeze_pad_embed"}
-_TOKENIZER = {"hf_tokenizer_name", "tokenizer_type", "tiktoken_name", "tokenizer_mode", "tokenizer_kwargs"}
+_TOKENIZER = {
+    "hf_tokenizer_name",
+    "tokenizer_type",
+    "tiktoken_name",
+    "tokenizer_mode",
+    "tokenizer_kwargs",
+}
 _TOKENIZER |= {"bos_id", "eos_id", "variable_text"}
 # ... of a tower that timm or Hugging Face would make: `timm_model_name` and `hf_model_name` themselves are refused, ...
 _TIMM = {"timm_pool", "timm_proj", "timm_proj_bias", "timm_model_kwargs", "image_seq_len"}
 _HF = {"hf_proj_type", "hf_pooler_type", "hf_model_config"}
 # ... and fields of the classes these decoders share that none of them reads, or that only the modern one does.
-_UNREAD = {"dim_head", "n_queries", "attn_pooler_heads", "final_ln_after_pool", "attention_mode", "token_average_pool"}
-_UNREAD |= {"block_type", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc"}
+_UNREAD = {
+    "dim_head",
+    "n_queries",
+    "attn_pooler_heads",
+    "final_ln_after_pool",
+    "attention_mode",
+    "token_average_pool",
+}
+_UNREAD |= {
+    "block_type",
+    "scaled_cosine_attn",
+    "scale_heads",
+    "scale_attn_inner",
+    "scale_attn",
+    "scale_fc",
+}
 _UNREAD |= {"is_multimodal_decoder"}
-_MODERN = {"qk_norm", "attn_gated", "pos_embed", "rope_temperature", "mlp_type", "norm_type", "norm_eps", "tie_lm_head"}
-_MODERN |= {"pre_norm", "norm_placement", "reg_tokens", "value_residual", "attention_bias", "mlp_bias", "gate_bias"}
+_MODERN = {
+    "qk_norm",
+    "attn_gated",
+    "pos_embed",
+    "rope_temperature",
+    "mlp_type",
+    "norm_type",
+    "norm_eps",
+    "tie_lm_head",
+}
+_MODERN |= {
+    "pre_norm",
+    "norm_placement",
+    "reg_tokens",
+    "value_residual",
+    "attention_bias",
+    "mlp_bias",
+    "gate_bias",
+}
 _OF_TEXT = _MAKING | _TRAINING | _TOKENIZER | _HF | _UNREAD
-_OF_DECODER = _OF_TEXT | {"embed_cls", "correct_cls_mask", "no_causal_mask", "act_kwargs", "norm_kwargs", "pad_id"}
+_OF_DECODER = _OF_TEXT | {
+    "embed_cls",
+    "correct_cls_mask",
+    "no_causal_mask",
+    "act_kwargs",
+    "norm_kwargs",
+    "pad_id",
+}
 
-OPENMAMMUT_SIZES = {  # decoder width; vision width, heads, layers; decoder layers; whether all of those have an MLP
+# decoder width; vision width, heads, layers; decoder layers; whether all of those have an MLP
+OPENMAMMUT_SIZES = {
     **dict.fromkeys(("ViT-S-32", "ViT-S-16", "ViT-S-14"), (384, 384, 6, 12, 12, False)),
     **dict.fromkeys(("ViT-M-32", "ViT-M-16", "ViT-M-14"), (512, 512, 8, 12, 12, False)),
     **dict.fromkeys(("ViT-B-32", "ViT-B-14"), (512, 768, 12, 12, 12, False)),
@@ -86,12 +141,14 @@ def model_config(model_cfg: Any, preprocess_cfg: Any, where: str) -> ModelConfig
     """The architecture that the two objects of `open_clip_config.json` tell; `where` names their file in errors.
 
     Raises:
-      CheckpointError: it is none of the families above, or a key has a value that our model cannot have. All such keys
-        are named.
+      CheckpointError: it is none of the families above, or a key has a value that our model cannot
+        have. All such keys are named.
     """
     config, problems = try_model_config(model_cfg, preprocess_cfg)
     if config is None:
-        raise CheckpointError(f"{where} tells of a model that mammut does not have: {'; '.join(problems)}")
+        raise CheckpointError(
+            f"{where} tells of a model that mammut does not have: {'; '.join(problems)}"
+        )
     return config
 
 
@@ -115,8 +172,12 @@ def _fields(model_cfg: Any, preprocess_cfg: Any, problems: list[str]) -> dict[st
     embed_dim = top.whole("embed_dim", None)
     text_cfg, multimodal_cfg = top.value("text_cfg"), top.value("multimodal_cfg")
     coca = text_cfg is not None and multimodal_cfg is not None
-    vision = _vision(JsonObject("model_cfg.vision_cfg", top.value("vision_cfg"), problems), quick, coca)
-    multimodal = multimodal_cfg is not None and JsonObject("model_cfg.multimodal_cfg", multimodal_cfg, problems)
+    vision = _vision(
+        JsonObject("model_cfg.vision_cfg", top.value("vision_cfg"), problems), quick, coca
+    )
+    multimodal = multimodal_cfg is not None and JsonObject(
+        "model_cfg.multimodal_cfg", multimodal_cfg, problems
+    )
     text = {}
     if coca:
         text = _coca(JsonObject("model_cfg.text_cfg", text_cfg, problems), multimodal, quick)
@@ -126,7 +187,9 @@ def _fields(model_cfg: Any, preprocess_cfg: Any, problems: list[str]) -> dict[st
     elif isinstance(text_cfg, dict) and text_cfg.get("does_full_decoding"):
         text = _fork(JsonObject("model_cfg.text_cfg", text_cfg, problems), quick)
     else:
-        problems.append("neither model_cfg.multimodal_cfg nor model_cfg.text_cfg.does_full_decoding: it has no decoder")
+        problems.append(
+            "neither model_cfg.multimodal_cfg nor model_cfg.text_cfg.does_full_decoding: it has no decoder"
+        )
     top.close(_MAKING)
     image = read_preprocess(preprocess_cfg, problems)
     return {
@@ -145,22 +208,30 @@ def image_transform(preprocess_cfg: Any, image_size: int) -> ImageTransform:
     return ImageTransform(image_size, image["mode"], image["interpolation"], image["fill"])
 
 
-def read_preprocess(values: Any, problems: list[str], name: str = "preprocess_cfg") -> dict[str, Any]:
+def read_preprocess(
+    values: Any, problems: list[str], name: str = "preprocess_cfg"
+) -> dict[str, Any]:
     """Its mode, interpolation, fill, mean and std as `ImageTransform` and the image encoder have them."""
     image = JsonObject(name, {} if values is None else values, problems)
     read = {
         "mode": image.choice(
-            "resize_mode", None, {None: "shortest", "shortest": "shortest", "longest": "longest", "squash": "squash"}
+            "resize_mode",
+            None,
+            {None: "shortest", "shortest": "shortest", "longest": "longest", "squash": "squash"},
         ),
         "interpolation": image.choice(
-            "interpolation", None, {None: "bicubic", "bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
+            "interpolation",
+            None,
+            {None: "bicubic", "bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"},
         ),
         "fill": image.whole("fill_color", 0, low=0, high=255),
     }
     for key, default, low in (("mean", _OPENAI_MEAN, -1), ("std", _OPENAI_STD, 1e-6)):
         value = image.value(key) or default
         value = [value] * 3 if type(value) in (int, float) else value
-        if not isinstance(value, list | tuple) or not all(type(x) in (int, float) and low <= x <= 256 for x in value):
+        if not isinstance(value, list | tuple) or not all(
+            type(x) in (int, float) and low <= x <= 256 for x in value
+        ):
             value = ()
         if len(value) != 3:
             image.refuse(key, f"three numbers from {low} to 256")
@@ -200,19 +271,31 @@ def _vision(cfg: JsonObject, quick: bool, coca: bool) -> dict[str, Any]:
         "input_norm": not cfg.flag("no_ln_pre"),
         "norm_after_pooling": cfg.flag("final_ln_after_pool") and not coca,
     }
-    queries = {"pool_queries": cfg.whole("attn_pooler_queries", 256), "pool_heads": cfg.whole("attn_pooler_heads", 8)}
+    queries = {
+        "pool_queries": cfg.whole("attn_pooler_queries", 256),
+        "pool_heads": cfg.whole("attn_pooler_heads", 8),
+    }
     if coca:
         cfg.only("attentional_pool", True)
         cfg.only("pool_type", "tok")
         read |= {"pooling": "queries"} | queries
     else:
         cfg.only("attentional_pool", False)
-        read["pooling"] = cfg.choice("pool_type", "tok", {"tok": "class", "avg": "mean", "avg_all": "mean_all"})
+        read["pooling"] = cfg.choice(
+            "pool_type", "tok", {"tok": "class", "avg": "mean", "avg_all": "mean_all"}
+        )
     cfg.only("timm_model_name", None)
     cfg.only("ls_init_value", None)
     cfg.only("pos_embed_type", "learnable")
     cfg.only("block_type", None, "default")
-    for key in ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc"):
+    for key in (
+        "qk_norm",
+        "scaled_cosine_attn",
+        "scale_heads",
+        "scale_attn_inner",
+        "scale_attn",
+        "scale_fc",
+    ):
         cfg.only(key, False)
     cfg.close(_MAKING | _TRAINING | _TIMM)
     return read
@@ -254,11 +337,17 @@ def _torch_layers(quick: bool) -> dict[str, Any]:
 
 def _fork(cfg: JsonObject, quick: bool) -> dict[str, Any]:
     read = _decoder(cfg) | _torch_layers(quick)
-    cfg.only("vocab_size", CLIP_VOCAB)  # the fork's table of embeddings has that size whatever it says
+    # the fork's table of embeddings has that size whatever it says
+    cfg.only("vocab_size", CLIP_VOCAB)
     cfg.only("does_full_decoding", True)
     read["mlp_before_cross_attn"] = cfg.flag("has_mlp", True)
     cfg.close(_OF_DECODER | _MODERN | {"mlp_ratio", "pool_type", "proj_type", "proj_bias"})
-    return read | {"mlp_dim": 4 * read["width"], "pooling": "mean_all", "pad_masking": "none", "pad_id": 0}
+    return read | {
+        "mlp_dim": 4 * read["width"],
+        "pooling": "mean_all",
+        "pad_masking": "none",
+        "pad_id": 0,
+    }
 
 
 def _mammut2(cfg: JsonObject) -> dict[str, Any]:
@@ -281,7 +370,9 @@ def _modern(cfg: JsonObject) -> dict[str, Any]:
     norm = cfg.choice("norm_type", None, {None: "rms", "rmsnorm": "rms", "layernorm": "layer"})
     bias, gated = cfg.flag("attention_bias", None), cfg.flag("attn_gated")
     read = _mammut2(cfg) | {
-        "activation": cfg.choice("mlp_type", "swiglu", {"swiglu": "swiglu", "mlp": "gelu", "relu2": "relu2"}),
+        "activation": cfg.choice(
+            "mlp_type", "swiglu", {"swiglu": "swiglu", "mlp": "gelu", "relu2": "relu2"}
+        ),
         "norm": norm,
         "norm_eps": cfg.number("norm_eps", 1e-6, 1e-12, 1.0),
         "attn_bias": bias,
@@ -293,7 +384,9 @@ def _modern(cfg: JsonObject) -> dict[str, Any]:
         "positions": "rope",
         "rope_theta": cfg.number("rope_temperature", 10_000.0, 1.0, 1e12),
         "tie_embeddings": cfg.flag("tie_lm_head"),
-        "pooling": cfg.choice("pool_type", "avg", {"avg": "mean", "mean": "mean", "eos": "end", "argmax": "end"}),
+        "pooling": cfg.choice(
+            "pool_type", "avg", {"avg": "mean", "mean": "mean", "eos": "end", "argmax": "end"}
+        ),
         "pad_masking": "contrastive",
     }
     cfg.only("pos_embed", "rope")
@@ -339,6 +432,14 @@ def _coca(text: JsonObject, multimodal: JsonObject, quick: bool) -> dict[str, An
         "text_projection": text.choice("proj_type", "linear", {"linear": True, "none": False}),
     }
     text.close(_OF_TEXT | _MODERN | {"pool_type", "use_pad_mask"})
-    ignored = {"vocab_size", "mlp_ratio", "pool_type", "proj_type", "proj_bias", "use_pad_mask", "cross_attn_ratio"}
+    ignored = {
+        "vocab_size",
+        "mlp_ratio",
+        "pool_type",
+        "proj_type",
+        "proj_bias",
+        "use_pad_mask",
+        "cross_attn_ratio",
+    }
     multimodal.close(_OF_DECODER | _MODERN | ignored)
     return read

@@ -34,8 +34,8 @@ def save(
 ) -> tuple[str, ...]:
     """Writes a folder as on the Hugging Face hub, one tensor at a time: config, weights, and our processor's files.
 
-    open_clip takes CLIP's tokenizer for it; tokens of another vocabulary have to come from our processor. Nothing in
-    the folder changes until all is written.
+    open_clip takes CLIP's tokenizer for it; tokens of another vocabulary have to come from our
+    processor. Nothing in the folder changes until all is written.
 
     Args:
       folder: made where it is missing.
@@ -47,8 +47,8 @@ def save(
       What open_clip does not do as our processor does, in sentences.
 
     Raises:
-      ValueError: the folder holds a model already or is where `opened` is read from, `opened` is a part of a model, or
-        open_clip cannot express the model or its processor.
+      ValueError: the folder holds a model already or is where `opened` is read from, `opened` is a
+        part of a model, or open_clip cannot express the model or its processor.
     """
     folder = pathlib.Path(folder)
     files = CONFIG_FILE, WEIGHTS_FILE, "processor.json"
@@ -56,24 +56,34 @@ def save(
     model_cfg = to_open_clip(opened.config)
     preprocess_cfg = _preprocess_json(opened.processor, opened.config.vision)
     names = {"logit_scale", "text.lm_head.weight"}
-    if bias := float(opened.tensors.read("logit_bias")):  # open_clip has none unless the config says so
+    # open_clip has none unless the config says so
+    if bias := float(opened.tensors.read("logit_bias")):
         model_cfg["init_logit_bias"] = bias
         names.add("logit_bias")
     if "text_cfg" not in model_cfg:
         names.add("text.lm_head")
         model_cfg["multimodal_cfg"] |= _special_ids(opened.processor)
     # What open_clip's files of such a model are called; see `table`.
-    theirs = table(opened.config, dict.fromkeys(names, TensorSpec((), np.dtype("float32")))).to_theirs(opened.tensors)
+    theirs = table(
+        opened.config, dict.fromkeys(names, TensorSpec((), np.dtype("float32")))
+    ).to_theirs(opened.tensors)
     with replacing(folder, CONFIG_FILE, stale=["processor.json"]) as new:
         write_safetensors(
-            new / WEIGHTS_FILE, dict(theirs.specs), theirs.read, metadata={"format": "pt"}, progress=progress
+            new / WEIGHTS_FILE,
+            dict(theirs.specs),
+            theirs.read,
+            metadata={"format": "pt"},
+            progress=progress,
         )
-        if not isinstance(opened.processor.tokenizer, MissingTokenizer):  # else it is looked for again when it is read
+        # else it is looked for again when it is read
+        if not isinstance(opened.processor.tokenizer, MissingTokenizer):
             opened.processor.save(new)
         write_json(new / CONFIG_FILE, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
     if _has_clip_ids(opened.processor.tokenizer):
         return ()
-    return ("open_clip takes CLIP's tokenizer for this model: texts must become tokens by mammut's processor instead",)
+    return (
+        "open_clip takes CLIP's tokenizer for this model: texts must become tokens by mammut's processor instead",
+    )
 
 
 def _has_clip_ids(tokenizer: Tokenizer) -> bool:
@@ -92,7 +102,9 @@ def _special_ids(processor: Processor) -> dict[str, int]:
 def _preprocess_json(processor: Processor, vision: VisionConfig) -> dict[str, Any]:
     image, problems = processor.image, []
     if image.interpolation not in ("bicubic", "bilinear"):
-        problems.append(f"ImageTransform.interpolation is {image.interpolation!r}, expected 'bicubic' or 'bilinear'")
+        problems.append(
+            f"ImageTransform.interpolation is {image.interpolation!r}, expected 'bicubic' or 'bilinear'"
+        )
     if processor.text_form != "start_end":
         problems.append(f"text_form is {processor.text_form!r}, expected 'start_end'")
     if problems:
@@ -111,14 +123,18 @@ def _preprocess_json(processor: Processor, vision: VisionConfig) -> dict[str, An
 def to_open_clip(config: ModelConfig) -> dict[str, Any]:
     """The `model_cfg` of a model: of CoCa, of openMaMMUT's fork where `pad_id` is 0, else of open_clip's main branch.
 
-    What is about training or arithmetic alone is left out; for the rest, reading it back gives the same config.
+    What is about training or arithmetic alone is left out; for the rest, reading it back gives the
+    same config.
 
     Raises:
-      ValueError: the format cannot express the model; all the fields that stand in the way are named.
+      ValueError: the format cannot express the model; all the fields that stand in the way are
+        named.
     """
     text = config.text
     if isinstance(config.vision, ResNetConfig):
-        raise ValueError("open_clip cannot express this model: its ResNets have an attention pool, ours has none")
+        raise ValueError(
+            "open_clip cannot express this model: its ResNets have an attention pool, ours has none"
+        )
     sizes = {
         "context_length": text.max_length,
         "vocab_size": text.vocab_size,
@@ -134,8 +150,17 @@ def to_open_clip(config: ModelConfig) -> dict[str, Any]:
         model_cfg["text_cfg"] = {**sizes, "layers": text.text_only_depth, "heads": heads, **extra}
         model_cfg["multimodal_cfg"] = {**sizes, "layers": text.depth}
     elif text.pad_id == 0 or not text.mlp_before_cross_attn:
-        extra = {"output_tokens": True, "does_full_decoding": True, "has_mlp": text.mlp_before_cross_attn}
-        model_cfg["text_cfg"] = {**sizes, "layers": text.depth, "cross_attn_ratio": text.cross_attn_every, **extra}
+        extra = {
+            "output_tokens": True,
+            "does_full_decoding": True,
+            "has_mlp": text.mlp_before_cross_attn,
+        }
+        model_cfg["text_cfg"] = {
+            **sizes,
+            "layers": text.depth,
+            "cross_attn_ratio": text.cross_attn_every,
+            **extra,
+        }
     else:
         model_cfg["multimodal_cfg"] = {**sizes, "layers": text.depth, **_decoder_json(config)}
     model_cfg["custom_text"] = True
@@ -150,7 +175,9 @@ def to_open_clip(config: ModelConfig) -> dict[str, Any]:
 def _ratio(layer: LayerConfig) -> float:
     """`mlp_dim` as a share of the width that comes back as `mlp_dim`."""
     ratio = layer.mlp_dim / layer.width
-    return ratio if mlp_dim(layer.width, ratio) == layer.mlp_dim else math.nextafter(ratio, math.inf)
+    return (
+        ratio if mlp_dim(layer.width, ratio) == layer.mlp_dim else math.nextafter(ratio, math.inf)
+    )
 
 
 def _vision_json(config: ModelConfig) -> dict[str, Any]:

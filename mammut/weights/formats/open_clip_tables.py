@@ -6,7 +6,17 @@ from mammut.models.decoder import DecoderConfig
 from mammut.models.layers import LayerConfig
 from mammut.models.mammut import ModelConfig
 from mammut.weights.files.tensor_file import TensorSpec
-from mammut.weights.tables import Entry, Joined, Layout, Patches, Reshaped, Rows, Same, Table, Transposed
+from mammut.weights.tables import (
+    Entry,
+    Joined,
+    Layout,
+    Patches,
+    Reshaped,
+    Rows,
+    Same,
+    Table,
+    Transposed,
+)
 
 _MASKS = "attn_mask", "text.attn_mask", "text_decoder.attn_mask"  # older releases saved them
 
@@ -14,9 +24,10 @@ _MASKS = "attn_mask", "text.attn_mask", "text_decoder.attn_mask"  # older releas
 def table(config: ModelConfig, theirs: Mapping[str, TensorSpec]) -> Table:
     """The table for a model and for the tensors in its file.
 
-    Of those it looks at the few that depend on who wrote the file: the name of the vocabulary head, which LAION's fork
-    calls `text.text_projection`; the scalars of the contrastive loss, which may have shape [1]; the bias among them,
-    which may be absent; a head that is the embedding, which may be there twice.
+    Of those it looks at the few that depend on who wrote the file: the name of the vocabulary head,
+    which LAION's fork calls `text.text_projection`; the scalars of the contrastive loss, which may
+    have shape [1]; the bias among them, which may be absent; a head that is the embedding, which
+    may be there twice.
     """
     coca, modern = config.text.text_only_depth > 0, config.text.cross_attn_position == "inside"
     entries = list(_vision(config))
@@ -27,7 +38,9 @@ def table(config: ModelConfig, theirs: Mapping[str, TensorSpec]) -> Table:
     elif modern:
         entries += _modern(config, "text.lm_head.weight" in theirs)
     else:
-        entries += _classic(config, "text.lm_head" if "text.lm_head" in theirs else "text.text_projection")
+        entries += _classic(
+            config, "text.lm_head" if "text.lm_head" in theirs else "text.text_projection"
+        )
     constant = {}
     for name in ("logit_scale", "logit_bias"):
         if name in theirs or name == "logit_scale":
@@ -40,7 +53,11 @@ def table(config: ModelConfig, theirs: Mapping[str, TensorSpec]) -> Table:
 
 
 def _affine(
-    theirs: str, ours: str, layout: Layout = Transposed(), bias: bool = True, layer: int | None = None
+    theirs: str,
+    ours: str,
+    layout: Layout = Transposed(),
+    bias: bool = True,
+    layer: int | None = None,
 ) -> Iterable[Entry]:
     """A torch.nn.Linear."""
     yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), layout, layer)
@@ -48,14 +65,21 @@ def _affine(
         yield Entry(f"{theirs}.bias", (f"{ours}.bias",), Same(flat=True), layer)
 
 
-def _norm(theirs: str, ours: str, config: LayerConfig | None = None, layer: int | None = None) -> Iterable[Entry]:
+def _norm(
+    theirs: str, ours: str, config: LayerConfig | None = None, layer: int | None = None
+) -> Iterable[Entry]:
     yield Entry(f"{theirs}.weight", (f"{ours}.scale",), layer=layer)
     if config is None or config.norm == "layer":
         yield Entry(f"{theirs}.bias", (f"{ours}.bias",), layer=layer)
 
 
 def _joined(
-    theirs: str, ours: str, names: tuple[str, ...], bias: bool = True, layer: int | None = None, dot: str = "."
+    theirs: str,
+    ours: str,
+    names: tuple[str, ...],
+    bias: bool = True,
+    layer: int | None = None,
+    dot: str = ".",
 ) -> Iterable[Entry]:
     """Several maps as one; torch.nn.MultiheadAttention writes `in_proj_weight` where torch.nn.Linear has a dot."""
     kernels = tuple(f"{ours}.{name}.kernel" for name in names)
@@ -68,7 +92,9 @@ def _joined(
 _QKV = "query", "key", "value"
 
 
-def _block(theirs: str, ours: str, layer: int, *, mlp: bool = True, image: bool = False) -> Iterable[Entry]:
+def _block(
+    theirs: str, ours: str, layer: int, *, mlp: bool = True, image: bool = False
+) -> Iterable[Entry]:
     """A layer of all but the modern decoder."""
     yield from _norm(f"{theirs}.ln_1", f"{ours}.attn_norm", layer=layer)
     if image:
@@ -85,7 +111,11 @@ def _vision(config: ModelConfig) -> Iterable[Entry]:
     vision = config.vision
     yield Entry("visual.conv1.weight", ("vision.patch_embed.kernel",), Patches(vision.patch_size))
     yield Entry("visual.class_embedding", ("vision.class_embed",))
-    yield Entry("visual.positional_embedding", ("vision.class_pos_embed", "vision.pos_embed"), Joined(Rows()))
+    yield Entry(
+        "visual.positional_embedding",
+        ("vision.class_pos_embed", "vision.pos_embed"),
+        Joined(Rows()),
+    )
     if vision.input_norm:
         yield from _norm("visual.ln_pre", "vision.input_norm")
     for i in range(vision.depth):
@@ -107,7 +137,11 @@ def _pool(config: ModelConfig) -> Iterable[Entry]:
         yield fused
     else:  # torch.nn.MultiheadAttention fuses the three only where their inputs have one size
         for name in _QKV:
-            yield Entry(f"{theirs}.attn.{name[0]}_proj_weight", (f"{ours}.attn.{name}.kernel",), Transposed())
+            yield Entry(
+                f"{theirs}.attn.{name[0]}_proj_weight",
+                (f"{ours}.attn.{name}.kernel",),
+                Transposed(),
+            )
     yield from _affine(f"{theirs}.attn.out_proj", f"{ours}.attn.out", Transposed(2))
 
 
@@ -167,12 +201,18 @@ def _modern(config: ModelConfig, head: bool) -> Iterable[Entry]:
             yield from _affine(f"{block}.mlp.w3", f"{own}.mlp.down", bias=text.mlp_bias, layer=i)
         else:
             yield from _affine(f"{block}.mlp.c_fc", f"{own}.mlp.up", bias=text.mlp_bias, layer=i)
-            yield from _affine(f"{block}.mlp.c_proj", f"{own}.mlp.down", bias=text.mlp_bias, layer=i)
+            yield from _affine(
+                f"{block}.mlp.c_proj", f"{own}.mlp.down", bias=text.mlp_bias, layer=i
+            )
     for group in range(text.num_cross_layers):
         block = f"text.blocks.{group * text.cross_attn_every}"
         yield from _norm(f"{block}.norm_x", f"{cross}.attn_norm", text, group)
-        yield from _affine(f"{block}.xattn.q", f"{cross}.attn.query", bias=text.attn_bias, layer=group)
-        yield from _joined(f"{block}.xattn.kv", f"{cross}.attn", ("key", "value"), text.attn_bias, group)
+        yield from _affine(
+            f"{block}.xattn.q", f"{cross}.attn.query", bias=text.attn_bias, layer=group
+        )
+        yield from _joined(
+            f"{block}.xattn.kv", f"{cross}.attn", ("key", "value"), text.attn_bias, group
+        )
         yield from _modern_attention(f"{block}.xattn", f"{cross}.attn", text, group)
     yield from _norm("text.ln_final", "text.norm", text)
     if not text.tie_embeddings:

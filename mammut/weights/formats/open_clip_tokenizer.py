@@ -21,10 +21,12 @@ _SPECIAL = "bos", "eos", "pad"
 def open_tokenizer(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int) -> Tokenizer:
     """The tokenizer of a `text_cfg` or `multimodal_cfg` whose files are in `folder`.
 
-    Where the vocabulary is not there, its ids may still be known: a `MissingTokenizer`, which refuses texts.
+    Where the vocabulary is not there, its ids may still be known: a `MissingTokenizer`, which
+    refuses texts.
 
     Raises:
-      ValueError: a file is damaged, or the texts would not become `[start] ids [end]`, which all models of ours take.
+      ValueError: a file is damaged, or the texts would not become `[start] ids [end]`, which all
+        models of ours take.
     """
     kind, name = text_cfg.get("tokenizer_type"), text_cfg.get("hf_tokenizer_name")
     options = text_cfg.get("tokenizer_kwargs") or {}
@@ -37,8 +39,14 @@ def open_tokenizer(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: i
             f"its tokenizer has tokenizer_type {shown(kind)}, tokenizer_mode {shown(mode)} and clean {shown(clean)}, "
             'expected "tiktoken" or null, no mode, and "whitespace", "lower" or null'
         )
-    if odd := options.keys() - {"clean"} - {key for key in ("add_bos", "add_eos") if options.get(key) is True}:
-        raise ValueError(f"its tokenizer_kwargs have {', '.join(sorted(odd))}, which mammut cannot do")
+    if (
+        odd := options.keys()
+        - {"clean"}
+        - {key for key in ("add_bos", "add_eos") if options.get(key) is True}
+    ):
+        raise ValueError(
+            f"its tokenizer_kwargs have {', '.join(sorted(odd))}, which mammut cannot do"
+        )
     if kind or name:
         return _named(folder, text_cfg, vocab_size, clean)
     if clean != "lower":
@@ -76,13 +84,17 @@ def _merges(path: pathlib.Path) -> bytes | None:
     return gzip.compress("\n".join(["", *lines]).encode())
 
 
-def _named(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int, clean: str | None) -> Tokenizer:
+def _named(
+    folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int, clean: str | None
+) -> Tokenizer:
     """One of tiktoken or of Hugging Face, from a `tokenizer.json`."""
     path, ids = folder / "tokenizer.json", _special_ids(text_cfg, vocab_size)
     if not path.exists():
         return MissingTokenizer(ids, vocab_size, f"put its tokenizer.json into {folder}")
     told = dict(zip(_SPECIAL, ids, strict=True))
-    named: dict[str, Any] = {f"{role}_token_id": token for role, token in told.items() if token is not None}
+    named: dict[str, Any] = {
+        f"{role}_token_id": token for role, token in told.items() if token is not None
+    }
     if clean:
         named["fix_text"] = True
     tokenizer = load_tokenizer(path, clean == "lower", **named)
@@ -91,12 +103,16 @@ def _named(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int, clea
     return tokenizer
 
 
-def _special_ids(text_cfg: dict[str, Any], vocab_size: int) -> tuple[int | None, int | None, int | None]:
+def _special_ids(
+    text_cfg: dict[str, Any], vocab_size: int
+) -> tuple[int | None, int | None, int | None]:
     """Start, end and pad, as far as the config tells them."""
     ids = [text_cfg.get(f"{role}_id") for role in _SPECIAL]
     for role, token in zip(_SPECIAL, ids, strict=True):
         if token is not None and not (type(token) is int and 0 <= token < vocab_size):
-            raise ValueError(f"{role}_id is {shown(token)}, expected one of the {vocab_size} of the vocabulary")
+            raise ValueError(
+                f"{role}_id is {shown(token)}, expected one of the {vocab_size} of the vocabulary"
+            )
     return tuple(ids)
 
 
@@ -105,4 +121,6 @@ def _check_template(path: pathlib.Path, tokenizer: Tokenizer) -> None:
 
     ids = Pipeline.from_str(path.read_text("utf-8")).encode("a dog").ids
     if ids != [tokenizer.bos_id, *tokenizer.encode("a dog"), tokenizer.eos_id]:
-        raise ValueError(f"{path} makes {json.dumps(ids)} of 'a dog', expected its ids between a start and an end")
+        raise ValueError(
+            f"{path} makes {json.dumps(ids)} of 'a dog', expected its ids between a start and an end"
+        )

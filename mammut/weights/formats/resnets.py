@@ -1,7 +1,7 @@
 """ResNet image encoders of others: CLIP's from open_clip's checkpoints, the norm-free one from timm's.
 
-Only the image encoder is taken, up to the grid of its last stage: of CLIP's not the attention pool, of timm's not the
-classifier. The weights tell the architecture.
+Only the image encoder is taken, up to the grid of its last stage: of CLIP's not the attention pool,
+of timm's not the classifier. The weights tell the architecture.
 
     visual.conv1.weight visual.layer1.0.conv1.weight ...   CLIP (RN50, RN101, RN50x4, RN50x16, RN50x64)
     conv1.weight layer1.0.conv1.weight ...                 its `visual` alone
@@ -30,7 +30,8 @@ from mammut.weights.formats.open_clip_config import read_preprocess
 from mammut.weights.opened import OpenedModel, model_specs
 from mammut.weights.tables import Entry, Reshaped, Same, Shape, Table, unused_notes
 
-_IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its pixels, as timm has them
+# mean and deviation of its pixels, as timm has them
+_IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 _NF_SIZE = 256  # pixels that timm's nf_resnet50 was trained on
 
 
@@ -63,7 +64,9 @@ class Variances(Same):
           CheckpointError: there is a negative one.
         """
         if not (theirs >= 0).all():
-            raise CheckpointError(f"a batch norm's running_var holds {theirs.min()}, expected numbers of 0 or more")
+            raise CheckpointError(
+                f"a batch norm's running_var holds {theirs.min()}, expected numbers of 0 or more"
+            )
         return super().load(theirs, ours, place)
 
 
@@ -79,7 +82,9 @@ def is_resnet(specs: Mapping[str, TensorSpec]) -> bool:
     return _clip_prefix(specs) is not None or _is_norm_free(specs)
 
 
-def open_resnet(theirs: TensorFile, folder: pathlib.Path, config: Mapping[str, Any] | None, where: str) -> OpenedModel:
+def open_resnet(
+    theirs: TensorFile, folder: pathlib.Path, config: Mapping[str, Any] | None, where: str
+) -> OpenedModel:
     """The image encoder in a file of weights, and how it takes images.
 
     Args:
@@ -89,14 +94,16 @@ def open_resnet(theirs: TensorFile, folder: pathlib.Path, config: Mapping[str, A
       where: the file or folder, for errors.
 
     Raises:
-      CheckpointError: the tensors are not those of one ResNet, or a config beside them is of another. Every mismatch is
-        named.
+      CheckpointError: the tensors are not those of one ResNet, or a config beside them is of
+        another. Every mismatch is named.
     """
     specs, prefix = theirs.specs, _clip_prefix(theirs.specs)
     if prefix is not None:
         vision, transform, notes = _clip(specs, prefix, config or {}, where)
         unused = {name: _why_unused(name, prefix) for name in specs}
-        rules = Table(list(clip_entries(vision, prefix)), {name: why for name, why in unused.items() if why})
+        rules = Table(
+            list(clip_entries(vision, prefix)), {name: why for name, why in unused.items() if why}
+        )
     else:
         vision, transform, notes = _norm_free(specs, folder, where)
         unused = {name: "the classifier" for name in specs if name.startswith("head.")}
@@ -105,9 +112,13 @@ def open_resnet(theirs: TensorFile, folder: pathlib.Path, config: Mapping[str, A
     ours = {name: spec for name, spec in model_specs(model).items() if name.startswith("vision.")}
     tensors = rules.to_ours(theirs, ours, where)
     # What is read of such a model is the image encoder and this transform.
-    tokenizer = MissingTokenizer((None, None, None), model.text.vocab_size, f"{where} is an image encoder")
+    tokenizer = MissingTokenizer(
+        (None, None, None), model.text.vocab_size, f"{where} is an image encoder"
+    )
     processor = Processor(tokenizer, transform, model.text.max_length)
-    return OpenedModel(model, tensors, processor, where, ("vision",), notes=(*unused_notes(rules.unused), *notes))
+    return OpenedModel(
+        model, tensors, processor, where, ("vision",), notes=(*unused_notes(rules.unused), *notes)
+    )
 
 
 def _clip_prefix(specs: Mapping[str, TensorSpec]) -> str | None:
@@ -143,7 +154,9 @@ def _config(where: str, **fields: Any) -> ResNetConfig:
     try:
         return ResNetConfig(**fields)
     except ValueError as error:
-        raise CheckpointError(f"{where} tells of a model that mammut does not have: {error}") from error
+        raise CheckpointError(
+            f"{where} tells of a model that mammut does not have: {error}"
+        ) from error
 
 
 def _clip(
@@ -152,7 +165,9 @@ def _clip(
     problems: list[str] = []
     image, notes = read_preprocess(config.get("preprocess_cfg"), problems), []
     model_cfg = config.get("model_cfg") if isinstance(config.get("model_cfg"), dict) else {}
-    vision_cfg = model_cfg.get("vision_cfg") if isinstance(model_cfg.get("vision_cfg"), dict) else {}
+    vision_cfg = (
+        model_cfg.get("vision_cfg") if isinstance(model_cfg.get("vision_cfg"), dict) else {}
+    )
     told = vision_cfg.get("image_size")
     pool = specs.get(f"{prefix}attnpool.positional_embedding")
     if pool is not None:  # a position for each image token, and one for their mean
@@ -186,27 +201,44 @@ def _norm_free(
     specs: Mapping[str, TensorSpec], folder: pathlib.Path, where: str
 ) -> tuple[ResNetConfig, ImageTransform, list[str]]:
     trained = _timm_config(folder).get("pretrained_cfg")
-    notes = [] if trained else [f"vision.image_size is {_NF_SIZE}: there is no config.json of timm's that tells it"]
+    notes = (
+        []
+        if trained
+        else [f"vision.image_size is {_NF_SIZE}: there is no config.json of timm's that tells it"]
+    )
     problems: list[str] = []
     cfg = JsonObject("pretrained_cfg", trained or {}, problems)
     image = dict(zip(("mean", "std"), _IMAGENET)) | {
-        key: cfg.value(key) for key in ("mean", "std", "interpolation") if cfg.value(key) is not None
+        key: cfg.value(key)
+        for key in ("mean", "std", "interpolation")
+        if cfg.value(key) is not None
     }
     image = read_preprocess(image, problems, "pretrained_cfg")
     sides = cfg.value("input_size", [3, _NF_SIZE, _NF_SIZE])
-    if not isinstance(sides, list) or sides[:1] != [3] or sides[1:] != 2 * sides[1:2] or type(sides[-1]) is not int:
+    if (
+        not isinstance(sides, list)
+        or sides[:1] != [3]
+        or sides[1:] != 2 * sides[1:2]
+        or type(sides[-1]) is not int
+    ):
         cfg.refuse("input_size", "[3, N, N]")
     if problems:
         raise CheckpointError(f"{folder / 'config.json'}: {'; '.join(problems)}")
     if cfg.value("crop_pct") not in (None, 1, 1.0):
         share = shown(cfg.value("crop_pct"))
-        notes.append(f"pretrained_cfg.crop_pct is {share}, which is not used: images are cropped along one side alone")
+        notes.append(
+            f"pretrained_cfg.crop_pct is {share}, which is not used: images are cropped along one side alone"
+        )
     vision = _config(
         where, kind="nf", stem_width=specs["stem.conv.gain"].shape[0],
         stages=stages(specs, r"stages\.(\d+)\.(\d+)\.", where),
         image_size=sides[-1], image_mean=image["mean"], image_std=image["std"],
     )  # fmt: skip
-    return vision, ImageTransform(sides[-1], image["mode"], image["interpolation"], image["fill"]), notes
+    return (
+        vision,
+        ImageTransform(sides[-1], image["mode"], image["interpolation"], image["fill"]),
+        notes,
+    )
 
 
 def _bottlenecks(config: ResNetConfig) -> Iterable[tuple[int, int, str, int | None]]:
@@ -234,7 +266,9 @@ def clip_entries(config: ResNetConfig, prefix: str) -> Iterable[Entry]:
         for i in (1, 2, 3):
             yield from normed(f"{theirs}.conv{i}", f"{theirs}.bn{i}", f"{ours}.conv{i}", layer)
         if place == 0:
-            yield from normed(f"{theirs}.downsample.0", f"{theirs}.downsample.1", f"{ours}.shortcut")
+            yield from normed(
+                f"{theirs}.downsample.0", f"{theirs}.downsample.1", f"{ours}.shortcut"
+            )
 
 
 def _norm_free_entries(config: ResNetConfig) -> Iterable[Entry]:
