@@ -17,8 +17,9 @@ import jax
 import tyro
 
 import mammut
-from mammut.config import Field, MeshConfig
+from mammut.config import MeshConfig
 from mammut.core import distributed, sharding
+from mammut.data.config import Field
 from mammut.data.examples import Source
 from mammut.data.sources import open_source
 from mammut.evaluation.predictions import Predictions, Task

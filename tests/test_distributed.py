@@ -54,11 +54,12 @@ def get_config():
     )
 """
 ENVIRONMENT = {
-    name: value
-    for name, value in os.environ.items()
-    if name not in ("XLA_FLAGS", "SLURM_STEP_NUM_TASKS")
+    name: value for name, value in os.environ.items() if name != "SLURM_STEP_NUM_TASKS"
 }
 ENVIRONMENT |= {
+    "XLA_FLAGS": " ".join(
+        flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag
+    ),
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "PYTHONPATH": str(ROOT),

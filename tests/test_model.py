@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mammut.config import LayerConfig, LossConfig, ModelConfig, VisionConfig
+from mammut.config import LossConfig, ModelConfig, VisionConfig
 from mammut.models import vit
 from mammut.models.compute import Dtypes, scan, stack
 from mammut.models.flops import num_params
-from mammut.models.layers import LayerNorm
+from mammut.models.layers import LayerConfig, LayerNorm
 from mammut.models.losses import caption_loss
 from mammut.models.mammut import MaMMUT, unit
 from mammut.models.masks import caption_labels
