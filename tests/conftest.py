@@ -24,9 +24,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook("mammut", "beartype.beartype")
 
 import pathlib  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
 
-import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from mammut.testing import shared_dir  # noqa: E402
@@ -39,12 +37,3 @@ def shared() -> pathlib.Path:
     if path is None:
         pytest.skip("the shared data is not here: set MAMMUT_SHARED to its folder")
     return path
-
-
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Compiles in half the time what then runs slower."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)

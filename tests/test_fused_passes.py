@@ -17,8 +17,6 @@ from mammut.models.mammut import MaMMUT, logical_axes
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 from mammut.training.tasks import ImageTextTask
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 OWN = tiny_config()
 FUSABLE = {
     "own": OWN,

@@ -32,8 +32,6 @@ from mammut.weights.opened import LazyTensors, model_specs
 
 torch = pytest.importorskip("torch", reason="MAGMA is a PyTorch model")
 nn = torch.nn
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOWER = ResNetConfig(stem_width=8, stages=(1, 2, 1, 1))
 TINY = {"num_heads": 4, "rope_dims": 4, "max_length": 64}
 VOCAB, WIDTH, PREFIX = 61, 32, 49

@@ -14,8 +14,6 @@ from mammut.evaluation.predictor import Predictor, place
 from mammut.generation.search import GenerateConfig
 from mammut.testing import tiny_model, tiny_processor
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
 QUESTIONS = ("on the left?", "one red circle?", "right")
 

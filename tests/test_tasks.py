@@ -18,8 +18,6 @@ from mammut.training.accumulation import accumulated_text_gradients
 from mammut.training.step import make_trainer
 from mammut.training.tasks import TASKS, TextTask
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TASK = TextTask(LossConfig(vocab_chunk=5), "qa")
 
 

@@ -20,8 +20,6 @@ from mammut.models.flops import forward_flops
 from mammut.models.mammut import MaMMUT, image_attention_kernel
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def with_vision(config: ModelConfig, **changes) -> ModelConfig:
     return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **changes))
