@@ -100,7 +100,12 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
     source = sources.open_source(config.data.train, **settings)
     val = config.data.val and sources.open_source(config.data.val, **settings)
     warm = (
-        warm_start(config.model, run.starts, new_vocabulary=config.tokenizer.replace)
+        warm_start(
+            config.model,
+            run.starts,
+            compute=config.compute,
+            new_vocabulary=config.tokenizer.replace,
+        )
         if run.starts
         else None
     )
@@ -177,7 +182,7 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
             if evaluation:
                 log.evaluation(config.steps, "val", evaluation, samples=SAMPLES_PRINTED)
                 evaluation.save(workdir, "val")
-            write_card(workdir, config.model, processor)
+            write_card(workdir, config.model, processor, config.compute)
             log.print(f"model saved: mammut.load({str(workdir)!r})")
     # Outside of the mesh: the first process asks the model alone, and would wait for the others for
     # ever.

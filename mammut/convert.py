@@ -66,9 +66,8 @@ def convert(
 
 def stored_as(opened: OpenedModel, dtype: str) -> OpenedModel:
     """The same model with its parameters in another type, but for those that are always float32."""
-    text = dataclasses.replace(opened.config.text, param_dtype=None)
-    config = dataclasses.replace(opened.config, param_dtype=dtype, text=text)
-    types = {name: spec.dtype for name, spec in model_specs(config).items()}
+    compute = dataclasses.replace(opened.compute, param_dtype=dtype, text_param_dtype=None)
+    types = {name: spec.dtype for name, spec in model_specs(opened.config, compute).items()}
     specs = {
         name: TensorSpec(spec.shape, types[name]) for name, spec in opened.tensors.specs.items()
     }
@@ -77,7 +76,7 @@ def stored_as(opened: OpenedModel, dtype: str) -> OpenedModel:
         return rounded(opened.tensors.read(name), specs[name].dtype, f"{opened.where}: {name}")
 
     tensors = LazyTensors(specs, read)
-    return dataclasses.replace(opened, config=config, tensors=tensors)
+    return dataclasses.replace(opened, compute=compute, tensors=tensors)
 
 
 def main(argv: list[str]) -> None:

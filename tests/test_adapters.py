@@ -14,10 +14,11 @@ from flax import nnx
 import mammut
 from mammut.config import AdapterConfig, MeshConfig, ModelConfig
 from mammut.core import sharding
+from mammut.core.params import logical_axes
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import generate
 from mammut.models.cached_decoder import cached_step, prefill
-from mammut.models.mammut import MaMMUT, logical_axes
+from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 from mammut.weights.adapter_folder import base_hash
 

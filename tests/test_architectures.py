@@ -12,10 +12,11 @@ from flax import nnx
 
 from mammut.config import DecoderConfig, LossConfig, MeshConfig, ModelConfig, VisionConfig
 from mammut.core import sharding
+from mammut.core.params import logical_axes
 from mammut.generation.likelihood import _text_logprob
 from mammut.models.cached_decoder import cached_step, prefill
 from mammut.models.flops import forward_flops, num_params
-from mammut.models.mammut import MaMMUT, logical_axes
+from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_batch, tiny_model
 from mammut.training.tasks import ImageTextTask, TextTask
 

@@ -12,8 +12,9 @@ from test_architectures import CONFIGS, matrix_flops
 
 from mammut.config import LossConfig, MeshConfig, ModelConfig
 from mammut.core import sharding
+from mammut.core.params import logical_axes
 from mammut.models.flops import forward_flops
-from mammut.models.mammut import MaMMUT, logical_axes
+from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 from mammut.training.tasks import ImageTextTask
 

@@ -15,9 +15,9 @@ from flax import nnx
 import mammut
 from mammut.config import MeshConfig
 from mammut.core import sharding
+from mammut.core.params import logical_axes
 from mammut.generation.search import Decoding, GenerateConfig, filter_logits, search
 from mammut.generation.text import _generate, generate, generate_text
-from mammut.models.mammut import logical_axes
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 
 # What is here is compiled more than it is run.

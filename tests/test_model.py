@@ -14,9 +14,9 @@ from mammut.config import LayerConfig, LossConfig, ModelConfig, VisionConfig
 from mammut.models import vit
 from mammut.models.compute import Dtypes, scan, stack
 from mammut.models.flops import num_params
-from mammut.models.layers import LayerNorm
+from mammut.models.layers import LayerNorm, unit
 from mammut.models.losses import caption_loss
-from mammut.models.mammut import MaMMUT, unit
+from mammut.models.mammut import MaMMUT
 from mammut.models.masks import caption_labels
 from mammut.models.transformer import MLP, Layer, dot_product_attention
 from mammut.testing import tiny_batch, tiny_config, tiny_model

@@ -106,7 +106,7 @@ def test_the_weights_are_named_by_their_path_and_need_nothing_of_this_library(sa
     assert arrays["text.token_embed.embedding"].shape == (60, 48)
     assert (
         sum(x.size for x in arrays.values())
-        == mammut.models.mammut.num_params(tiny_config())["total"]
+        == mammut.models.flops.num_params(tiny_config())["total"]
     )
 
 
@@ -493,7 +493,7 @@ def test_the_card_says_what_the_model_is_and_what_it_scored(folder):
     (folder / "eval" / "caption_val.json").write_text(json.dumps(scores))
     mammut.save(folder, tiny_model(), tiny_processor(), overwrite=True)
     card = (folder / "README.md").read_text()
-    total = mammut.models.mammut.num_params(tiny_config())["total"]
+    total = mammut.models.flops.num_params(tiny_config())["total"]
     assert (
         f"| parameters | {total:,} |" in card and "| caption | coco:val | cider | 1.234 |" in card
     )

@@ -23,10 +23,10 @@ from mammut.config import (
     to_dict,
 )
 from mammut.core import sharding
+from mammut.core.params import logical_axes
 from mammut.core.sharding import param_shardings
 from mammut.models.compute import Dtypes
 from mammut.models.flops import forward_flops, resnet_flops
-from mammut.models.mammut import logical_axes
 from mammut.models.resnet import ResNet
 from mammut.pages.word_maps import word_maps
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor

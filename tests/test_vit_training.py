@@ -17,7 +17,8 @@ from mammut.models import attention_kernels as kernels
 from mammut.models import vit
 from mammut.models.attention_kernels import attention_kernel
 from mammut.models.flops import forward_flops
-from mammut.models.mammut import MaMMUT, image_attention_kernel
+from mammut.models.mammut import MaMMUT
+from mammut.performance.step_time import image_attention_kernel
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

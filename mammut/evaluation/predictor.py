@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mammut.core import distributed, sharding
+from mammut.core.params import logical_axes
 from mammut.data.batches import EvalBatch, describe_bad, eval_batches
 from mammut.data.examples import Example, Question, Source
 from mammut.data.processor import Processor
@@ -39,7 +40,7 @@ from mammut.generation.interleaved import (
 from mammut.generation.likelihood import _text_logprob
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import generate
-from mammut.models.mammut import MaMMUT, logical_axes
+from mammut.models.mammut import MaMMUT
 
 
 def place(model: MaMMUT, mesh: Mesh) -> tuple[Callable[[Any], MaMMUT], Any]:

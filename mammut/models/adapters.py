@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mammut.models.adapter_modules import IA3, AdapterConfig, Adapters, LoRA
-from mammut.models.compute import Dtypes
+from mammut.models.layers import initialise
 from mammut.models.mammut import MaMMUT, ModelConfig
 
 
@@ -29,13 +29,18 @@ def add_adapter(model: MaMMUT, *configs: AdapterConfig, rngs: nnx.Rngs) -> MaMMU
       ValueError: the model has an adapter of such a name already, or there is no such site
         (`mammut.models.adapter_modules`).
     """
+
     # Compiled as one: op by op, each site would be compiled for itself.
-    return _extended(model, configs, nnx.jit(lambda rngs: _fresh(model, configs, rngs))(rngs))
+    @nnx.jit
+    def make(key: jax.Array) -> Adapters:
+        return new_adapters(model, configs, key)
+
+    return extended(model, configs, make(rngs.params()))
 
 
 def remove_adapter(model: MaMMUT, name: str) -> MaMMUT:
     """The model without the adapter `name`; raises ValueError when there is none."""
-    _require_names(model, name)
+    require_adapters(model, name)
     model = _copy(model)
     del model.adapters[name]
     left = tuple(config for config in model.config.adapters if config.name != name)
@@ -54,7 +59,7 @@ def set_active_adapters(model: MaMMUT, *names: str) -> MaMMUT:
     Raises:
       ValueError: there is no adapter of such a name.
     """
-    _require_names(model, *names)
+    require_adapters(model, *names)
     model = _copy(model)
     model.active_adapters = tuple(name for name in _names(model.config) if name in names)
     return model
@@ -69,7 +74,7 @@ def merge_adapter(model: MaMMUT, name: str) -> MaMMUT:
       ValueError: there is no such adapter, a bottleneck is part of it, which is no change of
         weights, or another works before it on the same map.
     """
-    _require_names(model, name)
+    require_adapters(model, name)
     names = _names(model.config)
     earlier = [model.adapters[other] for other in names[: names.index(name)]]
     merged = remove_adapter(model, name)
@@ -101,7 +106,7 @@ def num_adapter_params(model: MaMMUT, name: str | None = None) -> int:
     """Parameters of the adapter `name`, or of all; raises ValueError when there is no such adapter."""
     if name is None:
         return sum(leaf.size for leaf in jax.tree.leaves(model.adapters))
-    _require_names(model, name)
+    require_adapters(model, name)
     return sum(leaf.size for leaf in jax.tree.leaves(model.adapters[name]))
 
 
@@ -113,7 +118,7 @@ def _names(config: ModelConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(adapter.name for adapter in config.adapters))
 
 
-def _require_names(model: MaMMUT, *names: str) -> None:
+def require_adapters(model: MaMMUT, *names: str) -> None:
     there = _names(model.config)
     for name in names:
         if name not in there:
@@ -122,13 +127,14 @@ def _require_names(model: MaMMUT, *names: str) -> None:
             )
 
 
-def _fresh(model: MaMMUT, configs: Sequence[AdapterConfig], rngs: nnx.Rngs) -> Adapters:
-    """New adapters for a model, which are not part of it yet."""
-    dtypes = Dtypes(jnp.dtype(model.config.dtype), jnp.dtype(model.config.param_dtype))
-    return Adapters(configs, {"text": model.text, "vision": model.vision}, rngs=rngs, dtypes=dtypes)
+def new_adapters(model: MaMMUT, configs: Sequence[AdapterConfig], key: jax.Array) -> Adapters:
+    """Makes new adapters for a model, which are not part of it yet."""
+    towers = {"text": model.text, "vision": model.vision}
+    adapters = Adapters(configs, towers, dtypes=model.compute.dtypes)
+    return initialise(adapters, key, "adapters")
 
 
-def _extended(model: MaMMUT, configs: Sequence[AdapterConfig], fresh: Adapters) -> MaMMUT:
+def extended(model: MaMMUT, configs: Sequence[AdapterConfig], fresh: Adapters) -> MaMMUT:
     """The model with `fresh`, made for `configs`, beside the adapters that it has."""
     there = _names(model.config)
     if taken := [name for name in fresh if name in there]:

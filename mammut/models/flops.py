@@ -25,13 +25,16 @@ def num_params(config: ModelConfig) -> dict[str, int]:
 
 
 def forward_flops(
-    config: ModelConfig, training: bool = False, length: int | None = None, sees_image: bool = True
+    config: ModelConfig,
+    patch_drop: float = 0.0,
+    length: int | None = None,
+    sees_image: bool = True,
 ) -> dict[str, int]:
     """FLOPs of one example forward (2 a multiply-add), by part: vision, contrastive pass, caption pass, vocabulary.
 
     A text has `length` tokens, beside those of an image prefix; None: as many as the model has
-    places for. With `training`, what it is in a training step, where `VisionConfig.patch_drop`
-    leaves patches out; such a step is three times the sum. Without `sees_image` the caption pass is
+    places for. `patch_drop` is the share of patches that a training step leaves out
+    (`AugmentConfig.patch_drop`); such a step is three times the sum. Without `sees_image` the caption pass is
     a language pass. Attention counts in full where it is bidirectional and half where it is causal.
     What remat recomputes is not counted, nor are the B x B contrastive logits, nor adapters.
     """
@@ -40,7 +43,7 @@ def forward_flops(
     # Of the caption pass: a prefix takes the start's place.
     sequence = length + (max(config.num_prefix_tokens - 1, 0) if sees_image else 0)
     patches = vision.grid[0] * vision.grid[1]
-    dropped = patches - patches_kept(patches, vision.patch_drop) if training else 0
+    dropped = patches - patches_kept(patches, patch_drop) if patch_drop else 0
     tokens = patches - dropped + vision.class_token
     seen = vision.num_tokens - (0 if vision.pooling == "queries" else dropped)  # by the decoder
 
@@ -57,7 +60,7 @@ def forward_flops(
         return 2 * count * math.prod(sizes)
 
     groups, inside = text.num_cross_layers, text.cross_attn_position == "inside"
-    mlps = text.depth if text.mlp_before_cross_attn else text.depth - groups
+    mlps = text.depth - groups if text.has_bare_layers else text.depth
     text_only = text.text_only_depth
 
     def text_layers(depth, mlps, causal, length):

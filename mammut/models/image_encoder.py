@@ -11,9 +11,11 @@ from jaxtyping import Float, UInt8
 from mammut.core.fields import require
 from mammut.core.typing import Array
 
+Image = UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"]
+
 
 def require_pixels(config: Any) -> None:
-    # `image_mean` and `image_std` of either tower.
+    """Checks `image_mean` and `image_std` of an encoder's config; raises ValueError."""
     for name, low, expected in (("image_mean", -math.inf, "finite"), ("image_std", 0, "positive")):
         values = getattr(config, name)
         require(
@@ -24,22 +26,23 @@ def require_pixels(config: Any) -> None:
 
 @struct.dataclass
 class EncoderOutput:
-    """What the encoder says of an image: its tokens, one vector for all of it, and how the patches lie."""
+    """What an image encoder gives, in its own width Dv: tokens, one vector, and the grid.
 
-    # float[B, P, D]: the patches row by row, after the class token where that is one of them
+    `MaMMUT.image_tokens` makes an `EncodedImage` of it, in the decoder's terms.
+    """
+
+    # float[B, P, Dv]: the patches row by row, after the class token where that is one of them.
     tokens: jax.Array
-    pooled: jax.Array  # float32[B, D], by `VisionConfig.pooling` the mean over P or another
-    # Patches down and across; None where `VisionConfig.patch_drop` left some out, others of each
-    # image.
+    # float32[B, Dv]: the whole image, as `VisionConfig.pooling` says.
+    pooled: jax.Array
+    # Patches down and across; None where `Augment.patch_drop` left some out, others of each image.
     grid: tuple[int, int] | None = struct.field(pytree_node=False)
 
 
-def normalised(
-    image: UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"], config: Any
-) -> Float[Array, "B height width 3"]:
-    """Pixels as an image encoder takes them; those that are float already are left as they are.
+def normalised(image: Image, config: Any) -> Float[Array, "B height width 3"]:
+    """Normalises pixels for an image encoder; float pixels are left as they are.
 
-    `config` is its `VisionConfig` or `ResNetConfig`.
+    `config` is the encoder's `VisionConfig` or `ResNetConfig`.
 
     Raises:
       ValueError: the images are of none of its sizes.
@@ -51,6 +54,5 @@ def normalised(
         raise ValueError(f"images are {image.shape[1:]}, expected {expected}")
     if image.dtype != jnp.uint8:
         return image
-    return (image.astype(jnp.float32) / 255 - jnp.array(config.image_mean)) / jnp.array(
-        config.image_std
-    )
+    scaled = image.astype(jnp.float32) / 255
+    return (scaled - jnp.array(config.image_mean)) / jnp.array(config.image_std)

@@ -50,3 +50,17 @@ def caption_labels(
     # id, is an input.
     loss_mask = jnp.pad(predicted[:, 1:], ((0, 0), (0, 1))) & (jnp.cumsum(text_valid, axis=1) > 0)
     return labels, loss_mask
+
+
+def within(
+    mask: Bool[Array, "#B 1 L S"], window: int, first: Int[Array, ""] | int = 0
+) -> Bool[Array, "#B 1 L S"]:
+    """Limits a mask to the last `window` tokens before each query; 0: leaves it as it is.
+
+    The first query stands at position `first`.
+    """
+    if not window:
+        return mask
+    asking = jnp.arange(mask.shape[2]) + first
+    attended = jnp.arange(mask.shape[3])
+    return mask & (asking[:, None] - attended < window)

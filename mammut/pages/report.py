@@ -297,7 +297,7 @@ def _training(path: pathlib.Path) -> dict[str, Any]:
 def _model_facts(config: ModelConfig) -> dict[str, str]:
     vision, text = config.vision, config.text
     return {
-        "model": f"{num_params(config)['total']:,} parameters, {config.dtype}",
+        "model": f"{num_params(config)['total']:,} parameters",
         "image": f"{vision.image_size} pixels; {vision.summary}",
         "text": f"up to {config.text_length} tokens of {text.vocab_size:,}; "
         f"width {text.width}, depth {text.depth}, {text.num_heads} heads, "

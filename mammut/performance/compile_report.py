@@ -53,7 +53,7 @@ def compile_report(config: TrainConfig, topology: str | None = None) -> str:
     return "\n".join([
         f"compiled in {seconds:.0f} s for {topology or 'the devices here'}: {len(devices)} x {devices[0].device_kind}, "
         f"mesh {' x '.join(f'{name} {size}' for name, size in mesh.shape.items())}; "
-        f"{config.data.batch_size // len(devices):,} examples a device, remat {config.model.remat}",
+        f"{config.data.batch_size // len(devices):,} examples a device, remat {config.compute.remat}",
         *memory,
         *_flops_lines(config, len(devices)),
         *_collective_lines(collectives, mesh),
@@ -125,7 +125,7 @@ def step_flops(config: TrainConfig) -> tuple[int, int]:
     """
     parts = collections.Counter(task_flops(config))
     rows, forward = config.data.batch_size, sum(parts.values())
-    again = forward - parts["vocabulary"] if config.model.remat == "full" else 0
+    again = forward - parts["vocabulary"] if config.compute.remat == "full" else 0
     if config.accumulation > 1 and config.task == "image_text":
         again += parts["vision"] + parts["contrastive_pass"]
     return 3 * forward * rows, (3 * forward + again) * rows

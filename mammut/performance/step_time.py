@@ -1,6 +1,7 @@
 """The training step: its time and rate, the share of the device's arithmetic that it uses, the memory it wants."""
 
 import dataclasses
+import math
 import time
 from typing import Any, Literal
 
@@ -12,8 +13,10 @@ from flax import nnx
 from mammut.core import sharding
 from mammut.core.sharding import MeshConfig
 from mammut.data.config import DataConfig
-from mammut.models.compute import Dtype, Remat
-from mammut.models.mammut import MaMMUT, ModelConfig, image_attention_kernel
+from mammut.models.attention_kernels import Kernel, attention_kernel
+from mammut.models.compute import ComputeConfig, Dtype, Remat
+from mammut.models.mammut import MaMMUT, ModelConfig
+from mammut.models.resnet import ResNetConfig
 from mammut.performance.chips import find_chip
 from mammut.performance.compile_report import step_flops
 from mammut.performance.out_of_memory import enough_memory
@@ -30,7 +33,10 @@ FORMULA = (
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """How the step computes what it computes. What is None is as in the model's own config."""
+    """How the step computes what it computes.
+
+    None: float32 without remat on a CPU, elsewhere bfloat16 with remat "dots".
+    """
 
     dtype: Dtype | None = None
     remat: Remat | None = None
@@ -41,21 +47,22 @@ class RunSettings:
     accumulation: int = 1
     mesh: MeshConfig = MeshConfig()
 
-    def applied(self, model: ModelConfig) -> ModelConfig:
-        """`model`, computed this way."""
-        names = "dtype", "remat", "unroll", "passes", "image_attention"
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+    def compute(self, model: ModelConfig) -> ComputeConfig:
+        """How `model` is computed this way."""
         if jax.default_backend() == "cpu":
-            given = {
-                "unroll": max(model.vision.depth, model.text.depth, model.text.text_only_depth),
-                **given,
-            }
-        return dataclasses.replace(model, **given)
+            depths = (model.vision.depth, model.text.depth, model.text.text_only_depth)
+            usual = ComputeConfig(unroll=max(depths))
+        else:
+            usual = ComputeConfig(dtype="bfloat16", remat="dots")
+        names = ("dtype", "remat", "unroll", "passes", "image_attention")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(usual, **given)
 
     def train_config(self, model: ModelConfig, batch_size: int, **others: Any) -> TrainConfig:
         """A run that trains `model` this way; `others` are fields of `TrainConfig`."""
         return TrainConfig(
-            model=self.applied(model),
+            model=model,
+            compute=self.compute(model),
             data=DataConfig(batch_size=batch_size),
             loss=LossConfig(vocab_chunk=self.vocab_chunk),
             accumulation=self.accumulation,
@@ -66,8 +73,12 @@ class RunSettings:
 
 def computed(model: MaMMUT, settings: RunSettings) -> MaMMUT:
     """The same weights in a model that computes as `settings` say."""
-    config = settings.applied(model.config)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
+    compute = settings.compute(model.config)
+
+    def make() -> MaMMUT:
+        return MaMMUT(model.config, compute=compute, rngs=nnx.Rngs(0))
+
+    graphdef = nnx.graphdef(nnx.eval_shape(make))
     return nnx.merge(graphdef, nnx.state(model))
 
 
@@ -167,7 +178,7 @@ def utilisation(config: TrainConfig, seconds: float, peak: float) -> dict[str, f
     rate = step_flops(config)[0] / seconds
     stated = (
         {"mfu_stated": rate / (chip.flops * count)}
-        if chip and config.model.dtype == "bfloat16"
+        if chip and config.compute.dtype == "bfloat16"
         else {}
     )
     return {"tflops": rate / 1e12, "mfu": rate / (peak * count), **stated}
@@ -187,5 +198,21 @@ def measure(step: Step, steps: int, warmup: int, peak: float) -> dict[str, Any]:
         **utilisation(config, times["seconds"], peak),
         "memory_gib": memory(step.compiled),
         "losses": {name: step.metrics[name] for name in ("loss_contrastive", "loss_caption")},
-        "attention": image_attention_kernel(config.model),
+        "attention": image_attention_kernel(config.model, config.compute),
     }
+
+
+def image_attention_kernel(
+    config: ModelConfig, compute: ComputeConfig, platform: str | None = None
+) -> Kernel:
+    """The kernel that the image encoder's attention runs on, for images of `image_size`.
+
+    A ResNet has none. `platform` is "cpu", "gpu" or "tpu"; None: that of the current mesh, or the
+    default one.
+    """
+    vision = config.vision
+    if compute.image_attention == "xla" or isinstance(vision, ResNetConfig):
+        return "xla"
+    tokens = math.prod(vision.grid) + vision.class_token
+    head_size = vision.width // vision.num_heads
+    return attention_kernel(compute.dtypes.compute, tokens, head_size, platform)

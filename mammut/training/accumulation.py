@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from mammut.core import sharding
 from mammut.core.params import Params
+from mammut.models.compute import Augment
 from mammut.models.mammut import Batch, MaMMUT, Metrics
 from mammut.training.tasks import ImageTextTask, TextTask
 
@@ -16,7 +17,7 @@ def accumulated_gradients(
     merge: Callable[[Params], MaMMUT],
     params: Params,
     batch: Batch,
-    crop_key: jax.Array,
+    augment: Augment,
     accumulation: int,
 ) -> tuple[Params, Metrics]:
     """Gradients of both losses over the whole batch, in micro-batches: exact, every negative included.
@@ -27,7 +28,7 @@ def accumulated_gradients(
     together with its captioning loss (GradCache, arXiv 2101.06983).
     """
 
-    micros, keys = _micro_batches(batch, crop_key, accumulation)
+    micros, keys = _micro_batches(batch, augment, accumulation)
     embeds = jax.lax.map(
         lambda xs: task.embed(merge(params), _pinned(xs[0]), xs[1]), (micros, keys)
     )
@@ -72,7 +73,7 @@ def accumulated_text_gradients(
     merge: Callable[[Params], MaMMUT],
     params: Params,
     batch: Batch,
-    crop_key: jax.Array,
+    augment: Augment,
     accumulation: int,
 ) -> tuple[Params, Metrics]:
     """Gradients of a loss over single examples, in micro-batches: those of the mean over all target tokens."""
@@ -84,15 +85,13 @@ def accumulated_text_gradients(
         return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss)(params)), None
 
     start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-    (loss, grads), _ = jax.lax.scan(step, start, _micro_batches(batch, crop_key, accumulation))
+    (loss, grads), _ = jax.lax.scan(step, start, _micro_batches(batch, augment, accumulation))
     return grads, {"loss": loss, "loss_caption": loss}
 
 
-def _micro_batches(batch: Batch, crop_key: jax.Array, accumulation: int) -> tuple[Batch, jax.Array]:
+def _micro_batches(batch: Batch, augment: Augment, accumulation: int) -> tuple[Batch, Augment]:
     """The batch with a leading axis of micro-batches, and a key for each."""
-    return {name: _split(x, accumulation) for name, x in batch.items()}, jax.random.split(
-        crop_key, accumulation
-    )
+    return {name: _split(x, accumulation) for name, x in batch.items()}, augment.split(accumulation)
 
 
 def _split(x: jax.Array, accumulation: int) -> jax.Array:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from mammut.core.fields import require, require_choices, require_positive, require_share
 from mammut.core.sharding import MeshConfig
 from mammut.data.config import DataConfig, TokenizerConfig
-from mammut.models.mammut import ModelConfig
+from mammut.models.compute import AugmentConfig, ComputeConfig
+from mammut.models.mammut import ModelConfig, require_computable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,8 @@ class TrainConfig:
     # frozen: they have no gradient and no optimizer state.
     trainable: tuple[str, ...] = ("*",)
     model: ModelConfig = ModelConfig()
+    compute: ComputeConfig = ComputeConfig()
+    augment: AugmentConfig = AugmentConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     loss: LossConfig = LossConfig()
@@ -152,6 +155,7 @@ class TrainConfig:
             not self.low_image_steps or self.model.vision.low_image_size is not None,
             f"TrainConfig.low_image_steps is {self.low_image_steps}, which needs model.vision.low_image_size",
         )
+        require_computable(self.model, self.compute, self.augment)
         text = self.model.text
         require(
             text.depth > 0,

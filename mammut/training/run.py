@@ -23,7 +23,7 @@ from mammut.weights.warm_start import SIZES, VOCABULARY, Start, start_config
 # long it goes on (the learning rate follows the new length from there); nothing else.
 RESUMABLE = {
     "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps", "step_timeout",
-    "mesh", "model.remat", "loss.vocab_chunk", "compilation_cache", "data.val", "data.eval_batch_size",
+    "mesh", "compute.remat", "loss.vocab_chunk", "compilation_cache", "data.val", "data.eval_batch_size",
     "data.val_examples", "data.threads", "data.max_bad_share", "data.tfds_dir",
 }  # fmt: skip
 
@@ -103,7 +103,7 @@ def stages(run: Run) -> Iterator[Run]:
             )
         language_config = _language_config(config)
         # What could be refused later is refused before the language model takes its time.
-        trained = trained_names(model_specs(config.model), config.trainable)
+        trained = trained_names(model_specs(config.model, config.compute), config.trainable)
         first_fitting(trained, [pattern for pattern, _ in config.optimizer.learning_rates])
         if not (folder / "manifest.json").exists():
             run.workdir.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from mammut.core.fields import to_dict
 from mammut.core.files import read_json_object, write_json
 from mammut.training.config import TrainConfig
 from mammut.weights.files.tensor_file import CheckpointError
+from mammut.weights.old_configs import upgraded
 from mammut.weights.opened import read_config
 
 
@@ -29,7 +30,10 @@ def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
         raise CheckpointError(
             f"{path} is not a run's config, expected the keys config and overrides"
         )
-    return read_config(TrainConfig, run["config"], path), run["overrides"]
+    config = run["config"]
+    if isinstance(config, dict):
+        config = upgraded(config).config
+    return read_config(TrainConfig, config, path), run["overrides"]
 
 
 def require_shared(workdir: pathlib.Path) -> None:

@@ -16,7 +16,10 @@ from mammut.training.tasks import ImageTextTask, TextTask
 def task_flops(config: TrainConfig) -> dict[str, int]:
     """`forward_flops` of one example of a run, of the parts that its task runs."""
     parts = forward_flops(
-        config.model, training=True, length=config.text_length, sees_image=config.task != "text"
+        config.model,
+        config.augment.patch_drop,
+        config.text_length,
+        sees_image=config.task != "text",
     )
     left_out = {"image_text": (), "text": ("vision", "contrastive_pass")}.get(
         config.task, ("contrastive_pass",)

@@ -17,8 +17,17 @@ from flax import nnx, struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mammut.core import sharding
-from mammut.core.params import Params, by_name, merged, path_name, split, trained_names
-from mammut.models.mammut import MAX_LOGIT_SCALE, Batch, MaMMUT, Metrics, logical_axes
+from mammut.core.params import (
+    Params,
+    by_name,
+    logical_axes,
+    merged,
+    path_name,
+    split,
+    trained_names,
+)
+from mammut.models.compute import Augment
+from mammut.models.mammut import MAX_LOGIT_SCALE, Batch, MaMMUT, Metrics
 from mammut.training.accumulation import accumulated_gradients, accumulated_text_gradients
 from mammut.training.config import TrainConfig
 from mammut.training.optimizer import learning_rate_schedule, make_optimizer
@@ -74,7 +83,9 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
     sharding.require_divisible(
         config.data.batch_size // config.accumulation, mesh, "data.batch_size / accumulation"
     )
-    abstract_model = nnx.eval_shape(lambda: MaMMUT(config.model, rngs=nnx.Rngs(0)))
+    abstract_model = nnx.eval_shape(
+        lambda: MaMMUT(config.model, compute=config.compute, rngs=nnx.Rngs(0))
+    )
     graphdef = nnx.graphdef(abstract_model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
@@ -83,7 +94,7 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
         return nnx.merge(graphdef, params)
 
     def random_params(seed: jax.Array) -> Params:
-        model = MaMMUT(config.model, rngs=nnx.Rngs(params=jax.random.key(seed)))
+        model = MaMMUT(config.model, compute=config.compute, rngs=nnx.Rngs(jax.random.key(seed)))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def start(params: Params, frozen: Params) -> TrainState:
@@ -126,7 +137,8 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # The key depends on the seed and the step alone, so that a resumed run draws what the first
         # would have drawn.
-        crop_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        augment = Augment(step_key, config.augment)
         whole = lambda params: merge(merged(params, state.frozen))  # noqa: E731
         if config.accumulation > 1:
             accumulated = (
@@ -135,11 +147,11 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
                 else accumulated_text_gradients
             )
             grads, metrics = accumulated(
-                task, whole, state.params, batch, crop_key, config.accumulation
+                task, whole, state.params, batch, augment, config.accumulation
             )
         else:
             grads, metrics = jax.grad(
-                lambda params: task.loss(whole(params), batch, crop_key), has_aux=True
+                lambda params: task.loss(whole(params), batch, augment), has_aux=True
             )(state.params)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)

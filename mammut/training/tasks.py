@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from mammut.core.sharding import constrain
 from mammut.data.config import Field
+from mammut.models.compute import Augment
 from mammut.models.losses import (
     caption_sum,
     contrastive_logits,
@@ -24,7 +25,7 @@ from mammut.models.losses import (
     sigmoid_pairs,
     softmax_contrastive,
 )
-from mammut.models.mammut import Batch, MaMMUT, Metrics, labels
+from mammut.models.mammut import Batch, MaMMUT, Metrics
 from mammut.models.ring_loss import ring_pairs, ring_softmax
 from mammut.training.config import LossConfig
 
@@ -40,9 +41,9 @@ class ImageTextTask:
     config: LossConfig
     field: Field = "captions"  # what its examples are made of
 
-    def loss(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(self, model: MaMMUT, batch: Batch, augment: Augment) -> tuple[jax.Array, Metrics]:
         """The weighted sum and both raw losses, as means over the pairs and over the caption tokens of the batch."""
-        out = model.two_pass(batch["image"], batch["tokens"], batch["text_valid"], crop_key)
+        out = model.two_pass(batch["image"], batch["tokens"], batch["text_valid"], augment)
         contrastive = self.contrastive(model, out.image_embed, out.text_embed)
         caption = self._caption_sum(model, out.features, batch) / self.caption_tokens(model, batch)
         return self.total(contrastive, caption)
@@ -52,11 +53,9 @@ class ImageTextTask:
         loss = self.config.contrastive_weight * contrastive + self.config.caption_weight * caption
         return loss, {"loss": loss, "loss_contrastive": contrastive, "loss_caption": caption}
 
-    def embed(
-        self, model: MaMMUT, batch: Batch, crop_key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def embed(self, model: MaMMUT, batch: Batch, augment: Augment) -> tuple[jax.Array, jax.Array]:
         """Image and text embeddings, float[B, E] each: all that the contrastive loss sees of an example."""
-        image_embed = model.encode_image(batch["image"], crop_key)
+        image_embed = model.encode_image(batch["image"], augment)
         return image_embed, model.encode_text(batch["tokens"], batch["text_valid"])
 
     def contrastive(
@@ -109,19 +108,24 @@ class ImageTextTask:
         return losses / len(losses) if by_pairs else losses
 
     def embed_and_caption(
-        self, model: MaMMUT, batch: Batch, crop_key: jax.Array
+        self, model: MaMMUT, batch: Batch, augment: Augment
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         """What `embed` gives, and the caption loss summed over the tokens of a micro-batch; one image encoding."""
-        out = model.two_pass(batch["image"], batch["tokens"], batch["text_valid"], crop_key)
+        out = model.two_pass(batch["image"], batch["tokens"], batch["text_valid"], augment)
         return (out.image_embed, out.text_embed), self._caption_sum(model, out.features, batch)
 
     def caption_tokens(self, model: MaMMUT, batch: Batch) -> jax.Array:
         """How many labels the caption loss of the batch has, at least 1."""
-        return jnp.maximum(labels(model, batch)[1].sum(), 1)
+        return jnp.maximum(model.caption_labels(batch["tokens"], batch["text_valid"])[1].sum(), 1)
 
     def _caption_sum(self, model: MaMMUT, features: jax.Array, batch: Batch) -> jax.Array:
         head = model.text.vocab_kernel, model.text.vocab_bias
-        return caption_sum(features, *head, *labels(model, batch), **self.config.caption_options)
+        return caption_sum(
+            features,
+            *head,
+            *model.caption_labels(batch["tokens"], batch["text_valid"]),
+            **self.config.caption_options,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,27 +144,32 @@ class TextTask:
     config: LossConfig
     field: Field
 
-    def loss(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(self, model: MaMMUT, batch: Batch, augment: Augment) -> tuple[jax.Array, Metrics]:
         """The mean over the target tokens of the batch."""
-        loss = self.loss_sum(model, batch, crop_key) / self.target_tokens(model, batch)
+        loss = self.loss_sum(model, batch, augment) / self.target_tokens(model, batch)
         return loss, {"loss": loss, "loss_caption": loss}
 
-    def loss_sum(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> jax.Array:
+    def loss_sum(self, model: MaMMUT, batch: Batch, augment: Augment) -> jax.Array:
         """The loss summed over the target tokens of a micro-batch."""
-        features = self.features(model, batch, crop_key)
+        features = self.features(model, batch, augment)
         head = model.text.vocab_kernel, model.text.vocab_bias
         return caption_sum(
-            features, *head, *labels(model, batch, batch["target"]), **self.config.caption_options
+            features,
+            *head,
+            *model.caption_labels(batch["tokens"], batch["text_valid"], batch["target"]),
+            **self.config.caption_options,
         )
 
-    def features(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> jax.Array:
+    def features(self, model: MaMMUT, batch: Batch, augment: Augment) -> jax.Array:
         """What the next tokens are predicted from, float[B, L, D]."""
-        image_tokens = model.image_tokens(batch["image"], crop_key).tokens
+        image_tokens = model.image_tokens(batch["image"], augment).tokens
         return model.decoder.caption_pass(batch["tokens"], batch["text_valid"], image_tokens)
 
     def target_tokens(self, model: MaMMUT, batch: Batch) -> jax.Array:
         """How many labels the loss of the batch has, at least 1."""
-        return jnp.maximum(labels(model, batch, batch["target"])[1].sum(), 1)
+        return jnp.maximum(
+            model.caption_labels(batch["tokens"], batch["text_valid"], batch["target"])[1].sum(), 1
+        )
 
 
 class LanguageTask(TextTask):
@@ -168,7 +177,7 @@ class LanguageTask(TextTask):
 
     sees_images: ClassVar[bool] = False
 
-    def features(self, model: MaMMUT, batch: Batch, crop_key: jax.Array) -> jax.Array:
+    def features(self, model: MaMMUT, batch: Batch, augment: Augment) -> jax.Array:
         """What the next tokens are predicted from, float[B, L, D]: the tokens before."""
         return model.decoder.language_pass(batch["tokens"], batch["text_valid"])
 

@@ -21,8 +21,7 @@ from mammut.core.files import check_manifest, make_manifest, read_json_object, r
 from mammut.core.mapped_file import MAX_HEADER
 from mammut.core.params import by_name
 from mammut.models.adapter_modules import AdapterConfig
-from mammut.models.adapters import _extended, _fresh, _require_names
-from mammut.models.compute import RUN_FIELDS, RUN_VISION_FIELDS
+from mammut.models.adapters import extended, new_adapters, require_adapters
 from mammut.models.mammut import MaMMUT, ModelConfig
 from mammut.weights.files.tensor_file import (
     CheckpointError,
@@ -30,23 +29,23 @@ from mammut.weights.files.tensor_file import (
     open_tensors,
     write_safetensors,
 )
-from mammut.weights.opened import host_tensors, mismatches, read_config
+from mammut.weights.opened import host_tensors, mismatches, read_config, read_model
 
-_FORMAT, _VERSION = "mammut adapter", 1
+_FORMAT, _VERSION = "mammut adapter", 2
 _CONFIG, _WEIGHTS, _MANIFEST = "adapter.json", "adapter.safetensors", "manifest.json"
 # What makes an image a prefix is trained with the adapters of a language model; a MaMMUT has it
 # from its own training.
 _PREFIX = ("image_projection.*", "prefix_norm.*")
 # Fields of a ModelConfig and its parts that may differ between the bases that an adapter is trained
 # on and used with.
-_FREE = {"adapters", *RUN_FIELDS, *RUN_VISION_FIELDS}
+_FREE = {"adapters", "low_image_size"}
 
 
 def base_hash(config: ModelConfig) -> str:
     """SHA-256 of all of a `ModelConfig` that an adapter depends on, as canonical JSON without fields at their default.
 
-    Adapters, how a run computes and trains (`RUN_FIELDS`) and storage types are left out. A field
-    that a later version adds changes no hash while it has its default.
+    Adapters and the second image size are left out. A field that a later version adds changes no
+    hash while it has its default.
     """
     return hashlib.sha256(
         json.dumps(_told(config), sort_keys=True, separators=(",", ":")).encode()
@@ -68,7 +67,7 @@ def save_adapter(
     Raises:
       ValueError: there is no such adapter, or a pattern fits no parameter of the base.
     """
-    _require_names(model, name)
+    require_adapters(model, name)
     specs, read = host_tensors(by_name(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
     base = [path for path in specs if not path.startswith("adapters.")]
     for pattern in also or ():
@@ -125,7 +124,9 @@ def load_adapter(model: MaMMUT, folder: str | os.PathLike, name: str | None = No
     configs, others = _read_about(folder / _CONFIG, model.config)
     saved_as, name = configs[0].name, name or configs[0].name
     configs = [dataclasses.replace(config, name=name) for config in configs]
-    model = _extended(model, configs, nnx.eval_shape(lambda: _fresh(model, configs, nnx.Rngs(0))))
+    model = extended(
+        model, configs, nnx.eval_shape(lambda: new_adapters(model, configs, jax.random.key(0)))
+    )
     tensors, params = (
         open_tensors(folder / _WEIGHTS),
         by_name(nnx.to_pure_dict(nnx.state(model, nnx.Param))),
@@ -169,7 +170,7 @@ def _told(config: Any) -> dict[str, Any]:
 def _read_about(path: pathlib.Path, config: ModelConfig) -> tuple[list[AdapterConfig], list[str]]:
     """What `adapter.json` says there is: the adapter, for a model of `config`, and parameters of the base."""
     about = read_json_object(path)
-    if about.get("format") != _FORMAT or about.get("version") != _VERSION:
+    if about.get("format") != _FORMAT or about.get("version") not in (1, _VERSION):
         raise CheckpointError(
             f"{path} has format {about.get('format')!r} version {about.get('version')!r}, "
             f"expected {_FORMAT!r} version {_VERSION}"
@@ -186,6 +187,10 @@ def _read_about(path: pathlib.Path, config: ModelConfig) -> tuple[list[AdapterCo
             raise CheckpointError(f"{path} does not tell of adapters, also, base_hash and base")
     if len({adapter.name for adapter in configs}) > 1:
         raise CheckpointError(f"{path} has adapters of several names, expected one")
+    if about["version"] == 1:
+        # Its hash is of the fields of its time: that of the base it names is made anew.
+        base_config, _, _ = read_model({"model": base}, path)
+        base, found = to_dict(base_config), base_hash(base_config)
     if found != base_hash(config):
         free = {f"{part}{name}" for part in ("", "vision.", "text.") for name in _FREE}
         changed = differences(base, json.loads(json.dumps(to_dict(config))), free)

@@ -6,13 +6,19 @@ from typing import Any
 from mammut.core.files import read_json_object
 from mammut.core.mapped_file import CheckpointError
 from mammut.data.processor import Processor
+from mammut.models.compute import ComputeConfig
 from mammut.models.flops import num_params
 from mammut.models.mammut import ModelConfig
 
 _MARK = "library_name: mammut"
 
 
-def write_card(folder: pathlib.Path, config: ModelConfig, processor: Processor) -> None:
+def write_card(
+    folder: pathlib.Path,
+    config: ModelConfig,
+    processor: Processor,
+    compute: ComputeConfig = ComputeConfig(),
+) -> None:
     """Writes `README.md` into a model folder; a README.md that somebody else wrote is left alone.
 
     The numbers are those of the run in the same folder: its `run.json` and the score files under
@@ -62,7 +68,7 @@ def write_card(folder: pathlib.Path, config: ModelConfig, processor: Processor) 
         f"| text | up to {processor.max_length} tokens of {text.vocab_size:,} ({processor.tokenizer.kind}); "
         f"{text.text_only_depth + text.depth} layers of width {text.width}; {sight} |",
         f"| embedding | {config.embed_size} numbers |",
-        f"| stored as | {config.param_dtype} |",
+        f"| stored as | {compute.param_dtype} |",
         *_training(folder / "run.json"),
         "",
         *_scores(folder),

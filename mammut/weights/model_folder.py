@@ -16,7 +16,7 @@ of the model is ever held.
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -28,12 +28,13 @@ from mammut.core import distributed
 from mammut.core.fields import to_dict
 from mammut.core.files import check_manifest, make_manifest, read_json_object, replacing, write_json
 from mammut.core.mapped_file import MAX_HEADER
-from mammut.core.params import by_name
+from mammut.core.params import by_name, logical_axes
 from mammut.core.sharding import MESH_AXES, param_shardings
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer, Tokenizer
+from mammut.models.compute import ComputeConfig
 from mammut.models.decoder import TextDecoder
-from mammut.models.mammut import MaMMUT, ModelConfig, logical_axes
+from mammut.models.mammut import MaMMUT, ModelConfig
 from mammut.weights.checkpoints import Checkpoints
 from mammut.weights.files.tensor_file import (
     CheckpointError,
@@ -47,15 +48,16 @@ from mammut.weights.model_card import write_card
 from mammut.weights.opened import (
     LazyTensors,
     OpenedModel,
+    Tensors,
     host_tensors,
     mismatches,
     model_specs,
-    read_config,
+    read_model,
     require_target,
 )
 from mammut.weights.resample import at_image_size
 
-_VERSION = 1
+_VERSION = 2
 _WEIGHTS = "model"
 _WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 MAX_SHARD_BYTES = 4 * 2**30
@@ -78,7 +80,8 @@ def save(
       ValueError: the folder holds a model already and `overwrite` is False, or one of open_clip; or
         the processor is of another model.
     """
-    opened = OpenedModel(model.config, _tensors_of(model), processor, "the model")
+    tensors = _tensors_of(model)
+    opened = OpenedModel(model.config, tensors, processor, "the model", compute=model.compute)
     if not distributed.first():
         for name in opened.tensors.specs:  # in the order in which they are written
             opened.tensors.read(name)
@@ -127,16 +130,25 @@ def save_opened(
         )
         write_json(
             new / "config.json",
-            {"format": "mammut", "version": _VERSION, "model": to_dict(opened.config)},
+            {
+                "format": "mammut",
+                "version": _VERSION,
+                "model": to_dict(opened.config),
+                "compute": to_dict(opened.compute),
+            },
         )
         write_json(new / "manifest.json", make_manifest(new, [new / name for name in files]))
-    write_card(folder, opened.config, opened.processor)
+    write_card(folder, opened.config, opened.processor, opened.compute)
     tokenizer = opened.processor.tokenizer
     return (tokenizer.problem,) if isinstance(tokenizer, MissingTokenizer) else ()
 
 
 def load(
-    path: str | os.PathLike, *, mesh: Mesh | None = None, image_size: int | None = None
+    path: str | os.PathLike,
+    *,
+    mesh: Mesh | None = None,
+    image_size: int | None = None,
+    compute: ComputeConfig | None = None,
 ) -> tuple[MaMMUT, Processor]:
     """The model and its processor.
 
@@ -148,6 +160,8 @@ def load(
       mesh: where the parameters go, split by `mammut.core.sharding.RULES`. None: one device.
       image_size: pixels; the position table is resampled to it, as the model's makers do. None: as
         it was trained.
+      compute: how the model is computed, and the number types of its parameters. None: as the
+        folder says, float32 for the models of others.
 
     Raises:
       CheckpointError: none of these is there, a file is damaged or missing, or the weights do not
@@ -172,11 +186,11 @@ def load(
         )
     if image_size is not None:
         opened = at_image_size(opened, image_size)
-    return place(opened, mesh), opened.processor
+    return place(opened, mesh, compute=compute), opened.processor
 
 
 def load_language_model(
-    path: str | os.PathLike, *, mesh: Mesh | None = None
+    path: str | os.PathLike, *, mesh: Mesh | None = None, compute: ComputeConfig | None = None
 ) -> tuple[TextDecoder, Tokenizer]:
     """A text decoder and its tokenizer: a GPT-2, GPT-Neo, GPT-J or GPT-NeoX (Pythia) folder of Hugging Face.
 
@@ -185,6 +199,7 @@ def load_language_model(
     Args:
       path: the folder.
       mesh: as for `load`.
+      compute: as for `load`.
 
     Raises:
       CheckpointError: as for `load`; or there is no text decoder.
@@ -198,7 +213,8 @@ def load_language_model(
         raise CheckpointError(
             f"{opened.where} says nothing of a tokenizer, expected one with the text decoder"
         )
-    return place(opened, mesh, part="text"), opened.processor.tokenizer
+    decoder = place(opened, mesh, part="text", compute=compute)
+    return decoder, opened.processor.tokenizer
 
 
 def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> OpenedModel:
@@ -241,9 +257,14 @@ def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> Ope
 
 
 def place(
-    opened: OpenedModel, mesh: Mesh | None = None, part: str | None = None
+    opened: OpenedModel,
+    mesh: Mesh | None = None,
+    part: str | None = None,
+    compute: ComputeConfig | None = None,
 ) -> MaMMUT | TextDecoder:
-    """The model, or the `part` of it with that name, with its parameters on `mesh`, or on the default device.
+    """Reads the model, or the `part` of it with that name, onto `mesh` or the default device.
+
+    `compute` is how it is computed; None: as the opened model says.
 
     Raises:
       ValueError: the mesh has other axes than those of `mammut.core.sharding.make_mesh`, or other
@@ -256,8 +277,14 @@ def place(
             f"the mesh has the axes {mesh.axis_names} of {', '.join(map(str, mesh.axis_types))}, expected automatic "
             f"axes among {MESH_AXES}: mammut.core.sharding.make_mesh makes one"
         )
-    abstract = nnx.eval_shape(lambda: MaMMUT(opened.config, rngs=nnx.Rngs(0)))
-    abstract, prefix = (abstract, "") if part is None else (getattr(abstract, part), f"{part}.")
+    compute = compute or opened.compute
+
+    def make() -> MaMMUT:
+        return MaMMUT(opened.config, compute=compute, rngs=nnx.Rngs(0))
+
+    abstract, prefix = nnx.eval_shape(make), ""
+    if part is not None:
+        abstract, prefix = getattr(abstract, part), f"{part}."
     graphdef, state = nnx.split(abstract)
     state = nnx.to_pure_dict(state)
     shardings = mesh and param_shardings(state, logical_axes(abstract), mesh)
@@ -266,6 +293,7 @@ def place(
         array = opened.tensors.read(prefix + ".".join(entry.key for entry in path))
         # A copy of what is mapped: an array on the CPU may share its memory, and files change.
         array = array if array.flags.writeable else np.array(array)
+        array = array.astype(leaf.dtype, copy=False)
         if sharding is None:
             return jax.device_put(array)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: array[index])
@@ -284,16 +312,16 @@ def read_model_config(path: str | os.PathLike) -> ModelConfig:
     if os.path.exists(path / "config.json") and not (
         huggingface.is_huggingface(path) or resnets.is_timm(path)
     ):
-        return _model_config(path / "config.json")
+        return _model_config(path / "config.json")[0]
     if os.path.exists(path / "run.json"):
-        return _run_model_config(path)
+        return _run_model_config(path)[0]
     return open_model(path).config
 
 
 def _open_model_folder(folder: pathlib.Path) -> OpenedModel:
     if problems := check_manifest(folder, folder / "manifest.json"):
         raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
-    config = _model_config(folder / "config.json")
+    config, compute, without_norm_bias = _model_config(folder / "config.json")
     index = folder / f"{_WEIGHTS}.safetensors.index.json"
     weights = index if index.exists() else folder / f"{_WEIGHTS}.safetensors"
     tensors, processor = open_tensors(weights), _processor(folder)
@@ -302,46 +330,70 @@ def _open_model_folder(folder: pathlib.Path) -> OpenedModel:
         opened |= set(read_json_object(index, MAX_HEADER)["weight_map"].values())
     if unlisted := sorted(opened - read_json_object(folder / "manifest.json", MAX_HEADER).keys()):
         raise CheckpointError(f"{folder / 'manifest.json'} does not list {', '.join(unlisted)}")
-    _require_fit(config, tensors.specs, str(weights))
-    return OpenedModel(config, tensors, processor, str(folder))
+    if without_norm_bias:
+        tensors = _with_norm_biases(tensors, model_specs(config, compute), without_norm_bias)
+    _require_fit(config, compute, tensors.specs, str(weights))
+    return OpenedModel(config, tensors, processor, str(folder), compute=compute)
 
 
 def _open_run(folder: pathlib.Path) -> OpenedModel:
-    config = _run_model_config(folder)
+    config, compute, without_norm_bias = _run_model_config(folder)
     with Checkpoints(folder, keep=None) as checkpoints:
         arrays = checkpoints.restore_params()
     specs = {name: TensorSpec(array.shape, array.dtype) for name, array in arrays.items()}
-    _require_fit(config, specs, str(folder / "checkpoints"))
-    return OpenedModel(
-        config, LazyTensors(specs, arrays.__getitem__), _processor(folder), str(folder)
-    )
+    tensors = LazyTensors(specs, arrays.__getitem__)
+    if without_norm_bias:
+        tensors = _with_norm_biases(tensors, model_specs(config, compute), without_norm_bias)
+    _require_fit(config, compute, tensors.specs, str(folder / "checkpoints"))
+    return OpenedModel(config, tensors, _processor(folder), str(folder), compute=compute)
 
 
-def _require_fit(config: ModelConfig, specs: Any, where: str) -> None:
+def _with_norm_biases(
+    tensors: Tensors, expected: Mapping[str, TensorSpec], towers: Collection[str]
+) -> LazyTensors:
+    """Adds biases of zero to the layer norms of `towers`, which version 0.1 could leave out."""
+    zero = {
+        path: spec
+        for path, spec in expected.items()
+        if path not in tensors.specs and path.endswith("norm.bias") and path.split(".")[0] in towers
+    }
+
+    def read(path: str) -> np.ndarray:
+        if path in zero:
+            return np.zeros(zero[path].shape, zero[path].dtype)
+        return tensors.read(path)
+
+    return LazyTensors({**tensors.specs, **zero}, read)
+
+
+def _require_fit(config: ModelConfig, compute: ComputeConfig, specs: Any, where: str) -> None:
     """Reports every key that is missing, left over, misshapen or of another type."""
-    if problems := mismatches(specs, model_specs(config), "is not a parameter of the model"):
+    expected = model_specs(config, compute)
+    if problems := mismatches(specs, expected, "is not a parameter of the model"):
         raise CheckpointError(f"{where} does not fit its config: {'; '.join(problems)}")
 
 
-def _model_config(path: pathlib.Path) -> ModelConfig:
+def _model_config(path: pathlib.Path) -> tuple[ModelConfig, ComputeConfig, tuple[str, ...]]:
     config = read_json_object(path)
-    if config.get("format") != "mammut" or config.get("version") != _VERSION:
+    if config.get("format") != "mammut" or config.get("version") not in (1, _VERSION):
         raise CheckpointError(
             f"{path} has format {config.get('format')!r} version {config.get('version')!r}, "
             f"expected 'mammut' version {_VERSION}"
         )
-    return read_config(ModelConfig, config.get("model"), path)
+    return read_model(config, path)
 
 
-def _run_model_config(folder: pathlib.Path) -> ModelConfig:
-    """The model of a run's config: nothing else of it is read."""
+def _run_model_config(
+    folder: pathlib.Path,
+) -> tuple[ModelConfig, ComputeConfig, tuple[str, ...]]:
+    """Reads the model of a run's config, and nothing else of it."""
     path = folder / "run.json"
     config = read_json_object(path).get("config")
     if not isinstance(config, dict):
         raise CheckpointError(
             f"{path} is not a run's config, expected the key config with an object"
         )
-    return read_config(ModelConfig, config.get("model"), path)
+    return read_model(config, path)
 
 
 def _processor(folder: pathlib.Path) -> Processor:

@@ -14,8 +14,10 @@ from jax.experimental import multihost_utils
 
 from mammut.core.fields import from_dict
 from mammut.data.processor import Processor
+from mammut.models.compute import ComputeConfig
 from mammut.models.mammut import MaMMUT, ModelConfig
 from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
+from mammut.weights.old_configs import upgraded
 
 
 @runtime_checkable
@@ -53,6 +55,8 @@ class OpenedModel:
     positions: Literal["bicubic", "bilinear"] = "bicubic"
     # what of its files has no place in our model, and what of ours they do not have; why
     notes: tuple[str, ...] = ()
+    # How the model is computed unless somebody says otherwise; its types are those of `tensors`.
+    compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self):
         if self.processor is None:
@@ -114,9 +118,18 @@ def require_target(
         raise ValueError(f"{folder} is where {opened.where} is read from: give a new folder")
 
 
-def model_specs(config: ModelConfig) -> dict[str, TensorSpec]:
-    """Shape and type of every parameter of a MaMMUT, by path such as "text.layers.attn.query.kernel"."""
-    state = nnx.state(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))), nnx.Param)
+def model_specs(
+    config: ModelConfig, compute: ComputeConfig = ComputeConfig()
+) -> dict[str, TensorSpec]:
+    """Lists shape and type of every parameter of a MaMMUT, by path.
+
+    A path is such as "text.layers.attn.query.kernel".
+    """
+
+    def make() -> MaMMUT:
+        return MaMMUT(config, compute=compute, rngs=nnx.Rngs(0))
+
+    state = nnx.state(nnx.eval_shape(make), nnx.Param)
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
     return {
         ".".join(entry.key for entry in path): TensorSpec(leaf.shape, np.dtype(leaf.dtype))
@@ -145,6 +158,23 @@ def read_config(cls: type, values: Any, path: pathlib.Path) -> Any:
         return from_dict(cls, values, str(path))
     except (ValueError, TypeError) as error:  # a field that there is not, a value that cannot be
         raise CheckpointError(f"{path} does not hold a {cls.__name__}: {error}") from error
+
+
+def read_model(
+    values: Any, path: pathlib.Path
+) -> tuple[ModelConfig, ComputeConfig, tuple[str, ...]]:
+    """Reads {"model": ..., "compute": ...} of the file `path`, in the fields of any version.
+
+    The third value names the towers ("vision", "text") whose layer norms have no bias in the file:
+    it is zero.
+
+    Raises:
+      CheckpointError: the values are none of a model.
+    """
+    new = upgraded({name: values.get(name) for name in ("model", "compute") if name in values})
+    config = read_config(ModelConfig, new.config.get("model"), path)
+    compute = read_config(ComputeConfig, new.config.get("compute", {}), path)
+    return config, compute, new.without_norm_bias
 
 
 def host_tensors(

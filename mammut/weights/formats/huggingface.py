@@ -76,7 +76,6 @@ def model_config(text: DecoderConfig) -> ModelConfig:
     return ModelConfig(
         vision=_NO_VISION,
         text=text,
-        conditioning="prefix",
         image_projection="decoder",
         prefix_tokens=1,
     )

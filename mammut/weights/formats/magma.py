@@ -184,8 +184,6 @@ def _config(
             vision=vision,
             text=text,
             image_projection="decoder",
-            conditioning="prefix",
-            prefix_dropout=_PREFIX_DROPOUT,
             prefix_norm="image_prefix.ln.weight" in specs,
             adapters=tuple(
                 dataclasses.replace(adapter, sites=tuple(at)) for adapter, at in adapters.items()
