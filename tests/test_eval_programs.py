@@ -6,10 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+from embedding_recall import embedding_recall
 from PIL import Image
 
 import mammut
-from mammut.evaluation.metrics.rankings import retrieval_recall
 from mammut.evaluation.predictions import Predictions
 from mammut.evaluation.scoring import score
 from mammut.testing import tiny_model, tiny_processor
@@ -129,7 +129,7 @@ def test_the_scores_are_those_of_the_set(results, folder):
     lines = [json.loads(line) for i, line in enumerate((folder / "set.jsonl").open()) if i != 4]
     batch = processor(images=[folder / line["file"] for line in lines])
     texts = processor(text=[text for line in lines for text in line["captions"]])
-    recall = retrieval_recall(
+    recall = embedding_recall(
         np.asarray(model.encode_image(batch["image"])),
         np.asarray(model.encode_text(texts["tokens"], texts["text_valid"])),
         np.repeat(range(9), 2),

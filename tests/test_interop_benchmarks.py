@@ -15,10 +15,10 @@ import numpy as np
 import PIL.Image
 import PIL.ImageFile
 import pytest
+from embedding_recall import embedding_recall
 from flax import nnx
 
 import mammut
-from mammut.evaluation.metrics.rankings import retrieval_recall
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import generate
 from mammut.testing import tiny_config, tiny_model, tiny_processor
@@ -260,7 +260,7 @@ def test_clip_benchmark_finds_the_retrieval_recall_that_metrics_finds(adapted, p
         "clip_benchmark.metrics.zeroshot_retrieval", reason="CLIP_benchmark is not installed"
     )
     captions = [TEXTS[:2], TEXTS[2:3], TEXTS[3:]]
-    expected = retrieval_recall(embeds[0][:3], embeds[1], np.array([0, 0, 1, 2, 2, 2]), ks=(1, 2))
+    expected = embedding_recall(embeds[0][:3], embeds[1], np.array([0, 0, 1, 2, 2, 2]), ks=(1, 2))
     batches = loader(pictures[:3], captions, adapted, with_captions, batch_size=2)
     got = scorer.evaluate(
         adapted, batches, adapted.tokenizer, "cpu", amp=False, recall_k_list=[1, 2]
