@@ -26,7 +26,9 @@ class Options(program.Options):
     # {} is the class; scores are averaged over the templates
     templates: tuple[str, ...] = ("a photo of a {}.", "a picture of a {}.", "{}")
     classes: pathlib.Path | None = None  # a JSON list of all class names, in any order
-    prior: float = 0.0  # of "likelihood": share of log P(class) without the image that is subtracted
+    prior: float = (
+        0.0  # of "likelihood": share of log P(class) without the image that is subtracted
+    )
 
 
 def predict(predictor, params, source, options):

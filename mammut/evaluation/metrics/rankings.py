@@ -3,6 +3,7 @@
 Nothing here knows a model.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -98,12 +99,12 @@ def ranking_recall(
     return {f"r{k}": sum(rank <= k for rank in ranks) / len(ranked) for k in ks}
 
 
-def _first_rank(ids: Sequence[int], relevant: set[int]) -> float:
+def _first_rank(ids: Sequence[int], relevant: set[int]) -> int | float:
     """The rank of the first relevant id, from 1; infinity if there is none."""
     for rank, candidate in enumerate(ids, 1):
         if candidate in relevant:
             return rank
-    return float("inf")
+    return math.inf
 
 
 def classification_scores(
