@@ -3,7 +3,7 @@
 import dataclasses
 
 from eval import program
-from mammut.config import Field
+from mammut.data.config import Field
 from mammut.data.examples import Source
 from mammut.data.sources import open_source
 from mammut.evaluation.few_shot import FewShot

@@ -1,11 +1,14 @@
-"""The tokenizer of the COCO caption evaluation, Stanford CoreNLP's for the Penn Treebank, in pure Python."""
+"""The tokenizer of the COCO caption evaluation in pure Python.
+
+The original is Stanford CoreNLP's tokenizer for the Penn Treebank.
+"""
 
 import dataclasses
 import functools
 import re
 
-# Each of these ends a line for the line-based official tokenizer, and would shift all captions
-# after it.
+# Each of these ends a line for the official tokenizer, which works line by line: all captions after
+# it would be shifted.
 LINE_BREAKS = re.compile("[\n\r\v\f\x85\u2028\u2029]")
 _DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _SPELLED = {
@@ -47,17 +50,20 @@ def ptb_tokenize(text: str) -> list[str]:
 
     That is Stanford CoreNLP 3.4.1's PTBTokenizer with `-preserveLines -lowerCase`, without the
     punctuation that pycocoevalcap drops: "Can't stop (Mr. X)." gives `ca n't stop -lrb- mr. x
-    -rrb-`. A token may hold no-break spaces ("1 1/2").
+    -rrb-`. A token may contain no-break spaces ("1 1/2").
 
-    Its rules were found from the official tokenizer's answers. Known to differ: the official one
-    looks into the next caption too (a last "K." is `k.` before "two dogs" and `k` before "A dog";
-    here always `k.`), and it keeps accents written as HTML (`&eacute;`) in their word.
+    The rules were derived from the output of the official tokenizer. Two differences are known: the
+    official tokenizer also looks at the next caption (a final "K." is `k.` before "two dogs" and `k`
+    before "A dog"; here it is always `k.`), and it keeps accents written as HTML (`&eacute;`) in
+    their word.
     """
     text = LINE_BREAKS.sub(" ", text).replace("\xad", "")
-    # such as emoji: dropped, but they end a word
+    # Emoji and the like are dropped, but they end a word.
     text = re.sub("[\U00010000-\U0010ffff]", "\x01", text)
     text = re.sub("&[a-z]+;", lambda match: _ENTITIES.get(match[0], match[0]), text)
-    lexer, tokens, position = _lexer(), [], 0
+    lexer = _lexer()
+    tokens = []
+    position = 0
     while position < len(text):
         if text[position].isspace():
             position += 1
@@ -66,7 +72,9 @@ def ptb_tokenize(text: str) -> list[str]:
             position = plain.end()
         elif matches := [match for rule in lexer.rules if (match := rule.match(text, position))]:
             longest = max(matches, key=lambda match: match.end())  # the first of equals
-            token = longest["token"] if "token" in longest.re.groupindex else longest[0]
+            token = longest[0]
+            if "token" in longest.re.groupindex:
+                token = longest["token"]
             tokens.append(_normalized(token, lexer.contraction))
             position += len(token)
         else:
@@ -81,8 +89,7 @@ def _normalized(token: str, contraction: re.Pattern) -> str:
         return "..."
     if token in ("---", "----"):
         return "--"
-    # Inside a word that is not a contraction, the official tokenizer leaves a curly apostrophe as
-    # it is.
+    # The official tokenizer keeps a curly apostrophe inside a word that is not a contraction.
     if not re.search(r"\w", token) or contraction.fullmatch(token):
         token = token.translate(_ASCII)
     return token.lower().replace(" ", "\xa0").replace("(", "-lrb-").replace(")", "-rrb-")
@@ -90,8 +97,10 @@ def _normalized(token: str, contraction: re.Pattern) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Lexer:
+    """The regular expressions of the tokenizer."""
+
     plain: re.Pattern  # a word before a space, which no rule splits
-    # the longest match wins; its group `token`, where there is one, is the token
+    # the longest match wins; its group `token`, if there is one, is the token
     rules: tuple[re.Pattern, ...]
     contraction: re.Pattern
 
@@ -103,7 +112,8 @@ def _lexer() -> _Lexer:
         r"|[\u02c2-\u02df\u02e5-\u036f\u0483-\u0487\u0591-\u05bd\u064b-\u065e\u0900-\u0903\u093e-\u094e\u0e31-\u0e4e])"
     )
     alnum = rf"(?:{letter}|\d)"
-    quote, any_quote = "['\x92’]", "['`\x91\x92‘’‛]"
+    quote = "['\x92’]"
+    any_quote = "['`\x91\x92‘’‛]"
     word = rf"{letter}{alnum}*(?:[.!?]{letter}{alnum}*)*"
     part = rf"(?:[dol]{any_quote}{letter}|[DOL]{any_quote}{letter})?{alnum}+"
     hyphenated = rf"{part}(?:[-_\u058a\u2010\u2011]{part})*"
@@ -113,9 +123,8 @@ def _lexer() -> _Lexer:
     ends_word = r"(?:[^A-Za-z]|$)"
     acronym = r"[A-Za-z](?:\.[A-Za-z])*"
     after_capital = "|".join(f"{name[0]}(?i:{name[1:]})" for name in _CAPITAL_ABBREVIATIONS.split())
-    always, numbered = (
-        names.replace(" ", "|") for names in (_ABBREVIATIONS, _NUMBER_ABBREVIATIONS)
-    )
+    always = _ABBREVIATIONS.replace(" ", "|")
+    numbered = _NUMBER_ABBREVIATIONS.replace(" ", "|")
     url_end = r"""[^\s"<>|()]+[^\s"<>|.!?(){},-]"""
     attribute = r"""[A-Za-z][\w:.-]*(?: *= *(?:'[^']*'|"[^"]*"|[A-Za-z][\w:.-]*))?"""
     rules = (
@@ -155,7 +164,7 @@ def _lexer() -> _Lexer:
         r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}",
         r"(?:\(\d{2,3}\)[ \xa0]?|(?:\+\+?)?(?:\d{2,4}[- \xa0])?\d{2,4}[- \xa0])\d{3,4}[- \xa0]?\d{3,5}",
         r"(?:(?:\+\+?)?\d{2,4}\.)?\d{2,4}\.\d{3,4}\.\d{3,5}",
-        # Smileys, runs of one sign, and single signs; what is in none of these is dropped.
+        # Smileys, runs of one sign, and single signs; any other character is dropped.
         r"[<>]?[:;=][-o*']?[()\\{@|\[\]DPdpO](?![A-Za-z0-9])|\^_\^|[<>][-._][<>]|&(?:lt|gt|#\d+);",
         r"<<|>>|[!?]+|\*+|_+|@+|#+|-{5,}|-{2,4}|''|``|\.{3,}|\.(?: \.){2,}|[“”«»\x93\x94]{2}|[‘’‹›\x91\x92]{2}",
         r"[!-/:-@\[-`{-~\x80\x91-\x97\xa1-\xa9\xab\xac\xae-\xb4\xb6-\xbf\xd7\xf7\u2013-\u2023\u2026\u2030-\u2042\u2044"
