@@ -14,7 +14,7 @@ def embedding_recall(
     ks: Sequence[int] = (1, 5, 10),
     chunk: int = 1024,
 ) -> dict[str, float]:
-    """`t2i_r1`, `i2t_r1`, ... and `mean_recall`; `image_of_text` is the row of each text's image."""
+    """`t2i_r1`, `i2t_r1`, ... and `mean_recall`; `image_of_text` is the row of a text's image."""
     own_texts = [np.flatnonzero(image_of_text == i).tolist() for i in range(len(image_embed))]
     ways = {
         "t2i": (text_embed, image_embed, [[image] for image in image_of_text.tolist()]),

@@ -271,7 +271,8 @@ def _generated_few_shot(
 ) -> Iterator[dict[str, Any]]:
     """The text after each query and its examples.
 
-    Its log-probability is that of all generated tokens, those that were cut off too. Examples of the next batch are read while the model runs.
+    Its log-probability is that of all generated tokens, even those that were cut off. The examples
+    of the next batch are read while the model runs.
     """
     if prompt.endswith(" "):
         raise ValueError(

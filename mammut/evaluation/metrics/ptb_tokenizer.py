@@ -30,18 +30,20 @@ _ENTITIES = {
 }
 # Periods that belong to the word before them: always; only after a capital; only before a number.
 _ABBREVIATIONS = (
-    "adj adm adv al ala alex apr ariz assn assoc asst attys? aug ave bancorp bhd bldg blvd brig bros calif capt cf "
-    "cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det drs? elec ens esq est etc ext feb fla fri ft ga "
-    "gen govs? hon inc ind insp intl invt jan jos jr jul jun kans? ky lieut lt ltd maj mar md messrs mfg mich minn "
-    "mlle mme mo mon mont mrs? ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc ppte ppty pp?t[ey]s pres "
-    "profs? pte pty pvt rd reps? rev rt sens? sept? seq sfc sgt spc sq sr ste? supts? sys tel tenn thu thurs treas "
-    "tues? univ va vs vt wed wisc? wm wyo"
+    "adj adm adv al ala alex apr ariz assn assoc asst attys? aug ave bancorp bhd bldg blvd brig "
+    "bros calif capt cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det drs? "
+    "elec ens esq est etc ext feb fla fri ft ga gen govs? hon inc ind insp intl invt jan jos jr "
+    "jul jun kans? ky lieut lt ltd maj mar md messrs mfg mich minn mlle mme mo mon mont mrs? ms "
+    "msgr mt mtg natl neb nev nov oct okla penn pfc ph plc ppte ppty pp?t[ey]s pres profs? pte "
+    "pty pvt rd reps? rev rt sens? sept? seq sfc sgt spc sq sr ste? supts? sys tel tenn thu thurs "
+    "treas tues? univ va vs vt wed wisc? wm wyo"
 )
 _CAPITAL_ABBREVIATIONS = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"
 _NUMBER_ABBREVIATIONS = "art ca figs? nos? op pp prop"
 _SENTENCE_STARTS = (
-    "A About According Additionally After An As At But He Her Here However If In It Last Many More Now Once One Other "
-    "Our She Since So Some Such That The Their Then There These They This We What When While Yet You"
+    "A About According Additionally After An As At But He Her Here However If In It Last Many "
+    "More Now Once One Other Our She Since So Some Such That The Their Then There These They This "
+    "We What When While Yet You"
 )
 
 
@@ -52,9 +54,9 @@ def ptb_tokenize(text: str) -> list[str]:
     punctuation that pycocoevalcap drops: "Can't stop (Mr. X)." gives `ca n't stop -lrb- mr. x
     -rrb-`. A token may contain no-break spaces ("1 1/2").
 
-    The rules were derived from the output of the official tokenizer. Two differences are known: the
-    official tokenizer also looks at the next caption (a final "K." is `k.` before "two dogs" and `k`
-    before "A dog"; here it is always `k.`), and it keeps accents written as HTML (`&eacute;`) in
+    The rules were derived from the output of the official tokenizer. Two differences are known. The
+    official tokenizer also looks at the next caption: a final "K." is `k.` before "two dogs" and
+    `k` before "A dog"; here it is always `k.`. And it keeps accents written as HTML (`&eacute;`) in
     their word.
     """
     text = LINE_BREAKS.sub(" ", text).replace("\xad", "")
@@ -108,8 +110,10 @@ class _Lexer:
 @functools.cache
 def _lexer() -> _Lexer:
     letter = (
-        r"(?:[^\W\d_\xb2\xb3\xb9\xbc-\xbe\u2070-\u2079\u2080-\u2089\u2150-\u2189\u2460-\u24ff\u2776-\u2793]"
-        r"|[\u02c2-\u02df\u02e5-\u036f\u0483-\u0487\u0591-\u05bd\u064b-\u065e\u0900-\u0903\u093e-\u094e\u0e31-\u0e4e])"
+        r"(?:[^\W\d_\xb2\xb3\xb9\xbc-\xbe\u2070-\u2079\u2080-\u2089\u2150-\u2189\u2460-\u24ff"
+        r"\u2776-\u2793]"
+        r"|[\u02c2-\u02df\u02e5-\u036f\u0483-\u0487\u0591-\u05bd\u064b-\u065e\u0900-\u0903"
+        r"\u093e-\u094e\u0e31-\u0e4e])"
     )
     alnum = rf"(?:{letter}|\d)"
     quote = "['\x92’]"
@@ -155,20 +159,23 @@ def _lexer() -> _Lexer:
         # Addresses, hash tags, HTML tags.
         r"""[A-Za-z0-9][^\s"<>|()@,;:]*@[^\s"<>|().,@]+(?:\.[^\s"<>|().,@]+)*|@[A-Za-z]\w*|#[A-Za-z]+""",
         rf"https?://{url_end}",
-        r"""(?:www\.(?:[^\s"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}|(?:[^\s"`'<>|.!?(){},_$-]+\.)+(?:com|net|org|edu))"""
+        r"""(?:www\.(?:[^\s"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}"""
+        r"""|(?:[^\s"`'<>|.!?(){},_$-]+\.)+(?:com|net|org|edu))"""
         rf"(?:/{url_end})?",
         rf"</?[A-Za-z][\w:.-]*(?: +(?:{attribute})?)* */?>|<[!?][A-Za-z-][^>]*>",
         # Numbers, fractions, dates, telephone numbers.
         r"[-+]?(?:\d+(?:[.,:]\d+)*|(?:[.,:]\d+)+)",
         r"(?:\d{1,4}[- \xa0])?\d{1,4}(?:\\?/|\u2044)\d{1,4}",
         r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}",
-        r"(?:\(\d{2,3}\)[ \xa0]?|(?:\+\+?)?(?:\d{2,4}[- \xa0])?\d{2,4}[- \xa0])\d{3,4}[- \xa0]?\d{3,5}",
+        r"(?:\(\d{2,3}\)[ \xa0]?|(?:\+\+?)?(?:\d{2,4}[- \xa0])?\d{2,4}[- \xa0])"
+        r"\d{3,4}[- \xa0]?\d{3,5}",
         r"(?:(?:\+\+?)?\d{2,4}\.)?\d{2,4}\.\d{3,4}\.\d{3,5}",
         # Smileys, runs of one sign, and single signs; any other character is dropped.
         r"[<>]?[:;=][-o*']?[()\\{@|\[\]DPdpO](?![A-Za-z0-9])|\^_\^|[<>][-._][<>]|&(?:lt|gt|#\d+);",
-        r"<<|>>|[!?]+|\*+|_+|@+|#+|-{5,}|-{2,4}|''|``|\.{3,}|\.(?: \.){2,}|[“”«»\x93\x94]{2}|[‘’‹›\x91\x92]{2}",
-        r"[!-/:-@\[-`{-~\x80\x91-\x97\xa1-\xa9\xab\xac\xae-\xb4\xb6-\xbf\xd7\xf7\u2013-\u2023\u2026\u2030-\u2042\u2044"
-        r"\u2070\u2074-\u208e\u20a0\u20a4\u20ac\u2100-\u214f\u2153-\u215e\u2190-\u2bff\u3001\u3002\u3012\u30fb"
+        r"<<|>>|[!?]+|\*+|_+|@+|#+|-{5,}|-{2,4}|''|``|\.{3,}|\.(?: \.){2,}"
+        r"|[“”«»\x93\x94]{2}|[‘’‹›\x91\x92]{2}",
+        r"[!-/:-@\[-`{-~\x80\x91-\x97\xa1-\xa9\xab\xac\xae-\xb4\xb6-\xbf\xd7\xf7"
+        r"\u2013-\u2023\u2026\u2030-\u2042\u2044\u2070\u2074-\u208e\u20a0\u20a4\u20ac\u2100-\u214f\u2153-\u215e\u2190-\u2bff\u3001\u3002\u3012\u30fb"
         r"\uff01-\uff65\uffe0-\uffe6]",
     )
     return _Lexer(
