@@ -72,7 +72,9 @@ def predict_classes(
     else:
         ranked_by = _ByLikelihood(predictor, params, encoded, len(classes), prior)
 
-    records, seen, left_out = [], set(), collections.Counter()
+    records = []
+    seen = set()
+    left_out = collections.Counter()
     for batch in predictor.batches(source, limit, left_out):
         order, scores = ranked_by(batch.image)
         for row, example in enumerate(batch.examples):

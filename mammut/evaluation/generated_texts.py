@@ -58,7 +58,9 @@ def predict_captions(
     Raises:
       ValueError: too many examples cannot be used, or two have one key.
     """
-    records, seen, left_out = [], set(), collections.Counter()
+    records = []
+    seen = set()
+    left_out = collections.Counter()
     ids = predictor.processor.encode_prompt(prompt)
 
     def rows() -> Iterator[tuple[np.ndarray, Any]]:
@@ -127,7 +129,10 @@ def predict_answers(
     """
     require_slot(prompt, "prompt")
     processor = predictor.processor
-    records, answered, seen, left_out = [], [], set(), collections.Counter()
+    records = []
+    answered = []  # the records of the questions that fit the context
+    seen = set()
+    left_out = collections.Counter()
 
     def rows() -> Iterator[tuple[np.ndarray, Any]]:
         for index, image, example in predictor.examples(source, limit, left_out):

@@ -6,6 +6,7 @@ scored again by the likelihood of the text given the image.
 
 import collections
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -47,15 +48,11 @@ def predict_rankings(
     """
     left_out = collections.Counter()
     captions, image_embed = _embed_images(predictor, params, source, limit, left_out)
-    num_images = len(captions.keys)
-    num_texts = len(captions.texts)
-    tokens, text_valid = predictor.processor.encode_text(captions.texts)
-    text_embed = predictor.run_rows(MaMMUT.encode_text, params, tokens, text_valid)
-
+    encoded = predictor.processor.encode_text(captions.texts)
+    text_embed = predictor.run_rows(MaMMUT.encode_text, params, *encoded)
     size = max(rerank, _RANKED)
     texts_of, text_scores = nearest(image_embed, text_embed, size)
     images_of, image_scores = nearest(text_embed, image_embed, size)
-
     image_records = [
         {
             "query": "image",
@@ -77,27 +74,24 @@ def predict_rankings(
             "ranked": images_of[text].tolist(),
             "scores": image_scores[text].tolist(),
         }
-        for text in range(num_texts)
+        for text in range(len(captions.texts))
     ]
 
     if rerank:
-        images = np.arange(num_images)[:, None]
-        texts = np.arange(num_texts)[:, None]
-        # A pair is a number: image * num_texts + text.
-        pairs_of_images = images * num_texts + texts_of[:, :rerank]
-        pairs_of_texts = images_of[:, :rerank] * num_texts + texts
-        pairs, inverse = np.unique(
-            np.concatenate([pairs_of_images.ravel(), pairs_of_texts.ravel()]), return_inverse=True
-        )
-        encoded = (tokens, text_valid)
-        scores = _pair_scores(
-            predictor, params, source, limit, captions.indices, encoded, pairs, prior
-        )[inverse]
-        of_images, of_texts = np.split(scores, [pairs_of_images.size])
-        _add_reranked(image_records, of_images.reshape(pairs_of_images.shape))
-        _add_reranked(text_records, of_texts.reshape(pairs_of_texts.shape))
 
-    settings = {"images": num_images, "texts": num_texts, "rerank": rerank, "prior": prior}
+        def pair_scores(pairs: np.ndarray) -> np.ndarray:
+            """The new scores of sorted pairs."""
+            indices = captions.indices
+            return _pair_scores(predictor, params, source, limit, indices, encoded, pairs, prior)
+
+        of_images, of_texts = _score_both_ways(
+            texts_of[:, :rerank], images_of[:, :rerank], pair_scores
+        )
+        _add_reranked(image_records, of_images)
+        _add_reranked(text_records, of_texts)
+
+    settings = {"images": len(captions.keys), "texts": len(captions.texts)}
+    settings |= {"rerank": rerank, "prior": prior}
     records = image_records + text_records
     return predictor.predictions("retrieval", records, source, left_out, settings)
 
@@ -125,7 +119,9 @@ def _embed_images(
     left_out: collections.Counter,
 ) -> tuple[_Captions, Float[np.ndarray, "I E"]]:
     """The images of a set with their texts, and their embeddings float[I, E]."""
-    captions, seen, embeds = _Captions(), set(), []
+    captions = _Captions()
+    seen = set()
+    embeds = []
     for batch in predictor.batches(source, limit, left_out):
         embed = np.asarray(predictor.run(MaMMUT.encode_image, params, batch.image))
         embeds.append(embed[batch.example_valid])
@@ -137,6 +133,29 @@ def _embed_images(
                 captions.keys.append(example.key)
                 captions.texts += example.captions
     return captions, np.concatenate(embeds)
+
+
+def _score_both_ways(
+    texts_of: Int[np.ndarray, "I n"],
+    images_of: Int[np.ndarray, "T m"],
+    pair_scores: Callable[[np.ndarray], np.ndarray],
+) -> tuple[Float[np.ndarray, "I n"], Float[np.ndarray, "T m"]]:
+    """Scores the candidates of images and of texts; a pair that stands in both is scored once.
+
+    Args:
+      texts_of: the candidate texts of each image.
+      images_of: the candidate images of each text.
+      pair_scores: scores pairs int[N], image * texts + text, which are sorted.
+    """
+    num_texts = len(images_of)
+    images = np.arange(len(texts_of))[:, None]
+    texts = np.arange(num_texts)[:, None]
+    pairs_of_images = images * num_texts + texts_of
+    pairs_of_texts = images_of * num_texts + texts
+    both = np.concatenate([pairs_of_images.ravel(), pairs_of_texts.ravel()])
+    pairs, inverse = np.unique(both, return_inverse=True)
+    of_images, of_texts = np.split(pair_scores(pairs)[inverse], [pairs_of_images.size])
+    return of_images.reshape(pairs_of_images.shape), of_texts.reshape(pairs_of_texts.shape)
 
 
 def _pair_scores(

@@ -56,7 +56,9 @@ def encode_prompt(pieces: Sequence[Any], processor: Processor, image_tokens: int
     """
     if not isinstance(pieces, list | tuple):
         raise ValueError(f"is a {type(pieces).__name__}, expected a list of images and str")
-    images, tokens, image_row = [], [], []
+    images = []
+    tokens = []
+    image_row = []
     for piece in pieces:
         if isinstance(piece, str):
             ids = processor.tokenizer.encode(piece) if piece else []

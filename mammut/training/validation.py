@@ -211,7 +211,8 @@ class _LanguageLoss:
 
     def _pairs(self, source: Source, limit: int) -> tuple[list[tuple[str, str]], dict[str, int]]:
         """The prompts and texts of the first examples, and how many could not be used, by cause."""
-        pairs, bad = [], collections.Counter()
+        pairs = []
+        bad = collections.Counter()
         for index in range(limit):
             try:
                 for question, text in source.pairs(index):
