@@ -1,4 +1,4 @@
-"""Retrieval and classification scores: cases worked by hand, ties, several captions an image, against a full sort."""
+"""Retrieval and classification scores: cases worked by hand, ties, and against a full sort."""
 
 import json
 
@@ -12,7 +12,7 @@ from mammut.evaluation.scoring import score
 
 
 def by_sorting(image_embed, text_embed, image_of_text, ks):
-    """The definition: sort all candidates, the best first and equals by position, and look for the right ones."""
+    """The definition: sort all candidates, best first, equals by position; find the right ones."""
     scores = text_embed.astype(np.float64) @ image_embed.astype(np.float64).T
     recalls = {}
     for k in ks:
@@ -28,7 +28,10 @@ def by_sorting(image_embed, text_embed, image_of_text, ks):
 
 
 def test_a_case_worked_by_hand():
-    """Texts score the images (0.8, 0.6, 0), (0.6, 0.8, 0) and (0, 0.6, 0.8): the second text prefers a wrong image."""
+    """Texts score the images (0.8, 0.6, 0), (0.6, 0.8, 0) and (0, 0.6, 0.8).
+
+    The second text prefers a wrong image.
+    """
     images = np.eye(3, dtype=np.float32)
     texts = np.array([[0.8, 0.6, 0], [0.6, 0.8, 0], [0, 0.6, 0.8]], np.float32)
     recalls = embedding_recall(images, texts, np.array([0, 2, 1]), (1, 2, 3))
@@ -65,7 +68,7 @@ def test_any_of_an_images_texts_will_do():
 @pytest.mark.parametrize("chunk", [1024, 100, 7])
 @pytest.mark.parametrize(("num_images", "texts_each"), [(77, 5), (40, 1)])
 def test_an_encoder_that_maps_all_to_one_point_scores_chance(num_images, texts_each, chunk):
-    """And exactly so: equals rank by position, although float32 products of equal rows differ in their last bit."""
+    """Exactly so: equals rank by position, although float32 products differ in their last bit."""
     rng = np.random.default_rng(0)
     for _ in range(10):
         point = rng.normal(size=192).astype(np.float32)
@@ -100,7 +103,7 @@ def rankings(images, texts, image_of_text, k=10):
 
 
 def test_embeddings_that_are_not_numbers_find_nothing():
-    """Every comparison with NaN is False: counted carelessly, a model that has diverged would be perfect."""
+    """Every comparison with NaN is False: a diverged model could be counted as perfect."""
     rng = np.random.default_rng(0)
     embed, nan = rng.normal(size=(20, 8)).astype(np.float32), np.full((20, 8), np.nan, np.float32)
     for images, texts in ((nan, nan), (embed, nan), (nan, embed)):
@@ -111,7 +114,7 @@ def test_embeddings_that_are_not_numbers_find_nothing():
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("ties", [False, True])
 def test_recall_equals_a_full_sort(seed, ties):
-    """Uneven numbers of texts an image, in any order; small whole numbers tie often and multiply exactly."""
+    """Uneven numbers of texts an image; small whole numbers tie often and multiply exactly."""
     rng = np.random.default_rng(seed)
     num_images, num_texts = rng.integers(2, 12), rng.integers(12, 40)
     image_of_text = rng.permutation(
@@ -129,7 +132,7 @@ def test_recall_equals_a_full_sort(seed, ties):
 
 
 def test_the_best_text_of_an_image_is_not_hidden_by_equals_of_other_images():
-    """All three texts score the same; image 1 owns the first and the last, image 0 the middle one."""
+    """All texts score the same; image 1 has the first and the last, image 0 the middle one."""
     images, texts = np.ones((2, 1), np.float32), np.ones((3, 1), np.float32)
     recalls = embedding_recall(images, texts, np.array([1, 0, 1]), (1, 2))
     assert recalls["i2t_r1"] == 0.5 and recalls["i2t_r2"] == 1
@@ -207,7 +210,7 @@ def best_by_sorting(query, candidates, k):
 @pytest.mark.parametrize("k", [1, 4, 30, 100])
 @pytest.mark.parametrize("ties", [True, False])
 def test_nearest_equals_a_full_stable_sort_whatever_the_chunks(chunk, k, ties):
-    """Whole numbers from -1 to 1 in 2 columns: five scores for 30 candidates, nearly all of them tied."""
+    """Whole numbers from -1 to 1 in 2 columns: five scores for 30 candidates, nearly all tied."""
     rng = np.random.default_rng(k)
     query, candidates = rng.normal(size=(9, 2)), rng.normal(size=(30, 2))
     if ties:
@@ -258,7 +261,7 @@ def test_nearest_refuses_what_it_cannot_rank(candidates, settings, error):
 
 
 def test_any_relevant_id_is_enough():
-    """The any-of rule of CLIP_benchmark: a query counts once, however many of its relevant ids are found.
+    """The any-of rule of CLIP_benchmark: a query counts once, whatever number of ids it finds.
 
     Query 0 has ids 4 and 7, at places 2 and 6: found from k=2 on. Query 1 has id 3, first. Query 2
     has ids 1, 2 and 5,

@@ -1,4 +1,4 @@
-"""Asking a model about a set: against the public functions, against brute force, on one device and on eight."""
+"""Evaluations of a set: against public functions and brute force, on one device and on eight."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ QUESTIONS = ("on the left?", "one red circle?", "right")
 
 
 class Pictures(Source):
-    """Ten random pictures; the fourth is broken. Two or three captions each, a question or two, a name."""
+    """Ten random pictures with captions, questions and a name; the fourth is broken."""
 
     spec = "pictures"
 

@@ -1,4 +1,4 @@
-"""Predictions files: what comes back is what was written; what is damaged or of another kind is refused."""
+"""Predictions files: what is read is what was written; damaged or other files are refused."""
 
 import json
 
@@ -72,7 +72,8 @@ def test_a_file_cut_short_is_refused(tmp_path):
     ([CAPTION, CAPTION], "has 'a.jpg' twice, in records 0 and 1"),
     ([CAPTION | {"prediction": None}], "record 0 has no 'prediction' of type str"),
     ([CAPTION, {"key": "b.jpg"}], "record 1 has no .index. of type int"),
-    ([CAPTION | {"logprob": float("nan")}], "record 0 has a logprob that is not finite: the model has diverged"),
+    ([CAPTION | {"logprob": float("nan")}],
+     "record 0 has a logprob that is not finite: the model has diverged"),
 ])  # fmt: skip
 def test_records_that_cannot_be_scored_are_refused_before_and_after_they_are_written(
     tmp_path, records, message
