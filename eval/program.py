@@ -89,10 +89,10 @@ def run(
     try:
         distributed.require_one_process(program)
         options = tyro.cli(options_class, args=argv, prog=program, description=description)
-        given = pathlib.Path(options.checkpoint).expanduser()
-        if given.is_file() and not given.name.endswith(_MODEL_FILES):
-            return _score_again(options, given, task)
-        return _evaluate(options, given, task, predict)
+        path = pathlib.Path(options.checkpoint).expanduser()
+        if path.is_file() and not path.name.endswith(_MODEL_FILES):
+            return _score_again(options, path, task)
+        return _evaluate(options, path, task, predict)
     except (ValueError, OSError) as error:
         if os.environ.get("MAMMUT_TRACEBACK"):
             raise

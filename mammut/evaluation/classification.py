@@ -52,7 +52,7 @@ def predict_classes(
         mean embedding of the name in every template (CLIP, arXiv 2103.00020, section 3.1.4).
         "likelihood": it is the log of the mean over templates of P(text | image).
       prior: of "likelihood", the share of the score for a black image that is subtracted.
-      limit: only the first so many examples; None for all.
+      limit: the number of examples, from the first on; None for all.
 
     Raises:
       ValueError: there are no classes or no templates; a template has no {}; an example's name is

@@ -52,7 +52,7 @@ def predict_captions(
     Args:
       params: the model's parameters, on the predictor's mesh.
       prompt: the beginning of every caption, which is not part of the result.
-      limit: only the first so many examples; None for all.
+      limit: the number of examples, from the first on; None for all.
       few_shot: shows examples first. A caption then ends at a line break or the next `prompt`.
 
     Raises:
@@ -120,7 +120,7 @@ def predict_answers(
     Args:
       params: the model's parameters, on the predictor's mesh.
       prompt: a text with {} in place of the question, which the model continues.
-      limit: only the first so many examples; None for all.
+      limit: the number of examples, from the first on; None for all.
       few_shot: shows examples first. An answer then ends at a line break or the next example.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Predictions files: what a model said of a set, one JSON object a line, scored without the model.
+"""Predictions files: the output of a model for a set, one JSON object a line.
 
-The first line describes the rest:
+A file is scored without the model. Its first line describes the rest:
 
     {"format": "mammut predictions", "version": 1, "task": "caption", "records": 1000, "data":
      "jsonl:...", "checkpoint": "runs/flickr8k", "settings": {...}, "left_out": {"corrupt": 2}}
@@ -35,7 +35,7 @@ _VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What a model said of one set.
+    """The output of a model for one set.
 
     Raises:
       ValueError: there are no records, or a number in them is not finite.

@@ -36,7 +36,7 @@ def predict_rankings(
 
     Args:
       params: the model's parameters, on the predictor's mesh.
-      limit: only the first so many examples; None for all.
+      limit: the number of examples, from the first on; None for all.
       rerank: the number of best candidates of each query that are scored again, by
         log P(text | image) - prior * log P(text). log P(text) is that of a black image.
       prior: the share of log P(text) that is subtracted. A short or frequent text is likely for any

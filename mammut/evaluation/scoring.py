@@ -20,7 +20,7 @@ from mammut.evaluation.scores import Scores
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One row of the table: what is asked of a set, what its predictions hold, how they score."""
+    """One row of the table: what an evaluation needs, what its records hold, how they score."""
 
     # scores predictions
     score: Callable[..., Scores]

@@ -28,8 +28,9 @@ class GenerateConfig:
       ValueError: a value is out of range, or would do nothing beside the others.
 
     Example:
-      >>> mammut.GenerateConfig(num_beams=4, max_new_tokens=20)
-      >>> mammut.GenerateConfig(temperature=0.7, top_p=0.9)
+      >>> beam_search = mammut.GenerateConfig(num_beams=4, max_new_tokens=20)
+      >>> sampling = mammut.GenerateConfig(temperature=0.7, top_p=0.9)
+      >>> texts = mammut.generate_text(model, processor, ["dog.jpg"], config=sampling)
     """
 
     # tokens of a text, its end token included; None: as many as the model has room for

@@ -152,8 +152,8 @@ class Text:
     """A generated text with its log-probabilities, natural logarithms.
 
     Example:
-      >>> [found] = mammut.generate_text(model, processor, ["dog.jpg"])
-      >>> found.text, found.logprob
+      >>> [text] = mammut.generate_text(model, processor, ["dog.jpg"])
+      >>> text.text, text.logprob
       ('a dog on the grass', -3.1)
     """
 
@@ -326,7 +326,7 @@ def caption(
     """
     config = GenerateConfig(num_beams=num_beams)
     texts = generate_text(model, processor, images, None, config, batch_size=batch_size)
-    return [found.text for found in texts]
+    return [text.text for text in texts]
 
 
 def answer(
@@ -364,4 +364,4 @@ def answer(
     if prompt != "{}":
         prompts = [prompt.replace("{}", question) for question in questions]
     texts = generate_text(model, processor, images, prompts, config, batch_size=batch_size)
-    return [found.text for found in texts]
+    return [text.text for text in texts]

@@ -61,16 +61,16 @@ class LmmsEvalModel(lmms):
         Raises:
           ValueError: there are other arguments, or the folder cannot be read.
         """
-        given = simple_parse_args_string(arg_string)
-        if not {"pretrained"} <= set(given) <= {"pretrained", "prompt"}:
+        arguments = simple_parse_args_string(arg_string)
+        if not {"pretrained"} <= set(arguments) <= {"pretrained", "prompt"}:
             raise ValueError(
-                f"model_args name {sorted(given)}, expected pretrained and perhaps prompt"
+                f"model_args name {sorted(arguments)}, expected pretrained and perhaps prompt"
             )
         batch_size = str((additional_config or {}).get("batch_size") or 32)
         if not batch_size.isdigit():
             raise ValueError(f"batch_size is {batch_size!r}, expected a number")
-        model, processor = mammut.weights.model_folder.load(given.pop("pretrained"))
-        return cls(model, processor, int(batch_size), **given)
+        model, processor = mammut.weights.model_folder.load(arguments.pop("pretrained"))
+        return cls(model, processor, int(batch_size), **arguments)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The text after each question, up to a string of `until`.

@@ -122,9 +122,9 @@ class Evaluator:
 
     def _image_text(self, params: Any) -> Evaluation:
         """Retrieval, and the share of captions that equal one of their references."""
-        asked = (self._predictor, params, self._source)
-        retrieval = predict_rankings(*asked, limit=self._limit)
-        captions = predict_captions(*asked, prompt=self._caption_prompt, limit=self._first_batch)
+        inputs = (self._predictor, params, self._source)
+        retrieval = predict_rankings(*inputs, limit=self._limit)
+        captions = predict_captions(*inputs, prompt=self._caption_prompt, limit=self._first_batch)
         metrics = score(retrieval).metrics | {"caption_exact": self._exact(captions)}
         images = retrieval.settings["images"]
         texts = retrieval.settings["texts"]
@@ -141,8 +141,8 @@ class Evaluator:
     def _classes(self, params: Any) -> Evaluation:
         template = f"{self._caption_prompt} {{}}".strip()
         settings = {"templates": (template,), "method": "likelihood", "limit": self._limit}
-        asked = (self._predictor, params, self._source, self._class_names)
-        return _scored(predict_classes(*asked, **settings))
+        inputs = (self._predictor, params, self._source, self._class_names)
+        return _scored(predict_classes(*inputs, **settings))
 
     def _language(self, params: Any) -> Evaluation:
         return self._language_loss(params, self._source, self._limit)
