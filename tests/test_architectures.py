@@ -13,7 +13,7 @@ from flax import nnx
 from mammut.config import DecoderConfig, LossConfig, MeshConfig, ModelConfig, VisionConfig
 from mammut.core import sharding
 from mammut.core.params import logical_axes
-from mammut.generation.likelihood import _text_logprob
+from mammut.generation.likelihood import text_logprob
 from mammut.models.cached_decoder import cached_step, prefill
 from mammut.models.flops import forward_flops, num_params
 from mammut.models.mammut import MaMMUT
@@ -239,7 +239,7 @@ def test_the_probability_of_a_text_is_of_the_tokens_the_loss_is_of():
     tokens, valid = batch["tokens"].copy(), np.ones((1, LENGTH), bool)
     tokens[:, 3] = 0
     image_tokens = model.image_tokens(batch["image"]).tokens
-    found = _text_logprob(
+    found = text_logprob(
         model, image_tokens, np.array([0]), jnp.asarray(tokens), jnp.asarray(valid)
     )
     logp = jax.nn.log_softmax(model.caption_logits(batch["image"], tokens)[0])

@@ -1,4 +1,4 @@
-"""The image prefix of a model: its dropout, tokens of the pooled image, and the room that is left for texts."""
+"""The image prefix of a model: dropout, tokens of the pooled image, and the room for texts."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def test_the_norm_comes_after_the_dropout():
 
 @pytest.fixture(scope="module")
 def frozen() -> MaMMUT:
-    """Of the form of Frozen (arXiv 2106.13884, section 3.1): two tokens are made of the pooled image."""
+    """A model like Frozen (arXiv 2106.13884, section 3.1): two tokens from the pooled image."""
     return tiny_model(dataclasses.replace(prefix_config(), prefix_tokens=2, prefix_norm=False))
 
 

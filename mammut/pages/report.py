@@ -21,6 +21,7 @@ import numpy as np
 
 from mammut.evaluation.metrics.vqa import exact_match
 from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.scoring import EVALUATIONS, load_predictions
 from mammut.models.flops import num_params
 from mammut.models.mammut import ModelConfig
 from mammut.pages.report_pictures import Album, Pictures, curves, folder_config
@@ -28,12 +29,6 @@ from mammut.training.config import TrainConfig
 from mammut.training.run_folder import read_run
 
 _SUFFIX = ".predictions.jsonl"
-_TITLES = {
-    "retrieval": "Retrieval",
-    "caption": "Captions",
-    "vqa": "Questions",
-    "classify": "Classification",
-}
 _TOP = 5  # of a ranking
 _MAX_TEXT = 400  # characters of a text
 _MAX_ROWS = 40  # of a table
@@ -88,7 +83,7 @@ def _of_run(run: pathlib.Path, items: int) -> dict[str, Any]:
     notices, found = [], {}
     for path in sorted(run.glob(f"eval/*{_SUFFIX}")):
         try:
-            found[path] = Predictions.load(path)
+            found[path] = load_predictions(path)
         except ValueError as error:
             notices.append(f"{error}.")
     others = [
@@ -107,7 +102,7 @@ def _of_run(run: pathlib.Path, items: int) -> dict[str, Any]:
 
 
 def _of_predictions(path: pathlib.Path, items: int) -> dict[str, Any]:
-    predictions, facts, notices = Predictions.load(path), {}, []
+    predictions, facts, notices = load_predictions(path), {}, []
     try:
         config = folder_config(pathlib.Path(predictions.checkpoint))
         facts = _model_facts(config.model if isinstance(config, TrainConfig) else config)
@@ -127,7 +122,8 @@ def _page(
 ) -> dict[str, Any]:
     """What the template shows; `others` are score files without predictions."""
     album = Album()
-    order = sorted(found, key=lambda path: (list(_TITLES).index(found[path].task), path))
+    tasks = list(EVALUATIONS)
+    order = sorted(found, key=lambda path: (tasks.index(found[path].task), path))
     sections = [_section(path, found[path], album, items, run) for path in order]
     scores = [_scores(path.with_name(f"{_name(path)}.json")) for path in order] + [
         _scores(path) for path in others
@@ -155,10 +151,9 @@ def _section(
     if run is not None and not folder.is_dir():  # the run was moved, and its predictions with it
         folder = run
     pictures = Pictures(predictions, folder, album)
-    show = {"caption": _captions, "vqa": _questions, "classify": _classes, "retrieval": _retrieval}[
-        predictions.task
-    ]
-    shown = show(predictions.records, pictures, items)
+    # An evaluation without a row in the table is shown by its scores alone.
+    title, show = _SHOWN.get(predictions.task, (predictions.task, None))
+    shown = show(predictions.records, pictures, items) if show else {}
     facts = {"data": predictions.data, "model": predictions.checkpoint, "file": path.name}
     if predictions.settings:
         facts["settings"] = ", ".join(
@@ -168,9 +163,8 @@ def _section(
         facts["left out"] = ", ".join(
             f"{count} {cause}" for cause, count in predictions.left_out.items()
         )
-    title = f"{_TITLES[predictions.task]}: {_name(path)}"
     return {
-        "title": title,
+        "title": f"{title}: {_name(path)}",
         "task": predictions.task,
         "facts": facts,
         "notices": pictures.notices,
@@ -416,6 +410,15 @@ def _retrieval(records: list[dict[str, Any]], pictures: Pictures, items: int) ->
                 }
             )
     return {"ways": ways}
+
+
+# How the records of an evaluation are shown: the title of their section, and what fills it.
+_SHOWN = {
+    "retrieval": ("Retrieval", _retrieval),
+    "caption": ("Captions", _captions),
+    "vqa": ("Questions", _questions),
+    "classify": ("Classification", _classes),
+}
 
 
 def _rank(ranked: Sequence[Any], relevant: Sequence[Any]) -> int | None:
