@@ -2,7 +2,7 @@
 
 Each reader returns the set as records: the objects that its lines would hold if it were stored as
 JSON lines, so `{"file", "captions"}` or `{"file", "qa"}` with files relative to the folder of the
-images. The texts themselves are left to `mammut.data.sources` to check, as those of JSON lines are.
+images. The texts themselves are checked by `mammut.data.records`, as those of JSON lines are.
 """
 
 import json
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mammut.data.config import Field
+from mammut.data.examples import Example, Source, SourceOptions
+from mammut.data.records import make_example
 
 # the field on offer, and what follows the kind and a colon in a spec
 FORMS: dict[str, tuple[Field, str]] = {
@@ -21,6 +23,32 @@ FORMS: dict[str, tuple[Field, str]] = {
     "karpathy": ("captions", "DATASET.json,IMAGES,SPLIT"),
     "vqav2": ("qa", "QUESTIONS.json,ANNOTATIONS.json,IMAGES"),
 }
+
+
+class BenchmarkSource(Source):
+    """A benchmark as it is downloaded; its kind is one of `FORMS`."""
+
+    def __init__(self, options: SourceOptions):
+        offered, _ = FORMS[options.kind]
+        if options.field != offered:
+            raise ValueError(
+                f"data source {options.spec!r} offers the field {offered!r}, "
+                f"expected one that offers {options.field!r}"
+            )
+        try:
+            self._path, self._images, self._records = read(options.kind, options.name)
+        except ValueError as error:
+            raise ValueError(f"data source {options.spec!r}: {error}") from error
+        self._field = options.field
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        file = record["file"]
+        where = f"{self._path}, image {file}"
+        return make_example(self._images / file, file, self._field, record[self._field], where)
 
 
 def read(kind: str, form: str) -> tuple[pathlib.Path, pathlib.Path, list[dict[str, Any]]]:

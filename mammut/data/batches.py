@@ -1,12 +1,11 @@
 """From a source to batches: every example read by index, shuffled anew each epoch, split by process, resumable.
 
 `TrainBatches` draws endless training batches from a source, `eval_batches` passes over it once,
-`prefetch` moves batches to the device ahead of the step, `measure_reading` times them. Batches are
-NumPy arrays of this process' share.
+`prefetch` moves batches to the device ahead of the step. Batches are NumPy arrays of this process'
+share.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -116,7 +115,7 @@ class TrainBatches:
             raise ValueError(
                 f"data.prompt is {config.prompt!r}, which leaves no room in a text of {processor.max_length} tokens"
             )
-        self._source, self._processor, self._config, self._images = (
+        self.source, self.processor, self._config, self._images = (
             source,
             processor,
             config,
@@ -147,28 +146,9 @@ class TrainBatches:
         """How many threads read."""
         return self._config.threads
 
-    def time_stages(self, examples: int = 200) -> dict[str, float]:
-        """Milliseconds for each stage of a random example, in this thread alone: see `measure_reading`."""
-        rng, stages = (
-            np.random.default_rng(0),
-            collections.Counter(record_ms=0.0, image_ms=0.0, text_ms=0.0),
-        )
-        for index in rng.integers(len(self._source), size=examples):
-            times = [time.perf_counter()]
-            with contextlib.suppress(BadExample, BadImage):
-                example = self._source[int(index)]
-                times.append(time.perf_counter())
-                self._view(self._processor.image, example, rng)
-                times.append(time.perf_counter())
-                self._processor.encode_pairs([self._pair(example, rng)])
-                times.append(time.perf_counter())
-            for name, seconds in zip(stages, np.diff(times).tolist()):
-                stages[name] += 1000 * seconds / examples
-        return dict(stages)
-
     def _open(self) -> Iterator[_Read]:
         """Reads on from the position, ahead of it, in images of one size."""
-        transform = self._processor.image
+        transform = self.processor.image
         self._low = self._position < self._low_end
         if self._low:
             transform = dataclasses.replace(transform, image_size=self._low_image_size)
@@ -197,7 +177,7 @@ class TrainBatches:
             "read": self._read,
             "bad": self.bad_counts,
         }
-        tokens, text_valid, target = self._processor.encode_pairs([read.pair for read in reads])
+        tokens, text_valid, target = self.processor.encode_pairs([read.pair for read in reads])
         texts = {"tokens": tokens, "text_valid": text_valid, "target": target}
         return (
             {"image": np.stack([read.image for read in reads]), **texts} if self._images else texts
@@ -210,7 +190,7 @@ class TrainBatches:
     @property
     def spec(self) -> str:
         """The name of the source in messages."""
-        return self._source.spec
+        return self.source.spec
 
     @property
     def bad_counts(self) -> dict[str, int]:
@@ -226,35 +206,35 @@ class TrainBatches:
         try:
             while len(bad) < _MAX_BAD_IN_A_ROW:
                 try:
-                    example = self._source[int(index)]
-                    pair = self._pair(example, rng)
-                    return _Read(bad, example, self._view(transform, example, rng), pair)
+                    example = self.source[int(index)]
+                    pair = self.draw_pair(example, rng)
+                    return _Read(bad, example, self.draw_image(example, rng, transform), pair)
                 except (BadExample, BadImage) as error:
                     bad.append((error.cause, str(error)))
-                    index = rng.integers(len(self._source))
+                    index = rng.integers(len(self.source))
         except Exception as error:
             return _Read(bad, error=error)
         return _Read(bad)
 
-    def _pair(self, example: Example, rng: np.random.Generator) -> tuple[str, str]:
+    def draw_pair(self, example: Example, rng: np.random.Generator) -> tuple[str, str]:
         pairs = example.pairs
         if not pairs:
             raise BadExample(f"{example.key} has no answer to learn", "no answer")
         question, text = pairs[rng.integers(len(pairs))]
         prompt = self._config.prompt_of(question)
         # A caption that is too long is cut; half an answer would be learnt as a whole one.
-        if question and len(self._processor.encode_after(prompt, text)) > self._processor.room(
+        if question and len(self.processor.encode_after(prompt, text)) > self.processor.room(
             prompt
         ):
-            longest = self._processor.max_length
+            longest = self.processor.max_length
             raise BadExample(
                 f"{example.key}: {prompt!r} with {text!r} has more than the {longest} tokens of a text",
                 "too long",
             )
         return prompt, text
 
-    def _view(
-        self, transform: ImageTransform, example: Example, rng: np.random.Generator
+    def draw_image(
+        self, example: Example, rng: np.random.Generator, transform: ImageTransform
     ) -> np.ndarray | None:
         config = self._config
         if not self._images:
@@ -271,9 +251,9 @@ class TrainBatches:
 
     def _check_share(self, stop: bool) -> None:
         bad, allowed = self._bad.total(), self._config.max_bad_share
-        if stop or (self._read >= min(_MIN_READ, len(self._source)) and bad > allowed * self._read):
+        if stop or (self._read >= min(_MIN_READ, len(self.source)) and bad > allowed * self._read):
             raise TooManyBadExamples(
-                f"{bad} of {self._read} examples read from {self._source.spec!r} could not be used "
+                f"{bad} of {self._read} examples read from {self.source.spec!r} could not be used "
                 f"({describe_bad(self._bad)}), data.max_bad_share allows {allowed:.0%}"
             )
 

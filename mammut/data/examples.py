@@ -4,6 +4,8 @@ import abc
 import dataclasses
 from typing import Any
 
+from mammut.data.config import Field
+
 
 class BadExample(ValueError):
     """An example that cannot be used; `cause` says why in a word or two, to be counted by."""
@@ -64,3 +66,15 @@ class Source(abc.ABC):
     def pairs(self, index: int) -> list[tuple[str, str]]:
         """`Example.pairs`, without the cost of the image where that can be saved."""
         return self[index].pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceOptions:
+    """What a source is opened with: the parts of its spec, and what `open_source` was given."""
+
+    spec: str  # the whole spec, for messages
+    kind: str  # what stands before the first colon
+    name: str  # what stands after it, without a slice
+    field: Field  # what every example must have
+    image_size: int  # pixels, of drawn scenes
+    tfds_dir: str | None  # the `data_dir` of tensorflow-datasets; None: its default

@@ -8,10 +8,12 @@ show each of them once. A model that only remembers whole captions therefore fai
 import functools
 import hashlib
 import itertools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+
+from mammut.data.examples import Example, Question, Source, SourceOptions
 
 Split = Literal["train", "val"]
 
@@ -153,3 +155,34 @@ def _scene(split: Split, index: int) -> tuple[Combination, np.random.Generator]:
     rng = np.random.default_rng([("train", "val").index(split), index])
     choices = combinations(split)
     return choices[index if split == "val" else rng.integers(len(choices))], rng
+
+
+class SyntheticSource(Source):
+    """The drawn scenes of a split, `synthetic:train` or `synthetic:val`."""
+
+    def __init__(self, options: SourceOptions):
+        self._split: Split = options.name
+        self._image_size = options.image_size
+        self._field = options.field
+
+    def __len__(self) -> int:
+        return num_scenes(self._split)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._example(index, draw(self._split, index, self._image_size))
+
+    def pairs(self, index: int) -> list[tuple[str, str]]:
+        return self._example(index, None).pairs
+
+    def _example(self, index: int, image: Any) -> Example:
+        key = f"synthetic:{self._split} {index}"
+        shown = combination(self._split, index)
+        if self._field == "captions":
+            return Example(image, captions(shown), key)
+        if self._field == "name":
+            return Example(image, [], key, name=shown.shape)
+        qa = [
+            Question(text, [answer], f"{key}#{number}")
+            for number, (text, answer) in enumerate(questions(shown))
+        ]
+        return Example(image, [], key, qa)

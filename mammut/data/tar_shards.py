@@ -4,9 +4,7 @@ The files of an example share a key: the name up to the first dot after the last
 the dot tells what
 a file is: `jpg`, `jpeg`, `png` or `webp` the image, `txt` and `json` what is said about it; others
 are left alone. The convention is that of github.com/webdataset/webdataset, "The WebDataset Format";
-unlike there, the files of an example need not stand side by side. The tar format: POSIX.1-2017,
-pax, "EXTENDED DESCRIPTION", and GNU's long names and large numbers (GNU tar manual, "Basic Tar
-Format").
+unlike there, the files of an example need not stand side by side.
 """
 
 import array
@@ -24,12 +22,16 @@ import stat
 import tempfile
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt32
+
+from mammut.data.examples import BadExample, Example, Source, SourceOptions
+from mammut.data.records import ABSENT, decode_text, make_example, parse_object
+from mammut.data.tar_files import Damage, read_files, shown
 
 _log = logging.getLogger(__name__)
 
@@ -49,9 +51,6 @@ _COLUMNS = {
 }
 _RANKS = {extension: rank for rank, extension in enumerate(_COLUMNS)}
 
-_BLOCK = 512
-_ZEROS = bytes(_BLOCK)
-_MAX_EXTENSION = 2**20  # bytes of a long name or of pax records
 _MAX_FILE = 2**32 - 1  # bytes of a file with its headers, as an index has them
 _MAX_SHARDS = 10**6
 _MAX_OPEN = 256  # shards; a process may have 1,024 files open by default
@@ -144,14 +143,68 @@ class TarShards:
         except OSError as error:
             raise ValueError(f"shard {path} cannot be read any more: {error.strerror}") from error
         try:
-            file = next(_files(lambda place, size: content[place : place + size], length))
+            file = next(read_files(lambda place, size: content[place : place + size], length))
             if len(content) == length == file.data + file.size:
                 return file.name.decode(errors="replace"), content[file.data :]
-        except (_Damage, StopIteration):
+        except (Damage, StopIteration):
             pass
         raise ValueError(
             f"shard {path} has changed while it was in use, expected the one that was opened"
         )
+
+
+class TarSource(Source):
+    """The examples of tar shards, `tar:PATTERN`: an image, and what is said about it."""
+
+    def __init__(self, options: SourceOptions):
+        try:
+            self._shards = TarShards(options.name)
+        except ValueError as error:
+            raise ValueError(f"data source {options.spec!r}: {error}") from error
+        paths = [os.path.abspath(path) for path in self._shards.paths]
+        folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+        self._names = [os.path.relpath(path, folder) for path in paths]
+        self._field = options.field
+        self._text_columns = (TXT, JSON) if options.field == "captions" else (JSON,)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, index: int) -> Example:
+        name, image = self._read(index, (IMAGE,), "no image")
+        return self._example(index, image, name)
+
+    def pairs(self, index: int) -> list[tuple[str, str]]:
+        return self._example(index, None, "").pairs
+
+    def _example(self, index: int, image: Any, image_name: str) -> Example:
+        name, content = self._read(index, self._text_columns, ABSENT[self._field])
+        shard = self._shards.shard(index)
+        where = f"{self._shards.paths[shard]}, {name}"
+        if name.lower().endswith(".json"):
+            record = parse_object(content, where)
+            if self._field == "captions" and isinstance(record.get("caption"), str):
+                record = {"captions": [record["caption"]]} | record
+            if self._field not in record:
+                raise BadExample(f'{where} has no "{self._field}"', "missing field")
+            value = record[self._field]
+        else:
+            value = [decode_text(content, where).strip()]
+        # Named with the shard: another may have the same names.
+        key = f"{self._names[shard]}/{image_name}"
+        questions = f"{self._names[shard]}/{name}"
+        return make_example(image, key, self._field, value, where, questions)
+
+    def _read(self, index: int, columns: tuple[int, ...], absent: str) -> tuple[str, bytes]:
+        """The first of the files that the example has; `absent` is the cause where it has none."""
+        shards = self._shards
+        column = next((column for column in columns if shards.count(index, column)), None)
+        if column is not None and shards.count(index, column) == 1:
+            return shards.read(index, column)
+        where = f"{shards.paths[shards.shard(index)]}, the key of {shards.name(index)}"
+        if column is None:
+            raise BadExample(f"{where} has {absent}", absent)
+        raise BadExample(f"{where} has two files of one name", "duplicate key")
 
 
 class _OpenShard:
@@ -254,7 +307,7 @@ def open_index(path: pathlib.Path) -> Index:
             after = os.fstat(file.fileno())
     except OSError as error:
         raise ValueError(f"shard {path} cannot be read: {error.strerror}") from error
-    except _Damage as error:
+    except Damage as error:
         raise ValueError(f"shard {path} {error}") from error
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise ValueError(f"shard {path} is being written, expected one that is done")
@@ -300,28 +353,17 @@ def _store(folder: pathlib.Path, name: str, identity: dict[str, str | int], inde
             raise
 
 
-class _Damage(Exception):
-    """What is wrong with a shard, to go on after its name."""
-
-
-class _File(NamedTuple):
-    name: bytes
-    start: int  # of its first header
-    data: int  # of its bytes
-    size: int  # of its bytes
-
-
 def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
     """Reads the headers of a shard of `size` bytes; `read(place, size)` returns some of them."""
     head = read(0, 6)
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
-            raise _Damage(
+            raise Damage(
                 f"is compressed ({name}), which has no random access: unpack it into a plain .tar"
             )
     rows: dict[bytes, int] = {}
     starts, lengths, ranks = array.array("q"), array.array("I"), array.array("b")
-    for file in _files(read, size):
+    for file in read_files(read, size):
         folder, slash, name = file.name.rpartition(b"/")
         stem, _, extension = name.partition(b".")
         extension = extension.lower()
@@ -329,8 +371,8 @@ def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
             continue
         length = file.data + file.size - file.start
         if length > _MAX_FILE:
-            raise _Damage(
-                f"has the file {_shown(file.name)} of {file.size:,} bytes, expected less than 4 GiB"
+            raise Damage(
+                f"has the file {shown(file.name)} of {file.size:,} bytes, expected less than 4 GiB"
             )
         row = rows.setdefault(folder + slash + stem, len(rows))
         if 3 * row == len(starts):
@@ -345,109 +387,3 @@ def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
     return Index(
         np.array(starts, np.int64).reshape(-1, 3), np.array(lengths, np.uint32).reshape(-1, 3)
     )
-
-
-def _files(read: Callable[[int, int], bytes], size: int) -> Iterator[_File]:
-    """The regular files of a tar of `size` bytes, those of tars joined one after the other, too."""
-    place = start = 0
-    ended, name, pax = False, None, {}
-    while place < size:
-        block = read(place, _BLOCK)
-        # the end; a last block that is not whole matters to nobody
-        if block.count(0) == len(block):
-            ended, place = not pax and name is None, place + _BLOCK
-            start = place
-            continue
-        ended = False
-        kind, plain_name, length = _header(block, place)
-        data = place + _BLOCK
-        if kind in b"LKxXg":  # about the file that follows
-            if length > _MAX_EXTENSION:
-                raise _Damage(
-                    f"has a header of {length:,} bytes at byte {place:,}, expected at most 1 MiB"
-                )
-            content = read(data, length)
-            if len(content) < length:
-                break
-            if kind == b"L":
-                name = content.partition(b"\0")[0]
-            elif kind in b"xX":
-                pax = _pax_records(content, data)
-            place = data + -(-length // _BLOCK) * _BLOCK
-            continue
-        name, length = (
-            pax.get(b"path", name or plain_name),
-            _decimal(pax.get(b"size"), length, place),
-        )
-        if kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in pax):
-            raise _Damage(f"has {_shown(name)} as a sparse file: pack it again without --sparse")
-        # Folders, links and devices have no bytes, whatever their size says.
-        if kind in b"123456" or (kind == b"\0" and name.endswith(b"/")):
-            length = 0
-        elif data + length > size:
-            raise _Damage(
-                f"is cut short or damaged: its file {_shown(name)} should end at byte {data + length:,} of {size:,}; "
-                "get it again, or leave it out by a narrower pattern"
-            )
-        elif kind in b"07\0":
-            yield _File(name, start, data, length)
-        place = start = data + -(-length // _BLOCK) * _BLOCK
-        name, pax = None, {}
-    if not ended:
-        raise _Damage(
-            "is cut short: it has no end mark, so files may be missing; get it again, or leave it out by a narrower "
-            "pattern"
-        )
-
-
-def _header(block: bytes, place: int) -> tuple[bytes, bytes, int]:
-    """The kind of what follows, its name and its size in bytes."""
-    if len(block) < _BLOCK or sum(block) - sum(block[148:156]) + 8 * ord(" ") != _number(
-        block[148:156], place
-    ):
-        raise _Damage(
-            f"is damaged at byte {place:,}, where the header of a file should be, or no tar file; get it again, or "
-            "leave it out by a narrower pattern"
-        )
-    name = block[:100].partition(b"\0")[0]
-    if block[257:263] == b"ustar\0" and block[345]:  # GNU's own format has other things there
-        name = block[345:500].partition(b"\0")[0] + b"/" + name
-    return block[156:157], name, _number(block[124:136], place)
-
-
-def _number(field: bytes, place: int) -> int:
-    if field[0] == 0x80:  # GNU's form of what does not fit into octal digits
-        return int.from_bytes(field[1:], "big")
-    digits = field.partition(b"\0")[0].strip(b" ")
-    if digits.strip(b"01234567"):
-        raise _Damage(
-            f"is damaged at byte {place:,}, where a header has {digits!r} for a number, or no tar file"
-        )
-    return int(digits or b"0", 8)
-
-
-def _pax_records(content: bytes, place: int) -> dict[bytes, bytes]:
-    """The values by their names of "length name=value" lines."""
-    records = {}
-    while content:
-        length = _decimal(content[:20].partition(b" ")[0], 0, place)
-        line, content = content[:length], content[length:]
-        name, equals, value = line.partition(b" ")[2].partition(b"=")
-        if len(line) != length or not equals or not value.endswith(b"\n"):
-            raise _Damage(f"is damaged at byte {place:,}, where pax records should be")
-        records[name] = value[:-1]
-    return records
-
-
-def _decimal(digits: bytes | None, default: int, place: int) -> int:
-    if digits is None:
-        return default
-    if not digits.isdigit() or len(digits) > 20:
-        raise _Damage(
-            f"is damaged before byte {place:,}: a pax record has {digits[:20]!r} for a number"
-        )
-    return int(digits)
-
-
-def _shown(name: bytes) -> str:
-    return repr(name.decode(errors="replace"))
