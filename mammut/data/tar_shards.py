@@ -21,7 +21,6 @@ import os
 import pathlib
 import re
 import stat
-import tempfile
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,6 +29,8 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt32
+
+from mammut.core.files import replacing_file
 
 _log = logging.getLogger(__name__)
 
@@ -290,14 +291,8 @@ def _store(folder: pathlib.Path, name: str, identity: dict[str, str | int], inde
     content = index.starts.astype("<i8").tobytes() + index.lengths.astype("<u4").tobytes()
     head = json.dumps(identity | {"crc32": zlib.crc32(content)}).encode()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        try:
-            file.write(head + b"\n" + content)
-            file.close()
-            os.replace(file.name, folder / name)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with replacing_file(folder / name) as new:
+        new.write_bytes(head + b"\n" + content)
 
 
 class _Damage(Exception):
