@@ -14,7 +14,6 @@ Mean and standard deviation are the model's: what leaves here is uint8.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -23,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from mammut.core.fields import from_dict
-from mammut.core.files import read_json_object
+from mammut.core.files import read_json_object, write_json
 from mammut.data.images import ImageTransform
 from mammut.data.tokenizer import Tokenizer, restore_tokenizer
 
@@ -190,7 +189,7 @@ class Processor:
             "text_form": self.text_form,
             "tokenizer": self.tokenizer.save(folder),
         }
-        (folder / _FILE).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+        write_json(folder / _FILE, values)  # last: it names the others
 
     @classmethod
     def load(cls, folder: str | pathlib.Path) -> "Processor":

@@ -19,7 +19,6 @@ import os
 import pathlib
 import re
 import stat
-import tempfile
 import weakref
 import zlib
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt32
 
+from mammut.core.files import replacing_file
 from mammut.data.examples import BadExample, Example, Source, SourceOptions
 from mammut.data.records import ABSENT, decode_text, make_example, parse_object
 from mammut.data.tar_files import Damage, read_files, shown
@@ -343,14 +343,8 @@ def _store(folder: pathlib.Path, name: str, identity: dict[str, str | int], inde
     content = index.starts.astype("<i8").tobytes() + index.lengths.astype("<u4").tobytes()
     head = json.dumps(identity | {"crc32": zlib.crc32(content)}).encode()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        try:
-            file.write(head + b"\n" + content)
-            file.close()
-            os.replace(file.name, folder / name)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with replacing_file(folder / name) as new:
+        new.write_bytes(head + b"\n" + content)
 
 
 def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:

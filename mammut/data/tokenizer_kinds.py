@@ -7,12 +7,11 @@ import abc
 import gzip
 import html
 import io
-import json
 import pathlib
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from mammut.core.files import read_json_object
+from mammut.core.files import read_json_object, replacing_file, write_json
 
 _CLIP_MERGES = 49_152 - 256 - 2  # the file holds more lines than CLIP uses
 _CLIP_BYTES = 2**24  # five times the file; what a stranger's would unpack to beyond is not read
@@ -106,7 +105,8 @@ class Tokenizer(abc.ABC):
 
     def save(self, folder: pathlib.Path) -> dict[str, Any]:
         """Writes the vocabulary file into `folder` and returns `settings()`."""
-        (folder / self.files[0]).write_bytes(self._content)
+        with replacing_file(folder / self.files[0]) as new:
+            new.write_bytes(self._content)
         return self.settings()
 
     @abc.abstractmethod
@@ -234,7 +234,7 @@ class HuggingFaceTokenizer(Tokenizer):
             if named[f"{role}_token"] is None
         }
         named |= {"fix_text": True} if self._fix_text else {}
-        (folder / self.files[1]).write_text(json.dumps(named, indent=2) + "\n", "utf-8")
+        write_json(folder / self.files[1], named)
         return super().save(folder)
 
     def _find(self, role: str, named: dict[str, Any]) -> int | None:

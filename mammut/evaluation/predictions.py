@@ -28,6 +28,8 @@ import os
 import pathlib
 from typing import Any, Literal
 
+from mammut.core.files import replacing_file
+
 Task = Literal["caption", "vqa", "classify", "retrieval"]
 
 _FORMAT = "mammut predictions"
@@ -82,11 +84,9 @@ class Predictions:
         header |= {
             name: getattr(self, name) for name in ("data", "checkpoint", "settings", "left_out")
         }
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with replacing_file(path) as new, new.open("w", encoding="utf-8") as file:
             for value in (header, *self.records):
                 file.write(json.dumps(value, ensure_ascii=False) + "\n")
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike, task: Task | None = None) -> "Predictions":

@@ -6,6 +6,7 @@ import os
 import pathlib
 from typing import Any
 
+from mammut.core.files import replacing_file
 from mammut.data.examples import BadExample, Source
 from mammut.evaluation.metrics.captions import caption_scores
 from mammut.evaluation.metrics.rankings import classification_scores, ranking_recall
@@ -166,13 +167,12 @@ def require_same_set(predictions: Predictions, source: Source) -> None:
 
 
 def save_scores(path: str | os.PathLike, predictions: Predictions, scores: Scores) -> None:
-    """Writes scores as JSON, with what they are of."""
+    """Writes scores as JSON, with what they are of; whole or not at all."""
     path = pathlib.Path(path)
     values = {
         name: getattr(predictions, name)
         for name in ("task", "data", "checkpoint", "settings", "left_out")
     }
     values |= dataclasses.asdict(scores)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing_file(path) as new:
+        new.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

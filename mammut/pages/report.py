@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from mammut.core.files import replacing_file
 from mammut.evaluation.metrics.vqa import exact_match
 from mammut.evaluation.predictions import Predictions
 from mammut.models.flops import num_params
@@ -74,9 +75,8 @@ def write_report(
         )
     out = default if out is None else pathlib.Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(_render(page), encoding="utf-8")
-    partial.replace(out)
+    with replacing_file(out) as new:
+        new.write_text(_render(page), encoding="utf-8")
     return out
 
 
