@@ -1,4 +1,4 @@
-"""Sets that tensorflow-datasets has prepared, as a source of examples; its code for a set never runs."""
+"""Prepared sets of tensorflow-datasets as a source of examples."""
 
 import os
 import pathlib
