@@ -248,7 +248,7 @@ class TrainBatches:
     def draw_image(
         self, example: Example, rng: np.random.Generator, transform: ImageTransform
     ) -> np.ndarray | None:
-        """Draws crop and flip of an image, uint8[image_size, image_size, 3]; None without images."""
+        """Draws the crop and flip of an image: uint8[height, width, 3]; None without images."""
         config = self._config
         if not self._images:
             return None

@@ -107,7 +107,7 @@ class Processor:
     def encode_text(
         self, texts: Sequence
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-        """Encodes texts: `tokens` and `text_valid`. An empty text is start and end, or the end alone.
+        """Encodes texts: `tokens` and `text_valid`; an empty text has only its start and end.
 
         Raises:
           ValueError: `texts` is one str, or holds something else.

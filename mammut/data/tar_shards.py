@@ -1,10 +1,10 @@
-"""Tar shards as webdataset users have them, read at random: each shard's headers are indexed once, nothing is unpacked.
+"""Tar shards of webdataset as a source: indexed once, read at random, never unpacked.
 
-The files of an example share a key: the name up to the first dot after the last slash. What follows
-the dot tells what
-a file is: `jpg`, `jpeg`, `png` or `webp` the image, `txt` and `json` what is said about it; others
-are left alone. The convention is that of github.com/webdataset/webdataset, "The WebDataset Format";
-unlike there, the files of an example need not stand side by side.
+The files of an example share a key: the name up to the first dot after the last slash. The
+extension after that dot says what a file is: `jpg`, `jpeg`, `png` or `webp` the image, `txt` and
+`json` its texts; other files are ignored. This is the convention of webdataset
+(github.com/webdataset/webdataset, "The WebDataset Format"), but here the files of an example need
+not stand side by side.
 """
 
 import array
@@ -35,12 +35,13 @@ from mammut.data.tar_files import Damage, read_files, shown
 
 _log = logging.getLogger(__name__)
 
-IMAGE, TXT, JSON = COLUMNS = range(3)  # the files of an example that are indexed
-# in place of where a file starts; where the same name comes again, -2 - start takes the place of
-# start
+# The columns of an index: the files of an example.
+IMAGE, TXT, JSON = COLUMNS = range(3)
+# An index has this for the start of a file that is absent, and -2 - start where there are two files
+# of one name.
 _ABSENT = -1
 
-# Of several images with one key the first of these is meant.
+# Of several images with one key, the first of these extensions counts.
 _COLUMNS = {
     b"jpg": IMAGE,
     b"jpeg": IMAGE,
@@ -51,36 +52,39 @@ _COLUMNS = {
 }
 _RANKS = {extension: rank for rank, extension in enumerate(_COLUMNS)}
 
-_MAX_FILE = 2**32 - 1  # bytes of a file with its headers, as an index has them
+_MAX_FILE = 2**32 - 1  # bytes of a file with its headers: an index has 32 bits for them
 _MAX_SHARDS = 10**6
 _MAX_OPEN = 256  # shards; a process may have 1,024 files open by default
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_FORMAT = 1  # of the kept indexes
+_FORMAT = 1  # version of the stored indexes
 _BRACES = re.compile(r"\{(?:([0-9]+)\.\.([0-9]+)|([^{}]*,[^{}]*))\}")
 
 
 class Index(NamedTuple):
-    """Where a shard has the files of its examples, in the columns IMAGE, TXT and JSON.
+    """The places of the files of a shard's examples, in the columns IMAGE, TXT and JSON.
 
     A file is everything from its first header, long names and pax records included, to the last of
     its bytes.
+
+    Attributes:
+      starts: the byte where a file starts; -1 without a file, -2 - start where there are two.
+      lengths: bytes of a file.
     """
 
-    # bytes into the shard; -1 without a file, -2 - start where there are two
     starts: Int64[np.ndarray, "examples 3"]
-    lengths: UInt32[np.ndarray, "examples 3"]  # bytes
+    lengths: UInt32[np.ndarray, "examples 3"]
 
 
 class TarShards:
-    """The examples of all shards that a pattern means, each file of them read when it is asked for.
+    """The files of the examples in all shards of a pattern, each read when it is needed.
 
-    Examples have the order of the shards, and in a shard that of their first file.
+    Examples have the order of the shards and, in a shard, of their first files.
 
     Args:
-      pattern: See `shard_paths`.
+      pattern: the shards; see `shard_paths`.
 
     Raises:
-      ValueError: the pattern means no shard, or one that is missing, cut short, compressed or
+      ValueError: the pattern matches no shard, or one that is missing, cut short, compressed or
         damaged.
     """
 
@@ -88,23 +92,19 @@ class TarShards:
         from tqdm import tqdm
 
         self.paths = shard_paths(pattern)
-        # Threads, because what takes time is a disk or a network that is asked for one header after
-        # the other.
+        # In threads: a disk or a network takes its time to answer for one header after the other.
         pool = futures.ThreadPoolExecutor(8, thread_name_prefix="mammut-index")
         try:
             opened = [pool.submit(open_index, path) for path in self.paths]
-            waited = tqdm(opened, "indexing shards", unit="shard", delay=2, disable=None)
-            errors = [
-                error for future in waited if isinstance(error := future.exception(), ValueError)
-            ]
+            progress = tqdm(opened, "indexing shards", unit="shard", delay=2, disable=None)
+            raised = [future.exception() for future in progress]
+            errors = [error for error in raised if isinstance(error, ValueError)]
         finally:
             pool.shutdown(cancel_futures=True)
         if errors:
-            others = (
-                f" ({len(errors) - 1} of the other shards cannot be used either)"
-                if len(errors) > 1
-                else ""
-            )
+            others = ""
+            if len(errors) > 1:
+                others = f" ({len(errors) - 1} of the other shards cannot be used either)"
             raise ValueError(f"{errors[0]}{others}") from errors[0]
         indexes = [future.result() for future in opened]
         self._starts = np.concatenate([index.starts for index in indexes])
@@ -116,28 +116,32 @@ class TarShards:
         return len(self._starts)
 
     def shard(self, example: int) -> int:
-        """The place in `paths` of the shard that an example is in."""
+        """The index in `paths` of the shard that an example is in."""
         return bisect.bisect_right(self._ends, example)
 
     def count(self, example: int, column: int) -> int:
-        """How many files an example has in a column: 2 where a name comes again in its shard."""
+        """Counts the files of an example in a column: 2 where a name is twice in its shard."""
         start = self._starts[example, column]
-        return 0 if start == _ABSENT else 1 if start >= 0 else 2
+        if start == _ABSENT:
+            return 0
+        return 1 if start >= 0 else 2
 
     def name(self, example: int) -> str:
         """The name of a file of the example."""
-        return self.read(
-            example, next(column for column in COLUMNS if self.count(example, column))
-        )[0]
+        column = next(column for column in COLUMNS if self.count(example, column))
+        return self.read(example, column)[0]
 
     def read(self, example: int, column: int) -> tuple[str, bytes]:
-        """Name and bytes of a file that the example has, the first of two, in any thread.
+        """Reads a file of the example: its name and its bytes. Of two files it is the first.
+
+        Any thread may call it.
 
         Raises:
           ValueError: the shard cannot be read any more, or is not the one that was indexed.
         """
         path = self.paths[self.shard(example)]
-        start, length = int(self._starts[example, column]), int(self._lengths[example, column])
+        start = int(self._starts[example, column])
+        length = int(self._lengths[example, column])
         try:
             content = self._open(path).read(length, max(start, -2 - start))
         except OSError as error:
@@ -154,7 +158,7 @@ class TarShards:
 
 
 class TarSource(Source):
-    """The examples of tar shards, `tar:PATTERN`: an image, and what is said about it."""
+    """The examples of tar shards, `tar:PATTERN`: an image and its texts."""
 
     def __init__(self, options: SourceOptions):
         try:
@@ -208,22 +212,22 @@ class TarSource(Source):
 
 
 class _OpenShard:
-    """Closed when the last thread that reads from it has let go of it, whoever has dropped it meanwhile."""
+    """An open file, closed when the last thread that reads from it has finished."""
 
     def __init__(self, path: pathlib.Path):
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
     def read(self, length: int, start: int) -> bytes:
-        # Not mapped: reading a mapped file that somebody cuts short ends the process.
+        # Not mapped into memory: reading a mapped file that somebody cuts short ends the process.
         return os.pread(self._file, length, start)
 
 
 def shard_paths(pattern: str) -> list[pathlib.Path]:
-    """The shards that a pattern means, in its order; those that a wildcard finds are sorted.
+    """The shards of a pattern, in its order; those of a wildcard are sorted.
 
     Args:
-      pattern: A path with ranges `{00000..00127}`, lists `{a,b}` and the wildcards `*`, `**`, `?`
+      pattern: a path with ranges `{00000..00127}`, lists `{a,b}` and the wildcards `*`, `**`, `?`
         and `[...]`; several are joined by `::`.
 
     Raises:
@@ -236,21 +240,23 @@ def shard_paths(pattern: str) -> list[pathlib.Path]:
                 f"{part} is not a path: shards are read at random, so copy or mount them first"
             )
         for name in _expanded(os.path.expanduser(part)):
-            found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
-            if not found:
+            names = [name]
+            if glob.has_magic(name):
+                names = sorted(glob.glob(name, recursive=True))
+            if not names:
                 raise ValueError(f"no file is called {name}, expected at least one shard")
-            paths += map(pathlib.Path, found)
+            paths += map(pathlib.Path, names)
     missing = [path for path in paths if not path.exists()]
     if missing:
         raise ValueError(
-            f"{len(missing)} of the {len(paths)} shards do not exist, the first is {missing[0]}: get them, or leave "
-            "them out by a narrower pattern; several are joined by ::"
+            f"{len(missing)} of the {len(paths)} shards do not exist, the first is {missing[0]}: "
+            "get them, or leave them out by a narrower pattern; several are joined by ::"
         )
     return paths
 
 
 def _expanded(text: str) -> list[str]:
-    """The names that ranges and lists in braces stand for, as in a shell."""
+    """Expands ranges and lists in braces, as a shell does."""
     match = _BRACES.search(text)
     if match is None:
         return [text]
@@ -270,16 +276,16 @@ def _expanded(text: str) -> list[str]:
 
 
 def open_index(path: pathlib.Path) -> Index:
-    """The index of a shard: the one kept for it, or a new one, which is then kept.
+    """Reads the stored index of a shard, or makes and stores a new one.
 
-    Indexes are kept in `mammut/shards` of XDG_CACHE_HOME, by default `~/.cache`, and made again
-    where the shard's size or time of change is another.
+    Indexes are stored in `mammut/shards` of XDG_CACHE_HOME, by default `~/.cache`. They are made
+    again where the shard's size or time of change differs.
 
     Raises:
       ValueError: the shard is not a whole, uncompressed tar file.
     """
     try:
-        # opening a pipe would wait for who writes into it
+        # Opening a pipe would wait for its writer.
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(f"shard {path} is not a file")
         with open(path, "rb") as file:
@@ -315,7 +321,8 @@ def open_index(path: pathlib.Path) -> Index:
         _store(folder, name, identity, index)
     except OSError as error:
         _warn_once(
-            f"indexes of tar shards cannot be kept in {folder}, so each start makes them anew: {error.strerror}"
+            f"indexes of tar shards cannot be kept in {folder}, so each start makes them anew: "
+            f"{error.strerror}"
         )
     return index
 
@@ -326,7 +333,7 @@ def _warn_once(message: str) -> None:
 
 
 def _load(path: pathlib.Path, identity: dict[str, str | int]) -> Index | None:
-    """The index kept under `path`, if it is whole and of the shard as it is now."""
+    """Reads the index stored at `path`; None where it is damaged or of another shard."""
     try:
         head, _, content = path.read_bytes().partition(b"\n")
     except OSError:
@@ -339,7 +346,7 @@ def _load(path: pathlib.Path, identity: dict[str, str | int]) -> Index | None:
 
 
 def _store(folder: pathlib.Path, name: str, identity: dict[str, str | int], index: Index) -> None:
-    """Keeps an index; whoever reads or writes it meanwhile has a whole one."""
+    """Stores an index, whole or not at all."""
     content = index.starts.astype("<i8").tobytes() + index.lengths.astype("<u4").tobytes()
     head = json.dumps(identity | {"crc32": zlib.crc32(content)}).encode()
     folder.mkdir(parents=True, exist_ok=True)
@@ -348,15 +355,18 @@ def _store(folder: pathlib.Path, name: str, identity: dict[str, str | int], inde
 
 
 def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
-    """Reads the headers of a shard of `size` bytes; `read(place, size)` returns some of them."""
+    """Makes the index of a shard of `size` bytes; `read(place, size)` returns some of them."""
     head = read(0, 6)
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
             raise Damage(
                 f"is compressed ({name}), which has no random access: unpack it into a plain .tar"
             )
-    rows: dict[bytes, int] = {}
-    starts, lengths, ranks = array.array("q"), array.array("I"), array.array("b")
+    rows: dict[bytes, int] = {}  # of each key
+    # Three numbers a row: starts, lengths, and how far the extensions are from the first choice.
+    starts = array.array("q")
+    lengths = array.array("I")
+    ranks = array.array("b")
     for file in read_files(read, size):
         folder, slash, name = file.name.rpartition(b"/")
         stem, _, extension = name.partition(b".")
@@ -373,7 +383,8 @@ def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
             starts.extend((_ABSENT, _ABSENT, _ABSENT))
             lengths.extend((0, 0, 0))
             ranks.extend((len(_RANKS),) * 3)
-        cell, rank = 3 * row + _COLUMNS[extension], _RANKS[extension]
+        cell = 3 * row + _COLUMNS[extension]
+        rank = _RANKS[extension]
         if rank < ranks[cell]:
             starts[cell], lengths[cell], ranks[cell] = file.start, length, rank
         elif rank == ranks[cell]:

@@ -1,14 +1,14 @@
 """Text to ids and back: CLIP's byte-pair vocabulary, SentencePiece, Hugging Face `tokenizer.json`.
 
-`load_tokenizer` reads a user's vocabulary file, `train_sentencepiece` makes one from captions,
+`load_tokenizer` reads a vocabulary file, `train_sentencepiece` makes a vocabulary from captions,
 `restore_tokenizer` reads back what `Tokenizer.save` wrote. The special ids of a SentencePiece or
 Hugging Face vocabulary:
 
   end    must exist; a vocabulary without one is refused
   pad    its own pad, else the end id
-  start  its own start (or BERT's [CLS]), else its own pad (what T5's decoder starts with), else the end id
+  start  its own start (or BERT's [CLS]), else its own pad (the start of T5's decoder), else the end
 
-No id marks a pad: 0 is "!" in CLIP's vocabulary and its pad, too. `text_valid` of the processor
+No id marks a pad: in CLIP's vocabulary 0 is the pad, and "!" too. The processor's `text_valid`
 marks the real tokens.
 """
 
@@ -27,20 +27,30 @@ from mammut.data.tokenizer_kinds import (
     clean,
 )
 
-# byte pieces take 256 places; a smaller vocabulary needs them for characters and words
+# Pieces for single bytes take 256 ids; a smaller vocabulary needs those for characters and words.
 _MIN_VOCAB_FOR_BYTES = 512
 
 
 def load_tokenizer(path: str | pathlib.Path, lowercase: bool, **named: Any) -> Tokenizer:
-    """Reads a vocabulary file: CLIP's `*.txt.gz`, a SentencePiece `*.model` or a Hugging Face `tokenizer.json`.
+    """Reads a vocabulary file.
 
-    The special tokens of a `tokenizer.json` are those named by `tokenizer_config.json` or
-    `special_tokens_map.json` beside it, else well-known ones such as <|endoftext|>, </s> and [SEP];
-    `named` takes their place, as `HuggingFaceTokenizer` tells. CLIP's vocabulary lower-cases in any
-    case.
+    The special tokens of a `tokenizer.json` are those that `tokenizer_config.json` or
+    `special_tokens_map.json` beside it names, else well-known ones such as <|endoftext|>, </s> and
+    [SEP].
+
+    Args:
+      path: CLIP's `*.txt.gz`, a SentencePiece `*.model`, or a Hugging Face `tokenizer.json`.
+      lowercase: lower-case texts before they are encoded; CLIP's vocabulary always does.
+      named: special tokens of a `tokenizer.json`, in place of those of its files; see
+        `HuggingFaceTokenizer`.
 
     Raises:
       ValueError: `path` is missing, of no known kind, damaged, or has no end token.
+
+    Example:
+      >>> tokenizer = load_tokenizer("bpe_simple_vocab_16e6.txt.gz", lowercase=True)
+      >>> tokenizer.encode("a dog")
+      [320, 1929]
     """
     path = pathlib.Path(path)
     kinds = {
@@ -57,7 +67,11 @@ def load_tokenizer(path: str | pathlib.Path, lowercase: bool, **named: Any) -> T
 
 
 def restore_tokenizer(folder: pathlib.Path, settings: dict[str, Any]) -> Tokenizer:
-    """The tokenizer whose `save(folder)` returned `settings`; raises ValueError when file and settings do not fit."""
+    """Reads back the tokenizer whose `save(folder)` returned `settings`.
+
+    Raises:
+      ValueError: a file is missing or damaged, or does not fit the settings.
+    """
     if settings.get("kind") == MissingTokenizer.kind:
         return MissingTokenizer.from_settings(settings)
     classes = ClipTokenizer, SentencePieceTokenizer, HuggingFaceTokenizer
@@ -77,10 +91,15 @@ def restore_tokenizer(folder: pathlib.Path, settings: dict[str, Any]) -> Tokeniz
 
 
 def train_sentencepiece(captions: Iterable[str], vocab_size: int, lowercase: bool) -> Tokenizer:
-    """Trains a BPE SentencePiece vocabulary of at most `vocab_size` pieces: pad 0, start 1, end 2, unknown 3.
+    """Trains a SentencePiece vocabulary on captions: byte-pair encoding.
 
-    The same captions give the same bytes. From 512 pieces on, 256 of them are bytes, so that no
-    character is unknown.
+    Its special ids are pad 0, start 1, end 2, unknown 3. The same captions give the same bytes.
+
+    Args:
+      captions: the texts.
+      vocab_size: how many pieces it has at most. From 512 on, 256 of them are single bytes, so that
+        no character is unknown.
+      lowercase: lower-case texts before they are encoded.
 
     Raises:
       ValueError: there is no text to train on, or `vocab_size` is too small for its characters.
@@ -104,15 +123,16 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int, lowercase: boo
             bos_id=1,
             eos_id=2,
             unk_id=3,
-            # whole words from a few hundred pieces on, where unigram still spells them out
+            # has whole words from a few hundred pieces on, where unigram still spells them
             model_type="bpe",
             num_threads=1,  # the sums of several threads depend on their number
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).rpartition("] ")[2]  # after the place in SentencePiece's source
+        reason = str(error).rpartition("] ")[2]  # without the line of SentencePiece's source
         raise ValueError(
-            f"no vocabulary of vocab_size {vocab_size} (model.text.vocab_size) fits these captions: {reason}"
+            f"no vocabulary of vocab_size {vocab_size} (model.text.vocab_size) fits these captions: "
+            f"{reason}"
         ) from error
     return SentencePieceTokenizer(model.getvalue(), lowercase)
 
@@ -122,5 +142,5 @@ def _read(cls: type[Tokenizer], path: pathlib.Path, lowercase: bool, **named: An
         raise ValueError(f"there is no vocabulary file {path}")
     try:
         return cls.from_file(path, lowercase, **named)
-    except Exception as error:  # each of the three libraries raises its own kinds
+    except Exception as error:  # each of the three libraries has errors of its own
         raise ValueError(f"{path} cannot be used as a vocabulary: {error}") from error

@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 from mammut.core.files import read_json_object, replacing_file, write_json
 
 _CLIP_MERGES = 49_152 - 256 - 2  # the file holds more lines than CLIP uses
-_CLIP_BYTES = 2**24  # five times the file; what a stranger's would unpack to beyond is not read
-_CLIP_START, _CLIP_END = 49_406, 49_407
+_CLIP_BYTES = 2**24  # five times the unpacked file: a limit for damaged or hostile files
+_CLIP_START = 49_406
+_CLIP_END = 49_407
 _CLIP_SPECIAL = {  # open_clip's spelling, then OpenAI's
     "<start_of_text>": _CLIP_START,
     "<end_of_text>": _CLIP_END,
@@ -26,7 +27,7 @@ _CLIP_WORDS = (
     r"<start_of_text>|<end_of_text>|<\|startoftext\|>|<\|endoftext\|>"
     r"|(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 )
-# For each special token of a tokenizer.json: its names in the config beside it, then well-known
+# The special tokens of a tokenizer.json: their fields in the config beside it, then well-known
 # tokens.
 _HF_TOKENS = {
     "bos": (
@@ -52,16 +53,22 @@ _MAX_VOCAB = 2**24
 
 
 class Tokenizer(abc.ABC):
-    """Text to ids and back. Use `load_tokenizer` or `train_sentencepiece` to make one.
+    """Text to ids and back; `load_tokenizer` and `train_sentencepiece` make one.
 
-    `lowercase` says whether text is lower-cased before it is encoded. `vocab_size` is one more than
-    the largest id.
+    Attributes:
+      kind: its name in saved settings.
+      files: names of its files in a saved folder, the vocabulary first.
+      needs_space: whether a text that follows another must begin with the space between them.
+        Byte-level BPE marks a word by that space; other vocabularies add it themselves.
+      lowercase: whether text is lower-cased before it is encoded.
+      vocab_size: one more than the largest id.
+      bos_id: the id of the start.
+      eos_id: the id of the end.
+      pad_id: the id of pads; a real token may have it too.
     """
 
     kind: str
-    files: tuple[str, ...]  # their names in a saved folder, the vocabulary first
-    # Whether a text that follows another has to bring the space between them along: byte-level BPE
-    # tells a word by it, where other vocabularies add it themselves.
+    files: tuple[str, ...]
     needs_space = False
 
     def __init__(
@@ -78,17 +85,22 @@ class Tokenizer(abc.ABC):
         return cls(path.read_bytes(), lowercase)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without start and end. Unlike CLIP's own, the other kinds never read an end in `text`."""
+        """Encodes a text, without start and end.
+
+        In CLIP's vocabulary alone, special tokens written out in the text become their ids.
+        """
         return self._encode(clean(text, self.lowercase))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` up to the first end id; start ids are skipped. CLIP's vocabulary leaves a space at the end.
+        """Decodes ids up to the first end; start ids are skipped.
+
+        With CLIP's vocabulary the text ends with a space.
 
         Raises:
           ValueError: an id before the end is outside the vocabulary.
         """
         ids = [int(token) for token in ids]
-        if ids[:1] == [self.bos_id]:  # first of all, because GPT-2 starts and ends with the same id
+        if ids[:1] == [self.bos_id]:  # before the end, because GPT-2 has one id for both
             ids = ids[1:]
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
@@ -100,7 +112,7 @@ class Tokenizer(abc.ABC):
         return self._decode([token for token in ids if token != self.bos_id])
 
     def settings(self) -> dict[str, Any]:
-        """What `restore_tokenizer` needs beside the vocabulary file, and checks of it, as JSON values."""
+        """The JSON values that `restore_tokenizer` needs, and checks, beside the file."""
         return {name: getattr(self, name) for name in SETTINGS}
 
     def save(self, folder: pathlib.Path) -> dict[str, Any]:
@@ -111,18 +123,18 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _encode(self, text: str) -> list[int]:
-        """Ids of text that is cleaned already."""
+        """Encodes text that is clean already."""
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str:
-        """Text of ids that are inside the vocabulary."""
+        """Decodes ids that are in the vocabulary."""
 
 
 class ClipTokenizer(Tokenizer):
     """CLIP's byte-pair encoding of cleaned, lower-cased text, with open_clip's ids.
 
-    As there, "<start_of_text>" and "<end_of_text>" in a text become the special ids, and so do
-    OpenAI's spellings "<|startoftext|>" and "<|endoftext|>".
+    As in open_clip, "<start_of_text>" and "<end_of_text>" in a text become the special ids, and so
+    do OpenAI's spellings "<|startoftext|>" and "<|endoftext|>".
     """
 
     kind = "clip"
@@ -132,9 +144,8 @@ class ClipTokenizer(Tokenizer):
         from tokenizers import Regex, models, pre_tokenizers
         from tokenizers import Tokenizer as Pipeline
 
-        text = (
-            gzip.GzipFile(fileobj=io.BytesIO(content)).read(_CLIP_BYTES).decode("utf-8", "ignore")
-        )
+        unpacked = gzip.GzipFile(fileobj=io.BytesIO(content)).read(_CLIP_BYTES)
+        text = unpacked.decode("utf-8", "ignore")
         lines = text.split("\n")[1 : 1 + _CLIP_MERGES]
         merges = [tuple(line.split()) for line in lines]
         if len(merges) < _CLIP_MERGES or any(len(merge) != 2 for merge in merges):
@@ -154,18 +165,18 @@ class ClipTokenizer(Tokenizer):
         text = _tidy(text).lower()
         if not any(special in text for special in _CLIP_SPECIAL):
             return self._pipeline.encode(text, add_special_tokens=False).ids
-        words = [word for word, _ in self._words.pre_tokenize_str(text)]
-        ids = (
-            [_CLIP_SPECIAL[word]] if word in _CLIP_SPECIAL else self._pipeline.encode(word).ids
-            for word in words
-        )
-        return [token for word in ids for token in word]
+        ids = []
+        for word, _ in self._words.pre_tokenize_str(text):
+            if word in _CLIP_SPECIAL:
+                ids.append(_CLIP_SPECIAL[word])
+            else:
+                ids += self._pipeline.encode(word).ids
+        return ids
 
     def _decode(self, ids: list[int]) -> str:
-        text = "".join(self._pieces[token] for token in ids)
-        return (
-            bytes(map(self._bytes.get, text)).decode("utf-8", errors="replace").replace("</w>", " ")
-        )
+        units = "".join(self._pieces[token] for token in ids)
+        text = bytes(map(self._bytes.get, units)).decode("utf-8", errors="replace")
+        return text.replace("</w>", " ")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -178,8 +189,8 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        found = self._model.bos_id(), self._model.eos_id(), self._model.pad_id()
-        special_ids = _special_ids(*(None if token < 0 else token for token in found))
+        ids = self._model.bos_id(), self._model.eos_id(), self._model.pad_id()
+        special_ids = _special_ids(*(None if token < 0 else token for token in ids))
         super().__init__(content, lowercase, special_ids, self._model.vocab_size())
 
     def _encode(self, text: str) -> list[int]:
@@ -190,11 +201,11 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A Hugging Face `tokenizer.json`; its own truncation, padding and special-token template are not used.
+    """A Hugging Face `tokenizer.json`, without its truncation, padding and special-token template.
 
-    `named` holds what the config files beside it call its special tokens, `eos_token` and so on; or
-    their ids, `eos_token_id`, which it need not have itself. With `fix_text` texts are cleaned as
-    open_clip does.
+    `named` has the fields of the config files beside it: its special tokens, `eos_token` and so on,
+    or their ids, `eos_token_id`, which the vocabulary itself may lack. With `fix_text` texts are
+    cleaned as in open_clip.
     """
 
     kind = "huggingface"
@@ -215,17 +226,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: pathlib.Path, lowercase: bool, **named: Any):
-        """Reads a `tokenizer.json`, and of its special tokens the two files beside it, where they are, and `named`."""
-        beside = [
-            path.with_name(name) for name in ("special_tokens_map.json", "tokenizer_config.json")
-        ]
-        told = {}
-        for config in filter(pathlib.Path.is_file, beside):
-            told |= read_json_object(config)
-        return cls(path.read_bytes(), lowercase, told | named)
+        """Reads a `tokenizer.json`; special tokens are those of the files beside it and `named`."""
+        fields = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            config = path.with_name(name)
+            if config.is_file():
+                fields |= read_json_object(config)
+        return cls(path.read_bytes(), lowercase, fields | named)
 
     def save(self, folder: pathlib.Path) -> dict[str, Any]:
-        """As `Tokenizer.save`; a `tokenizer_config.json` keeps the names of the special tokens."""
+        """Writes the vocabulary, and a `tokenizer_config.json` with its special tokens."""
         ids = {role: getattr(self, f"{role}_id") for role in _HF_TOKENS}
         named = {f"{role}_token": self._pipeline.id_to_token(token) for role, token in ids.items()}
         named |= {
@@ -233,23 +243,25 @@ class HuggingFaceTokenizer(Tokenizer):
             for role, token in ids.items()
             if named[f"{role}_token"] is None
         }
-        named |= {"fix_text": True} if self._fix_text else {}
+        if self._fix_text:
+            named["fix_text"] = True
         write_json(folder / self.files[1], named)
         return super().save(folder)
 
     def _find(self, role: str, named: dict[str, Any]) -> int | None:
+        """The id of a special token; None where the vocabulary has none."""
         if type(named.get(f"{role}_token_id")) is int:
             return named[f"{role}_token_id"]
         fields, known = _HF_TOKENS[role]
         tokens = [named.get(field) for field in fields]
         tokens = [token.get("content") if isinstance(token, dict) else token for token in tokens]
-        found = (self._pipeline.token_to_id(token) for token in (*tokens, *known) if token)
-        return next((token for token in found if token is not None), None)
+        ids = (self._pipeline.token_to_id(token) for token in (*tokens, *known) if token)
+        return next((token for token in ids if token is not None), None)
 
     def _encode(self, text: str) -> list[int]:
-        # A unigram vocabulary lists "</s>" as a piece like any other, so that its id can still come
-        # out of a text.
-        text = _tidy(text) if self._fix_text else text
+        if self._fix_text:
+            text = _tidy(text)
+        # A unigram vocabulary has "</s>" among its pieces, so a text can give its id.
         ids = self._pipeline.encode(text, add_special_tokens=False).ids
         return [token for token in ids if token not in (self.bos_id, self.eos_id)]
 
@@ -258,10 +270,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class MissingTokenizer(Tokenizer):
-    """A tokenizer whose vocabulary file is not at hand. A model with it still takes images, and ready tokens.
+    """A tokenizer without its vocabulary file; its model still takes images and ready tokens.
 
-    Texts are refused, and so are those special ids that are not known (None); `needs` says which
-    file to put where.
+    Texts are refused, and so are special ids that are not known (None). `needs` says which file to
+    put where.
     """
 
     kind = "missing"
@@ -270,32 +282,37 @@ class MissingTokenizer(Tokenizer):
     def __init__(
         self, special_ids: tuple[int | None, int | None, int | None], vocab_size: int, needs: str
     ):
-        self._special_ids, self._needs = special_ids, needs
-        self.lowercase, self.vocab_size = False, vocab_size
+        self._special_ids = special_ids
+        self._needs = needs
+        self.lowercase = False
+        self.vocab_size = vocab_size
 
     @property
     def bos_id(self) -> int:
-        """The start; raises ValueError where it is not known."""
+        """The id of the start; raises ValueError where it is not known."""
         return self._special_id(0)
 
     @property
     def eos_id(self) -> int:
-        """The end; raises ValueError where it is not known."""
+        """The id of the end; raises ValueError where it is not known."""
         return self._special_id(1)
 
     @property
     def pad_id(self) -> int:
-        """The pad; raises ValueError where it is not known."""
+        """The id of the pad; raises ValueError where it is not known."""
         return self._special_id(2)
 
     @property
     def problem(self) -> str:
-        """What is missing, and what to do, as a sentence."""
-        return f"the model came without a vocabulary for its texts: {self._needs}, and load or convert it again"
+        """What is missing and what to do, in a sentence."""
+        return (
+            "the model came without a vocabulary for its texts: "
+            f"{self._needs}, and load or convert it again"
+        )
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]):
-        """What had these `settings()`; raises ValueError when they are none."""
+        """Makes the tokenizer with these `settings()`; raises ValueError where they are invalid."""
         match settings:
             case {"vocab_size": int(size), "needs": str(needs), **rest} if (
                 rest.keys() == {"kind", "bos_id", "eos_id", "pad_id"}
@@ -306,11 +323,12 @@ class MissingTokenizer(Tokenizer):
                 if all(token is None or type(token) is int and 0 <= token < size for token in ids):
                     return cls(ids, size, needs)
         raise ValueError(
-            f"settings of a missing tokenizer are {settings}, expected a vocab_size, ids below it, needs"
+            f"settings of a missing tokenizer are {settings}, "
+            "expected a vocab_size, ids below it, needs"
         )
 
     def settings(self) -> dict[str, Any]:
-        """Its ids, null where they are not known, and what it needs."""
+        """Its ids, None where they are not known, and the file that it needs."""
         bos_id, eos_id, pad_id = self._special_ids
         ids = {"bos_id": bos_id, "eos_id": eos_id, "pad_id": pad_id}
         return {"kind": self.kind, "vocab_size": self.vocab_size, **ids, "needs": self._needs}
@@ -320,18 +338,21 @@ class MissingTokenizer(Tokenizer):
         return self.settings()
 
     def require_same_ids(self, tokenizer: Tokenizer) -> None:
-        """Raises ValueError where a special id that is known is another one in `tokenizer`, which takes its place."""
+        """Raises ValueError where `tokenizer`, its replacement, has another special id."""
         names = "start", "end", "pad"
         others = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
         for name, known, other in zip(names, self._special_ids, others):
             if known is not None and known != other:
                 raise ValueError(
-                    f"the vocabulary given has the {name} id {other}, the model was trained with {known}"
+                    f"the vocabulary given has the {name} id {other}, "
+                    f"the model was trained with {known}"
                 )
 
-    def _special_id(self, place: int) -> int:
-        token = self._special_ids[place]
-        return self._refuse() if token is None else token
+    def _special_id(self, index: int) -> int:
+        token = self._special_ids[index]
+        if token is None:
+            self._refuse()
+        return token
 
     def _encode(self, text: str) -> list[int]:
         self._refuse()
@@ -344,6 +365,7 @@ class MissingTokenizer(Tokenizer):
 
 
 def _special_ids(bos: int | None, eos: int | None, pad: int | None) -> tuple[int, int, int]:
+    """Start, end and pad by the rules of `mammut.data.tokenizer`."""
     if eos is None:
         raise ValueError(
             "it has no end token (of a tokenizer.json, eos_token in tokenizer_config.json names it)"
@@ -353,21 +375,23 @@ def _special_ids(bos: int | None, eos: int | None, pad: int | None) -> tuple[int
 
 
 def clean(text: str, lowercase: bool) -> str:
-    # A JSON escape may hold half an emoji, a lone surrogate, which none of the libraries takes.
+    """Replaces lone surrogates, and lower-cases where asked.
+
+    A JSON escape may hold half an emoji, a lone surrogate, which none of the libraries takes.
+    """
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.lower() if lowercase else text
 
 
 def _tidy(text: str) -> str:
-    """Broken encodings and HTML entities undone, each run of white space one space: open_clip's cleaning."""
+    """Repairs encodings, HTML entities and white space, as open_clip cleans its texts."""
     import ftfy
 
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def _visible_bytes() -> dict[str, int]:
-    # GPT-2's stand-ins: a printable byte is its own character, the other bytes follow from U+0100
-    # on, in that order.
+    """GPT-2's characters for bytes: a printable byte is itself, the others follow from U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
