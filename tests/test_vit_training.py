@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
-from test_architectures import matrix_flops
+from test_flops import product_flops
 
 from mammut import presets
 from mammut.config import ModelConfig
@@ -238,7 +238,7 @@ def test_the_flops_of_a_training_step_are_those_of_the_patches_that_are_kept(poo
     )(params)
     flops = forward_flops(config, training=True)
     causal = 2 * text.max_length**2 * text.width * text.depth
-    assert matrix_flops(program.jaxpr) == sum(flops.values()) - flops["vocabulary"] + causal
+    assert product_flops(program.jaxpr) == sum(flops.values()) - flops["vocabulary"] + causal
     assert forward_flops(config)["vision"] > 1.4 * flops["vision"]
 
 

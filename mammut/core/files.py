@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -48,10 +49,9 @@ def check_manifest(folder: pathlib.Path, manifest: pathlib.Path) -> list[str]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file that is never seen half-written."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Writes a JSON file, whole or not at all."""
+    with replacing_file(path) as new:
+        new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json_object(path: pathlib.Path, max_bytes: int = _MAX_CONFIG) -> dict[str, Any]:
@@ -65,6 +65,22 @@ def read_json_object(path: pathlib.Path, max_bytes: int = _MAX_CONFIG) -> dict[s
     if file.size > max_bytes:
         raise CheckpointError(f"{path} has {file.size} bytes, expected at most {max_bytes}")
     return json_object(file.bytes(0, file.size), str(path))
+
+
+@contextlib.contextmanager
+def replacing_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to write to; at the end, its file takes the place of `path`.
+
+    Readers of `path` see the old file or the new one, never a part. On an error `path` stays as it
+    was, and nothing is left beside it. Several processes may write one `path`: the last one wins.
+    """
+    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield new
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

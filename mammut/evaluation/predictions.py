@@ -29,6 +29,8 @@ import os
 import pathlib
 from typing import Any
 
+from mammut.core.files import replacing_file
+
 _FORMAT = "mammut predictions"
 _VERSION = 1
 
@@ -65,11 +67,9 @@ class Predictions:
         }
         for name in ("data", "checkpoint", "settings", "left_out"):
             header[name] = getattr(self, name)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with replacing_file(path) as new, new.open("w", encoding="utf-8") as file:
             for value in (header, *self.records):
                 file.write(json.dumps(value, ensure_ascii=False) + "\n")
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike, task: str | None = None) -> "Predictions":

@@ -6,6 +6,7 @@ import os
 import pathlib
 from typing import Any
 
+from mammut.core.files import replacing_file
 from mammut.evaluation.predictions import Predictions
 
 
@@ -19,11 +20,10 @@ class Scores:
 
 
 def save_scores(path: str | os.PathLike, predictions: Predictions, scores: Scores) -> None:
-    """Writes scores as JSON, with what is known about their predictions."""
+    """Writes scores as JSON, with what is known about their predictions; whole or not at all."""
     path = pathlib.Path(path)
     names = ("task", "data", "checkpoint", "settings", "left_out")
     values = {name: getattr(predictions, name) for name in names}
     values |= dataclasses.asdict(scores)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing_file(path) as new:
+        new.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

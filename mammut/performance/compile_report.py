@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from mammut.core import sharding
+from mammut.models.flops import training_flops
 from mammut.performance.chips import GIB, Chip, find_chip
 from mammut.performance.hlo import Collective, Program
 from mammut.performance.out_of_memory import is_out_of_memory, out_of_memory_advice
@@ -116,19 +117,22 @@ def compile_step(config: TrainConfig, trainer: Trainer) -> Any:
 
 
 def step_flops(config: TrainConfig) -> tuple[int, int]:
-    """FLOPs of a step over the whole batch: the model's, three times a forward pass, and those that run.
+    """Counts the FLOPs of a step over the whole batch.
 
-    Less runs where parameters are frozen, whose gradients nothing computes; that is not counted.
-
-    What runs is more where it is computed again: the towers once with remat "full" (with "dots",
-    next to nothing), both embeddings once with accumulation.
+    Returns:
+      The FLOPs of the model, three times those of a forward pass; and the FLOPs that run, which are
+      more where something is computed again: the towers once with remat "full" (with "dots", next
+      to nothing), both embeddings once with accumulation. Fewer run where parameters are frozen:
+      nothing computes their gradients. That is not subtracted.
     """
-    parts = collections.Counter(task_flops(config))
-    rows, forward = config.data.batch_size, sum(parts.values())
-    again = forward - parts["vocabulary"] if config.compute.remat == "full" else 0
+    parts = task_flops(config)
+    recomputed = []
+    if config.compute.remat == "full":
+        recomputed += [part for part in parts if part != "vocabulary"]
     if config.accumulation > 1 and config.task == "image_text":
-        again += parts["vision"] + parts["contrastive_pass"]
-    return 3 * forward * rows, (3 * forward + again) * rows
+        recomputed += ["vision", "contrastive_pass"]
+    rows = config.data.batch_size
+    return training_flops(parts) * rows, training_flops(parts, recomputed) * rows
 
 
 def _memory_lines(config: TrainConfig, memory: Any, chip: Chip | None) -> list[str]:

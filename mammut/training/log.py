@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from mammut.core.files import replacing_file
 from mammut.data.batches import describe_bad
 from mammut.training.validation import Evaluation
 
@@ -143,9 +144,8 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] <= step:
             kept.append(line)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    with replacing_file(path) as new:
+        new.write_text("".join(kept), encoding="utf-8")
 
 
 def _sample(record: dict[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from mammut.core.files import read_json_object
+from mammut.core.files import read_json_object, replacing_file
 from mammut.core.mapped_file import CheckpointError
 from mammut.data.processor import Processor
 from mammut.models.compute import ComputeConfig
@@ -73,7 +73,8 @@ def write_card(
         "",
         *_scores(folder),
     ]
-    path.write_text("\n".join(lines) + "\n", "utf-8")
+    with replacing_file(path) as new:
+        new.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def _training(path: pathlib.Path) -> list[str]:

@@ -15,11 +15,12 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
 
+from mammut.core.files import replacing_file
 from mammut.core.mapped_file import (
     MAX_HEADER,
     MAX_TENSORS,
@@ -255,8 +256,10 @@ def write_safetensors(
       ValueError: a dtype that the format lacks, a name or text that is none, or `read` gave another
         shape or dtype.
     """
-    with _replacing(pathlib.Path(path)) as partial:
-        _write(partial, specs, read, metadata, progress)
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(path) as new:
+        _write(new, specs, read, metadata, progress)
 
 
 def write_sharded(
@@ -284,6 +287,7 @@ def write_sharded(
     if max_bytes < 1:
         raise ValueError(f"max_bytes is {max_bytes}, expected at least 1")
     folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     parts: list[dict[str, TensorSpec]] = [{}]
     room = max_bytes
@@ -294,8 +298,8 @@ def write_sharded(
         parts[-1][name] = spec
         room -= spec.nbytes
     if len(parts) == 1:
-        with _replacing(single) as partial:
-            _write(partial, specs, read, metadata, progress)
+        with replacing_file(single) as new:
+            _write(new, specs, read, metadata, progress)
             index.unlink(missing_ok=True)
         return [single.name]
     names = [
@@ -303,30 +307,18 @@ def write_sharded(
         for number in range(1, len(parts) + 1)
     ]
     with contextlib.ExitStack() as files:
-        partial_index = files.enter_context(_replacing(index))  # entered first, so replaced last
+        new_index = files.enter_context(replacing_file(index))  # entered first, so replaced last
         for name, part in zip(names, parts):
-            _write(files.enter_context(_replacing(folder / name)), part, read, metadata, progress)
+            new = files.enter_context(replacing_file(folder / name))
+            _write(new, part, read, metadata, progress)
         weight_map = {tensor: name for name, part in zip(names, parts) for tensor in part}
         total = {"total_size": sum(spec.nbytes for spec in specs.values())}
-        partial_index.write_text(
+        new_index.write_text(
             json.dumps({"metadata": total, "weight_map": weight_map}, indent=2) + "\n"
         )
         for old in (single, index):
             old.unlink(missing_ok=True)
     return [*names, index.name]
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write to, that takes the place of `path` at the end, and is removed on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _write(
