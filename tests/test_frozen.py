@@ -399,6 +399,39 @@ def test_every_group_is_adamw_with_its_own_peak():
         np.testing.assert_allclose(got, flat[name], atol=2e-5 * moved + 1e-7, rtol=0)
 
 
+def test_a_group_has_the_bits_of_the_common_update_times_its_share_of_the_rate():
+    """The updates without groups, each times peak / learning_rate, to the last bit."""
+    config = OptimizerConfig(learning_rate=3e-3, learning_rates=RATES, warmup_steps=1)
+    alike = make_optimizer(dataclasses.replace(config, learning_rates=()), steps=8)
+    grouped = make_optimizer(config, steps=8)
+    rng = np.random.default_rng(0)
+
+    def draw():
+        kernel, bias = jnp.float32(rng.normal(size=(3, 4))), jnp.float32(rng.normal(size=4))
+        projection = {"kernel": kernel, "bias": bias}
+        return {
+            "image_projection": projection,
+            "text": {"mlp": {"up": {"kernel": kernel.T}}, "a": bias},
+        }
+
+    params = draw()
+    peaks = dict(RATES)
+    of = partition.first_fitting(partition.by_name(params), list(peaks))
+    assert set(of.values()) == set(peaks) and len(of) < len(partition.by_name(params))
+    states = [optimizer.init(params) for optimizer in (alike, grouped)]
+    for _ in range(2):
+        grads = draw()
+        expected, states[0] = alike.update(grads, states[0], params)
+        got, states[1] = grouped.update(grads, states[1], params)
+        got = partition.by_name(got)
+        for name, update in partition.by_name(expected).items():
+            if name in of:
+                update = update * (peaks[of[name]] / config.learning_rate)
+            assert np.asarray(got[name]).tobytes() == np.asarray(update).tobytes(), name
+    assert_identical(states[1][:-1], states[0])
+    assert states[1][-1] == optax.EmptyState()  # as in the checkpoints of earlier versions
+
+
 def test_magmas_schedule_rises_for_100_steps_and_would_be_at_zero_at_300_000():
     """facts: peak 8e-4, 30,000 steps of it are run."""
     config = OptimizerConfig(

@@ -13,11 +13,11 @@ from flax import nnx
 
 from mammut import presets
 from mammut.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mammut.core import params as partition
 from mammut.core import sharding
 from mammut.evaluation.metrics.rankings import retrieval_recall
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_batch, tiny_config, tiny_model
-from mammut.training.accumulation import accumulated_gradients
 from mammut.training.optimizer import learning_rate_schedule, make_optimizer
 from mammut.training.step import Trainer, TrainState, make_trainer
 from mammut.training.tasks import ImageTextTask
@@ -332,6 +332,23 @@ def test_two_micro_batches_are_the_same_training_as_one_batch(trainer):
         assert np.abs(got[name] - want).max() <= 1e-4 * max(np.abs(want).max(), 0.1), name
 
 
+def test_a_run_that_starts_from_other_weights_keeps_their_scale_and_bias():
+    """What it starts from has learnt them; a parameter that it lacks starts as in a fresh run."""
+    trainer = one_device_trainer(dataclasses.replace(CONFIG, loss=LossConfig("sigmoid")))
+    given = partition.by_name(nnx.to_pure_dict(nnx.state(tiny_model(), nnx.Param)))
+
+    def read(name, value):
+        return given[name] if value is None else value
+
+    with jax.set_mesh(trainer.mesh):
+        loaded = trainer.start_params(0, set(), read)
+        lacking = trainer.start_params(0, {"logit_bias"}, read)
+    for params in (loaded, lacking):
+        assert float(params["logit_scale"]) == float(given["logit_scale"])
+    assert float(loaded["logit_bias"]) == float(given["logit_bias"])
+    assert float(lacking["logit_bias"]) == -10
+
+
 class AllContrastive(ImageTextTask):
     """The three contrastive losses at once, in a mixture where no two could make up for each other."""
 
@@ -373,9 +390,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumul
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradient(params, batch):
         key = jax.random.key(0)
-        return accumulated_gradients(
-            task, lambda p: nnx.merge(graphdef, p), params, batch, key, accumulation
-        )
+        return task.gradients(lambda p: nnx.merge(graphdef, p), params, batch, key, accumulation)
 
     grads, metrics = gradient(params, BATCH)
     for name in ("loss", "loss_contrastive", "loss_caption"):
@@ -419,9 +434,8 @@ def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradients(params, batch, key):
-        return jax.grad(direct, has_aux=True)(params, batch, key), accumulated_gradients(
-            task, merge, params, batch, key, 4
-        )
+        expected = jax.grad(direct, has_aux=True)(params, batch, key)
+        return expected, task.gradients(merge, params, batch, key, 4)
 
     (expected, expected_metrics), (grads, metrics) = gradients(params, BATCH, jax.random.key(3))
     (_, other), _ = gradients(params, BATCH, jax.random.key(4))
