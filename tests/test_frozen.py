@@ -165,6 +165,8 @@ def test_adapters_in_float32_are_trained_on_a_base_in_bfloat16_that_keeps_every_
     (("image_projection.*",), (), "caption", ["text", "vision"]),
     (("image_projection.*",), ("init",), "caption", []),
     (("text.layers.*",), ("init_text",), "text", []),  # it sees no images
+    (("text.*",), (), "text", []),  # nor does it run the cross-attention, which stays frozen
+    (("text.layers.*",), (), "text", ["text"]),
     (("*",), (), "caption", []),
 ])  # fmt: skip
 def test_a_tower_that_would_stay_random_is_named(trainable, starts, task, untrained):

@@ -1,4 +1,4 @@
-"""The report that a run prints before its first step: data, mesh, parameters, FLOPs."""
+"""The report that a run prints before its first step: data, mesh, parameters, FLOPs, start."""
 
 from collections.abc import Collection
 from typing import Any
@@ -7,16 +7,21 @@ import jax
 
 from mammut.core import sharding
 from mammut.core.params import STATISTICS, by_name
-from mammut.training.config import TrainConfig
+from mammut.data.examples import Source
+from mammut.training.run import Run
 from mammut.training.step import Trainer, TrainState
 from mammut.training.tasks import Task
+from mammut.weights.warm_start import WarmStart
 
 
-def start_report(config: TrainConfig, trainer: Trainer, source: Any, vocab_size: int) -> str:
-    """The report: data, mesh, parameters and where they are, trained parameters, FLOPs of a step.
+def start_report(
+    run: Run, trainer: Trainer, source: Source, vocab_size: int, warm: WarmStart | None, fresh: bool
+) -> str:
+    """The report: data, mesh, parameters and their placement, FLOPs, weights to start from.
 
     A step counts three times the FLOPs of a forward pass, as the backward pass takes twice as many.
     """
+    config = run.config
     state = trainer.abstract_state
     params = state.all_params
     rows = config.data.batch_size
@@ -34,6 +39,14 @@ def start_report(config: TrainConfig, trainer: Trainer, source: Any, vocab_size:
     if state.frozen:
         lines.append(_trained_line(state))
     lines.append(f"{total / 1e9:,.1f} GFLOP a step, backward included{condition}: {shares}")
+    if warm:
+        lines.append(str(warm))
+    if fresh:
+        for tower in untrained_towers(state, run.starts, trainer.task):
+            lines.append(
+                f"warning: {tower} is frozen at random weights (trainable): init_{tower} names a "
+                "model"
+            )
     return "\n".join(lines)
 
 
