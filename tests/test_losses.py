@@ -1,4 +1,7 @@
-"""Losses against numbers worked by hand, loops in float64, and themselves: in chunks, over devices, at extremes."""
+"""Losses, compared with numbers worked by hand, with loops in float64, and with themselves.
+
+With themselves: in chunks, over devices, at extreme values.
+"""
 
 import dataclasses
 import re
@@ -143,7 +146,7 @@ def test_logits_are_scaled_cosines_of_images_with_texts_plus_the_bias():
 
 @pytest.mark.parametrize("loss", [softmax_contrastive, sigmoid_contrastive, focal_contrastive])
 def test_large_logits_cost_much_and_stay_finite(loss):
-    """Every pair is wrong, at the largest scale and far beyond it; so is the gradient finite, and not zero."""
+    """Every pair is wrong, at the largest scale and far beyond it; the gradient is not zero."""
     for scale in (100.0, 1e4):
         logits = scale * (1 - 2 * jnp.eye(4))
         value, grad = jax.value_and_grad(lambda x: loss(x).mean())(logits)
@@ -346,7 +349,7 @@ def test_large_scores_stay_finite_and_a_sure_wrong_token_costs_their_difference(
 
 
 def test_the_caption_loss_is_summed_in_float32_for_features_in_bfloat16():
-    """Scores rounded to bfloat16 would be off by up to 1/256 of their size; the products are kept in float32."""
+    """Logits in bfloat16 would be off by up to 1/256 of their size: they are kept in float32."""
     rng = np.random.default_rng(0)
     features = jnp.asarray(8 * rng.normal(size=(2, 3, 16)), jnp.bfloat16)
     kernel = jnp.asarray(rng.normal(size=(16, 50)), jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""The caption pass alone: the loss of an answer and its end, not of its question, whatever the micro-batches."""
+"""Tasks: what each answers for, and the loss of an answer and its end, not of its question."""
 
 import dataclasses
 import json

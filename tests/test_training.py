@@ -44,7 +44,7 @@ def trainer() -> Trainer:
 
 
 def random_state(trainer: Trainer) -> TrainState:
-    """A state with random numbers in every parameter, its optimizer just begun; nothing is compiled."""
+    """A state at step 0 with random numbers in every parameter; nothing is compiled."""
     params = nnx.to_pure_dict(nnx.state(tiny_model(), nnx.Param))
     zero = np.int32(0)
     state = TrainState(
@@ -125,10 +125,13 @@ def small_params(rng: np.random.Generator) -> dict:
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.7])
 def test_adamw_equals_its_formula_in_numpy(clip_norm):
-    """Four updates by Adam's algorithm 1 with decoupled decay, in float64; gradients of very different lengths."""
+    """Four updates by Adam's algorithm 1 with decoupled decay, in float64.
+
+    The gradients have very different lengths.
+    """
     config = OptimizerConfig(
-        learning_rate=0.1, warmup_steps=2, schedule="linear", weight_decay=0.3, b1=0.8, b2=0.9, eps=1e-3,
-        clip_norm=clip_norm,
+        learning_rate=0.1, warmup_steps=2, schedule="linear", weight_decay=0.3, b1=0.8, b2=0.9,
+        eps=1e-3, clip_norm=clip_norm,
     )  # fmt: skip
     rng = np.random.default_rng(0)
     params = small_params(rng)
@@ -183,7 +186,7 @@ def test_weight_decay_touches_the_kernels_and_nothing_else():
 
 
 def test_adafactor_divides_by_the_root_of_row_and_column_means():
-    """A gradient whose size is an outer product a x b is described by its rows and columns: it becomes its sign."""
+    """Rows and columns describe a gradient whose size is an outer product: it becomes its sign."""
     rng = np.random.default_rng(0)
     size = np.outer(rng.uniform(0.1, 10, 40), rng.uniform(0.1, 10, 50))
     sign = rng.choice([-1.0, 1.0], size.shape)
@@ -350,7 +353,7 @@ def test_a_run_that_starts_from_other_weights_keeps_their_scale_and_bias():
 
 
 class AllContrastive(ImageTextTask):
-    """The three contrastive losses at once, in a mixture where no two could make up for each other."""
+    """The three contrastive losses at once, in a mixture in which none makes up for another."""
 
     def contrastive(self, model, image_embed, text_embed):
         mixture = {"softmax": 1.0, "sigmoid": 0.37, "focal": 0.83}
@@ -403,7 +406,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumul
 
 @pytest.mark.parametrize("what", ["patches and positions", "prefix"])
 def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
-    """Each micro-batch crops and drops out by a key of its own, which a direct gradient uses once."""
+    """Each micro-batch crops and drops by a key of its own, which a direct gradient uses once."""
     config = tiny_config()
     if what == "prefix":
         # and 12 beside an image
