@@ -22,6 +22,7 @@ from mammut.config import (
     from_dict,
     to_dict,
 )
+from mammut.models.losses import CONTRASTIVE
 
 PRESETS = [
     function for name, function in inspect.getmembers(presets, inspect.isfunction) if name[0] != "_"
@@ -186,7 +187,7 @@ def test_a_value_that_cannot_work_is_refused_with_its_field(cls, name, value):
         ("ModelConfig", "dtype", "float16", "float32, bfloat16"),
         ("ModelConfig", "param_dtype", "int8", "float32, bfloat16"),
         ("ModelConfig", "remat", "some", "none, dots, full"),
-        ("LossConfig", "contrastive", "siglip", "softmax, focal, sigmoid"),
+        ("LossConfig", "contrastive", "siglip", ", ".join(CONTRASTIVE)),
         ("LossConfig", "focal_normalization", "none", "batch, pairs"),
         ("OptimizerConfig", "name", "sgd", "adamw, adafactor"),
         ("OptimizerConfig", "schedule", "step", "cosine, linear, constant"),

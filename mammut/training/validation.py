@@ -182,7 +182,7 @@ class _LanguageLoss:
 
         def loss(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             model = trainer.model(params)
-            return task.loss_sum(model, batch, jax.random.key(0)), task.target_tokens(model, batch)
+            return task.loss_sum(model, batch, Augment()), task.target_tokens(model, batch)
 
         replicated = jax.NamedSharding(trainer.mesh, jax.P())
         self._loss = distributed.compiled_by_all(jax.jit(loss, out_shardings=replicated))
