@@ -17,7 +17,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -26,39 +26,72 @@ from jax.sharding import AxisType, Mesh
 
 from mammut.core import distributed
 from mammut.core.fields import to_dict
-from mammut.core.files import check_manifest, make_manifest, read_json_object, replacing, write_json
-from mammut.core.mapped_file import MAX_HEADER
+from mammut.core.files import make_manifest, read_json_object, replacing, write_json
 from mammut.core.params import by_name
 from mammut.core.sharding import MESH_AXES, param_shardings
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer, Tokenizer
 from mammut.models.decoder import TextDecoder
 from mammut.models.mammut import MaMMUT, ModelConfig, logical_axes
-from mammut.weights.checkpoints import Checkpoints
-from mammut.weights.files.tensor_file import (
-    CheckpointError,
-    TensorSpec,
-    open_tensors,
-    write_sharded,
+from mammut.weights.files.tensor_file import SUFFIXES, CheckpointError, write_sharded
+from mammut.weights.formats import (
+    big_vision,
+    huggingface,
+    magma,
+    mammut_folder,
+    mammut_run,
+    open_clip,
+    resnets,
 )
-from mammut.weights.formats import big_vision, huggingface, open_clip, resnets
-from mammut.weights.formats.open_clip_export import CONFIG_FILE
+from mammut.weights.formats.open_clip_folder import CONFIG_FILE
 from mammut.weights.model_card import write_card
 from mammut.weights.opened import (
     LazyTensors,
     OpenedModel,
     host_tensors,
-    mismatches,
-    model_specs,
-    read_config,
     require_target,
 )
 from mammut.weights.resample import at_image_size
 
-_VERSION = 1
-_WEIGHTS = "model"
 _WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 MAX_SHARD_BYTES = 4 * 2**30
+
+
+@runtime_checkable
+class Format(Protocol):
+    """What a module of `FORMATS` has.
+
+    Attributes:
+      KIND: what it opens, in words that fit behind "no", for the error about any other path.
+    """
+
+    KIND: str
+
+    def recognises(self, path: pathlib.Path) -> bool:
+        """Whether the file or folder is of this format, by its names and headers.
+
+        Raises:
+          CheckpointError: it is of this format or of one like it, and damaged.
+        """
+
+    def open_model(self, path: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
+        """The model in it, with nothing but headers read; `image_size` where the files lack it.
+
+        Raises:
+          CheckpointError: it is damaged, or no model that mammut has. Every mismatch is named.
+        """
+
+
+# The formats that `load` reads, one module each. No file or folder is of two of them.
+FORMATS: tuple[Format, ...] = (
+    mammut_folder,
+    mammut_run,
+    big_vision,
+    open_clip,
+    resnets,
+    magma,
+    huggingface,
+)
 
 
 def save(
@@ -118,7 +151,7 @@ def save_opened(
         opened.processor.save(new)
         files += write_sharded(
             new,
-            _WEIGHTS,
+            mammut_folder.WEIGHTS_STEM,
             specs,
             read,
             max_bytes=max_shard_bytes,
@@ -127,7 +160,7 @@ def save_opened(
         )
         write_json(
             new / "config.json",
-            {"format": "mammut", "version": _VERSION, "model": to_dict(opened.config)},
+            {"format": "mammut", "version": mammut_folder.VERSION, "model": to_dict(opened.config)},
         )
         write_json(new / "manifest.json", make_manifest(new, [new / name for name in files]))
     write_card(folder, opened.config, opened.processor)
@@ -202,42 +235,34 @@ def load_language_model(
 
 
 def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> OpenedModel:
-    """What `load` loads, with nothing but headers read.
+    """What `load` loads, with nothing but headers read; or a part of a model.
 
-    `image_size` is that of a model of big_vision whose positions are computed, which its file does
-    not tell.
+    Args:
+      path: as for `load`; or a folder or file that holds an image encoder or a text decoder alone.
+      image_size: pixels, for a file that does not tell them: a model of big_vision with computed
+        positions. All others ignore it.
 
     Raises:
       CheckpointError: as for `load`.
     """
     path = pathlib.Path(path)
-    if os.path.exists(path / "manifest.json"):
-        return _open_model_folder(path)
-    if os.path.isdir(path / "checkpoints"):
-        return _open_run(path)
-    if big_vision.is_big_vision(path):
-        return big_vision.open_model(path, image_size=image_size)
-    if open_clip.is_open_clip(path) or resnets.is_timm(path):
-        return open_clip.open_model(path)
-    if huggingface.is_huggingface(path):
-        return huggingface.open_model(path)
+    for row in FORMATS:
+        if row.recognises(path):
+            return row.open_model(path, image_size=image_size)
+    raise CheckpointError(_why_none(path))
+
+
+def _why_none(path: pathlib.Path) -> str:
+    """Why no format recognises `path`, in a sentence."""
     if not os.path.exists(path):
-        raise CheckpointError(
-            f"there is no {path}: expected a folder or a file on this machine, nothing is downloaded"
-        )
-    weights = (
-        sorted(item.name for item in path.glob("*.*") if open_clip.is_open_clip(item))
-        if path.is_dir()
-        else []
-    )
-    if weights:
-        raise CheckpointError(
-            f"{path} holds {weights[0]} and no {CONFIG_FILE}, which says what model it is of"
-        )
-    raise CheckpointError(
-        f"{path} is no model folder (no manifest.json), no run (no checkpoints), no folder with an "
-        "open_clip_config.json or a config.json of a known model_type, and no .npz, .pt or .safetensors file"
-    )
+        return f"there is no {path}: expected a folder or a file on this machine, nothing is downloaded"
+    if path.is_dir():
+        names = sorted(item.name for item in path.iterdir())
+        # an .npz tells itself, and is given by its own path
+        weights = [name for name in names if name.endswith(SUFFIXES) and not name.endswith(".npz")]
+        if weights:
+            return f"{path} holds {weights[0]} and no {CONFIG_FILE}, which says what model it is of"
+    return f"{path} is {', '.join(f'no {row.KIND}' for row in FORMATS)}"
 
 
 def place(
@@ -281,74 +306,12 @@ def read_model_config(path: str | os.PathLike) -> ModelConfig:
       CheckpointError: the path is none of these.
     """
     path = pathlib.Path(path)
-    if os.path.exists(path / "config.json") and not (
-        huggingface.is_huggingface(path) or resnets.is_timm(path)
-    ):
-        return _model_config(path / "config.json")
-    if os.path.exists(path / "run.json"):
-        return _run_model_config(path)
+    config = path / mammut_folder.CONFIG_FILE
+    if os.path.exists(config) and "format" in read_json_object(config):
+        return mammut_folder.read_model_config(path)
+    if os.path.exists(path / mammut_run.RUN_FILE):
+        return mammut_run.read_model_config(path)
     return open_model(path).config
-
-
-def _open_model_folder(folder: pathlib.Path) -> OpenedModel:
-    if problems := check_manifest(folder, folder / "manifest.json"):
-        raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
-    config = _model_config(folder / "config.json")
-    index = folder / f"{_WEIGHTS}.safetensors.index.json"
-    weights = index if index.exists() else folder / f"{_WEIGHTS}.safetensors"
-    tensors, processor = open_tensors(weights), _processor(folder)
-    opened = {"config.json", "processor.json", *processor.tokenizer.files, weights.name}
-    if weights == index:
-        opened |= set(read_json_object(index, MAX_HEADER)["weight_map"].values())
-    if unlisted := sorted(opened - read_json_object(folder / "manifest.json", MAX_HEADER).keys()):
-        raise CheckpointError(f"{folder / 'manifest.json'} does not list {', '.join(unlisted)}")
-    _require_fit(config, tensors.specs, str(weights))
-    return OpenedModel(config, tensors, processor, str(folder))
-
-
-def _open_run(folder: pathlib.Path) -> OpenedModel:
-    config = _run_model_config(folder)
-    with Checkpoints(folder, keep=None) as checkpoints:
-        arrays = checkpoints.restore_params()
-    specs = {name: TensorSpec(array.shape, array.dtype) for name, array in arrays.items()}
-    _require_fit(config, specs, str(folder / "checkpoints"))
-    return OpenedModel(
-        config, LazyTensors(specs, arrays.__getitem__), _processor(folder), str(folder)
-    )
-
-
-def _require_fit(config: ModelConfig, specs: Any, where: str) -> None:
-    """Reports every key that is missing, left over, misshapen or of another type."""
-    if problems := mismatches(specs, model_specs(config), "is not a parameter of the model"):
-        raise CheckpointError(f"{where} does not fit its config: {'; '.join(problems)}")
-
-
-def _model_config(path: pathlib.Path) -> ModelConfig:
-    config = read_json_object(path)
-    if config.get("format") != "mammut" or config.get("version") != _VERSION:
-        raise CheckpointError(
-            f"{path} has format {config.get('format')!r} version {config.get('version')!r}, "
-            f"expected 'mammut' version {_VERSION}"
-        )
-    return read_config(ModelConfig, config.get("model"), path)
-
-
-def _run_model_config(folder: pathlib.Path) -> ModelConfig:
-    """The model of a run's config: nothing else of it is read."""
-    path = folder / "run.json"
-    config = read_json_object(path).get("config")
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{path} is not a run's config, expected the key config with an object"
-        )
-    return read_config(ModelConfig, config.get("model"), path)
-
-
-def _processor(folder: pathlib.Path) -> Processor:
-    try:
-        return Processor.load(folder)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
 
 
 def _tensors_of(model: MaMMUT) -> LazyTensors:

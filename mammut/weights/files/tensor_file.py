@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -35,14 +35,18 @@ from mammut.weights.files.torch_archive import torch_tensors
 from mammut.weights.files.zip_archive import ZipArchive, npz_tensors
 
 __all__ = [
+    "SUFFIXES",
     "CheckpointError",
     "TensorFile",
     "TensorSpec",
     "open_tensors",
+    "stored_specs",
     "write_safetensors",
     "write_sharded",
 ]
 
+# What the names of files of tensors end with.
+SUFFIXES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt", ".npz")
 _DTYPES = {
     name: np.dtype(dtype)
     for name, dtype in {
@@ -122,6 +126,30 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
         )
     file.let_go()
     return TensorFile(path, tensors, metadata)
+
+
+def stored_specs(path: pathlib.Path) -> Mapping[str, TensorSpec]:
+    """The tensors of a file, by which a format recognises it; none where it is no file of tensors.
+
+    The name says whether it is one: `SUFFIXES`. Only headers are read.
+
+    Raises:
+      CheckpointError: as `open_tensors`.
+    """
+    if os.path.isdir(path) or not path.name.endswith(SUFFIXES):
+        return {}
+    try:
+        status = path.stat()
+    except OSError:
+        return open_tensors(path).specs  # raises, with the reason
+    return _specs(path, status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+# One format after the other asks for the same file, and the pickle of a large training checkpoint
+# takes seconds. The arguments beside the path tell one state of the file from another.
+@functools.lru_cache(maxsize=1)
+def _specs(path: pathlib.Path, inode: int, mtime_ns: int, size: int) -> Mapping[str, TensorSpec]:
+    return open_tensors(path).specs
 
 
 def _is_text(name: str) -> bool:

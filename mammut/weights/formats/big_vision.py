@@ -18,19 +18,30 @@ import re
 from mammut.data.images import ImageTransform
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer, Tokenizer, load_tokenizer
-from mammut.weights.files.tensor_file import CheckpointError, open_tensors
+from mammut.weights.files.tensor_file import CheckpointError, open_tensors, stored_specs
 from mammut.weights.formats.big_vision_tables import Found, Model, cappa, image_encoder, two_towers
 from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
 from mammut.weights.tables import Table, unused_notes
 
 _PATH = re.compile(r"(.+\.npz)(?::([\w/]+))?", re.DOTALL)
+KIND = "file of big_vision's (.npz)"
 # start, end and pad of big_vision's vocabularies, which have no start of their own
 _SPECIAL_IDS = 0, 1, 0
 
 
-def is_big_vision(path: str | pathlib.Path) -> bool:
-    """Whether `path` looks like a model of big_vision: an `.npz` file, or a part of one, "FILE.npz:img"."""
-    return _PATH.fullmatch(str(path)) is not None
+def recognises(path: str | pathlib.Path) -> bool:
+    """Whether `path` is an `.npz` file, or a part of one, "FILE.npz:img", with an image encoder.
+
+    Every model of big_vision has one, and this kernel in it.
+
+    Raises:
+      CheckpointError: the file is missing or damaged.
+    """
+    match = _PATH.fullmatch(str(path))
+    if match is None:
+        return False
+    specs = stored_specs(pathlib.Path(match[1]))
+    return any(f"/{name}".endswith("/embedding/kernel") for name in specs)
 
 
 def open_model(

@@ -28,13 +28,20 @@ from mammut.models.adapter_modules import AdapterConfig
 from mammut.models.decoder import DecoderConfig
 from mammut.models.mammut import ModelConfig
 from mammut.models.resnet import ResNetConfig
-from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
+from mammut.weights.files.tensor_file import (
+    CheckpointError,
+    TensorSpec,
+    open_tensors,
+    stored_specs,
+)
 from mammut.weights.formats.huggingface_tokenizer import open_tokenizer
 from mammut.weights.formats.resnets import clip_entries, stages
 from mammut.weights.opened import LazyTensors, OpenedModel, Tensors, model_specs
 from mammut.weights.tables import Entry, Layout, Reshaped, Shape, Table, Transposed, unused_notes
 
-_BLOCKS, _TOWER = "lm.transformer.h.", "image_prefix.enc."
+KIND = "file of MAGMA's weights"
+_BLOCKS = "lm.transformer.h."
+_TOWER = "image_prefix.enc."
 _SECOND_NAMES = {"word_embedding.": "lm.transformer.wte.", "transformer.": _BLOCKS}
 _IMAGE_SIZES = {96: 384, 80: 288}  # pixels, by the stem of CLIP's RN50x16 and RN50x4; others: 224
 _PREFIX_DROPOUT = 0.1
@@ -71,12 +78,29 @@ class _Site:
         return f"{self.adapter}.{int(self.norm)}", f"{self.adapter}.{2 + self.norm}"
 
 
-def is_magma(specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether these are tensors of such a model."""
-    return all(
-        any(name.startswith(part) for name in specs)
-        for part in ("lm.transformer.", "image_prefix.")
-    )
+def recognises(path: pathlib.Path) -> bool:
+    """Whether `path` is a file with the language model and the image prefix of such a model.
+
+    Raises:
+      CheckpointError: the file is damaged.
+    """
+    specs = stored_specs(path)
+    has_text = any(name.startswith("lm.transformer.") for name in specs)
+    has_image = any(name.startswith("image_prefix.") for name in specs)
+    return has_text and has_image
+
+
+def open_model(path: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
+    """The whole model, with its processor: `open_magma` of a file.
+
+    Args:
+      path: for which `recognises` holds. A tokenizer may lie beside it.
+      image_size: not used: the image encoder tells it.
+
+    Raises:
+      CheckpointError: as for `open_magma`.
+    """
+    return open_magma(open_tensors(path), path.parent, str(path))
 
 
 def open_magma(
@@ -93,7 +117,7 @@ def open_magma(
     To read a tensor that has a second name raises CheckpointError where the two are not the same.
 
     Args:
-      theirs: for which `is_magma` holds.
+      theirs: the tensors of the file.
       folder: where GPT-2's tokenizer.json, or its vocab.json and merges.txt, may lie.
       where: the file, for errors.
       num_heads: of a layer. This and the two below are GPT-J's: the tensors do not tell them.

@@ -24,12 +24,20 @@ from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer
 from mammut.models.mammut import ModelConfig
 from mammut.models.resnet import ResNetConfig
-from mammut.weights.files.tensor_file import CheckpointError, TensorFile, TensorSpec
+from mammut.weights.files.tensor_file import (
+    CheckpointError,
+    TensorFile,
+    TensorSpec,
+    open_tensors,
+    stored_specs,
+)
+from mammut.weights.formats import open_clip_folder
 from mammut.weights.formats.json_object import JsonObject, shown
 from mammut.weights.formats.open_clip_config import read_preprocess
 from mammut.weights.opened import OpenedModel, model_specs
 from mammut.weights.tables import Entry, Reshaped, Same, Shape, Table, unused_notes
 
+KIND = "ResNet of CLIP's or of timm's"
 # mean and deviation of its pixels, as timm has them
 _IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 _NF_SIZE = 256  # pixels that timm's nf_resnet50 was trained on
@@ -70,11 +78,39 @@ class Variances(Same):
         return super().load(theirs, ours, place)
 
 
-def is_timm(path: pathlib.Path) -> bool:
-    """Whether `path` is a folder of timm's with a norm-free ResNet, as on the Hugging Face hub."""
-    path = pathlib.Path(path)
-    config = _timm_config(path) if os.path.isdir(path) else {}
-    return str(config.get("architecture", "")).startswith("nf_resnet")
+def recognises(path: pathlib.Path) -> bool:
+    """Whether `path` is a folder or a file with the weights of such an image encoder.
+
+    A folder is one of timm's, by the architecture in its `config.json`, or one of open_clip's.
+
+    Raises:
+      CheckpointError: the weights are missing or damaged.
+    """
+    if not os.path.isdir(path):
+        return is_resnet(stored_specs(path))
+    if os.path.exists(path / open_clip_folder.CONFIG_FILE):
+        return is_resnet(stored_specs(open_clip_folder.find_weights(path)))
+    return str(_timm_config(path).get("architecture", "")).startswith("nf_resnet")
+
+
+def open_model(path: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
+    """The image encoder of a folder or a file, and how it takes images.
+
+    Args:
+      path: for which `recognises` holds.
+      image_size: not used: the files tell it, or it is the size of the published models.
+
+    Raises:
+      CheckpointError: a file is missing or damaged, the tensors are not those of one ResNet, or a
+        config beside them is of another. Every mismatch is named.
+    """
+    weights = open_clip_folder.find_weights(path)
+    theirs = open_tensors(weights)
+    if not is_resnet(theirs.specs):
+        raise CheckpointError(
+            f"{weights} holds other tensors than a ResNet of CLIP's or a norm-free one of timm's"
+        )
+    return open_resnet(theirs, weights.parent, open_clip_folder.read_config(path), str(path))
 
 
 def is_resnet(specs: Mapping[str, TensorSpec]) -> bool:

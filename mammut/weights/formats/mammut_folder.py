@@ -1,0 +1,89 @@
+"""A model folder of this library, as `mammut.save` writes it: read, with its manifest checked."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+
+from mammut.core.files import check_manifest, read_json_object
+from mammut.core.mapped_file import MAX_HEADER
+from mammut.data.processor import Processor
+from mammut.models.mammut import ModelConfig
+from mammut.weights.files.tensor_file import CheckpointError, TensorSpec, open_tensors
+from mammut.weights.opened import OpenedModel, mismatches, model_specs, read_config
+
+KIND = "model folder (no manifest.json)"
+VERSION = 1
+CONFIG_FILE = "config.json"
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_STEM = "model"  # of model.safetensors, or of its shards and their index
+
+
+def recognises(path: pathlib.Path) -> bool:
+    """Whether `path` is a complete model folder: it has a manifest, which is written last."""
+    return os.path.exists(path / MANIFEST_FILE)
+
+
+def open_model(folder: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
+    """The model and its processor; of the weights, only headers are kept.
+
+    Args:
+      folder: for which `recognises` holds.
+      image_size: not used: the config has it.
+
+    Raises:
+      CheckpointError: a file is damaged, missing or not in the manifest; or config, weights and
+        processor do not fit each other. Every mismatch is named.
+    """
+    if problems := check_manifest(folder, folder / MANIFEST_FILE):
+        raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
+    config = read_model_config(folder)
+
+    index = folder / f"{WEIGHTS_STEM}.safetensors.index.json"
+    weights = index if index.exists() else folder / f"{WEIGHTS_STEM}.safetensors"
+    tensors = open_tensors(weights)
+    processor = read_processor(folder)
+
+    read = {CONFIG_FILE, "processor.json", *processor.tokenizer.files, weights.name}
+    if weights == index:
+        read |= set(read_json_object(index, MAX_HEADER)["weight_map"].values())
+    listed = read_json_object(folder / MANIFEST_FILE, MAX_HEADER).keys()
+    if unlisted := sorted(read - listed):
+        raise CheckpointError(f"{folder / MANIFEST_FILE} does not list {', '.join(unlisted)}")
+
+    require_fit(config, tensors.specs, str(weights))
+    return OpenedModel(config, tensors, processor, str(folder))
+
+
+def read_model_config(folder: pathlib.Path) -> ModelConfig:
+    """The config in `config.json`.
+
+    Raises:
+      CheckpointError: the file is missing, is of another format or version, or holds no
+        `ModelConfig`.
+    """
+    path = folder / CONFIG_FILE
+    config = read_json_object(path)
+    if config.get("format") != "mammut" or config.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has format {config.get('format')!r} version {config.get('version')!r}, "
+            f"expected 'mammut' version {VERSION}"
+        )
+    return read_config(ModelConfig, config.get("model"), path)
+
+
+def read_processor(folder: pathlib.Path) -> Processor:
+    """The processor in `folder`; raises CheckpointError where it is missing or damaged."""
+    try:
+        return Processor.load(folder)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def require_fit(config: ModelConfig, specs: Mapping[str, TensorSpec], where: str) -> None:
+    """Checks that tensors are the parameters of a model; `where` names their file in errors.
+
+    Raises:
+      CheckpointError: a tensor is missing, left over, of another shape or type. All are named.
+    """
+    if problems := mismatches(specs, model_specs(config), "is not a parameter of the model"):
+        raise CheckpointError(f"{where} does not fit its config: {'; '.join(problems)}")
