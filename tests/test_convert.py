@@ -18,6 +18,7 @@ import mammut
 from mammut import convert
 from mammut.config import DecoderConfig, ModelConfig, VisionConfig
 from mammut.data.tokenizer import MissingTokenizer
+from mammut.models.flops import num_params
 from mammut.testing import tiny_batch, tiny_model, tiny_processor
 
 MAMMUT2 = ModelConfig(
