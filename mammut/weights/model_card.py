@@ -72,7 +72,8 @@ def write_card(folder: pathlib.Path, config: ModelConfig, processor: Processor) 
         f"| image | {vision.image_size} x {vision.image_size} pixels ({processor.image.mode}), "
         f"{vision.summary} |",
         f"| text | up to {processor.max_length} tokens of {text.vocab_size:,} "
-        f"({processor.tokenizer.kind}); {text.text_only_depth + text.depth} layers of width {text.width}; {sight} |",
+        f"({processor.tokenizer.kind}); {text.text_only_depth + text.depth} layers "
+        f"of width {text.width}; {sight} |",
         f"| embedding | {config.embed_size} numbers |",
         f"| stored as | {config.param_dtype} |",
         *_training(folder / "run.json"),
