@@ -328,8 +328,8 @@ def write_sharded(
       stem: what the names of the files start with.
       specs: as for `write_safetensors`.
       read: as for `write_safetensors`.
-      max_bytes: the largest size of the tensors in one shard. A tensor that is larger has a shard of
-        its own.
+      max_bytes: the largest size of the tensors in one shard. A tensor that is larger has a shard
+        of its own.
       metadata: texts for the header of every file.
       progress: as for `write_safetensors`.
 

@@ -1,9 +1,9 @@
-"""Language models of Hugging Face folders: GPT-2, GPT-Neo, GPT-J and GPT-NeoX (Pythia), as transformers saves them.
+"""Language models of Hugging Face: GPT-2, GPT-Neo, GPT-J and GPT-NeoX (Pythia).
 
-A folder holds config.json, the weights (one file of safetensors or its shards with their index, or
-one pytorch_model.bin) and the tokenizer. What becomes of the config is in `huggingface_config`, of
-the weights in `huggingface_tables`, of the tokenizer in `huggingface_tokenizer`. A text decoder is
-all that such a folder holds.
+A folder as transformers saves it holds config.json, the weights (one file of safetensors or its
+shards with their index, or one pytorch_model.bin) and the tokenizer. `huggingface_config` reads the
+config, `huggingface_tables` the weights, `huggingface_tokenizer` the tokenizer. Such a folder holds
+a text decoder alone.
 """
 
 import os
@@ -28,8 +28,7 @@ from mammut.weights.tables import Table
 KIND = "folder of a language model (no config.json with a model_type)"
 CONFIG_FILE = "config.json"
 _WEIGHTS = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
-# A model is more than a decoder: the smallest of image encoders stands for the one that a folder
-# does not have.
+# A `ModelConfig` needs an image encoder, and such a folder has none: a smallest one stands for it.
 _NO_VISION = VisionConfig(width=8, depth=1, num_heads=1, mlp_dim=8, image_size=16)
 _EMBEDDING = "text.token_embed.embedding"
 
@@ -37,8 +36,8 @@ _EMBEDDING = "text.token_embed.embedding"
 def recognises(path: pathlib.Path) -> bool:
     """Whether `path` is a folder of a transformers model: its config.json has a `model_type`.
 
-    Folders of open_clip and of timm may have one, too: a file of open_clip's beside it, or the
-    `architecture` that timm writes, tells them.
+    Folders of open_clip and of timm may have one, too. They have a config of open_clip's beside it,
+    or the `architecture` that timm writes in it.
 
     Raises:
       CheckpointError: config.json is no JSON object.
@@ -87,7 +86,7 @@ def open_model(folder: pathlib.Path, *, image_size: int | None = None) -> Opened
 
 
 def model_config(text: DecoderConfig) -> ModelConfig:
-    """A model with that decoder; of what is beside it nothing is read."""
+    """The config of a model with that decoder; its other parts mean nothing."""
     return ModelConfig(
         vision=_NO_VISION,
         text=text,
@@ -98,7 +97,10 @@ def model_config(text: DecoderConfig) -> ModelConfig:
 
 
 def _compared(ours: Tensors, rules: Table, theirs: Tensors) -> LazyTensors:
-    """`ours`; to read the embedding raises CheckpointError where the head that it should be, too, is another matrix."""
+    """`ours`, with a check of the embedding where a file has the tied head as well.
+
+    To read the embedding raises CheckpointError where the two are not the same.
+    """
     names = [entry.theirs for entry in rules.entries if entry.ours == (_EMBEDDING,)]
 
     def read(path: str) -> np.ndarray:
