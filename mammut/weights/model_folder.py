@@ -1,16 +1,16 @@
-"""Models as files: `save`, `load`, and what other people's formats become on the way in.
+"""Models as files: `save`, `load`, and the formats that `load` reads.
 
-A model folder (docs/model_folder.md) is what `save` writes:
+`save` writes a model folder (docs/model_folder.md):
 
     config.json         format, version and the `ModelConfig`
-    model.safetensors   the parameters, named by their path in the model; or shards of it and their index
+    model.safetensors   the parameters by their path in the model; or its shards and their index
     processor.json ...  the processor with its tokenizer files
     manifest.json       size and SHA-256 of every file above, checked by `load`
     README.md           the model card
 
-`load` reads such a folder, a run, and the formats of `mammut.interop`. Nothing but headers is read
-until all fits; then parameter after parameter goes to its place on the mesh, so that no second copy
-of the model is ever held.
+`load` reads such a folder, a run, and the foreign formats in `FORMATS`. Only headers are read until
+everything fits. Then one parameter after the other goes to its devices, so that there is never a
+second copy of the model.
 """
 
 import os
@@ -102,18 +102,29 @@ def save(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a model folder; weights of more than `max_shard_bytes` become several files.
+    """Writes a model folder.
 
-    Of several processes, all call it, process 0 writes: parameters split over them are brought
-    together one by one.
+    Of several processes, all have to call it: split parameters are brought together one by one, and
+    process 0 writes them.
+
+    Args:
+      folder: made where it is missing.
+      model: the model.
+      processor: makes images and texts for it.
+      overwrite: whether a model of ours that is in the folder is replaced.
+      max_shard_bytes: the largest size of one file of weights; more becomes several files.
 
     Raises:
       ValueError: the folder holds a model already and `overwrite` is False, or one of open_clip; or
         the processor is of another model.
+
+    Example:
+      >>> model = mammut.MaMMUT(config, rngs=nnx.Rngs(0))
+      >>> mammut.save("models/new", model, processor)
     """
     opened = OpenedModel(model.config, _tensors_of(model), processor, "the model")
     if not distributed.first():
-        for name in opened.tensors.specs:  # in the order in which they are written
+        for name in opened.tensors.specs:  # in the order in which process 0 writes them
             opened.tensors.read(name)
         return
     save_opened(folder, opened, overwrite=overwrite, max_shard_bytes=max_shard_bytes)
@@ -127,33 +138,36 @@ def save_opened(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[str, ...]:
-    """`save` of a model that is still in its files: one tensor of it is held at a time.
+    """`save` of an opened model: one tensor is in memory at a time.
 
-    A folder that holds a model keeps it until all of the new one is written. `progress` is called
-    with the bytes of each tensor written.
+    A model that is in the folder stays there until all of the new one is written.
+
+    Args:
+      folder: as for `save`.
+      opened: a whole model, with its processor.
+      overwrite: as for `save`.
+      max_shard_bytes: as for `save`.
+      progress: called with the number of bytes of each tensor written.
 
     Returns:
-      What the folder is without, in sentences.
+      Sentences on what the model needs and the folder does not have.
 
     Raises:
-      ValueError: as for `save`; or `opened` is a part of a model, or read from `folder` itself.
+      ValueError: as for `save`; or `opened` is a part of a model, or is read from `folder` itself.
     """
     folder = pathlib.Path(folder)
-    files = (
-        ["config.json", "processor.json", *opened.processor.tokenizer.files]
-        if opened.processor
-        else []
-    )
+    files = []
+    if opened.processor is not None:
+        files = ["config.json", "processor.json", *opened.processor.tokenizer.files]
     weights = sorted(path.name for path in folder.glob("*") if _WEIGHT_FILES.fullmatch(path.name))
     require_target(folder, opened, [*files, "manifest.json", *weights], [CONFIG_FILE], overwrite)
-    specs, read = opened.tensors.specs, opened.tensors.read
     with replacing(folder, "manifest.json", stale=weights) as new:
         opened.processor.save(new)
         files += write_sharded(
             new,
             mammut_folder.WEIGHTS_STEM,
-            specs,
-            read,
+            opened.tensors.specs,
+            opened.tensors.read,
             max_bytes=max_shard_bytes,
             metadata={"format": "mammut"},
             progress=progress,
@@ -165,27 +179,38 @@ def save_opened(
         write_json(new / "manifest.json", make_manifest(new, [new / name for name in files]))
     write_card(folder, opened.config, opened.processor)
     tokenizer = opened.processor.tokenizer
-    return (tokenizer.problem,) if isinstance(tokenizer, MissingTokenizer) else ()
+    if isinstance(tokenizer, MissingTokenizer):
+        return (tokenizer.problem,)
+    return ()
 
 
 def load(
     path: str | os.PathLike, *, mesh: Mesh | None = None, image_size: int | None = None
 ) -> tuple[MaMMUT, Processor]:
-    """The model and its processor.
+    """Loads a model and its processor.
 
     Args:
       path: a model folder of ours; a run, for its newest good checkpoint; a folder or file of
         open_clip's MaMMUT and CoCa or of LAION's openMaMMUT; a SigLIP or CapPa `.npz` of
-        big_vision; a checkpoint of MAGMA's code. `mammut.interop` says which. Parts of a model are
-        refused: `load_language_model` reads the language models of Hugging Face.
-      mesh: where the parameters go, split by `mammut.core.sharding.RULES`. None: one device.
-      image_size: pixels; the position table is resampled to it, as the model's makers do. None: as
-        it was trained.
+        big_vision; a checkpoint of MAGMA's code. A part of a model is refused:
+        `load_language_model` reads the language models of Hugging Face.
+      mesh: the devices for the parameters, split by `mammut.core.sharding.RULES`. None: the default
+        device.
+      image_size: pixels along one side. The position table is resampled to it as the makers of the
+        model do. None: the size that the model was trained with.
+
+    Returns:
+      The model, and the processor that makes its images and texts.
 
     Raises:
-      CheckpointError: none of these is there, a file is damaged or missing, or the weights do not
-        fit the config. Every mismatch is named.
-      ValueError: `image_size` is no positive multiple of the patch size.
+      CheckpointError: there is no model at the path, a file is damaged or missing, or the weights
+        do not fit the config. Every mismatch is named.
+      ValueError: `image_size` is not a positive multiple of the patch size.
+
+    Example:
+      >>> model, processor = mammut.load("runs/flickr8k")
+      >>> batch = processor(images=["dog.jpg"], text=["a dog on grass"])
+      >>> image_embed = model.encode_image(batch["image"])
     """
     if image_size is not None and (type(image_size) is not int or image_size < 1):
         raise ValueError(
@@ -193,15 +218,16 @@ def load(
         )
     opened = open_model(path, image_size=image_size)
     if opened.processor is None or set(opened.parts) != {"vision", "text", "rest"}:
-        use = {
-            ("vision",): "a run can start from it with --init-vision",
-            (
-                "text",
-            ): "mammut.load_language_model reads it, and a run can start from it with --init-text",
-        }
+        use = "a run can start from it with --init"
+        if opened.parts == ("vision",):
+            use = "a run can start from it with --init-vision"
+        elif opened.parts == ("text",):
+            use = (
+                "mammut.load_language_model reads it, and a run can start from it with --init-text"
+            )
         raise CheckpointError(
-            f"{opened.where} holds {' and '.join(opened.parts)} alone, expected a whole model: "
-            f"{use.get(opened.parts, 'a run can start from it with --init')}"
+            f"{opened.where} holds {' and '.join(opened.parts)} alone, "
+            f"expected a whole model: {use}"
         )
     if image_size is not None:
         opened = at_image_size(opened, image_size)
@@ -211,16 +237,19 @@ def load(
 def load_language_model(
     path: str | os.PathLike, *, mesh: Mesh | None = None
 ) -> tuple[TextDecoder, Tokenizer]:
-    """A text decoder and its tokenizer: a GPT-2, GPT-Neo, GPT-J or GPT-NeoX (Pythia) folder of Hugging Face.
-
-    Of a whole model, such as `load` reads, it is that model's decoder.
+    """Loads a text decoder and its tokenizer.
 
     Args:
-      path: the folder.
+      path: a folder of Hugging Face with a GPT-2, GPT-Neo, GPT-J or GPT-NeoX (Pythia). Of a whole
+        model, such as `load` reads, its decoder is loaded.
       mesh: as for `load`.
 
     Raises:
       CheckpointError: as for `load`; or there is no text decoder.
+
+    Example:
+      >>> decoder, tokenizer = mammut.load_language_model("downloads/pythia-70m")
+      >>> ids = tokenizer.encode("a dog")
     """
     opened = open_model(path)
     if "text" not in opened.parts:
@@ -229,7 +258,7 @@ def load_language_model(
         )
     if opened.processor is None:
         raise CheckpointError(
-            f"{opened.where} says nothing of a tokenizer, expected one with the text decoder"
+            f"{opened.where} has no tokenizer, expected one with the text decoder"
         )
     return place(opened, mesh, part="text"), opened.processor.tokenizer
 
@@ -255,7 +284,10 @@ def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> Ope
 def _why_none(path: pathlib.Path) -> str:
     """Why no format recognises `path`, in a sentence."""
     if not os.path.exists(path):
-        return f"there is no {path}: expected a folder or a file on this machine, nothing is downloaded"
+        return (
+            f"there is no {path}: expected a folder or a file on this machine, "
+            "nothing is downloaded"
+        )
     if path.is_dir():
         names = sorted(item.name for item in path.iterdir())
         # an .npz tells itself, and is given by its own path
@@ -268,29 +300,36 @@ def _why_none(path: pathlib.Path) -> str:
 def place(
     opened: OpenedModel, mesh: Mesh | None = None, part: str | None = None
 ) -> MaMMUT | TextDecoder:
-    """The model, or the `part` of it with that name, with its parameters on `mesh`, or on the default device.
+    """Reads the parameters of an opened model onto their devices.
+
+    Args:
+      opened: the model.
+      mesh: the devices; None: the default device.
+      part: the name of the part to read, such as "text"; None: the whole model.
+
+    Returns:
+      The model, or the part.
 
     Raises:
-      ValueError: the mesh has other axes than those of `mammut.core.sharding.make_mesh`, or other
-        than automatic ones.
+      ValueError: the mesh has axes that are not automatic, or other ones than those of
+        `mammut.core.sharding.make_mesh`.
     """
-    if mesh is not None and (
-        set(mesh.axis_names) - set(MESH_AXES) or set(mesh.axis_types) != {AxisType.Auto}
-    ):
-        raise ValueError(
-            f"the mesh has the axes {mesh.axis_names} of {', '.join(map(str, mesh.axis_types))}, expected automatic "
-            f"axes among {MESH_AXES}: mammut.core.sharding.make_mesh makes one"
-        )
+    if mesh is not None:
+        _require_mesh(mesh)
     abstract = nnx.eval_shape(lambda: MaMMUT(opened.config, rngs=nnx.Rngs(0)))
-    abstract, prefix = (abstract, "") if part is None else (getattr(abstract, part), f"{part}.")
+    prefix = ""
+    if part is not None:
+        abstract = getattr(abstract, part)
+        prefix = f"{part}."
     graphdef, state = nnx.split(abstract)
     state = nnx.to_pure_dict(state)
     shardings = mesh and param_shardings(state, logical_axes(abstract), mesh)
 
     def put(path, leaf, sharding=None):
         array = opened.tensors.read(prefix + ".".join(entry.key for entry in path))
-        # A copy of what is mapped: an array on the CPU may share its memory, and files change.
-        array = array if array.flags.writeable else np.array(array)
+        if not array.flags.writeable:
+            # A copy of the mapped file: an array on the CPU may share its memory, and files change.
+            array = np.array(array)
         if sharding is None:
             return jax.device_put(array)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: array[index])
@@ -299,11 +338,22 @@ def place(
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(put, *trees))
 
 
+def _require_mesh(mesh: Mesh) -> None:
+    """Raises ValueError where a mesh is not like those of `mammut.core.sharding.make_mesh`."""
+    unknown = set(mesh.axis_names) - set(MESH_AXES)
+    if unknown or set(mesh.axis_types) != {AxisType.Auto}:
+        types = ", ".join(map(str, mesh.axis_types))
+        raise ValueError(
+            f"the mesh has the axes {mesh.axis_names} of {types}, expected automatic axes "
+            f"among {MESH_AXES}: mammut.core.sharding.make_mesh makes one"
+        )
+
+
 def read_model_config(path: str | os.PathLike) -> ModelConfig:
-    """The architecture of a model folder, of a run or of a foreign model, without its weights.
+    """Reads the config of a model folder, of a run or of a foreign model, without its weights.
 
     Raises:
-      CheckpointError: the path is none of these.
+      CheckpointError: there is no model at the path.
     """
     path = pathlib.Path(path)
     config = path / mammut_folder.CONFIG_FILE

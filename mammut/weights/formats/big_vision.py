@@ -74,14 +74,11 @@ def open_model(
         model = cappa(found, image_size, max_length)
     else:
         model = image_encoder(found, image_size)
+    whole = model.text_form is not None
+    parts = ("vision", "text", "rest") if whole else ("vision",)
     specs = model_specs(model.config)
-    parts = ("vision", "text", "rest")
-    processor = None
-    if model.text_form is None:
-        parts = ("vision",)
+    if not whole:
         specs = {name: spec for name, spec in specs.items() if name.startswith("vision.")}
-    else:
-        processor = _processor(pathlib.Path(file), model)
 
     unused = found.outside | {found.key(name): why for name, why in model.unused.items()}
     constant = {name: (0.0, why) for name, why in model.zero.items()}
@@ -97,6 +94,7 @@ def open_model(
         return stored.read(name)
 
     tensors = LazyTensors(specs, read)
+    processor = _processor(pathlib.Path(file), model) if whole else None
     zero_notes = [f"{name} is 0: {why}" for name, why in model.zero.items()]
     notes = (*unused_notes(unused), *zero_notes, *model.notes)
     return OpenedModel(model.config, tensors, processor, str(path), parts, "bilinear", notes)

@@ -67,7 +67,7 @@ def _byte_level(folder: pathlib.Path) -> Tokenizer:
         pipeline.add_special_tokens([token])
         if pipeline.token_to_id(token) != added[token]:
             raise ValueError(
-                f"{folder / 'added_tokens.json'} gives {shown(token)} the id {shown(added[token])}, "
-                "which is not the next one"
+                f"{folder / 'added_tokens.json'} gives {shown(token)} "
+                f"the id {shown(added[token])}, which is not the next one"
             )
     return HuggingFaceTokenizer(pipeline.to_str().encode(), False, named)

@@ -55,7 +55,7 @@ _VISUAL = (
 
 
 def recognises(path: pathlib.Path) -> bool:
-    """Whether `path` is a folder with open_clip's config, or a file with a ViT by open_clip's names.
+    """Whether `path` is a folder with open_clip's config, or a file with its image encoder.
 
     CLIP's ResNets come in the same folders; they are `resnets`' to open.
 
@@ -103,7 +103,10 @@ def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> Ope
 
 
 def _openmammut_of(theirs: TensorFile) -> dict[str, Any]:
-    """The `model_cfg` of the openMaMMUT size that has these tensors; the table compares the rest."""
+    """The `model_cfg` of the openMaMMUT size that has these tensors.
+
+    Only three of them are looked at: the table compares all.
+    """
     shapes = {name: tuple(spec.shape) for name, spec in theirs.specs.items()}
     patches = shapes.get("visual.conv1.weight")
     embedding = shapes.get("text.token_embedding.weight")

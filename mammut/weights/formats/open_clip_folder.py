@@ -1,4 +1,4 @@
-"""A folder as open_clip's on the Hugging Face hub: its config, and which of its files holds the weights.
+"""A folder of open_clip's, as on the Hugging Face hub: its config and its file of weights.
 
 MaMMUT, CoCa (`open_clip`) and CLIP's ResNets (`resnets`) come in such folders.
 """
