@@ -26,11 +26,10 @@ from typing import Any, Literal
 import numpy as np
 
 from mammut.core.fields import differences, to_dict
-from mammut.models.adapter_modules import Tower
 from mammut.models.compute import ComputeConfig
 from mammut.models.mammut import ModelConfig
 from mammut.weights.opened import OpenedModel, Tensors, model_specs
-from mammut.weights.resample import _resampling
+from mammut.weights.resample import Tower, _resampling
 
 Start = Literal["init", "init_vision", "init_text"]  # fields of `TrainConfig`
 What = Literal["loaded", "resampled", "cut", "in part", "random", "left out"]
