@@ -1,21 +1,13 @@
 """Trains a MaMMUT: mesh, data, model, optimizer, restore, loop.
 
-    python train.py [configs/RECIPE.py] [--workdir DIR] [--resume] [--compile-only]
-    [--dotted.override VALUE]
+python train.py [configs/RECIPE.py] [OPTIONS]
 
-The recipe's `get_config()` returns the run's `TrainConfig`; any of its fields can be overridden by
-its dotted name (`--optimizer.learning-rate 1e-3`). A fresh run never writes into a used folder;
-`--resume` continues one bit for bit.
-
-One process drives all devices of its machine. A run over several is this command on each, with the
-same folder:
-
-    --distributed                     the processes that a TPU pod, Slurm or Open MPI has started
-    --coordinator HOST:PORT --num-processes N --process-id I      others; HOST is that of process 0
-    --peer-timeout SECONDS            a process not heard of for so long ends all (default: 100)
+The recipe's `get_config()` returns the run's `TrainConfig`; an option changes a field of it by its
+dotted name (`--optimizer.learning-rate 1e-3`). A fresh run never writes into a used folder;
+`--resume` continues one bit for bit. One process drives all devices of its machine. A run over
+several machines is this command on each, with the same folder.
 """
 
-import argparse
 import contextlib
 import functools
 import logging
@@ -33,6 +25,7 @@ from mammut.data.processor import Processor
 from mammut.pages.report import write_report
 from mammut.performance.compile_report import compile_report
 from mammut.performance.out_of_memory import enough_memory
+from mammut.training import command_line
 from mammut.training.log import RunLog
 from mammut.training.new_processor import shared_processor
 from mammut.training.run import Run, require_same, resolve, stages
@@ -48,27 +41,6 @@ from mammut.weights.warm_start import WarmStart, warm_start
 
 DEFAULT_RECIPE = pathlib.Path(__file__).parent / "configs" / "tiny.py"
 SAMPLES_PRINTED = 10
-
-
-def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Splits the command line into this program's own arguments and the overrides of the config."""
-    if {"-h", "--help"} & {*argv}:
-        print(__doc__)  # the fields of the config follow
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--workdir", type=pathlib.Path)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--compile-only", action="store_true")
-    parser.add_argument("--topology")
-    parser.add_argument("--distributed", action="store_true")
-    parser.add_argument("--coordinator")
-    parser.add_argument("--num-processes", type=int)
-    parser.add_argument("--process-id", type=int)
-    parser.add_argument("--peer-timeout", type=float, default=distributed.Processes.timeout)
-    # The recipe comes first: later on, a bare word is the value of an override.
-    first = argv[:1] if argv and not argv[0].startswith("-") else []
-    args, overrides = parser.parse_known_args(argv[len(first) :])
-    args.recipe = pathlib.Path(first[0]) if first else None
-    return args, overrides
 
 
 def train(run: Run, watchdog: distributed.Watchdog) -> bool:
@@ -264,8 +236,10 @@ def check_finite(metrics: dict[str, jax.Array] | None, config: TrainConfig) -> N
 
 def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    args, overrides = parse_args(argv)
+    recipe, args, overrides = command_line.parse(argv)
     try:
+        if {"-h", "--help"} & {*argv}:
+            command_line.print_help(command_line.load_recipe(recipe or DEFAULT_RECIPE), __doc__)
         asked = distributed.Processes(
             args.distributed,
             args.coordinator,
@@ -282,11 +256,11 @@ def main(argv: list[str]) -> None:
                 "--compile-only is given with several processes, expected one process for all devices"
             )
         if args.compile_only:
-            run = resolve(args.recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
+            run = resolve(recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
             print(compile_report(run.config, args.topology))
             return
         with distributed.processes(asked, "train.py"):
-            run = resolve(args.recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
+            run = resolve(recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
             require_same(run)
             with distributed.Watchdog(run.config.step_timeout, "train.py") as watchdog:
                 # a stage that was ended early ends them

@@ -22,7 +22,7 @@ loss masks and features are those of a text [start, ..., end] either way.
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,15 @@ class DecoderConfig(TextTowerConfig):
       >>> text.num_cross_layers
       2
     """
+
+    NOUN: ClassVar[str] = "Text decoder"
+    OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        *TextTowerConfig.OF_WEIGHTS,
+        "cross_attn_position",
+        "image_norm",
+        "local_windows",
+        "vocab_bias",
+    )
 
     # One cross-attention layer for every so many self-attention layers; 0: none, the image is a
     # prefix of the text.

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,20 @@ Module = TypeVar("Module", bound=nnx.Module)
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
     """The layers of a tower; the defaults are those of the vision transformer as published."""
+
+    # Fields that only other people's weights set: `train.py --help` leaves them out.
+    OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        "norm",
+        "norm_eps",
+        "attn_bias",
+        "attn_out_bias",
+        "attn_scale",
+        "mlp_bias",
+        "layout",
+        "qk_norm",
+        "attn_gate",
+        "gate_bias",
+    )
 
     # Size of a token.
     width: int = 768

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,11 @@ class ModelConfig:
       >>> config = dataclasses.replace(config, vision=large_images)
     """
 
+    OF_WEIGHTS: ClassVar[tuple[str, ...]] = ("text_projection", "projection_bias")
+
+    # The image encoder.
     vision: VisionConfig | ResNetConfig = VisionConfig()
+    # The text decoder.
     text: DecoderConfig = DecoderConfig()
     # Size E of the embeddings; None: the decoder's width.
     embed_dim: int | None = None

@@ -7,7 +7,7 @@ tower of CoCa, and SigLIP, which has no other.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,17 @@ from mammut.models.transformer import Layer, Rotation, rotation
 @dataclasses.dataclass(frozen=True)
 class TextTowerConfig(LayerConfig):
     """Texts of a decoder: vocabulary, positions, and how a text becomes an embedding."""
+
+    OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        *LayerConfig.OF_WEIGHTS,
+        "rope_dims",
+        "rope_theta",
+        "text_only_depth",
+        "text_only_heads",
+        "causal_contrastive",
+        "pad_masking",
+        "pad_id",
+    )
 
     # Number of token ids.
     vocab_size: int = 64_000

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,15 @@ class VisionConfig(LayerConfig):
       >>> vision.num_tokens
       144
     """
+
+    NOUN: ClassVar[str] = "Image encoder"
+    OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        *LayerConfig.OF_WEIGHTS,
+        "patch_bias",
+        "input_norm",
+        "norm_after_pooling",
+        "pool_heads",
+    )
 
     # Height and width of an image in pixels; images are square.
     image_size: int = 224

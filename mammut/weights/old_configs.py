@@ -19,7 +19,7 @@ MOVED = {
     "model.vision.cropped_pos_embed": "augment.crop_positions",
 }
 # Fields that follow from others today.
-_DERIVED = ("model.conditioning", "model.text.class_token")
+DERIVED = ("model.conditioning", "model.text.class_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def upgraded(config: dict[str, Any]) -> Upgraded:
         if value is not None:
             section, name = new.split(".")
             config.setdefault(section, {})[name] = value
-    for name in _DERIVED:
+    for name in DERIVED:
         _taken(config, name)
 
     without = []
