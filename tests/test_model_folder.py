@@ -21,6 +21,7 @@ import mammut
 from mammut.config import MeshConfig
 from mammut.core import sharding
 from mammut.data.tokenizer import MissingTokenizer
+from mammut.models.compute import ComputeConfig
 from mammut.models.flops import num_params
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 from mammut.training.run_folder import read_run, write_run
@@ -89,11 +90,11 @@ def test_a_saved_model_loads_bit_for_bit_with_its_processor(saved):
 
 
 def test_weights_in_bfloat16_stay_bfloat16(tmp_path):
-    config = dataclasses.replace(tiny_config(), param_dtype="bfloat16", logit_bias_init=-10.0)
-    model = tiny_model(config)
+    compute = ComputeConfig(param_dtype="bfloat16", remat="dots", unroll=3)
+    model = tiny_model(compute=compute)
     mammut.save(tmp_path / "model", model, tiny_processor())
     loaded, _ = mammut.load(tmp_path / "model")
-    assert loaded.config == config
+    assert (loaded.config, loaded.compute) == (tiny_config(), compute)
     assert (
         loaded.text.token_embed.embedding.dtype == jnp.bfloat16
         and loaded.logit_scale.dtype == jnp.float32
@@ -292,11 +293,13 @@ def test_a_config_that_is_no_json_object_is_an_error_that_names_it(folder, conte
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda c: c.update(version=99), "format 'mammut' version 99, expected 'mammut' version 1"),
-    (lambda c: c.update(format="open_clip"), "format 'open_clip' version 1"),
+    (lambda c: c.update(version=99), "format 'mammut' version 99, expected 'mammut' version 2"),
+    (lambda c: c.update(format="open_clip"), "format 'open_clip' version 2"),
     (lambda c: c.pop("version"), "version None"),
     (lambda c: c.pop("model"), "holds NoneType, expected an object"),
     (lambda c: c["model"].update(colour="red"), "has colour, which ModelConfig does not know"),
+    (lambda c: c["compute"].update(colour="red"), "has colour, which ComputeConfig does not know"),
+    (lambda c: c["compute"].update(passes="three"), "passes is 'three', expected one of two_calls, fused"),
     (lambda c: c["model"]["text"].update(depth=5), "depth 5 is not a multiple of cross_attn_every 2"),
 ])  # fmt: skip
 def test_a_config_that_cannot_be_is_refused_by_its_file(folder, change, message):

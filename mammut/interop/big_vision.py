@@ -17,6 +17,7 @@ model that exists. Nothing of big_vision is needed here, but for checkpoints tha
 wrote.
 """
 
+import dataclasses
 import inspect
 import math
 import pathlib
@@ -31,10 +32,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mammut import presets
-from mammut.core.fields import from_dict, to_dict
+from mammut.core.fields import from_dict, require, to_dict
 from mammut.models.compute import Augment, AugmentConfig, ComputeConfig
 from mammut.models.layers import unit
-from mammut.models.mammut import MaMMUT, ModelConfig, require_computable
+from mammut.models.mammut import MAX_LOGIT_SCALE, MaMMUT, ModelConfig, require_computable
 from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.formats import big_vision as big_vision_weights
 from mammut.weights.model_folder import open_model
@@ -45,6 +46,27 @@ from mammut.weights.warm_start import Start, warm_start
 # What a part of a model is called: by us, by two towers, by CapPa.
 _PARTS: dict[str, Start] = dict.fromkeys(("vision", "image", "img", "encoder"), "init_vision")
 _PARTS |= dict.fromkeys(("text", "txt"), "init_text")
+# Arguments of `Model` that say how it is called, not what it is.
+_OF_CALLS = ("outputs", "start_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Starts:
+    """Where the scalars of the contrastive loss start."""
+
+    logit_scale_init: float = 1 / 0.07
+    logit_bias_init: float = 0.0
+
+    def __post_init__(self):
+        require(
+            0 < self.logit_scale_init <= MAX_LOGIT_SCALE,
+            f"logit_scale_init is {self.logit_scale_init}, expected more than 0 and at most "
+            f"{MAX_LOGIT_SCALE:g}",
+        )
+        require(
+            math.isfinite(self.logit_bias_init),
+            f"logit_bias_init is {self.logit_bias_init}, expected a finite number",
+        )
 
 
 class Model:
@@ -249,12 +271,9 @@ def _configs(
     compute = from_dict(ComputeConfig, config.get("compute", {}), "compute")
     augment = from_dict(AugmentConfig, config.get("augment", {}), "augment")
     require_computable(model, compute, augment)
-    starts = config.get("loss", {})
-    scalars = {}
-    if "logit_scale_init" in starts:
-        scalars["logit_scale"] = math.log(starts["logit_scale_init"])
-    if "logit_bias_init" in starts:
-        scalars["logit_bias"] = starts["logit_bias_init"]
+    starts = from_dict(_Starts, config.get("loss", {}), "the model")
+    scalars = {"logit_scale": math.log(starts.logit_scale_init)}
+    scalars["logit_bias"] = starts.logit_bias_init
     return model, compute, augment, scalars
 
 
@@ -284,11 +303,10 @@ def load(
     Raises:
       ValueError: something is missing, or does not fit. Every mismatch is named.
     """
-    config = None
+    config, compute = None, ComputeConfig()
     if model_cfg is not None:
-        config = model_config(
-            **{name: model_cfg[name] for name in model_cfg if name not in ("outputs", "start_id")}
-        )
+        fields = {name: value for name, value in model_cfg.items() if name not in _OF_CALLS}
+        config, compute, _, _ = _configs(fields.pop("preset", None), fields)
     parts = {"": init_files} if isinstance(init_files, str) else dict(init_files)
     if unknown := sorted(parts.keys() - {"", *_PARTS}):
         raise ValueError(
@@ -301,8 +319,9 @@ def load(
                 "model_cfg is None, expected the arguments of Model, since model_init names parts"
             )
         config = starts["init"].config
+        compute = starts["init"].compute
     specs, random = (
-        model_specs(config),
+        model_specs(config, compute),
         {} if init_params is None else flatten_dict(init_params, sep="."),
     )
     patterns = [
@@ -317,7 +336,8 @@ def load(
     vocabulary = {
         name for name in specs if name.startswith(("text.token_embed.", "text.vocab_head"))
     }
-    plan = warm_start(config, starts, new_vocabulary=vocabulary <= kept)
+    new_vocabulary = vocabulary <= kept
+    plan = warm_start(config, starts, compute=compute, new_vocabulary=new_vocabulary)
     problems = [
         f"{name} of init_params is not one of its parameters"
         for name in sorted(random.keys() - specs.keys())

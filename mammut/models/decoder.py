@@ -91,7 +91,7 @@ class DecoderConfig(TextTowerConfig):
             f"DecoderConfig.depth {self.depth} is not a multiple of cross_attn_every {every}",
         )
         require(
-            every or self.cross_attn_position in ("last", "first"),
+            every > 0 or self.cross_attn_position in ("last", "first"),
             f"DecoderConfig.cross_attn_position is {self.cross_attn_position!r}, which needs "
             "cross-attention: cross_attn_every is 0",
         )
@@ -189,7 +189,7 @@ class TextDecoder(TextTower):
             self.vocab_head = None
         if config.vocab_bias:
             sizes = (config.vocab_size,)
-            self.vocab_head_bias = param(Constant(0), sizes, dtypes.param, "vocab")
+            self.vocab_head_bias = param(Constant(0.0), sizes, dtypes.param, "vocab")
         else:
             self.vocab_head_bias = None
 

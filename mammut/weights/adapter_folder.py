@@ -215,7 +215,8 @@ def _read_about(path: pathlib.Path, config: ModelConfig) -> tuple[list[AdapterCo
     if about["version"] == 1:
         # Its hash is of the fields of its time: that of the base it names is made anew.
         base_config, _, _ = read_model({"model": base}, path)
-        base, saved_hash = to_dict(base_config), base_hash(base_config)
+        base = json.loads(json.dumps(to_dict(base_config)))  # lists, as in the file
+        saved_hash = base_hash(base_config)
     if saved_hash != base_hash(config):
         free = {f"{part}{name}" for part in ("", "vision.", "text.") for name in _FREE}
         changed = differences(base, json.loads(json.dumps(to_dict(config))), free)
