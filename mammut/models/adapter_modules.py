@@ -110,14 +110,14 @@ class Bottleneck(nnx.Module):
         self.norm = LayerNorm(width, _NORM_EPS, dtypes=dtypes) if config.norm else None
         if config.init == "zero":
             self.down = Linear(outside, inside, dtypes=dtypes)
-            self.up = Linear(inside, outside, dtypes=dtypes, start=Constant(0))
+            self.up = Linear(inside, outside, dtypes=dtypes, start=Constant(0.0))
         else:
-            start = Normal(_MAGMA_STDDEV, cut=2)
+            start = Normal(_MAGMA_STDDEV, cut=2.0)
             options = {"dtypes": dtypes, "start": start, "bias_start": start}
             self.down = Linear(outside, inside, **options)
             self.up = Linear(inside, outside, **options)
         if self.kind == "scaled_parallel":
-            self.scale = param(Constant(1), (), dtypes.param)
+            self.scale = param(Constant(1.0), (), dtypes.param)
         else:
             self.scale = None
 
@@ -150,7 +150,7 @@ class LoRA(nnx.Module):
         rank = {"rank": config.rank}
         start = Uniform(1 / math.sqrt(math.prod(inputs.values())))
         self.down = Linear(inputs, rank, dtypes=dtypes, use_bias=False, start=start)
-        self.up = Linear(rank, outputs, dtypes=dtypes, use_bias=False, start=Constant(0))
+        self.up = Linear(rank, outputs, dtypes=dtypes, use_bias=False, start=Constant(0.0))
 
     def __call__(self, function: Function, x: jax.Array) -> jax.Array:
         return function(x) + self.scale * self.up(constrain(self.down(x), "batch", None, "rank"))
@@ -173,7 +173,7 @@ class IA3(nnx.Module):
 
     def __init__(self, sizes: dict[str, int], of_input: bool, *, dtypes: Dtypes):
         self.of_input = of_input
-        self.scale = param(Constant(1), tuple(sizes.values()), dtypes.param, *sizes)
+        self.scale = param(Constant(1.0), tuple(sizes.values()), dtypes.param, *sizes)
 
     def __call__(self, function: Function, x: jax.Array) -> jax.Array:
         scale = self.scale[...]

@@ -180,7 +180,7 @@ class TextDecoder(TextTower):
             self.vocab_head = None
         if config.vocab_bias:
             sizes = (config.vocab_size,)
-            self.vocab_head_bias = param(Constant(0), sizes, dtypes.param, "vocab")
+            self.vocab_head_bias = param(Constant(0.0), sizes, dtypes.param, "vocab")
         else:
             self.vocab_head_bias = None
 

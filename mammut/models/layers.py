@@ -162,8 +162,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, width: int, eps: float, *, dtypes: Dtypes, axis: str = "embed"):
         self.eps = eps
-        self.scale = param(Constant(1), (width,), dtypes.param, axis)
-        self.bias = param(Constant(0), (width,), dtypes.param, axis)
+        self.scale = param(Constant(1.0), (width,), dtypes.param, axis)
+        self.bias = param(Constant(0.0), (width,), dtypes.param, axis)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         @recomputed
@@ -183,7 +183,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, eps: float, *, dtypes: Dtypes, axis: str = "embed"):
         self.eps = eps
-        self.scale = param(Constant(1), (width,), dtypes.param, axis)
+        self.scale = param(Constant(1.0), (width,), dtypes.param, axis)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         @recomputed
@@ -228,7 +228,7 @@ class Linear(nnx.Module):
         dtypes: Dtypes,
         use_bias: bool = True,
         start: Start | None = None,
-        bias_start: Start = Constant(0),
+        bias_start: Start = Constant(0.0),
     ):
         self.num_inputs = len(inputs)
         self.dtype = dtypes.compute

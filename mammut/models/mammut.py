@@ -292,7 +292,7 @@ class MaMMUT(nnx.Module):
         # Scalars of the contrastive loss stay float32 whatever the storage type; the scale is kept
         # as its logarithm.
         self.logit_scale = param(Constant(math.log(_LOGIT_SCALE)), (), jnp.float32)
-        self.logit_bias = param(Constant(0), (), jnp.float32)
+        self.logit_bias = param(Constant(0.0), (), jnp.float32)
 
         if config.adapters:
             towers = {"text": self.text, "vision": self.vision}

@@ -181,10 +181,10 @@ class NormedConvolution(nnx.Module):
         last: bool = False,
     ):
         self.kernel = _kernel(size, inputs, outputs, dtypes=dtypes)
-        self.scale = _vector(outputs, 0 if last else 1, dtypes.param)
-        self.bias = _vector(outputs, 0, dtypes.param)
-        self.mean = _vector(outputs, 0, jnp.float32)
-        self.variance = _vector(outputs, 1, jnp.float32)
+        self.scale = _vector(outputs, 0.0 if last else 1.0, dtypes.param)
+        self.bias = _vector(outputs, 0.0, dtypes.param)
+        self.mean = _vector(outputs, 0.0, jnp.float32)
+        self.variance = _vector(outputs, 1.0, jnp.float32)
 
     def __call__(self, x: Float[Array, "B H W C"], stride: int = 1) -> Float[Array, "B h w E"]:
         @recomputed
@@ -214,8 +214,8 @@ class StandardisedConvolution(nnx.Module):
         last: bool = False,
     ):
         self.kernel = _kernel(size, inputs, outputs, dtypes=dtypes)
-        self.gain = _vector(outputs, 0 if last else 1, dtypes.param)
-        self.bias = _vector(outputs, 0, dtypes.param)
+        self.gain = _vector(outputs, 0.0 if last else 1.0, dtypes.param)
+        self.bias = _vector(outputs, 0.0, dtypes.param)
 
     def __call__(self, x: Float[Array, "B H W C"], stride: int = 1) -> Float[Array, "B h w E"]:
         kernel = self.kernel[...].astype(jnp.float32)
