@@ -19,8 +19,7 @@ def prefix_config(**text) -> ModelConfig:
     tiny = tiny_config()
     text = {"cross_attn_every": 0, "pooling": "none", "max_length": 64, "depth": 2} | text
     text = dataclasses.replace(tiny.text, **text)
-    prefix = {"conditioning": "prefix", "image_projection": "decoder", "prefix_norm": True}
-    return dataclasses.replace(tiny, text=text, **prefix)
+    return dataclasses.replace(tiny, text=text, image_projection="decoder", prefix_norm=True)
 
 
 def prefix_model(**text) -> MaMMUT:

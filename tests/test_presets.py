@@ -70,7 +70,7 @@ def test_every_preset_runs_both_passes(name):
     image_embed, text_embed, features = jax.eval_shape(forward, params, image, tokens, valid)
     assert image_embed.shape == text_embed.shape == (2, config.text.width)
     assert features.shape == (2, length, config.text.width)
-    assert features.dtype == jnp.dtype(config.dtype)
+    assert features.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", WITH_PREFIX)

@@ -10,7 +10,14 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mammut.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mammut.config import (
+    ComputeConfig,
+    DataConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from mammut.core import sharding
 from mammut.core.sharding import partition_spec
 from mammut.models.flops import num_params
@@ -197,7 +204,7 @@ def test_heads_mlp_and_vocabulary_are_split_over_the_model_axis():
 def fsdp_program(passes: str = "two_calls", accumulation: int = 1) -> Program:
     """The step over 8 devices that split the parameters, compiled."""
     config = dataclasses.replace(
-        CONFIG, model=dataclasses.replace(CONFIG.model, passes=passes), accumulation=accumulation
+        CONFIG, compute=ComputeConfig(passes=passes), accumulation=accumulation
     )
     if config == CONFIG:
         return Program(run("fsdp 8").text)
