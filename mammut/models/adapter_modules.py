@@ -8,8 +8,8 @@
                                          arXiv 2110.04366)
     lora              f(x) + a/r B A x   A, B: linear maps to r numbers and from them; f: a linear
                                          map (Hu et al., arXiv 2106.09685)
-    ia3               s * f(x)           s: a learned vector; of an MLP's second map f(s * x) (Liu et
-                                         al., arXiv 2205.05638)
+    ia3               s * f(x)           s: a learned vector; on an MLP's second map f(s * x)
+                                         (Liu et al., arXiv 2205.05638)
 
 A site is the path of a module inside a stack of layers, such as text.layers.mlp or
 vision.layers.attn.query. Adapters are a tree of their own, `Adapters`, so that the base keeps its
@@ -38,8 +38,8 @@ from mammut.models.transformer import MLP, Attention, Layer
 Tower = TypeVar("Tower", bound=nnx.Module)
 Function = Callable[[jax.Array], jax.Array]
 
-# Standard deviation of the weights and biases that MAGMA's bottlenecks start from; numbers are cut at
-# twice that.
+# Standard deviation of the weights and biases that MAGMA's bottlenecks start from; numbers are cut
+# at twice that.
 _MAGMA_STDDEV = 1e-3
 _NORM_EPS = 1e-5
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from mammut.core.typing import Array
 from mammut.models.decoder import Stacks, TextDecoder
-from mammut.models.masks import shift_valid, within
+from mammut.models.masks import behind_prefix, shift_valid, within
 from mammut.models.transformer import KeyValue, Layer, Rotation
 
 
@@ -73,7 +73,7 @@ def prefill(
         batch, size, _ = image_tokens.shape
         if prefix_valid is None:
             prefix_valid = jnp.ones((batch, size), bool)
-        valid = decoder.behind_prefix(prefix_valid, valid)
+        valid = behind_prefix(prefix_valid, valid)
         last = image_tokens[None, None, :, -1].astype(decoder.dtype)
         prefix = Prefix(last, prefix_valid[None, None, :, :-1].sum(-1), size)
         length += size - 1

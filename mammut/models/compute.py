@@ -173,8 +173,8 @@ def keeping(step: Callable, remat: Remat) -> Callable:
 def scan(step: Callable, x: jax.Array, layers: Any, *, remat: Remat, unroll: int) -> jax.Array:
     """Applies `x = step(x, layer)` for each layer of a stack, as one `jax.lax.scan`.
 
-    Each turn of the loop runs `unroll` layers: on CPUs a loop of one turn, with all layers in it, is
-    up to 1.7 times faster.
+    Each turn of the loop runs `unroll` layers: on CPUs a loop of one turn, with all layers in it,
+    is up to 1.7 times faster.
     """
     keep = keeping(step, remat)
     depth = jax.tree.leaves(layers)[0].shape[0]

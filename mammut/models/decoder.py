@@ -33,7 +33,7 @@ from mammut.core.sharding import constrain
 from mammut.core.typing import Array
 from mammut.models.compute import ComputeConfig, stack
 from mammut.models.layers import Constant, Linear, make_norm, param
-from mammut.models.masks import attn_mask, shift_valid, within
+from mammut.models.masks import attn_mask, behind_prefix, shift_valid, within
 from mammut.models.text_tower import TextTower, TextTowerConfig
 from mammut.models.transformer import Layer, Rotation, attention_weights
 
@@ -220,8 +220,8 @@ class TextDecoder(TextTower):
           tokens: the ids of the texts.
           text_valid: marks real tokens.
           image_tokens: the images, as `MaMMUT.image_tokens` gives them.
-          prefix_valid: marks what is no pad in an image prefix, whose pads stand at its front; None:
-            all of it.
+          prefix_valid: marks what is no pad in an image prefix; pads stand in its front. None: all
+            of it.
 
         Raises:
           ValueError: the model has no caption pass, or the texts are too long.
@@ -336,7 +336,7 @@ class TextDecoder(TextTower):
         if self.has_prefix:
             if prefix_valid is None:
                 prefix_valid = jnp.ones(image_tokens.shape[:2], bool)
-            valid = self.behind_prefix(prefix_valid, valid)
+            valid = behind_prefix(prefix_valid, valid)
             text = self.token_embed(tokens[:, 1:])
             x = jnp.concatenate([image_tokens.astype(self.dtype), text], axis=1)
             return self._with_positions(x[:, : valid.shape[1]], valid)
@@ -358,17 +358,6 @@ class TextDecoder(TextTower):
                     layer = jax.tree.map(operator.itemgetter(i), self.text_only_layers)
                     x = run_layer(layer, x, early, rotate)
         return x, mask, rotate
-
-    def behind_prefix(
-        self, prefix_valid: Bool[Array, "B P"], valid: Bool[Array, "B L"]
-    ) -> Bool[Array, "B Lp"]:
-        """Marks what is no pad in the sequence of prefix and text, bool[B, P - 1 + L].
-
-        A text without any token leaves the prefix without its last position, which stands for the
-        start.
-        """
-        together = jnp.concatenate([prefix_valid, valid[:, 1:]], axis=1)
-        return together[:, : prefix_valid.shape[1] - 1 + valid.shape[1]]
 
     def _with_positions(
         self, x: Float[Array, "B L D"], valid: Bool[Array, "B L"]

@@ -40,6 +40,17 @@ class EncoderOutput:
     grid: tuple[int, int] | None = struct.field(pytree_node=False)
 
 
+@struct.dataclass
+class EncodedImage:
+    """An encoded image: the tokens for the decoder, and the embedding before normalisation."""
+
+    tokens: jax.Array  # float[B, P, D]: what the caption pass sees
+    vector: jax.Array  # float32[B, E], of any length; `encode_image` gives unit vectors
+    # Patches down and across; None where patches were dropped (`AugmentConfig.patch_drop`), which
+    # are others in each image.
+    grid: tuple[int, int] | None = struct.field(pytree_node=False)
+
+
 def normalised(image: Image, config: Any) -> Float[Array, "B height width 3"]:
     """Normalises pixels for an image encoder; float pixels come back as they are.
 

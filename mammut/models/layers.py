@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Key
 
 from mammut.core.fields import require, require_at_most, require_choices, require_positive
 from mammut.core.sharding import constrain
@@ -43,8 +43,8 @@ class LayerConfig:
     # Hidden size of the MLP.
     mlp_dim: int = 3072
     # Activation of the MLP. gelu is exact (PyTorch's default), gelu_tanh is its approximation
-    # (Flax's), quick_gelu x * sigmoid(1.702 x) (OpenAI's CLIP), relu2 the square of a ReLU, swiglu a
-    # linear map gated by the SiLU of another.
+    # (Flax's), quick_gelu x * sigmoid(1.702 x) (OpenAI's CLIP), relu2 the square of a ReLU, swiglu
+    # a linear map gated by the SiLU of another.
     activation: Activation = "gelu_tanh"
     # Kind of the norms: LayerNorm or RMSNorm.
     norm: Literal["layer", "rms"] = "layer"
@@ -289,3 +289,9 @@ def unit(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
     """Divides `x` by its length, in float32; a zero vector stays zero, with a finite gradient."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
+
+
+def dropout(key: Key[Array, ""], x: Float[Array, "*B D"], rate: float) -> Float[Array, "*B D"]:
+    """Sets a random share `rate` of the numbers to zero and divides the others by 1 - `rate`."""
+    share = 1 - rate
+    return jnp.where(jax.random.bernoulli(key, share, x.shape), x / share, 0)

@@ -16,8 +16,8 @@ from mammut.models.adapter_modules import AdapterConfig, Adapters
 from mammut.models.compute import Augment, AugmentConfig, ComputeConfig
 from mammut.models.decoder import DecoderConfig, TextDecoder
 from mammut.models.fused_passes import both_passes
-from mammut.models.image_encoder import Image
-from mammut.models.layers import Constant, LayerNorm, Linear, initialise, param, unit
+from mammut.models.image_encoder import EncodedImage, Image
+from mammut.models.layers import Constant, LayerNorm, Linear, dropout, initialise, param, unit
 from mammut.models.masks import caption_labels
 from mammut.models.resnet import ResNet, ResNetConfig
 from mammut.models.vit import VisionConfig, ViT
@@ -56,7 +56,8 @@ class ModelConfig:
     # embedding. decoder: a map for the decoder, and no embedding. embedding: a map for the
     # embedding; the decoder sees the tokens as they are. none: no map.
     image_projection: Literal["shared", "separate", "decoder", "embedding", "none"] = "shared"
-    # Number of prefix tokens that are made of the pooled image; None: the image tokens are the prefix.
+    # Number of prefix tokens that are made of the pooled image; None: the image tokens are the
+    # prefix.
     prefix_tokens: int | None = None
     # Whether a layer norm follows the projection of a prefix.
     prefix_norm: bool = False
@@ -212,17 +213,6 @@ def require_computable(
 
 
 @struct.dataclass
-class EncodedImage:
-    """An encoded image: the tokens for the decoder, and the embedding before normalisation."""
-
-    tokens: jax.Array  # float[B, P, D]: what the caption pass sees
-    vector: jax.Array  # float32[B, E], of any length; `encode_image` gives unit vectors
-    # Patches down and across; None where patches were dropped (`AugmentConfig.patch_drop`), which
-    # are others in each image.
-    grid: tuple[int, int] | None = struct.field(pytree_node=False)
-
-
-@struct.dataclass
 class TwoPassOutput:
     """Results of both passes on one batch, whose images were encoded once."""
 
@@ -237,20 +227,14 @@ class MaMMUT(nnx.Module):
     The image embedding is the mean of the patch tokens. The text embedding is the mean of the
     contrastive pass's features over real tokens. There is no class token, no pooler and no
     projection head: section 4.5 of the paper finds each unnecessary. One linear map brings image
-    tokens to the decoder's width, so E is that width. Images are uint8 and normalised on the
-    device. The models of others, from openMaMMUT to SigLIP and CapPa, are values of `ModelConfig`
-    (`mammut.weights.formats`).
-
-    In a MAGMA the image tokens stand in front of the text, mapped to the decoder's width, with
-    dropout and a norm.
+    tokens to the decoder's width, so E is that width. In a MAGMA the mapped tokens stand in front
+    of the text, with dropout and a norm. The models of others, from openMaMMUT to SigLIP and CapPa,
+    are values of `ModelConfig` (`mammut.weights.formats`).
 
     Args:
       config: the architecture.
-      compute: how it is computed.
+      compute: how it is computed; ValueError where it cannot be (`require_computable`).
       rngs: the source of the random weights; the key of each parameter is folded from its path.
-
-    Raises:
-      ValueError: the model cannot be computed in this way (`require_computable`).
 
     Example:
       >>> model = mammut.MaMMUT(mammut.presets.tiny(), rngs=nnx.Rngs(0))
@@ -274,8 +258,8 @@ class MaMMUT(nnx.Module):
 
         options = {"dtypes": dtypes, "use_bias": config.projection_bias}
         vision = {"embed": config.vision_size}
-        text = {"embed": config.text.width}
         embedding = {"shared": config.embed_size}
+
         if config.image_projection in ("shared", "separate", "decoder"):
             to_decoder = {"shared": config.text.width}
             if config.prefix_tokens is not None:
@@ -288,6 +272,7 @@ class MaMMUT(nnx.Module):
         else:
             self.image_embed_projection = None
         if config.text_projection:
+            text = {"embed": config.text.width}
             self.text_embed_projection = Linear(text, embedding, **options)
         else:
             self.text_embed_projection = None
@@ -296,7 +281,7 @@ class MaMMUT(nnx.Module):
         else:
             self.prefix_norm = None
 
-        # Scalars of the contrastive loss are float32, whatever `param_dtype` is. The scale is stored
+        # Scalars of the contrastive loss are float32, whatever `param_dtype` is. The scale is kept
         # as its logarithm.
         self.logit_scale = param(Constant(math.log(_LOGIT_SCALE)), (), jnp.float32)
         self.logit_bias = param(Constant(0.0), (), jnp.float32)
@@ -335,8 +320,7 @@ class MaMMUT(nnx.Module):
           ValueError: the images have another size.
         """
         encoded = self.encoder(image, augment)
-        # The sharding is fixed, as that of every layer's output. Without this line the backward
-        # pass of micro-batches moved the tokens between devices.
+        # Without this line the backward pass of micro-batches moved the tokens between devices.
         tokens = constrain(encoded.tokens, "batch", None, "embed")
         if self.config.prefix_tokens is not None:
             tokens = encoded.pooled.astype(tokens.dtype)
@@ -351,10 +335,8 @@ class MaMMUT(nnx.Module):
             vector = vector.astype(jnp.float32)
 
         if augment.prefix_dropout:
-            share = 1 - augment.prefix_dropout
             key = jax.random.fold_in(augment.key, _DROPOUT_STREAM)
-            kept = jax.random.bernoulli(key, share, tokens.shape)
-            tokens = jnp.where(kept, tokens / share, 0)
+            tokens = dropout(key, tokens, augment.prefix_dropout)
         if self.prefix_norm is not None:
             tokens = self.prefix_norm(tokens)
         return EncodedImage(tokens, vector, encoded.grid)
@@ -423,7 +405,7 @@ class MaMMUT(nnx.Module):
     ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
         """Makes the labels of the caption pass, int[B, L], and their loss mask, bool[B, L].
 
-        They are those of `masks.caption_labels`, but a `DecoderConfig.pad_id` is never a label.
+        As `masks.caption_labels` does, but a `DecoderConfig.pad_id` is never a label.
         """
         if self.config.text.pad_id is not None:
             real = self.text.valid(tokens, text_valid)
@@ -435,10 +417,9 @@ class MaMMUT(nnx.Module):
     ) -> Float[Array, "G B N L P"]:
         """Computes the attention of `caption_logits` to the image, float32[G, B, N, L, P].
 
-        There are G cross-attention layers and N heads. Row i of a text holds the weights of the P
-        image tokens (`image_tokens`) when token i + 1 is predicted, and sums to 1. With an image
-        prefix the layers are those of self-attention, and a row sums to 1 with the weights of the
-        text.
+        There are G cross-attention layers. Row i of a text holds the weights of the image tokens
+        when token i + 1 is predicted, and sums to 1. With an image prefix the layers are those of
+        self-attention, and a row sums to 1 with the weights of the text.
         """
         if text_valid is None:
             text_valid = jnp.ones(tokens.shape, bool)
@@ -453,8 +434,7 @@ class MaMMUT(nnx.Module):
     ) -> TwoPassOutput:
         """Runs both passes on one batch, with the images encoded once, for a training step.
 
-        `ComputeConfig.passes` says whether the decoder runs twice or once for both; the numbers are
-        the same up to rounding.
+        `ComputeConfig.passes` says whether the decoder runs once or twice for that.
         """
         encoded = self.image_tokens(image, augment)
         decoder = self.decoder

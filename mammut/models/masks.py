@@ -33,6 +33,18 @@ def shift_valid(valid: Bool[Array, "B L"]) -> Bool[Array, "B Lc"]:
     return jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
 
 
+def behind_prefix(
+    prefix_valid: Bool[Array, "B P"], valid: Bool[Array, "B L"]
+) -> Bool[Array, "B Lp"]:
+    """Marks what is no pad in the sequence of a prefix and a text, bool[B, P - 1 + L].
+
+    The prefix stands in place of the text's first token. A text without any token leaves it without
+    its last position.
+    """
+    together = jnp.concatenate([prefix_valid, valid[:, 1:]], axis=1)
+    return together[:, : prefix_valid.shape[1] - 1 + valid.shape[1]]
+
+
 def caption_labels(
     tokens: Int[Array, "B L"],
     text_valid: Bool[Array, "B L"],
@@ -47,7 +59,8 @@ def caption_labels(
     Args:
       tokens: the ids of the texts.
       text_valid: marks real tokens.
-      target: marks the tokens to predict, such as an answer and its end after a question; None: all.
+      target: marks the tokens to predict, such as an answer and its end behind a question; None:
+        all.
     """
     labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     predicted = text_valid if target is None else text_valid & target

@@ -323,7 +323,8 @@ class Stage(nnx.Module):
 
         if config.kind == "nf":
             # The variance of each bottleneck's input. The shortcut of a stage's first bottleneck
-            # brings it back to 1, and every bottleneck adds `_ALPHA`^2: `added` counts how many have.
+            # brings it back to 1, and every bottleneck adds `_ALPHA`^2: `added` counts those that
+            # have.
             before = config.stages[index - 1] if index > 0 else 0
             added = (before, *range(1, depth))
             self.betas = tuple(1 / math.sqrt(1 + _ALPHA**2 * count) for count in added)

@@ -22,8 +22,8 @@ from mammut.models.transformer import MLP, Attention, Layer
 _CROP_RESOLUTION = 64
 _CROP_AREA = (0.1, 1.0)
 _CROP_ASPECT = (0.5, 2.0)
-# Stream of `Augment.key` that draws which patches to drop. `crop_pos_embed` splits the key into four:
-# they are streams 0 to 3.
+# Stream of `Augment.key` that draws which patches to drop. `crop_pos_embed` splits the key into
+# four: they are streams 0 to 3.
 _DROP_STREAM = 4
 
 
