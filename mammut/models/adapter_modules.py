@@ -104,9 +104,9 @@ class AdapterConfig:
 
 
 class Bottleneck(nnx.Module):
-    """A bottleneck on an attention or MLP: down to `width // reduction` numbers, ReLU, up.
+    """A bottleneck on an attention or MLP: down, ReLU, up.
 
-    Its result is added to the output of its site.
+    It has `width // reduction` numbers inside. Its result is added to the output of its site.
     """
 
     def __init__(self, config: AdapterConfig, width: int, *, dtypes: Dtypes):
@@ -171,10 +171,11 @@ class LoRA(nnx.Module):
 
 
 class IA3(nnx.Module):
-    """(IA)^3: a learned factor for each output of a linear map, bias included; 1 at first.
+    """(IA)^3: a learned factor for each output of a linear map.
 
-    On an MLP's second map the factors multiply its inputs (`of_input`): they scale the hidden
-    numbers of the MLP behind the activation function, as in peft's `feedforward_modules`.
+    Factors are 1 at first; they multiply the bias, too. On an MLP's second map the factors multiply
+    its inputs (`of_input`): they scale the hidden numbers of the MLP behind the activation
+    function, as in peft's `feedforward_modules`.
     """
 
     def __init__(self, sizes: dict[str, int], of_input: bool, *, dtypes: Dtypes):
@@ -225,7 +226,7 @@ def sites(towers: Mapping[str, nnx.Module]) -> dict[str, nnx.Module]:
 
 
 def chosen(config: AdapterConfig, modules: Mapping[str, nnx.Module]) -> list[str]:
-    """Chooses the sites of an adapter: of the right kind, fitting one of its patterns.
+    """Chooses the sites of an adapter by its kind and patterns.
 
     `modules` is what `sites` gives.
 
@@ -255,10 +256,11 @@ def chosen(config: AdapterConfig, modules: Mapping[str, nnx.Module]) -> list[str
 
 
 class Adapters(nnx.Dict):
-    """The adapters of a model: by name, then by site, with / for the dots of its path.
+    """The adapters of a model, by name, then by site.
 
-    A module has a leading `layer` axis, as the stack that it goes with: the parameter
-    adapters.default.text/layers/mlp.down.kernel is float[layer, D, D / reduction].
+    The key of a site is its path with / for the dots. A module has a leading `layer` axis, as the
+    stack that it goes with: the parameter adapters.default.text/layers/mlp.down.kernel is
+    float[layer, D, D / reduction].
 
     Args:
       configs: the adapters, `ModelConfig.adapters`.

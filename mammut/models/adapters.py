@@ -119,7 +119,7 @@ def merge_adapter(model: MaMMUT, name: str) -> MaMMUT:
 
 
 def _merge(adapter: LoRA | IA3, linear: Linear) -> None:
-    """Writes the weights of `linear` with `adapter` merged into them; both are stacks of layers."""
+    """Merges an adapter into the weights of a linear map; both are stacks of layers."""
     bias = None if linear.bias is None else linear.bias[...].astype(jnp.float32)
     kernel = linear.kernel[...].astype(jnp.float32)
     kernel, bias = jax.vmap(type(adapter).merged)(adapter, kernel, bias)

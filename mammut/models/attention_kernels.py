@@ -1,4 +1,4 @@
-"""The kernel of the image tower's attention: tried on the device, with XLA's to fall back on.
+"""Choice of the kernel for the image tower's attention.
 
 On a GPU cuDNN's fused attention never holds the P x P scores, which cost up to 28 % of a step where
 they are held. It takes 16-bit numbers and some head sizes; which ones depends on its version. So it

@@ -18,7 +18,7 @@ from mammut.models.transformer import KeyValue, Layer, Rotation
 
 @struct.dataclass
 class Prefix:
-    """Numbers that a cache keeps of an image prefix, which stands in place of the start token."""
+    """An image prefix as a cache keeps it; it stands in place of the start."""
 
     last: jax.Array  # float[1, 1, R, D]: the embedding of its last position
     before: jax.Array  # int[1, 1, R]: the count of its positions before the last, without pads
@@ -40,7 +40,7 @@ class TextCache:
 
 @struct.dataclass
 class DecodeCache:
-    """Keys and values of the caption pass: of R rows of text, and of the B images they share."""
+    """Keys and values of R rows of text, and of the B images that they share."""
 
     text: TextCache
     # float[groups, B, P, N, K] each, by group of layers; None: there is no cross-attention.
@@ -54,7 +54,7 @@ def prefill(
     length: int,
     prefix_valid: Bool[Array, "B P"] | None = None,
 ) -> tuple[Float[Array, "B Lp D"], DecodeCache]:
-    """Runs the caption pass over prompts; returns its features and the cache to go on from.
+    """Runs the caption pass over prompts; returns its features and a cache.
 
     Features are those of all positions, an image prefix included.
 
@@ -120,12 +120,12 @@ def prefill(
 def cached_step(
     decoder: TextDecoder, tokens: Int[Array, "R"], position: Int[Array, ""], cache: DecodeCache
 ) -> tuple[Float[Array, "R D"], DecodeCache]:
-    """Runs the caption pass for one more token of R rows; returns its features and the next cache.
+    """Runs the caption pass for one more token; returns its features and the next cache.
 
     Args:
       decoder: the text decoder.
-      tokens: one token of each row. R is a multiple of the B images of the cache: rows [i * R / B,
-        (i + 1) * R / B) belong to image i, whose keys and values they share.
+      tokens: one token of each of R rows. R is a multiple of the B images of the cache: rows [i * R
+        / B, (i + 1) * R / B) belong to image i, whose keys and values they share.
       position: the position of these tokens in their texts, the same in all rows. Position 0 of a
         model with an image prefix is the prefix's last.
       cache: what `prefill` or the step before gave.
@@ -190,7 +190,7 @@ def cached_step(
 def _next_input(
     decoder: TextDecoder, tokens: jax.Array, position: jax.Array, prefix: Prefix | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Embeds the tokens of a step; returns them, their slot in the cache and their positions.
+    """Embeds the tokens of a step; returns also their cache slot and positions.
 
     Pads of a prefix have slots but no positions.
     """

@@ -34,7 +34,7 @@ class Dtypes:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How a model is computed; the same weights give the same results up to rounding.
+    """How a model is computed, which changes its results by rounding alone.
 
     Example:
       >>> compute = ComputeConfig(dtype="bfloat16", remat="dots")
@@ -99,7 +99,7 @@ class AugmentConfig:
 
 @struct.dataclass
 class Augment:
-    """The random draws of one training step; without a key, as at inference, nothing is random.
+    """The random draws of one training step; `Augment()` draws nothing.
 
     Each kind of draw has a stream of its own, folded from the one `key`: turning one on changes no
     other.
@@ -140,7 +140,9 @@ class Augment:
 
 
 def recomputed(function: Callable) -> Callable:
-    """Wraps a function: its backward pass keeps nothing but the arguments and computes it again.
+    """Wraps a function so that its backward pass computes it again.
+
+    Nothing is kept for the gradient but the arguments.
 
     This is for functions that are cheap but have large intermediate results, such as norms and
     activations: to compute them again takes less time than to write and read what the gradient
@@ -164,7 +166,7 @@ def stack(module: nnx.Module, depth: int) -> nnx.Module:
 
 
 def keeping(step: Callable, remat: Remat) -> Callable:
-    """Wraps a step: its backward pass keeps what `remat` says and computes the rest again."""
+    """Wraps a step so that its backward pass computes again what `remat` says."""
     if remat == "none":
         return step
     return jax.checkpoint(step, policy=_REMAT_POLICIES[remat])

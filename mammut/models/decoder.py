@@ -75,7 +75,8 @@ class DecoderConfig(TextTowerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        every, windows = self.cross_attn_every, self.local_windows
+        every = self.cross_attn_every
+        windows = self.local_windows
         require(every >= 0, f"DecoderConfig.cross_attn_every is {every}, expected at least 0")
         require(
             every == 0 or self.depth % every == 0,
@@ -237,7 +238,7 @@ class TextDecoder(TextTower):
     def language_pass(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
     ) -> Float[Array, "B L D"]:
-        """Computes causal features of a text alone, float[B, L, D]: those of a language model."""
+        """Computes causal features of a text alone, float[B, L, D]."""
         return self.causal_pass(self.token_embed(tokens), self.valid(tokens, text_valid))
 
     def causal_pass(

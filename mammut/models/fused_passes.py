@@ -1,4 +1,4 @@
-"""Contrastive and caption pass in one traversal of the decoder, stacked on a new axis."""
+"""Contrastive and caption pass, stacked, in one traversal of the decoder."""
 
 from collections.abc import Callable
 

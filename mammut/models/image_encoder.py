@@ -1,4 +1,4 @@
-"""The contract of image encoders: pixels in, tokens and one vector for the whole image out."""
+"""The contract of image encoders: pixels in; tokens and a vector out."""
 
 import math
 from typing import Any
@@ -26,9 +26,10 @@ def require_pixels(config: Any) -> None:
 
 @struct.dataclass
 class EncoderOutput:
-    """Output of an image encoder, in its own width Dv: tokens, one vector, and the grid.
+    """Output of an image encoder: tokens, one vector, and the grid.
 
-    `MaMMUT.image_tokens` makes an `EncodedImage` of it, in the decoder's terms.
+    Dv is the width of the encoder. `MaMMUT.image_tokens` makes an `EncodedImage` of it, in the
+    decoder's terms.
     """
 
     # float[B, P, Dv]: the patches row by row, after the class token where that is one of them.

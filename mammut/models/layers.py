@@ -32,7 +32,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """The layers of a tower; the defaults are those of the vision transformer as published."""
+    """The layers of a tower; by default those of the published vision transformer."""
 
     # Size of a token.
     width: int = 768
@@ -174,7 +174,7 @@ def initialise(module: Module, key: jax.Array, path: str = "") -> Module:
 def _draw(
     start: Start, shape: tuple[int, ...], dtype: Any, key: jax.Array, number: jax.Array | np.uint32
 ) -> jax.Array:
-    """Draws one parameter with a key of its own, folded from `key` and a number of its path."""
+    """Draws one parameter with a key folded from a number of its path."""
     return start(jax.random.fold_in(key, number), shape).astype(dtype)
 
 
@@ -286,12 +286,15 @@ class Embedding(nnx.Module):
 
 
 def unit(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
-    """Divides `x` by its length, in float32; a zero vector stays zero, with a finite gradient."""
+    """Divides vectors by their length, in float32.
+
+    A zero vector stays zero, with a finite gradient.
+    """
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
 
 
 def dropout(key: Key[Array, ""], x: Float[Array, "*B D"], rate: float) -> Float[Array, "*B D"]:
-    """Sets a random share `rate` of the numbers to zero and divides the others by 1 - `rate`."""
+    """Sets a share `rate` of the numbers to zero, at random; divides the others by 1 - `rate`."""
     share = 1 - rate
     return jnp.where(jax.random.bernoulli(key, share, x.shape), x / share, 0)

@@ -1,4 +1,4 @@
-"""The model: one image encoder and one text decoder with two passes (MaMMUT), or MAGMA."""
+"""The model: an image encoder and a text decoder with two passes, or a prefix."""
 
 import dataclasses
 import math
@@ -147,7 +147,7 @@ class ModelConfig:
 
     @property
     def conditioning(self) -> Literal["cross_attention", "prefix"]:
-        """How the decoder sees the image: by cross-attention, or as a prefix of the text."""
+        """How the decoder sees the image."""
         return "prefix" if self.text.has_prefix else "cross_attention"
 
     @property
@@ -403,7 +403,7 @@ class MaMMUT(nnx.Module):
         text_valid: Bool[Array, "B L"],
         target: Bool[Array, "B L"] | None = None,
     ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
-        """Makes the labels of the caption pass, int[B, L], and their loss mask, bool[B, L].
+        """Makes labels of the caption pass, int[B, L], and their loss mask, bool[B, L].
 
         As `masks.caption_labels` does, but a `DecoderConfig.pad_id` is never a label.
         """
@@ -432,7 +432,7 @@ class MaMMUT(nnx.Module):
         text_valid: Bool[Array, "B L"],
         augment: Augment = Augment(),
     ) -> TwoPassOutput:
-        """Runs both passes on one batch, with the images encoded once, for a training step.
+        """Runs both passes on one batch, for a training step; images are encoded once.
 
         `ComputeConfig.passes` says whether the decoder runs once or twice for that.
         """

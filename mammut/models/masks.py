@@ -1,4 +1,4 @@
-"""Attention and loss masks: every mask of the library is made here. Arrays in, arrays out."""
+"""Attention and loss masks; no other file makes one. Arrays in, arrays out."""
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
@@ -36,7 +36,7 @@ def shift_valid(valid: Bool[Array, "B L"]) -> Bool[Array, "B Lc"]:
 def behind_prefix(
     prefix_valid: Bool[Array, "B P"], valid: Bool[Array, "B L"]
 ) -> Bool[Array, "B Lp"]:
-    """Marks what is no pad in the sequence of a prefix and a text, bool[B, P - 1 + L].
+    """Marks what is no pad of a prefix and its text, bool[B, P - 1 + L].
 
     The prefix stands in place of the text's first token. A text without any token leaves it without
     its last position.

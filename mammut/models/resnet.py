@@ -40,10 +40,10 @@ _GAMMA = 1.7139588594436646
 
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
-    """A ResNet image encoder: four stages of bottlenecks, one image token for 32 x 32 pixels.
+    """A ResNet image encoder: four stages of bottlenecks.
 
-    The defaults are CLIP's RN50. RN50x16, that of MAGMA, has stem_width 96, stages (6, 8, 18, 8)
-    and an image_size of 384.
+    It makes one image token of 32 x 32 pixels. The defaults are CLIP's RN50. RN50x16, that of
+    MAGMA, has stem_width 96, stages (6, 8, 18, 8) and an image_size of 384.
 
     Example:
       >>> ResNetConfig(stem_width=96, stages=(6, 8, 18, 8), image_size=384).num_tokens
@@ -307,7 +307,7 @@ class NormFreeStem(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Bottlenecks of one size: the first, which may halve the image, and a stack of the others."""
+    """Bottlenecks of one size: the first may halve the image, the others are a stack."""
 
     def __init__(self, config: ResNetConfig, index: int, *, dtypes: Dtypes):
         bottleneck = {"clip": ClipBottleneck, "nf": NormFreeBottleneck}[config.kind]

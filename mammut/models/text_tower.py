@@ -25,7 +25,7 @@ from mammut.models.transformer import Layer, Rotation, rotation
 
 @dataclasses.dataclass(frozen=True)
 class TextTowerConfig(LayerConfig):
-    """The text side of a decoder: vocabulary, positions, and how a text becomes an embedding."""
+    """The text side of a decoder: vocabulary, positions, pooling."""
 
     # Number of token ids.
     vocab_size: int = 64_000
@@ -217,9 +217,9 @@ class TextTower(nnx.Module):
     def contrastive_mask(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], length: int
     ) -> Bool[Array, "#B 1 Lc Lc"]:
-        """Makes the mask of the contrastive pass, over texts and a class token if there is one.
+        """Makes the mask of the contrastive pass.
 
-        `length` counts all positions.
+        `length` counts its positions, that of a class token included.
         """
         config = self.config
         valid = self.valid(tokens, text_valid)

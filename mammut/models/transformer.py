@@ -75,7 +75,7 @@ def dot_product_attention(
 
 
 class KeyValue(NamedTuple):
-    """Keys and values that attention attends to: of an image, of a text, or of a text so far."""
+    """Keys and values of tokens: of an image, a text, or a text so far."""
 
     key: jax.Array  # float[B, S, N, K]
     value: jax.Array  # float[B, S, N, K]
@@ -123,7 +123,7 @@ def rotation(
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of tokens to the keys and values of the same or of other tokens.
+    """Multi-head attention of tokens to themselves or to other tokens.
 
     Args:
       config: the layers of the tower; what attention has beside its four maps.
@@ -313,7 +313,7 @@ class Layer(nnx.Module):
         return constrain(y, "batch", None, "embed")
 
     def feed_forward(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """Runs the second half of the layer, the MLP; gives `x` back where `attend` ran it."""
+        """Runs the second half of the layer, its MLP, unless `attend` has run it."""
         if self.mlp is None or self.parallel:
             return x
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, "embed")

@@ -120,9 +120,9 @@ class VisionConfig(LayerConfig):
 
 
 class QueryPool(nnx.Module):
-    """Learned queries that attend to all tokens of an image (CoCa, arXiv 2205.01917, section 3.2).
+    """Learned queries that attend to all tokens of an image, float[B, Q, E].
 
-    They give float[B, Q, E].
+    They are those of CoCa (arXiv 2205.01917, section 3.2).
     """
 
     def __init__(self, config: VisionConfig, width: int, *, dtypes: Dtypes):
@@ -140,7 +140,10 @@ class QueryPool(nnx.Module):
 
 
 class MapPool(nnx.Module):
-    """A learned query that attends to all tokens, then an MLP (arXiv 2106.04560, section 3.4)."""
+    """A learned query that attends to all tokens, then an MLP, float[B, D].
+
+    It is the head of SigLIP (arXiv 2106.04560, section 3.4).
+    """
 
     def __init__(self, config: VisionConfig, *, dtypes: Dtypes):
         start = Normal(1 / math.sqrt(config.width))
@@ -295,10 +298,10 @@ def patches_kept(patches: int, patch_drop: float) -> int:
 def drop_patches(
     key: Key[Array, ""], x: Float[Array, "B P D"], patch_drop: float
 ) -> Float[Array, "B Q D"]:
-    """Keeps a random subset of the patches of each image, in their order, float[B, Q, D].
+    """Keeps a random subset of each image's patches, float[B, Q, D].
 
-    Q is what `patches_kept` counts. FLIP (arXiv 2212.00794, section 3): with half of the patches
-    the image encoder has half of the work, and needs half of the memory.
+    They stay in their order. Q is what `patches_kept` counts. FLIP (arXiv 2212.00794, section 3):
+    with half of the patches the image encoder has half of the work, and needs half of the memory.
     """
     x = constrain(x, "batch", "patch", "embed")
     shuffled = jnp.argsort(jax.random.uniform(key, x.shape[:2]), axis=1)
@@ -309,7 +312,7 @@ def drop_patches(
 def crop_pos_embed(
     key: Key[Array, ""], pos_embed: Float[Array, "down across D"], batch: int
 ) -> Float[Array, "B down across D"]:
-    """Draws a crop of the position table for each of `batch` images, float[B, down, across, D].
+    """Draws a crop of the position table for each image, float[B, down, across, D].
 
     Cropped positional embedding (RO-ViT, arXiv 2305.07011, section 3.2; MaMMUT's paper uses it in
     the last 100K steps): the table is enlarged bilinearly, cropped to a random box and sampled back
@@ -332,10 +335,10 @@ def crop_pos_embed(
 def _crop_matrix(
     start: Float[Array, "B"], extent: Float[Array, "B"], size: int
 ) -> Float[Array, "B S S"]:
-    """Makes matrices that enlarge `size` positions and sample a crop of them, float[B, S, S].
+    """Makes matrices that enlarge an axis and sample a crop of it, float[B, S, S].
 
-    The whole axis goes from 0 to 1, the crop from `start` to `start + extent`; `size` positions are
-    sampled from it, evenly.
+    The axis has `size` positions and goes from 0 to 1, the crop from `start` to `start + extent`.
+    As many positions are sampled from the crop, evenly.
     """
     centres = start[:, None] + extent[:, None] * (jnp.arange(size) + 0.5) / size
     crop = _bilinear(centres, _CROP_RESOLUTION)
@@ -344,9 +347,10 @@ def _crop_matrix(
 
 
 def _bilinear(points: Float[Array, "B Q"], size: int) -> Float[Array, "B Q S"]:
-    """Computes the bilinear weights of `size` cell centres at `points` in 0..1, float[B, Q, S].
+    """Computes bilinear weights of cell centres at `points`, float[B, Q, S].
 
-    Beyond the outermost centres the value of the nearest one holds.
+    The centres are those of `size` equal cells from 0 to 1. Beyond the outermost centres the value
+    of the nearest one holds.
     """
     position = jnp.clip(points * size - 0.5, 0, size - 1)
     return jnp.maximum(0, 1 - jnp.abs(position[..., None] - jnp.arange(size)))
