@@ -1,4 +1,8 @@
-"""Adapters on a whole model: where they go, what they leave alone, how they are added, merged, saved and loaded."""
+"""Adapters on a whole model.
+
+The tests show where they go, what they leave alone, and how they are added, merged, saved and
+loaded.
+"""
 
 import dataclasses
 import functools

@@ -1,4 +1,7 @@
-"""The models of others as values of the config: what must hold for each, whatever its pooling, masks and slots."""
+"""The models of others as values of the config.
+
+The tests must hold for each, whatever its pooling, masks and slots.
+"""
 
 import dataclasses
 import functools
@@ -75,8 +78,8 @@ CONFIGS = {
     "moderntext": dataclasses.replace(
         MAMMUT2,
         text=dataclasses.replace(
-            TEXT, **BIASLESS, activation="swiglu", positions="rope", cross_attn_position="inside", qk_norm=True,
-            attn_gate=True, pad_masking="contrastive", pooling="end",
+            TEXT, **BIASLESS, activation="swiglu", positions="rope", cross_attn_position="inside",
+            qk_norm=True, attn_gate=True, pad_masking="contrastive", pooling="end",
         ),
     ),
     "coca": ModelConfig(
@@ -103,8 +106,8 @@ CONFIGS = {
     "cappa": ModelConfig(
         VISION,
         dataclasses.replace(
-            TEXT, cross_attn_every=1, cross_attn_position="inside", pooling="none", attn_bias=False, mlp_bias=False,
-            vocab_bias=True, activation="relu2",
+            TEXT, cross_attn_every=1, cross_attn_position="inside", pooling="none",
+            attn_bias=False, mlp_bias=False, vocab_bias=True, activation="relu2",
         ),
         image_projection="none",
     ),
@@ -118,8 +121,8 @@ CONFIGS = {
     "gptj": ModelConfig(
         VISION,
         dataclasses.replace(
-            TEXT, cross_attn_every=1, positions="rope", rope_dims=4, layout="parallel", attn_bias=False,
-            vocab_bias=True,
+            TEXT, cross_attn_every=1, positions="rope", rope_dims=4, layout="parallel",
+            attn_bias=False, vocab_bias=True,
         ),
     ),
 }  # fmt: skip
@@ -210,7 +213,10 @@ def test_embeddings_are_unit_vectors_of_the_shared_size(name):
     [("mammut2", True), ("moderntext", True), ("openmammut", False), ("siglip", False)],
 )
 def test_only_a_model_that_masks_its_pads_does_not_see_them(name, same):
-    """openMaMMUT and SigLIP are trained with pads among the tokens: more of them, another embedding."""
+    """openMaMMUT and SigLIP are trained with pads among the tokens.
+
+    More pads give another embedding.
+    """
     batch = batch_of(name)
     tokens, valid = batch["tokens"], np.arange(LENGTH)[None].repeat(4, 0) < 5
     short = call(name, "encode_text", tokens[:, :5], valid[:, :5])
@@ -219,7 +225,10 @@ def test_only_a_model_that_masks_its_pads_does_not_see_them(name, same):
 
 
 def test_an_id_that_is_a_pad_by_config_is_one_wherever_it_stands():
-    """In CLIP's vocabulary 0 is a pad and "!": CoCa hides the token after it, and no loss is taken of it."""
+    """In CLIP's vocabulary 0 is a pad and "!".
+
+    CoCa hides the token after it, and no loss is taken of it.
+    """
     tokens = np.random.default_rng(0).integers(1, VOCAB, (4, LENGTH), np.int32)
     tokens[:, 3] = 0
     valid = np.ones(tokens.shape, bool)
@@ -358,7 +367,10 @@ def matrix_flops(jaxpr) -> int:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops_are_those_of_the_matrix_products(name):
-    """Causal attention counts half in our figure and whole in the program; a class token is one position more."""
+    """Causal attention counts half in our figure and whole in the program.
+
+    A class token is one position more.
+    """
     config = CONFIGS[name]
     text, flops = config.text, forward_flops(config)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
@@ -473,7 +485,10 @@ def test_a_decoder_that_cannot_be_is_refused_by_its_field(changes, message):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_follows_from_other_fields_is_what_the_model_has(name):
-    """A class token goes with its pooling, a prefix with the lack of cross-attention: no config contradicts itself."""
+    """A class token goes with its pooling, a prefix with the lack of cross-attention.
+
+    No config contradicts itself.
+    """
     config, (graphdef, params) = CONFIGS[name], weights(name)
     model = nnx.merge(graphdef, params)
     text = config.text

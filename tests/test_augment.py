@@ -1,4 +1,7 @@
-"""What training draws at random inside the model: nothing without a key, and each kind of draw from its own stream."""
+"""Random draws of training inside the model.
+
+Nothing is drawn without a key, and each kind of draw has a stream of its own.
+"""
 
 import dataclasses
 import functools
@@ -23,7 +26,10 @@ PREFIX = dataclasses.replace(prefix_config(), prefix_norm=False)
 
 @functools.cache
 def model(flat_positions: bool = False) -> MaMMUT:
-    """A model with an image prefix; with `flat_positions` a crop of the position table changes nothing."""
+    """A model with an image prefix.
+
+    With `flat_positions` a crop of the position table changes nothing.
+    """
     made = tiny_model(PREFIX)
     if flat_positions:
         table = made.vision.pos_embed

@@ -1,4 +1,7 @@
-"""Configs survive JSON, name what they do not know, and refuse what cannot work in a sentence with the field."""
+"""Configs survive JSON and refuse what cannot work.
+
+Errors are one sentence that names the field.
+"""
 
 import dataclasses
 import importlib.util
@@ -207,7 +210,10 @@ def test_a_value_that_cannot_work_is_refused_with_its_field(cls, name, value):
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(cls, name, value, choices):
-    """As users meet it: in the tests the type checker would refuse it first, so the file is read past the checker."""
+    """Users get this error; in the tests the type checker would come first.
+
+    So the file is read past the checker.
+    """
     config = run_file(ROOT / "mammut" / "config.py")
     with pytest.raises(
         ValueError, match=rf"^{cls}\.{name} is '{value}', expected one of {choices}$"
@@ -244,7 +250,7 @@ def test_a_run_refuses_fused_passes_of_different_length():
 
 
 def test_the_architecture_says_nothing_of_how_it_is_computed_or_trained():
-    """A model folder keeps the `ModelConfig`: what it holds, every later run of the weights inherits."""
+    """A model folder keeps the `ModelConfig`: later runs of the weights inherit its fields."""
     of_model = set()
     for config in (ModelConfig(), VisionConfig(), DecoderConfig()):
         of_model |= {field.name for field in dataclasses.fields(config)}
@@ -290,7 +296,10 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh):
 
 
 def test_the_paper_sections_defaults_hold():
-    """Weights of 1 and 1, focal loss unbalanced with gamma 1, AdamW with weight decay 0.01, text of 64 tokens."""
+    """Loss weights of 1 and 1, an unbalanced focal loss with gamma 1, AdamW with weight decay 0.01.
+
+    Texts have 64 tokens.
+    """
     loss, optimizer = LossConfig(), OptimizerConfig()
     assert (loss.contrastive_weight, loss.caption_weight, loss.focal_alpha, loss.focal_gamma) == (
         1,

@@ -1,4 +1,7 @@
-"""Both passes in one traversal of the decoder: the numbers of two calls, each weight gathered once, no work added."""
+"""Both passes in one traversal of the decoder.
+
+It gives the numbers of two calls, gathers each weight once and adds no work.
+"""
 
 import collections
 import dataclasses
@@ -36,7 +39,7 @@ PASSES = ("two_calls", "fused")
 
 
 def outputs_and_gradients(config: ModelConfig, compute: ComputeConfig):
-    """What a training forward gives, and the gradients of a sum that depends on every number of it."""
+    """Results of a training forward, and gradients of a sum that depends on all numbers."""
     graphdef, params = nnx.split(tiny_model(config, compute=compute))
     batch = tiny_batch(config)
 
@@ -53,7 +56,10 @@ def outputs_and_gradients(config: ModelConfig, compute: ComputeConfig):
 
 @pytest.mark.parametrize("name", FUSABLE)
 def test_one_traversal_gives_the_numbers_and_the_gradients_of_two(name):
-    """To rounding, which adds up in gradients: their sums over both passes are taken in another order."""
+    """They are equal up to rounding, which adds up in gradients.
+
+    The sums of gradients over both passes are taken in another order.
+    """
     config, compute = FUSABLE[name]
     expected, actual = (
         outputs_and_gradients(config, dataclasses.replace(compute, passes=passes))
@@ -90,7 +96,10 @@ def test_a_model_with_an_image_prefix_is_refused():
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("name", ["own", "openmammut_small", "moderntext"])
 def test_a_training_forward_encodes_the_image_once_and_scores_no_word(name, passes):
-    """All matrix products of it are counted: one more image, one cross-attention of the contrastive pass would show."""
+    """All of its matrix products are counted.
+
+    One more encoded image, or one cross-attention in the contrastive pass, would show.
+    """
     config, compute = FUSABLE[name]
     compute = dataclasses.replace(compute, passes=passes)
     graphdef, params = nnx.split(
@@ -129,7 +138,10 @@ def test_the_contrastive_pass_has_no_product_with_the_vocabulary(name):
 
 
 def test_over_eight_devices_each_decoder_weight_is_gathered_once_forward_and_once_backward():
-    """The layers are laid out one by one. Nothing is moved between devices but gathered and reduced."""
+    """The layers are laid out one by one.
+
+    Between devices, arrays are gathered and reduced, and nothing else is moved.
+    """
     vision = dataclasses.replace(OWN.vision, depth=1, image_size=32)
     text = dataclasses.replace(OWN.text, depth=2)
     config = dataclasses.replace(OWN, vision=vision, text=text)

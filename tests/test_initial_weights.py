@@ -1,4 +1,7 @@
-"""Random weights: the key of a parameter is folded from its path, so that an option changes no other parameter."""
+"""Random weights: the key of a parameter is folded from its path.
+
+So an option that adds or removes parameters changes no other.
+"""
 
 import dataclasses
 import functools

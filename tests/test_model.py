@@ -1,4 +1,7 @@
-"""What the two passes see and do not see, pads, order, numbers against NumPy, precision, memory policies, positions."""
+"""The two passes: what they see and do not see.
+
+Also pads, order, numbers against NumPy, precision, memory policies and positions.
+"""
 
 import dataclasses
 import functools
@@ -163,7 +166,10 @@ def test_the_caption_pass_of_an_example_sees_its_own_image_only(batch, out):
 
 
 def used(grads) -> set[str]:
-    """The parameters with a gradient, but for biases of keys: they shift all scores of a query alike."""
+    """The parameters with a gradient, without biases of keys.
+
+    A bias of the keys shifts all scores of a query alike, so that its gradient is zero.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     names = {jax.tree_util.keystr(path) for path, leaf in leaves if np.abs(leaf).max() > 0}
     return {name for name in names if "['key']['bias']" not in name}
@@ -553,7 +559,10 @@ def test_layer_norm_divides_by_the_root_of_variance_plus_eps(eps):
 
 
 def test_layer_norm_of_bfloat16_has_statistics_in_float32():
-    """Around 3, bfloat16 has steps of 1/64: a mean rounded to one would be off by up to an eighth of this spread."""
+    """Around 3, bfloat16 has steps of 1/64.
+
+    A mean rounded to one would be off by up to an eighth of this spread.
+    """
     x = jnp.asarray(3 + 0.06 * np.random.default_rng(0).normal(size=(20, 64)), jnp.bfloat16)
     y = initialise(LayerNorm(64, 1e-6, dtypes=FLOAT32), jax.random.key(0))(x)
     assert y.dtype == jnp.bfloat16
@@ -562,10 +571,15 @@ def test_layer_norm_of_bfloat16_has_statistics_in_float32():
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-3)
 
 
-@pytest.mark.parametrize(("activation", "at_1", "at_minus_2"), [("gelu", 0.841345, -0.045500),
-                                                                ("gelu_tanh", 0.841192, -0.045402)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("activation", "at_1", "at_minus_2"),
+    [("gelu", 0.841345, -0.045500), ("gelu_tanh", 0.841192, -0.045402)],
+)
 def test_the_two_kinds_of_gelu(activation, at_1, at_minus_2):
-    """x times the normal distribution's share below x, and its approximation; they differ in the fourth digit."""
+    """x times the normal distribution's share below x, and its approximation.
+
+    They differ in the fourth digit.
+    """
     config = LayerConfig(width=1, num_heads=1, mlp_dim=1, activation=activation)
     mlp = initialise(MLP(config, dtypes=FLOAT32), jax.random.key(0))
     for linear in (mlp.up, mlp.down):
@@ -730,7 +744,7 @@ def crop_matrix(start, extent, size):
 
 
 def test_a_crop_is_two_linear_interpolations():
-    """Against NumPy's: positions -> 64 cells, whose centres are sampled at the centres of the crop's cells."""
+    """Compared with NumPy's: positions become 64 cells, which the crop samples at its centres."""
     rng = np.random.default_rng(0)
     for size in (2, 7, 14):
         table = rng.normal(size=size)
@@ -766,7 +780,10 @@ def test_a_crop_is_an_average_and_keeps_a_ramp_inside():
 
 
 def test_crops_are_boxes_inside_the_image_of_the_documented_area_and_aspect():
-    """Positions that say where they are: their slope tells the box's extent, their middle where it lies."""
+    """Positions that say where they are.
+
+    Their slope tells the box's extent, their middle where it lies.
+    """
     size, number = 16, 512
     ramp = (np.arange(size, dtype=np.float32) + 0.5) / size
     table = np.stack(np.meshgrid(ramp, ramp, indexing="ij"), -1)

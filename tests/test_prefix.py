@@ -1,4 +1,7 @@
-"""The image prefix of a model: its dropout, tokens of the pooled image, and the room that is left for texts."""
+"""The image prefix of a model.
+
+The tests are about its dropout, tokens of the pooled image, and the room that is left for texts.
+"""
 
 import dataclasses
 
@@ -59,7 +62,10 @@ def test_the_norm_comes_after_the_dropout():
 
 @pytest.fixture(scope="module")
 def frozen() -> MaMMUT:
-    """Of the form of Frozen (arXiv 2106.13884, section 3.1): two tokens are made of the pooled image."""
+    """A model of the form of Frozen (arXiv 2106.13884, section 3.1).
+
+    Two tokens are made of the pooled image.
+    """
     return tiny_model(dataclasses.replace(prefix_config(), prefix_tokens=2, prefix_norm=False))
 
 

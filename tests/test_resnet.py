@@ -1,4 +1,7 @@
-"""The ResNet image encoders: what no batch and no step may change, their sizes, and a model that has one."""
+"""The ResNet image encoders.
+
+The tests show what no batch and no step may change, their sizes, and a model that has one.
+"""
 
 import dataclasses
 import math
@@ -185,7 +188,10 @@ def test_images_of_another_size_are_refused_in_a_sentence_that_names_the_field()
     ).vision
     shapes = [jax.eval_shape(lambda x: tower(x).tokens, images(1, size)).shape for size in (64, 96)]
     assert shapes == [(1, 4, 256), (1, 9, 256)]
-    sizes = r"\(32, 32, 3\), expected \(96, 96, 3\) from ResNetConfig.image_size or \(64, 64, 3\) from low_image_size"
+    sizes = (
+        r"\(32, 32, 3\), expected \(96, 96, 3\) from ResNetConfig.image_size "
+        r"or \(64, 64, 3\) from low_image_size"
+    )
     with pytest.raises(ValueError, match=sizes):
         tower(images(1, 32))
 

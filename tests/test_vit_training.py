@@ -49,7 +49,10 @@ def encode(config: ModelConfig, image, augment=Augment(), compute=ComputeConfig(
 
 @pytest.fixture
 def gpu(monkeypatch, caplog):
-    """A GPU, as far as the choice of a kernel can tell, and the log: XLA's attention on the CPU passes for cuDNN's."""
+    """A GPU, as far as the choice of a kernel can tell, and the list of kernels that were tried.
+
+    XLA's attention on the CPU stands in for cuDNN's.
+    """
     real = kernels._attention_and_gradients
     tried = []
 
@@ -109,8 +112,8 @@ def test_a_kernel_that_does_not_work_is_replaced_with_one_line_in_the_log(
             assert attention_kernel(jnp.bfloat16, 16, 16) == "xla"
     (record,) = [record for record in caplog.records if record.name.startswith("mammut")]
     assert record.getMessage() == (
-        "image attention of 16 tokens with heads of 16 in bfloat16 runs on XLA, cudnn does not work here: "
-        + reason
+        "image attention of 16 tokens with heads of 16 in bfloat16 runs on XLA, "
+        "cudnn does not work here: " + reason
     )
 
 
@@ -178,7 +181,10 @@ def test_the_share_that_is_kept_is_exact(drop, kept):
 
 
 def test_what_is_kept_is_seen_as_if_the_rest_of_the_image_did_not_exist():
-    """Against the tower's parts over the chosen rows: positions, the class token, the pool and the decoder's keys."""
+    """Compared with the parts of the tower, run over the chosen rows alone.
+
+    This covers positions, the class token and the pooling.
+    """
     config = with_vision(WIDE, class_token=True, pooling="mean_all")
     graphdef, params = nnx.split(tiny_model(config))
 
@@ -212,7 +218,7 @@ def test_without_a_key_every_patch_is_seen():
 
 
 def test_dropping_patches_leaves_the_crops_as_they_are(monkeypatch):
-    """With the two together, and nothing dropped after all, the tokens are those of the crops alone."""
+    """With both on, but a drop that keeps all patches, the tokens are those of the crops alone."""
     monkeypatch.setattr(vit, "drop_patches", lambda key, x, share: x)
     crops, both = (
         encode(WIDE, BATCH["image"], Augment(KEY, AugmentConfig(drop, crop_positions=True)))
@@ -222,7 +228,7 @@ def test_dropping_patches_leaves_the_crops_as_they_are(monkeypatch):
 
 
 def test_patches_are_not_drawn_with_the_numbers_of_the_crops():
-    """`fold_in` of a key with 1 is the second key of its split, which draws the aspect of a crop."""
+    """`fold_in` of a key with 1 is the second key of its split, which draws a crop's aspect."""
 
     def numbers(key):
         return tuple(np.asarray(jax.random.key_data(key)))

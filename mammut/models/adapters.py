@@ -136,7 +136,7 @@ def num_adapter_params(model: MaMMUT, name: str | None = None) -> int:
 
     Example:
       >>> mammut.num_adapter_params(model, "shapes")
-      16384
+      8192
     """
     if name is None:
         return sum(leaf.size for leaf in jax.tree.leaves(model.adapters))
