@@ -259,8 +259,14 @@ def test_a_folder_in_bfloat16_stays_so_without_arguments(tmp_path):
         ({"vision": {"widht": 3}}, "widht, which VisionConfig does not know"),
         ({"compute": {"rmat": "full"}}, "compute has rmat, which ComputeConfig does not know"),
         ({"augment": {"crop": True}}, "augment has crop, which AugmentConfig does not know"),
-        ({"augment": {"prefix_dropout": 0.1}}, "prefix_dropout is 0.1, which needs an image prefix"),
-        ({"logit_scale_init": 0.0}, "logit_scale_init is 0.0, expected more than 0 and at most 100"),
+        (
+            {"augment": {"prefix_dropout": 0.1}},
+            "prefix_dropout is 0.1, which needs an image prefix",
+        ),
+        (
+            {"logit_scale_init": 0.0},
+            "logit_scale_init is 0.0, expected more than 0 and at most 100",
+        ),
         ({"conditioning": "prefix"}, "conditioning, which ModelConfig does not know"),
         ({"outputs": "both"}, "outputs.*both"),
         ({"text": {"pooling": "none"}}, "outputs is 'embeddings', which needs a contrastive pass"),
