@@ -20,7 +20,6 @@ A-B-B-A, which is checked first: see `mammut.performance.peers`.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import platform
@@ -36,6 +35,7 @@ from flax import nnx
 
 import mammut
 from mammut.config import DataConfig, ModelConfig, to_dict
+from mammut.core.files import write_json
 from mammut.generation.search import GenerateConfig
 from mammut.performance import beside_peer, child, growth, tables
 from mammut.performance.generation_time import measure_generation
@@ -309,7 +309,7 @@ def run(options: Options) -> dict[str, Any]:
     told = {"machine": machine, "versions": versions | {"python": platform.python_version()}}
     result = told | (measure_model(options) if options.peer is None else measure_peer(options))
     if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        write_json(options.out, result)
         print(f"times: {options.out}")
     return result
 

@@ -60,7 +60,10 @@ def test_the_recipe_comes_first_and_what_the_program_knows_is_taken_out():
 
 @pytest.mark.parametrize(
     ("argv", "nearest"),
-    [(["--optimizer.learning-rat", "1"], "--optimizer.learning-rate"), (["--workdr", "a"], "--workdir")],
+    [
+        (["--optimizer.learning-rat", "1"], "--optimizer.learning-rate"),
+        (["--workdr", "a"], "--workdir"),
+    ],
 )
 def test_a_misspelt_option_is_refused_with_the_nearest(argv, nearest, capsys):
     _, _, overrides = command_line.parse(argv)
@@ -79,7 +82,14 @@ def test_names_of_version_0_1_are_taken_for_todays():
 
 
 def test_options_are_left_out_with_their_values():
-    overrides = ["--model.text.max-length", "9", "--steps=3", "--model.vision.image_size=5", "--seed", "1"]
+    overrides = [
+        "--model.text.max-length",
+        "9",
+        "--steps=3",
+        "--model.vision.image_size=5",
+        "--seed",
+        "1",
+    ]
     names = {"model.text.max_length", "model.vision.image_size"}
     assert command_line.without(overrides, names) == ["--steps=3", "--seed", "1"]
 

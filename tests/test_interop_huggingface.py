@@ -1,6 +1,5 @@
 """Language models of Hugging Face: each number against transformers, on random weights; configs, tokenizers, files."""
 
-import dataclasses
 import json
 import pathlib
 import shutil

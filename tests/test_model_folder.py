@@ -22,12 +22,13 @@ from mammut.config import MeshConfig
 from mammut.core import sharding
 from mammut.data.tokenizer import MissingTokenizer
 from mammut.models.compute import ComputeConfig
+from mammut.models.flops import num_params
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 from mammut.training.run_folder import read_run, write_run
 from mammut.weights.files.tensor_file import CheckpointError
 from mammut.weights.model_card import write_card
-from mammut.weights.model_folder import model_specs, open_model, save_opened
-from mammut.weights.opened import LazyTensors, OpenedModel
+from mammut.weights.model_folder import open_model, save_opened
+from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
 
 TEXTS = ["one red circle on the left", "two squares", ""]
 
@@ -105,10 +106,7 @@ def test_the_weights_are_named_by_their_path_and_need_nothing_of_this_library(sa
     arrays = load_file(saved / "model.safetensors")
     assert arrays["vision.layers.attn.query.kernel"].shape == (2, 32, 2, 16)
     assert arrays["text.token_embed.embedding"].shape == (60, 48)
-    assert (
-        sum(x.size for x in arrays.values())
-        == mammut.models.flops.num_params(tiny_config())["total"]
-    )
+    assert sum(x.size for x in arrays.values()) == num_params(tiny_config())["total"]
 
 
 def test_a_folder_that_holds_a_model_is_not_overwritten_unasked(folder):
@@ -460,8 +458,8 @@ import dataclasses, resource, sys
 import jax, numpy as np
 import mammut
 from mammut import testing
-from mammut.weights.opened import LazyTensors, OpenedModel
-from mammut.weights.model_folder import model_specs, save_opened
+from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
+from mammut.weights.model_folder import save_opened
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 config = testing.tiny_config()
 config = dataclasses.replace(config, text=dataclasses.replace(config.text, width=1536, num_heads=8, mlp_dim=4096))
@@ -496,7 +494,7 @@ def test_the_card_says_what_the_model_is_and_what_it_scored(folder):
     (folder / "eval" / "caption_val.json").write_text(json.dumps(scores))
     mammut.save(folder, tiny_model(), tiny_processor(), overwrite=True)
     card = (folder / "README.md").read_text()
-    total = mammut.models.flops.num_params(tiny_config())["total"]
+    total = num_params(tiny_config())["total"]
     assert (
         f"| parameters | {total:,} |" in card and "| caption | coco:val | cider | 1.234 |" in card
     )

@@ -448,9 +448,8 @@ def test_weights_without_a_config_that_are_no_openmammut_want_one(tmp_path):
         CheckpointError, match="none of the 15 openMaMMUT sizes: put the open_clip_config.json"
     ):
         open_clip.open_model(folder / "open_clip_model.safetensors")
-    assert not open_clip.is_open_clip(folder) and open_clip.is_open_clip(
-        folder / "open_clip_model.safetensors"
-    )
+    assert not open_clip.recognises(folder)
+    assert open_clip.recognises(folder / "open_clip_model.safetensors")
 
 
 def test_a_folder_is_not_overwritten_unasked(tmp_path):

@@ -28,7 +28,7 @@ from mammut.evaluation.predictions import Predictions
 from mammut.pages.report import write_report
 from mammut.pages.report_pictures import curves
 from mammut.pages.word_maps import overlay, split_words, word_maps
-from mammut.weights import checkpoints as checkpoint
+from mammut.training.run_folder import write_run
 from mammut.weights import model_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -154,7 +154,7 @@ def run(tmp_path_factory) -> pathlib.Path:
         model=testing.tiny_config(), data=DataConfig(train=data, val=data, batch_size=8), steps=1234
     )
     model_folder.save(folder, testing.tiny_model(), testing.tiny_processor())
-    checkpoint.write_run(folder, config, ["--steps", "1234"])
+    write_run(folder, config, ["--steps", "1234"])
     steps = [
         {
             "step": step,
@@ -412,7 +412,7 @@ def test_a_run_that_was_moved_still_finds_its_model_and_a_bad_file_spoils_nothin
 
 
 def test_a_run_without_anything_else_has_a_page(tmp_path):
-    checkpoint.write_run(tmp_path, TrainConfig(model=testing.tiny_config()), [])
+    write_run(tmp_path, TrainConfig(model=testing.tiny_config()), [])
     assert "parameters" in Page(write_report(tmp_path)).words
 
 

@@ -1,4 +1,4 @@
-"""`Array` for shape annotations: what takes a JAX array takes a NumPy array too."""
+"""`Array` for shape annotations: a JAX array or a NumPy array."""
 
 import jax
 import numpy as np

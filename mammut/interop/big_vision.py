@@ -376,7 +376,7 @@ def _open(path: str, config: ModelConfig | None) -> OpenedModel:
             name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()
         }
         return OpenedModel(config, LazyTensors(specs, arrays.__getitem__), None, path)
-    if config is not None and big_vision_weights.is_big_vision(path):
+    if config is not None and big_vision_weights.recognises(path):
         sizes = {"image_size": config.vision.image_size, "max_length": config.text_length}
         return big_vision_weights.open_model(path, **sizes)
     return open_model(path)

@@ -1,15 +1,20 @@
 """Adapter modules: small additions to the maps, attentions and MLPs of a model.
 
-    sequential         f(x) + A(f(x))    A: down, ReLU, up, with biases; f an attention or an MLP, before it joins the
-    parallel           f(x) + A(x)       residual stream (Houlsby et al., arXiv 1902.00751; MAGMA, arXiv 2112.05253)
-    scaled_parallel    f(x) + s A(x)     s one learned number, 1 at first (He et al., arXiv 2110.04366)
-    lora               f(x) + a/r B(A(x))     A, B linear maps to and from r numbers (Hu et al., arXiv 2106.09685)
-    ia3                s * f(x), of an MLP's second map f(s * x)     s a learned vector (Liu et al., arXiv 2205.05638)
+    sequential        f(x) + A(f(x))     A: down, ReLU, up, with biases; f: an attention or an MLP
+                                         before it joins the residual stream (Houlsby et al.,
+                                         arXiv 1902.00751; MAGMA, arXiv 2112.05253)
+    parallel          f(x) + A(x)        the same
+    scaled_parallel   f(x) + s A(x)      s: one learned number, 1 at first (He et al.,
+                                         arXiv 2110.04366)
+    lora              f(x) + a/r B A x   A, B: linear maps to r numbers and from them; f: a linear
+                                         map (Hu et al., arXiv 2106.09685)
+    ia3               s * f(x)           s: a learned vector; on an MLP's second map f(s * x)
+                                         (Liu et al., arXiv 2205.05638)
 
 A site is the path of a module inside a stack of layers, such as text.layers.mlp or
 vision.layers.attn.query. Adapters are a tree of their own, `Adapters`, so that the base keeps its
-paths; `Adapters.attached` puts them into a copy of a tower for the time of a call. What is done
-with the adapters of a whole model is in `mammut.models.adapters`.
+paths; `Adapters.attached` puts them into a copy of a tower for the time of a call.
+`mammut.models.adapters` adds them to a whole model, removes and merges them.
 """
 
 import dataclasses
@@ -33,14 +38,15 @@ from mammut.models.transformer import MLP, Attention, Layer
 Tower = TypeVar("Tower", bound=nnx.Module)
 Function = Callable[[jax.Array], jax.Array]
 
-# of the weights and biases that MAGMA's bottlenecks start from; cut at twice that
+# Standard deviation of the weights and biases that MAGMA's bottlenecks start from; numbers are cut
+# at twice that.
 _MAGMA_STDDEV = 1e-3
 _NORM_EPS = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """An adapter: small modules on a model that is otherwise left as it is.
+    """An adapter: small modules on a model that stays as it is otherwise.
 
     Several configs with one `name` make up one adapter, which is saved, loaded and switched on as a
     whole.
@@ -98,9 +104,9 @@ class AdapterConfig:
 
 
 class Bottleneck(nnx.Module):
-    """A bottleneck on an attention or MLP: down to `width // reduction` numbers, ReLU, up.
+    """A bottleneck on an attention or MLP: down, ReLU, up.
 
-    What it makes is added to the output of its site.
+    It has `width // reduction` numbers inside. Its result is added to the output of its site.
     """
 
     def __init__(self, config: AdapterConfig, width: int, *, dtypes: Dtypes):
@@ -133,9 +139,9 @@ class Bottleneck(nnx.Module):
 
 
 class LoRA(nnx.Module):
-    """A product of two thin maps beside a linear map.
+    """LoRA: a product of two thin maps beside a linear map.
 
-    The first starts as peft's does, the second as zero: at first it changes nothing.
+    The first map starts as peft's does, the second with zeros: at first the product is zero.
     """
 
     def __init__(
@@ -158,17 +164,18 @@ class LoRA(nnx.Module):
     def merged(
         self, kernel: jax.Array, bias: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Merges the adapter into float32 `kernel` and `bias` of its map; the result does the same."""
+        """Merges the adapter into the float32 `kernel` and `bias` of its map."""
         down = self.down.kernel[...].astype(jnp.float32)
         up = self.up.kernel[...].astype(jnp.float32)
         return kernel + self.scale * jnp.tensordot(down, up, 1, precision="highest"), bias
 
 
 class IA3(nnx.Module):
-    """A learned factor for each output of a linear map, its bias included; 1 at first.
+    """(IA)^3: a learned factor for each output of a linear map.
 
-    Of an MLP's second map the factors are of its inputs (`of_input`): hidden activations of an MLP
-    are scaled after the activation function, as in peft's `feedforward_modules`.
+    Factors are 1 at first; they multiply the bias, too. On an MLP's second map the factors multiply
+    its inputs (`of_input`): they scale the hidden numbers of the MLP behind the activation
+    function, as in peft's `feedforward_modules`.
     """
 
     def __init__(self, sizes: dict[str, int], of_input: bool, *, dtypes: Dtypes):
@@ -185,11 +192,13 @@ class IA3(nnx.Module):
     def merged(
         self, kernel: jax.Array, bias: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Merges the adapter into float32 `kernel` and `bias` of its map; the result does the same."""
+        """Merges the adapter into the float32 `kernel` and `bias` of its map."""
         scale = self.scale[...].astype(jnp.float32)
         if self.of_input:
             return kernel * scale[:, None], bias
-        return kernel * scale, None if bias is None else bias * scale
+        if bias is not None:
+            bias = bias * scale
+        return kernel * scale, bias
 
 
 class _Both(nnx.Module):
@@ -204,19 +213,20 @@ class _Both(nnx.Module):
 
 
 def sites(towers: Mapping[str, nnx.Module]) -> dict[str, nnx.Module]:
-    """Lists every site in the stacks of layers of `towers` ("text", "vision"): module by path."""
-    return {
-        ".".join((prefix, name, *map(str, path))): module
-        for prefix, tower in towers.items()
-        for name, layers in vars(tower).items()
-        if isinstance(layers, Layer)
-        for path, module in nnx.iter_modules(layers)
-        if isinstance(module, Attention | MLP | Linear)
-    }
+    """Lists the sites of `towers` ("text", "vision"): modules in stacks of layers, by path."""
+    modules: dict[str, nnx.Module] = {}
+    for prefix, tower in towers.items():
+        for name, layers in vars(tower).items():
+            if not isinstance(layers, Layer):
+                continue
+            for path, module in nnx.iter_modules(layers):
+                if isinstance(module, Attention | MLP | Linear):
+                    modules[".".join((prefix, name, *map(str, path)))] = module
+    return modules
 
 
 def chosen(config: AdapterConfig, modules: Mapping[str, nnx.Module]) -> list[str]:
-    """Chooses the sites of an adapter: of the right kind, fitting one of its patterns.
+    """Chooses the sites of an adapter by its kind and patterns.
 
     `modules` is what `sites` gives.
 
@@ -224,18 +234,19 @@ def chosen(config: AdapterConfig, modules: Mapping[str, nnx.Module]) -> list[str
       ValueError: a pattern fits none of the right kind.
     """
     if config.kind in ("lora", "ia3"):
-        wanted, what = Linear, "a linear map"
+        wanted = Linear
+        what = "a linear map"
     else:
-        wanted, what = Attention | MLP, "an attention or MLP"
+        wanted = Attention | MLP
+        what = "an attention or MLP"
     right = [site for site, module in modules.items() if isinstance(module, wanted)]
     for pattern in config.sites:
         if not fnmatch.filter(right, pattern):
-            other = fnmatch.filter(modules, pattern)
+            problem = f"not {what}" if fnmatch.filter(modules, pattern) else "no site"
             close = ", ".join(difflib.get_close_matches(pattern, right, 4, cutoff=0))
             raise ValueError(
-                f"AdapterConfig.sites has {pattern!r}, which is "
-                f"{'no site' if not other else f'not {what}'} of this model: {config.kind!r} goes "
-                f"on {what}, such as {close or 'this model has none of'}"
+                f"AdapterConfig.sites has {pattern!r}, which is {problem} of this model: "
+                f"{config.kind!r} goes on {what}, such as {close or 'this model has none of'}"
             )
     return [
         site
@@ -245,18 +256,19 @@ def chosen(config: AdapterConfig, modules: Mapping[str, nnx.Module]) -> list[str
 
 
 class Adapters(nnx.Dict):
-    """The adapters of a model: for each name the modules by site, with / for the dots of its path.
+    """The adapters of a model, by name, then by site.
 
-    A module has a leading `layer` axis, as the stack that it goes with: the parameter
-    adapters.default.text/layers/mlp.down.kernel is float[layer, D, D / reduction].
+    The key of a site is its path with / for the dots. A module has a leading `layer` axis, as the
+    stack that it goes with: the parameter adapters.default.text/layers/mlp.down.kernel is
+    float[layer, D, D / reduction].
 
     Args:
       configs: the adapters, `ModelConfig.adapters`.
       towers: the towers by name, "text" and "vision".
 
     Raises:
-      ValueError: a pattern of sites fits none of the right kind, two adapters of one name are on
-        one site, or a bottleneck or rank does not fit the site; in one sentence.
+      ValueError: a pattern fits no site of the right kind, two adapters of one name are on one
+        site, or a bottleneck or rank does not fit its site.
     """
 
     def __init__(
@@ -321,7 +333,8 @@ def _make(config: AdapterConfig, site: str, module: nnx.Module, dtypes: Dtypes) 
     outputs = dict(axes[module.num_inputs :])
     if config.kind == "ia3":
         of_input = site.endswith(".mlp.down")
-        return stack(IA3(inputs if of_input else outputs, of_input, dtypes=dtypes), depth)
+        sizes = inputs if of_input else outputs
+        return stack(IA3(sizes, of_input, dtypes=dtypes), depth)
     largest = min(math.prod(inputs.values()), math.prod(outputs.values()))
     if config.rank > largest:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""The caption pass one token at a time: what it keeps of the tokens before."""
+"""The caption pass one token at a time, with a cache of keys and values.
+
+`prefill` runs the prompts, `cached_step` one token more.
+"""
 
 import operator
 
@@ -9,16 +12,13 @@ from jaxtyping import Bool, Float, Int
 
 from mammut.core.typing import Array
 from mammut.models.decoder import Stacks, TextDecoder
-from mammut.models.masks import shift_valid, within
+from mammut.models.masks import behind_prefix, shift_valid, within
 from mammut.models.transformer import KeyValue, Layer, Rotation
 
 
 @struct.dataclass
 class Prefix:
-    """The prefix before the text of R rows, as far as a cache needs it.
-
-    It stands in place of the start token.
-    """
+    """An image prefix as a cache keeps it; it stands in place of the start."""
 
     last: jax.Array  # float[1, 1, R, D]: the embedding of its last position
     before: jax.Array  # int[1, 1, R]: the count of its positions before the last, without pads
@@ -27,20 +27,20 @@ class Prefix:
 
 @struct.dataclass
 class TextCache:
-    """Keys and values of R texts so far; of S positions the first are written.
+    """Keys and values of R texts so far, with room for S positions.
 
-    Rows are the third axis of every array.
+    Positions are written from the first on. Rows of text are the third axis of every array.
     """
 
     layers: KeyValue  # float[groups, layers of a group, R, S, N, K] each
     text_only: KeyValue | None  # float[1, text_only_depth, R, S, N, K] each
-    valid: jax.Array  # bool[1, 1, R, S]: no pad, by `DecoderConfig.pad_id`, or of the prefix
-    prefix: Prefix | None = None
+    valid: jax.Array  # bool[1, 1, R, S]: False where a pad stands, in the text or in the prefix
+    prefix: Prefix | None = None  # None: the model has no image prefix
 
 
 @struct.dataclass
 class DecodeCache:
-    """Keys and values of the caption pass; R rows of text share the B images."""
+    """Keys and values of R rows of text, and of the B images that they share."""
 
     text: TextCache
     # float[groups, B, P, N, K] each, by group of layers; None: there is no cross-attention.
@@ -54,11 +54,17 @@ def prefill(
     length: int,
     prefix_valid: Bool[Array, "B P"] | None = None,
 ) -> tuple[Float[Array, "B Lp D"], DecodeCache]:
-    """Runs the caption pass over prompts; gives its features and the cache to go on from.
+    """Runs the caption pass over prompts; returns its features and a cache.
 
-    The cache has room for `length` positions of text. Pads may stand at the end of a prompt: what
-    the cache holds of them is overwritten before it is attended to. Features are of all positions,
-    those of a prefix included.
+    Features are those of all positions, an image prefix included.
+
+    Args:
+      decoder: the text decoder.
+      tokens: the prompts. Pads may stand at the end of a prompt: what the cache holds of them is
+        overwritten before anything attends to it.
+      image_tokens: the images, as `MaMMUT.image_tokens` gives them.
+      length: the number of text positions that the cache has room for.
+      prefix_valid: marks what is no pad in an image prefix; None: all of it.
     """
     text_valid = jnp.ones(tokens.shape, bool)
     valid = decoder.valid(tokens, text_valid)
@@ -67,7 +73,7 @@ def prefill(
         batch, size, _ = image_tokens.shape
         if prefix_valid is None:
             prefix_valid = jnp.ones((batch, size), bool)
-        valid = decoder.behind_prefix(prefix_valid, valid)
+        valid = behind_prefix(prefix_valid, valid)
         last = image_tokens[None, None, :, -1].astype(decoder.dtype)
         prefix = Prefix(last, prefix_valid[None, None, :, :-1].sum(-1), size)
         length += size - 1
@@ -114,24 +120,19 @@ def prefill(
 def cached_step(
     decoder: TextDecoder, tokens: Int[Array, "R"], position: Int[Array, ""], cache: DecodeCache
 ) -> tuple[Float[Array, "R D"], DecodeCache]:
-    """Runs the caption pass for one more token of R rows, all at `position`.
+    """Runs the caption pass for one more token; returns its features and the next cache.
 
-    Gives features float[R, D] and the next cache. R is a multiple of the B images of the cache:
-    rows [i * R / B, (i + 1) * R / B) belong to image i, whose keys and values they share. Position
-    0 of a model with an image prefix is the prefix's last.
+    Args:
+      decoder: the text decoder.
+      tokens: one token of each of R rows. R is a multiple of the B images of the cache: rows [i * R
+        / B, (i + 1) * R / B) belong to image i, whose keys and values they share.
+      position: the position of these tokens in their texts, the same in all rows. Position 0 of a
+        model with an image prefix is the prefix's last.
+      cache: what `prefill` or the step before gave.
     """
     rows = tokens.shape[0]
     past = cache.text
-    x = decoder.token_embed(tokens[:, None])
-    if past.prefix is None:
-        slot = position
-        positions = position[None, None]
-    else:
-        x = jnp.where(position == 0, past.prefix.last[0, 0][:, None], x)
-        slot = position + past.prefix.size - 1
-        positions = (past.prefix.before[0, 0] + position)[:, None]
-    if decoder.pos_embed is not None:
-        x = x + decoder.pos_embed[...][positions].astype(decoder.dtype)
+    x, slot, positions = _next_input(decoder, tokens, position, past.prefix)
     rotate = decoder.rotation_at(positions)
 
     real = decoder.valid(tokens, jnp.ones(rows, bool))[None, None, :, None]
@@ -173,8 +174,8 @@ def cached_step(
             return remember(kept, layer, x, own, within(seen, window, slot))
 
         def see_image(layer: Layer, x: jax.Array) -> jax.Array:
-            # The rows of an image ask together, as if they were the tokens of one text: its cache
-            # is not repeated.
+            # The rows of an image attend to it together, as if they were the tokens of one text: so
+            # its keys and values need not be repeated.
             images = image.key.shape[0]
             return layer(x.reshape(images, rows // images, -1), image).reshape(rows, 1, -1)
 
@@ -186,7 +187,28 @@ def cached_step(
     return decoder.norm(x)[:, 0], DecodeCache(text, cache.image)
 
 
+def _next_input(
+    decoder: TextDecoder, tokens: jax.Array, position: jax.Array, prefix: Prefix | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Embeds the tokens of a step; returns also their cache slot and positions.
+
+    Pads of a prefix have slots but no positions.
+    """
+    x = decoder.token_embed(tokens[:, None])
+    if prefix is None:
+        slot = position
+        positions = position[None, None]
+    else:
+        x = jnp.where(position == 0, prefix.last[0, 0][:, None], x)
+        slot = position + prefix.size - 1
+        positions = (prefix.before[0, 0] + position)[:, None]
+    if decoder.pos_embed is not None:
+        x = x + decoder.pos_embed[...][positions].astype(decoder.dtype)
+    return x, slot, positions
+
+
 def _stacked(kept: list[KeyValue]) -> KeyValue:
+    """Stacks keys and values of layers on a new leading axis."""
     return jax.tree.map(lambda *x: jnp.stack(x), *kept)
 
 

@@ -1,8 +1,8 @@
-"""How a model is computed, which its weights do not depend on: number types, memory, randomness.
+"""How a model is computed, beside its weights: number types, memory, randomness.
 
-`ComputeConfig` stands beside the `ModelConfig`, never inside: the architecture travels with the
-weights, the way of computing is chosen by whoever runs them. `AugmentConfig` is what a training run
-draws at random inside the model, `Augment` the draw of one step.
+`ComputeConfig` stands beside the `ModelConfig`, never inside it: the architecture travels with the
+weights, whoever runs them chooses how to compute them. `AugmentConfig` says what a training run
+draws at random inside the model, `Augment` holds the draws of one step.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Dtypes:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How a model is computed; the same weights give the same results up to rounding.
+    """How a model is computed, which changes its results by rounding alone.
 
     Example:
       >>> compute = ComputeConfig(dtype="bfloat16", remat="dots")
@@ -46,17 +46,18 @@ class ComputeConfig:
     # Number type of the stored parameters.
     param_dtype: Dtype = "float32"
     # Number type of the text decoder's stored parameters; None: `param_dtype`. bfloat16 is for a
-    # frozen decoder: in a trained one it would round small updates away.
+    # frozen decoder: a trained one would lose small updates to rounding.
     text_param_dtype: Dtype | None = None
-    # What the backward pass keeps of a layer: all of it, its matrix products (dots), or its input
-    # alone (full); it computes the rest again.
+    # Numbers of a layer that the forward pass keeps for the backward pass: all (none), the matrix
+    # products (dots), or the input alone (full). The backward pass computes the rest again.
     remat: Remat = "none"
-    # Layers unrolled in each turn of the scan over layers; a small model on a CPU wants all.
+    # Number of layers unrolled in each turn of the scan over layers. A small model on a CPU runs
+    # fastest with all of them.
     unroll: int = 1
-    # Training runs the decoder twice, or once with both passes stacked on a new axis (fused), so
-    # that weights which are split over devices are gathered once.
+    # Runs of the decoder in a training step: one for each pass (two_calls), or one with both passes
+    # stacked on a new axis (fused), so that weights that are split over devices are gathered once.
     passes: Literal["two_calls", "fused"] = "two_calls"
-    # Attention of the image encoder: a fused kernel where one works here (auto), or XLA's.
+    # Kernel of the image encoder's attention: a fused one where it works here (auto), or XLA's.
     image_attention: Literal["auto", "xla"] = "auto"
 
     def __post_init__(self):
@@ -65,25 +66,31 @@ class ComputeConfig:
 
     @property
     def dtypes(self) -> Dtypes:
-        """Number types of all of a model but its text decoder."""
+        """Number types of all of a model except its text decoder."""
         return Dtypes(jnp.dtype(self.dtype), jnp.dtype(self.param_dtype))
 
     @property
     def text_dtypes(self) -> Dtypes:
         """Number types of the text decoder."""
-        stored = self.text_param_dtype or self.param_dtype
+        stored = self.param_dtype if self.text_param_dtype is None else self.text_param_dtype
         return Dtypes(jnp.dtype(self.dtype), jnp.dtype(stored))
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """What training draws at random inside the model; at the defaults, nothing."""
+    """Rates of what training draws at random inside the model; by default nothing.
 
-    # Share of an image's patches that is left out at random (FLIP, arXiv 2212.00794).
+    Example:
+      >>> augment = AugmentConfig(patch_drop=0.5, crop_positions=True)
+      >>> config = dataclasses.replace(config, augment=augment)  # of a `TrainConfig`
+    """
+
+    # Share of an image's patches that are left out (FLIP, arXiv 2212.00794).
     patch_drop: float = 0.0
-    # A random crop of the position table for each image (RO-ViT, arXiv 2305.07011).
+    # Whether each image gets a random crop of the position table (RO-ViT, arXiv 2305.07011).
     crop_positions: bool = False
-    # Dropout of an image prefix, after its projection (MAGMA, arXiv 2112.05253).
+    # Share of an image prefix's numbers that are set to zero, behind its projection (MAGMA, arXiv
+    # 2112.05253).
     prefix_dropout: float = 0.0
 
     def __post_init__(self):
@@ -92,14 +99,17 @@ class AugmentConfig:
 
 @struct.dataclass
 class Augment:
-    """The random draws of one training step; without a key, as at inference, nothing is random.
+    """The random draws of one training step; `Augment()` draws nothing.
 
-    One `key` gives a stream of its own to each kind of draw, so that turning one on changes no
+    Each kind of draw has a stream of its own, folded from the one `key`: turning one on changes no
     other.
+
+    Raises:
+      ValueError: there is no key, but `config` has something to draw.
 
     Example:
       >>> augment = Augment(jax.random.key(0), AugmentConfig(patch_drop=0.5))
-      >>> tokens = model.image_tokens(image, augment).tokens   # of half of the patches
+      >>> tokens = model.image_tokens(image, augment).tokens  # of half of the patches
     """
 
     key: jax.Array | None = None
@@ -121,29 +131,31 @@ class Augment:
 
     @property
     def prefix_dropout(self) -> float:
-        """Share of an image prefix's numbers to drop."""
+        """Share of an image prefix's numbers to set to zero."""
         return self.config.prefix_dropout
 
     def split(self, count: int) -> "Augment":
-        """The draws of `count` micro-batches, with keys on a leading axis, for a scan."""
+        """Splits the draws for `count` micro-batches: keys on a leading axis, for a scan."""
         return self.replace(key=jax.random.split(self.key, count))
 
 
 def recomputed(function: Callable) -> Callable:
-    """Returns the function with a backward pass that keeps its arguments alone.
+    """Wraps a function so that its backward pass computes it again.
 
-    For what is cheap to compute and has large intermediates: a norm or an activation costs less
-    than writing and reading what its gradient needs, also where the layers around it are not
-    recomputed (`ComputeConfig.remat`).
+    Nothing is kept for the gradient but the arguments.
+
+    This is for functions that are cheap but have large intermediate results, such as norms and
+    activations: to compute them again takes less time than to write and read what the gradient
+    needs, even where the layers around them are kept (`ComputeConfig.remat`).
     """
-    # XLA may well find it cheaper to keep something: outside of a loop nothing forbids it.
+    # `prevent_cse` would forbid XLA to keep a result where that is cheaper. Here it may.
     return jax.checkpoint(function, prevent_cse=False)
 
 
 def stack(module: nnx.Module, depth: int) -> nnx.Module:
-    """Makes `module` a stack of `depth`: every parameter gets a leading `layer` axis.
+    """Makes `module` a stack of `depth` layers: every parameter gets a leading `layer` axis.
 
-    To be called before the parameters have numbers (`layers.initialise`).
+    The parameters must not have numbers yet (`layers.initialise`).
     """
     for _, variable in nnx.iter_graph(module):
         if isinstance(variable, nnx.Param):
@@ -154,15 +166,17 @@ def stack(module: nnx.Module, depth: int) -> nnx.Module:
 
 
 def keeping(step: Callable, remat: Remat) -> Callable:
-    """Returns the step with a backward pass that keeps what `remat` says."""
-    return step if remat == "none" else jax.checkpoint(step, policy=_REMAT_POLICIES[remat])
+    """Wraps a step so that its backward pass computes again what `remat` says."""
+    if remat == "none":
+        return step
+    return jax.checkpoint(step, policy=_REMAT_POLICIES[remat])
 
 
 def scan(step: Callable, x: jax.Array, layers: Any, *, remat: Remat, unroll: int) -> jax.Array:
     """Applies `x = step(x, layer)` for each layer of a stack, as one `jax.lax.scan`.
 
-    `unroll` layers are laid out in each turn of the loop: XLA's CPU code is up to 1.7 times faster
-    when all are.
+    Each turn of the loop runs `unroll` layers: on CPUs a loop of one turn, with all layers in it,
+    is up to 1.7 times faster.
     """
     keep = keeping(step, remat)
     depth = jax.tree.leaves(layers)[0].shape[0]

@@ -2,21 +2,21 @@
 
 MaMMUT, section 3.2; MAGMA, arXiv 2112.05253, section 3.
 
-| pass | self-attention | the image | gives |
+| pass | self-attention | the image | its features |
 |---|---|---|---|
-| contrastive pass | bidirectional, pads masked | unseen | features whose masked mean is the text embedding |
-| caption pass | causal | cross-attention, once in every k layers | features whose vocabulary scores are the logits |
-| caption pass | causal | a prefix in place of the start token | the same |
-| language pass | causal | unseen | the same, of a text alone |
+| contrastive | bidirectional, pads masked | unseen | their masked mean is the text embedding |
+| caption | causal | cross-attention in every k-th layer | `logits` scores them |
+| caption | causal | a prefix in place of the start token | `logits` scores them |
+| language | causal | unseen | `logits` scores them |
 
 Which pass runs is the name of the method called, never inferred from an argument that is missing.
 A decoder without cross-attention layers sees the image as a prefix. `fused_passes` runs two passes
 in one traversal.
 
 An image prefix, float[B, P, D], may be any sequence of embeddings, such as that of several images
-and the texts between them. It has the place of the start token: positions are [prefix,
-tokens[:, 1:]], and the feature of the prefix's last position is the start's. So tokens, labels,
-loss masks and features are those of a text [start, ..., end] either way.
+and the texts between them. It takes the place of the start token: the sequence is [prefix,
+tokens[:, 1:]], and the feature of the prefix's last position stands for the start's. So tokens,
+labels, loss masks and features are those of a text [start, ..., end] either way.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ from mammut.core.sharding import constrain
 from mammut.core.typing import Array
 from mammut.models.compute import ComputeConfig, stack
 from mammut.models.layers import Constant, Linear, make_norm, param
-from mammut.models.masks import attn_mask, shift_valid, within
+from mammut.models.masks import attn_mask, behind_prefix, shift_valid, within
 from mammut.models.text_tower import TextTower, TextTowerConfig
 from mammut.models.transformer import Layer, Rotation, attention_weights
 
-# Self-attention layers without MLP, those with one, and cross-attention layers, each a stack.
+# Self-attention layers with an MLP, those without one, and cross-attention layers, each a stack.
 Stacks = tuple[Layer | None, Layer | None, Layer | None]
 
 
@@ -64,8 +64,8 @@ class DecoderConfig(TextTowerConfig):
         "vocab_bias",
     )
 
-    # One cross-attention layer for every so many self-attention layers; 0: none, the image is a
-    # prefix of the text.
+    # Number of self-attention layers for each cross-attention layer; 0: there is none, the image is
+    # a prefix of the text.
     cross_attn_every: int = 2
     # Place of a cross-attention layer among the self-attention layers that share it. last, first:
     # after the last or the first of them, as a layer with an MLP of its own. last_bare, first_bare:
@@ -84,10 +84,11 @@ class DecoderConfig(TextTowerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        every, windows = self.cross_attn_every, self.local_windows
+        every = self.cross_attn_every
+        windows = self.local_windows
         require(every >= 0, f"DecoderConfig.cross_attn_every is {every}, expected at least 0")
         require(
-            not every or self.depth % every == 0,
+            every == 0 or self.depth % every == 0,
             f"DecoderConfig.depth {self.depth} is not a multiple of cross_attn_every {every}",
         )
         require(
@@ -96,7 +97,7 @@ class DecoderConfig(TextTowerConfig):
             "cross-attention: cross_attn_every is 0",
         )
         require(
-            self.layout == "serial" or not every or self.cross_attn_position != "inside",
+            self.layout == "serial" or every == 0 or self.cross_attn_position != "inside",
             f"DecoderConfig.layout is {self.layout!r}, which has no place between attention and "
             "MLP for cross_attn_position 'inside'",
         )
@@ -118,13 +119,15 @@ class DecoderConfig(TextTowerConfig):
 
     @property
     def has_prefix(self) -> bool:
-        """Whether the image is a prefix of the text, for want of cross-attention."""
+        """Whether the image is a prefix of the text: there is no cross-attention."""
         return self.cross_attn_every == 0
 
     @property
     def num_cross_layers(self) -> int:
-        """Layers that attend to the image."""
-        return self.depth // self.cross_attn_every if self.cross_attn_every else 0
+        """Number of layers that attend to the image."""
+        if not self.cross_attn_every:
+            return 0
+        return self.depth // self.cross_attn_every
 
     @property
     def has_bare_layers(self) -> bool:
@@ -133,12 +136,12 @@ class DecoderConfig(TextTowerConfig):
 
     @property
     def group_size(self) -> int:
-        """Self-attention layers of one group: those that share a cross-attention layer, or windows."""
+        """Self-attention layers of a group, which share a cross-attention layer or windows."""
         return self.cross_attn_every or len(self.local_windows)
 
     @property
     def cross_attn_slot(self) -> int | None:
-        """Which layer of a group the cross-attention layer belongs to; None: there is none."""
+        """Index in its group of the layer that cross-attention follows; None: there is none."""
         if not self.cross_attn_every:
             return None
         return self.group_size - 1 if self.cross_attn_position in ("last", "last_bare") else 0
@@ -147,11 +150,15 @@ class DecoderConfig(TextTowerConfig):
 class TextDecoder(TextTower):
     """The text tower, with a caption pass that sees the image.
 
-    The paper inserts M cross-attention layers, M about half of N, of the decoder's own width and
-    MLP; only with an MLP of their own do they have the 420M parameters it counts. It does not state
-    their slots: here, the end of each group. `DecoderConfig` moves them for the models of others.
+    The paper inserts M cross-attention layers, M about half of the N self-attention layers, of the
+    decoder's own width and MLP; only with an MLP of their own do they have the 420M parameters that
+    it counts. It does not say where they stand. Here each follows its group of self-attention
+    layers; `DecoderConfig` moves them for the models of others.
 
-    `image_width` is the size of the image tokens that cross-attention sees.
+    Args:
+      config: the architecture.
+      compute: how it is computed.
+      image_width: the size of the image tokens that cross-attention sees.
     """
 
     def __init__(self, config: DecoderConfig, compute: ComputeConfig, *, image_width: int):
@@ -183,7 +190,8 @@ class TextDecoder(TextTower):
 
         self.norm = make_norm(config, dtypes=dtypes) if config.depth else None
         if config.depth and not config.tie_embeddings:
-            embed, vocab = {"embed": config.width}, {"vocab": config.vocab_size}
+            embed = {"embed": config.width}
+            vocab = {"vocab": config.vocab_size}
             self.vocab_head = Linear(embed, vocab, dtypes=dtypes, use_bias=False)
         else:
             self.vocab_head = None
@@ -218,8 +226,15 @@ class TextDecoder(TextTower):
     ) -> Float[Array, "B L D"]:
         """Computes causal features that see the image, float[B, L, D].
 
-        `image_tokens` come from `MaMMUT.image_tokens`. Of an image prefix, `prefix_valid` marks
-        what is no pad; None: all of it. Pads stand at its front.
+        Args:
+          tokens: the ids of the texts.
+          text_valid: marks real tokens.
+          image_tokens: the images, as `MaMMUT.image_tokens` gives them.
+          prefix_valid: marks what is no pad in an image prefix; pads stand in its front. None: all
+            of it.
+
+        Raises:
+          ValueError: the model has no caption pass, or the texts are too long.
         """
 
         def see_image(layer: Layer, x: jax.Array) -> jax.Array:
@@ -232,7 +247,7 @@ class TextDecoder(TextTower):
     def language_pass(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
     ) -> Float[Array, "B L D"]:
-        """Computes causal features of a text alone, float[B, L, D]: those of a language model."""
+        """Computes causal features of a text alone, float[B, L, D]."""
         return self.causal_pass(self.token_embed(tokens), self.valid(tokens, text_valid))
 
     def causal_pass(
@@ -240,8 +255,8 @@ class TextDecoder(TextTower):
     ) -> Float[Array, "B L D"]:
         """Computes causal features of embeddings, float[B, L, D], without cross-attention.
 
-        Positions are added here; they count what is `valid`, so that pads may stand in front.
-        None: all is valid.
+        Positions are added here. They count what is `valid`, so that pads may stand in front; None:
+        all of it.
         """
 
         def see_nothing(layer: Layer, x: jax.Array) -> jax.Array:
@@ -272,12 +287,14 @@ class TextDecoder(TextTower):
         text_valid: Bool[Array, "B L"],
         image_tokens: Float[Array, "B P Dv"],
     ) -> Float[Array, "G B N L P"]:
-        """Computes where the caption pass looks, float32[G, B, N, L, P] of G cross-attention layers.
+        """Computes the cross-attention weights of the caption pass, float32[G, B, N, L, P].
 
-        The weights of one text position and head sum to 1 over the image tokens. At position i they
-        serve to predict token i + 1. The caption pass itself need not hold them: a fused kernel
-        never does. With an image prefix they are the shares that the image has in the
-        self-attention of all G layers, and sum to 1 with those of the text.
+        There are G cross-attention layers. The weights of one text position and head sum to 1 over
+        the image tokens; those of position i serve to predict token i + 1. With an image prefix
+        they are the weights of the image tokens in the self-attention of all G layers, and sum to 1
+        together with those of the text.
+
+        The caption pass itself does not return them, since a fused kernel never holds them.
         """
         x, mask, rotate = self.caption_start(tokens, text_valid, image_tokens)
         size = image_tokens.shape[1]
@@ -318,18 +335,18 @@ class TextDecoder(TextTower):
         prefix_valid: Bool[Array, "B P"] | None = None,
         run_layer: Callable | None = None,
     ) -> tuple[Float[Array, "B Lp D"], Bool[Array, "#B 1 Lp Lp"], Rotation | None]:
-        """Computes what the layers of the caption pass start from: embeddings, mask, angles.
+        """Computes the input of the caption pass's layers: embeddings, mask, rotary angles.
 
-        The embedded text comes behind its prefix where there is one, and after the text-only
-        layers. `run_layer(layer, x, mask, rotate)` runs one text-only layer, for those who keep
-        something of each.
+        The embedded text follows its prefix where there is one; text-only layers have run already.
+        `run_layer(layer, x, mask, rotate)` runs one text-only layer in place of the scan, for a
+        caller that keeps something of each.
         """
         self._require_causal()
         valid = self.valid(tokens, text_valid)
         if self.has_prefix:
             if prefix_valid is None:
                 prefix_valid = jnp.ones(image_tokens.shape[:2], bool)
-            valid = self.behind_prefix(prefix_valid, valid)
+            valid = behind_prefix(prefix_valid, valid)
             text = self.token_embed(tokens[:, 1:])
             x = jnp.concatenate([image_tokens.astype(self.dtype), text], axis=1)
             return self._with_positions(x[:, : valid.shape[1]], valid)
@@ -352,20 +369,13 @@ class TextDecoder(TextTower):
                     x = run_layer(layer, x, early, rotate)
         return x, mask, rotate
 
-    def behind_prefix(
-        self, prefix_valid: Bool[Array, "B P"], valid: Bool[Array, "B L"]
-    ) -> Bool[Array, "B Lp"]:
-        """Marks what is no pad, of prefix and text together.
-
-        Before the first token of a text this is all of the prefix but its last position.
-        """
-        together = jnp.concatenate([prefix_valid, valid[:, 1:]], axis=1)
-        return together[:, : prefix_valid.shape[1] - 1 + valid.shape[1]]
-
     def _with_positions(
         self, x: Float[Array, "B L D"], valid: Bool[Array, "B L"]
     ) -> tuple[Float[Array, "B L D"], Bool[Array, "B 1 L L"], Rotation | None]:
-        """Adds positions, which count what is valid, to embeddings; gives mask and angles too."""
+        """Adds positions to embeddings; returns them, the causal mask and rotary angles.
+
+        Positions count what is valid.
+        """
         what = "prefix and text together" if self.has_prefix else "the text"
         self.require_length(x.shape[1], what)
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
@@ -385,9 +395,11 @@ class TextDecoder(TextTower):
         """Runs one group of layers of the caption pass.
 
         Args:
-          attend_text: `(layer, x, window)`, the self-attention of a layer.
-          see_image: `(layer, x)`, a whole cross-attention layer.
-          feed_forward: `(layer, x)`, the MLP of a layer.
+          stacks: the layers of the group, as a scan over `groups` gives them.
+          x: the embeddings that go in.
+          attend_text: `(layer, x, window)`, runs the self-attention of a layer.
+          see_image: `(layer, x)`, runs a whole cross-attention layer.
+          feed_forward: `(layer, x)`, runs the MLP of a layer.
         """
         config = self.config
         cross_layer = stacks[-1]
@@ -403,20 +415,20 @@ class TextDecoder(TextTower):
 
     @property
     def unrolled_groups(self) -> int:
-        """Groups of layers that one turn of the scan over groups lays out."""
+        """Number of groups that are unrolled in each turn of the scan over groups."""
         return max(1, self.compute.unroll // self.config.group_size)
 
     def groups(self) -> Stacks:
-        """Gives the stacks of layers with a leading axis of groups.
+        """Returns the stacks of layers with a leading axis of groups.
 
-        Self-attention layers with an MLP have two axes in front: groups, layers of a group.
+        Those with an MLP have two leading axes: the groups, and the layers of a group.
         """
         groups = self.config.depth // self.config.group_size
         layers = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), self.layers)
         return layers, self.bare_layers, self.cross_layers
 
     def _in_order(self, stacks: Stacks) -> list[Layer]:
-        """Lists the self-attention layers of one group."""
+        """Lists the self-attention layers of one group, in the order in which they run."""
         layers, bare, _ = stacks
         count = self.config.group_size - (bare is not None)
         in_order = [jax.tree.map(operator.itemgetter(i), layers) for i in range(count)]
@@ -427,11 +439,13 @@ class TextDecoder(TextTower):
     def logits(self, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores the next token, float32[..., V], from features of the caption pass."""
         scores = jnp.matmul(features, self.vocab_kernel, preferred_element_type=jnp.float32)
-        return scores if self.vocab_bias is None else scores + self.vocab_bias
+        if self.vocab_bias is not None:
+            scores = scores + self.vocab_bias
+        return scores
 
     @property
     def vocab_kernel(self) -> Float[Array, "D V"]:
-        """The vocabulary head float[D, V]: the token embedding transposed, or a matrix of its own."""
+        """The vocabulary head, float[D, V]: the token embedding transposed, or a matrix."""
         if self.vocab_head is None:
             return self.token_embed.embedding[...].astype(self.dtype).T
         return self.vocab_head.kernel[...].astype(self.dtype)

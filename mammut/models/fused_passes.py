@@ -1,4 +1,4 @@
-"""Contrastive and caption pass in one traversal of the decoder, stacked on an axis of their own."""
+"""Contrastive and caption pass, stacked, in one traversal of the decoder."""
 
 from collections.abc import Callable
 
@@ -17,20 +17,20 @@ def both_passes(
     text_valid: Bool[Array, "B L"],
     image_tokens: Float[Array, "B P Dv"],
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"]]:
-    """Runs `contrastive_pass` and `caption_pass` in one traversal; gives what both give.
+    """Runs `contrastive_pass` and `caption_pass` in one traversal; returns the results of both.
 
-    Under FSDP each weight is gathered once. The passes lie on a new leading axis, float[2, B,
-    L, D]: side by side on the batch axis, which is split over devices, rows would move between
-    them. Cross-attention layers see the caption pass alone. `require_computable` refuses models
-    whose passes differ in length or layers.
+    With parameters split over devices (FSDP) each weight is gathered once. The passes are stacked
+    on a new leading axis, float[2, B, L, D]. The batch axis is split over devices: side by side on
+    it, rows would move between devices. Cross-attention layers run in the caption pass alone.
+    `require_computable` refuses models whose passes differ in length or layers.
     """
     x, caption_mask, rotate = decoder.caption_start(tokens, text_valid, image_tokens)
     contrastive_mask = decoder.contrastive_mask(tokens, text_valid, x.shape[1])
     masks = jnp.stack(jnp.broadcast_arrays(contrastive_mask, caption_mask))
 
     def in_both(step: Callable, *stacked: jax.Array) -> jax.Array:
-        # No mesh axis for the new dimension: that pins it whole, where `None` would leave it to
-        # the compiler.
+        # An empty tuple says that no mesh axis splits the new dimension; `None` would leave that
+        # to the compiler.
         return jax.vmap(step, spmd_axis_name=())(*stacked)
 
     def attend_text(layer: Layer, x: jax.Array, window: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What image encoders share: pixels in, tokens and one vector for the whole image out."""
+"""The contract of image encoders: pixels in; tokens and a vector out."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ Image = UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"]
 
 
 def require_pixels(config: Any) -> None:
-    """Checks `image_mean` and `image_std` of an encoder's config; raises ValueError."""
+    """Raises ValueError where an encoder's `image_mean` or `image_std` are no usable numbers."""
     for name, low, expected in (("image_mean", -math.inf, "finite"), ("image_std", 0, "positive")):
         values = getattr(config, name)
         require(
@@ -26,26 +26,41 @@ def require_pixels(config: Any) -> None:
 
 @struct.dataclass
 class EncoderOutput:
-    """What an image encoder gives, in its own width Dv: tokens, one vector, and the grid.
+    """Output of an image encoder: tokens, one vector, and the grid.
 
-    `MaMMUT.image_tokens` makes an `EncodedImage` of it, in the decoder's terms.
+    Dv is the width of the encoder. `MaMMUT.image_tokens` makes an `EncodedImage` of it, in the
+    decoder's terms.
     """
 
     # float[B, P, Dv]: the patches row by row, after the class token where that is one of them.
     tokens: jax.Array
     # float32[B, Dv]: the whole image, as `VisionConfig.pooling` says.
     pooled: jax.Array
-    # Patches down and across; None where `Augment.patch_drop` left some out, others of each image.
+    # Patches down and across; None where patches were dropped (`AugmentConfig.patch_drop`), which
+    # are others in each image.
+    grid: tuple[int, int] | None = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class EncodedImage:
+    """An encoded image: the tokens for the decoder, and the embedding before normalisation."""
+
+    tokens: jax.Array  # float[B, P, D]: what the caption pass sees
+    vector: jax.Array  # float32[B, E], of any length; `encode_image` gives unit vectors
+    # Patches down and across; None where patches were dropped (`AugmentConfig.patch_drop`), which
+    # are others in each image.
     grid: tuple[int, int] | None = struct.field(pytree_node=False)
 
 
 def normalised(image: Image, config: Any) -> Float[Array, "B height width 3"]:
-    """Normalises pixels for an image encoder; float pixels are left as they are.
+    """Normalises pixels for an image encoder; float pixels come back as they are.
 
-    `config` is the encoder's `VisionConfig` or `ResNetConfig`.
+    Args:
+      image: uint8[B, height, width, 3] RGB, or float, taken as normalised already.
+      config: the encoder's `VisionConfig` or `ResNetConfig`.
 
     Raises:
-      ValueError: the images are of none of its sizes.
+      ValueError: the images have none of its sizes.
     """
     sizes = [size for size in (config.image_size, config.low_image_size) if size is not None]
     if image.shape[1:] not in [(size, size, 3) for size in sizes]:

@@ -9,6 +9,7 @@ A module is built without numbers: each parameter knows its shape, its axes and 
 """
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Key
 
 from mammut.core.fields import require, require_at_most, require_choices, require_positive
 from mammut.core.sharding import constrain
@@ -30,7 +32,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """The layers of a tower; the defaults are those of the vision transformer as published."""
+    """The layers of a tower; by default those of the published vision transformer."""
 
     # Fields that only other people's weights set: `train.py --help` leaves them out.
     OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
@@ -54,9 +56,9 @@ class LayerConfig:
     num_heads: int = 12
     # Hidden size of the MLP.
     mlp_dim: int = 3072
-    # Activation of the MLP. gelu is exact (PyTorch's default), gelu_tanh its approximation (Flax's),
-    # quick_gelu x * sigmoid(1.702 x) (OpenAI's CLIP), relu2 the square of a ReLU, swiglu a linear
-    # map gated by the SiLU of another.
+    # Activation of the MLP. gelu is exact (PyTorch's default), gelu_tanh is its approximation
+    # (Flax's), quick_gelu x * sigmoid(1.702 x) (OpenAI's CLIP), relu2 the square of a ReLU, swiglu
+    # a linear map gated by the SiLU of another.
     activation: Activation = "gelu_tanh"
     # Kind of the norms: LayerNorm or RMSNorm.
     norm: Literal["layer", "rms"] = "layer"
@@ -70,8 +72,9 @@ class LayerConfig:
     attn_scale: bool = True
     # Whether the MLP's maps have biases.
     mlp_bias: bool = True
-    # Order of a layer. serial: the MLP reads the sum of input and attention. parallel: both read one
-    # norm of the layer's input (GPT-J). parallel_two_norms: each has a norm of its own (GPT-NeoX).
+    # Order of a layer. serial: the MLP reads the sum of input and attention. parallel: MLP and
+    # attention read one norm of the layer's input (GPT-J). parallel_two_norms: each has a norm of
+    # its own (GPT-NeoX).
     layout: Literal["serial", "parallel", "parallel_two_norms"] = "serial"
     # Whether each head's queries and keys are normed.
     qk_norm: bool = False
@@ -103,7 +106,7 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class Normal:
-    """Starts a parameter with normal numbers, cut at `cut` standard deviations where that is set."""
+    """Starts a parameter with normal numbers, cut at `cut` standard deviations; None: uncut."""
 
     stddev: float
     cut: float | None = None
@@ -127,7 +130,10 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class FanIn:
-    """Starts a kernel with a variance of gain / fan-in: normal, redrawn beyond two deviations."""
+    """Starts a kernel with normal numbers of variance gain / fan-in.
+
+    Numbers beyond two standard deviations are drawn again.
+    """
 
     fan_in: int
     gain: float = 1.0
@@ -135,8 +141,8 @@ class FanIn:
     def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         # The deviation of a standard normal number that is redrawn beyond 2.
         truncated = 0.87962566
-        drawn = jax.random.truncated_normal(key, -2, 2, shape, jnp.float32)
-        return math.sqrt(self.gain / self.fan_in) * drawn / truncated
+        stddev = math.sqrt(self.gain / self.fan_in) / truncated
+        return stddev * jax.random.truncated_normal(key, -2, 2, shape, jnp.float32)
 
 
 Start = Constant | Normal | Uniform | FanIn
@@ -157,18 +163,33 @@ def param(start: Start, sizes: tuple[int, ...], dtype: Any, *axes: str | None) -
 
 
 def initialise(module: Module, key: jax.Array, path: str = "") -> Module:
-    """Gives every parameter of a new module its numbers.
+    """Gives every parameter of a new module its numbers; returns the module.
 
     The key of a parameter is folded from its path: an option that adds or removes parameters
-    changes no other. `path` is that of the module in its model, such as "adapters.default".
+    changes no other.
+
+    Args:
+      module: a module whose parameters have no numbers yet.
+      key: the key that all others are folded from.
+      path: the path of the module in its model, such as "adapters".
     """
-    for place, variable in nnx.iter_graph(module):
+    for steps, variable in nnx.iter_graph(module):
         if isinstance(variable, nnx.Param):
-            name = ".".join(filter(None, (path, *map(str, place))))
-            own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            name = ".".join(filter(None, (path, *map(str, steps))))
             spec = variable.get_value()
-            variable.set_value(variable.start(own, spec.shape).astype(spec.dtype))
+            number = np.uint32(zlib.crc32(name.encode()))
+            drawn = _draw(variable.start, spec.shape, spec.dtype, key, number)
+            variable.set_value(drawn)
     return module
+
+
+# Compiled as one: op by op, a new model would compile four programs for each shape.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(
+    start: Start, shape: tuple[int, ...], dtype: Any, key: jax.Array, number: jax.Array | np.uint32
+) -> jax.Array:
+    """Draws one parameter with a key folded from a number of its path."""
+    return start(jax.random.fold_in(key, number), shape).astype(dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -228,10 +249,11 @@ def adapted(
 
 
 class Linear(nnx.Module):
-    """An affine map from axes `inputs` to axes `outputs`, each a dict of logical axis name to size.
+    """An affine map from axes `inputs` to axes `outputs`.
 
-    `Linear({"embed": D}, {"heads": N, "head_size": K})` has a kernel [D, N, K] and maps [..., D] to
-    [..., N, K]. Kernels start with variance 1 / fan-in, biases with zero.
+    Each is a dict of logical axis name to size: `Linear({"embed": D}, {"heads": N, "head_size":
+    K})` has a kernel [D, N, K] and maps [..., D] to [..., N, K]. Kernels start with variance 1 /
+    fan-in, biases with zero.
     """
 
     def __init__(
@@ -278,6 +300,15 @@ class Embedding(nnx.Module):
 
 
 def unit(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
-    """Divides `x` by its length, in float32; a zero vector stays zero, with a finite gradient."""
+    """Divides vectors by their length, in float32.
+
+    A zero vector stays zero, with a finite gradient.
+    """
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
+
+
+def dropout(key: Key[Array, ""], x: Float[Array, "*B D"], rate: float) -> Float[Array, "*B D"]:
+    """Sets a share `rate` of the numbers to zero, at random; divides the others by 1 - `rate`."""
+    share = 1 - rate
+    return jnp.where(jax.random.bernoulli(key, share, x.shape), x / share, 0)

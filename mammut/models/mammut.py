@@ -1,4 +1,4 @@
-"""MaMMUT: one image encoder, one text decoder, two passes; and MAGMA on the same decoder."""
+"""The model: an image encoder and a text decoder with two passes, or a prefix."""
 
 import dataclasses
 import math
@@ -16,20 +16,20 @@ from mammut.models.adapter_modules import AdapterConfig, Adapters
 from mammut.models.compute import Augment, AugmentConfig, ComputeConfig
 from mammut.models.decoder import DecoderConfig, TextDecoder
 from mammut.models.fused_passes import both_passes
-from mammut.models.image_encoder import Image
-from mammut.models.layers import Constant, LayerNorm, Linear, initialise, param, unit
+from mammut.models.image_encoder import EncodedImage, Image
+from mammut.models.layers import Constant, LayerNorm, Linear, dropout, initialise, param, unit
 from mammut.models.masks import caption_labels
 from mammut.models.resnet import ResNet, ResNetConfig
 from mammut.models.vit import VisionConfig, ViT
 
-# The logit scale is kept below this in training, as in CLIP: past it the softmax of cosines is all
-# but one-hot.
+# Largest logit scale in training, as in CLIP: above it the softmax of cosines is all but one-hot.
 MAX_LOGIT_SCALE = 100.0
-# The inverse temperature that a new model has, CLIP's; a training run starts with its loss's.
+# Logit scale of a new model, CLIP's; a training run starts with that of its loss.
 _LOGIT_SCALE = 1 / 0.07
 # Stream of `Augment.key` that drops numbers of a prefix; `vit` has streams 0 to 4.
 _DROPOUT_STREAM = 5
-_PREFIX_NORM_EPS = 1e-5  # PyTorch's default, as in MAGMA
+# Number added to the variance in the norm of a prefix: PyTorch's default, as in MAGMA.
+_PREFIX_NORM_EPS = 1e-5
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -55,20 +55,21 @@ class ModelConfig:
     text: DecoderConfig = DecoderConfig()
     # Size E of the embeddings; None: the decoder's width.
     embed_dim: int | None = None
-    # Linear maps behind the image encoder. shared: one takes the tokens to the decoder and,
-    # averaged, to the embedding. separate: two do. decoder: one takes the tokens to the decoder,
-    # there is no embedding. embedding: one makes the embedding, the decoder sees the tokens as they
-    # are. none: there is no map.
+    # Linear maps behind the image encoder. shared: one map of the tokens, for the decoder; their
+    # mean is the embedding. separate: a map of the tokens for the decoder, another for the
+    # embedding. decoder: a map for the decoder, and no embedding. embedding: a map for the
+    # embedding; the decoder sees the tokens as they are. none: no map.
     image_projection: Literal["shared", "separate", "decoder", "embedding", "none"] = "shared"
-    # Number of prefix tokens made of the pooled image; None: every image token is one.
+    # Number of prefix tokens that are made of the pooled image; None: the image tokens are the
+    # prefix.
     prefix_tokens: int | None = None
     # Whether a layer norm follows the projection of a prefix.
     prefix_norm: bool = False
-    # Adapters on the model.
+    # Adapters on the model, in the order in which they work.
     adapters: tuple[AdapterConfig, ...] = ()
     # Whether a linear map takes the pooled text to the embedding.
     text_projection: bool = False
-    # Whether these linear maps have biases.
+    # Whether the linear maps behind encoder and decoder have biases.
     projection_bias: bool = True
 
     def __post_init__(self):
@@ -77,7 +78,8 @@ class ModelConfig:
         self._require_prefix()
 
     def _require_embedding(self) -> None:
-        vision, text = self.vision, self.text
+        vision = self.vision
+        text = self.text
         projection = self.image_projection
         require(
             self.embed_dim is None or 0 < self.embed_dim <= 2**16,
@@ -118,7 +120,8 @@ class ModelConfig:
             )
 
     def _require_prefix(self) -> None:
-        text, prefix = self.text, self.text.has_prefix
+        text = self.text
+        prefix = text.has_prefix
         require(
             prefix or (self.prefix_tokens is None and not self.prefix_norm),
             "ModelConfig.prefix_tokens and prefix_norm need an image prefix: "
@@ -148,7 +151,7 @@ class ModelConfig:
 
     @property
     def conditioning(self) -> Literal["cross_attention", "prefix"]:
-        """How the decoder sees the image: by cross-attention, or as a prefix of the text."""
+        """How the decoder sees the image."""
         return "prefix" if self.text.has_prefix else "cross_attention"
 
     @property
@@ -158,7 +161,7 @@ class ModelConfig:
 
     @property
     def vision_size(self) -> int:
-        """The size of an image token; learned queries have that of the embedding."""
+        """The size of an image token; learned queries have the size of the embedding."""
         return self.embed_size if self.vision.pooling == "queries" else self.vision.width
 
     @property
@@ -170,16 +173,16 @@ class ModelConfig:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Positions of the decoder that an image takes; 0 where cross-attention sees it."""
+        """Number of decoder positions that an image takes; 0: cross-attention sees it."""
         if not self.text.has_prefix:
             return 0
         return self.vision.num_tokens if self.prefix_tokens is None else self.prefix_tokens
 
     @property
     def text_length(self) -> int:
-        """Tokens of a text beside its image, start and end included.
+        """Longest text beside an image, in tokens, start and end included.
 
-        An image prefix takes the start's place.
+        An image prefix takes the place of the start.
         """
         return self.text.max_length - max(self.num_prefix_tokens - 1, 0)
 
@@ -187,11 +190,11 @@ class ModelConfig:
 def require_computable(
     config: ModelConfig, compute: ComputeConfig, augment: AugmentConfig = AugmentConfig()
 ) -> None:
-    """Raises ValueError where a model cannot be computed, or trained, the way that is asked for."""
+    """Raises ValueError where a model cannot be computed, or trained, as the configs say."""
     text = config.text
-    same = text.pooling not in ("none", "class") and not text.text_only_depth
+    same_passes = text.pooling not in ("none", "class") and text.text_only_depth == 0
     require(
-        compute.passes != "fused" or same,
+        compute.passes != "fused" or same_passes,
         "ComputeConfig.passes is 'fused', which needs two passes over the same tokens and layers: "
         f"not DecoderConfig.pooling {text.pooling!r} with text_only_depth {text.text_only_depth}",
     )
@@ -214,18 +217,8 @@ def require_computable(
 
 
 @struct.dataclass
-class EncodedImage:
-    """An image in the decoder's terms: its tokens, and its embedding before it is scaled."""
-
-    tokens: jax.Array  # float[B, P, D]: what the caption pass sees
-    vector: jax.Array  # float32[B, E], of any length; `encode_image` gives unit vectors
-    # Patches down and across; None where `Augment.patch_drop` left some out, others of each image.
-    grid: tuple[int, int] | None = struct.field(pytree_node=False)
-
-
-@struct.dataclass
 class TwoPassOutput:
-    """The result of both passes on a batch whose images were encoded once."""
+    """Results of both passes on one batch, whose images were encoded once."""
 
     image_embed: jax.Array  # float[B, E], unit vectors
     text_embed: jax.Array  # float[B, E], unit vectors
@@ -235,19 +228,17 @@ class TwoPassOutput:
 class MaMMUT(nnx.Module):
     """The MaMMUT model (arXiv 2303.16839), and with an image prefix MAGMA (arXiv 2112.05253).
 
-    The image embedding is the mean of the patch tokens, the text embedding the mean of the
-    contrastive pass over real tokens; there is no class token, no pooler and no projection head
-    (section 4.5 finds each unnecessary). One linear map brings image tokens to the decoder's width,
-    so E is that width. Images are uint8 and normalised on the device. The models of others, from
-    openMaMMUT to SigLIP and CapPa, are values of `ModelConfig` (`mammut.weights.formats`).
-
-    In a MAGMA the image tokens, mapped to the decoder's width, dropped out and normed, stand in
-    front of the text.
+    The image embedding is the mean of the patch tokens. The text embedding is the mean of the
+    contrastive pass's features over real tokens. There is no class token, no pooler and no
+    projection head: section 4.5 of the paper finds each unnecessary. One linear map brings image
+    tokens to the decoder's width, so E is that width. In a MAGMA the mapped tokens stand in front
+    of the text, with dropout and a norm. The models of others, from openMaMMUT to SigLIP and CapPa,
+    are values of `ModelConfig` (`mammut.weights.formats`).
 
     Args:
       config: the architecture.
-      compute: how it is computed.
-      rngs: makes random weights; the key of a parameter depends on its path alone.
+      compute: how it is computed; ValueError where it cannot be (`require_computable`).
+      rngs: the source of the random weights; the key of each parameter is folded from its path.
 
     Example:
       >>> model = mammut.MaMMUT(mammut.presets.tiny(), rngs=nnx.Rngs(0))
@@ -271,8 +262,8 @@ class MaMMUT(nnx.Module):
 
         options = {"dtypes": dtypes, "use_bias": config.projection_bias}
         vision = {"embed": config.vision_size}
-        text = {"embed": config.text.width}
         embedding = {"shared": config.embed_size}
+
         if config.image_projection in ("shared", "separate", "decoder"):
             to_decoder = {"shared": config.text.width}
             if config.prefix_tokens is not None:
@@ -285,6 +276,7 @@ class MaMMUT(nnx.Module):
         else:
             self.image_embed_projection = None
         if config.text_projection:
+            text = {"embed": config.text.width}
             self.text_embed_projection = Linear(text, embedding, **options)
         else:
             self.text_embed_projection = None
@@ -293,7 +285,7 @@ class MaMMUT(nnx.Module):
         else:
             self.prefix_norm = None
 
-        # Scalars of the contrastive loss stay float32 whatever the storage type; the scale is kept
+        # Scalars of the contrastive loss are float32, whatever `param_dtype` is. The scale is kept
         # as its logarithm.
         self.logit_scale = param(Constant(math.log(_LOGIT_SCALE)), (), jnp.float32)
         self.logit_bias = param(Constant(0.0), (), jnp.float32)
@@ -308,12 +300,12 @@ class MaMMUT(nnx.Module):
 
     @property
     def encoder(self) -> ViT | ResNet:
-        """The image encoder as it works: `vision` with the active adapters."""
+        """The image encoder `vision` with the active adapters on it."""
         return self._adapted(self.vision, "vision")
 
     @property
     def decoder(self) -> TextDecoder:
-        """The text decoder as it works: `text` with the active adapters."""
+        """The text decoder `text` with the active adapters on it."""
         return self._adapted(self.text, "text")
 
     def _adapted(self, tower: nnx.Module, name: str) -> nnx.Module:
@@ -324,11 +316,15 @@ class MaMMUT(nnx.Module):
     def image_tokens(self, image: Image, augment: Augment = Augment()) -> EncodedImage:
         """Encodes images for both passes: tokens float[B, P, D] and vector float32[B, E].
 
-        `augment` holds the random draws of a training step.
+        Args:
+          image: uint8[B, height, width, 3] RGB; or float, taken as normalised already.
+          augment: the random draws of a training step.
+
+        Raises:
+          ValueError: the images have another size.
         """
         encoded = self.encoder(image, augment)
-        # Pinned, as every layer's output: unpinned, the backward pass of micro-batches moved them
-        # between devices.
+        # Without this line the backward pass of micro-batches moved the tokens between devices.
         tokens = constrain(encoded.tokens, "batch", None, "embed")
         if self.config.prefix_tokens is not None:
             tokens = encoded.pooled.astype(tokens.dtype)
@@ -343,19 +339,17 @@ class MaMMUT(nnx.Module):
             vector = vector.astype(jnp.float32)
 
         if augment.prefix_dropout:
-            share = 1 - augment.prefix_dropout
             key = jax.random.fold_in(augment.key, _DROPOUT_STREAM)
-            kept = jax.random.bernoulli(key, share, tokens.shape)
-            tokens = jnp.where(kept, tokens / share, 0)
+            tokens = dropout(key, tokens, augment.prefix_dropout)
         if self.prefix_norm is not None:
             tokens = self.prefix_norm(tokens)
         return EncodedImage(tokens, vector, encoded.grid)
 
     def encode_image(self, image: Image, augment: Augment = Augment()) -> Float[Array, "B E"]:
-        """Embeds images, uint8[B, height, width, 3], as unit vectors float32[B, E].
+        """Embeds images as unit vectors float32[B, E]; the arguments are those of `image_tokens`.
 
         Raises:
-          ValueError: the model has no contrastive pass, or the images are of another size.
+          ValueError: the model has no contrastive pass, or the images have another size.
         """
         if self.config.text.pooling == "none":
             raise ValueError("the model has no contrastive pass: DecoderConfig.pooling is 'none'")
@@ -366,48 +360,41 @@ class MaMMUT(nnx.Module):
     ) -> Float[Array, "B E"]:
         """Embeds texts as unit vectors float32[B, E], by the contrastive pass.
 
-        As a rule the embedding is the mean over real tokens; other ways are values of
-        `DecoderConfig.pooling`. "mean_all" and "last" want texts padded to `max_length`, as they
-        were in training.
+        `DecoderConfig.pooling` says how; by default the embedding is the mean over real tokens.
+        "mean_all" and "last" need texts that are padded to `max_length`, as they were in training.
+
+        Raises:
+          ValueError: the model has no contrastive pass, or the texts are too long.
         """
         return unit(self.text_vector(tokens, text_valid))
 
     def text_vector(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
     ) -> Float[Array, "B E"]:
-        """Computes the embedding of texts before it is scaled, float32[B, E] of any length."""
+        """Computes the embedding of texts before normalisation, float32[B, E] of any length."""
         features = self.decoder.contrastive_pass(tokens, text_valid)
-        return self._pooled_text(features, tokens, text_valid)
+        return self._embedded_text(features, tokens, text_valid)
 
-    def _pooled_text(
-        self,
-        features: Float[Array, "B Lc D"],
-        tokens: Int[Array, "B L"],
-        text_valid: Bool[Array, "B L"],
+    def _embedded_text(
+        self, features: jax.Array, tokens: jax.Array, text_valid: jax.Array
     ) -> Float[Array, "B E"]:
-        pooling = self.config.text.pooling
-        if pooling == "mean":
-            weights = self.text.valid(tokens, text_valid).astype(jnp.float32)[..., None]
-            total = (features.astype(jnp.float32) * weights).sum(1)
-            pooled = total / jnp.maximum(weights.sum(1), 1)
-        elif pooling == "mean_all":
-            pooled = features.mean(1, dtype=jnp.float32)
-        elif pooling == "end":
-            last = jnp.maximum(self.text.valid(tokens, text_valid).sum(1) - 1, 0)
-            pooled = jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
-        else:  # the last position, of the text or of the class token
-            pooled = features[:, -1]
+        """Makes the embedding of texts from features of the contrastive pass."""
+        vector = self.text.pooled(features, tokens, text_valid)
         if self.text_embed_projection is not None:
-            pooled = self.text_embed_projection(pooled.astype(self.text.dtype))
-        return pooled.astype(jnp.float32)
+            vector = self.text_embed_projection(vector.astype(self.text.dtype))
+        return vector.astype(jnp.float32)
 
     def caption_logits(
         self, image: Image, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"] | None = None
     ) -> Float[Array, "B L V"]:
         """Scores the token after each of `tokens`, given the image, float32[B, L, V].
 
-        Without `text_valid` all tokens count as real. Pads at the end change nothing before them
-        either way.
+        Without `text_valid` all tokens count as real. Either way pads at the end change no score
+        before them.
+
+        Raises:
+          ValueError: the model has no caption pass, the images have another size, or the texts are
+            too long.
         """
         if text_valid is None:
             text_valid = jnp.ones(tokens.shape, bool)
@@ -420,10 +407,9 @@ class MaMMUT(nnx.Module):
         text_valid: Bool[Array, "B L"],
         target: Bool[Array, "B L"] | None = None,
     ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
-        """Makes the labels of the caption pass and their loss mask, as `masks.caption_labels` does.
+        """Makes labels of the caption pass, int[B, L], and their loss mask, bool[B, L].
 
-        A `DecoderConfig.pad_id` is no label, wherever it stands; as an input it is a token like any
-        other.
+        As `masks.caption_labels` does, but a `DecoderConfig.pad_id` is never a label.
         """
         if self.config.text.pad_id is not None:
             real = self.text.valid(tokens, text_valid)
@@ -433,12 +419,11 @@ class MaMMUT(nnx.Module):
     def cross_attention(
         self, image: Image, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"] | None = None
     ) -> Float[Array, "G B N L P"]:
-        """Computes where `caption_logits` looks, float32[G, B, N, L, P] of G layers and N heads.
+        """Computes the attention of `caption_logits` to the image, float32[G, B, N, L, P].
 
-        Row i of a text weighs the P image tokens that the decoder sees, as `image_tokens` gives
-        them, when it predicts token i + 1; it sums to 1. The G layers are those of cross-attention.
-        With an image prefix they are the self-attention layers, and the text has the rest of each
-        row.
+        There are G cross-attention layers. Row i of a text holds the weights of the image tokens
+        when token i + 1 is predicted, and sums to 1. With an image prefix the layers are those of
+        self-attention, and a row sums to 1 with the weights of the text.
         """
         if text_valid is None:
             text_valid = jnp.ones(tokens.shape, bool)
@@ -451,10 +436,9 @@ class MaMMUT(nnx.Module):
         text_valid: Bool[Array, "B L"],
         augment: Augment = Augment(),
     ) -> TwoPassOutput:
-        """Runs both passes on one batch, with the image encoded once: what a training step needs.
+        """Runs both passes on one batch, for a training step; images are encoded once.
 
-        `ComputeConfig.passes` says whether in two calls of the decoder or in one traversal; the
-        numbers are the same.
+        `ComputeConfig.passes` says whether the decoder runs once or twice for that.
         """
         encoded = self.image_tokens(image, augment)
         decoder = self.decoder
@@ -465,6 +449,6 @@ class MaMMUT(nnx.Module):
             caption = decoder.caption_pass(tokens, text_valid, encoded.tokens)
         return TwoPassOutput(
             image_embed=unit(encoded.vector),
-            text_embed=unit(self._pooled_text(contrastive, tokens, text_valid)),
+            text_embed=unit(self._embedded_text(contrastive, tokens, text_valid)),
             features=caption,
         )

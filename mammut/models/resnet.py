@@ -1,4 +1,4 @@
-"""The ResNet image encoders of MAGMA: CLIP's without its attention pool, and the norm-free one.
+"""ResNet image encoders of MAGMA: CLIP's without its attention pool, and the norm-free one.
 
 MAGMA (arXiv 2112.05253, section 3.1) uses both. Images and features are laid out [B, height, width,
 channels], kernels [height, width, inputs, outputs]. The bottlenecks of a stage after its first have
@@ -31,8 +31,8 @@ from mammut.models.image_encoder import EncoderOutput, Image, normalised, requir
 from mammut.models.layers import Constant, FanIn, param
 
 _NORM_EPS = 1e-5
-# Of the norm-free ResNet (arXiv 2101.08692): a bottleneck adds `_ALPHA` times what it computes;
-# `_GAMMA` brings the output of a ReLU back to variance 1, sqrt(2 / (1 - 1 / pi)) as its authors
+# Numbers of the norm-free ResNet (arXiv 2101.08692). A bottleneck adds `_ALPHA` times its result.
+# `_GAMMA` brings the output of a ReLU back to variance 1: sqrt(2 / (1 - 1 / pi)), as its authors
 # measured it.
 _ALPHA = 0.2
 _GAMMA = 1.7139588594436646
@@ -40,10 +40,10 @@ _GAMMA = 1.7139588594436646
 
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
-    """A ResNet image encoder: four stages of bottlenecks, one image token for 32 x 32 pixels.
+    """A ResNet image encoder: four stages of bottlenecks.
 
-    The defaults are CLIP's RN50. RN50x16, that of MAGMA, has stem_width 96, stages (6, 8, 18, 8)
-    and an image_size of 384.
+    It makes one image token of 32 x 32 pixels. The defaults are CLIP's RN50. RN50x16, that of
+    MAGMA, has stem_width 96, stages (6, 8, 18, 8) and an image_size of 384.
 
     Example:
       >>> ResNetConfig(stem_width=96, stages=(6, 8, 18, 8), image_size=384).num_tokens
@@ -85,8 +85,8 @@ class ResNetConfig:
         )
         require(
             self.kind != "clip" or self.stem_width % 2 == 0,
-            f"ResNetConfig.stem_width is {self.stem_width}, expected an even number: the stem begins "
-            "with half of it",
+            f"ResNetConfig.stem_width is {self.stem_width}, expected an even number: the stem "
+            "begins with half of it",
         )
         require(
             self.image_size % 32 == 0,
@@ -148,7 +148,7 @@ def _convolved(
 ) -> Float[Array, "B h w E"]:
     """Convolves with zeros around the image, so that stride 1 keeps the size."""
     around = kernel.shape[0] // 2, kernel.shape[0] // 2
-    # Gathered whole where it is split: what is split is the batch.
+    # The batch is split over devices, so each device needs the whole kernel.
     kernel = constrain(kernel.astype(x.dtype), None, None, None, None)
     y = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), (around, around), dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -165,10 +165,10 @@ def _halved(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
 class NormedConvolution(nnx.Module):
     """A convolution, then a batch norm with stored statistics.
 
-    The statistics are never of the batch: in training, too, an image's tokens are its own, the same as at
-    inference. Scale and bias are trained as any parameter; mean and variance are parameters only in
-    that they are saved, and their gradient is zero. `last` starts with a scale of zero: a new
-    bottleneck is the identity.
+    The statistics are never those of the batch: an image has the same tokens in training as at
+    inference, whatever is beside it. Scale and bias are trained like any parameter. Mean and
+    variance are parameters only in that they are saved; their gradient is zero. `last` starts with
+    a scale of zero, so that a new bottleneck is the identity.
     """
 
     def __init__(
@@ -254,9 +254,9 @@ class ClipBottleneck(nnx.Module):
 
 
 class NormFreeBottleneck(nnx.Module):
-    """The norm-free bottleneck, with its activations in front and a ReLU of variance 1.
+    """The norm-free bottleneck, with its activations in front.
 
-    `beta` is 1 over the standard deviation of `x`.
+    It is called with `beta`, which is 1 over the standard deviation of `x`.
     """
 
     def __init__(self, inputs: int, width: int, *, stride: int, dtypes: Dtypes):
@@ -307,13 +307,13 @@ class NormFreeStem(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Bottlenecks of one size: the first, which may halve the image, and a stack of the others."""
+    """Bottlenecks of one size: the first may halve the image, the others are a stack."""
 
     def __init__(self, config: ResNetConfig, index: int, *, dtypes: Dtypes):
         bottleneck = {"clip": ClipBottleneck, "nf": NormFreeBottleneck}[config.kind]
         width = config.stem_width * 2**index
         depth = config.stages[index]
-        inputs, stride = (2 * width, 2) if index else (width, 1)
+        inputs, stride = (2 * width, 2) if index > 0 else (width, 1)
         self.first = bottleneck(inputs, width, stride=stride, dtypes=dtypes)
         if depth > 1:
             other = bottleneck(4 * width, width, stride=1, dtypes=dtypes)
@@ -322,9 +322,10 @@ class Stage(nnx.Module):
             self.others = None
 
         if config.kind == "nf":
-            # The variance of what comes in is 1 where a stage begins, and grows with each
-            # bottleneck before.
-            before = config.stages[index - 1] if index else 0
+            # The variance of each bottleneck's input. The shortcut of a stage's first bottleneck
+            # brings it back to 1, and every bottleneck adds `_ALPHA`^2: `added` counts those that
+            # have.
+            before = config.stages[index - 1] if index > 0 else 0
             added = (before, *range(1, depth))
             self.betas = tuple(1 / math.sqrt(1 + _ALPHA**2 * count) for count in added)
         else:
@@ -337,7 +338,8 @@ class Stage(nnx.Module):
             bottleneck, *beta = layer
             return bottleneck(x, *beta)
 
-        first, others = (self.first,), (self.others,)
+        first: tuple = (self.first,)
+        others: tuple = (self.others,)
         if self.betas is not None:
             first += (jnp.array(self.betas[0]),)
             others += (jnp.array(self.betas[1:]),)
@@ -369,7 +371,7 @@ class ResNet(nnx.Module):
         Args:
           image: uint8[B, height, width, 3] RGB, normalised here; or float, taken as normalised
             already.
-          augment: of no use here, where nothing is random; every encoder takes it.
+          augment: not used, since nothing is random here; every encoder takes it.
 
         Raises:
           ValueError: the images are of another size.
@@ -377,7 +379,9 @@ class ResNet(nnx.Module):
         x = self.stem(normalised(image, self.config).astype(self.dtype))
         for stage in (self.stage1, self.stage2, self.stage3, self.stage4):
             x = stage(x, remat=self.compute.remat, unroll=self.compute.unroll)
-        x = jax.nn.relu(x)  # which leaves those of CLIP, a ReLU's output, as they are
+        # The norm-free stages end without an activation. CLIP's end with this one, and a second
+        # time it changes nothing.
+        x = jax.nn.relu(x)
         grid = x.shape[1], x.shape[2]
         tokens = constrain(x.reshape(x.shape[0], -1, x.shape[3]), "batch", "patch", "embed")
         return EncoderOutput(tokens, tokens.mean(1, dtype=jnp.float32), grid)

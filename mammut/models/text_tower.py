@@ -1,8 +1,8 @@
-"""What turns a text into features: embeddings, positions, masks, and the contrastive pass.
+"""The text tower: embeddings, positions, masks, and the contrastive pass.
 
-`TextTower` is all of the text decoder that never sees an image; `decoder.TextDecoder` adds the
-caption pass. Some models of others have layers that only the contrastive pass ends after: the text
-tower of CoCa, and SigLIP, which has no other.
+`TextTower` is the part of the text decoder that never sees an image; `decoder.TextDecoder` adds the
+caption pass. Some models of others have text-only layers, whose output is that of the contrastive
+pass: CoCa has them in front of its other layers, SigLIP has no other layers.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from mammut.models.transformer import Layer, Rotation, rotation
 
 @dataclasses.dataclass(frozen=True)
 class TextTowerConfig(LayerConfig):
-    """Texts of a decoder: vocabulary, positions, and how a text becomes an embedding."""
+    """The text side of a decoder: vocabulary, positions, pooling."""
 
     OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
         *LayerConfig.OF_WEIGHTS,
@@ -49,21 +49,21 @@ class TextTowerConfig(LayerConfig):
     rope_dims: int | None = None
     # Base of the frequencies of rotary positions.
     rope_theta: float = 10_000.0
-    # How the contrastive pass becomes an embedding: the mean over real tokens, over all positions
-    # (mean_all), the token at the last position (last), the last real token (end), a learned token
-    # behind the text (class). none: there is no contrastive pass.
+    # How the features of the contrastive pass become an embedding. mean: their mean over real
+    # tokens. mean_all: over all positions. last: the feature at the last position. end: of the last
+    # real token. class: of a learned token behind the text. none: there is no contrastive pass.
     pooling: Literal["mean", "mean_all", "last", "end", "class", "none"] = "mean"
-    # Layers in front of the others, without cross-attention, that alone make the text embedding:
-    # the text tower of CoCa; with `depth` 0, a model without a caption pass, that of SigLIP.
+    # Number of layers in front of the others, without cross-attention, that alone make the text
+    # embedding: the text tower of CoCa. With `depth` 0 there is no caption pass: SigLIP.
     text_only_depth: int = 0
     # Attention heads of those layers; None: `num_heads`.
     text_only_heads: int | None = None
-    # Whether the contrastive pass is causal, too.
+    # Whether the contrastive pass is causal, as the caption pass is.
     causal_contrastive: bool = False
-    # Where pads are masked: in both passes, in the contrastive pass alone, in none. shifted is
-    # open_clip's CoCa: in its text-only layers, and one position too late.
+    # Passes in which pads are masked: both, the contrastive pass alone, or none. shifted is that of
+    # open_clip's CoCa: in the text-only layers, one position too late.
     pad_masking: Literal["both", "contrastive", "none", "shifted"] = "both"
-    # An id that is a pad wherever it stands; None: only `text_valid` tells.
+    # Id that is a pad wherever it stands; None: `text_valid` alone marks pads.
     pad_id: int | None = None
 
     def __post_init__(self):
@@ -108,18 +108,16 @@ class TextTowerConfig(LayerConfig):
             f"{head_size}",
         )
         dims = self.rope_dims
-        fits = dims is None or (
-            self.positions != "learned" and 0 < dims <= head_size and dims % 2 == 0
-        )
+        rotary = self.positions != "learned"
         require(
-            fits,
+            dims is None or (rotary and 0 < dims <= head_size and dims % 2 == 0),
             f"DecoderConfig.rope_dims is {dims}, expected an even number up to the head size "
             f"{head_size}, with rotary positions, not {self.positions!r}",
         )
 
     @property
     def class_token(self) -> bool:
-        """Whether a learned token stands behind the text in the contrastive pass."""
+        """Whether a learned token follows the text in the contrastive pass."""
         return self.pooling == "class"
 
     @property
@@ -173,6 +171,9 @@ class TextTower(nnx.Module):
 
         The pass is bidirectional unless `DecoderConfig.causal_contrastive`. With pooling "class"
         there is one more position at the end, the class token's.
+
+        Raises:
+          ValueError: the model has no contrastive pass, or the texts are too long.
         """
         if self.config.pooling == "none":
             raise ValueError("the model has no contrastive pass: DecoderConfig.pooling is 'none'")
@@ -182,6 +183,26 @@ class TextTower(nnx.Module):
         if self.text_only_layers is not None:
             return self.text_only_norm(self.run_text_only(x, mask, rotate))
         return self.run_layers(x, mask, rotate)
+
+    def pooled(
+        self,
+        features: Float[Array, "B Lc D"],
+        tokens: Int[Array, "B L"],
+        text_valid: Bool[Array, "B L"],
+    ) -> Float[Array, "B D"]:
+        """Pools features of the contrastive pass to one vector a text, float[B, D]."""
+        pooling = self.config.pooling
+        if pooling == "mean":
+            weights = self.valid(tokens, text_valid).astype(jnp.float32)[..., None]
+            total = (features.astype(jnp.float32) * weights).sum(1)
+            return total / jnp.maximum(weights.sum(1), 1)
+        if pooling == "mean_all":
+            return features.mean(1, dtype=jnp.float32)
+        if pooling == "end":
+            last = jnp.maximum(self.valid(tokens, text_valid).sum(1) - 1, 0)
+            return jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
+        # The last position: that of the text (last), or of the class token behind it (class).
+        return features[:, -1]
 
     def run_layers(self, x: jax.Array, mask: jax.Array, rotate: Rotation | None) -> jax.Array:
         """Runs the layers of the contrastive pass that are the decoder's own."""
@@ -207,9 +228,9 @@ class TextTower(nnx.Module):
     def contrastive_mask(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"], length: int
     ) -> Bool[Array, "#B 1 Lc Lc"]:
-        """Makes the mask of the contrastive pass over `length` positions.
+        """Makes the mask of the contrastive pass.
 
-        A class token stands behind the text.
+        `length` counts its positions, that of a class token included.
         """
         config = self.config
         valid = self.valid(tokens, text_valid)
@@ -232,7 +253,10 @@ class TextTower(nnx.Module):
         return rotation(positions, size, config.rope_theta, halves=halves)
 
     def embed(self, tokens: Int[Array, "B L"], class_token: bool = False) -> Float[Array, "B Lc D"]:
-        """Looks tokens up and adds learned positions, float[B, L, D]; with `class_token` one more."""
+        """Looks tokens up and adds learned positions, float[B, L, D].
+
+        With `class_token` there is one more position, at the end.
+        """
         self.require_length(tokens.shape[1])
         x = self.token_embed(tokens)
         if class_token:

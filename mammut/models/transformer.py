@@ -1,7 +1,7 @@
 """The transformer layer of both towers: attention, MLP, and the norms between them.
 
-Axes in einsum strings: B batch, L tokens that ask, S tokens that are attended to, N heads, K head
-size, D width.
+Axes in einsum strings: B batch, L tokens with queries, S tokens with keys and values, N heads, K
+head size, D width.
 """
 
 import math
@@ -52,8 +52,8 @@ def attention_weights(
 ) -> Float[Array, "B N L S"]:
     """Computes attention weights: a softmax in float32 of the scores, float32[B, N, L, S].
 
-    `scale` multiplies the scores; None: one over the root of the head size. A row whose keys are all
-    masked attends evenly: defined, never NaN.
+    `scale` multiplies the scores; None: 1 / sqrt(head size). A query whose keys are all masked
+    attends to all alike: its weights are defined, never NaN.
     """
     scores = jnp.einsum("BLNK,BSNK->BNLS", query, key, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
@@ -75,7 +75,7 @@ def dot_product_attention(
 
 
 class KeyValue(NamedTuple):
-    """Keys and values that attention attends to: of an image, of a text, or of a text so far."""
+    """Keys and values of tokens: of an image, a text, or a text so far."""
 
     key: jax.Array  # float[B, S, N, K]
     value: jax.Array  # float[B, S, N, K]
@@ -99,9 +99,11 @@ class Rotation:
         turned = x[..., :size].astype(jnp.float32)
         rest = x[..., size:]
         if self.halves:
-            pairs, axis = (2, size // 2), -2
+            pairs = (2, size // 2)
+            axis = -2
         else:
-            pairs, axis = (size // 2, 2), -1
+            pairs = (size // 2, 2)
+            axis = -1
         first, second = jnp.moveaxis(turned.reshape(*x.shape[:-1], *pairs), axis, 0)
 
         cos = jnp.expand_dims(self.cos, -2)
@@ -114,17 +116,20 @@ class Rotation:
 def rotation(
     positions: Int[Array, "*B L"], size: int, theta: float, *, halves: bool = False
 ) -> Rotation:
-    """Computes the angles of tokens at `positions`: position * theta ^ (-2 i / size) for pair i."""
+    """Computes rotary angles at `positions`: position * theta^(-2 i / size) for pair i."""
     frequencies = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return Rotation(jnp.cos(angles), jnp.sin(angles), halves)
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of tokens to the keys and values of the same or of other tokens.
+    """Multi-head attention of tokens to themselves or to other tokens.
 
-    `kv_width` is the width of those others where it differs. `config` says what attention has
-    beside its four maps. `fused` lets a fused kernel take over where there is no mask.
+    Args:
+      config: the layers of the tower; what attention has beside its four maps.
+      dtypes: the number types.
+      kv_width: the width of the tokens with keys and values; None: the tower's.
+      fused: lets a fused kernel compute it where there is no mask.
     """
 
     def __init__(
@@ -205,7 +210,8 @@ class Attention(nnx.Module):
             attended = jax.nn.dot_product_attention(
                 query, kv.key, kv.value, scale=self.scale, implementation=kernel
             )
-        else:  # by hand: the mask handling of fused kernels has open bugs, and texts are short
+        else:
+            # Not by a fused kernel: their handling of masks has open bugs, and texts are short.
             attended = dot_product_attention(query, kv.key, kv.value, mask, self.scale)
         if self.gate is not None:
             attended = attended * jax.nn.sigmoid(self.gate(x))
@@ -242,12 +248,14 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """A pre-norm transformer layer: attention, then an MLP, each added to its input.
 
-    In a parallel layer both read the same input. Called with `kv` it attends to those keys and
+    In a parallel layer both read the same input. Called with `kv`, it attends to these keys and
     values, of an image or of a cache (`image_keys_values`, `own_keys_values`); without, to its own
     tokens.
 
     Args:
-      has_mlp: False leaves the MLP out.
+      config: the layers of the tower.
+      dtypes: the number types.
+      has_mlp: whether there is an MLP.
       image_norm: whether image tokens are normed first.
       image_width: the size of image tokens; None: the tower's width.
       fused: as in `Attention`.
@@ -299,11 +307,13 @@ class Layer(nnx.Module):
             kv = self.attn.keys_values(normed, rotate)
         y = x + self.attn(normed, kv, mask, rotate)
         if self.parallel and self.mlp is not None:
-            y = y + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
+            if self.mlp_norm is not None:
+                normed = self.mlp_norm(x)
+            y = y + self.mlp(normed)
         return constrain(y, "batch", None, "embed")
 
     def feed_forward(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """Runs the second half; gives `x` back where there is no MLP, or none left to do."""
+        """Runs the second half of the layer, its MLP, unless `attend` has run it."""
         if self.mlp is None or self.parallel:
             return x
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, "embed")

@@ -17,13 +17,13 @@ from mammut.models.image_encoder import EncoderOutput, Image, normalised, requir
 from mammut.models.layers import LayerConfig, Linear, Normal, make_norm, param
 from mammut.models.transformer import MLP, Attention, Layer
 
-# Cropped positional embedding (RO-ViT, section 3.2): the table is enlarged to so many positions a
-# side, then cropped to a box of this area and aspect.
+# Cropped positional embedding (RO-ViT, section 3.2): the table is enlarged to _CROP_RESOLUTION
+# positions a side, then cropped to a box of a random area and aspect within these bounds.
 _CROP_RESOLUTION = 64
 _CROP_AREA = (0.1, 1.0)
 _CROP_ASPECT = (0.5, 2.0)
-# Stream of `Augment.key` that draws which patches to drop. `crop_pos_embed` splits the key in four,
-# which are streams 0 to 3.
+# Stream of `Augment.key` that draws which patches to drop. `crop_pos_embed` splits the key into
+# four: they are streams 0 to 3.
 _DROP_STREAM = 4
 
 
@@ -56,9 +56,10 @@ class VisionConfig(LayerConfig):
     class_token: bool = False
     # Whether a norm comes before the first layer.
     input_norm: bool = False
-    # Vector that represents an image: the mean of its patches, of all tokens (mean_all), the class
-    # token, the first of `pool_queries` learned queries that attend to all tokens (CoCa; the others
-    # go to the decoder in place of the patches), or one such query with an MLP (map: SigLIP's head).
+    # Vector that represents an image. mean: the mean of its patches. mean_all: the mean of all its
+    # tokens. class: the class token. queries: the first of `pool_queries` learned queries that
+    # attend to all tokens (CoCa); the others go to the decoder in place of the patches. map: one
+    # such query with an MLP (SigLIP's head).
     pooling: Literal["mean", "mean_all", "class", "queries", "map"] = "mean"
     # Number of learned queries of pooling "queries".
     pool_queries: int = 256
@@ -69,9 +70,9 @@ class VisionConfig(LayerConfig):
     # A second, smaller image size that the encoder takes, with its positions resampled: that of
     # `TrainConfig.low_image_steps`. None: one size.
     low_image_size: int | None = None
-    # Mean of each colour channel, of pixels scaled to 0..1; taken off before the first layer.
+    # Mean of each colour channel, of pixels scaled to 0..1; subtracted before the first layer.
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    # Standard deviation of each colour channel; divides after the mean is taken off.
+    # Standard deviation of each colour channel; pixels less their mean are divided by it.
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
@@ -128,9 +129,9 @@ class VisionConfig(LayerConfig):
 
 
 class QueryPool(nnx.Module):
-    """Learned queries that attend to all tokens of an image (CoCa, arXiv 2205.01917, section 3.2).
+    """Learned queries that attend to all tokens of an image, float[B, Q, E].
 
-    They give float[B, Q, E].
+    They are those of CoCa (arXiv 2205.01917, section 3.2).
     """
 
     def __init__(self, config: VisionConfig, width: int, *, dtypes: Dtypes):
@@ -148,7 +149,10 @@ class QueryPool(nnx.Module):
 
 
 class MapPool(nnx.Module):
-    """A learned query that attends to all tokens, then an MLP (arXiv 2106.04560, section 3.4)."""
+    """A learned query that attends to all tokens, then an MLP, float[B, D].
+
+    It is the head of SigLIP (arXiv 2106.04560, section 3.4).
+    """
 
     def __init__(self, config: VisionConfig, *, dtypes: Dtypes):
         start = Normal(1 / math.sqrt(config.width))
@@ -164,10 +168,15 @@ class MapPool(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """A vision transformer: images to image tokens. Pixels are normalised here, on the device.
+    """A vision transformer: images to image tokens.
 
-    `pooled_size` is the size of the pooled vector; None: the width, which pooling "queries" may
-    differ from.
+    Pixels are normalised here, on the device.
+
+    Args:
+      config: the architecture.
+      compute: how it is computed.
+      pooled_size: the size of the pooled vector, which with pooling "queries" may differ from the
+        width; None: the width.
     """
 
     def __init__(
@@ -207,11 +216,11 @@ class ViT(nnx.Module):
     def __call__(self, image: Image, augment: Augment = Augment()) -> EncoderOutput:
         """Encodes images of `image_size`, or of `low_image_size`.
 
-        Smaller images have the position table resampled to their patches (RECLIP, arXiv 2304.06028;
-        CLIPA-v2, arXiv 2306.15658: most of the training on small images, the end of it on whole
-        ones): bilinear with antialiasing, so that a position is the average of those it covers. It
-        is done here and not in the table, whose gradient is then the same map transposed: one table
-        learns from both sizes, and the change of size needs no change of weights.
+        RECLIP (arXiv 2304.06028) and CLIPA-v2 (arXiv 2306.15658) train mostly on small images and
+        at the end on whole ones. For small images the position table is resampled to their patches:
+        bilinear with antialiasing, so that a position is the average of those that it covers. That
+        happens here, the table itself keeps its size: one table learns from both image sizes, and
+        no weights change when the size does.
 
         Args:
           image: uint8[B, height, width, 3] RGB, normalised here; or float, taken as normalised
@@ -220,7 +229,7 @@ class ViT(nnx.Module):
             position table for each image.
 
         Raises:
-          ValueError: the images are of another size.
+          ValueError: the images have another size.
         """
         config = self.config
         patches = patchify(normalised(image, config).astype(self.dtype), config.patch_size)
@@ -275,30 +284,33 @@ class ViT(nnx.Module):
             pooled = self.pool(x).astype(jnp.float32)
         else:
             pooled = tokens.mean(1, dtype=jnp.float32)
-        return tokens, self.norm(pooled) if norm_after else pooled
+        if norm_after:
+            pooled = self.norm(pooled)
+        return tokens, pooled
 
 
 def patchify(image: Float[Array, "B height width 3"], patch_size: int) -> Float[Array, "B P F"]:
     """Cuts images into patches, row by row, float[B, P, patch_size * patch_size * 3]."""
     batch, height, width, channels = image.shape
-    down, across = height // patch_size, width // patch_size
+    down = height // patch_size
+    across = width // patch_size
     x = image.reshape(batch, down, patch_size, across, patch_size, channels)
     x = x.transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, down * across, patch_size * patch_size * channels)
 
 
 def patches_kept(patches: int, patch_drop: float) -> int:
-    """Counts the patches of an image that `drop_patches` keeps, at least one."""
+    """Counts the patches of an image that `drop_patches` keeps: at least one."""
     return max(1, round((1 - patch_drop) * patches))
 
 
 def drop_patches(
     key: Key[Array, ""], x: Float[Array, "B P D"], patch_drop: float
 ) -> Float[Array, "B Q D"]:
-    """Keeps a random subset of the patches of each image, in their order, float[B, Q, D].
+    """Keeps a random subset of each image's patches, float[B, Q, D].
 
-    Q is `patches_kept`. FLIP (arXiv 2212.00794, section 3): half of the patches make half of the
-    image encoder's work, and of its memory.
+    They stay in their order. Q is what `patches_kept` counts. FLIP (arXiv 2212.00794, section 3):
+    with half of the patches the image encoder has half of the work, and needs half of the memory.
     """
     x = constrain(x, "batch", "patch", "embed")
     shuffled = jnp.argsort(jax.random.uniform(key, x.shape[:2]), axis=1)
@@ -309,12 +321,12 @@ def drop_patches(
 def crop_pos_embed(
     key: Key[Array, ""], pos_embed: Float[Array, "down across D"], batch: int
 ) -> Float[Array, "B down across D"]:
-    """Draws a crop of the position table for each of `batch` images, float[B, down, across, D].
+    """Draws a crop of the position table for each image, float[B, down, across, D].
 
-    Cropped positional embedding (RO-ViT, arXiv 2305.07011, section 3.2; used by the paper for a
-    last 100K steps): the table is enlarged bilinearly, cropped to a random box and sampled back to
-    its own size, so that the image passes for a region of a larger one. All three steps are linear
-    and separable: one small matrix for each axis.
+    Cropped positional embedding (RO-ViT, arXiv 2305.07011, section 3.2; MaMMUT's paper uses it in
+    the last 100K steps): the table is enlarged bilinearly, cropped to a random box and sampled back
+    to its own size, so that the image has the positions of a region of a larger one. All three
+    steps are linear and separable: one small matrix for each axis.
     """
     area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
     area = jax.random.uniform(area_key, (batch,), minval=_CROP_AREA[0], maxval=_CROP_AREA[1])
@@ -332,10 +344,10 @@ def crop_pos_embed(
 def _crop_matrix(
     start: Float[Array, "B"], extent: Float[Array, "B"], size: int
 ) -> Float[Array, "B S S"]:
-    """Makes the matrix that enlarges `size` positions and samples a crop of them, float[B, S, S].
+    """Makes matrices that enlarge an axis and sample a crop of it, float[B, S, S].
 
-    The crop goes from `start` to `start + extent`, with the whole axis from 0 to 1; as many
-    positions are sampled from it, evenly.
+    The axis has `size` positions and goes from 0 to 1, the crop from `start` to `start + extent`.
+    As many positions are sampled from the crop, evenly.
     """
     centres = start[:, None] + extent[:, None] * (jnp.arange(size) + 0.5) / size
     crop = _bilinear(centres, _CROP_RESOLUTION)
@@ -344,9 +356,10 @@ def _crop_matrix(
 
 
 def _bilinear(points: Float[Array, "B Q"], size: int) -> Float[Array, "B Q S"]:
-    """Computes the bilinear weights of `size` cell centres at `points` in 0..1, float[B, Q, S].
+    """Computes bilinear weights of cell centres at `points`, float[B, Q, S].
 
-    Beyond the outermost centres the edge is held.
+    The centres are those of `size` equal cells from 0 to 1. Beyond the outermost centres the value
+    of the nearest one holds.
     """
     position = jnp.clip(points * size - 0.5, 0, size - 1)
     return jnp.maximum(0, 1 - jnp.abs(position[..., None] - jnp.arange(size)))

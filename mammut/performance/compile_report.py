@@ -13,17 +13,16 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from mammut.core import sharding
+from mammut.models.flops import training_flops
 from mammut.performance.chips import GIB, Chip, find_chip
 from mammut.performance.hlo import Collective, Program
 from mammut.performance.out_of_memory import is_out_of_memory, out_of_memory_advice
 from mammut.training.config import TrainConfig
-from mammut.training.start_report import task_flops
 from mammut.training.step import Trainer, make_trainer
 from mammut.training.tasks import TASKS
 
@@ -97,15 +96,11 @@ def compile_step(config: TrainConfig, trainer: Trainer) -> Any:
     Raises:
       ValueError: the step does not fit into the memory of the devices, with the settings that help.
     """
-    rows, length, side = config.data.batch_size, config.text_length, config.model.vision.image_size
-    place = sharding.batch_sharding(trainer.mesh)
+    rows = sharding.batch_sharding(trainer.mesh)
     batch = {
-        "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place),
-        "text_valid": jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=place),
-        "target": jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=place),
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+        for name, x in trainer.task.abstract_batch(config).items()
     }
-    if TASKS[config.task](config.loss).sees_images:
-        batch["image"] = jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8, sharding=place)
     try:
         with jax.set_mesh(trainer.mesh):
             return trainer.step.lower(trainer.abstract_state, batch).compile()
@@ -116,19 +111,23 @@ def compile_step(config: TrainConfig, trainer: Trainer) -> Any:
 
 
 def step_flops(config: TrainConfig) -> tuple[int, int]:
-    """FLOPs of a step over the whole batch: the model's, three times a forward pass, and those that run.
+    """Counts the FLOPs of a step over the whole batch.
 
-    Less runs where parameters are frozen, whose gradients nothing computes; that is not counted.
-
-    What runs is more where it is computed again: the towers once with remat "full" (with "dots",
-    next to nothing), both embeddings once with accumulation.
+    Returns:
+      The FLOPs of the model, three times those of a forward pass; and the FLOPs that run, which are
+      more where something is computed again: the towers once with remat "full" (with "dots", next
+      to nothing), both embeddings once with accumulation. Fewer run where parameters are frozen:
+      nothing computes their gradients. That is not subtracted.
     """
-    parts = collections.Counter(task_flops(config))
-    rows, forward = config.data.batch_size, sum(parts.values())
-    again = forward - parts["vocabulary"] if config.compute.remat == "full" else 0
-    if config.accumulation > 1 and config.task == "image_text":
-        again += parts["vision"] + parts["contrastive_pass"]
-    return 3 * forward * rows, (3 * forward + again) * rows
+    task = TASKS[config.task](config.loss)
+    parts = task.flops(config)
+    recomputed = []
+    if config.compute.remat == "full":
+        recomputed += [part for part in parts if part != "vocabulary"]
+    if config.accumulation > 1:
+        recomputed += task.recomputed_parts
+    rows = config.data.batch_size
+    return training_flops(parts) * rows, training_flops(parts, recomputed) * rows
 
 
 def _memory_lines(config: TrainConfig, memory: Any, chip: Chip | None) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mammut.models.compute import Dtype
+from mammut.weights.files.tensor_file import TensorSpec, write_safetensors
 
 Family = Literal["coca", "mammut"]
 Mode = Literal["eager", "compile"]
@@ -188,10 +189,9 @@ class OpenClip:
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes weights and config as open_clip does for the hub, `open_clip_config.json` beside the weights."""
-        from safetensors.numpy import save_file
-
         tensors = {name: np.array(x.detach().cpu()) for name, x in self.model.state_dict().items()}
-        save_file(tensors, folder / "open_clip_model.safetensors")
+        specs = {name: TensorSpec(array.shape, array.dtype) for name, array in tensors.items()}
+        write_safetensors(folder / "open_clip_model.safetensors", specs, tensors.__getitem__)
         (folder / "open_clip_config.json").write_text(
             json.dumps({"model_cfg": self.model_cfg, "preprocess_cfg": {}}), "utf-8"
         )

@@ -88,12 +88,13 @@ def exact_float32(dtype: Dtype) -> Any:
 
 
 def noise_batch(config: TrainConfig) -> dict[str, np.ndarray]:
-    """A batch of random pixels and tokens, as `ImageTextTask` wants it; half of each text at least is real."""
+    """Random pixels and tokens for `ImageTextTask`; at least half of each text is real."""
+    arrays = ImageTextTask(config.loss).abstract_batch(config)
+    rows, length = arrays["tokens"].shape
     rng = np.random.default_rng(0)
-    vision, length, rows = config.model.vision, config.text_length, config.data.batch_size
     real = rng.integers(max(length // 2, 2), length + 1, (rows, 1))
     return {
-        "image": rng.integers(0, 256, (rows, vision.image_size, vision.image_size, 3), np.uint8),
+        "image": rng.integers(0, 256, arrays["image"].shape, np.uint8),
         "tokens": rng.integers(1, config.model.text.vocab_size, (rows, length)).astype(np.int32),
         "text_valid": np.arange(length) < real,
     }

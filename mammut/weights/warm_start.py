@@ -31,7 +31,7 @@ from mammut.models.mammut import ModelConfig
 from mammut.models.resnet import ResNetConfig
 from mammut.models.vit import VisionConfig
 from mammut.weights.opened import OpenedModel, Tensors, model_specs
-from mammut.weights.resample import _resampling
+from mammut.weights.resample import Tower, _resampling
 
 Start = Literal["init", "init_vision", "init_text"]  # fields of `TrainConfig`
 What = Literal["loaded", "resampled", "cut", "in part", "random", "left out"]

@@ -17,11 +17,9 @@ from mammut.models.resnet import ResNetConfig
 from mammut.models.vit import VisionConfig
 from mammut.weights.files.tensor_file import TensorSpec, write_safetensors
 from mammut.weights.formats.open_clip_config import CLIP_VOCAB, NORM_EPS, mlp_dim, try_model_config
+from mammut.weights.formats.open_clip_folder import CONFIG_FILE, WEIGHTS_FILE
 from mammut.weights.formats.open_clip_tables import table
 from mammut.weights.opened import OpenedModel, require_target
-
-CONFIG_FILE = "open_clip_config.json"
-WEIGHTS_FILE = "open_clip_model.safetensors"
 
 
 def save(
