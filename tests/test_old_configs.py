@@ -1,4 +1,4 @@
-"""Configs of version 0.1: every field that moved, followed from others or went, and what is refused all the same."""
+"""Configs of version 0.1: fields that moved, that follow from others or that went; what is refused."""
 
 import copy
 import dataclasses
