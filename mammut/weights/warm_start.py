@@ -28,6 +28,8 @@ import numpy as np
 from mammut.core.fields import differences, to_dict
 from mammut.models.compute import ComputeConfig
 from mammut.models.mammut import ModelConfig
+from mammut.models.resnet import ResNetConfig
+from mammut.models.vit import VisionConfig
 from mammut.weights.opened import OpenedModel, Tensors, model_specs
 from mammut.weights.resample import Tower, _resampling
 
@@ -125,7 +127,11 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
     return dataclasses.replace(config, vision=vision, text=text, image_projection=projection)
 
 
-def _fields(vision: Tower, names: tuple[str, ...], other: Tower) -> dict[str, Any]:
+def _fields(
+    vision: VisionConfig | ResNetConfig,
+    names: tuple[str, ...],
+    other: VisionConfig | ResNetConfig,
+) -> dict[str, Any]:
     """Those of `vision` among `names` that an encoder of the kind of `other` has, too."""
     known = {field.name for field in dataclasses.fields(vision)} & {
         field.name for field in dataclasses.fields(other)

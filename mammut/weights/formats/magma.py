@@ -54,7 +54,6 @@ _TOWER = "image_prefix.enc."
 _SECOND_NAMES = {"word_embedding.": "lm.transformer.wte.", "transformer.": _BLOCKS}
 # Pixels by the width of the stem: of CLIP's RN50x16 and RN50x4. Other ResNets have 224.
 _IMAGE_SIZES = {96: 384, 80: 288}
-_PREFIX_DROPOUT = 0.1  # of the published training
 # The names of an attention or MLP that has an adapter: of the module itself and of its adapter.
 _WRAPPED = {
     "mlp": {"sequential": ("mlp.0", "mlp.1.adapter"), "parallel": ("mlp.module", "mlp.adapter")},
