@@ -17,7 +17,8 @@ from mammut.models.image_encoder import EncoderOutput
 from mammut.models.mammut import MaMMUT
 from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
 from mammut.weights.formats.big_vision import open_model
-from mammut.weights.formats.big_vision_tables import Found, cappa, two_towers
+from mammut.weights.formats.big_vision_arrays import Found
+from mammut.weights.formats.big_vision_tables import cappa, two_towers
 from mammut.weights.model_folder import load, place, save
 from mammut.weights.opened import OpenedModel
 from mammut.weights.tables import Table

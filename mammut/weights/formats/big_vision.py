@@ -21,7 +21,8 @@ from mammut.data.images import ImageTransform
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer, Tokenizer, load_tokenizer
 from mammut.weights.files.tensor_file import CheckpointError, open_tensors, stored_specs
-from mammut.weights.formats.big_vision_tables import Found, Model, cappa, image_encoder, two_towers
+from mammut.weights.formats.big_vision_arrays import Found
+from mammut.weights.formats.big_vision_tables import Model, cappa, image_encoder, two_towers
 from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
 from mammut.weights.tables import Table, unused_notes
 

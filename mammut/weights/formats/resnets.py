@@ -346,7 +346,8 @@ def _norm_free_entries(config: ResNetConfig) -> Iterable[Entry]:
 
     yield from standardised("stem.conv", "vision.stem.conv", config.stem_width)
     for stage, place, ours, layer in _bottlenecks(config):
-        theirs, width = f"stages.{stage}.{place}", config.stem_width * 2**stage
+        theirs = f"stages.{stage}.{place}"
+        width = config.stem_width * 2**stage
         for i, outputs in ((1, width), (2, width), (3, 4 * width)):
             yield from standardised(f"{theirs}.conv{i}", f"{ours}.conv{i}", outputs, layer)
         if place == 0:
