@@ -27,68 +27,34 @@ _OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_EPS = 1e-5  # PyTorch's
 
-# Keys without effect on what a trained model computes: of its making, its training, its tokenizer
-# (read elsewhere), ...
+# Keys without effect on what a trained model computes. They are about how the model is made, how it
+# is trained, and its tokenizer, which is read elsewhere.
 _MAKING = {
-    "custom_text",
-    "cast_dtype",
-    "output_dict",
-    "output_tokens",
-    "nonscalar_logit_scale",
-    "zero_init_residual",
-}
-_MAKING |= {"init_logit_scale", "init_logit_bias", "timm_model_pretrained", "hf_model_pretrained"}
+    "custom_text", "cast_dtype", "output_dict", "output_tokens", "nonscalar_logit_scale",
+    "zero_init_residual", "init_logit_scale", "init_logit_bias", "timm_model_pretrained",
+    "hf_model_pretrained",
+}  # fmt: skip
 _TRAINING = {"patch_dropout", "timm_drop", "timm_drop_path", "freeze_pad_embed"}
 _TOKENIZER = {
-    "hf_tokenizer_name",
-    "tokenizer_type",
-    "tiktoken_name",
-    "tokenizer_mode",
-    "tokenizer_kwargs",
-}
-_TOKENIZER |= {"bos_id", "eos_id", "variable_text"}
-# ... of a tower that timm or Hugging Face would make (`timm_model_name` and `hf_model_name`
-# themselves are refused) ...
+    "hf_tokenizer_name", "tokenizer_type", "tiktoken_name", "tokenizer_mode", "tokenizer_kwargs",
+    "bos_id", "eos_id", "variable_text",
+}  # fmt: skip
+# Keys of towers that timm or Hugging Face would make; `timm_model_name` and `hf_model_name`
+# themselves are refused.
 _TIMM = {"timm_pool", "timm_proj", "timm_proj_bias", "timm_model_kwargs", "image_seq_len"}
 _HF = {"hf_proj_type", "hf_pooler_type", "hf_model_config"}
-# ... and fields that the classes of these decoders share, and that none of them reads, or only the
-# modern one.
+# Fields that the classes of these decoders share: none of them reads the first, and only the modern
+# one the second.
 _UNREAD = {
-    "dim_head",
-    "n_queries",
-    "attn_pooler_heads",
-    "final_ln_after_pool",
-    "attention_mode",
-    "token_average_pool",
-}
-_UNREAD |= {
-    "block_type",
-    "scaled_cosine_attn",
-    "scale_heads",
-    "scale_attn_inner",
-    "scale_attn",
-    "scale_fc",
-}
-_UNREAD |= {"is_multimodal_decoder"}
+    "dim_head", "n_queries", "attn_pooler_heads", "final_ln_after_pool", "attention_mode",
+    "token_average_pool", "block_type", "scaled_cosine_attn", "scale_heads", "scale_attn_inner",
+    "scale_attn", "scale_fc", "is_multimodal_decoder",
+}  # fmt: skip
 _MODERN = {
-    "qk_norm",
-    "attn_gated",
-    "pos_embed",
-    "rope_temperature",
-    "mlp_type",
-    "norm_type",
-    "norm_eps",
-    "tie_lm_head",
-}
-_MODERN |= {
-    "pre_norm",
-    "norm_placement",
-    "reg_tokens",
-    "value_residual",
-    "attention_bias",
-    "mlp_bias",
-    "gate_bias",
-}
+    "qk_norm", "attn_gated", "pos_embed", "rope_temperature", "mlp_type", "norm_type", "norm_eps",
+    "tie_lm_head", "pre_norm", "norm_placement", "reg_tokens", "value_residual", "attention_bias",
+    "mlp_bias", "gate_bias",
+}  # fmt: skip
 _OF_TEXT = _MAKING | _TRAINING | _TOKENIZER | _HF | _UNREAD
 _OF_DECODER = _OF_TEXT | {
     "embed_cls",
