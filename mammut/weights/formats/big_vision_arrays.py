@@ -16,7 +16,7 @@ _OLD_POSITIONS = "Transformer/posembed_input/pos_embedding", "Transformer/pos_em
 _MAP_HEAD = "probe", "MultiHeadDotProductAttention_0", "LayerNorm_0", "MlpBlock_0"
 
 
-class Found:
+class Arrays:
     """The arrays of a file, by the names that big_vision has for them today.
 
     Problems are gathered and raised together.

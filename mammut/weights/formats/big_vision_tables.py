@@ -14,7 +14,7 @@ from mammut.data.processor import TextForm
 from mammut.models.decoder import DecoderConfig
 from mammut.models.mammut import ModelConfig
 from mammut.models.vit import VisionConfig
-from mammut.weights.formats.big_vision_arrays import Found
+from mammut.weights.formats.big_vision_arrays import Arrays
 from mammut.weights.tables import Entry, Joined, Layout, Reshaped, Rows, Same, Shape
 
 _ATTENTION = "MultiHeadDotProductAttention_0"
@@ -26,7 +26,7 @@ _GEMMA_VOCAB = 256_000
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The model in a file; names of arrays are those of `Found`."""
+    """The model in a file; names of arrays are those of `Arrays`."""
 
     config: ModelConfig  # of an image encoder alone, only its `vision` has a meaning
     entries: list[Entry]
@@ -37,49 +37,49 @@ class Model:
     notes: tuple[str, ...]
 
 
-def image_encoder(found: Found, image_size: int | None) -> Model:
+def image_encoder(arrays: Arrays, image_size: int | None) -> Model:
     """A ViT (models/vit.py), alone or that of a larger model.
 
     Args:
-      found: the arrays of the file.
+      arrays: the arrays of the file.
       image_size: pixels, for computed positions.
 
     Raises:
       CheckpointError: the arrays are not those of a ViT that mammut has.
     """
-    prefix = next((prefix for prefix in ("img/", "encoder/") if found.under(prefix)), "")
-    vision = _vision(found, prefix, image_size)
-    unused = _classifier(found, prefix)
-    unused |= {name: "of a contrastive loss" for name in ("t", "b") if prefix and name in found}
-    config = found.build(ModelConfig, vision.config, image_projection="separate")
+    prefix = next((prefix for prefix in ("img/", "encoder/") if arrays.under(prefix)), "")
+    vision = _vision(arrays, prefix, image_size)
+    unused = _classifier(arrays, prefix)
+    unused |= {name: "of a contrastive loss" for name in ("t", "b") if prefix and name in arrays}
+    config = arrays.build(ModelConfig, vision.config, image_projection="separate")
     notes = *vision.notes, *vision.pooling_note
     return Model(config, vision.entries, None, unused, vision.zero, vision.computed, notes)
 
 
-def two_towers(found: Found) -> Model:
+def two_towers(arrays: Arrays) -> Model:
     """An image and a text encoder (models/proj/image_text/two_towers.py).
 
     Raises:
       CheckpointError: the arrays are not those of two towers that mammut has.
     """
-    sizes, layers = _encoder(found, "txt/Encoder_0/")
-    vocab_size, _ = found.shape("txt/Embed_0/embedding", 2)
-    _, max_length, _ = found.shape("txt/pos_embedding", 3)
-    found.shape("t", 1)
-    img_head, txt_head = (bool(found.under(f"{tower}/head/")) for tower in ("img", "txt"))
-    embed_dim = found.shape("txt/head/kernel", 2)[1] if txt_head else None
+    sizes, layers = _encoder(arrays, "txt/Encoder_0/")
+    vocab_size, _ = arrays.shape("txt/Embed_0/embedding", 2)
+    _, max_length, _ = arrays.shape("txt/pos_embedding", 3)
+    arrays.shape("t", 1)
+    img_head, txt_head = (bool(arrays.under(f"{tower}/head/")) for tower in ("img", "txt"))
+    embed_dim = arrays.shape("txt/head/kernel", 2)[1] if txt_head else None
     refused = {
         "txt/MAPHead_0/": "texts are pooled by a MAP head, expected their last token",
         "img/pre_logits/": "there is a layer before the image's head, expected none",
     }
     for prefix, why in refused.items():
-        found.require(not found.under(prefix), f"{found.key(prefix)}: {why}")
-    vision = _vision(found, "img/", None)
-    text = found.build(
+        arrays.require(not arrays.under(prefix), f"{arrays.key(prefix)}: {why}")
+    vision = _vision(arrays, "img/", None)
+    text = arrays.build(
         DecoderConfig, vocab_size=vocab_size, max_length=max_length, depth=0,
         text_only_depth=layers.depth, pooling="last", pad_masking="none", **sizes,
     )  # fmt: skip
-    config = found.build(
+    config = arrays.build(
         ModelConfig, vision.config, text, embed_dim=embed_dim, text_projection=txt_head,
         image_projection="embedding" if img_head else "none",
     )  # fmt: skip
@@ -92,7 +92,7 @@ def two_towers(found: Found) -> Model:
         *(_each("txt/head", "text_embed_projection", _KERNEL) if txt_head else ()),
     ]
     zero = dict(vision.zero)
-    if "b" in found:
+    if "b" in arrays:
         entries.append(Entry("b", ("logit_bias",), Reshaped((1,))))
     else:
         zero["logit_bias"] = "the model was trained without"
@@ -104,44 +104,44 @@ def two_towers(found: Found) -> Model:
     return Model(config, entries, form, {}, zero, {}, (*vision.notes, *vision.pooling_note, note))
 
 
-def cappa(found: Found, image_size: int | None, max_length: int | None) -> Model:
+def cappa(arrays: Arrays, image_size: int | None, max_length: int | None) -> Model:
     """An image encoder and a caption decoder (models/proj/cappa/cappa.py).
 
     Args:
-      found: the arrays of the file.
+      arrays: the arrays of the file.
       image_size: pixels, for computed positions of the image encoder.
       max_length: tokens of a text, for computed positions of the decoder.
 
     Raises:
       CheckpointError: the arrays are not those of such a model that mammut has.
     """
-    layers, shape = _layers(found, "decoder/EncDecBlock", "LayerNorm1/scale", axis=1)
+    layers, shape = _layers(arrays, "decoder/EncDecBlock", "LayerNorm1/scale", axis=1)
     width, heads, _ = shape("SelfAttn/query/kernel", 3)
     _, mlp_dim = shape("MLP/Dense_0/kernel", 2)
-    _, vocab_size = found.shape("decoder/LogitsDense/kernel", 2)
-    rows, _ = found.shape("decoder/EmbedTargets/embedding", 2)
-    biased = any(name.endswith("/MLP/Dense_0/bias") for name in found.under("decoder/"))
-    found.require(
-        "encoder/cls" not in found,
-        f"{found.key('encoder/cls')}: there is a class token, expected none",
+    _, vocab_size = arrays.shape("decoder/LogitsDense/kernel", 2)
+    rows, _ = arrays.shape("decoder/EmbedTargets/embedding", 2)
+    biased = any(name.endswith("/MLP/Dense_0/bias") for name in arrays.under("decoder/"))
+    arrays.require(
+        "encoder/cls" not in arrays,
+        f"{arrays.key('encoder/cls')}: there is a class token, expected none",
     )
-    if learned := "pos_embedding_decoder" in found:
-        _, max_length, _ = found.shape("pos_embedding_decoder", 3)
+    if learned := "pos_embedding_decoder" in arrays:
+        _, max_length, _ = arrays.shape("pos_embedding_decoder", 3)
     else:
-        _require_computable(found, "pos_embedding_decoder", "max_length", max_length, width)
-    vision = _vision(found, "encoder/", image_size)
-    text = found.build(
+        _require_computable(arrays, "pos_embedding_decoder", "max_length", max_length, width)
+    vision = _vision(arrays, "encoder/", image_size)
+    text = arrays.build(
         DecoderConfig, vocab_size=vocab_size, max_length=max_length, width=width,
         depth=layers.depth, num_heads=heads, mlp_dim=mlp_dim, attn_bias=False, mlp_bias=biased,
         cross_attn_every=1, cross_attn_position="inside", tie_embeddings=False,
         vocab_bias=True, pooling="none", pad_masking="none",
     )  # fmt: skip
-    config = found.build(ModelConfig, vision.config, text, image_projection="none")
+    config = arrays.build(ModelConfig, vision.config, text, image_projection="none")
     # A CapPa is also trained to predict all tokens at once: one more row stands for a masked token.
     masked = int(rows == vocab_size + 1)
     notes = list(vision.notes)
     if masked:
-        embedding = found.key("decoder/EmbedTargets/embedding")
+        embedding = arrays.key("decoder/EmbedTargets/embedding")
         notes.append(f"the last row of {embedding} is not used: of masked tokens")
     entries = [*vision.entries, *_caption_entries(layers, biased, masked)]
     computed = dict(vision.computed)
@@ -155,7 +155,7 @@ def cappa(found: Found, image_size: int | None, max_length: int | None) -> Model
     if not biased:
         norms = _CAPTION_NORMS.values()
         zero |= {f"{ours}.bias": "the last norm alone has a bias" for ours in norms}
-    unused = _classifier(found, "encoder/")
+    unused = _classifier(arrays, "encoder/")
     return Model(config, entries, "start_end", unused, zero, computed, tuple(notes))
 
 
@@ -195,18 +195,18 @@ class _Vision:
         )
 
 
-def _vision(found: Found, prefix: str, image_size: int | None) -> _Vision:
+def _vision(arrays: Arrays, prefix: str, image_size: int | None) -> _Vision:
     """The image encoder whose names begin with `prefix`."""
-    sizes, layers = _encoder(found, f"{prefix}Transformer/")
+    sizes, layers = _encoder(arrays, f"{prefix}Transformer/")
     embedding = f"{prefix}embedding/kernel"
     positions = f"{prefix}pos_embedding"
-    patch, across, channels, width = kernel = found.shape(embedding, 4)
-    found.require(
+    patch, across, channels, width = kernel = arrays.shape(embedding, 4)
+    arrays.require(
         (across, channels) == (patch, 3),
-        f"{found.key(embedding)} is {list(kernel)}, expected square patches of 3 channels",
+        f"{arrays.key(embedding)} is {list(kernel)}, expected square patches of 3 channels",
     )
-    class_token = f"{prefix}cls" in found
-    map_head = bool(found.under(f"{prefix}MAPHead_0/"))
+    class_token = f"{prefix}cls" in arrays
+    map_head = bool(arrays.under(f"{prefix}MAPHead_0/"))
     ours: tuple[str, ...] = ("vision.pos_embed",)
     layout: Layout = Rows()
     zero = {}
@@ -214,12 +214,12 @@ def _vision(found: Found, prefix: str, image_size: int | None) -> _Vision:
         zero["vision.class_pos_embed"] = "the class token has no position"
     computed = {}
     notes = []
-    if positions in found:
-        _, count, _ = found.shape(positions, 3)
+    if positions in arrays:
+        _, count, _ = arrays.shape(positions, 3)
         side = math.isqrt(count)
-        found.require(
+        arrays.require(
             count - side**2 in (0, 1),
-            f"{found.key(positions)} is of {count} positions, expected those of a square",
+            f"{arrays.key(positions)} is of {count} positions, expected those of a square",
         )
         image_size = patch * side
         if count > side**2 and class_token:  # a file from when the class token had a position
@@ -229,11 +229,11 @@ def _vision(found: Found, prefix: str, image_size: int | None) -> _Vision:
         elif count > side**2:
             layout = _Among(Rows(), 1, 0)
             notes.append(
-                f"the first row of {found.key(positions)} is not used: "
+                f"the first row of {arrays.key(positions)} is not used: "
                 "of a class token, which is not there"
             )
     else:
-        _require_computable(found, positions, "image_size", image_size, width)
+        _require_computable(arrays, positions, "image_size", image_size, width)
         side = (image_size or 0) // patch
         computed["vision.pos_embed"] = lambda: sincos2d(side, side, width).reshape(
             side, side, width
@@ -243,7 +243,7 @@ def _vision(found: Found, prefix: str, image_size: int | None) -> _Vision:
     if map_head:
         pooling = "map"
     # The config is made before the entries: it limits the number of layers.
-    config = found.build(
+    config = arrays.build(
         VisionConfig, image_size=image_size, patch_size=patch, class_token=class_token,
         depth=layers.depth, pooling=pooling, **sizes,
     )  # fmt: skip
@@ -264,22 +264,24 @@ def _vision(found: Found, prefix: str, image_size: int | None) -> _Vision:
     return _Vision(config, entries, zero, computed, tuple(notes))
 
 
-def _require_computable(found: Found, name: str, field: str, size: int | None, width: int) -> None:
+def _require_computable(
+    arrays: Arrays, name: str, field: str, size: int | None, width: int
+) -> None:
     """Notes a problem unless the positions that are not in the file can be computed."""
-    missing = f"{found.key(name)} is missing"
-    found.require(
+    missing = f"{arrays.key(name)} is missing"
+    arrays.require(
         size is not None,
         f"{missing}: if positions are computed (sincos2d), say for which {field}",
     )
-    found.require(
+    arrays.require(
         size is None or width % 4 == 0 and width > 4,
         f"{missing}, and cannot be computed for a width of {width}, expected 8, 12, 16 or more",
     )
 
 
-def _classifier(found: Found, prefix: str) -> dict[str, str]:
+def _classifier(arrays: Arrays, prefix: str) -> dict[str, str]:
     return dict.fromkeys(
-        found.under(f"{prefix}head/") + found.under(f"{prefix}pre_logits/"), "of a classifier"
+        arrays.under(f"{prefix}head/") + arrays.under(f"{prefix}pre_logits/"), "of a classifier"
     )
 
 
@@ -292,8 +294,8 @@ class _Batched:
     def shape(self, ours):
         return 1, *self.layout.shape(ours)
 
-    def load(self, theirs, ours, place):
-        return self.layout.load(theirs[0], ours, place)
+    def load(self, theirs, ours, index):
+        return self.layout.load(theirs[0], ours, index)
 
     def save(self, ours):
         return self.layout.save(ours)[None]
@@ -311,8 +313,8 @@ class _Among:
         rows, *others = self.layout.shape(ours)
         return self.before + rows + self.after, *others
 
-    def load(self, theirs, ours, place):
-        return self.layout.load(theirs[self.before : len(theirs) - self.after], ours, place)
+    def load(self, theirs, ours, index):
+        return self.layout.load(theirs[self.before : len(theirs) - self.after], ours, index)
 
     def save(self, ours):
         rows = self.layout.save(ours)
@@ -327,7 +329,7 @@ class _SecondAxis:
         layers, first, *others = ours[0]
         return first, layers, *others
 
-    def load(self, theirs, ours, place):
+    def load(self, theirs, ours, index):
         return theirs.swapaxes(0, 1)
 
     def save(self, ours):
@@ -356,12 +358,12 @@ class _Layers:
 
 
 def _layers(
-    found: Found, stem: str, scale: str, axis: int
+    arrays: Arrays, stem: str, scale: str, axis: int
 ) -> tuple[_Layers, Callable[[str, int], Shape]]:
     """Finds the layers whose names begin with `stem`.
 
     Args:
-      found: the arrays of the file.
+      arrays: the arrays of the file.
       stem: what the names of the layers begin with.
       scale: the name of an array that has one axis in each layer.
       axis: the axis of that array that counts the layers, where they are stacked (`scan=True`).
@@ -371,24 +373,24 @@ def _layers(
       layer.
     """
     stacked = stem.removesuffix("_")
-    if not found.under(f"{stacked}/"):
+    if not arrays.under(f"{stacked}/"):
         # The count, not the largest number: a stranger may have left out numbers below it.
-        numbers = {name[len(stem) :].partition("/")[0] for name in found.under(stem)}
-        return _Layers(stem, len(numbers), None), lambda name, axes: found.shape(
+        numbers = {name[len(stem) :].partition("/")[0] for name in arrays.under(stem)}
+        return _Layers(stem, len(numbers), None), lambda name, axes: arrays.shape(
             f"{stem}0/{name}", axes
         )
 
     def shape(name: str, axes: int) -> Shape:
-        sizes = found.shape(f"{stacked}/{name}", axes + 1)
+        sizes = arrays.shape(f"{stacked}/{name}", axes + 1)
         return sizes[:axis] + sizes[axis + 1 :]
 
-    depth = found.shape(f"{stacked}/{scale}", 2)[axis]
+    depth = arrays.shape(f"{stacked}/{scale}", 2)[axis]
     return _Layers(stacked, depth, _SecondAxis() if axis else Same()), shape
 
 
-def _encoder(found: Found, prefix: str) -> tuple[dict[str, int], _Layers]:
+def _encoder(arrays: Arrays, prefix: str) -> tuple[dict[str, int], _Layers]:
     """The sizes of a transformer encoder (class `Encoder` of models/vit.py), and its layers."""
-    layers, shape = _layers(found, f"{prefix}encoderblock_", "LayerNorm_0/scale", axis=0)
+    layers, shape = _layers(arrays, f"{prefix}encoderblock_", "LayerNorm_0/scale", axis=0)
     width, heads, _ = shape(f"{_ATTENTION}/query/kernel", 3)
     _, mlp_dim = shape("MlpBlock_0/Dense_0/kernel", 2)
     return {"width": width, "num_heads": heads, "mlp_dim": mlp_dim}, layers

@@ -31,11 +31,11 @@ class HeadByHead:
         """The shape [N * 3 * K, D], or [N * 3 * K]."""
         return len(ours) * math.prod(ours[0][-2:]), *ours[0][:-2]
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
         """The query, key or value of every head."""
-        heads, size = ours[place][-2:]
-        part = theirs.reshape(heads, len(ours), size, -1)[:, place]
-        return np.moveaxis(part, -1, 0).reshape(ours[place])
+        heads, size = ours[index][-2:]
+        part = theirs.reshape(heads, len(ours), size, -1)[:, index]
+        return np.moveaxis(part, -1, 0).reshape(ours[index])
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
         """The three of them, head by head."""

@@ -163,18 +163,18 @@ def _own_layers(text: DecoderConfig) -> Iterable[tuple[str, int, bool]]:
         yield from (("text.layers", i, True) for i in range(text.depth))
     else:
         for i in range(text.depth):
-            group, place = divmod(i, text.cross_attn_every)
-            if place == 0:
+            group, index = divmod(i, text.cross_attn_every)
+            if index == 0:
                 yield "text.bare_layers", group, False
             else:
-                yield "text.layers", group * (text.cross_attn_every - 1) + place - 1, True
+                yield "text.layers", group * (text.cross_attn_every - 1) + index - 1, True
 
 
 def _classic(config: ModelConfig, head: str) -> Iterable[Entry]:
     yield Entry("text.token_embedding.weight", ("text.token_embed.embedding",))
     yield Entry("text.positional_embedding", ("text.pos_embed",))
-    for i, (ours, place, mlp) in enumerate(_own_layers(config.text)):
-        yield from _block(f"text.resblocks.{i}", ours, place, mlp=mlp)
+    for i, (ours, index, mlp) in enumerate(_own_layers(config.text)):
+        yield from _block(f"text.resblocks.{i}", ours, index, mlp=mlp)
     for i in range(config.text.num_cross_layers):
         yield from _block(f"text.cross_attn.{i}", "text.cross_layers", i, image=True)
     yield from _norm("text.ln_final", "text.norm")
