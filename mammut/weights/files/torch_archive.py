@@ -271,7 +271,8 @@ def _unpickle(program: bytes | bytearray, where: str) -> Any:
             if count == _MAX_OPCODES:
                 raise ValueError(f"it has more than {_MAX_OPCODES} steps")
             if opcode.name in _MARKED:
-                taken, stack = stack, below.pop()
+                taken = stack
+                stack = below.pop()
             else:
                 kept = len(stack) - _TAKES.get(opcode.name, 0)
                 if kept < 0:
