@@ -201,7 +201,7 @@ class OpenClip:
         )
 
     def losses_and_gradient(self) -> dict[str, float]:
-        """Computes both losses of the batch and the norm of the gradient, as the first step does."""
+        """Computes both losses of the batch and the norm of the gradient, as in a first step."""
         self.optimizer.zero_grad(set_to_none=True)
         losses = self._losses(self.model)
         sum(losses.values()).backward()

@@ -37,7 +37,9 @@ class RunSettings:
     unroll: int | None = None  # None: on a CPU, all layers
     passes: Literal["two_calls", "fused"] | None = None
     image_attention: Literal["auto", "xla"] | None = None
+    # Tokens of a chunk of the vocabulary loss.
     vocab_chunk: int = LossConfig.vocab_chunk
+    # Micro-batches of a step.
     accumulation: int = 1
     mesh: MeshConfig = MeshConfig()
 
