@@ -247,7 +247,8 @@ def measure_model(options: Options) -> dict[str, Any]:
         print(tables.parts(result["parts"]), flush=True)
     step = None  # frees its memory for the next ones
     if "generate" in options.what:
-        result["new_tokens"], result["rounds"] = options.new_tokens, options.rounds
+        result["new_tokens"] = options.new_tokens
+        result["rounds"] = options.rounds
         result["generate"] = generation_rows(options, computed(model, options.run), bos_id)
     if "growth" in options.what:
         result["growth"] = growth_rows(options, model.config, steps, peak)

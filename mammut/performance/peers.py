@@ -100,7 +100,8 @@ def peer_config(size: Size, family: Family, vocab_size: int) -> dict[str, Any]:
 def noise_batch(model_cfg: dict[str, Any], batch: int) -> dict[str, np.ndarray]:
     """A random batch: `image` uint8[B, height, width, 3] and `tokens` int[B, L], 0 for pads."""
     rng = np.random.default_rng(0)
-    size, text = model_cfg["vision_cfg"]["image_size"], _text_cfg(model_cfg)
+    size = model_cfg["vision_cfg"]["image_size"]
+    text = _text_cfg(model_cfg)
     length = text.get("context_length", 77)
     tokens = rng.integers(1, text.get("vocab_size", 49_408), (batch, length))
     real = rng.integers(max(length // 2, 2), length + 1, (batch, 1))

@@ -34,10 +34,13 @@ _COUNTED = {
 
 def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
     """Makes the parts of a step, as calls that wait for their end. The first calls compile."""
-    config, merge, batch = step.config, step.trainer.model, step.batch
+    config = step.config
+    merge = step.trainer.model
+    batch = step.batch
+    tokens = batch["tokens"]
+    valid = batch["text_valid"]
     task = ImageTextTask(config.loss)
     params = jax.tree.map(jnp.copy, step.state.all_params)  # the step's own are donated
-    tokens, valid = batch["tokens"], batch["text_valid"]
 
     def loss_of_captions(model, features):
         head = model.text.vocab_kernel, model.text.vocab_bias
