@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 
 from mammut import presets
-from mammut.config import DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from mammut.config import ComputeConfig, DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from mammut.testing import shared_dir
 
 
@@ -20,6 +20,7 @@ def get_config() -> TrainConfig:
         task="text",
         trainable=("text.*",),
         model=dataclasses.replace(presets.magma_tiny(), adapters=()),
+        compute=ComputeConfig(unroll=6),
         data=DataConfig(
             train=f"{captions}[1000:]",
             val=f"{captions}[:1000]",

@@ -10,6 +10,7 @@ official split. Score it with `python -m eval.vqa runs/daquar --data jsonl:PATH[
 import pathlib
 
 from mammut.config import (
+    ComputeConfig,
     DataConfig,
     DecoderConfig,
     ModelConfig,
@@ -37,8 +38,8 @@ def get_config() -> TrainConfig:
                 mlp_dim=384,
                 cross_attn_every=1,
             ),
-            unroll=4,
         ),
+        compute=ComputeConfig(unroll=4),
         data=DataConfig(
             train=f"{questions}[!::5]",
             val=f"{questions}[::5]",

@@ -8,7 +8,7 @@ jsonl:PATH[1300:]`.
 import pathlib
 
 from mammut import presets
-from mammut.config import DataConfig, OptimizerConfig, TrainConfig
+from mammut.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 from mammut.testing import shared_dir
 
 
@@ -19,6 +19,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         task="vqa",
         model=presets.tiny(),
+        compute=ComputeConfig(unroll=4),
         data=DataConfig(
             train=f"{questions}[:1300]",
             val=f"{questions}[1300:]",

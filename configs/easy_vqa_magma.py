@@ -8,7 +8,14 @@ validation. Score it with `python -m eval.vqa runs/easy_vqa_magma --data jsonl:P
 import pathlib
 
 from mammut import presets
-from mammut.config import DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from mammut.config import (
+    AugmentConfig,
+    ComputeConfig,
+    DataConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from mammut.testing import shared_dir
 
 
@@ -22,6 +29,8 @@ def get_config() -> TrainConfig:
         init_vision="runs/flickr8k",
         trainable=("adapters.*", "image_projection.*", "prefix_norm.*"),
         model=presets.magma_tiny(),
+        compute=ComputeConfig(unroll=6),
+        augment=AugmentConfig(prefix_dropout=0.1),
         data=DataConfig(
             train=f"{questions}[:1300]",
             val=f"{questions}[1300:]",

@@ -8,6 +8,7 @@ The photos are read from `flickr8k/captions.jsonl` under the folder of data sets
 import pathlib
 
 from mammut.config import (
+    ComputeConfig,
     DataConfig,
     DecoderConfig,
     LossConfig,
@@ -36,8 +37,8 @@ def get_config() -> TrainConfig:
                 mlp_dim=768,
                 cross_attn_every=2,
             ),
-            unroll=6,
         ),
+        compute=ComputeConfig(unroll=6),
         data=DataConfig(
             train=f"{photos}[1000:]",
             val=f"{photos}[:1000]",

@@ -18,7 +18,14 @@ Score it with `python -m eval.caption runs/flickr8k_magma --data jsonl:PATH[:100
 import pathlib
 
 from mammut import presets
-from mammut.config import DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from mammut.config import (
+    AugmentConfig,
+    ComputeConfig,
+    DataConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from mammut.testing import shared_dir
 
 
@@ -32,6 +39,8 @@ def get_config() -> TrainConfig:
         init_vision="runs/flickr8k",
         trainable=("adapters.*", "image_projection.*", "prefix_norm.*"),
         model=presets.magma_tiny(),
+        compute=ComputeConfig(unroll=6),
+        augment=AugmentConfig(prefix_dropout=0.1),
         data=DataConfig(
             train=f"{photos}[1000:]",
             val=f"{photos}[:1000]",

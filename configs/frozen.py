@@ -9,7 +9,14 @@ projection to two tokens, at a constant rate; there is no adapter. The pairs are
 """
 
 from mammut import presets
-from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from mammut.config import (
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> TrainConfig:
@@ -17,6 +24,7 @@ def get_config() -> TrainConfig:
         task="caption",
         trainable=("image_projection.*", "vision.*"),
         model=presets.frozen(),
+        compute=ComputeConfig(dtype="bfloat16", text_param_dtype="bfloat16", remat="full"),
         data=DataConfig(
             train="tar:data/cc3m/{00000..00331}.tar",
             val="tar:data/cc3m_val/{00000..00001}.tar",

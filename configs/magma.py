@@ -12,7 +12,14 @@ it, too. It runs on a CPU in minutes; configs/magma_v1.py is of the paper's size
 """
 
 from mammut import presets
-from mammut.config import DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from mammut.config import (
+    AugmentConfig,
+    ComputeConfig,
+    DataConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> TrainConfig:
@@ -21,6 +28,8 @@ def get_config() -> TrainConfig:
         text_steps=600,
         trainable=("adapters.*", "image_projection.*", "prefix_norm.*", "vision.*"),
         model=presets.magma_tiny(),
+        compute=ComputeConfig(unroll=6),
+        augment=AugmentConfig(prefix_dropout=0.1),
         data=DataConfig(
             train="jsonl:photos/photos.jsonl[200:]",
             val="jsonl:photos/photos.jsonl[:200]",

@@ -7,12 +7,13 @@ device; docs/scaling.md has the table.
 """
 
 from mammut import presets
-from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mammut.config import ComputeConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=presets.mammut_b16(),
+        compute=ComputeConfig(dtype="bfloat16", remat="dots"),
         data=DataConfig(
             train="tfds:laion400m/images/train",
             val=None,

@@ -6,17 +6,16 @@ tensorflow-datasets. `--compile-only --topology v5e:8x8` says what a step takes 
 device; docs/scaling.md has the table.
 """
 
-import dataclasses
-
 from mammut import presets
-from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mammut.config import ComputeConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
+        model=presets.mammut_l14(),
         # With remat "dots", the activations of 64 examples a device would take about 12 GiB, of 16
         # on a v5e.
-        model=dataclasses.replace(presets.mammut_l14(), remat="full"),
+        compute=ComputeConfig(dtype="bfloat16", remat="full"),
         data=DataConfig(
             train="tfds:laion400m/images/train",
             val=None,

@@ -224,18 +224,19 @@ def reading(
 def measure_model(options: Options) -> dict[str, Any]:
     """Measures everything that --what names, and prints it part by part."""
     model, processor, source = load_model(options)
-    config = options.run.applied(model.config)
+    compute = options.run.compute(model.config)
     bos_id = processor.bos_id if processor else 1
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
     print(
-        f"{source}: {parameters / 1e6:.1f}M parameters, "
-        f"{config.dtype}, remat {config.remat}, unroll {config.unroll}"
+        f"{source}: {parameters / 1e6:.1f}M parameters, {compute.dtype}, remat {compute.remat}, "
+        f"unroll {compute.unroll}"
     )
-    result: dict[str, Any] = {"model": source, "parameters": parameters, "config": to_dict(config)}
+    result: dict[str, Any] = {"model": source, "parameters": parameters}
+    result |= {"config": to_dict(model.config), "compute": to_dict(compute)}
     steps = options.steps or (10 if jax.default_backend() == "cpu" else 20)
     if {"train", "parts", "growth"} & {*options.what}:
-        result["peak_flops"] = peak = measured_peak(config.dtype)
-        print(f"peak: {peak / 1e12:.3g} TFLOP/s, measured in {config.dtype} products")
+        result["peak_flops"] = peak = measured_peak(compute.dtype)
+        print(f"peak: {peak / 1e12:.3g} TFLOP/s, measured in {compute.dtype} products")
         print(f"TFLOP/s: {FORMULA}")
     if {"train", "parts"} & {*options.what}:
         step = make_step(options.run.train_config(model.config, options.batch_size), model)
@@ -281,7 +282,8 @@ def measure_peer(options: Options) -> dict[str, Any]:
         "family": options.peer_family,
         "model_cfg": peer.model_cfg,
         "parameters": parameters,
-        "config": to_dict(options.run.applied(ours.config)),
+        "config": to_dict(ours.config),
+        "compute": to_dict(options.run.compute(ours.config)),
         "threads": num_cores(),
         "environment": {
             name: os.environ.get(name)

@@ -12,6 +12,7 @@ from flax import nnx
 from mammut.data.images import ImageTransform
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import train_sentencepiece
+from mammut.models.compute import ComputeConfig
 from mammut.models.decoder import DecoderConfig
 from mammut.models.mammut import MaMMUT, ModelConfig
 from mammut.models.vit import VisionConfig
@@ -33,7 +34,9 @@ def tiny_config() -> ModelConfig:
     )
 
 
-def tiny_model(config: ModelConfig | None = None, seed: int = 0) -> MaMMUT:
+def tiny_model(
+    config: ModelConfig | None = None, seed: int = 0, compute: ComputeConfig = ComputeConfig()
+) -> MaMMUT:
     """A model with random numbers in every parameter: biases of 0 and norms of 1 would hide errors.
 
     Nothing is compiled. A parameter is the same in all configs where it has the same name and
@@ -49,7 +52,11 @@ def tiny_model(config: ModelConfig | None = None, seed: int = 0) -> MaMMUT:
       >>> model.encode_image(batch["image"]).shape
       (4, 48)
     """
-    abstract = nnx.eval_shape(lambda: MaMMUT(config or tiny_config(), rngs=nnx.Rngs(0)))
+
+    def make() -> MaMMUT:
+        return MaMMUT(config or tiny_config(), compute=compute, rngs=nnx.Rngs(0))
+
+    abstract = nnx.eval_shape(make)
 
     def draw(path, leaf):
         name = jax.tree_util.keystr(path)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from mammut import presets
 from mammut.config import (
+    ComputeConfig,
     DataConfig,
     DecoderConfig,
     MeshConfig,
@@ -221,7 +222,7 @@ def test_what_is_computed_again_is_counted_once_and_the_models_flops_never():
     total = sum(forward.values())
     assert step_flops(CONFIG) == (3 * 16 * total,) * 2
     towers = total - forward["vocabulary"]
-    full = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, remat="full"))
+    full = dataclasses.replace(CONFIG, compute=ComputeConfig(remat="full"))
     assert step_flops(full) == (3 * 16 * total, 16 * (3 * total + towers))
     accumulated = dataclasses.replace(CONFIG, accumulation=2)
     again = forward["vision"] + forward["contrastive_pass"]
@@ -321,7 +322,7 @@ def test_with_figures_of_the_device_there_is_an_estimate_or_advice_where_the_ste
     assert low >= high > 0
     monkeypatch.setitem(chips.CHIPS, "cpu", Chip(1e12, 1e5, 1e11, 1e10, 1e9))
     with pytest.raises(
-        ValueError, match=r"does not fit.*--accumulation 2.*--model\.remat full.*--mesh\.fsdp"
+        ValueError, match=r"does not fit.*--accumulation 2.*--compute\.remat full.*--mesh\.fsdp"
     ):
         compile_report(CONFIG)
 
@@ -373,8 +374,9 @@ from mammut.performance.compile_report import compile_report
 from mammut.config import *
 model = ModelConfig(
     vision=VisionConfig(image_size=16, patch_size=8, width=128, depth=2, num_heads=2, mlp_dim=128),
-    text=DecoderConfig(vocab_size=256, max_length=8, width=128, depth=2, num_heads=2, mlp_dim=128), dtype="bfloat16")
-config = TrainConfig(model=model, data=DataConfig(batch_size=16), mesh=MeshConfig(data=1, fsdp=-1), steps=10)
+    text=DecoderConfig(vocab_size=256, max_length=8, width=128, depth=2, num_heads=2, mlp_dim=128))
+compute = ComputeConfig(dtype="bfloat16")
+config = TrainConfig(model=model, compute=compute, data=DataConfig(batch_size=16), mesh=MeshConfig(data=1, fsdp=-1), steps=10)
 print(json.dumps({"report": compile_report(config, "v5e:2x2")}))
 """
     report = in_a_process(code)["report"]
@@ -421,12 +423,6 @@ def test_the_recipes_of_full_size_train_their_preset(recipe, preset, request):
     from mammut.training.run import load_recipe
 
     config = load_recipe(request.config.rootpath / "configs" / f"{recipe}.py")
-    same = dataclasses.asdict(preset())
-    found = dataclasses.asdict(config.model)
-    assert {name for name in same if same[name] != found[name]} <= {
-        "remat",
-        "logit_scale_init",
-        "logit_bias_init",
-    }
+    assert config.model == preset()
     assert config.mesh.sizes(64) == (4, 16, 1) and config.data.batch_size % 64 == 0
     assert recipe != "paper_2b" or (config.data.batch_size, config.steps) == (16_384, 500_000)

@@ -1,4 +1,7 @@
-"""Configs survive JSON, name what they do not know, and refuse what cannot work in a sentence with the field."""
+"""Configs survive JSON and refuse what cannot work.
+
+Errors are one sentence that names the field.
+"""
 
 import dataclasses
 import importlib.util
@@ -11,6 +14,8 @@ import pytest
 
 from mammut import presets
 from mammut.config import (
+    AugmentConfig,
+    ComputeConfig,
     DataConfig,
     DecoderConfig,
     LossConfig,
@@ -22,6 +27,7 @@ from mammut.config import (
     from_dict,
     to_dict,
 )
+from mammut.models.losses import CONTRASTIVE
 
 PRESETS = [
     function for name, function in inspect.getmembers(presets, inspect.isfunction) if name[0] != "_"
@@ -124,9 +130,11 @@ REFUSED = [
     (DecoderConfig, "cross_attn_every", -1),
     (DecoderConfig, "cross_attn_every", 5),
     (DecoderConfig, "depth", 13),
-    (ModelConfig, "logit_scale_init", 0.0),
-    (ModelConfig, "logit_scale_init", 101.0),
-    (ModelConfig, "unroll", 0),
+    (ComputeConfig, "unroll", 0),
+    (AugmentConfig, "patch_drop", 1.0),
+    (AugmentConfig, "patch_drop", -0.1),
+    (AugmentConfig, "prefix_dropout", 1.0),
+    (AugmentConfig, "prefix_dropout", -0.1),
     (DataConfig, "batch_size", 0),
     (DataConfig, "eval_batch_size", 0),
     (DataConfig, "val_examples", 0),
@@ -183,23 +191,72 @@ def test_a_value_that_cannot_work_is_refused_with_its_field(cls, name, value):
     [
         ("VisionConfig", "activation", "relu", "gelu, gelu_tanh, quick_gelu, relu2, swiglu"),
         ("DecoderConfig", "activation", "silu", "gelu, gelu_tanh, quick_gelu, relu2, swiglu"),
-        ("ModelConfig", "dtype", "float16", "float32, bfloat16"),
-        ("ModelConfig", "param_dtype", "int8", "float32, bfloat16"),
-        ("ModelConfig", "remat", "some", "none, dots, full"),
-        ("LossConfig", "contrastive", "siglip", "softmax, focal, sigmoid"),
+        ("ComputeConfig", "dtype", "float16", "float32, bfloat16"),
+        ("ComputeConfig", "param_dtype", "int8", "float32, bfloat16"),
+        ("ComputeConfig", "text_param_dtype", "int8", "float32, bfloat16"),
+        ("ComputeConfig", "remat", "some", "none, dots, full"),
+        ("ComputeConfig", "passes", "both", "two_calls, fused"),
+        ("ComputeConfig", "image_attention", "cudnn", "auto, xla"),
+        ("LossConfig", "contrastive", "siglip", ", ".join(CONTRASTIVE)),
         ("LossConfig", "focal_normalization", "none", "batch, pairs"),
         ("OptimizerConfig", "name", "sgd", "adamw, adafactor"),
         ("OptimizerConfig", "schedule", "step", "cosine, linear, constant"),
         ("TrainConfig", "task", "image-text", "image_text, caption, vqa, classify, text"),
+        (
+            "DecoderConfig",
+            "cross_attn_position",
+            "bare",
+            "last, first, last_bare, first_bare, inside",
+        ),
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(cls, name, value, choices):
-    """As users meet it: in the tests the type checker would refuse it first, so the file is read past the checker."""
+    """Users get this error; in the tests the type checker would come first.
+
+    So the file is read past the checker.
+    """
     config = run_file(ROOT / "mammut" / "config.py")
     with pytest.raises(
         ValueError, match=rf"^{cls}\.{name} is '{value}', expected one of {choices}$"
     ):
         config.from_dict(getattr(config, cls), {name: value})
+
+
+@pytest.mark.parametrize(
+    ("compute", "augment", "message"),
+    [
+        (ComputeConfig(passes="fused"), AugmentConfig(), None),
+        (ComputeConfig(), AugmentConfig(patch_drop=0.5, crop_positions=True), None),
+        (
+            ComputeConfig(),
+            AugmentConfig(prefix_dropout=0.1),
+            "AugmentConfig.prefix_dropout is 0.1, which needs an image prefix: "
+            "DecoderConfig.cross_attn_every 0",
+        ),
+    ],
+)
+def test_a_run_refuses_what_its_model_cannot_be_computed_with(compute, augment, message):
+    if message is None:
+        assert TrainConfig(compute=compute, augment=augment).compute == compute
+    else:
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            TrainConfig(compute=compute, augment=augment)
+
+
+def test_a_run_refuses_fused_passes_of_different_length():
+    text = DecoderConfig(pooling="class")
+    message = "ComputeConfig.passes is 'fused', which needs two passes over the same tokens"
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(model=ModelConfig(text=text), compute=ComputeConfig(passes="fused"))
+
+
+def test_the_architecture_says_nothing_of_how_it_is_computed_or_trained():
+    """A model folder keeps the `ModelConfig`: later runs of the weights inherit its fields."""
+    of_model = set()
+    for config in (ModelConfig(), VisionConfig(), DecoderConfig()):
+        of_model |= {field.name for field in dataclasses.fields(config)}
+    for config in (ComputeConfig(), AugmentConfig()):
+        assert not of_model & {field.name for field in dataclasses.fields(config)}
 
 
 def test_a_warm_up_as_long_as_the_run_is_refused():
@@ -240,7 +297,10 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh):
 
 
 def test_the_paper_sections_defaults_hold():
-    """Weights of 1 and 1, focal loss unbalanced with gamma 1, AdamW with weight decay 0.01, text of 64 tokens."""
+    """Loss weights of 1 and 1, an unbalanced focal loss with gamma 1, AdamW with weight decay 0.01.
+
+    Texts have 64 tokens.
+    """
     loss, optimizer = LossConfig(), OptimizerConfig()
     assert (loss.contrastive_weight, loss.caption_weight, loss.focal_alpha, loss.focal_gamma) == (
         1,

@@ -12,7 +12,14 @@ from open_clip_models import original_package
 
 import mammut
 from eval import speed
-from mammut.config import DecoderConfig, MeshConfig, ModelConfig, TrainConfig, VisionConfig
+from mammut.config import (
+    ComputeConfig,
+    DecoderConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from mammut.models.flops import forward_flops, num_params
 from mammut.performance import beside_peer, child, growth, peers, tables
 from mammut.performance import step_time as train_step
@@ -89,7 +96,7 @@ def test_rates_follow_from_the_median_of_the_times(result):
 def test_the_file_says_what_was_timed_and_where(result, checkpoint):
     assert result["model"] == checkpoint
     assert result["parameters"] == num_params(tiny_config())["total"]
-    assert result["config"]["text"]["vocab_size"] == 60 and result["config"]["dtype"] == "float32"
+    assert result["config"]["text"]["vocab_size"] == 60 and result["compute"]["dtype"] == "float32"
     assert result["versions"]["jax"] == jax.__version__ and result["machine"]["platform"] == "cpu"
     assert (result["new_tokens"], result["rounds"]) == (4, 3)
 
@@ -130,7 +137,7 @@ def test_utilisation_of_a_known_chip_is_told_against_its_makers_figure_in_bfloat
     monkeypatch.setattr(train_step, "step_flops", lambda config: (2 * 3 * 40, 0))
     config = TrainConfig(model=tiny_config())
     assert train_step.utilisation(config, 0.5, 960.0) == {"tflops": 480 / 1e12, "mfu": 0.5}
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    config = dataclasses.replace(config, compute=ComputeConfig(dtype="bfloat16"))
     told = train_step.utilisation(config, 0.5, 960.0)
     assert told["mfu_stated"] == pytest.approx(480 / CHIPS["NVIDIA H200"].flops)
 
@@ -322,11 +329,11 @@ def test_a_preset_is_given_random_weights_and_computes_as_told(monkeypatch):
     told = train_step.computed(
         model, train_step.RunSettings(dtype="bfloat16", remat="full", unroll=1)
     )
-    assert (told.config.dtype, told.config.remat, told.config.unroll) == ("bfloat16", "full", 1)
+    assert (told.compute.dtype, told.compute.remat, told.compute.unroll) == ("bfloat16", "full", 1)
     assert told.text.dtype == "bfloat16"
     # they are stored as they were
     assert {str(x.dtype) for x in jax.tree.leaves(nnx.state(told))} == {"float32"}
-    assert train_step.RunSettings().applied(small).unroll == 2  # all layers, on a CPU
+    assert train_step.RunSettings().compute(small).unroll == 2  # all layers, on a CPU
 
 
 def test_another_compute_type_changes_no_weight(checkpoint):

@@ -357,9 +357,9 @@ def test_a_file_of_the_published_size_is_opened_by_its_header_alone(tmp_path):
     ("adapters", "preset"), [(V1, presets.magma_v1()), (V2, presets.magma_v2())], ids=["v1", "v2"]
 )
 def test_a_file_of_the_published_size_has_the_config_of_the_preset(adapters, preset, tmp_path):
-    """But for the vocabulary, which MAGMA cuts to that of GPT-2 and the image, and for types and remat."""
-    text = dataclasses.replace(preset.text, vocab_size=50_258, param_dtype=None)
-    expected = dataclasses.replace(preset, text=text, dtype="float32", remat="none")
+    """But for the vocabulary, which MAGMA cuts to that of GPT-2 and the image."""
+    text = dataclasses.replace(preset.text, vocab_size=50_258)
+    expected = dataclasses.replace(preset, text=text)
     assert (
         open_magma(LazyTensors(published(adapters), no_numbers), tmp_path, "x.pt").config
         == expected

@@ -4,8 +4,11 @@ A config refuses values that cannot work when it is built, in one sentence that 
 configs themselves lie beside what they configure; `mammut.config` has them all.
 """
 
+import ast
 import dataclasses
+import inspect
 import math
+import textwrap
 import types
 from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin
@@ -171,3 +174,29 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is float:
         return isinstance(value, float) or type(value) is int and abs(value) < 2**53
     return type(value) is kind
+
+
+def field_texts(cls: type) -> dict[str, str]:
+    """Reads the text of each field of a dataclass: the comment lines straight above it.
+
+    A field without such lines has no text. Fields of base classes are read too: where the class has
+    a `NOUN`, their texts begin with it, since other classes inherit them as well.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        noun = getattr(cls, "NOUN", None) if base is not cls else None
+        lines = inspect.getsource(base).splitlines()
+        for node in ast.parse(textwrap.dedent("\n".join(lines))).body[0].body:
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            comment = []
+            for line in reversed(lines[: node.lineno - 1]):
+                if not line.strip().startswith("#"):
+                    break
+                comment.insert(0, line.strip().removeprefix("#").strip())
+            if comment:
+                text = " ".join(comment)
+                texts[node.target.id] = f"{noun}: {text[0].lower()}{text[1:]}" if noun else text
+    return texts

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
+from flax import nnx
 
 Params = Any  # nested dict of arrays
 
@@ -99,3 +100,12 @@ def merged(params: Params, others: Params) -> Params:
     """Merges two nested dicts that share no leaf, such as the results of `split`."""
     both = {key: merged(params[key], others[key]) for key in params.keys() & others.keys()}
     return {**params, **others, **both}
+
+
+def logical_axes(model: nnx.Module) -> dict[tuple[str, ...], tuple[str | None, ...]]:
+    """Lists the logical axes of every parameter, by path.
+
+    `model` may be abstract (`nnx.eval_shape`).
+    """
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {tuple(path): param.axes for path, param in params}

@@ -19,6 +19,7 @@ wrote.
 
 import dataclasses
 import inspect
+import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -31,17 +32,41 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mammut import presets
-from mammut.core.fields import from_dict, to_dict
-from mammut.models.mammut import MaMMUT, ModelConfig, unit
+from mammut.core.fields import from_dict, require, to_dict
+from mammut.models.compute import Augment, AugmentConfig, ComputeConfig
+from mammut.models.layers import unit
+from mammut.models.mammut import MAX_LOGIT_SCALE, MaMMUT, ModelConfig, require_computable
 from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.formats import big_vision as big_vision_weights
 from mammut.weights.model_folder import open_model
+from mammut.weights.old_configs import upgraded
 from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
 from mammut.weights.warm_start import Start, warm_start
 
 # What a part of a model is called: by us, by two towers, by CapPa.
 _PARTS: dict[str, Start] = dict.fromkeys(("vision", "image", "img", "encoder"), "init_vision")
 _PARTS |= dict.fromkeys(("text", "txt"), "init_text")
+# Arguments of `Model` that say how it is called, not what it is.
+_OF_CALLS = ("outputs", "start_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Starts:
+    """Where the scalars of the contrastive loss start."""
+
+    logit_scale_init: float = 1 / 0.07
+    logit_bias_init: float = 0.0
+
+    def __post_init__(self):
+        require(
+            0 < self.logit_scale_init <= MAX_LOGIT_SCALE,
+            f"logit_scale_init is {self.logit_scale_init}, expected more than 0 and at most "
+            f"{MAX_LOGIT_SCALE:g}",
+        )
+        require(
+            math.isfinite(self.logit_bias_init),
+            f"logit_bias_init is {self.logit_bias_init}, expected a finite number",
+        )
 
 
 class Model:
@@ -58,7 +83,9 @@ class Model:
         SigLIP's and the contrastive trainer; or "logits" of the text, as CapPa does, for its
         trainer. The model must have that pass.
       start_id: what stands in front of a text where its logits are asked for. CapPa's is 0.
-      fields: those of `ModelConfig`; `vision` and `text` are dicts of theirs.
+      fields: those of `ModelConfig`; `vision` and `text` are dicts of theirs. `compute` and
+        `augment` are dicts of `ComputeConfig` and `AugmentConfig`; `logit_scale_init` and
+        `logit_bias_init` are where the scalars of the loss start.
 
     Raises:
       ValueError: a field that is not known, or fields or outputs that do not go together.
@@ -71,8 +98,9 @@ class Model:
         start_id: int = 0,
         **fields: Any,
     ):
-        self.config = model_config(preset, **fields)
-        self._outputs, self._start_id = outputs, start_id
+        self.config, self.compute, self._augment, self._scalars = _configs(preset, fields)
+        self._outputs = outputs
+        self._start_id = start_id
         text = self.config.text
         if outputs not in ("embeddings", "logits"):
             raise ValueError(f"outputs is {outputs!r}, expected 'embeddings' or 'logits'")
@@ -90,7 +118,13 @@ class Model:
             raise ValueError(
                 f"start_id {start_id} is text.pad_id, so that no token would see the start"
             )
-        self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: MaMMUT(self.config, rngs=nnx.Rngs(0))))
+        self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: self._make(jax.random.key(0))))
+
+    def _make(self, key: jax.Array) -> MaMMUT:
+        model = MaMMUT(self.config, compute=self.compute, rngs=nnx.Rngs(key))
+        for name, value in self._scalars.items():
+            getattr(model, name).set_value(jnp.float32(value))
+        return model
 
     def init(self, rng: jax.Array, image: Any, text: Any = None) -> dict[str, Any]:
         """Random parameters, `{"params": ...}`; `image` and `text` are examples of what `apply` will be given.
@@ -108,8 +142,7 @@ class Model:
             raise ValueError(
                 f"texts are {list(text.shape)}, expected {longest} tokens at most by text.max_length"
             )
-        model = MaMMUT(self.config, rngs=nnx.Rngs(rng))
-        return {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
+        return {"params": nnx.to_pure_dict(nnx.state(self._make(rng), nnx.Param))}
 
     def apply(
         self,
@@ -129,7 +162,7 @@ class Model:
           variables: `{"params": ...}`, as `init` makes it.
           image: the images; None where only texts are embedded. With `method=model.decode`, what
             `encode` gave.
-          train: with `rngs["dropout"]`, cropped positions are drawn, where the model has them.
+          train: with `rngs["dropout"]`, what `augment` says is drawn.
           method: `encode` or `decode` of this object; None: both.
           return_enc_features: what CapPa gives for images alone.
           decode: must be False: a cache is `mammut.generation.text`'s affair.
@@ -159,14 +192,15 @@ class Model:
         if return_enc_features:
             tokens, pooled = model.image_tokens(image).tokens, model.encoder(image).pooled
             return tokens, {"encoded": tokens, "pre_logits": pooled}
-        crop_key = (
-            rngs["dropout"] if train and rngs and self.config.vision.cropped_pos_embed else None
-        )
-        if crop_key is not None and not jnp.issubdtype(crop_key.dtype, jax.dtypes.prng_key):
-            crop_key = jax.random.wrap_key_data(crop_key)
+        augment = Augment()
+        if train and rngs:
+            key = rngs["dropout"]
+            if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+                key = jax.random.wrap_key_data(key)
+            augment = Augment(key, self._augment)
         if self._outputs == "logits":
-            return self._logits(model, model.image_tokens(image, crop_key).tokens, text)
-        return _embeddings(model, image, text, crop_key)
+            return self._logits(model, model.image_tokens(image, augment).tokens, text)
+        return _embeddings(model, image, text, augment)
 
     def encode(self, variables: Mapping[str, Any], image: Any) -> jax.Array:
         """The image tokens that a text is decoded from, float[B, P, D]."""
@@ -189,16 +223,16 @@ class Model:
 
 
 def _embeddings(
-    model: MaMMUT, image: Any, text: Any, crop_key: jax.Array | None
+    model: MaMMUT, image: Any, text: Any, augment: Augment
 ) -> tuple[Any, Any, dict[str, Any]]:
     """What two towers give."""
     zimg, ztxt, scale = None, None, model.logit_scale[...][None]
     out = {"t": jnp.exp(scale), "t/parameter": scale, "b": model.logit_bias[...][None]}
     if image is not None:
-        pooled = model.image_tokens(image, crop_key).pooled
+        pooled = model.image_tokens(image, augment).vector
         out["img/norm"] = jnp.linalg.norm(pooled, axis=1, keepdims=True)
         out["img/normalized"] = zimg = unit(pooled)
-        out["img/pre_logits"] = model.encoder(image, crop_key).pooled
+        out["img/pre_logits"] = model.encoder(image, augment).pooled
     if text is not None:
         tokens = text.astype(jnp.int32)
         pooled = model.text_vector(tokens, jnp.ones(tokens.shape, bool))
@@ -213,6 +247,13 @@ def model_config(preset: str | None = None, **fields: Any) -> ModelConfig:
     Raises:
       ValueError: a preset or field that is not known, or fields that do not go together.
     """
+    return _configs(preset, fields)[0]
+
+
+def _configs(
+    preset: str | None, fields: Mapping[str, Any]
+) -> tuple[ModelConfig, ComputeConfig, AugmentConfig, dict[str, float]]:
+    """The model, how it is computed, what training draws, and where the loss's scalars start."""
     known = {
         name: make
         for name, make in inspect.getmembers(presets, inspect.isfunction)
@@ -224,7 +265,16 @@ def model_config(preset: str | None = None, **fields: Any) -> ModelConfig:
     for name, value in fields.items():
         value = value.to_dict() if hasattr(value, "to_dict") else value  # a ConfigDict
         values[name] = values.get(name, {}) | value if name in ("vision", "text") else value
-    return from_dict(ModelConfig, values, "the model")
+    beside = {name: values.pop(name) for name in ("compute", "augment") if name in values}
+    config = upgraded({"model": values, **beside}).config
+    model = from_dict(ModelConfig, config["model"], "the model")
+    compute = from_dict(ComputeConfig, config.get("compute", {}), "compute")
+    augment = from_dict(AugmentConfig, config.get("augment", {}), "augment")
+    require_computable(model, compute, augment)
+    starts = from_dict(_Starts, config.get("loss", {}), "the model")
+    scalars = {"logit_scale": math.log(starts.logit_scale_init)}
+    scalars["logit_bias"] = starts.logit_bias_init
+    return model, compute, augment, scalars
 
 
 def load(
@@ -253,11 +303,10 @@ def load(
     Raises:
       ValueError: something is missing, or does not fit. Every mismatch is named.
     """
-    config = None
+    config, compute = None, ComputeConfig()
     if model_cfg is not None:
-        config = model_config(
-            **{name: model_cfg[name] for name in model_cfg if name not in ("outputs", "start_id")}
-        )
+        fields = {name: value for name, value in model_cfg.items() if name not in _OF_CALLS}
+        config, compute, _, _ = _configs(fields.pop("preset", None), fields)
     parts = {"": init_files} if isinstance(init_files, str) else dict(init_files)
     if unknown := sorted(parts.keys() - {"", *_PARTS}):
         raise ValueError(
@@ -270,15 +319,9 @@ def load(
                 "model_cfg is None, expected the arguments of Model, since model_init names parts"
             )
         config = starts["init"].config
-    # where the scale and the bias of a loss would start is no matter to a model that is trained
-    if "init" in starts:
-        scalars = {
-            name: getattr(starts["init"].config, name)
-            for name in ("logit_scale_init", "logit_bias_init")
-        }
-        config = dataclasses.replace(config, **scalars)
+        compute = starts["init"].compute
     specs, random = (
-        model_specs(config),
+        model_specs(config, compute),
         {} if init_params is None else flatten_dict(init_params, sep="."),
     )
     patterns = [
@@ -293,7 +336,8 @@ def load(
     vocabulary = {
         name for name in specs if name.startswith(("text.token_embed.", "text.vocab_head"))
     }
-    plan = warm_start(config, starts, new_vocabulary=vocabulary <= kept)
+    new_vocabulary = vocabulary <= kept
+    plan = warm_start(config, starts, compute=compute, new_vocabulary=new_vocabulary)
     problems = [
         f"{name} of init_params is not one of its parameters"
         for name in sorted(random.keys() - specs.keys())
@@ -332,7 +376,7 @@ def _open(path: str, config: ModelConfig | None) -> OpenedModel:
             name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()
         }
         return OpenedModel(config, LazyTensors(specs, arrays.__getitem__), None, path)
-    if config is not None and big_vision_weights.is_big_vision(path):
+    if config is not None and big_vision_weights.recognises(path):
         sizes = {"image_size": config.vision.image_size, "max_length": config.text_length}
         return big_vision_weights.open_model(path, **sizes)
     return open_model(path)

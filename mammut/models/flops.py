@@ -35,7 +35,10 @@ def num_params(config: ModelConfig) -> dict[str, int]:
 
 
 def forward_flops(
-    config: ModelConfig, training: bool = False, length: int | None = None, sees_image: bool = True
+    config: ModelConfig,
+    patch_drop: float = 0.0,
+    length: int | None = None,
+    sees_image: bool = True,
 ) -> dict[str, int]:
     """Counts the FLOPs of one example's forward pass, 2 for each multiply-add.
 
@@ -45,7 +48,8 @@ def forward_flops(
 
     Args:
       config: the model.
-      training: count a training step, where `VisionConfig.patch_drop` leaves patches out.
+      patch_drop: the share of patches that a training step leaves out
+        (`AugmentConfig.patch_drop`).
       length: tokens of the text, not counting those of an image prefix; None: `config.text_length`.
       sees_image: False: the caption pass is a language pass.
 
@@ -57,7 +61,7 @@ def forward_flops(
     text = config.text
     length = config.text_length if length is None else length
     patches = vision.grid[0] * vision.grid[1]
-    dropped = patches - patches_kept(patches, vision.patch_drop) if training else 0
+    dropped = patches - patches_kept(patches, patch_drop) if patch_drop else 0
 
     # What the decoder sees of the image: learned queries stay when patches are dropped.
     seen = vision.num_tokens
@@ -198,7 +202,7 @@ def _text_only_layers(config: ModelConfig, positions: int, causal: bool) -> int:
 def _self_attention_layers(config: ModelConfig, positions: int, causal: bool) -> int:
     text = config.text
     mlps = text.depth
-    if not text.mlp_before_cross_attn:
+    if text.has_bare_layers:
         mlps -= text.num_cross_layers
     attention = _attention(text, positions, positions, causal=causal)
     return text.depth * attention + mlps * _mlp(text, positions)

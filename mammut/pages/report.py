@@ -21,6 +21,7 @@ import numpy as np
 from mammut.core.files import replacing_file
 from mammut.evaluation.metrics.vqa import exact_match
 from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.scoring import EVALUATIONS, load_predictions
 from mammut.models.flops import num_params
 from mammut.models.mammut import ModelConfig
 from mammut.pages.report_pictures import Album, Pictures, folder_config
@@ -29,12 +30,6 @@ from mammut.training.config import TrainConfig
 from mammut.training.run_folder import read_run
 
 _SUFFIX = ".predictions.jsonl"
-_TITLES = {
-    "retrieval": "Retrieval",
-    "caption": "Captions",
-    "vqa": "Questions",
-    "classify": "Classification",
-}
 _TOP = 5  # of a ranking
 _MAX_TEXT = 400  # characters of a text
 # Marks that reorder the text around them.
@@ -86,7 +81,7 @@ def _of_run(run: pathlib.Path, items: int) -> dict[str, Any]:
     files = {}
     for path in sorted(run.glob(f"eval/*{_SUFFIX}")):
         try:
-            files[path] = Predictions.load(path)
+            files[path] = load_predictions(path)
         except ValueError as error:
             notices.append(f"{error}.")
     others = [
@@ -107,7 +102,7 @@ def _of_run(run: pathlib.Path, items: int) -> dict[str, Any]:
 
 def _of_predictions(path: pathlib.Path, items: int) -> dict[str, Any]:
     """What the page of a predictions file alone shows."""
-    predictions = Predictions.load(path)
+    predictions = load_predictions(path)
     facts = {}
     notices = []
     try:
@@ -129,7 +124,8 @@ def _page(
 ) -> dict[str, Any]:
     """The values of the template; `others` are score files without predictions."""
     album = Album()
-    order = sorted(files, key=lambda path: (list(_TITLES).index(files[path].task), path))
+    tasks = list(EVALUATIONS)
+    order = sorted(files, key=lambda path: (tasks.index(files[path].task), path))
     sections = [_section(path, files[path], album, items, run) for path in order]
     score_files = [path.with_name(f"{_name(path)}.json") for path in order]
     scores = [read_scores(path) for path in [*score_files, *others]]
@@ -156,10 +152,9 @@ def _section(
     if run is not None and not folder.is_dir():  # the run was moved, and its predictions with it
         folder = run
     pictures = Pictures(predictions, folder, album)
-    show = {"caption": _captions, "vqa": _questions, "classify": _classes, "retrieval": _retrieval}[
-        predictions.task
-    ]
-    shown = show(predictions.records, pictures, items)
+    # An evaluation without a row in the table is shown by its scores alone.
+    title, show = _SHOWN.get(predictions.task, (predictions.task, None))
+    shown = show(predictions.records, pictures, items) if show else {}
     facts = {"data": predictions.data, "model": predictions.checkpoint, "file": path.name}
     if predictions.settings:
         facts["settings"] = ", ".join(
@@ -169,9 +164,8 @@ def _section(
         facts["left out"] = ", ".join(
             f"{count} {cause}" for cause, count in predictions.left_out.items()
         )
-    title = f"{_TITLES[predictions.task]}: {_name(path)}"
     return {
-        "title": title,
+        "title": f"{title}: {_name(path)}",
         "task": predictions.task,
         "facts": facts,
         "notices": pictures.notices,
@@ -188,7 +182,7 @@ def _model_facts(config: ModelConfig) -> dict[str, str]:
     else:
         image = f"cross-attention after every {text.cross_attn_every} layers"
     return {
-        "model": f"{num_params(config)['total']:,} parameters, {config.dtype}",
+        "model": f"{num_params(config)['total']:,} parameters",
         "image": f"{vision.image_size} pixels; {vision.summary}",
         "text": f"up to {config.text_length} tokens of {text.vocab_size:,}; "
         f"width {text.width}, depth {text.depth}, {text.num_heads} heads, {image}",
@@ -318,6 +312,15 @@ def _retrieval_item(
     if kind == "text":
         return {"text": record.get("text", f"text {name}")}
     return {"key": record.get("key", f"image {name}"), "picture": pictures.thumbnail(record)}
+
+
+# How the records of an evaluation are shown: the title of their section, and what fills it.
+_SHOWN = {
+    "retrieval": ("Retrieval", _retrieval),
+    "caption": ("Captions", _captions),
+    "vqa": ("Questions", _questions),
+    "classify": ("Classification", _classes),
+}
 
 
 def _rank(ranked: Sequence[Any], relevant: Sequence[Any]) -> int | None:

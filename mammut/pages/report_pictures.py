@@ -18,6 +18,7 @@ from mammut.core.fields import from_dict
 from mammut.data.images import ImageTransform
 from mammut.data.sources import open_source
 from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.scoring import EVALUATIONS
 from mammut.models.mammut import ModelConfig
 from mammut.pages.word_maps import overlay, word_maps
 from mammut.training.config import TrainConfig
@@ -27,7 +28,6 @@ from mammut.weights import model_folder
 _PICTURE = 160  # pixels of the longer side of a picture
 _MAP = 96  # pixels of the side of a heat map
 _BUDGET = 2_200_000  # characters of all pictures in a page
-_FIELDS = {"caption": "captions", "retrieval": "captions", "vqa": "qa", "classify": "name"}
 # Colours that can be read on white and on black.
 _GREY = "#7d828a"
 _COLOURS = ("#2f81d6", "#d9730d", "#2c9a61", "#a05cc9", "#c23b53", "#8a7b1f")
@@ -92,7 +92,7 @@ class Pictures:
             if isinstance(config, TrainConfig):
                 tfds_dir = config.data.tfds_dir
         try:
-            field = _FIELDS[predictions.task]
+            field = EVALUATIONS[predictions.task].field
             # A drawn scene is the same scene at any size.
             size = predictions.settings.get("image_size", _PICTURE)
             self._source = open_source(

@@ -13,7 +13,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -24,7 +23,6 @@ from mammut.performance.chips import GIB, Chip, find_chip
 from mammut.performance.hlo import Collective, Program
 from mammut.performance.out_of_memory import is_out_of_memory, out_of_memory_advice
 from mammut.training.config import TrainConfig
-from mammut.training.start_report import task_flops
 from mammut.training.step import Trainer, make_trainer
 from mammut.training.tasks import TASKS
 
@@ -56,7 +54,8 @@ def compile_report(config: TrainConfig, topology: str | None = None) -> str:
     lines = [
         f"compiled in {seconds:.0f} s for {topology or 'the devices here'}: "
         f"{len(devices)} x {devices[0].device_kind}, mesh {mesh_sizes}; "
-        f"{config.data.batch_size // len(devices):,} examples a device, remat {config.model.remat}",
+        f"{config.data.batch_size // len(devices):,} examples a device, "
+        f"remat {config.compute.remat}",
         *memory,
         *_flops_lines(config, len(devices)),
         *_collective_lines(collectives, mesh),
@@ -102,17 +101,11 @@ def compile_step(config: TrainConfig, trainer: Trainer) -> Any:
       ValueError: the step does not fit into the memory of the devices; the message says which
         settings help.
     """
-    rows = config.data.batch_size
-    length = config.text_length
-    side = config.model.vision.image_size
     split = sharding.batch_sharding(trainer.mesh)
     batch = {
-        "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=split),
-        "text_valid": jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=split),
-        "target": jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=split),
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
+        for name, x in trainer.task.abstract_batch(config).items()
     }
-    if TASKS[config.task](config.loss).sees_images:
-        batch["image"] = jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8, sharding=split)
     try:
         with jax.set_mesh(trainer.mesh):
             return trainer.step.lower(trainer.abstract_state, batch).compile()
@@ -131,12 +124,13 @@ def step_flops(config: TrainConfig) -> tuple[int, int]:
       to nothing), both embeddings once with accumulation. Fewer run where parameters are frozen:
       nothing computes their gradients. That is not subtracted.
     """
-    parts = task_flops(config)
+    task = TASKS[config.task](config.loss)
+    parts = task.flops(config)
     recomputed = []
-    if config.model.remat == "full":
+    if config.compute.remat == "full":
         recomputed += [part for part in parts if part != "vocabulary"]
-    if config.accumulation > 1 and config.task == "image_text":
-        recomputed += ["vision", "contrastive_pass"]
+    if config.accumulation > 1:
+        recomputed += task.recomputed_parts
     rows = config.data.batch_size
     return training_flops(parts) * rows, training_flops(parts, recomputed) * rows
 

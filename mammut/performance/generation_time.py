@@ -57,7 +57,7 @@ def compiled_loop(
     def run(params, image, start):
         return loop(nnx.merge(graphdef, params), image, start, config)
 
-    with exact_float32(model.config.dtype):
+    with exact_float32(model.compute.dtype):
         began = time.perf_counter()
         compiled = jax.jit(run).lower(params, image, start).compile()
         compile_s = time.perf_counter() - began

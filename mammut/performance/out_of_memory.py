@@ -44,8 +44,8 @@ def out_of_memory_advice(config: TrainConfig, error: BaseException) -> str:
     if rows > 1 and not left:
         factor = next(n for n in range(2, rows + 1) if rows % n == 0)
         knobs.append(f"--accumulation {factor * config.accumulation} (now {config.accumulation})")
-    if config.model.remat != "full":
-        knobs.append(f"--model.remat full (now {config.model.remat})")
+    if config.compute.remat != "full":
+        knobs.append(f"--compute.remat full (now {config.compute.remat})")
     knobs.append(f"a larger --mesh.fsdp (now {config.mesh.fsdp}) over more devices")
     if config.loss.vocab_chunk > 1:
         knobs.append(

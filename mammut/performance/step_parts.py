@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import Var
 
+from mammut.models.compute import Augment
 from mammut.models.flops import forward_flops
+from mammut.models.fused_passes import both_passes
+from mammut.models.layers import unit
 from mammut.models.losses import caption_sum
-from mammut.models.mammut import labels, unit
 from mammut.performance.step_time import Step
 from mammut.performance.timing import in_turns, summary
 from mammut.training.optimizer import make_optimizer
@@ -44,10 +46,12 @@ def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
 
     def loss_of_captions(model, features):
         head = model.text.vocab_kernel, model.text.vocab_bias
-        return caption_sum(features, *head, *labels(model, batch), **config.loss.caption_options)
+        return caption_sum(
+            features, *head, *model.caption_labels(tokens, valid), **config.loss.caption_options
+        )
 
-    key = jax.random.key(0)
-    encode = jax.jit(lambda params: merge(params).image_tokens(batch["image"], key))
+    augment = Augment(jax.random.key(0), config.augment)
+    encode = jax.jit(lambda params: merge(params).image_tokens(batch["image"], augment))
     encoded = encode(params)
     features = jax.jit(lambda params, x: merge(params).decoder.caption_pass(tokens, valid, x))(
         params, encoded.tokens
@@ -55,13 +59,13 @@ def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
     vector = jax.jit(lambda params: unit(merge(params).text_vector(tokens, valid)))(params)
 
     def image(model):
-        encoded = model.image_tokens(batch["image"], key)
-        return encoded.tokens, encoded.pooled
+        encoded = model.image_tokens(batch["image"], augment)
+        return encoded.tokens, encoded.vector
 
     functions = {"image encoder": (image, ())}
-    if config.model.passes == "fused":
+    if config.compute.passes == "fused":
         functions["both passes"] = (
-            lambda model, x: model.decoder.both_passes(tokens, valid, x),
+            lambda model, x: both_passes(model.decoder, tokens, valid, x),
             (encoded.tokens,),
         )
     else:
@@ -71,7 +75,7 @@ def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
             (encoded.tokens,),
         )
     functions["vocabulary and caption loss"] = loss_of_captions, (features,)
-    functions["contrastive loss"] = task.contrastive, (unit(encoded.pooled), vector)
+    functions["contrastive loss"] = task.contrastive, (unit(encoded.vector), vector)
     parts = {name: _gradients(merge, params, *function) for name, function in functions.items()}
     return parts | {"optimizer": _update(step, params)}
 
@@ -131,7 +135,7 @@ def measure_parts(step: Step, rounds: int = 3, per_turn: int = 3) -> dict[str, A
         turns = in_turns(calls, rounds, per_turn)
     times = {name: summary(sum(turn, []))["seconds"] for name, turn in turns.items()}
     whole = times.pop("step")
-    flops = forward_flops(step.config.model, training=True)
+    flops = forward_flops(step.config.model, step.config.augment.patch_drop)
     rows = {}
     for name, seconds in times.items():
         rows[name] = {"seconds": seconds, "share": seconds / whole}

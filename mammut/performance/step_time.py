@@ -1,6 +1,7 @@
 """The time of a training step, its share of the device's peak FLOP/s, and its memory."""
 
 import dataclasses
+import math
 import time
 from typing import Any, Literal
 
@@ -12,8 +13,10 @@ from flax import nnx
 from mammut.core import sharding
 from mammut.core.sharding import MeshConfig
 from mammut.data.config import DataConfig
-from mammut.models.compute import Dtype, Remat
-from mammut.models.mammut import MaMMUT, ModelConfig, image_attention_kernel
+from mammut.models.attention_kernels import Kernel, attention_kernel
+from mammut.models.compute import ComputeConfig, Dtype, Remat
+from mammut.models.mammut import MaMMUT, ModelConfig
+from mammut.models.resnet import ResNetConfig
 from mammut.performance.chips import GIB, find_chip
 from mammut.performance.compile_report import step_flops
 from mammut.performance.out_of_memory import enough_memory
@@ -30,12 +33,21 @@ FORMULA = (
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """How a training step is computed; a field that is None keeps the model's own setting."""
+    """How a training step is computed.
 
+    A field that is None has its usual value: on a CPU float32 without remat and all layers
+    unrolled, elsewhere bfloat16 with remat "dots".
+    """
+
+    # Number type of the computation.
     dtype: Dtype | None = None
+    # What the backward pass computes again.
     remat: Remat | None = None
-    unroll: int | None = None  # None: on a CPU, all layers
+    # Layers unrolled in each turn of the loop over layers.
+    unroll: int | None = None
+    # Whether the decoder runs twice, or once with both passes stacked.
     passes: Literal["two_calls", "fused"] | None = None
+    # The kernel of image attention.
     image_attention: Literal["auto", "xla"] | None = None
     # Tokens of a chunk of the vocabulary loss.
     vocab_chunk: int = LossConfig.vocab_chunk
@@ -43,21 +55,22 @@ class RunSettings:
     accumulation: int = 1
     mesh: MeshConfig = MeshConfig()
 
-    def applied(self, model: ModelConfig) -> ModelConfig:
-        """The config of `model` with these settings."""
-        names = "dtype", "remat", "unroll", "passes", "image_attention"
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+    def compute(self, model: ModelConfig) -> ComputeConfig:
+        """The way to compute `model` with these settings."""
         if jax.default_backend() == "cpu":
-            given = {
-                "unroll": max(model.vision.depth, model.text.depth, model.text.text_only_depth),
-                **given,
-            }
-        return dataclasses.replace(model, **given)
+            depths = (model.vision.depth, model.text.depth, model.text.text_only_depth)
+            usual = ComputeConfig(unroll=max(depths))
+        else:
+            usual = ComputeConfig(dtype="bfloat16", remat="dots")
+        names = ("dtype", "remat", "unroll", "passes", "image_attention")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(usual, **given)
 
     def train_config(self, model: ModelConfig, batch_size: int, **others: Any) -> TrainConfig:
         """A run that trains `model` with these settings; `others` are fields of `TrainConfig`."""
         return TrainConfig(
-            model=self.applied(model),
+            model=model,
+            compute=self.compute(model),
             data=DataConfig(batch_size=batch_size),
             loss=LossConfig(vocab_chunk=self.vocab_chunk),
             accumulation=self.accumulation,
@@ -67,9 +80,13 @@ class RunSettings:
 
 
 def computed(model: MaMMUT, settings: RunSettings) -> MaMMUT:
-    """A model with the same weights and the settings of `settings`."""
-    config = settings.applied(model.config)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
+    """A model with the same weights that computes as `settings` say."""
+    compute = settings.compute(model.config)
+
+    def make() -> MaMMUT:
+        return MaMMUT(model.config, compute=compute, rngs=nnx.Rngs(0))
+
+    graphdef = nnx.graphdef(nnx.eval_shape(make))
     return nnx.merge(graphdef, nnx.state(model))
 
 
@@ -79,14 +96,13 @@ def exact_float32(dtype: Dtype) -> Any:
 
 
 def noise_batch(config: TrainConfig) -> dict[str, np.ndarray]:
-    """A batch of random pixels and tokens for `ImageTextTask`; at least half of a text is real."""
+    """A batch of random pixels and tokens for `ImageTextTask`; half of a text or more is real."""
+    arrays = ImageTextTask(config.loss).abstract_batch(config)
+    rows, length = arrays["tokens"].shape
     rng = np.random.default_rng(0)
-    rows = config.data.batch_size
-    size = config.model.vision.image_size
-    length = config.text_length
     real = rng.integers(max(length // 2, 2), length + 1, (rows, 1))
     return {
-        "image": rng.integers(0, 256, (rows, size, size, 3), np.uint8),
+        "image": rng.integers(0, 256, arrays["image"].shape, np.uint8),
         "tokens": rng.integers(1, config.model.text.vocab_size, (rows, length)).astype(np.int32),
         "text_valid": np.arange(length) < real,
     }
@@ -183,7 +199,7 @@ def utilisation(config: TrainConfig, seconds: float, peak: float) -> dict[str, f
     rate = step_flops(config)[0] / seconds
     shares = {"tflops": rate / 1e12, "mfu": rate / (peak * devices)}
     chip = find_chip(jax.devices()[0].device_kind)
-    if chip and config.model.dtype == "bfloat16":
+    if chip and config.compute.dtype == "bfloat16":
         shares["mfu_stated"] = rate / (chip.flops * devices)
     return shares
 
@@ -202,5 +218,21 @@ def measure(step: Step, steps: int, warmup: int, peak: float) -> dict[str, Any]:
         **utilisation(config, times["seconds"], peak),
         "memory_gib": memory(step.compiled),
         "losses": {name: step.metrics[name] for name in ("loss_contrastive", "loss_caption")},
-        "attention": image_attention_kernel(config.model),
+        "attention": image_attention_kernel(config.model, config.compute),
     }
+
+
+def image_attention_kernel(
+    config: ModelConfig, compute: ComputeConfig, platform: str | None = None
+) -> Kernel:
+    """The kernel that the image encoder's attention runs on, for images of `image_size`.
+
+    A ResNet has none. `platform` is "cpu", "gpu" or "tpu"; None: that of the current mesh, or the
+    default one.
+    """
+    vision = config.vision
+    if compute.image_attention == "xla" or isinstance(vision, ResNetConfig):
+        return "xla"
+    tokens = math.prod(vision.grid) + vision.class_token
+    head_size = vision.width // vision.num_heads
+    return attention_kernel(compute.dtypes.compute, tokens, head_size, platform)

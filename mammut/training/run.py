@@ -1,11 +1,8 @@
 """From a command line to a run: its recipe, the overrides of it, its folder, and what a resumed run may change."""
 
-import argparse
 import dataclasses
-import importlib.util
 import json
 import pathlib
-import sys
 from collections.abc import Iterator
 
 import jax
@@ -13,6 +10,12 @@ import jax
 from mammut.core import distributed
 from mammut.core.fields import differences, to_dict
 from mammut.core.params import first_fitting, trained_names
+from mammut.training.command_line import (
+    default_workdir,
+    load_recipe,
+    parse_overrides,
+    without,
+)
 from mammut.training.config import TrainConfig
 from mammut.training.run_folder import read_run, write_run
 from mammut.weights.model_folder import open_model
@@ -23,7 +26,7 @@ from mammut.weights.warm_start import SIZES, VOCABULARY, Start, start_config
 # long it goes on (the learning rate follows the new length from there); nothing else.
 RESUMABLE = {
     "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps", "step_timeout",
-    "mesh", "model.remat", "loss.vocab_chunk", "compilation_cache", "data.val", "data.eval_batch_size",
+    "mesh", "compute.remat", "loss.vocab_chunk", "compilation_cache", "data.val", "data.eval_batch_size",
     "data.val_examples", "data.threads", "data.max_bad_share", "data.tfds_dir",
 }  # fmt: skip
 
@@ -103,7 +106,7 @@ def stages(run: Run) -> Iterator[Run]:
             )
         language_config = _language_config(config)
         # What could be refused later is refused before the language model takes its time.
-        trained = trained_names(model_specs(config.model), config.trainable)
+        trained = trained_names(model_specs(config.model, config.compute), config.trainable)
         first_fitting(trained, [pattern for pattern, _ in config.optimizer.learning_rates])
         if not (folder / "manifest.json").exists():
             run.workdir.mkdir(parents=True, exist_ok=True)
@@ -152,27 +155,6 @@ def require_same(run: Run) -> None:
         )
 
 
-def load_recipe(path: pathlib.Path) -> TrainConfig:
-    """The config of a recipe file."""
-    if not path.is_file():
-        raise ValueError(
-            f"there is no recipe {path}, expected a Python file with get_config() -> TrainConfig"
-        )
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(
-            f"the recipe {path} has no get_config(), expected one that returns a TrainConfig"
-        )
-    config = module.get_config()
-    if not isinstance(config, TrainConfig):
-        raise ValueError(
-            f"get_config() of {path} returns a {type(config).__name__}, expected a TrainConfig"
-        )
-    return config
-
-
 def with_overrides(
     config: TrainConfig, overrides: list[str]
 ) -> tuple[TrainConfig, dict[Start, OpenedModel]]:
@@ -182,32 +164,7 @@ def with_overrides(
       ValueError: a model to start from cannot be opened, or does not go with the rest.
     """
     # What may differ from those models is not held against the recipe's own architecture.
-    later = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for field in SIZES | VOCABULARY:
-        later.add_argument(f"--{field}", f"--{field.replace('_', '-')}", nargs="?")
-    overridden = parse_overrides(config, later.parse_known_args(overrides)[1])
+    overridden = parse_overrides(config, without(overrides, SIZES | VOCABULARY))
     if starts := _opened(overridden):
         config = dataclasses.replace(overridden, model=start_config(overridden.model, starts))
     return parse_overrides(config, overrides), starts
-
-
-def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
-    """The config with `--dotted.name VALUE` overrides; an unknown name is refused, with the nearest that exists."""
-    import tyro
-
-    # Every override has a value, booleans too; of which kind the image encoder is, the recipe says.
-    flags = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    return tyro.cli(TrainConfig, default=config, args=overrides, prog="train.py", config=flags)
-
-
-def default_workdir(recipe: str, resume: bool) -> pathlib.Path:
-    """runs/RECIPE, or -2, -3 ...: the newest used one to resume, the first free one otherwise."""
-    names = (
-        pathlib.Path("runs") / (recipe if n == 1 else f"{recipe}-{n}")
-        for n in range(1, sys.maxsize)
-    )
-    newest = pathlib.Path("runs") / recipe
-    for workdir in names:
-        if not workdir.exists():
-            return newest if resume else workdir
-        newest = workdir

@@ -26,23 +26,17 @@ from typing import Any, Literal
 import numpy as np
 
 from mammut.core.fields import differences, to_dict
-from mammut.models.adapter_modules import Tower
-from mammut.models.compute import RUN_FIELDS, RUN_VISION_FIELDS
+from mammut.models.compute import ComputeConfig
 from mammut.models.mammut import ModelConfig
 from mammut.weights.opened import OpenedModel, Tensors, model_specs
-from mammut.weights.resample import _resampling
+from mammut.weights.resample import Tower, _resampling
 
 Start = Literal["init", "init_vision", "init_text"]  # fields of `TrainConfig`
 What = Literal["loaded", "resampled", "cut", "in part", "random", "left out"]
 
 # Of an image encoder: how a model uses it, not what it is.
 _USE = ("pooling", "pool_queries", "pool_heads", "norm_after_pooling")
-# What may differ from the models to start from: how it is computed, and what has a rule.
-_COMPUTED = {f"model.{name}" for name in RUN_FIELDS} | {
-    f"model.vision.{name}" for name in RUN_VISION_FIELDS
-}
-_COMPUTED |= {"model.text.param_dtype"}
-_COMPUTED |= {"model.logit_scale_init", "model.logit_bias_init"}  # of what is not random
+# Fields that may differ from those of the models to start from: what a rule above is about.
 SIZES = {"model.vision.image_size", "model.vision.patch_size", "model.text.max_length"}
 VOCABULARY = {"model.text.vocab_size", "model.text.pad_id"}
 _OF_VOCABULARY = {"text.token_embed.embedding", "text.vocab_head.kernel", "text.vocab_head_bias"}
@@ -97,10 +91,9 @@ class WarmStart:
 def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> ModelConfig:
     """`config` with the architecture of what it starts from.
 
-    `init` brings all of it, but for adapters where it has none, for what `config` sets of how it is
-    computed (`config.RUN_FIELDS`), other than its default, and for how images are trained on;
-    `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder but for
-    its storage, and where that has no cross-attention, an image prefix.
+    `init` brings all of it, but for adapters where it has none, and for the second, smaller size of
+    images; `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder,
+    and where that has no cross-attention, an image prefix.
 
     Raises:
       ValueError: a start holds no such part, or the parts do not go together.
@@ -112,32 +105,24 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
                 f"{name} {opened.where} holds {' and '.join(opened.parts)} alone, expected {' and '.join(missing)} "
                 "as well: init_vision takes an image encoder, init_text a text decoder, init a whole model"
             )
-    vision, text, asked = config.vision, config.text, config
+    asked = config
+    vision, text = config.vision, config.text
     if "init" in starts:
         config = starts["init"].config
-        # How a model is computed is the run's business, as far as the run says anything of it.
-        computed = {name: getattr(asked, name) for name in RUN_FIELDS}
-        computed = {
-            name: value for name, value in computed.items() if value != getattr(ModelConfig(), name)
-        }
-        run = _fields(vision, RUN_VISION_FIELDS, config.vision)
-        if "cropped_pos_embed" in run:
-            run["cropped_pos_embed"] |= config.vision.cropped_pos_embed
-        text = dataclasses.replace(
-            config.text, param_dtype=text.param_dtype or config.text.param_dtype
-        )
-        vision = dataclasses.replace(config.vision, **run)
         # Adapters of the run go on a model that has none.
-        config = dataclasses.replace(config, **computed, adapters=config.adapters or asked.adapters)
+        config = dataclasses.replace(config, adapters=config.adapters or asked.adapters)
+        vision = dataclasses.replace(config.vision, low_image_size=asked.vision.low_image_size)
+        text = config.text
     if "init_vision" in starts:
         theirs = starts["init_vision"].config.vision
-        vision = dataclasses.replace(theirs, **_fields(vision, _USE + RUN_VISION_FIELDS, theirs))
+        used = _fields(vision, (*_USE, "low_image_size"), theirs)
+        vision = dataclasses.replace(theirs, **used)
     if "init_text" in starts:
-        text = dataclasses.replace(starts["init_text"].config.text, param_dtype=text.param_dtype)
-    prefix = {}
-    if not text.cross_attn_every and config.conditioning != "prefix":
-        prefix = {"conditioning": "prefix", "image_projection": "decoder"}
-    return dataclasses.replace(config, vision=vision, text=text, **prefix)
+        text = starts["init_text"].config.text
+    projection = config.image_projection
+    if text.has_prefix and not config.text.has_prefix:
+        projection = "decoder"
+    return dataclasses.replace(config, vision=vision, text=text, image_projection=projection)
 
 
 def _fields(vision: Tower, names: tuple[str, ...], other: Tower) -> dict[str, Any]:
@@ -149,20 +134,25 @@ def _fields(vision: Tower, names: tuple[str, ...], other: Tower) -> dict[str, An
 
 
 def warm_start(
-    config: ModelConfig, starts: Mapping[Start, OpenedModel], *, new_vocabulary: bool = False
+    config: ModelConfig,
+    starts: Mapping[Start, OpenedModel],
+    *,
+    compute: ComputeConfig = ComputeConfig(),
+    new_vocabulary: bool = False,
 ) -> WarmStart:
     """Where the parameters of a model start from, by the rules at the top of this module.
 
     Args:
       config: of the model; without overrides, `start_config`.
       starts: at least one opened model, by the field of `TrainConfig` that names it.
+      compute: says the number types of the model's parameters.
       new_vocabulary: ids mean other tokens than in the model to start from.
 
     Raises:
       ValueError: the model differs in something that has no rule; every difference is named.
     """
     names = {name: f"{name} {opened.where}" for name, opened in starts.items()}
-    free = _COMPUTED | SIZES | (VOCABULARY if new_vocabulary else set())
+    free = SIZES | {"model.vision.low_image_size"} | (VOCABULARY if new_vocabulary else set())
     if changed := differences(
         to_dict(start_config(config, starts)), to_dict(config), free, "model."
     ):
@@ -171,7 +161,7 @@ def warm_start(
         )
     rows, reads, problems = [], {}, []
     taken = {name: set() for name in starts}
-    for path, spec in model_specs(config).items():
+    for path, spec in model_specs(config, compute).items():
         name, why = _start_of(path, config, starts, new_vocabulary)
         if name is None:
             rows.append(Row(path, math.prod(spec.shape), "random", "", why))

@@ -340,7 +340,7 @@ def _fork(cfg: JsonObject, quick: bool) -> dict[str, Any]:
     # the fork's table of embeddings has that size whatever it says
     cfg.only("vocab_size", CLIP_VOCAB)
     cfg.only("does_full_decoding", True)
-    read["mlp_before_cross_attn"] = cfg.flag("has_mlp", True)
+    read["cross_attn_position"] = "first" if cfg.flag("has_mlp", True) else "first_bare"
     cfg.close(_OF_DECODER | _MODERN | {"mlp_ratio", "pool_type", "proj_type", "proj_bias"})
     return read | {
         "mlp_dim": 4 * read["width"],
@@ -425,7 +425,6 @@ def _coca(text: JsonObject, multimodal: JsonObject, quick: bool) -> dict[str, An
         "vocab_size": text.whole("vocab_size", CLIP_VOCAB, high=2**24),
         "tie_embeddings": False,
         "pooling": "class",
-        "class_token": True,
         "causal_contrastive": True,
         "pad_masking": "shifted",
         "pad_id": 0,

@@ -11,18 +11,15 @@ import numpy as np
 from mammut.core.files import replacing, write_json
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import ClipTokenizer, MissingTokenizer, Tokenizer
-from mammut.models.compute import RUN_FIELDS, RUN_VISION_FIELDS
 from mammut.models.layers import LayerConfig
 from mammut.models.mammut import ModelConfig
 from mammut.models.resnet import ResNetConfig
 from mammut.models.vit import VisionConfig
 from mammut.weights.files.tensor_file import TensorSpec, write_safetensors
 from mammut.weights.formats.open_clip_config import CLIP_VOCAB, NORM_EPS, mlp_dim, try_model_config
+from mammut.weights.formats.open_clip_folder import CONFIG_FILE, WEIGHTS_FILE
 from mammut.weights.formats.open_clip_tables import table
 from mammut.weights.opened import OpenedModel, require_target
-
-CONFIG_FILE = "open_clip_config.json"
-WEIGHTS_FILE = "open_clip_model.safetensors"
 
 
 def save(
@@ -149,11 +146,11 @@ def to_open_clip(config: ModelConfig) -> dict[str, Any]:
         heads = text.text_only_heads or text.num_heads
         model_cfg["text_cfg"] = {**sizes, "layers": text.text_only_depth, "heads": heads, **extra}
         model_cfg["multimodal_cfg"] = {**sizes, "layers": text.depth}
-    elif text.pad_id == 0 or not text.mlp_before_cross_attn:
+    elif text.pad_id == 0 or text.has_bare_layers:
         extra = {
             "output_tokens": True,
             "does_full_decoding": True,
-            "has_mlp": text.mlp_before_cross_attn,
+            "has_mlp": not text.has_bare_layers,
         }
         model_cfg["text_cfg"] = {
             **sizes,
@@ -236,9 +233,7 @@ def _comparable(config: ModelConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     vision, text = fields["vision"], fields["text"]
     fields["embed_dim"] = config.embed_size
-    for name in ("logit_scale_init", "logit_bias_init", *RUN_FIELDS):
-        del fields[name]
-    for name in ("image_mean", "image_std", *RUN_VISION_FIELDS):
+    for name in ("image_mean", "image_std", "low_image_size"):
         del vision[name]
     if config.vision.pooling == "queries":
         del vision["norm_after_pooling"]
@@ -249,10 +244,8 @@ def _comparable(config: ModelConfig) -> dict[str, Any]:
     if not config.text.attn_gate:
         del text["gate_bias"]
     text["text_only_heads"] = config.text.text_only_heads or config.text.num_heads
-    if config.text.norm == "rms":
-        del text["norm_bias"]
-    if config.text.cross_attn_every == 1 and config.text.cross_attn_position == "last":
-        text["cross_attn_position"] = "first"  # of one
+    if config.text.cross_attn_every == 1:  # the last layer of one is the first
+        text["cross_attn_position"] = text["cross_attn_position"].replace("last", "first")
     return fields
 
 

@@ -147,7 +147,7 @@ def _pool(config: ModelConfig) -> Iterable[Entry]:
 
 def _own_layers(text: DecoderConfig) -> Iterable[tuple[str, int, bool]]:
     """The self-attention layers in order: where ours is, at which place, whether it has an MLP."""
-    if text.mlp_before_cross_attn:
+    if not text.has_bare_layers:
         yield from (("text.layers", i, True) for i in range(text.depth))
     else:
         for i in range(text.depth):
