@@ -20,6 +20,7 @@ from mammut.config import (
     TrainConfig,
     VisionConfig,
 )
+from mammut.models.flops import forward_flops, num_params
 from mammut.performance import beside_peer, child, growth, peers, tables
 from mammut.performance import step_time as train_step
 from mammut.performance.chips import CHIPS
@@ -94,7 +95,7 @@ def test_rates_follow_from_the_median_of_the_times(result):
 
 def test_the_file_says_what_was_timed_and_where(result, checkpoint):
     assert result["model"] == checkpoint
-    assert result["parameters"] == mammut.models.flops.num_params(tiny_config())["total"]
+    assert result["parameters"] == num_params(tiny_config())["total"]
     assert result["config"]["text"]["vocab_size"] == 60 and result["compute"]["dtype"] == "float32"
     assert result["versions"]["jax"] == jax.__version__ and result["machine"]["platform"] == "cpu"
     assert (result["new_tokens"], result["rounds"]) == (4, 3)
@@ -121,7 +122,7 @@ def test_the_rate_and_the_utilisation_of_a_step_follow_from_its_time(training):
     assert (
         row["seconds"] == pytest.approx(float(np.median(row["all_seconds"]))) and row["calls"] == 3
     )
-    flops = 3 * 8 * sum(mammut.models.flops.forward_flops(tiny_config()).values())
+    flops = 3 * 8 * sum(forward_flops(tiny_config()).values())
     assert row["tflops"] == pytest.approx(flops / row["seconds"] / 1e12)
     assert row["mfu"] == pytest.approx(flops / row["seconds"] / (8 * training["peak_flops"]))
 
@@ -157,7 +158,7 @@ def test_the_parts_of_a_step_and_the_rest_are_the_step(training):
     assert sum(row["seconds"] for row in own) == pytest.approx(parts["step"]["seconds"])
     assert sum(row["share"] for row in own) == pytest.approx(1)
     assert sum(row.get("flops_share", 0) for row in own) == pytest.approx(1)
-    counted = mammut.models.flops.forward_flops(tiny_config())
+    counted = forward_flops(tiny_config())
     assert parts["contrastive pass"]["flops_share"] == counted["contrastive_pass"] / sum(
         counted.values()
     )

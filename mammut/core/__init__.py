@@ -1,1 +1,3 @@
-"""What every floor stands on: axes on a mesh, processes, parameters by name, checked dataclasses, files that are whole or absent."""
+"""What every folder stands on: axes on a mesh, processes, parameters by name, checked dataclasses,
+files that are whole or absent.
+"""
