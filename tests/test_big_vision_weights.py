@@ -23,8 +23,6 @@ from mammut.weights.model_folder import load, place, save
 from mammut.weights.opened import OpenedModel
 from mammut.weights.tables import Table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZE, PATCH, WIDTH, TEXT_WIDTH, LENGTH, VOCAB = 24, 8, 32, 24, 10, 61
 DECODER_WIDTH = 40  # of captions
 IMAGE_DEPTH, TEXT_DEPTH = 3, 2

@@ -53,12 +53,11 @@ def get_config():
         steps={STEPS}, log_every=1, eval_every=0, checkpoint_every={EVERY},
     )
 """
-ENVIRONMENT = {
-    name: value
-    for name, value in os.environ.items()
-    if name not in ("XLA_FLAGS", "SLURM_STEP_NUM_TASKS")
-}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "SLURM_STEP_NUM_TASKS"}
 ENVIRONMENT |= {
+    "XLA_FLAGS": " ".join(
+        flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag
+    ),
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "PYTHONPATH": str(ROOT),

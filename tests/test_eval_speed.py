@@ -27,7 +27,7 @@ from mammut.performance.chips import CHIPS
 from mammut.performance.timing import exponent, in_turns, ratio, summary
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.long]
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,6 @@ from mammut.models.layers import Constant
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BASE = tiny_config()
 ADAPTERS = (AdapterConfig(), AdapterConfig(name="low", kind="lora", sites=("*.query",)))
 

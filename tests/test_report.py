@@ -31,8 +31,6 @@ from mammut.pages.word_maps import overlay, split_words, word_maps
 from mammut.training.run_folder import write_run
 from mammut.weights import model_folder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HOSTILE = "<script>alert(1)</script> \"><img src=http://x> \u202etxet\u202c nul\x00 & 'quoted'"
 WORDS = ("one red circle", "one blue square on the left", "one green triangle on the right")
 CHROMIUM = (

@@ -76,10 +76,9 @@ class Program:
 
     def __init__(self, folder: pathlib.Path):
         self.folder, self.recipe = folder, write_recipe(folder)
-        self._environment = {
-            name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
-        }
-        self._environment |= {
+        flags = os.environ["XLA_FLAGS"].split()
+        self._environment = os.environ | {
+            "XLA_FLAGS": " ".join(flag for flag in flags if "device_count" not in flag),
             "JAX_PLATFORMS": "cpu",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

@@ -446,7 +446,7 @@ def test_the_table_accounts_for_every_number():
 # --- on the devices
 
 
-def test_parameters_go_to_their_places_and_random_ones_are_those_of_the_seed(quick_compilation):
+def test_parameters_go_to_their_places_and_random_ones_are_those_of_the_seed():
     config = TrainConfig(model=text(max_length=20), data=DataConfig(batch_size=8), steps=10)
     warm = warm_start(config.model, {"init_text": opened()})
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, model=2), jax.devices()[:4])

@@ -83,7 +83,7 @@ def open_model(
 
     unused = arrays.outside | {arrays.key(name): why for name, why in model.unused.items()}
     constant = {name: (0.0, why) for name, why in model.zero.items()}
-    constant |= {name: (0.0, "computed") for name in model.computed}
+    constant |= dict.fromkeys(model.computed, (0.0, "computed"))
     entries = [
         dataclasses.replace(entry, theirs=arrays.key(entry.theirs)) for entry in model.entries
     ]
