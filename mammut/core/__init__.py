@@ -1,3 +1,1 @@
-"""What every folder stands on: axes on a mesh, processes, parameters by name, checked dataclasses,
-files that are whole or absent.
-"""
+"""The ground floor: mesh axes, processes, named parameters, checked configs, whole files."""

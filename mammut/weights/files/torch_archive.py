@@ -257,7 +257,8 @@ _LITERALS = {
 }  # fmt: skip
 
 
-def _unpickle(program: bytes | bytearray, where: str) -> Any:
+# One branch for each kind of opcode: in pieces, nobody could see that none is missing.
+def _unpickle(program: bytes | bytearray, where: str) -> Any:  # noqa: C901, PLR0915
     """Builds the value of a pickle: dicts, lists, tuples, numbers, texts and `_Tensor`s.
 
     Raises:
