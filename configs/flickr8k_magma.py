@@ -1,4 +1,6 @@
-"""MAGMA in miniature: a frozen language model that only ever read captions learns to see, from adapters and a prefix.
+"""MAGMA in miniature: a frozen language model learns to see, by adapters and a prefix.
+
+The language model has only ever read captions.
 
 Run `python train.py configs/caption_lm.py` and `python train.py configs/flickr8k.py` first: the
 language model and the image encoder are theirs, both frozen; `--init-text` and `--init-vision` name

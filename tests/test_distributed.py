@@ -406,7 +406,8 @@ def test_processes_that_do_not_come_together_are_waited_for_so_long_and_no_longe
     for (code, _, err), where in zip(ended(pair, 60), (nobody[1], alone[1]), strict=True):
         assert code == 1 and err.count("\n") == 1
         assert err.startswith(
-            f"program: not all processes came together at {where} within 3 s (three times --peer-tim"
+            f"program: not all processes came together at {where} within 3 s (three times "
+            f"--peer-tim"
         )
 
 

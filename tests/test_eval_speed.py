@@ -58,7 +58,8 @@ def training(checkpoint, tmp_path_factory):
     return run(
         checkpoint,
         tmp_path_factory,
-        "--what train parts growth --grow batch --grow-sizes 8 16 --batch-size 8 --steps 3 --warmup 1",
+        "--what train parts growth --grow batch --grow-sizes 8 16 --batch-size 8 --steps 3 "
+        "--warmup 1",
     )
 
 

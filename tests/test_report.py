@@ -290,7 +290,8 @@ def test_everything_quoted_is_escaped(page):
     assert "<script>alert(1)</script>" in page.text  # as text
     assert not page.all("script")
     assert {name for name, _ in page.elements} <= set(
-        "html head meta title style body header h1 h2 h3 dl div dt dd p nav ul ol li a main section article figure "
+        "html head meta title style body header h1 h2 h3 dl div dt dd p nav ul ol li a main "
+        "section article figure "
         "figcaption img span table caption thead tbody tr th td details summary".split()
     )
     assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
@@ -633,8 +634,10 @@ def test_in_a_browser_everything_shows_fits_a_phone_and_nothing_is_requested(pag
     (tmp_path / "wrapper.html").write_text(WRAPPER)
     log = tmp_path / "net.json"
     flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --allow-file-access-from-files --virtual-time-budget=10000"
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking "
+        "--disable-component-update --disable-sync --allow-file-access-from-files "
+        "--virtual-time-budget=10000"
     ).split()
     flags.append("--host-resolver-rules=MAP * ~NOTFOUND")
     command = [

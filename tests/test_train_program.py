@@ -618,7 +618,8 @@ def test_a_set_with_too_many_bad_pictures_stops_the_run_with_the_counts(program,
     _, err = program.run(*argv, code=1)
     last = err.strip().splitlines()[-1]
     assert re.fullmatch(
-        r"train.py: \d+ of \d+ examples read from 'jsonl:pictures/set.jsonl' could not be used \(.*corrupt.*\), "
+        r"train.py: \d+ of \d+ examples read from 'jsonl:pictures/set.jsonl' could not be used "
+        r"\(.*corrupt.*\), "
         r"data.max_bad_share allows 1%",
         last,
     )

@@ -422,8 +422,8 @@ def test_the_table_accounts_for_every_number():
     lines = printed.splitlines()
     assert lines[0].split() == ["warm", "start", "numbers"]
     assert (
-        f"{'vision.pos_embed':<34}{9 * 32:>14,}  resampled init_vision vit.npz, 2 x 2 -> 3 x 3, bilinear"
-        in lines
+        f"{'vision.pos_embed':<34}{9 * 32:>14,}  resampled init_vision vit.npz, 2 x 2 -> 3 x 3, "
+        f"bilinear" in lines
     )
     assert (
         f"{'vision.patch_embed':<34}{(192 + 1) * 32:>14,}  loaded    init_vision vit.npz" in lines

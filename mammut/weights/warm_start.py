@@ -115,8 +115,10 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
     for name, opened in starts.items():
         if missing := sorted(needs[name] - set(opened.parts)):
             raise ValueError(
-                f"{name} {opened.where} holds {' and '.join(opened.parts)} alone, expected {' and '.join(missing)} "
-                "as well: init_vision takes an image encoder, init_text a text decoder, init a whole model"
+                f"{name} {opened.where} holds {' and '.join(opened.parts)} alone, expected "
+                f"{' and '.join(missing)} "
+                "as well: init_vision takes an image encoder, init_text a text decoder, init a "
+                "whole model"
             )
     asked = config
     vision, text = config.vision, config.text
