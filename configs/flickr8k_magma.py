@@ -7,10 +7,12 @@ language model and the image encoder are theirs, both frozen; `--init-text` and 
 others. Trained are the image prefix (a linear map and a norm) and one bottleneck behind every MLP
 of the decoder. Others to compare with:
 
-    attention too    --model.adapters.0.sites text.layers.mlp text.layers.attn --model.adapters.0.reduction 8
+    attention too    --model.adapters.0.sites text.layers.mlp text.layers.attn
+                     --model.adapters.0.reduction 8
     LoRA             --model.adapters.0.kind lora --model.adapters.0.sites 'text.layers.attn.*'
     prefix alone     --model.adapters.0.init zero --trainable 'image_projection.*' 'prefix_norm.*'
-    full tuning      --model.adapters.0.init zero --trainable 'image_projection.*' 'prefix_norm.*' 'text.*'
+    full tuning      --model.adapters.0.init zero
+                     --trainable 'image_projection.*' 'prefix_norm.*' 'text.*'
                      --optimizer.learning-rate 1e-3
     no image         --data.blind True
 

@@ -1,6 +1,7 @@
 """Our model under big_vision's model contract, for its trainers and evaluators.
 
-These are proj/image_text and proj/cappa. They import a model by its name in `big_vision.models`. In a config file:
+These are proj/image_text and proj/cappa. They import a model by its name in
+`big_vision.models`. In a config file:
 
     import sys
     import mammut.interop.big_vision
