@@ -23,7 +23,7 @@ import inspect
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -42,7 +42,7 @@ from mammut.weights.formats import big_vision as big_vision_weights
 from mammut.weights.model_folder import open_model
 from mammut.weights.old_configs import upgraded
 from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
-from mammut.weights.warm_start import Start, warm_start
+from mammut.weights.warm_start import Start, WarmStart, warm_start
 
 # What a part of a model is called: by us, by two towers, by CapPa.
 _PARTS: dict[str, Start] = dict.fromkeys(("vision", "image", "img", "encoder"), "init_vision")
@@ -330,24 +330,41 @@ def load(
             )
         config = starts["init"].config
         compute = starts["init"].compute
-    specs, random = (
-        model_specs(config, compute),
-        {} if init_params is None else flatten_dict(init_params, sep="."),
-    )
-    patterns = [
-        re.compile(pattern)
-        for pattern in ([dont_load] if isinstance(dont_load, str) else dont_load)
-    ]
-    kept = {
-        name
-        for name in specs
-        if any(pattern.fullmatch(name.replace(".", "/")) for pattern in patterns)
-    }
+    specs = model_specs(config, compute)
+    random = {} if init_params is None else flatten_dict(init_params, sep=".")
+    kept = _matching(specs, dont_load)
     vocabulary = {
         name for name in specs if name.startswith(("text.token_embed.", "text.vocab_head"))
     }
     new_vocabulary = vocabulary <= kept
     plan = warm_start(config, starts, compute=compute, new_vocabulary=new_vocabulary)
+    if problems := _unfit(specs, random, kept, plan, starts):
+        raise ValueError(f"the model does not fit model_init {init_files}: {'; '.join(problems)}")
+    values = {
+        name: random[name] if name in kept else plan.read(name, random.get(name)) for name in specs
+    }
+    return unflatten_dict(values, sep=".")
+
+
+def _matching(names: Collection[str], patterns: str | Sequence[str]) -> set[str]:
+    """The names that a regular expression fits, written with slashes as big_vision does."""
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    return {
+        name
+        for name in names
+        if any(re.fullmatch(pattern, name.replace(".", "/")) for pattern in patterns)
+    }
+
+
+def _unfit(
+    specs: Mapping[str, TensorSpec],
+    random: Mapping[str, Any],
+    kept: Collection[str],
+    plan: WarmStart,
+    starts: Collection[Start],
+) -> list[str]:
+    """Lists what is missing, left over or of another shape, in words."""
     problems = [
         f"{name} of init_params is not one of its parameters"
         for name in sorted(random.keys() - specs.keys())
@@ -362,12 +379,7 @@ def load(
             problems.append(f"{name} is in no file, wholly or in part, and not in dont_load")
         elif name in plan.random | kept and name not in random:
             problems.append(f"{name} is neither loaded nor in init_params")
-    if problems:
-        raise ValueError(f"the model does not fit model_init {init_files}: {'; '.join(problems)}")
-    values = {
-        name: random[name] if name in kept else plan.read(name, random.get(name)) for name in specs
-    }
-    return unflatten_dict(values, sep=".")
+    return problems
 
 
 def _open(path: str, config: ModelConfig | None) -> OpenedModel:

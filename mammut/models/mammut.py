@@ -31,9 +31,6 @@ _DROPOUT_STREAM = 5
 # Number added to the variance in the norm of a prefix: PyTorch's default, as in MAGMA.
 _PREFIX_NORM_EPS = 1e-5
 
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
