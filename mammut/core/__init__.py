@@ -1,3 +1,1 @@
-"""What every folder stands on: axes on a mesh, processes, parameters by name, checked dataclasses,
-files that are whole or absent.
-"""
+"""The base of all folders: mesh, processes, parameters by name, checked dataclasses, files."""

@@ -330,6 +330,7 @@ class _Anything(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "torchvision":
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
 
     def create_module(self, spec):
         module = types.ModuleType(spec.name)
