@@ -31,8 +31,6 @@ from mammut.performance.chips import Chip, find_chip
 from mammut.performance.compile_report import compile_report, estimate, step_flops, topology_devices
 from mammut.performance.hlo import Collective, Program
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = TrainConfig(
     model=ModelConfig(
         vision=VisionConfig(

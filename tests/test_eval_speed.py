@@ -27,7 +27,7 @@ from mammut.performance.chips import CHIPS
 from mammut.performance.timing import exponent, in_turns, ratio, summary
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.long]
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def training(checkpoint, tmp_path_factory):
     return run(
         checkpoint,
         tmp_path_factory,
-        "--what train parts growth --grow batch --grow-sizes 8 16 --batch-size 8 "
-        "--steps 3 --warmup 1",
+        "--what train parts growth --grow batch --grow-sizes 8 16 --batch-size 8 --steps 3 "
+        "--warmup 1",
     )
 
 

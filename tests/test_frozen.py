@@ -15,9 +15,17 @@ from damage import assert_identical, by_name, flip, one_sentence
 from prefix_models import prefix_config
 
 import mammut
-from mammut.config import AdapterConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mammut.config import (
+    AdapterConfig,
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from mammut.core import params as partition
 from mammut.core import sharding
+from mammut.models.compute import Augment
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 from mammut.training.optimizer import learning_rate_schedule, make_optimizer
 from mammut.training.run_folder import write_run
@@ -25,8 +33,6 @@ from mammut.training.start_report import untrained_towers
 from mammut.training.step import Trainer, TrainState, make_trainer
 from mammut.training.tasks import TASKS
 from mammut.weights.checkpoints import CheckpointError, Checkpoints
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TRAINABLE = ("image_projection.*", "text.layers.mlp.*")
 CONFIG = TrainConfig(
@@ -65,7 +71,8 @@ def begun(trainer: Trainer, config: TrainConfig = CONFIG) -> TrainState:
 def nnx_params(config: TrainConfig) -> dict:
     from flax import nnx
 
-    return nnx.to_pure_dict(nnx.state(tiny_model(config.model), nnx.Param))
+    model = tiny_model(config.model, compute=config.compute)
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def after(trainer: Trainer, state: TrainState, run: list[dict]) -> TrainState:
@@ -126,9 +133,9 @@ def test_the_base_keeps_every_bit_through_decay_momentum_micro_batches_and_a_bat
 
 
 def test_a_base_in_bfloat16_keeps_every_bit_under_a_float32_rest():
-    text = dataclasses.replace(CONFIG.model.text, param_dtype="bfloat16")
-    model = dataclasses.replace(CONFIG.model, text=text)
-    config = dataclasses.replace(CONFIG, model=model, trainable=("image_projection.*", "vision.*"))
+    compute = ComputeConfig(text_param_dtype="bfloat16")
+    trainable = ("image_projection.*", "vision.*")
+    config = dataclasses.replace(CONFIG, compute=compute, trainable=trainable)
     trainer = trainer_of(config)
     before = nnx_params(config)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(before["text"])} == {"bfloat16"}
@@ -144,10 +151,9 @@ def test_a_base_in_bfloat16_keeps_every_bit_under_a_float32_rest():
 
 def test_adapters_in_float32_are_trained_on_a_base_in_bfloat16_that_keeps_every_bit():
     """The arrangement of MAGMA: an image prefix, a frozen language model, adapters."""
-    model = dataclasses.replace(
-        prefix_config(param_dtype="bfloat16", max_length=16), adapters=(AdapterConfig(),)
-    )
-    config = dataclasses.replace(CONFIG, model=model, trainable=("adapters.*",))
+    model = dataclasses.replace(prefix_config(max_length=16), adapters=(AdapterConfig(),))
+    compute = ComputeConfig(text_param_dtype="bfloat16")
+    config = dataclasses.replace(CONFIG, model=model, compute=compute, trainable=("adapters.*",))
     trainer = trainer_of(config)
     before = nnx_params(config)
     names = frozenset(name for name in partition.by_name(before) if name.startswith("adapters."))
@@ -233,7 +239,7 @@ def a_few_steps(trainer, trained):
     )
 
     def loss(params, batch):
-        return task.loss(trainer.model(params), batch, jax.random.key(0))[0]
+        return task.loss(trainer.model(params), batch, Augment())[0]
 
     gradient = jax.jit(jax.grad(loss))
 

@@ -299,7 +299,7 @@ def test_a_config_that_is_no_json_object_is_an_error_that_names_it(folder, conte
     (lambda c: c.pop("model"), "holds NoneType, expected an object"),
     (lambda c: c["model"].update(colour="red"), "has colour, which ModelConfig does not know"),
     (lambda c: c["compute"].update(colour="red"), "has colour, which ComputeConfig does not know"),
-    (lambda c: c["compute"].update(passes="three"), "passes is 'three', expected one of two_calls, fused"),
+    (lambda c: c["compute"].update(unroll=0), "ComputeConfig.unroll is 0, expected a positive number"),
     (lambda c: c["model"]["text"].update(depth=5), "depth 5 is not a multiple of cross_attn_every 2"),
 ])  # fmt: skip
 def test_a_config_that_cannot_be_is_refused_by_its_file(folder, change, message):

@@ -1,4 +1,4 @@
-"""Configs of version 0.1: every field that moved, followed from others or went, and what is refused all the same."""
+"""Configs of version 0.1: fields that moved, that follow from others or that went; what is refused."""
 
 import copy
 import dataclasses
@@ -6,6 +6,7 @@ import hashlib
 import json
 import operator
 import pathlib
+import shutil
 import tarfile
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +73,15 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+@pytest.fixture(scope="module")
+def old(tmp_path_factory) -> pathlib.Path:
+    """What version 0.1 left in the test data."""
+    folder = tmp_path_factory.mktemp("version_0_1")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
 def sign(folder: pathlib.Path) -> None:
     """Makes the manifest fit the files again."""
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -120,40 +130,46 @@ def test_a_whole_model_of_version_0_1_becomes_the_configs_of_today():
     assert got == {"loss": {"logit_scale_init": 12.0, "logit_bias_init": -4.0}}
 
 
-def test_the_fields_of_these_tests_are_those_that_version_0_1_wrote():
+def test_the_fields_of_these_tests_are_those_that_version_0_1_wrote(old):
     """By the folders and the run that it left in the test data."""
-    with tarfile.open(ARCHIVE) as archive:
-        for name in ("mammut", "coca", "magma", "run"):
-            file = "run/run.json" if name == "run" else f"{name}/config.json"
-            values = json.load(archive.extractfile(file))
-            values = values["config"] if name == "run" else {"model": values["model"]}
-            new = upgraded(values).config
-            config = from_dict(ModelConfig, new["model"])
-            compute = from_dict(ComputeConfig, new["compute"])
-            augment = from_dict(AugmentConfig, new["augment"])
-            starts = {
-                field: values["model"][field] for field in ("logit_scale_init", "logit_bias_init")
-            }
-            mine = as_version_0_1(config, compute, augment, **starts)
-            if name == "coca":
-                mine["text"]["norm_bias"] = False
-            # Whatever that version wrote; a later one may have more.
-            assert differences(mine, values["model"], set()) == []
-            assert set(mine) >= set(values["model"])
+    for name in ("mammut", "coca", "magma", "run"):
+        if name == "run":
+            values = json.loads((old / "run" / "run.json").read_text())["config"]
+        else:
+            values = {"model": json.loads((old / name / "config.json").read_text())["model"]}
+        new = upgraded(values).config
+        config = from_dict(ModelConfig, new["model"])
+        compute = from_dict(ComputeConfig, new["compute"])
+        augment = from_dict(AugmentConfig, new["augment"])
+        scale = values["model"]["logit_scale_init"]
+        bias = values["model"]["logit_bias_init"]
+        mine = as_version_0_1(config, compute, augment, scale, bias)
+        if name == "coca":
+            mine["text"]["norm_bias"] = False
+        # Whatever that version wrote; a later one may have more.
+        assert differences(mine, values["model"], set()) == []
 
 
 # Where the scale and the bias of a loss start
 
 
-@pytest.mark.parametrize(("loss", "scale", "bias", "kept"), [
-    ({}, 1 / 0.07, 0.0, {}),
-    ({"contrastive": "softmax"}, 1 / 0.07, 0.0, {}),
-    ({"contrastive": "sigmoid"}, 10.0, -10.0, {}),
-    ({"contrastive": "focal"}, 10.0, -10.0, {}),
-    # the defaults of version 0.1, which are not those of these losses today
-    ({"contrastive": "focal"}, 1 / 0.07, 0.0, {"logit_scale_init": 1 / 0.07, "logit_bias_init": 0.0}),
-    ({"contrastive": "softmax"}, 10.0, 0.0, {"logit_scale_init": 10.0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("loss", "scale", "bias", "kept"),
+    [
+        ({}, 1 / 0.07, 0.0, {}),
+        ({"contrastive": "softmax"}, 1 / 0.07, 0.0, {}),
+        ({"contrastive": "sigmoid"}, 10.0, -10.0, {}),
+        ({"contrastive": "focal"}, 10.0, -10.0, {}),
+        # the defaults of version 0.1, which are not those of these losses today
+        (
+            {"contrastive": "focal"},
+            1 / 0.07,
+            0.0,
+            {"logit_scale_init": 1 / 0.07, "logit_bias_init": 0.0},
+        ),
+        ({"contrastive": "softmax"}, 10.0, 0.0, {"logit_scale_init": 10.0}),
+    ],
+)
 def test_a_start_that_is_the_losss_own_is_not_set(loss, scale, bias, kept):
     """A recipe of today leaves it out, and the run of such a recipe goes on."""
     model = {"logit_scale_init": scale, "logit_bias_init": bias}
@@ -166,17 +182,27 @@ def test_a_start_that_is_the_losss_own_is_not_set(loss, scale, bias, kept):
 # Fields that follow from others
 
 
-@pytest.mark.parametrize(("text", "conditioning"), [
-    ({}, "cross_attention"), ({"cross_attn_every": 2}, "cross_attention"), ({"cross_attn_every": 0}, "prefix"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "conditioning"),
+    [
+        ({}, "cross_attention"),
+        ({"cross_attn_every": 2}, "cross_attention"),
+        ({"cross_attn_every": 0}, "prefix"),
+    ],
+)
 def test_what_follows_from_the_cross_attention_is_dropped(text, conditioning):
     config = {"model": {"conditioning": conditioning, "text": text}}
     assert upgraded(config).config == {"model": {"text": text}}
 
 
-@pytest.mark.parametrize(("text", "class_token"), [
-    ({}, False), ({"pooling": "end"}, False), ({"pooling": "class"}, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "class_token"),
+    [
+        ({}, False),
+        ({"pooling": "end"}, False),
+        ({"pooling": "class"}, True),
+    ],
+)
 def test_what_follows_from_the_pooling_is_dropped(text, class_token):
     config = {"model": {"text": text | {"class_token": class_token}}}
     assert upgraded(config).config == {"model": {"text": text}}
@@ -185,17 +211,23 @@ def test_what_follows_from_the_pooling_is_dropped(text, class_token):
     assert upgraded(config).config == config
 
 
-@pytest.mark.parametrize(("values", "name"), [
-    ({"model.conditioning": "prefix"}, "conditioning"),
-    ({"model.conditioning": "cross_attention", "model.text.cross_attn_every": 0}, "conditioning"),
-    ({"model.conditioning": None}, "conditioning"),
-    ({"model.text.class_token": True}, "class_token"),
-    ({"model.text.class_token": False, "model.text.pooling": "class"}, "class_token"),
-    ({"model.text.class_token": 0}, "class_token"),
-    ({"model.text.norm_bias": "yes"}, "norm_bias"),
-    ({"model.vision.norm_bias": 0}, "norm_bias"),
-    ({"model.text.mlp_before_cross_attn": "no"}, "mlp_before_cross_attn"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"model.conditioning": "prefix"}, "conditioning"),
+        (
+            {"model.conditioning": "cross_attention", "model.text.cross_attn_every": 0},
+            "conditioning",
+        ),
+        ({"model.conditioning": None}, "conditioning"),
+        ({"model.text.class_token": True}, "class_token"),
+        ({"model.text.class_token": False, "model.text.pooling": "class"}, "class_token"),
+        ({"model.text.class_token": 0}, "class_token"),
+        ({"model.text.norm_bias": "yes"}, "norm_bias"),
+        ({"model.vision.norm_bias": 0}, "norm_bias"),
+        ({"model.text.mlp_before_cross_attn": "no"}, "mlp_before_cross_attn"),
+    ],
+)
 def test_what_does_not_go_with_the_others_is_refused_by_name(values, name):
     """Version 0.1 refused it, too."""
     with pytest.raises(ValueError, match=f"{name}, which .*Config does not know"):
@@ -212,11 +244,14 @@ def test_towers_whose_norms_have_no_bias_are_told(towers):
     assert got.config == nested({}) and got.without_norm_bias == towers
 
 
-@pytest.mark.parametrize(("position", "today"), [
-    ({}, "last_bare"),
-    ({"cross_attn_position": "last"}, "last_bare"),
-    ({"cross_attn_position": "first"}, "first_bare"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("position", "today"),
+    [
+        ({}, "last_bare"),
+        ({"cross_attn_position": "last"}, "last_bare"),
+        ({"cross_attn_position": "first"}, "first_bare"),
+    ],
+)
 def test_a_layer_without_mlp_is_a_position_of_cross_attention(position, today):
     bare = {"model": {"text": position | {"mlp_before_cross_attn": False}}}
     got = upgraded(bare).config
@@ -308,17 +343,21 @@ PREFIX = TrainConfig(
 )
 
 
-@pytest.mark.parametrize("config", [
-    TrainConfig(),
-    PREFIX,
-    TrainConfig(model=presets.mammut_b16(), compute=ComputeConfig("bfloat16", remat="dots")),
-    TrainConfig(model=ModelConfig(text=DecoderConfig(cross_attn_position="last_bare"))),
-    TrainConfig(
-        task="caption",
-        model=ModelConfig(VisionConfig(class_token=True), DecoderConfig(pooling="none")),
-        augment=AugmentConfig(patch_drop=0.5, crop_positions=True),
-    ),
-], ids=["default", "prefix", "b16", "bare", "augmented"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(),
+        PREFIX,
+        TrainConfig(model=presets.mammut_b16(), compute=ComputeConfig("bfloat16", remat="dots")),
+        TrainConfig(model=ModelConfig(text=DecoderConfig(cross_attn_position="last_bare"))),
+        TrainConfig(
+            task="caption",
+            model=ModelConfig(VisionConfig(class_token=True), DecoderConfig(pooling="none")),
+            augment=AugmentConfig(patch_drop=0.5, crop_positions=True),
+        ),
+    ],
+    ids=["default", "prefix", "b16", "bare", "augmented"],
+)
 def test_a_config_in_the_fields_of_today_comes_back_as_it_is(config):
     values = json.loads(json.dumps(to_dict(config)))
     got = upgraded(values)
@@ -336,22 +375,45 @@ def test_nothing_is_changed_in_place():
     assert old == before
 
 
-@pytest.mark.parametrize("values", [
-    {}, {"model": None}, {"model": 7}, {"model": {"text": [], "vision": "vit"}}, {"model": {}, "loss": 3},
-    {"model": {"dtype": "bfloat16"}, "compute": 3}, {"loss": {"contrastive": []}, "model": {"logit_bias_init": 1.0}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"model": None},
+        {"model": 7},
+        {"model": {"text": [], "vision": "vit"}},
+        {"model": {}, "loss": 3},
+        {"model": {"dtype": "bfloat16"}, "compute": 3},
+        {"loss": {"contrastive": []}, "model": {"logit_bias_init": 1.0}},
+    ],
+)
 def test_values_that_are_no_objects_are_left_for_the_reader_to_refuse(values):
     assert upgraded(values).config.keys() == values.keys()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda c: c["model"].update(colour="red"), "has colour, which ModelConfig does not know"),
-    (lambda c: c["model"]["text"].update(dtype="float32"), "has dtype, which DecoderConfig does not know"),
-    (lambda c: c["model"]["vision"].update(drop=1), "has drop, which VisionConfig does not know"),
-    (lambda c: c["model"].update(dtype=None), "has dtype None, expected"),
-    (lambda c: c["model"].update(unroll="4"), "has unroll '4', expected int for ComputeConfig.unroll"),
-    (lambda c: c["model"].update(remat="some"), "remat is 'some', expected one of none, dots, full"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"].update(colour="red"), "has colour, which ModelConfig does not know"),
+        (
+            lambda c: c["model"]["text"].update(dtype="float32"),
+            "has dtype, which DecoderConfig does not know",
+        ),
+        (
+            lambda c: c["model"]["vision"].update(drop=1),
+            "has drop, which VisionConfig does not know",
+        ),
+        (lambda c: c["model"].update(dtype=None), "has dtype None, expected"),
+        (
+            lambda c: c["model"].update(unroll="4"),
+            "has unroll '4', expected int for ComputeConfig.unroll",
+        ),
+        (
+            lambda c: c["model"].update(unroll=0),
+            "ComputeConfig.unroll is 0, expected a positive number",
+        ),
+    ],
+)
 def test_an_old_folder_with_a_field_that_no_version_had_is_refused(change, message, tmp_path):
     mammut.save(tmp_path / "old", tiny_model(), tiny_processor())
 
@@ -370,12 +432,9 @@ def test_an_old_folder_with_a_field_that_no_version_had_is_refused(change, messa
 
 
 @pytest.fixture
-def old_run(tmp_path) -> pathlib.Path:
-    """The run of version 0.1 in the test data."""
-    with tarfile.open(ARCHIVE) as archive:
-        members = [member for member in archive.getmembers() if member.name.startswith("run")]
-        archive.extractall(tmp_path, members, filter="data")
-    return tmp_path / "run"
+def old_run(old, tmp_path) -> pathlib.Path:
+    """A copy of the run of version 0.1 in the test data."""
+    return shutil.copytree(old / "run", tmp_path / "run")
 
 
 def resumed(
@@ -410,16 +469,22 @@ def test_a_run_that_starts_elsewhere_than_its_loss_says_so(old_run):
         read_run(old_run)
 
 
-@pytest.mark.parametrize(("override", "told"), [
-    ("--compute.dtype bfloat16", "compute.dtype is bfloat16, it was float32"),
-    ("--model.dtype bfloat16", "compute.dtype is bfloat16, it was float32"),
-    ("--augment.patch-drop 0.5", "augment.patch_drop is 0.5, it was 0.25"),
-    ("--model.vision.patch-drop 0.5", "augment.patch_drop is 0.5, it was 0.25"),
-    ("--augment.crop-positions False", "augment.crop_positions is False, it was True"),
-    ("--loss.logit-scale-init 20", "loss.logit_scale_init is 20.0, it was None"),
-    ("--model.logit-bias-init 1", "loss.logit_bias_init is 1.0, it was None"),
-    ("--compute.text-param-dtype bfloat16", "compute.text_param_dtype is bfloat16, it was None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("--compute.dtype bfloat16", "compute.dtype is bfloat16, it was float32"),
+        ("--model.dtype bfloat16", "compute.dtype is bfloat16, it was float32"),
+        ("--augment.patch-drop 0.5", "augment.patch_drop is 0.5, it was 0.25"),
+        ("--model.vision.patch-drop 0.5", "augment.patch_drop is 0.5, it was 0.25"),
+        ("--augment.crop-positions False", "augment.crop_positions is False, it was True"),
+        ("--loss.logit-scale-init 20", "loss.logit_scale_init is 20.0, it was None"),
+        ("--model.logit-bias-init 1", "loss.logit_bias_init is 1.0, it was None"),
+        (
+            "--compute.text-param-dtype bfloat16",
+            "compute.text_param_dtype is bfloat16, it was None",
+        ),
+    ],
+)
 def test_what_a_resumed_run_changes_is_told_by_the_names_of_today(old_run, override, told):
     with pytest.raises(ValueError, match="cannot go on with another config") as error:
         resumed(old_run, *override.split())
@@ -485,12 +550,18 @@ def test_an_adapter_of_version_0_1_goes_on_its_base(old_adapter):
     assert np.abs(logits(loaded) - logits(base)).max() > 1e-3
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    ({"prefix_norm": False}, "prefix_norm is False, it was True"),
-    ({"text": {"mlp_dim": 96}}, "text.mlp_dim is 96, it was 80"),
-    ({"text": {"layout": "parallel"}}, "text.layout is parallel, it was serial"),
-    ({"vision": {"image_mean": (0.4, 0.5, 0.5)}}, "vision.image_mean is [0.4, 0.5, 0.5], it was [0.5, 0.5, 0.5]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"prefix_norm": False}, "prefix_norm is False, it was True"),
+        ({"text": {"mlp_dim": 96}}, "text.mlp_dim is 96, it was 80"),
+        ({"text": {"layout": "parallel"}}, "text.layout is parallel, it was serial"),
+        (
+            {"vision": {"image_mean": (0.4, 0.5, 0.5)}},
+            "vision.image_mean is [0.4, 0.5, 0.5], it was [0.5, 0.5, 0.5]",
+        ),
+    ],
+)
 def test_an_adapter_of_version_0_1_is_refused_on_another_base(old_adapter, change, told):
     folder, _ = old_adapter
     config = prefix_config()
@@ -503,12 +574,24 @@ def test_an_adapter_of_version_0_1_is_refused_on_another_base(old_adapter, chang
     assert one_sentence(error).endswith(f"is of another base: {told}")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda about: about["base"].update(colour="red"), "has colour, which ModelConfig does not know"),
-    (lambda about: about["adapters"][0].update(colour="red"), "has colour, which AdapterConfig does not know"),
-    (lambda about: about.update(version=3), "version 3, expected 'mammut adapter' version 2"),
-    (lambda about: about.pop("base_hash"), "does not tell of adapters, also, base_hash and base"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda about: about["base"].update(colour="red"),
+            "has colour, which ModelConfig does not know",
+        ),
+        (
+            lambda about: about["adapters"][0].update(colour="red"),
+            "has colour, which AdapterConfig does not know",
+        ),
+        (lambda about: about.update(version=3), "version 3, expected 'mammut adapter' version 2"),
+        (
+            lambda about: about.pop("base_hash"),
+            "does not tell of adapters, also, base_hash and base",
+        ),
+    ],
+)
 def test_an_adapter_of_version_0_1_that_cannot_be_is_refused(
     old_adapter, tmp_path, change, message
 ):

@@ -31,8 +31,6 @@ from mammut.pages.word_maps import overlay, split_words, word_maps
 from mammut.training.run_folder import write_run
 from mammut.weights import model_folder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HOSTILE = "<script>alert(1)</script> \"><img src=http://x> \u202etxet\u202c nul\x00 & 'quoted'"
 WORDS = ("one red circle", "one blue square on the left", "one green triangle on the right")
 CHROMIUM = (
@@ -640,8 +638,9 @@ def test_in_a_browser_everything_shows_fits_a_phone_and_nothing_is_requested(pag
     log = tmp_path / "net.json"
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-        "--disable-background-networking --disable-component-update --disable-sync "
-        "--allow-file-access-from-files --virtual-time-budget=10000"
+        "--disable-background-networking "
+        "--disable-component-update --disable-sync --allow-file-access-from-files "
+        "--virtual-time-budget=10000"
     ).split()
     flags.append("--host-resolver-rules=MAP * ~NOTFOUND")
     command = [

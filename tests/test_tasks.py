@@ -15,12 +15,11 @@ from mammut.core import sharding
 from mammut.core.params import by_name
 from mammut.data import sources
 from mammut.data.batches import TooManyBadExamples, TrainBatches
+from mammut.models.compute import Augment
 from mammut.models.flops import forward_flops
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 from mammut.training.step import make_trainer
 from mammut.training.tasks import TASKS, TextTask
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TASK = TextTask(LossConfig(vocab_chunk=5), "qa")
 
@@ -36,7 +35,7 @@ def qa_batch(size: int = 8) -> dict[str, jax.Array]:
 
 def loss_of(params, batch, task=TASK):
     model = nnx.merge(nnx.graphdef(tiny_model()), params)
-    return task.loss(model, batch, jax.random.key(0))[0]
+    return task.loss(model, batch, Augment())[0]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(params, grads):
 
     @jax.jit
     def gradients(params, batch):
-        return TASK.gradients(merge, params, batch, jax.random.key(0), 4)
+        return TASK.gradients(merge, params, batch, Augment(jax.random.key(0)), 4)
 
     accumulated, metrics = gradients(params, qa_batch())
     np.testing.assert_allclose(metrics["loss"], jax.jit(loss_of)(params, qa_batch()), rtol=1e-5)

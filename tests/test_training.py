@@ -16,6 +16,7 @@ from mammut import presets
 from mammut.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mammut.core import params as partition
 from mammut.core import sharding
+from mammut.models.compute import Augment, AugmentConfig
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 from mammut.training.optimizer import learning_rate_schedule, make_optimizer
@@ -376,7 +377,7 @@ def whole_batch():
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradient(params, batch):
         return jax.grad(
-            lambda p: task.loss(nnx.merge(graphdef, p), batch, jax.random.key(0)), has_aux=True
+            lambda p: task.loss(nnx.merge(graphdef, p), batch, Augment()), has_aux=True
         )(params)
 
     return task, graphdef, params, gradient(params, BATCH)
@@ -392,8 +393,10 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumul
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradient(params, batch):
-        key = jax.random.key(0)
-        return task.gradients(lambda p: nnx.merge(graphdef, p), params, batch, key, accumulation)
+        augment = Augment(jax.random.key(0))
+        return task.gradients(
+            lambda p: nnx.merge(graphdef, p), params, batch, augment, accumulation
+        )
 
     grads, metrics = gradient(params, BATCH)
     for name in ("loss", "loss_contrastive", "loss_caption"):
@@ -411,10 +414,10 @@ def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
     if what == "prefix":
         # and 12 beside an image
         text = dataclasses.replace(config.text, cross_attn_every=0, max_length=15)
-        config = dataclasses.replace(config, text=text, conditioning="prefix", prefix_dropout=0.4)
+        config = dataclasses.replace(config, text=text)
+        drawn = AugmentConfig(prefix_dropout=0.4)
     else:
-        vision = dataclasses.replace(config.vision, patch_drop=0.5, cropped_pos_embed=True)
-        config = dataclasses.replace(config, vision=vision)
+        drawn = AugmentConfig(patch_drop=0.5, crop_positions=True)
     graphdef, params = nnx.split(tiny_model(config))
     task, params = ImageTextTask(LossConfig()), nnx.to_pure_dict(params)
 
@@ -426,7 +429,7 @@ def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
         # rows go to the micro-batches in turn
         for i, micro_key in enumerate(jax.random.split(key, 4)):
             out, caption_sum = task.embed_and_caption(
-                model, {k: x[i::4] for k, x in batch.items()}, micro_key
+                model, {k: x[i::4] for k, x in batch.items()}, Augment(micro_key, drawn)
             )
             embeds.append(out)
             caption += caption_sum
@@ -438,7 +441,7 @@ def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradients(params, batch, key):
         expected = jax.grad(direct, has_aux=True)(params, batch, key)
-        return expected, task.gradients(merge, params, batch, key, 4)
+        return expected, task.gradients(merge, params, batch, Augment(key, drawn), 4)
 
     (expected, expected_metrics), (grads, metrics) = gradients(params, BATCH, jax.random.key(3))
     (_, other), _ = gradients(params, BATCH, jax.random.key(4))

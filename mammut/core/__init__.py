@@ -1,1 +1,1 @@
-"""The base of all folders: mesh, processes, parameters by name, checked dataclasses, files."""
+"""The base of all folders: mesh axes, processes, named parameters, checked configs, whole files."""

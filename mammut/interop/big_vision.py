@@ -1,6 +1,7 @@
-"""Our model under big_vision's model contract: its trainers and evaluators drive it (proj/image_text, proj/cappa).
+"""Our model under big_vision's model contract, for its trainers and evaluators.
 
-They import a model by its name in `big_vision.models`. In a config file:
+These are proj/image_text and proj/cappa. They import a model by its name in
+`big_vision.models`. In a config file:
 
     import sys
     import mammut.interop.big_vision
@@ -70,7 +71,9 @@ class _Starts:
 
 
 class Model:
-    """What big_vision calls a model: `init` and `apply` on a nested dict of parameters, by their paths in `MaMMUT`.
+    """A model in big_vision's terms: `init` and `apply` on a nested dict of parameters.
+
+    Parameters are named by their paths in `MaMMUT`.
 
     Images are float, normalised already (`value_range(-1, 1)`, for mean and deviation 0.5), or
     uint8. Texts are ids without a start and without a mask: pads are what `text.pad_id` says, if
@@ -127,7 +130,9 @@ class Model:
         return model
 
     def init(self, rng: jax.Array, image: Any, text: Any = None) -> dict[str, Any]:
-        """Random parameters, `{"params": ...}`; `image` and `text` are examples of what `apply` will be given.
+        """Makes random parameters, `{"params": ...}`.
+
+        `image` and `text` are examples of the inputs of `apply`.
 
         Raises:
           ValueError: the images are of another size than `vision.image_size`, or the texts longer
@@ -136,11 +141,13 @@ class Model:
         size, longest = self.config.vision.image_size, self.config.text_length
         if tuple(image.shape[1:]) != (size, size, 3):
             raise ValueError(
-                f"images are {list(image.shape)}, expected [B, {size}, {size}, 3] by vision.image_size"
+                f"images are {list(image.shape)}, expected [B, {size}, {size}, 3] by "
+                f"vision.image_size"
             )
         if text is not None and text.shape[1] > longest:
             raise ValueError(
-                f"texts are {list(text.shape)}, expected {longest} tokens at most by text.max_length"
+                f"texts are {list(text.shape)}, expected {longest} tokens at most by "
+                f"text.max_length"
             )
         return {"params": nnx.to_pure_dict(nnx.state(self._make(rng), nnx.Param))}
 
@@ -207,7 +214,7 @@ class Model:
         return self._merge(variables).image_tokens(image).tokens
 
     def decode(self, variables: Mapping[str, Any], encoded: jax.Array, text: Any) -> jax.Array:
-        """The logits float32[B, L, V] of every token of `text` given those before it and what `encode` gave."""
+        """Scores every token of `text` given those before it and `encoded`, float32[B, L, V]."""
         return self._logits(self._merge(variables), encoded, text)
 
     def _merge(self, variables: Mapping[str, Any]) -> MaMMUT:
@@ -283,7 +290,9 @@ def load(
     model_cfg: Mapping[str, Any] | None = None,
     dont_load: str | Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The parameters that a model starts from; big_vision calls it with `config.model_init` and `config.model_load`.
+    """Loads the parameters that a model starts from.
+
+    big_vision calls it with `config.model_init` and `config.model_load`.
 
     Other sizes of image, patch and text follow the rules of `mammut.weights.warm_start`. Whatever
     else does not fit is an error, but for what `dont_load` names.
@@ -310,7 +319,8 @@ def load(
     parts = {"": init_files} if isinstance(init_files, str) else dict(init_files)
     if unknown := sorted(parts.keys() - {"", *_PARTS}):
         raise ValueError(
-            f"model_init names {', '.join(unknown)}, expected a path, or some of {', '.join(_PARTS)}"
+            f"model_init names {', '.join(unknown)}, expected a path, or some of "
+            f"{', '.join(_PARTS)}"
         )
     starts = {_PARTS.get(part, "init"): _open(path, config) for part, path in parts.items()}
     if config is None:

@@ -372,9 +372,9 @@ def _render(page: dict[str, Any]) -> str:
 
 
 def _visible(value: Any) -> Any:
-    """Replaces characters that a page cannot show by U+FFFD.
+    """Replaces what a page cannot show by U+FFFD.
 
-    They are control characters, lone surrogates and marks that reorder text.
+    These are control characters, lone surrogates and marks that reorder text.
     """
     if not isinstance(value, str):
         return value

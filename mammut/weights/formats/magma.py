@@ -54,7 +54,6 @@ _TOWER = "image_prefix.enc."
 _SECOND_NAMES = {"word_embedding.": "lm.transformer.wte.", "transformer.": _BLOCKS}
 # Pixels by the width of the stem: of CLIP's RN50x16 and RN50x4. Other ResNets have 224.
 _IMAGE_SIZES = {96: 384, 80: 288}
-_PREFIX_DROPOUT = 0.1  # of the published training
 # The names of an attention or MLP that has an adapter: of the module itself and of its adapter.
 _WRAPPED = {
     "mlp": {"sequential": ("mlp.0", "mlp.1.adapter"), "parallel": ("mlp.module", "mlp.adapter")},
@@ -316,7 +315,8 @@ def _entries(config: ModelConfig, sites: Mapping[str, _Site]) -> Iterable[Entry]
     yield Entry("lm.lm_head.bias", ("text.vocab_head_bias",))
     for i in range(config.text.depth):
         block = f"{_BLOCKS}{i}"
-        attention, mlp = f"{block}.{sites['attn'].inner}.attention", f"{block}.{sites['mlp'].inner}"
+        attention = f"{block}.{sites['attn'].inner}.attention"
+        mlp = f"{block}.{sites['mlp'].inner}"
         yield from _norm(f"{block}.ln_1", "text.layers.attn_norm", i)
         for name in ("query", "key", "value"):
             yield from _affine(
