@@ -1,1 +1,1 @@
-"""The ground floor: mesh axes, processes, named parameters, checked configs, whole files."""
+"""The base of all folders: mesh axes, processes, named parameters, checked configs, whole files."""
