@@ -1,21 +1,13 @@
 """Trains a MaMMUT: mesh, data, model, optimizer, restore, loop.
 
-    python train.py [configs/RECIPE.py] [--workdir DIR] [--resume] [--compile-only]
-    [--dotted.override VALUE]
+python train.py [configs/RECIPE.py] [OPTIONS]
 
-The recipe's `get_config()` returns the run's `TrainConfig`; any of its fields can be overridden by
-its dotted name (`--optimizer.learning-rate 1e-3`). A fresh run never writes into a used folder;
-`--resume` continues one bit for bit.
-
-One process drives all devices of its machine. A run over several is this command on each, with the
-same folder:
-
-    --distributed                     the processes that a TPU pod, Slurm or Open MPI has started
-    --coordinator HOST:PORT --num-processes N --process-id I      others; HOST is that of process 0
-    --peer-timeout SECONDS            a process not heard of for so long ends all (default: 100)
+The recipe's `get_config()` returns the run's `TrainConfig`; an option changes a field of it by its
+dotted name (`--optimizer.learning-rate 1e-3`). A fresh run never writes into a used folder;
+`--resume` continues one bit for bit. One process drives all devices of its machine. A run over
+several machines is this command on each, with the same folder.
 """
 
-import argparse
 import contextlib
 import functools
 import logging
@@ -33,16 +25,22 @@ from mammut.data.processor import Processor
 from mammut.pages.report import write_report
 from mammut.performance.compile_report import compile_report
 from mammut.performance.out_of_memory import enough_memory
+from mammut.training import command_line
 from mammut.training.log import RunLog
 from mammut.training.new_processor import shared_processor
 from mammut.training.run import Run, require_same, resolve, stages
-from mammut.training.run_folder import position_of_all, position_of_one, require_shared, write_run
-from mammut.training.start_report import start_report, untrained_towers
+from mammut.training.run_folder import (
+    claim_folder,
+    position_of_all,
+    position_of_one,
+    renew_folder,
+)
+from mammut.training.start_report import start_report
 from mammut.training.step import Trainer, TrainState, make_trainer
-from mammut.training.tasks import TASKS
+from mammut.training.tasks import TASKS, Task
 from mammut.training.validation import Evaluator
 from mammut.weights import model_folder
-from mammut.weights.checkpoints import Checkpoints
+from mammut.weights.checkpoints import Checkpoints, Restored
 from mammut.weights.model_card import write_card
 from mammut.weights.warm_start import WarmStart, warm_start
 
@@ -50,140 +48,127 @@ DEFAULT_RECIPE = pathlib.Path(__file__).parent / "configs" / "tiny.py"
 SAMPLES_PRINTED = 10
 
 
-def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Splits the command line into this program's own arguments and the overrides of the config."""
-    if {"-h", "--help"} & {*argv}:
-        print(__doc__)  # the fields of the config follow
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--workdir", type=pathlib.Path)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--compile-only", action="store_true")
-    parser.add_argument("--topology")
-    parser.add_argument("--distributed", action="store_true")
-    parser.add_argument("--coordinator")
-    parser.add_argument("--num-processes", type=int)
-    parser.add_argument("--process-id", type=int)
-    parser.add_argument("--peer-timeout", type=float, default=distributed.Processes.timeout)
-    # The recipe comes first: later on, a bare word is the value of an override.
-    first = argv[:1] if argv and not argv[0].startswith("-") else []
-    args, overrides = parser.parse_known_args(argv[len(first) :])
-    args.recipe = pathlib.Path(first[0]) if first else None
-    return args, overrides
-
-
 def train(run: Run, watchdog: distributed.Watchdog) -> bool:
-    """The run, or the rest of one; False if a SIGTERM ended it early.
+    """Trains the run, or the rest of one; returns False if a SIGTERM ended it early.
 
-    What can be refused is refused before anything is compiled, and before anything is written. Of
+    What can be refused is refused before anything is compiled and before anything is written. Of
     several processes all come through here. Each reads its share of the data; the first writes and
     prints.
     """
-    config, workdir = run.config, run.workdir
+    config = run.config
+    workdir = run.workdir
     fresh = not (workdir / "processor.json").exists()
-    if config.compilation_cache:
-        jax.config.update(
-            "jax_compilation_cache_dir", str(pathlib.Path(config.compilation_cache).expanduser())
-        )
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        # Read back from the cache, a program for several CPU devices runs its collectives in no
-        # order: a deadlock.
-        jax.config.update("jax_enable_compilation_cache", False)
+    use_compilation_cache(config)
     mesh = sharding.make_mesh(config.mesh)
-    share, shares = distributed.batch_share(mesh)
     task = TASKS[config.task](config.loss)
-    settings = {
-        "image_size": config.model.vision.image_size,
-        "tfds_dir": config.data.tfds_dir,
-        "field": task.field,
-    }
+
     watchdog.doing("opening the data")
-    source = sources.open_source(config.data.train, **settings)
-    val = config.data.val and sources.open_source(config.data.val, **settings)
-    warm = (
-        warm_start(config.model, run.starts, new_vocabulary=config.tokenizer.replace)
-        if run.starts
-        else None
-    )
+    source, val = open_sources(config, task)
+    warm = None
+    if run.starts:
+        warm = warm_start(
+            config.model,
+            run.starts,
+            compute=config.compute,
+            new_vocabulary=config.tokenizer.replace,
+        )
     watchdog.doing("making the vocabulary")
     processor = shared_processor(config, source, run.starts) if fresh else Processor.load(workdir)
 
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, task, mesh)
-        evaluator = val and Evaluator(val, processor, config, trainer, str(workdir), watchdog.alive)
-        place = {"process_index": share, "process_count": shares, "images": task.sees_images}
-        low = {
-            "low_image_size": config.model.vision.low_image_size,
-            "low_steps": config.low_image_steps,
-        }
+        evaluator = None
+        if val:
+            evaluator = Evaluator(val, processor, config, trainer, str(workdir), watchdog.alive)
+        share, shares = distributed.batch_share(mesh)
         open_batches = functools.partial(
-            data.TrainBatches, source, processor, config.data, seed=config.seed, **place, **low
+            data.TrainBatches,
+            source,
+            processor,
+            config.data,
+            seed=config.seed,
+            process_index=share,
+            process_count=shares,
+            low_image_size=config.model.vision.low_image_size,
+            low_steps=config.low_image_steps,
+            images=task.sees_images,
         )
         batches = open_batches()
-        distributed.say(start_report(config, trainer, source, processor.vocab_size))
-        if warm:
-            distributed.say(str(warm))
-        for tower in untrained_towers(trainer.abstract_state, run.starts, task) if fresh else ():
-            distributed.say(
-                f"warning: {tower} is frozen at random weights (trainable): init_{tower} names a model"
-            )
-        distributed.meet("nothing is refused")
-        if distributed.first() and fresh:
-            processor.save(workdir)
-            write_run(workdir, config, run.overrides)
-        distributed.meet("the folder is made")
-        require_shared(workdir)
+        distributed.say(start_report(run, trainer, source, processor.vocab_size, warm, fresh))
+        claim_folder(workdir, config, run.overrides, processor, fresh)
         checkpoints = Checkpoints(workdir, config.keep_checkpoints, cleanup=True)
-        start, state = 0, None
-        # By the list of process 0: that of another may be of a moment ago, and all have to restore.
-        if distributed.from_first("has checkpoints", lambda: b"yes" if checkpoints.steps else b""):
-            watchdog.doing("restoring")
-            restored = checkpoints.restore(trainer.abstract_state)
-            start, state = restored.step, restored.state
+        start = 0
+        restored = newest_checkpoint(checkpoints, trainer, watchdog)
+        if restored:
+            start = restored.step
             batches = open_batches(state=position_of_one(restored.data, share))
         if start > config.steps:
             raise ValueError(
-                f"steps is {config.steps}, {workdir} has a checkpoint of step {start}: expected no fewer"
+                f"steps is {config.steps}, {workdir} has a checkpoint of step {start}: expected no "
+                "fewer"
             )
-        if distributed.first() and not fresh:
-            # what may change in a resumed run is changed for good
-            write_run(workdir, config, run.overrides)
-            # Until the run is done again, the model is that of the newest checkpoint, not what an
-            # earlier end exported.
-            (workdir / "manifest.json").unlink(missing_ok=True)
-        silent = not distributed.first()
+        if not fresh:
+            renew_folder(workdir, config, run.overrides)
+
         log = RunLog(
             workdir,
             start=start,
             steps=config.steps,
             batch_size=config.data.batch_size,
-            silent=silent,
+            silent=not distributed.first(),
         )
-        log.print(
-            f"{'starting' if fresh else 'resuming'} at step {start} of {config.steps} in {workdir}"
-        )
+        beginning = "starting" if fresh else "resuming"
+        log.print(f"{beginning} at step {start} of {config.steps} in {workdir}")
         with contextlib.closing(log), checkpoints, contextlib.closing(batches):
-            state = fresh_state(config, trainer, warm) if state is None else state
+            state = restored.state if restored else fresh_state(config, trainer, warm)
             state, done = loop(
                 config, trainer, state, start, batches, share, evaluator, checkpoints, log, watchdog
             )
             if not done:
                 return False
-            watchdog.doing("saving the model")
-            model_folder.save(workdir, trainer.model(state.all_params), processor, overwrite=True)
-            watchdog.doing("the last evaluation")
-            evaluation = evaluator and evaluator(state.all_params)
-            if silent:
-                return True
-            if evaluation:
-                log.evaluation(config.steps, "val", evaluation, samples=SAMPLES_PRINTED)
-                evaluation.save(workdir, "val")
-            write_card(workdir, config.model, processor)
-            log.print(f"model saved: mammut.load({str(workdir)!r})")
+            save_model(run, trainer, state, processor, evaluator, log, watchdog)
+
     # Outside of the mesh: the first process asks the model alone, and would wait for the others for
     # ever.
-    watchdog.doing("the report")
-    print(f"report: {write_report(workdir)}")
+    if distributed.first():
+        watchdog.doing("the report")
+        print(f"report: {write_report(workdir)}")
     return True
+
+
+def use_compilation_cache(config: TrainConfig) -> None:
+    """Keeps XLA's compiled programs in the folder that the config names, where that is safe."""
+    if config.compilation_cache:
+        folder = pathlib.Path(config.compilation_cache).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        # Read back from the cache, a program for several CPU devices runs its collectives in no
+        # order: a deadlock.
+        jax.config.update("jax_enable_compilation_cache", False)
+
+
+def open_sources(config: TrainConfig, task: Task) -> tuple[sources.Source, sources.Source | None]:
+    """The training set, and the validation set if there is one."""
+    open_source = functools.partial(
+        sources.open_source,
+        image_size=config.model.vision.image_size,
+        tfds_dir=config.data.tfds_dir,
+        field=task.field,
+    )
+    source = open_source(config.data.train)
+    val = open_source(config.data.val) if config.data.val else None
+    return source, val
+
+
+def newest_checkpoint(
+    checkpoints: Checkpoints, trainer: Trainer, watchdog: distributed.Watchdog
+) -> Restored | None:
+    """The newest good checkpoint; None if there is no checkpoint."""
+    # By the list of process 0: that of another may be of a moment ago, and all have to restore.
+    if not distributed.from_first("has checkpoints", lambda: b"yes" if checkpoints.steps else b""):
+        return None
+    watchdog.doing("restoring")
+    return checkpoints.restore(trainer.abstract_state)
 
 
 def fresh_state(config: TrainConfig, trainer: Trainer, warm: WarmStart | None) -> TrainState:
@@ -192,6 +177,30 @@ def fresh_state(config: TrainConfig, trainer: Trainer, warm: WarmStart | None) -
         if warm is None:
             return trainer.init(config.seed)
         return trainer.init_from(trainer.start_params(config.seed, warm.random, warm.read))
+
+
+def save_model(
+    run: Run,
+    trainer: Trainer,
+    state: TrainState,
+    processor: Processor,
+    evaluator: Evaluator | None,
+    log: RunLog,
+    watchdog: distributed.Watchdog,
+) -> None:
+    """Writes the model of a run that is done, its last evaluation and its card."""
+    watchdog.doing("saving the model")
+    model = trainer.model(state.all_params)
+    model_folder.save(run.workdir, model, processor, overwrite=True)
+    watchdog.doing("the last evaluation")
+    evaluation = evaluator(state.all_params) if evaluator else None
+    if not distributed.first():
+        return
+    if evaluation:
+        log.evaluation(run.config.steps, "val", evaluation, samples=SAMPLES_PRINTED)
+        evaluation.save(run.workdir, "val")
+    write_card(run.workdir, run.config.model, processor, run.config.compute)
+    log.print(f"model saved: mammut.load({str(run.workdir)!r})")
 
 
 def loop(
@@ -206,15 +215,20 @@ def loop(
     log: RunLog,
     watchdog: distributed.Watchdog,
 ) -> tuple[TrainState, bool]:
-    """Steps from `start` to `config.steps`; returns the state, and False if a SIGTERM ended it (and saved it) early."""
+    """Steps from `start` to `config.steps`; returns the state, and whether the run is done.
+
+    It is not done if a SIGTERM ended it early; the state is saved then.
+    """
     termination = distributed.Termination()
-    metrics, position = None, batches.state()
+    metrics = None
+    position = batches.state()
     take_step = distributed.compiled_by_all(trainer.step)
     transfer = functools.partial(sharding.device_batch, mesh=trainer.mesh)
     with contextlib.closing(data.prefetch(batches, transfer)) as transferred:
         for step in range(start + 1, config.steps + 1):
             watchdog.doing(f"waiting for the batch of step {step}")
             batch, position, waited = next(transferred)
+
             watchdog.doing(f"step {step}")
             before = metrics
             with enough_memory(config):
@@ -225,14 +239,12 @@ def loop(
             # host goes on.
             check_finite(before, config)
             log.step(step, metrics, waited, record=step % config.log_every == 0)
-            stop, last = termination.now(), step == config.steps
+
+            stop = termination.now()
+            last = step == config.steps
+            evaluates = evaluator and config.eval_every and step % config.eval_every == 0
             # Before the checkpoint: a run killed in an evaluation does it again when it is resumed.
-            if (
-                evaluator
-                and config.eval_every
-                and step % config.eval_every == 0
-                and not (stop or last)
-            ):
+            if evaluates and not (stop or last):
                 watchdog.doing(f"the evaluation at step {step}")
                 log.evaluation(step, "val", evaluator(state.all_params), samples=2)
             if step % config.checkpoint_every == 0 or last or stop:
@@ -242,6 +254,7 @@ def loop(
             if stop and not last:
                 log.print(f"SIGTERM: saved step {step}, go on with --resume")
                 return state, False
+
     check_finite(metrics, config)
     if position["bad"]:
         log.print(f"examples that could not be used: {data.describe_bad(position['bad'])}")
@@ -249,7 +262,11 @@ def loop(
 
 
 def check_finite(metrics: dict[str, jax.Array] | None, config: TrainConfig) -> None:
-    """Stops the run after too many skipped updates in a row; all processes have the same metrics."""
+    """Stops the run after too many skipped updates in a row; all processes have the same metrics.
+
+    Raises:
+      FloatingPointError: the last `config.max_nonfinite_steps` updates were skipped.
+    """
     if metrics is not None and int(metrics["nonfinite_in_a_row"]) >= config.max_nonfinite_steps:
         raise FloatingPointError(
             f"the loss or its gradient was not finite {config.max_nonfinite_steps} steps in a row "
@@ -259,8 +276,10 @@ def check_finite(metrics: dict[str, jax.Array] | None, config: TrainConfig) -> N
 
 def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    args, overrides = parse_args(argv)
+    recipe, args, overrides = command_line.parse(argv)
     try:
+        if {"-h", "--help"} & {*argv}:
+            command_line.print_help(command_line.load_recipe(recipe or DEFAULT_RECIPE), __doc__)
         asked = distributed.Processes(
             args.distributed,
             args.coordinator,
@@ -274,14 +293,15 @@ def main(argv: list[str]) -> None:
             )
         if args.compile_only and (asked.cluster or asked.count is not None):
             raise ValueError(
-                "--compile-only is given with several processes, expected one process for all devices"
+                "--compile-only is given with several processes, expected one process for all "
+                "devices"
             )
         if args.compile_only:
-            run = resolve(args.recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
+            run = resolve(recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
             print(compile_report(run.config, args.topology))
             return
         with distributed.processes(asked, "train.py"):
-            run = resolve(args.recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
+            run = resolve(recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
             require_same(run)
             with distributed.Watchdog(run.config.step_timeout, "train.py") as watchdog:
                 # a stage that was ended early ends them

@@ -1,4 +1,6 @@
-"""A small language model from the captions of Flickr8k alone, no photo seen: what `configs/flickr8k_magma.py` freezes.
+"""A small language model from the captions of Flickr8k alone.
+
+It sees no photo; `configs/flickr8k_magma.py` freezes it.
 
 Its layers are GPT-J's: attention and MLP side by side on one norm, rotary positions, a vocabulary
 head of its own. The captions of the first 1,000 photos are kept for validation.
@@ -8,7 +10,7 @@ import dataclasses
 import pathlib
 
 from mammut import presets
-from mammut.config import DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from mammut.config import ComputeConfig, DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from mammut.testing import shared_dir
 
 
@@ -20,6 +22,7 @@ def get_config() -> TrainConfig:
         task="text",
         trainable=("text.*",),
         model=dataclasses.replace(presets.magma_tiny(), adapters=()),
+        compute=ComputeConfig(unroll=6),
         data=DataConfig(
             train=f"{captions}[1000:]",
             val=f"{captions}[:1000]",

@@ -1,4 +1,6 @@
-"""Visual question answering: human questions about indoor photos (DAQUAR), answered in words, from scratch on a CPU.
+"""Visual question answering on a CPU: human questions about indoor photos (DAQUAR).
+
+Answers are words, and the model starts from random weights.
 
 The question is the prompt, the answer is generated, and the loss is the answer's alone.
 `--data.blind True` trains the model that sees no image, to compare with; `--init runs/flickr8k`
@@ -10,6 +12,7 @@ official split. Score it with `python -m eval.vqa runs/daquar --data jsonl:PATH[
 import pathlib
 
 from mammut.config import (
+    ComputeConfig,
     DataConfig,
     DecoderConfig,
     ModelConfig,
@@ -37,8 +40,8 @@ def get_config() -> TrainConfig:
                 mlp_dim=384,
                 cross_attn_every=1,
             ),
-            unroll=4,
         ),
+        compute=ComputeConfig(unroll=4),
         data=DataConfig(
             train=f"{questions}[!::5]",
             val=f"{questions}[::5]",

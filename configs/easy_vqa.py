@@ -1,4 +1,6 @@
-"""Visual question answering on a CPU: templated questions about drawn shapes (easy-VQA), from scratch.
+"""Visual question answering on a CPU: questions about drawn shapes (easy-VQA).
+
+The model starts from random weights.
 
 The question is the prompt, the answer is generated, and the loss is the answer's alone. 200 of the
 1,500 pictures are kept for validation. Score it with `python -m eval.vqa runs/easy_vqa --data
@@ -8,7 +10,7 @@ jsonl:PATH[1300:]`.
 import pathlib
 
 from mammut import presets
-from mammut.config import DataConfig, OptimizerConfig, TrainConfig
+from mammut.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 from mammut.testing import shared_dir
 
 
@@ -19,6 +21,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         task="vqa",
         model=presets.tiny(),
+        compute=ComputeConfig(unroll=4),
         data=DataConfig(
             train=f"{questions}[:1300]",
             val=f"{questions}[1300:]",

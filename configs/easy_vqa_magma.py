@@ -1,4 +1,6 @@
-"""MAGMA in miniature, asked about drawn shapes: the frozen models and the variants of `configs/flickr8k_magma.py`.
+"""MAGMA in miniature, asked about drawn shapes.
+
+The frozen models and the variants are those of `configs/flickr8k_magma.py`.
 
 The questions are put in the paper's form, `Q: ... A:`. 200 of the 1,500 pictures are kept for
 validation. Score it with `python -m eval.vqa runs/easy_vqa_magma --data jsonl:PATH[1300:] --prompt
@@ -8,7 +10,14 @@ validation. Score it with `python -m eval.vqa runs/easy_vqa_magma --data jsonl:P
 import pathlib
 
 from mammut import presets
-from mammut.config import DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from mammut.config import (
+    AugmentConfig,
+    ComputeConfig,
+    DataConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from mammut.testing import shared_dir
 
 
@@ -22,6 +31,8 @@ def get_config() -> TrainConfig:
         init_vision="runs/flickr8k",
         trainable=("adapters.*", "image_projection.*", "prefix_norm.*"),
         model=presets.magma_tiny(),
+        compute=ComputeConfig(unroll=6),
+        augment=AugmentConfig(prefix_dropout=0.1),
         data=DataConfig(
             train=f"{questions}[:1300]",
             val=f"{questions}[1300:]",

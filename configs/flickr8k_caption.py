@@ -6,7 +6,7 @@ it with `python -m eval.caption runs/flickr8k_caption --data jsonl:PATH[:1000]`.
 
 import pathlib
 
-from mammut.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
+from mammut.config import ComputeConfig, DataConfig, LossConfig, OptimizerConfig, TrainConfig
 from mammut.testing import shared_dir
 
 
@@ -17,6 +17,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         task="caption",
         init="runs/flickr8k",
+        compute=ComputeConfig(unroll=6),
         data=DataConfig(
             train=f"{photos}[1000:]",
             val=f"{photos}[:1000]",

@@ -7,7 +7,7 @@ eval.classify runs/flowers --method likelihood --templates '{}' --data jsonl:PAT
 
 import pathlib
 
-from mammut.config import DataConfig, OptimizerConfig, TrainConfig
+from mammut.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 from mammut.testing import shared_dir
 
 
@@ -18,6 +18,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         task="classify",
         init="runs/flickr8k",
+        compute=ComputeConfig(unroll=6),
         data=DataConfig(
             train=f"{photos}[!::5]",
             val=f"{photos}[::5]",

@@ -1,6 +1,6 @@
-"""Your own pictures: a JSONL beside them, and nothing else to write.
+r"""Your own pictures: a JSONL beside them, and nothing else to write.
 
-    python train.py configs/folder.py --data.train 'jsonl:photos/photos.jsonl[200:]' \\
+    python train.py configs/folder.py --data.train 'jsonl:photos/photos.jsonl[200:]' \
         --data.val 'jsonl:photos/photos.jsonl[:200]' [--task vqa] [--init MODEL]
 
 `--task` says what is learnt: `caption` (the default here), `vqa`, `classify`, or `image_text` for
@@ -11,6 +11,7 @@ from scratch, which wants thousands of pictures to say much.
 """
 
 from mammut.config import (
+    ComputeConfig,
     DataConfig,
     DecoderConfig,
     ModelConfig,
@@ -36,8 +37,8 @@ def get_config() -> TrainConfig:
                 mlp_dim=768,
                 cross_attn_every=2,
             ),
-            unroll=6,
         ),
+        compute=ComputeConfig(unroll=6),
         data=DataConfig(
             train="jsonl:photos/photos.jsonl[200:]",
             val="jsonl:photos/photos.jsonl[:200]",

@@ -1,4 +1,6 @@
-"""Frozen (arXiv 2106.13884) as MAGMA's authors rebuilt it: an image encoder learns to speak to a language model.
+"""Frozen (arXiv 2106.13884) as MAGMA's authors rebuilt it.
+
+An image encoder learns to speak to a frozen language model.
 
     python train.py configs/frozen.py --init-text GPT_J --init-vision NF_RESNET50
 
@@ -9,7 +11,14 @@ projection to two tokens, at a constant rate; there is no adapter. The pairs are
 """
 
 from mammut import presets
-from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from mammut.config import (
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> TrainConfig:
@@ -17,6 +26,7 @@ def get_config() -> TrainConfig:
         task="caption",
         trainable=("image_projection.*", "vision.*"),
         model=presets.frozen(),
+        compute=ComputeConfig(dtype="bfloat16", text_param_dtype="bfloat16", remat="full"),
         data=DataConfig(
             train="tar:data/cc3m/{00000..00331}.tar",
             val="tar:data/cc3m_val/{00000..00001}.tar",

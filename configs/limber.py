@@ -1,4 +1,6 @@
-"""LiMBeR (arXiv 2209.15162): all that is learnt is one linear map from an image encoder to a language model.
+"""LiMBeR (arXiv 2209.15162): one linear map from an image encoder to a language model.
+
+Nothing else is trained.
 
     python train.py configs/limber.py --init-text GPT_J --init-vision RN50x16
 
@@ -8,7 +10,14 @@ The pairs are Conceptual Captions 3M as img2dataset writes them.
 """
 
 from mammut import presets
-from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from mammut.config import (
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> TrainConfig:
@@ -16,6 +25,7 @@ def get_config() -> TrainConfig:
         task="caption",
         trainable=("image_projection.*",),
         model=presets.limber(),
+        compute=ComputeConfig(dtype="bfloat16", text_param_dtype="bfloat16", remat="full"),
         data=DataConfig(
             train="tar:data/cc3m/{00000..00331}.tar",
             val="tar:data/cc3m_val/{00000..00001}.tar",

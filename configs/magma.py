@@ -1,6 +1,8 @@
-"""MAGMA on your own pictures, in one command: a frozen language model learns to see. It wants a JSONL beside them.
+r"""MAGMA on your own pictures: a frozen language model learns to see, in one command.
 
-    python train.py configs/magma.py --data.train 'jsonl:photos/photos.jsonl[200:]' \\
+It wants a JSONL file beside the pictures.
+
+    python train.py configs/magma.py --data.train 'jsonl:photos/photos.jsonl[200:]' \
         --data.val 'jsonl:photos/photos.jsonl[:200]' [--init-text GPT] [--init-vision TOWER]
 
 Without `--init-text` a small language model is trained first, for `text_steps` steps on the
@@ -12,7 +14,14 @@ it, too. It runs on a CPU in minutes; configs/magma_v1.py is of the paper's size
 """
 
 from mammut import presets
-from mammut.config import DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from mammut.config import (
+    AugmentConfig,
+    ComputeConfig,
+    DataConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> TrainConfig:
@@ -21,6 +30,8 @@ def get_config() -> TrainConfig:
         text_steps=600,
         trainable=("adapters.*", "image_projection.*", "prefix_norm.*", "vision.*"),
         model=presets.magma_tiny(),
+        compute=ComputeConfig(unroll=6),
+        augment=AugmentConfig(prefix_dropout=0.1),
         data=DataConfig(
             train="jsonl:photos/photos.jsonl[200:]",
             val="jsonl:photos/photos.jsonl[:200]",

@@ -1,4 +1,4 @@
-"""MAGMA (arXiv 2112.05253) at its own size and settings, with the adapters of its public checkpoint.
+"""MAGMA (arXiv 2112.05253) at its own size, with the adapters of its public checkpoint.
 
     python train.py configs/magma_v1.py --init-text GPT_J --init-vision RN50x16
 
@@ -9,7 +9,15 @@ pairs are Conceptual Captions 3M as img2dataset writes them.
 """
 
 from mammut import presets
-from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from mammut.config import (
+    AugmentConfig,
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> TrainConfig:
@@ -17,6 +25,8 @@ def get_config() -> TrainConfig:
         task="caption",
         trainable=("adapters.*", "image_projection.*", "prefix_norm.*", "vision.*"),
         model=presets.magma_v1(),
+        compute=ComputeConfig(dtype="bfloat16", text_param_dtype="bfloat16", remat="full"),
+        augment=AugmentConfig(prefix_dropout=0.1),
         data=DataConfig(
             train="tar:data/cc3m/{00000..00331}.tar",
             val="tar:data/cc3m_val/{00000..00001}.tar",

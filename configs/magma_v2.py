@@ -1,4 +1,6 @@
-"""MAGMA (arXiv 2112.05253) with the adapters of its largest run: behind every MLP and every attention.
+"""MAGMA (arXiv 2112.05253) with the adapters of its largest run.
+
+There is one behind every MLP and every attention.
 
     python train.py configs/magma_v2.py --init-text GPT_J --init-vision RN50x16
 
@@ -10,7 +12,15 @@ Captions 3M as img2dataset writes them.
 """
 
 from mammut import presets
-from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from mammut.config import (
+    AugmentConfig,
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> TrainConfig:
@@ -18,6 +28,8 @@ def get_config() -> TrainConfig:
         task="caption",
         trainable=("adapters.*", "image_projection.*", "prefix_norm.*", "vision.*"),
         model=presets.magma_v2(),
+        compute=ComputeConfig(dtype="bfloat16", text_param_dtype="bfloat16", remat="full"),
+        augment=AugmentConfig(prefix_dropout=0.1),
         data=DataConfig(
             train="tar:data/cc3m/{00000..00331}.tar",
             val="tar:data/cc3m_val/{00000..00001}.tar",

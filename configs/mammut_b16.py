@@ -1,4 +1,6 @@
-"""Pretraining at ViT-B/16 size, for 16 accelerators or more: parameters split over all of them, bfloat16.
+"""Pretraining at ViT-B/16 size in bfloat16, for 16 accelerators or more.
+
+Parameters are split over all of them.
 
 The data are yours to name: `--data.train tfds:NAME/SPLIT` (or any other source) with
 `--tokenizer.path`; what stands here is a public set of the right kind, to be prepared by
@@ -7,12 +9,13 @@ device; docs/scaling.md has the table.
 """
 
 from mammut import presets
-from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mammut.config import ComputeConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=presets.mammut_b16(),
+        compute=ComputeConfig(dtype="bfloat16", remat="dots"),
         data=DataConfig(
             train="tfds:laion400m/images/train",
             val=None,

@@ -1,4 +1,6 @@
-"""Pretraining at ViT-L/14 size, for 64 accelerators or more: parameters split over all of them, bfloat16.
+"""Pretraining at ViT-L/14 size in bfloat16, for 64 accelerators or more.
+
+Parameters are split over all of them.
 
 The data are yours to name: `--data.train tfds:NAME/SPLIT` (or any other source) with
 `--tokenizer.path`; what stands here is a public set of the right kind, to be prepared by
@@ -6,17 +8,16 @@ tensorflow-datasets. `--compile-only --topology v5e:8x8` says what a step takes 
 device; docs/scaling.md has the table.
 """
 
-import dataclasses
-
 from mammut import presets
-from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mammut.config import ComputeConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
+        model=presets.mammut_l14(),
         # With remat "dots", the activations of 64 examples a device would take about 12 GiB, of 16
         # on a v5e.
-        model=dataclasses.replace(presets.mammut_l14(), remat="full"),
+        compute=ComputeConfig(dtype="bfloat16", remat="full"),
         data=DataConfig(
             train="tfds:laion400m/images/train",
             val=None,

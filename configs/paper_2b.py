@@ -1,4 +1,6 @@
-"""The paper's main model and pretraining (MaMMUT, arXiv 2303.16839, section 4.1): 2B parameters, batches of 16,384.
+"""The paper's main model and pretraining: 2B parameters, batches of 16,384.
+
+MaMMUT, arXiv 2303.16839, section 4.1.
 
 From the paper: 500,000 steps of AdamW with weight decay 0.01, a learning rate of 1e-3 after 10,000
 steps and falling linearly, the focal loss, weights 1 and 1, 224-pixel crops of 272-pixel images.
@@ -8,17 +10,23 @@ which it does not state, and the data, since ALIGN is not public: name yours wit
 `--tokenizer.path`. `--compile-only --topology v5p:4x4x4` says what a step takes.
 """
 
-import dataclasses
-
 from mammut import presets
-from mammut.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mammut.config import (
+    ComputeConfig,
+    DataConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 CROP = (224 / 272) ** 2  # of the area
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        model=dataclasses.replace(presets.paper_2b(), logit_scale_init=10.0, logit_bias_init=-10.0),
+        model=presets.paper_2b(),
+        compute=ComputeConfig(dtype="bfloat16", remat="full"),
         data=DataConfig(
             train="tfds:laion400m/images/train",
             val=None,

@@ -1,12 +1,13 @@
-"""The default run: 0.4M parameters learn drawn scenes of coloured shapes on a CPU in minutes, offline."""
+"""The default run: 0.4M parameters learn drawn scenes on a CPU in minutes, offline."""
 
 from mammut import presets
-from mammut.config import DataConfig, OptimizerConfig, TrainConfig
+from mammut.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=presets.tiny(),
+        compute=ComputeConfig(unroll=4),
         data=DataConfig(
             train="synthetic:train", val="synthetic:val", batch_size=128, eval_batch_size=128
         ),

@@ -1,1 +1,1 @@
-"""Evaluation programs: `python -m eval.NAME --help` tells what each does."""
+"""Evaluation programs: see `python -m eval.NAME --help`."""

@@ -1,10 +1,12 @@
-"""Zero-shot classification: top-1, top-5 and mean per-class recall, by embedding or by caption likelihood.
+"""Zero-shot classification: top-1, top-5 and mean per-class recall.
 
-    python -m eval.classify CHECKPOINT --data jsonl:PATH [--method likelihood] [--classes FILE.json]
-    [--out FILE.json] python -m eval.classify FILE.predictions.jsonl
+    python -m eval.classify CHECKPOINT --data jsonl:PATH [--method likelihood]
+        [--classes FILE.json] [--out FILE.json]
+    python -m eval.classify FILE.predictions.jsonl
 
-The lines of the JSONL hold `{"file", "name"}`. Without `--classes`, a JSON list of names, they are
-those that occur.
+Classes are ranked by embedding or by the likelihood of their names. The lines of the JSONL hold
+`{"file", "name"}`. `--classes` is a JSON list of names; by default the classes are the names in the
+set.
 """
 
 import dataclasses
@@ -13,16 +15,20 @@ import pathlib
 import sys
 
 from eval import program
-from mammut.evaluation.classification import Method, class_names
+from mammut.evaluation.classification import Method, class_names, predict_classes
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(program.Options):
+    """Options of this program."""
+
     method: Method = "contrastive"  # by embedding; or by the likelihood of the class as a caption
-    # {} is the class; averaged
+    # {} is the class; scores are averaged over the templates
     templates: tuple[str, ...] = ("a photo of a {}.", "a picture of a {}.", "{}")
     classes: pathlib.Path | None = None  # a JSON list of all class names, in any order
-    prior: float = 0.0  # of "likelihood": how much of log P(class) without the image is taken off
+    prior: float = (
+        0.0  # of "likelihood": share of log P(class) without the image that is subtracted
+    )
 
 
 def predict(predictor, params, source, options):
@@ -31,11 +37,11 @@ def predict(predictor, params, source, options):
     else:
         classes = json.loads(options.classes.read_text(encoding="utf-8"))
     settings = {"templates": options.templates, "method": options.method, "prior": options.prior}
-    return predictor.classes(params, source, classes, limit=options.limit, **settings)
+    return predict_classes(predictor, params, source, classes, limit=options.limit, **settings)
 
 
 def main(argv: list[str]) -> None:
-    program.run(argv, Options, "classify", "name", predict, __doc__)
+    program.run(argv, Options, "classify", predict, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Options of the programs that can show a model examples first, and the examples they ask for."""
+"""Options of the programs that can show a model examples first."""
 
 import dataclasses
 
@@ -12,30 +12,35 @@ from mammut.evaluation.predictor import Predictor
 
 @dataclasses.dataclass(frozen=True)
 class Options(program.Options):
-    """`program.Options`, and how a model with an image prefix is shown examples."""
+    """Options of every evaluation program, and of the examples that a model is shown."""
 
-    # So many examples, images and texts, in front of each query, and what is said cut at a line
-    # break or the next example; 0: the same prompt without examples. It needs a model with an image
+    # Number of examples, images and texts, in front of each query; the prediction is cut at a line
+    # break or the next example. 0: the same prompt without examples. It needs a model with an image
     # prefix.
     shots: int | None = None
-    # where they are drawn from; by default the set itself, never the query's own image
+    # set that the examples are drawn from; by default the set itself, without the query's own image
     shots_data: str | None = None
-    shots_seed: int = 0
-    instruction: str = ""  # said in front of every example
+    shots_seed: int = 0  # random seed that the examples are drawn with
+    instruction: str = ""  # text in front of every example
 
     @property
     def part(self) -> str:
         """See `program.Options`."""
-        return super().part + ("" if self.shots is None else f"_{self.shots}_shots")
+        if self.shots is None:
+            return super().part
+        return f"{super().part}_{self.shots}_shots"
 
 
 def few_shot(
     predictor: Predictor, source: Source, options: Options, field: Field
 ) -> FewShot | None:
-    """What `--shots` asks for; None without.
+    """The examples that `--shots` asks for; None without that option.
+
+    Args:
+      field: what an example must have.
 
     Raises:
-      ValueError: options that go with it are given without, or `FewShot` refuses them.
+      ValueError: options that need `--shots` are given without it, or `FewShot` refuses them.
     """
     if options.shots is None:
         for name in ("shots_data", "shots_seed", "instruction"):

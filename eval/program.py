@@ -1,7 +1,7 @@
-"""What the evaluation programs share: their options, and the way from a model to predictions to scores.
+"""Shared part of the evaluation programs: options, and the way from a model to scores.
 
-Each writes its predictions first and then scores the file, so that scoring again needs no model: a
-predictions file takes the place of the model. Scores go to `--out NAME.json`, the predictions to
+Each program first writes its predictions and then scores that file. Scoring again needs no model: a
+predictions file may be given in place of one. Scores go to `--out NAME.json`, predictions to
 NAME.predictions.jsonl beside it.
 """
 
@@ -19,15 +19,21 @@ import tyro
 import mammut
 from mammut.config import MeshConfig
 from mammut.core import distributed, sharding
-from mammut.data.config import Field
 from mammut.data.examples import Source
 from mammut.data.sources import open_source
-from mammut.evaluation.predictions import Predictions, Task
-from mammut.evaluation.predictor import Predictor, place
-from mammut.evaluation.scoring import Scores, require_same_set, save_scores, score
+from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.predictor import Predictor, place_on_mesh
+from mammut.evaluation.scores import Scores, save_scores
+from mammut.evaluation.scoring import (
+    EVALUATIONS,
+    load_predictions,
+    require_records,
+    require_same_set,
+    score,
+)
 
 _SUFFIX = ".predictions.jsonl"
-_MODEL_FILES = ".npz", ".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt"
+_MODEL_FILES = (".npz", ".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,24 +43,24 @@ class Options:
     # Whatever mammut.load reads: a model folder or run, a folder or file of open_clip, an .npz of
     # big_vision; or a predictions file, to be scored again.
     checkpoint: Annotated[str, tyro.conf.Positional]
-    # What to evaluate on: jsonl:PATH, tfds:NAME/SPLIT, coco:..., vqav2:..., each with an optional
+    # Set to evaluate on: jsonl:PATH, tfds:NAME/SPLIT, coco:..., vqav2:..., each with an optional
     # [a:b].
     data: str | None = None
-    # Where the scores go; the predictions go beside them. By default
+    # File of the scores; the predictions go beside it. By default
     # CHECKPOINT/eval/PROGRAM_DATA.json, of a file FOLDER/eval/PROGRAM_FILE_DATA.json.
     out: pathlib.Path | None = None
     batch_size: int = 64  # examples at a time, over all devices
-    limit: int | None = None  # only the first so many examples
+    limit: int | None = None  # number of examples, from the first on; by default all
     image_size: int | None = None  # pixels, if not the model's own: its positions are resampled
-    threads: int = 4  # decode and resize in so many threads
-    max_bad_share: float = 0.1  # more examples that cannot be used are an error
+    threads: int = 4  # threads that decode and resize images
+    max_bad_share: float = 0.1  # largest share of examples that may be unusable
     tfds_dir: str | None = None  # tensorflow-datasets' data_dir
     blind: bool = False  # every image is black: what can be said from the text alone
     mesh: MeshConfig = MeshConfig()
 
     @property
     def part(self) -> str:
-        """What of the set is asked and how, as part of the scores' file name; empty: all of it, as always."""
+        """The part of the set and how it is asked, for the scores' file name; "" by default."""
         return f"_first_{self.limit}" if self.limit else ""
 
 
@@ -64,44 +70,52 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 def run(
     argv: list[str],
     options_class: type[AnyOptions],
-    task: Task,
-    field: Field,
+    task: str,
     predict: Callable[[Predictor, Any, Source, AnyOptions], Predictions],
     description: str,
 ) -> Scores:
-    """Runs a program: predictions of a model written to a file, that file scored, the scores printed and written.
+    """Runs a program: a model's predictions go to a file, whose scores are printed and written.
 
-    Errors end the program in one sentence; with MAMMUT_TRACEBACK set they are raised.
+    Errors end the program in one sentence; if MAMMUT_TRACEBACK is set they are raised.
+
+    Args:
+      argv: the command line.
+      options_class: the dataclass of its options.
+      task: a name of `mammut.evaluation.scoring.EVALUATIONS`.
+      predict: makes the predictions, given a predictor, parameters, a source and the options.
+      description: the text of `--help`.
     """
     program = f"python -m eval.{task}"
     try:
         distributed.require_one_process(program)
         options = tyro.cli(options_class, args=argv, prog=program, description=description)
-        given = pathlib.Path(options.checkpoint).expanduser()
-        if given.is_file() and not given.name.endswith(_MODEL_FILES):
-            return _score_again(options, given, task, field)
-        return _evaluate(options, given, task, field, predict)
+        path = pathlib.Path(options.checkpoint).expanduser()
+        if path.is_file() and not path.name.endswith(_MODEL_FILES):
+            return _score_again(options, path, task)
+        return _evaluate(options, path, task, predict)
     except (ValueError, OSError) as error:
         if os.environ.get("MAMMUT_TRACEBACK"):
             raise
         sys.exit(f"{program}: {error}")
 
 
-def _score_again(options: Options, path: pathlib.Path, task: Task, field: Field) -> Scores:
-    predictions = Predictions.load(path, task)
+def _score_again(options: Options, path: pathlib.Path, task: str) -> Scores:
+    predictions = load_predictions(path, task)
     if options.data is not None:
         image_size = predictions.settings["image_size"]
-        source = open_source(
-            options.data, image_size=image_size, tfds_dir=options.tfds_dir, field=field
-        )
-        require_same_set(predictions, source)
-    return _scored(
-        predictions, path, options.out or path.with_name(path.name.removesuffix(_SUFFIX) + ".json")
-    )
+        require_same_set(predictions, _open_data(options, image_size, task))
+    out = options.out or path.with_name(path.name.removesuffix(_SUFFIX) + ".json")
+    return _scored(predictions, out)
+
+
+def _open_data(options: Options, image_size: int, task: str) -> Source:
+    field = EVALUATIONS[task].field
+    settings = {"image_size": image_size, "tfds_dir": options.tfds_dir}
+    return open_source(options.data, field=field, **settings)
 
 
 def _evaluate(
-    options: AnyOptions, checkpoint: pathlib.Path, task: Task, field: Field, predict: Callable
+    options: AnyOptions, checkpoint: pathlib.Path, task: str, predict: Callable
 ) -> Scores:
     for name in ("batch_size", "limit", "threads"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -116,13 +130,11 @@ def _evaluate(
     mesh = sharding.make_mesh(options.mesh)
     sharding.require_divisible(options.batch_size, mesh, "--batch-size")
     model, processor = mammut.load(checkpoint, mesh=mesh, image_size=options.image_size)
-    source = open_source(
-        options.data, image_size=processor.image.image_size, tfds_dir=options.tfds_dir, field=field
-    )
-    # what cannot be written is found out before the model is asked
+    source = _open_data(options, processor.image.image_size, task)
+    # A folder that cannot be written is an error now, not after the model has run.
     out.parent.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh):
-        model_of, params = place(model, mesh)
+        model_of, params = place_on_mesh(model, mesh)
         predictor = Predictor(
             model_of,
             processor,
@@ -135,18 +147,18 @@ def _evaluate(
             progress=True,
         )
         predictions = predict(predictor, params, source, options)
+    require_records(predictions)
     path = out.with_name(out.stem + _SUFFIX)
     predictions.save(path)
     print(f"predictions: {path}")
-    return _scored(Predictions.load(path, task), path, out)
+    return _scored(load_predictions(path, task), out)
 
 
-def _scored(predictions: Predictions, path: pathlib.Path, out: pathlib.Path) -> Scores:
+def _scored(predictions: Predictions, out: pathlib.Path) -> Scores:
     scores = score(predictions)
     save_scores(out, predictions, scores)
-    print(
-        f"{predictions.data}: {', '.join(f'{count:,} {name}' for name, count in scores.items.items())}"
-    )
+    items = ", ".join(f"{count:,} {name}" for name, count in scores.items.items())
+    print(f"{predictions.data}: {items}")
     for line in _lines(scores.metrics):
         print(f"  {line}")
     for note in scores.notes:
@@ -156,24 +168,26 @@ def _scored(predictions: Predictions, path: pathlib.Path, out: pathlib.Path) -> 
 
 
 def _lines(metrics: dict[str, Any], most: int = 12) -> list[str]:
-    """The metrics as lines of text; of a long dict by class or type, the first."""
+    """The metrics as lines of text; of a long dict by class or type, the first entries."""
     lines = []
     for key, value in metrics.items():
         if isinstance(value, dict):
-            lines.append(
-                f"{key}" + (f" (the first {most} of {len(value)})" if len(value) > most else "")
-            )
+            title = key
+            if len(value) > most:
+                title += f" (the first {most} of {len(value)})"
+            lines.append(title)
             lines += [f"  {line}" for line in _lines(dict(list(value.items())[:most]))]
+        elif isinstance(value, float):
+            lines.append(f"{key:<24} {value:.4f}")
         else:
-            lines.append(
-                f"{key:<24} {value:.4f}" if isinstance(value, float) else f"{key:<24} {value}"
-            )
+            lines.append(f"{key:<24} {value}")
     return lines
 
 
-def _default_out(checkpoint: pathlib.Path, task: Task, options: Options) -> pathlib.Path:
-    """A folder holds one model; of a file, its name tells it from the others beside it. A part of a set is named."""
+def _default_out(checkpoint: pathlib.Path, task: str, options: Options) -> pathlib.Path:
+    """The default file of the scores, named after the set and the part of it that is used."""
     name = _name(options.data) + options.part
+    # A folder holds one model. A model in a file may have others beside it: its name is needed.
     if checkpoint.is_dir():
         return checkpoint / "eval" / f"{task}_{name}.json"
     return checkpoint.parent / "eval" / f"{task}_{_name(checkpoint.name)}_{name}.json"

@@ -1,27 +1,29 @@
-"""Answers the questions of a set and scores them: the official VQA accuracy, exact match, both by type.
+"""Answers the questions of a set and scores the answers: official VQA accuracy and exact match.
 
     python -m eval.vqa CHECKPOINT --data jsonl:PATH [--out FILE.json]
     python -m eval.vqa CHECKPOINT --data vqav2:QUESTIONS.json,ANNOTATIONS.json,IMAGES
     python -m eval.vqa FILE.predictions.jsonl
 
-A model that was trained on questions answers what it is asked; one that only learnt captions goes
-on from `--prompt "question: {} answer:"`. One with an image prefix can be shown examples first, as
+Both scores are also given by type of question and answer. A model that was trained on questions
+needs no more than the question. A model that has only learnt captions continues a text such as
+`--prompt "question: {} answer:"`. A model with an image prefix can be shown examples first, as
 MAGMA is:
 
     python -m eval.vqa CHECKPOINT --data jsonl:PATH --shots 4
 
-asks for each question: image, "Q: question A: answer" of 4 others of the set, then its image and
-"Q: question A:". Beside the official accuracy stands MAGMA's own, which truncates what was said to
-the answers' length.
+The prompt for each question is then: 4 other images of the set, each with "Q: question A: answer";
+then the image and "Q: question A:". MAGMA's own accuracy, which truncates the prediction to the
+length of the answers, is reported beside the official one.
 """
 
 import dataclasses
 import sys
 
 from eval import few_shot, program
+from mammut.evaluation.generated_texts import predict_answers
 from mammut.generation.search import GenerateConfig
 
-_NEW_TOKENS = 10  # after examples, as in MAGMA
+_NEW_TOKENS = 10  # of an answer after examples, as in MAGMA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,26 +31,28 @@ class Options(few_shot.Options):
     """Options of this program."""
 
     num_beams: int = 1  # 1: greedy
-    # What the model is asked to go on from; {} is the question. By default it alone, with --shots
-    # "Q: {} A:".
+    # text that the model continues, {} is the question; by default only the question, with --shots
+    # "Q: {} A:"
     prompt: str | None = None
-    # of an answer; by default 10 with --shots, else as many as there is room for
+    # most tokens of an answer; by default 10 with --shots, else as many as there is room for
     max_new_tokens: int | None = None
 
 
 def predict(predictor, params, source, options):
     shown = few_shot.few_shot(predictor, source, options, "qa")
-    prompt = ("Q: {} A:" if shown else "{}") if options.prompt is None else options.prompt
-    default = _NEW_TOKENS if shown else None
-    max_new_tokens = default if options.max_new_tokens is None else options.max_new_tokens
+    prompt = options.prompt
+    if prompt is None:
+        prompt = "Q: {} A:" if shown else "{}"
+    max_new_tokens = options.max_new_tokens
+    if max_new_tokens is None and shown:
+        max_new_tokens = _NEW_TOKENS
     config = GenerateConfig(num_beams=options.num_beams, max_new_tokens=max_new_tokens)
-    return predictor.answers(
-        params, source, config, prompt=prompt, limit=options.limit, few_shot=shown
-    )
+    settings = {"prompt": prompt, "limit": options.limit, "few_shot": shown}
+    return predict_answers(predictor, params, source, config, **settings)
 
 
 def main(argv: list[str]) -> None:
-    program.run(argv, Options, "vqa", "qa", predict, __doc__)
+    program.run(argv, Options, "vqa", predict, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""MaMMUT-style vision-language models in JAX: one ViT, one text decoder, two passes over the same weights.
+"""MaMMUT-style vision-language models in JAX: one ViT, one text decoder, two passes.
 
 Importing this pulls in jax, flax and NumPy; image and tokenizer libraries are imported when they
 are first used, and TensorFlow and PyTorch never.
 """
 
 from mammut import presets
+from mammut.core.sharding import MeshConfig, make_mesh
+from mammut.data.config import DataConfig, TokenizerConfig
 from mammut.data.images import BadImage, ImageTransform
 from mammut.data.processor import Processor
 from mammut.generation.interleaved import generate_prompts
@@ -18,11 +20,12 @@ from mammut.models.adapters import (
     remove_adapter,
     set_active_adapters,
 )
+from mammut.models.compute import AugmentConfig, ComputeConfig
 from mammut.models.decoder import DecoderConfig
 from mammut.models.mammut import MaMMUT, ModelConfig
 from mammut.models.resnet import ResNetConfig
 from mammut.models.vit import VisionConfig
-from mammut.training.config import TrainConfig
+from mammut.training.config import LossConfig, OptimizerConfig, TrainConfig
 from mammut.weights.adapter_folder import load_adapter, save_adapter
 from mammut.weights.files.tensor_file import CheckpointError
 from mammut.weights.model_folder import load, load_language_model, save
@@ -50,14 +53,23 @@ __all__ = [
     "num_adapter_params",
     "save_adapter",
     "load_adapter",
-    # its configuration
+    # the configuration of a model
     "presets",
     "ModelConfig",
     "VisionConfig",
     "ResNetConfig",
     "DecoderConfig",
     "AdapterConfig",
+    "ComputeConfig",
+    # the configuration of a run
     "TrainConfig",
+    "DataConfig",
+    "TokenizerConfig",
+    "LossConfig",
+    "OptimizerConfig",
+    "AugmentConfig",
+    "MeshConfig",
+    "make_mesh",
     # what can go wrong
     "BadImage",
     "CheckpointError",

@@ -8,6 +8,7 @@ from mammut.core.fields import differences, from_dict, to_dict
 from mammut.core.sharding import MeshConfig
 from mammut.data.config import DataConfig, TokenizerConfig
 from mammut.models.adapter_modules import AdapterConfig
+from mammut.models.compute import AugmentConfig, ComputeConfig
 from mammut.models.decoder import DecoderConfig
 from mammut.models.mammut import ModelConfig
 from mammut.models.resnet import ResNetConfig
@@ -16,6 +17,8 @@ from mammut.training.config import LossConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
     "AdapterConfig",
+    "AugmentConfig",
+    "ComputeConfig",
     "DataConfig",
     "DecoderConfig",
     "LossConfig",

@@ -1,10 +1,10 @@
-"""Turns one model format into another, one tensor at a time.
+"""Converts a model from one format to another, one tensor at a time.
 
     python -m mammut.convert SRC DST --to mammut|open_clip [--dtype float32|bfloat16] [--overwrite]
 
-SRC is whatever `mammut.load` reads. DST is a folder: ours, or one that open_clip loads
-("local-dir:DST"); a model that open_clip's format cannot express is refused, with the fields that
-stand in the way.
+SRC is whatever `mammut.load` reads. DST is a folder: a model folder of mammut, or one that
+open_clip loads ("local-dir:DST"). A model that open_clip's format cannot express is refused,
+and the error names the fields that stand in the way.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from mammut.weights.opened import LazyTensors, OpenedModel, model_specs, rounded
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """What was written."""
+    """What a conversion has written."""
 
-    tensors: int
-    nbytes: int
-    parameters: int  # of the model that was read
-    notes: tuple[str, ...]  # what of either format the other does not have, in sentences
+    tensors: int  # how many were written
+    nbytes: int  # their size
+    parameters: int  # how many numbers the model has that was read
+    notes: tuple[str, ...]  # sentences on what one of the two formats has and the other has not
 
 
 def convert(
@@ -39,20 +39,29 @@ def convert(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> Converted:
-    """Reads `source`, writes `target`, with a progress bar on a terminal.
+    """Reads `source` and writes `target`, with a progress bar on a terminal.
+
+    Args:
+      source: whatever `mammut.load` reads.
+      target: the folder to write.
+      to: the format of the target, "mammut" or "open_clip".
+      dtype: the type of the parameters written, "float32" or "bfloat16". None: that of the source
+        as mammut reads it.
+      overwrite: whether a model that is in `target` is replaced.
 
     Raises:
-      ValueError: the source cannot be read, the target is used, or its format cannot express the
-        model.
+      ValueError: the source cannot be read, the target holds something else, or its format cannot
+        express the model.
     """
     from tqdm import tqdm
 
     opened = open_model(source)
     if dtype is not None:
         opened = stored_as(opened, dtype)
-    specs, sizes = opened.tensors.specs.values(), []
+    specs = opened.tensors.specs.values()
     total = sum(spec.nbytes for spec in specs)
     write = save_opened if to == "mammut" else open_clip_export.save
+    sizes: list[int] = []
     with tqdm(total=total, unit="B", unit_scale=True, desc=str(target), disable=None) as bar:
 
         def progress(nbytes: int) -> None:
@@ -65,10 +74,9 @@ def convert(
 
 
 def stored_as(opened: OpenedModel, dtype: str) -> OpenedModel:
-    """The same model with its parameters in another type, but for those that are always float32."""
-    text = dataclasses.replace(opened.config.text, param_dtype=None)
-    config = dataclasses.replace(opened.config, param_dtype=dtype, text=text)
-    types = {name: spec.dtype for name, spec in model_specs(config).items()}
+    """The model with its parameters in another type, except those that are always float32."""
+    compute = dataclasses.replace(opened.compute, param_dtype=dtype, text_param_dtype=None)
+    types = {name: spec.dtype for name, spec in model_specs(opened.config, compute).items()}
     specs = {
         name: TensorSpec(spec.shape, types[name]) for name, spec in opened.tensors.specs.items()
     }
@@ -77,7 +85,7 @@ def stored_as(opened: OpenedModel, dtype: str) -> OpenedModel:
         return rounded(opened.tensors.read(name), specs[name].dtype, f"{opened.where}: {name}")
 
     tensors = LazyTensors(specs, read)
-    return dataclasses.replace(opened, config=config, tensors=tensors)
+    return dataclasses.replace(opened, compute=compute, tensors=tensors)
 
 
 def main(argv: list[str]) -> None:
@@ -89,8 +97,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("source", type=pathlib.Path, metavar="SRC")
     parser.add_argument("target", type=pathlib.Path, metavar="DST")
     parser.add_argument("--to", choices=["mammut", "open_clip"], required=True)
-    kept = "of what is written; default: as mammut holds it, float32 for the files of others"
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=kept)
+    dtype_help = "the type of what is written; default: as it is read, float32 for foreign files"
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=dtype_help)
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args(argv)
     try:
@@ -102,7 +110,8 @@ def main(argv: list[str]) -> None:
     for note in done.notes:
         print(note)
     print(
-        f"{args.target}: {done.tensors} tensors, {done.nbytes:,} bytes, of a model of {done.parameters:,} parameters"
+        f"{args.target}: {done.tensors} tensors, {done.nbytes:,} bytes, "
+        f"of a model of {done.parameters:,} parameters"
     )
 
 

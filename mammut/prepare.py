@@ -1,9 +1,11 @@
-"""Packs a JSONL set, or tar shards, into a tensorflow-datasets set: a few large files in place of many small ones.
+"""Packs a JSONL set or tar shards into a tensorflow-datasets set.
+
+Such a set is a few large files in place of many small ones.
 
     python -m mammut.prepare jsonl:PATH --data-dir DIR --name NAME
 
-writes DIR/NAME/1.0.0 with one split, `train`, in the order of the set. It is then read as
-`tfds:NAME/train` with data.tfds_dir DIR, and by `tfds.builder(NAME, data_dir=DIR)` anywhere else.
+writes DIR/NAME/1.0.0 with one split, `train`, in the order of the set. mammut reads it as
+`tfds:NAME/train` with data.tfds_dir DIR; others read it by `tfds.builder(NAME, data_dir=DIR)`.
 TensorFlow is not needed.
 """
 
@@ -26,16 +28,17 @@ _VERSION = "1.0.0"
 def prepare(
     spec: str, data_dir: str, name: str, max_bad_share: float = DataConfig.max_bad_share
 ) -> dict[str, int]:
-    """Writes the examples of a source as the tensorflow-datasets set `name`, fields image and captions.
+    """Writes the examples of a source as a tensorflow-datasets set.
 
-    Images keep their original bytes. Examples that cannot be used are left out.
+    Its fields are `image`, `image/filename` and `captions`. Images keep their original bytes.
+    Examples that cannot be used are left out.
 
     Args:
       spec: `jsonl:PATH` or `tar:PATTERN`, with an optional slice; see
         `mammut.data.sources.open_source`.
-      data_dir: The `data_dir` of tensorflow-datasets.
-      name: Of the set: lower-case letters, digits and underscores.
-      max_bad_share: Nothing is written if more than this share of the examples cannot be used.
+      data_dir: the `data_dir` of tensorflow-datasets.
+      name: the name of the set: lower-case letters, digits and underscores, a letter first.
+      max_bad_share: the share of examples that may be unusable; of more, nothing is written.
 
     Returns:
       How many examples were left out, by cause.
@@ -48,26 +51,28 @@ def prepare(
         raise ValueError(f"the set to prepare is {spec!r}, expected jsonl:PATH or tar:PATTERN")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(
-            f"--name is {name!r}, expected lower-case letters, digits and underscores, a letter first"
+            f"--name is {name!r}, expected lower-case letters, digits and underscores, "
+            "a letter first"
         )
     folder = pathlib.Path(data_dir).expanduser().resolve()
     if (folder / name / _VERSION).exists():
         raise ValueError(
             f"{folder / name / _VERSION} exists already: remove it or choose another --name"
         )
-    source = open_source(spec, image_size=1)  # the size is of drawn scenes only
+    source = open_source(spec, image_size=1)  # a size that only drawn scenes use
     bad = collections.Counter()
     examples = list(_usable(source, bad))
     if not examples or bad.total() > max_bad_share * len(source):
         raise ValueError(
-            f"{bad.total()} of the {len(source)} examples of {spec!r} cannot be used ({describe_bad(bad)}), "
-            f"--max-bad-share allows {max_bad_share:.0%}"
+            f"{bad.total()} of the {len(source)} examples of {spec!r} cannot be used "
+            f"({describe_bad(bad)}), --max-bad-share allows {max_bad_share:.0%}"
         )
     _write(source, examples, folder, name)
     return dict(bad)
 
 
 def _usable(source: Source, bad: collections.Counter) -> Iterator[int]:
+    """The indices of the examples that can be used; the others are counted in `bad`, by cause."""
     transform = ImageTransform(image_size=1)
     for index in range(len(source)):
         try:
@@ -106,15 +111,11 @@ def _write(source: Source, examples: list[int], folder: pathlib.Path, name: str)
         def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
             for key, index in enumerate(examples):
                 example = source[index]
-                image = (
-                    example.image
-                    if isinstance(example.image, bytes)
-                    else example.image.read_bytes()
-                )
-                yield (
-                    key,
-                    {"image": image, "image/filename": example.key, "captions": example.captions},
-                )
+                image = example.image
+                if not isinstance(image, bytes):  # a path
+                    image = image.read_bytes()
+                fields = {"image": image, "image/filename": example.key}
+                yield key, fields | {"captions": example.captions}
 
     builder = Captions(data_dir=str(folder), file_format="array_record")
     builder.download_and_prepare(
@@ -135,9 +136,8 @@ def _main() -> None:
         bad = prepare(**vars(arguments))
     except ValueError as error:
         parser.exit(1, f"{error}\n")
-    print(
-        f"prepared {arguments.name} in {arguments.data_dir}; left out: {describe_bad(bad) or 'nothing'}"
-    )
+    left_out = describe_bad(bad) or "nothing"
+    print(f"prepared {arguments.name} in {arguments.data_dir}; left out: {left_out}")
 
 
 if __name__ == "__main__":

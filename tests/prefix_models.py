@@ -15,12 +15,14 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
 
 
 def prefix_config(**text) -> ModelConfig:
-    """`tiny_config` with an image prefix of 4 tokens in place of cross-attention, and a context of 64."""
+    """`tiny_config` with an image prefix of 4 tokens and a context of 64.
+
+    The prefix stands in place of cross-attention.
+    """
     tiny = tiny_config()
     text = {"cross_attn_every": 0, "pooling": "none", "max_length": 64, "depth": 2} | text
     text = dataclasses.replace(tiny.text, **text)
-    prefix = {"conditioning": "prefix", "image_projection": "decoder", "prefix_norm": True}
-    return dataclasses.replace(tiny, text=text, **prefix)
+    return dataclasses.replace(tiny, text=text, image_projection="decoder", prefix_norm=True)
 
 
 def prefix_model(**text) -> MaMMUT:

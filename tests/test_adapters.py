@@ -1,4 +1,8 @@
-"""Adapters on a whole model: where they go, what they leave alone, how they are added, merged, saved and loaded."""
+"""Adapters on a whole model.
+
+The tests show where they go, what they leave alone, and how they are added, merged, saved and
+loaded.
+"""
 
 import dataclasses
 import functools
@@ -12,12 +16,13 @@ from damage import flip, one_sentence
 from flax import nnx
 
 import mammut
-from mammut.config import AdapterConfig, MeshConfig, ModelConfig
+from mammut.config import AdapterConfig, ComputeConfig, MeshConfig, ModelConfig
 from mammut.core import sharding
+from mammut.core.params import logical_axes
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import generate
 from mammut.models.cached_decoder import cached_step, prefill
-from mammut.models.mammut import MaMMUT, logical_axes
+from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 from mammut.weights.adapter_folder import base_hash
 
@@ -36,16 +41,19 @@ def adapter(kind: str, name: str = "", **options) -> AdapterConfig:
     return AdapterConfig(**{"name": name or kind, "kind": kind, "sites": sites, **options})
 
 
-def with_adapters(*configs: AdapterConfig, base: ModelConfig | None = None) -> MaMMUT:
+def with_adapters(
+    *configs: AdapterConfig,
+    base: ModelConfig | None = None,
+    compute: ComputeConfig = ComputeConfig(),
+) -> MaMMUT:
     """A model with random numbers in its adapters, too; the base is that of `tiny_model`."""
-    return tiny_model(dataclasses.replace(base or CONFIG, adapters=configs))
+    return tiny_model(dataclasses.replace(base or CONFIG, adapters=configs), compute=compute)
 
 
 def prefix_config() -> ModelConfig:
     """The model of `tiny_config` with its image in front of the text, and nothing for retrieval."""
     text = dataclasses.replace(CONFIG.text, cross_attn_every=0, pooling="none", max_length=16)
-    options = {"conditioning": "prefix", "image_projection": "decoder", "prefix_norm": True}
-    return dataclasses.replace(CONFIG, text=text, **options)
+    return dataclasses.replace(CONFIG, text=text, image_projection="decoder", prefix_norm=True)
 
 
 @jax.jit
@@ -167,7 +175,7 @@ def test_both_passes_in_one_traversal_are_adapted_as_in_two_calls():
     configs = adapter("sequential"), adapter("lora"), adapter("ia3")
 
     def two_pass(passes):
-        model = with_adapters(*configs, base=dataclasses.replace(CONFIG, passes=passes))
+        model = with_adapters(*configs, compute=ComputeConfig(passes=passes))
         return jax.jit(lambda model: vars(model.two_pass(IMAGE, TOKENS, VALID)))(model)
 
     assert max(apart(two_pass("fused"), two_pass("two_calls")).values()) < 1e-5
@@ -251,7 +259,7 @@ def test_every_stack_of_layers_has_sites(base):
         tiny_config().text,
         pooling="end",
         text_only_depth=1,
-        mlp_before_cross_attn=False,
+        cross_attn_position="last_bare",
         qk_norm=True,
     )
     model = with_adapters(
@@ -446,18 +454,10 @@ def test_an_adapter_of_another_base_is_refused(part, change, message, folder):
 
 
 def test_how_a_base_is_computed_and_stored_makes_no_other_base(folder):
-    config = CONFIG
-    text = dataclasses.replace(config.text, param_dtype="bfloat16")
-    vision = dataclasses.replace(config.vision, patch_drop=0.5)
-    options = {
-        "param_dtype": "bfloat16",
-        "remat": "full",
-        "unroll": 2,
-        "adapters": (adapter("ia3"),),
-    }
-    other = dataclasses.replace(config, text=text, vision=vision, **options)
-    assert base_hash(other) == base_hash(config) != base_hash(tiny_config())
-    loaded = mammut.load_adapter(tiny_model(other), folder)
+    other = dataclasses.replace(CONFIG, adapters=(adapter("ia3"),))
+    compute = ComputeConfig(param_dtype="bfloat16", remat="full", unroll=2)
+    assert base_hash(other) == base_hash(CONFIG) != base_hash(tiny_config())
+    loaded = mammut.load_adapter(tiny_model(other, compute=compute), folder)
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.adapters["second"])} == {
         jnp.dtype("bfloat16")
     }

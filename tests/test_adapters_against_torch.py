@@ -1,4 +1,7 @@
-"""Adapters on GPT-2 and GPT-J against PyTorch: bottlenecks around transformers' sublayers, LoRA and (IA)^3 of peft."""
+"""Adapters on GPT-2 and GPT-J against PyTorch.
+
+Bottlenecks are compared with a wrapper around transformers' sublayers, LoRA and (IA)^3 with peft.
+"""
 
 import copy
 import dataclasses
@@ -89,7 +92,10 @@ def our_logits(model: MaMMUT) -> jax.Array:
 
 
 def assert_close(model: MaMMUT, adapted: "torch.nn.Module", base: "torch.nn.Module") -> None:
-    """The logits are those of the adapted model, to 1e-5 of their size, and far from those of its base."""
+    """Asserts that the logits are those of the adapted model, to 1e-5 of their size.
+
+    They are far from those of its base.
+    """
     got, expected, before = np.asarray(our_logits(model)), their_logits(adapted), their_logits(base)
     size = np.abs(expected).max()
     assert np.abs(got - expected).max() < 1e-5 * size

@@ -1,8 +1,11 @@
-"""The models of others as values of the config: what must hold for each, whatever its pooling, masks and slots."""
+"""The models of others as values of the config.
+
+The tests must hold for each, whatever its pooling, masks and slots.
+"""
 
 import dataclasses
 import functools
-import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +15,12 @@ from flax import nnx
 
 from mammut.config import DecoderConfig, LossConfig, MeshConfig, ModelConfig, VisionConfig
 from mammut.core import sharding
-from mammut.generation.likelihood import _text_logprob
+from mammut.core.params import logical_axes
+from mammut.generation.likelihood import text_logprob
 from mammut.models.cached_decoder import cached_step, prefill
-from mammut.models.flops import forward_flops, num_params
-from mammut.models.mammut import MaMMUT, logical_axes
+from mammut.models.compute import Augment
+from mammut.models.flops import num_params
+from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_batch, tiny_model
 from mammut.training.tasks import ImageTextTask, TextTask
 
@@ -60,18 +65,18 @@ BIASLESS = {"norm": "rms", "attn_bias": False, "mlp_bias": False}
 CONFIGS = {
     "openmammut": OPENMAMMUT,
     "openmammut_small": dataclasses.replace(
-        OPENMAMMUT, text=dataclasses.replace(OPENMAMMUT.text, mlp_before_cross_attn=False)
+        OPENMAMMUT, text=dataclasses.replace(OPENMAMMUT.text, cross_attn_position="first_bare")
     ),
     "bare_last": dataclasses.replace(
         OPENMAMMUT,
-        text=dataclasses.replace(TEXT, mlp_before_cross_attn=False, cross_attn_every=4, cross_attn_position="last"),
+        text=dataclasses.replace(TEXT, cross_attn_every=4, cross_attn_position="last_bare"),
     ),
     "mammut2": MAMMUT2,
     "moderntext": dataclasses.replace(
         MAMMUT2,
         text=dataclasses.replace(
-            TEXT, **BIASLESS, activation="swiglu", positions="rope", cross_attn_position="inside", qk_norm=True,
-            attn_gate=True, pad_masking="contrastive", pooling="end",
+            TEXT, **BIASLESS, activation="swiglu", positions="rope", cross_attn_position="inside",
+            qk_norm=True, attn_gate=True, pad_masking="contrastive", pooling="end",
         ),
     ),
     "coca": ModelConfig(
@@ -80,7 +85,7 @@ CONFIGS = {
             norm_after_pooling=False,
         ),
         dataclasses.replace(
-            CLIP_TEXT, depth=2, text_only_depth=3, cross_attn_every=1, pooling="class", class_token=True,
+            CLIP_TEXT, depth=2, text_only_depth=3, cross_attn_every=1, pooling="class",
             causal_contrastive=True, pad_masking="shifted", pad_id=0,
         ),
         image_projection="embedding",
@@ -98,8 +103,8 @@ CONFIGS = {
     "cappa": ModelConfig(
         VISION,
         dataclasses.replace(
-            TEXT, cross_attn_every=1, cross_attn_position="inside", pooling="none", attn_bias=False, mlp_bias=False,
-            norm_bias=False, vocab_bias=True, activation="relu2",
+            TEXT, cross_attn_every=1, cross_attn_position="inside", pooling="none",
+            attn_bias=False, mlp_bias=False, vocab_bias=True, activation="relu2",
         ),
         image_projection="none",
     ),
@@ -108,14 +113,13 @@ CONFIGS = {
     "prefix": ModelConfig(
         VISION,
         dataclasses.replace(TEXT, cross_attn_every=0, max_length=LENGTH + 3),
-        conditioning="prefix",
         prefix_norm=True,
     ),
     "gptj": ModelConfig(
         VISION,
         dataclasses.replace(
-            TEXT, cross_attn_every=1, positions="rope", rope_dims=4, layout="parallel", attn_bias=False,
-            vocab_bias=True,
+            TEXT, cross_attn_every=1, positions="rope", rope_dims=4, layout="parallel",
+            attn_bias=False, vocab_bias=True,
         ),
     ),
 }  # fmt: skip
@@ -206,7 +210,10 @@ def test_embeddings_are_unit_vectors_of_the_shared_size(name):
     [("mammut2", True), ("moderntext", True), ("openmammut", False), ("siglip", False)],
 )
 def test_only_a_model_that_masks_its_pads_does_not_see_them(name, same):
-    """openMaMMUT and SigLIP are trained with pads among the tokens: more of them, another embedding."""
+    """openMaMMUT and SigLIP are trained with pads among the tokens.
+
+    More pads give another embedding.
+    """
     batch = batch_of(name)
     tokens, valid = batch["tokens"], np.arange(LENGTH)[None].repeat(4, 0) < 5
     short = call(name, "encode_text", tokens[:, :5], valid[:, :5])
@@ -215,7 +222,10 @@ def test_only_a_model_that_masks_its_pads_does_not_see_them(name, same):
 
 
 def test_an_id_that_is_a_pad_by_config_is_one_wherever_it_stands():
-    """In CLIP's vocabulary 0 is a pad and "!": CoCa hides the token after it, and no loss is taken of it."""
+    """In CLIP's vocabulary 0 is a pad and "!".
+
+    CoCa hides the token after it, and no loss is taken of it.
+    """
     tokens = np.random.default_rng(0).integers(1, VOCAB, (4, LENGTH), np.int32)
     tokens[:, 3] = 0
     valid = np.ones(tokens.shape, bool)
@@ -236,7 +246,7 @@ def test_the_probability_of_a_text_is_of_the_tokens_the_loss_is_of():
     tokens, valid = batch["tokens"].copy(), np.ones((1, LENGTH), bool)
     tokens[:, 3] = 0
     image_tokens = model.image_tokens(batch["image"]).tokens
-    found = _text_logprob(
+    found = text_logprob(
         model, image_tokens, np.array([0]), jnp.asarray(tokens), jnp.asarray(valid)
     )
     logp = jax.nn.log_softmax(model.caption_logits(batch["image"], tokens)[0])
@@ -277,20 +287,16 @@ def test_every_parameter_is_trained_by_the_losses_the_model_has(name):
     config = CONFIGS[name]
     graphdef, params = weights(name)
     batch = jax.tree.map(jnp.asarray, batch_of(name) | {"target": batch_of(name)["text_valid"]})
-    if name == "siglip":
-        loss = lambda model: ImageTextTask(LossConfig(contrastive="sigmoid")).contrastive(  # noqa: E731
-            model,
-            model.encode_image(batch["image"]),
-            model.encode_text(batch["tokens"], batch["text_valid"]),
-        )
-    elif name == "cappa":
-        loss = lambda model: TextTask(LossConfig(), "captions").loss(
-            model, batch, jax.random.key(0)
-        )[0]  # noqa: E731
-    else:
-        loss = lambda model: ImageTextTask(LossConfig(contrastive="sigmoid")).loss(  # noqa: E731
-            model, batch, jax.random.key(0)
-        )[0]
+    pairs = ImageTextTask(LossConfig(contrastive="sigmoid"))
+
+    def loss(model):
+        if name == "siglip":
+            image_embed = model.encode_image(batch["image"])
+            text_embed = model.encode_text(batch["tokens"], batch["text_valid"])
+            return pairs.contrastive(model, image_embed, text_embed)
+        task = TextTask(LossConfig(), "captions") if name == "cappa" else pairs
+        return task.loss(model, batch, Augment(jax.random.key(0)))[0]
+
     grads = jax.jit(jax.grad(lambda params: loss(nnx.merge(graphdef, params))))(params)
     untrained = {
         jax.tree_util.keystr(path)
@@ -337,54 +343,6 @@ def test_the_counts_of_parameters_and_image_tokens_are_those_of_the_model(name):
         lambda p, x: nnx.merge(graphdef, p).image_tokens(x).tokens, params, batch_of(name)["image"]
     )
     assert tokens.shape[1:] == (config.vision.num_tokens, config.image_token_size)
-
-
-def matrix_flops(jaxpr) -> int:
-    """Two a multiply-add of every matrix product, in loops too."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            inputs = eqn.invars[0].aval.shape
-            total += 2 * eqn.outvars[0].aval.size * math.prod(inputs[axis] for axis in contracted)
-        inner = [
-            matrix_flops(getattr(x, "jaxpr", x))
-            for x in jax.tree.leaves(eqn.params)
-            if hasattr(x, "eqns")
-        ]
-        total += eqn.params.get("length", 1) * sum(inner)
-    return total
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_flops_are_those_of_the_matrix_products(name):
-    """Causal attention counts half in our figure and whole in the program; a class token is one position more."""
-    config = CONFIGS[name]
-    text, flops = config.text, forward_flops(config)
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
-    batch = batch_of(name, batch_size=1)
-
-    def counted(method, *args):
-        return matrix_flops(
-            jax.make_jaxpr(lambda p, *x: getattr(nnx.merge(graphdef, p), method)(*x))(
-                params, *args
-            ).jaxpr
-        )
-
-    half = 2 * LENGTH * LENGTH * text.width
-    if name in CONTRASTIVE:
-        causal = half * text.text_only_depth if text.causal_contrastive else 0
-        found = counted("encode_text", batch["tokens"], batch["text_valid"])
-        assert found == pytest.approx(
-            flops["contrastive_pass"] + causal, rel=1.2 / LENGTH if text.class_token else 0
-        )
-    if name in CAPTIONING:
-        expected = flops["vision"] + flops["caption_pass"] + flops["vocabulary"]
-        sequence = LENGTH + max(config.num_prefix_tokens - 1, 0)
-        causal = 2 * sequence**2 * text.width * (text.text_only_depth + text.depth)
-        assert counted("caption_logits", batch["image"], batch["tokens"]) == pytest.approx(
-            expected + causal, rel=0
-        )
 
 
 @pytest.mark.parametrize(
@@ -441,16 +399,19 @@ def test_parts_that_do_not_fit_are_refused_by_their_fields(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pooling": "class"}, "class_token is False, which does not go with pooling 'class'"),
         (
             {"positions": "rope", "num_heads": 8},
             "positions is 'rope', which needs heads of even size, not 3",
         ),
         (
-            {"cross_attn_position": "inside", "mlp_before_cross_attn": False},
-            "mlp_before_cross_attn is False",
+            {"cross_attn_every": 0, "cross_attn_position": "first_bare"},
+            "cross_attn_position is 'first_bare', which needs cross-attention",
         ),
-        ({"pad_masking": "shifted"}, "'shifted', which needs class_token and text_only_depth"),
+        (
+            {"cross_attn_position": "inside", "layout": "parallel"},
+            "layout is 'parallel', which has no place .* for cross_attn_position 'inside'",
+        ),
+        ({"pad_masking": "shifted"}, "'shifted', which needs pooling 'class' and text_only_depth"),
         ({"depth": 0}, "depth is 0, expected at least 1 layer"),
         (
             {"depth": 0, "text_only_depth": 2, "vocab_bias": True},
@@ -466,3 +427,35 @@ def test_parts_that_do_not_fit_are_refused_by_their_fields(changes, message):
 def test_a_decoder_that_cannot_be_is_refused_by_its_field(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TEXT, **changes)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_follows_from_other_fields_is_what_the_model_has(name):
+    """A class token goes with its pooling, a prefix with the lack of cross-attention.
+
+    No config contradicts itself.
+    """
+    config, (graphdef, params) = CONFIGS[name], weights(name)
+    model = nnx.merge(graphdef, params)
+    text = config.text
+    assert text.class_token == (text.pooling == "class") == (model.text.class_embed is not None)
+    assert (config.conditioning == "prefix") == (text.cross_attn_every == 0) == text.has_prefix
+    assert text.has_prefix == (model.text.cross_layers is None)
+    assert text.has_bare_layers == (model.text.bare_layers is not None)
+    fields = {field.name for part in (config, text) for field in dataclasses.fields(part)}
+    assert not fields & {"class_token", "conditioning", "norm_bias", "mlp_before_cross_attn"}
+
+
+def test_layers_without_an_mlp_are_those_before_cross_attention():
+    """No config asks for a layer that loses the MLP that its cross-attention is inside of."""
+    position = DecoderConfig.__dataclass_fields__["cross_attn_position"].type
+    choices = typing.get_args(position)
+    bare = {
+        choice
+        for choice in choices
+        if dataclasses.replace(TEXT, cross_attn_position=choice).has_bare_layers
+    }
+    assert bare == {"last_bare", "first_bare"} and "inside" in choices
+    for choice, slot in (("last_bare", 1), ("first_bare", 0)):
+        text = dataclasses.replace(TEXT, cross_attn_position=choice)
+        assert text.cross_attn_slot == slot

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mammut import presets
 from mammut.config import to_dict
 from mammut.interop import big_vision
+from mammut.models.compute import ComputeConfig
 from mammut.models.losses import contrastive_logits, sigmoid_contrastive
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config, tiny_model, tiny_processor
@@ -97,8 +98,8 @@ def test_two_towers_are_the_models_own_embeddings():
     np.testing.assert_array_equal(out["b"], [params["logit_bias"]])
     encoded = jax.jit(lambda x: tiny_model().vision(x))(image)
     np.testing.assert_allclose(out["img/pre_logits"], encoded.pooled, atol=1e-5)
-    pooled = jax.jit(lambda x: tiny_model().image_tokens(x))(image).pooled
-    np.testing.assert_allclose(out["img/norm"] * zimg, pooled, atol=1e-5)
+    vector = jax.jit(lambda x: tiny_model().image_tokens(x))(image).vector
+    np.testing.assert_allclose(out["img/norm"] * zimg, vector, atol=1e-5)
     np.testing.assert_allclose(
         out["txt/norm"] * ztxt, directly("text_vector", text, valid), atol=1e-5
     )
@@ -185,8 +186,12 @@ def test_the_scoring_evaluators_two_steps_are_the_whole():
     assert out["pre_logits"].shape == (4, CONFIG.vision.width)
 
 
-def test_cropped_positions_are_drawn_in_training_alone():
-    model = big_vision.Model(**fields(vision={"cropped_pos_embed": True}))
+@pytest.mark.parametrize("changes", [
+    {"augment": Nested(crop_positions=True)},
+    {"vision": {"cropped_pos_embed": True}},  # as version 0.1 called it
+])  # fmt: skip
+def test_cropped_positions_are_drawn_in_training_alone(changes):
+    model = big_vision.Model(**fields(**changes))
     image, _ = batch()
     variables = {"params": params_of(tiny_model())}
 
@@ -202,11 +207,47 @@ def test_cropped_positions_are_drawn_in_training_alone():
 
 
 def test_a_preset_is_changed_by_fields():
-    config = big_vision.model_config("mammut_s16", text=Nested(depth=6), remat="full")
     expected = presets.mammut_s16()
-    assert config == dataclasses.replace(
-        expected, text=dataclasses.replace(expected.text, depth=6), remat="full"
-    )
+    expected = dataclasses.replace(expected, text=dataclasses.replace(expected.text, depth=6))
+    # The second is as version 0.1 had it.
+    for computed in ({"compute": Nested(remat="full")}, {"remat": "full"}):
+        asked = {"preset": "mammut_s16", "text": Nested(depth=6), **computed}
+        assert big_vision.model_config(**asked) == expected
+        model = big_vision.Model(**asked)
+        assert (model.config, model.compute) == (expected, ComputeConfig(remat="full"))
+
+
+def test_the_scalars_of_the_loss_start_where_they_are_told_to():
+    image, text = batch()
+    for told, scale, bias in (
+        ({}, 1 / 0.07, 0),
+        ({"logit_scale_init": 10.0, "logit_bias_init": -10.0}, 10, -10),
+    ):
+        model = big_vision.Model(**fields(**told))
+        params = jax.jit(model.init)(jax.random.key(0), image, text)["params"]
+        np.testing.assert_allclose(params["logit_scale"], np.log(scale), rtol=1e-6)
+        assert params["logit_bias"] == bias
+
+
+def test_a_model_stored_in_bfloat16_is_loaded_in_bfloat16(folder):
+    """By the arguments of the model, or without them by the folder."""
+    compute = ComputeConfig(param_dtype="bfloat16")
+    asked = fields(compute=Nested(param_dtype="bfloat16"))
+    expected = params_of(tiny_model(seed=1, compute=compute))
+    assert_same(big_vision.load(None, folder, asked), expected)
+    variables = big_vision.Model(**asked).init(jax.random.key(0), *batch())
+    loaded = big_vision.load(variables["params"], folder, asked)
+    types = jax.tree.map(lambda x: str(x.dtype), loaded)
+    assert types == jax.tree.map(lambda x: str(x.dtype), variables["params"])
+    assert types["text"]["norm"]["scale"] == "bfloat16" and types["logit_scale"] == "float32"
+
+
+def test_a_folder_in_bfloat16_stays_so_without_arguments(tmp_path):
+    model = tiny_model(seed=1, compute=ComputeConfig(param_dtype="bfloat16"))
+    save(tmp_path / "half", model, tiny_processor())
+    loaded = big_vision.load(None, str(tmp_path / "half"))
+    assert_same(loaded, params_of(model))
+    assert loaded["text"]["norm"]["scale"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -214,6 +255,17 @@ def test_a_preset_is_changed_by_fields():
     [
         ({"preset": "mammut_xxl"}, "preset is 'mammut_xxl', expected one of .*mammut_b16"),
         ({"vision": {"widht": 3}}, "widht, which VisionConfig does not know"),
+        ({"compute": {"rmat": "full"}}, "compute has rmat, which ComputeConfig does not know"),
+        ({"augment": {"crop": True}}, "augment has crop, which AugmentConfig does not know"),
+        (
+            {"augment": {"prefix_dropout": 0.1}},
+            "prefix_dropout is 0.1, which needs an image prefix",
+        ),
+        (
+            {"logit_scale_init": 0.0},
+            "logit_scale_init is 0.0, expected more than 0 and at most 100",
+        ),
+        ({"conditioning": "prefix"}, "conditioning, which ModelConfig does not know"),
         ({"outputs": "both"}, "outputs.*both"),
         ({"text": {"pooling": "none"}}, "outputs is 'embeddings', which needs a contrastive pass"),
         (

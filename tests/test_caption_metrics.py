@@ -1,4 +1,4 @@
-"""Caption metrics: the official tool's numbers on its own answers, hand-worked cases, and every way Java can fail."""
+"""Caption metrics: the official tool's numbers, cases worked by hand, every way Java can fail."""
 
 import gzip
 import importlib.util

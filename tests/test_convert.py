@@ -18,6 +18,7 @@ import mammut
 from mammut import convert
 from mammut.config import DecoderConfig, ModelConfig, VisionConfig
 from mammut.data.tokenizer import MissingTokenizer
+from mammut.models.flops import num_params
 from mammut.testing import tiny_batch, tiny_model, tiny_processor
 
 MAMMUT2 = ModelConfig(
@@ -74,7 +75,7 @@ def assert_same_files(one: pathlib.Path, other: pathlib.Path) -> None:
 
 def test_a_model_goes_to_open_clip_and_back_bit_for_bit(ours, tmp_path):
     said = run(ours, tmp_path / "theirs", "--to", "open_clip")
-    total = mammut.models.mammut.num_params(MAMMUT2)["total"]
+    total = num_params(MAMMUT2)["total"]
     theirs = load_file(tmp_path / "theirs" / "open_clip_model.safetensors")
     written = f"{len(theirs)} tensors, {sum(x.nbytes for x in theirs.values()):,} bytes"
     assert f"{tmp_path / 'theirs'}: {written}, of a model of {total:,} parameters" in said
@@ -201,7 +202,7 @@ import dataclasses, resource
 import jax, numpy as np
 from mammut import convert, testing
 from mammut.config import ModelConfig
-from mammut.weights.tables import LazyTensors, OpenedModel, model_specs
+from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
 from mammut.weights.model_folder import save_opened
 from tests.test_convert import MAMMUT2
 text = dataclasses.replace(MAMMUT2.text, width=1200, num_heads=12, mlp_dim=4800)

@@ -1,4 +1,4 @@
-"""Sources and batches: what is read, in which order, from where a run goes on, and what bad data does."""
+"""Sources and batches: what is read, in which order, how a run goes on, what bad data does."""
 
 import collections
 import dataclasses
@@ -19,9 +19,11 @@ from mammut import prepare
 from mammut.config import DataConfig
 from mammut.data import batches as data
 from mammut.data import sources, synthetic
+from mammut.data.examples import BadExample, Example, Source
 from mammut.data.images import ImageTransform
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import train_sentencepiece
+from mammut.performance.reading_time import measure_reading
 from mammut.testing import shared_dir
 from mammut.training.log import RunLog
 
@@ -98,7 +100,7 @@ def said(batch: data.EvalBatch) -> list[list[str]]:
     return [example.captions if example else [] for example in batch.examples]
 
 
-def open_set(spec: str, **options) -> sources.Source:
+def open_set(spec: str, **options) -> Source:
     return sources.open_source(spec, image_size=SIZE, **options)
 
 
@@ -216,7 +218,7 @@ def test_each_bad_line_says_why_and_where(tmp_path):
     for number in range(len(source)):
         try:
             processor().image.read(source[number].image)
-        except sources.BadExample as error:
+        except BadExample as error:
             assert f"set.jsonl, line {number + 3} " in str(error)
             causes.append(error.cause)
         except ValueError as error:
@@ -378,7 +380,7 @@ def test_a_set_without_one_good_example_stops_the_run(tmp_path):
         take(train(open_set(spec), dataclasses.replace(CONFIG, max_bad_share=0.99)), 1)
 
 
-class Broken(sources.Source):
+class Broken(Source):
     spec = "broken"
 
     def __len__(self):
@@ -407,7 +409,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         data.eval_batches(source, processor(), batch_size=4, process_count=3)
 
 
-class LeftAndRight(sources.Source):
+class LeftAndRight(Source):
     """White on the left of black."""
 
     spec = "left and right"
@@ -418,7 +420,7 @@ class LeftAndRight(sources.Source):
     def __getitem__(self, index):
         image = np.zeros((SIZE, SIZE, 3), np.uint8)
         image[:, : SIZE // 2] = 255
-        return sources.Example(image, ["white on the left"], str(index))
+        return Example(image, ["white on the left"], str(index))
 
 
 def test_left_stays_left_unless_flips_are_asked_for():
@@ -496,7 +498,7 @@ def test_steps_of_small_images_need_their_size(tmp_path):
 # Prefetch
 
 
-class Gated(sources.Source):
+class Gated(Source):
     """Drawn scenes, each read when the gate is open."""
 
     spec = "jsonl:/on/a/stuck/disk"
@@ -556,7 +558,7 @@ def test_a_batch_that_is_there_is_not_waited_for():
     batches.close()
 
 
-class Slow(sources.Source):
+class Slow(Source):
     """20 milliseconds an example."""
 
     spec = "slow"
@@ -592,7 +594,7 @@ def test_the_wait_in_the_log_is_the_share_of_time_without_a_batch(tmp_path, slow
 
 def test_the_rate_of_reading_is_that_of_the_source():
     batches = train(Slow(), dataclasses.replace(CONFIG, threads=1))
-    found = data.measure_reading(batches, seconds=0.5)
+    found = measure_reading(batches, seconds=0.5)
     batches.close()
     # 8 may have been read before
     assert 0 < found["images_per_s"] < 50 * (1 + 8 / 20) and found["threads"] == 1
@@ -603,7 +605,7 @@ def test_the_rate_of_reading_is_that_of_the_source():
         and found["cores_busy"] > 0
     )
     with pytest.raises(ValueError, match="seconds is 0.0, expected a positive number"):
-        data.measure_reading(batches, seconds=0.0)
+        measure_reading(batches, seconds=0.0)
 
 
 def prefetch_threads() -> list[threading.Thread]:
@@ -647,8 +649,10 @@ from mammut.config import DataConfig
 from mammut.data.processor import ImageTransform, Processor
 from mammut.data.tokenizer import train_sentencepiece
 source = sources.open_source("synthetic:train", image_size=16)
-processor = Processor(train_sentencepiece(["a b", "b a"], 40, True), ImageTransform(16), max_length=8)
-ahead = data.prefetch(data.TrainBatches(source, processor, DataConfig(batch_size=64), seed=0), lambda batch: batch)
+tokenizer = train_sentencepiece(["a b", "b a"], 40, True)
+processor = Processor(tokenizer, ImageTransform(16), max_length=8)
+batches = data.TrainBatches(source, processor, DataConfig(batch_size=64), seed=0)
+ahead = data.prefetch(batches, lambda batch: batch)
 next(ahead)
 raise SystemExit(7)
 """
@@ -698,7 +702,7 @@ def test_processes_evaluate_parts_of_the_same_batches(tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A JSONL set with bad lines, prepared by the command: its spec, data_dir and what the command printed."""
+    """A JSONL set with bad lines, prepared by the command: spec, data_dir and its output."""
     folder = tmp_path_factory.mktemp("prepared")
     spec = write_set_with_bad(folder / "set", 20)
     command = [
@@ -749,7 +753,8 @@ def test_a_prepared_set_is_an_ordinary_tfds_set(prepared):
 import sys
 import tensorflow_datasets as tfds
 records = tfds.builder("greys", data_dir={prepared[1]!r}).as_data_source("train")
-print(len(records), records[3]["image"].shape, records[3]["image"][0, 0], records[3]["captions"][0].decode())
+record = records[3]
+print(len(records), record["image"].shape, record["image"][0, 0], record["captions"][0].decode())
 assert "tensorflow" not in sys.modules
 """
     shown = subprocess.run(

@@ -1,4 +1,4 @@
-"""The evaluation programs end to end: predictions, then scores; scored again without a model; what they refuse."""
+"""The evaluation programs end to end: predictions, scores, scores without a model, refusals."""
 
 import importlib
 import json
@@ -6,10 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+from embedding_recall import embedding_recall
 from PIL import Image
 
 import mammut
-from mammut.evaluation.metrics.rankings import retrieval_recall
 from mammut.evaluation.predictions import Predictions
 from mammut.evaluation.scoring import score
 from mammut.testing import tiny_model, tiny_processor
@@ -127,7 +127,7 @@ def test_the_scores_are_those_of_the_set(results, folder):
     lines = [json.loads(line) for i, line in enumerate((folder / "set.jsonl").open()) if i != 4]
     batch = processor(images=[folder / line["file"] for line in lines])
     texts = processor(text=[text for line in lines for text in line["captions"]])
-    recall = retrieval_recall(
+    recall = embedding_recall(
         np.asarray(model.encode_image(batch["image"])),
         np.asarray(model.encode_text(texts["tokens"], texts["text_valid"])),
         np.repeat(range(9), 2),
@@ -172,17 +172,22 @@ def test_predictions_of_another_set_are_refused(results, folder, refusal):
     ("caption", [], "--data is missing"),
     ("caption", ["--data", "jsonl:{}/empty.jsonl"], "is empty, expected at least one example"),
     ("caption", ["--data", "jsonl:{}/mute.jsonl"], "10 of 10 examples of"),
-    ("caption", ["--data", "jsonl:{}/set.jsonl", "--max-bad-share", "0.05"], "max_bad_share allows 5%"),
-    ("caption", ["--data", "jsonl:{}/set.jsonl", "--batch-size", "0"], "--batch-size is 0, expected at least 1"),
-    ("caption", ["--data", "jsonl:{}/set.jsonl", "--batch-size", "3"], "--batch-size 3 does not divide over the 8"),
-    ("caption", ["--data", "jsonl:{}/set.jsonl", "--batch-size", "8", "--num-beams", "99"], "num_beams"),
+    ("caption", ["--data", "jsonl:{}/set.jsonl", "--max-bad-share", "0.05"],
+     "max_bad_share allows 5%"),
+    ("caption", ["--data", "jsonl:{}/set.jsonl", "--batch-size", "0"],
+     "--batch-size is 0, expected at least 1"),
+    ("caption", ["--data", "jsonl:{}/set.jsonl", "--batch-size", "3"],
+     "--batch-size 3 does not divide over the 8"),
+    ("caption", ["--data", "jsonl:{}/set.jsonl", "--batch-size", "8", "--num-beams", "99"],
+     "num_beams"),
     ("caption", ["--data", "jsonl:{}/set.jsonl", "--limit", "0"], "--limit is 0"),
-    ("classify", ["--data", "jsonl:{}/set.jsonl", "--batch-size", "8", "--templates", "a"], "expected a text with {}"),
+    ("classify", ["--data", "jsonl:{}/set.jsonl", "--batch-size", "8", "--templates", "a"],
+     "expected a text with {}"),
     ("retrieval", ["--data", "nonsense:x"], "data source 'nonsense:x'"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_sentence(refusal, folder, name, argv, message):
-    assert message in refusal(name, folder / "model", *(arg.replace("{}", str(folder)) if "jsonl" in arg else arg
-                                                        for arg in argv))  # fmt: skip
+    argv = [arg.replace("{}", str(folder)) if "jsonl" in arg else arg for arg in argv]
+    assert message in refusal(name, folder / "model", *argv)
 
 
 def test_a_folder_without_a_model_is_refused(refusal, folder):

@@ -1,4 +1,4 @@
-"""The examples in front of a query: which are drawn, what the prompt looks like, where an answer ends."""
+"""Examples shown before a query: which are drawn, the prompt, where an answer ends."""
 
 from collections import Counter
 
@@ -11,7 +11,9 @@ from mammut.evaluation.few_shot import FewShot, Query, answer_part
 
 
 class Answered(Source):
-    """Pictures with the number of their place in every pixel; the fourth is no example, the sixth cannot be decoded.
+    """Pictures with their index in every pixel.
+
+    The fourth is no example, the sixth cannot be decoded.
 
     Each has two questions, of type "how many" and, from place 2 on, "what". Places 0 and 1 have the
     same key.

@@ -1,4 +1,4 @@
-"""Questions and captions after examples, end to end: against prompts put together by hand, scored again, refused."""
+"""Questions and captions after examples, end to end, against prompts put together by hand."""
 
 import json
 
@@ -20,7 +20,7 @@ QUESTIONS = "what?", "where?"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with an image prefix, and 6 pictures, each with a caption and a question of one of two types."""
+    """A model with an image prefix, and 6 pictures with a caption and a question of two types."""
     folder = tmp_path_factory.mktemp("few_shot")
     mammut.save(folder / "model", prefix_model(), prefix_processor())
     mammut.save(folder / "other", tiny_model(), tiny_processor())
@@ -180,11 +180,13 @@ def test_a_question_that_does_not_fit_is_answered_with_nothing_and_its_neighbour
     (vqa, ["--shots", "2"], "other", "the model sees images by 'cross_attention'"),
     (vqa, ["--shots", "20"], "model", "has 6 examples to show, expected at least 20"),
     (vqa, ["--shots", "6"], "model", "has 5 examples to show beside"),
-    (vqa, ["--shots", "5", "--max-new-tokens", "45"], "model", "a query after 5 shots has 6 images of 4 tokens each"),
+    (vqa, ["--shots", "5", "--max-new-tokens", "45"], "model",
+     "a query after 5 shots has 6 images of 4 tokens each"),
     (vqa, ["--shots", "-1"], "model", "the number of shots is -1"),
     (vqa, ["--shots-seed", "3"], "model", "--shots-seed is 3, which needs --shots"),
     (caption, ["--instruction", "Look."], "model", "--instruction is 'Look.', which needs --shots"),
-    (vqa, ["--shots", "1", "--prompt", "Q: {} A: "], "model", "the prompt 'Q: {} A: ' ends in a space, expected none"),
+    (vqa, ["--shots", "1", "--prompt", "Q: {} A: "], "model",
+     "the prompt 'Q: {} A: ' ends in a space, expected none"),
     (vqa, ["--shots", "1", "--shots-data", "jsonl:nowhere"], "model", "nowhere"),
 ])  # fmt: skip
 def test_what_cannot_be_asked_is_refused_in_one_sentence(folder, program, argv, model, message):

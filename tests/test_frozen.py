@@ -15,9 +15,17 @@ from damage import assert_identical, by_name, flip, one_sentence
 from prefix_models import prefix_config
 
 import mammut
-from mammut.config import AdapterConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mammut.config import (
+    AdapterConfig,
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from mammut.core import params as partition
 from mammut.core import sharding
+from mammut.models.compute import Augment
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 from mammut.training.optimizer import learning_rate_schedule, make_optimizer
 from mammut.training.run_folder import write_run
@@ -63,7 +71,8 @@ def begun(trainer: Trainer, config: TrainConfig = CONFIG) -> TrainState:
 def nnx_params(config: TrainConfig) -> dict:
     from flax import nnx
 
-    return nnx.to_pure_dict(nnx.state(tiny_model(config.model), nnx.Param))
+    model = tiny_model(config.model, compute=config.compute)
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def after(trainer: Trainer, state: TrainState, run: list[dict]) -> TrainState:
@@ -74,8 +83,9 @@ def after(trainer: Trainer, state: TrainState, run: list[dict]) -> TrainState:
 
 
 def require_frozen(before: dict, state_after: dict, trained: frozenset[str]) -> None:
-    """Whole parameters before and after: those not trained have the same bits, all others have moved."""
-    before, got = partition.by_name(before), partition.by_name(state_after)
+    """Requires that the trained parameters, and no others, have other bits than before."""
+    before = partition.by_name(before)
+    got = partition.by_name(state_after)
     moved = {
         name
         for name in before
@@ -123,9 +133,9 @@ def test_the_base_keeps_every_bit_through_decay_momentum_micro_batches_and_a_bat
 
 
 def test_a_base_in_bfloat16_keeps_every_bit_under_a_float32_rest():
-    text = dataclasses.replace(CONFIG.model.text, param_dtype="bfloat16")
-    model = dataclasses.replace(CONFIG.model, text=text)
-    config = dataclasses.replace(CONFIG, model=model, trainable=("image_projection.*", "vision.*"))
+    compute = ComputeConfig(text_param_dtype="bfloat16")
+    trainable = ("image_projection.*", "vision.*")
+    config = dataclasses.replace(CONFIG, compute=compute, trainable=trainable)
     trainer = trainer_of(config)
     before = nnx_params(config)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(before["text"])} == {"bfloat16"}
@@ -140,11 +150,10 @@ def test_a_base_in_bfloat16_keeps_every_bit_under_a_float32_rest():
 
 
 def test_adapters_in_float32_are_trained_on_a_base_in_bfloat16_that_keeps_every_bit():
-    """MAGMA's arrangement: an image prefix, a frozen language model in half the memory, adapters."""
-    model = dataclasses.replace(
-        prefix_config(param_dtype="bfloat16", max_length=16), adapters=(AdapterConfig(),)
-    )
-    config = dataclasses.replace(CONFIG, model=model, trainable=("adapters.*",))
+    """The arrangement of MAGMA: an image prefix, a frozen language model, adapters."""
+    model = dataclasses.replace(prefix_config(max_length=16), adapters=(AdapterConfig(),))
+    compute = ComputeConfig(text_param_dtype="bfloat16")
+    config = dataclasses.replace(CONFIG, model=model, compute=compute, trainable=("adapters.*",))
     trainer = trainer_of(config)
     before = nnx_params(config)
     names = frozenset(name for name in partition.by_name(before) if name.startswith("adapters."))
@@ -163,6 +172,8 @@ def test_adapters_in_float32_are_trained_on_a_base_in_bfloat16_that_keeps_every_
     (("image_projection.*",), (), "caption", ["text", "vision"]),
     (("image_projection.*",), ("init",), "caption", []),
     (("text.layers.*",), ("init_text",), "text", []),  # it sees no images
+    (("text.*",), (), "text", []),  # nor does it run the cross-attention, which stays frozen
+    (("text.layers.*",), (), "text", ["text"]),
     (("*",), (), "caption", []),
 ])  # fmt: skip
 def test_a_tower_that_would_stay_random_is_named(trainable, starts, task, untrained):
@@ -172,7 +183,7 @@ def test_a_tower_that_would_stay_random_is_named(trainable, starts, task, untrai
 
 
 def test_the_step_computes_no_gradient_of_the_base_and_hands_it_on_as_it_is(trainer):
-    """In the traced step every frozen output is the input itself; compiled, no second copy of it is held."""
+    """In the traced step a frozen output is the input itself; compiled, it has no second copy."""
     abstract = trainer.abstract_state
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batches(1)[0])
     with jax.set_mesh(trainer.mesh):
@@ -204,7 +215,9 @@ def masked_alone(mask):
 
 
 def gradients_set_to_zero(mask):
-    zeroed = lambda grads: jax.tree.map(lambda m, g: g if m else jnp.zeros_like(g), mask, grads)  # noqa: E731
+    def zeroed(grads):
+        return jax.tree.map(lambda m, g: g if m else jnp.zeros_like(g), mask, grads)
+
     return optax.adamw(1e-2, weight_decay=0.5), zeroed
 
 
@@ -224,7 +237,10 @@ def a_few_steps(trainer, trained):
     mask = jax.tree_util.tree_map_with_path(
         lambda path, _: partition.path_name(path) in trained, before
     )
-    loss = lambda params, batch: task.loss(trainer.model(params), batch, jax.random.key(0))[0]  # noqa: E731
+
+    def loss(params, batch):
+        return task.loss(trainer.model(params), batch, Augment())[0]
+
     gradient = jax.jit(jax.grad(loss))
 
     def steps(mistake):
@@ -344,7 +360,10 @@ RATES = (("image_projection.bias", 3e-3), ("image_projection.*", 1e-4), ("text.*
 
 
 def test_every_group_is_adamw_with_its_own_peak():
-    """Against AdamW written out (arXiv 1711.05101, algorithm 2), with warm-up, decay and clipping."""
+    """Compared with AdamW written out, with warm-up, decay and clipping.
+
+    (arXiv 1711.05101, algorithm 2.)
+    """
     config = OptimizerConfig(
         learning_rate=1e-2,
         learning_rates=RATES,
@@ -357,9 +376,12 @@ def test_every_group_is_adamw_with_its_own_peak():
     rng = np.random.default_rng(0)
     mlp = {"up": {"kernel": (4, 2)}}
     shapes = {"image_projection": {"kernel": (3, 4), "bias": (4,)}, "text": {"mlp": mlp, "a": (5,)}}
-    draw = lambda: jax.tree.map(
-        lambda s: 0.1 * rng.normal(size=s), shapes, is_leaf=lambda s: type(s) is tuple
-    )  # noqa: E731
+
+    def draw():
+        return jax.tree.map(
+            lambda s: 0.1 * rng.normal(size=s), shapes, is_leaf=lambda s: type(s) is tuple
+        )
+
     peaks = {
         "image_projection.kernel": 1e-4,
         "image_projection.bias": 3e-3,
@@ -397,6 +419,39 @@ def test_every_group_is_adamw_with_its_own_peak():
         np.testing.assert_allclose(got, flat[name], atol=2e-5 * moved + 1e-7, rtol=0)
 
 
+def test_a_group_has_the_bits_of_the_common_update_times_its_share_of_the_rate():
+    """The updates without groups, each times peak / learning_rate, to the last bit."""
+    config = OptimizerConfig(learning_rate=3e-3, learning_rates=RATES, warmup_steps=1)
+    alike = make_optimizer(dataclasses.replace(config, learning_rates=()), steps=8)
+    grouped = make_optimizer(config, steps=8)
+    rng = np.random.default_rng(0)
+
+    def draw():
+        kernel, bias = jnp.float32(rng.normal(size=(3, 4))), jnp.float32(rng.normal(size=4))
+        projection = {"kernel": kernel, "bias": bias}
+        return {
+            "image_projection": projection,
+            "text": {"mlp": {"up": {"kernel": kernel.T}}, "a": bias},
+        }
+
+    params = draw()
+    peaks = dict(RATES)
+    of = partition.first_fitting(partition.by_name(params), list(peaks))
+    assert set(of.values()) == set(peaks) and len(of) < len(partition.by_name(params))
+    states = [optimizer.init(params) for optimizer in (alike, grouped)]
+    for _ in range(2):
+        grads = draw()
+        expected, states[0] = alike.update(grads, states[0], params)
+        got, states[1] = grouped.update(grads, states[1], params)
+        got = partition.by_name(got)
+        for name, update in partition.by_name(expected).items():
+            if name in of:
+                update = update * (peaks[of[name]] / config.learning_rate)
+            assert np.asarray(got[name]).tobytes() == np.asarray(update).tobytes(), name
+    assert_identical(states[1][:-1], states[0])
+    assert states[1][-1] == optax.EmptyState()  # as in the checkpoints of earlier versions
+
+
 def test_magmas_schedule_rises_for_100_steps_and_would_be_at_zero_at_300_000():
     """facts: peak 8e-4, 30,000 steps of it are run."""
     config = OptimizerConfig(
@@ -412,12 +467,15 @@ def test_magmas_schedule_rises_for_100_steps_and_would_be_at_zero_at_300_000():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"trainable": ("adapters.*",)}, "trainable has 'adapters.*', which fits no parameter to train: expected patterns"),
+    ({"trainable": ("adapters.*",)},
+     "trainable has 'adapters.*', which fits no parameter to train: expected patterns"),
     ({"trainable": ()}, "trainable is empty, so nothing would be trained"),
     ({"optimizer": OptimizerConfig(learning_rates=(("vision.*", 2e-6),))},
      "optimizer.learning_rates has 'vision.*', which fits no trained parameter"),
-    ({"optimizer": OptimizerConfig(learning_rates=(("image*", 1e-3), ("image_projection.bias", 2e-3)))},
-     "learning_rates has 'image_projection.bias', which fits no trained parameter that those before it leave"),
+    ({"optimizer": OptimizerConfig(
+        learning_rates=(("image*", 1e-3), ("image_projection.bias", 2e-3)))},
+     "learning_rates has 'image_projection.bias', which fits no trained parameter that those "
+     "before it leave"),
 ])  # fmt: skip
 def test_a_pattern_that_fits_nothing_is_refused(changes, message):
     with pytest.raises(ValueError) as error:

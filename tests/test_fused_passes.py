@@ -1,4 +1,7 @@
-"""Both passes in one traversal of the decoder: the numbers of two calls, each weight gathered once, no work added."""
+"""Both passes in one traversal of the decoder.
+
+It gives the numbers of two calls, gathers each weight once and adds no work.
+"""
 
 import collections
 import dataclasses
@@ -8,40 +11,40 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from test_architectures import CONFIGS, matrix_flops
+from test_architectures import CONFIGS
+from test_flops import product_flops
 
-from mammut.config import LossConfig, MeshConfig, ModelConfig
+from mammut.config import AugmentConfig, ComputeConfig, LossConfig, MeshConfig, ModelConfig
 from mammut.core import sharding
+from mammut.core.params import logical_axes
+from mammut.models.compute import Augment
 from mammut.models.flops import forward_flops
-from mammut.models.mammut import MaMMUT, logical_axes
+from mammut.models.mammut import MaMMUT, require_computable
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 from mammut.training.tasks import ImageTextTask
 
 OWN = tiny_config()
+CAUSAL = dataclasses.replace(OWN, text=dataclasses.replace(OWN.text, causal_contrastive=True))
 FUSABLE = {
-    "own": OWN,
-    "own, full remat": dataclasses.replace(OWN, remat="full"),
-    "own, causal, dots, unrolled": dataclasses.replace(
-        OWN, text=dataclasses.replace(OWN.text, causal_contrastive=True), remat="dots", unroll=4
-    ),
-    **{
-        name: CONFIGS[name]
-        for name in ("openmammut", "openmammut_small", "bare_last", "moderntext")
-    },
+    "own": (OWN, ComputeConfig()),
+    "own, full remat": (OWN, ComputeConfig(remat="full")),
+    "own, causal, dots, unrolled": (CAUSAL, ComputeConfig(remat="dots", unroll=4)),
+    "openmammut": (CONFIGS["openmammut"], ComputeConfig()),
+    "openmammut_small": (CONFIGS["openmammut_small"], ComputeConfig()),
+    "bare_last": (CONFIGS["bare_last"], ComputeConfig()),
+    "moderntext": (CONFIGS["moderntext"], ComputeConfig()),
 }
 PASSES = ("two_calls", "fused")
 
 
-def outputs_and_gradients(config: ModelConfig):
-    """What a training forward gives, and the gradients of a sum that depends on every number of it."""
-    graphdef, params = nnx.split(tiny_model(config))
+def outputs_and_gradients(config: ModelConfig, compute: ComputeConfig):
+    """Results of a training forward, and gradients of a sum that depends on all numbers."""
+    graphdef, params = nnx.split(tiny_model(config, compute=compute))
     batch = tiny_batch(config)
 
     def weighted(params):
-        rng, out = (
-            np.random.default_rng(1),
-            vars(nnx.merge(graphdef, params).two_pass(*batch.values())),
-        )
+        rng = np.random.default_rng(1)
+        out = vars(nnx.merge(graphdef, params).two_pass(*batch.values()))
         return sum(
             (leaf * np.float32(rng.normal(size=leaf.shape))).sum() for leaf in jax.tree.leaves(out)
         ), out
@@ -52,9 +55,13 @@ def outputs_and_gradients(config: ModelConfig):
 
 @pytest.mark.parametrize("name", FUSABLE)
 def test_one_traversal_gives_the_numbers_and_the_gradients_of_two(name):
-    """To rounding, which adds up in gradients: their sums over both passes are taken in another order."""
+    """They are equal up to rounding, which adds up in gradients.
+
+    The sums of gradients over both passes are taken in another order.
+    """
+    config, compute = FUSABLE[name]
     expected, actual = (
-        outputs_and_gradients(dataclasses.replace(FUSABLE[name], passes=passes))
+        outputs_and_gradients(config, dataclasses.replace(compute, passes=passes))
         for passes in PASSES
     )
     for (path, want), got in zip(
@@ -68,23 +75,40 @@ def test_one_traversal_gives_the_numbers_and_the_gradients_of_two(name):
 
 @pytest.mark.parametrize("name", ["coca", "siglip", "cappa"])
 def test_a_model_whose_passes_differ_in_length_or_layers_is_refused(name):
-    with pytest.raises(
-        ValueError, match="ModelConfig.passes is 'fused', which needs two passes over the same"
-    ):
-        dataclasses.replace(CONFIGS[name], passes="fused")
+    fused = ComputeConfig(passes="fused")
+    message = "ComputeConfig.passes is 'fused', which needs two passes over the same"
+    with pytest.raises(ValueError, match=message):
+        require_computable(CONFIGS[name], fused)
+    with pytest.raises(ValueError, match=message):
+        MaMMUT(CONFIGS[name], compute=fused, rngs=nnx.Rngs(0))
+    require_computable(CONFIGS[name], ComputeConfig())
+
+
+def test_a_model_with_an_image_prefix_is_refused():
+    """Its caption pass is longer than its contrastive pass."""
+    message = "ComputeConfig.passes is 'fused', which has no place for a prefix"
+    with pytest.raises(ValueError, match=message):
+        require_computable(CONFIGS["prefix"], ComputeConfig(passes="fused"))
+    require_computable(CONFIGS["prefix"], ComputeConfig())
 
 
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("name", ["own", "openmammut_small", "moderntext"])
 def test_a_training_forward_encodes_the_image_once_and_scores_no_word(name, passes):
-    """All matrix products of it are counted: one more image, one cross-attention of the contrastive pass would show."""
-    config = dataclasses.replace(FUSABLE[name], passes=passes)
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
+    """All of its matrix products are counted.
+
+    One more encoded image, or one cross-attention in the contrastive pass, would show.
+    """
+    config, compute = FUSABLE[name]
+    compute = dataclasses.replace(compute, passes=passes)
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: MaMMUT(config, compute=compute, rngs=nnx.Rngs(0)))
+    )
     batch, flops, text = tiny_batch(config, batch_size=1), forward_flops(config), config.text
     program = jax.make_jaxpr(lambda p: nnx.merge(graphdef, p).two_pass(*batch.values()))(params)
     causal = 2 * text.max_length**2 * text.width * text.depth  # counts half there and whole here
     expected = flops["vision"] + flops["contrastive_pass"] + flops["caption_pass"] + causal
-    assert matrix_flops(program.jaxpr) == expected
+    assert product_flops(program.jaxpr) == expected
 
 
 def products(jaxpr):
@@ -99,7 +123,7 @@ def products(jaxpr):
 
 @pytest.mark.parametrize("name", ["own", "openmammut_small"])
 def test_the_contrastive_pass_has_no_product_with_the_vocabulary(name):
-    config = FUSABLE[name]
+    config, _ = FUSABLE[name]
     vocab = config.text.vocab_size
     graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
     batch = tiny_batch(config)
@@ -113,14 +137,17 @@ def test_the_contrastive_pass_has_no_product_with_the_vocabulary(name):
 
 
 def test_over_eight_devices_each_decoder_weight_is_gathered_once_forward_and_once_backward():
-    """The layers are laid out one by one. Nothing is moved between devices but gathered and reduced."""
-    vision = dataclasses.replace(
-        OWN.vision, depth=1, image_size=32, patch_drop=0.5, cropped_pos_embed=True
-    )
+    """The layers are laid out one by one.
+
+    Between devices, arrays are gathered and reduced, and nothing else is moved.
+    """
+    vision = dataclasses.replace(OWN.vision, depth=1, image_size=32)
     text = dataclasses.replace(OWN.text, depth=2)
-    config = dataclasses.replace(OWN, vision=vision, text=text, passes="fused", unroll=2)
+    config = dataclasses.replace(OWN, vision=vision, text=text)
+    compute = ComputeConfig(passes="fused", unroll=2)
+    augment = Augment(jax.random.key(0), AugmentConfig(patch_drop=0.5, crop_positions=True))
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
-    abstract = nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: MaMMUT(config, compute=compute, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(abstract)
     params = nnx.to_pure_dict(params)
     places = sharding.param_shardings(params, logical_axes(abstract), mesh)
@@ -128,7 +155,7 @@ def test_over_eight_devices_each_decoder_weight_is_gathered_once_forward_and_onc
     batch = tiny_batch(config, batch_size=16)
 
     def loss(params, batch):
-        return task.loss(nnx.merge(graphdef, params), batch, jax.random.key(0))[0]
+        return task.loss(nnx.merge(graphdef, params), batch, augment)[0]
 
     with jax.set_mesh(mesh):
         step = jax.jit(jax.grad(loss), in_shardings=(places, rows), out_shardings=places).lower(

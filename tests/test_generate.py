@@ -15,9 +15,9 @@ from flax import nnx
 import mammut
 from mammut.config import MeshConfig
 from mammut.core import sharding
+from mammut.core.params import logical_axes
 from mammut.generation.search import Decoding, GenerateConfig, filter_logits, search
 from mammut.generation.text import _generate, generate, generate_text
-from mammut.models.mammut import logical_axes
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 
 # What is here is compiled more than it is run.
@@ -80,7 +80,7 @@ def greedy(generated):
 
 
 def by_loop(logits, image, bos_id, eos_id):
-    """One image: ask for the logits of all that is written, take the likeliest, until the end or the last place."""
+    """One image: the likeliest token after all tokens so far, until the end or the last place."""
     tokens = [bos_id]
     while len(tokens) < LENGTH and (len(tokens) == 1 or tokens[-1] != eos_id):
         # What has not been written is any id: it cannot change the logits before it.
@@ -294,7 +294,7 @@ def test_a_prompt_of_nothing_but_pads_is_its_start_token(generated, images, end)
 
 
 def every_text(vocab_size, end, most=3):
-    """All texts of at most three tokens: int[N, 1 + 3] after start 1, filled up with ends; and their lengths."""
+    """All texts of at most three tokens: int[N, 1 + 3], start and ends included; their lengths."""
     texts = itertools.product(range(vocab_size), repeat=most)
     texts = sorted({text[: text.index(end) + 1] if end in text else text for text in texts})
     tokens = np.array([[1, *text, *[end] * (most - len(text))] for text in texts])
@@ -302,7 +302,7 @@ def every_text(vocab_size, end, most=3):
 
 
 def check_best(found, row, tokens, lengths, logprobs, length_penalty):
-    """The first three of a search are the best three of all texts, whose tokens have these log-probabilities."""
+    """The first three of a search are the best three of all texts, by these log-probabilities."""
     logprobs = np.where(np.arange(3) < lengths[:, None], logprobs, 0)
     scores = logprobs.sum(1) / lengths**length_penalty
     best = np.argsort(-scores)[:3]
@@ -402,7 +402,7 @@ def test_diverse_groups_say_different_things():
 
 
 def test_a_diversity_penalty_chooses_but_does_not_count():
-    """Scores are the model's log-probabilities, of tokens that were chosen in spite of a penalty, too."""
+    """Scores are the model's log-probabilities, even of tokens chosen in spite of a penalty."""
     out = by_table(GenerateConfig(num_beams=2, num_groups=2, diversity_penalty=0.3))
     assert (out.tokens[:, 0, 1:5] == out.tokens[:, 1, 1:5]).any() and (
         out.tokens[:, 0] != out.tokens[:, 1]
@@ -454,8 +454,8 @@ def test_what_is_sampled_for_an_image_does_not_depend_on_the_size_of_batches(
     config = GenerateConfig(max_new_tokens=2, temperature=1.5)
     texts = generate_text(model, processor, images, config=config, batch_size=4, seed=3)
     assert texts[4:] != texts[:2]
-    np.testing.assert_equal([found.text for found in generate_text(model, processor, images, config=config, seed=3)],
-                            [found.text for found in texts])  # fmt: skip
+    again = generate_text(model, processor, images, config=config, seed=3)
+    np.testing.assert_equal([found.text for found in again], [found.text for found in texts])
 
 
 def test_a_repetition_penalty_keeps_a_text_from_repeating_itself():
@@ -676,7 +676,8 @@ def test_texts_that_do_not_exist_have_a_score_of_minus_infinity():
 
 @pytest.mark.parametrize("rows, config, expected", [
     (0, {}, "there are 0 prompts for 0 images, expected one each, and at least one"),
-    (1, {"temperature": 0.5}, "GenerateConfig.temperature is 0.5, expected a key for each row with it"),
+    (1, {"temperature": 0.5},
+     "GenerateConfig.temperature is 0.5, expected a key for each row with it"),
 ])  # fmt: skip
 def test_what_no_text_can_be_made_of_is_refused(model, images, rows, config, expected):
     prompt = jnp.ones((rows, 1), int)

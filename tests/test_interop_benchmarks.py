@@ -1,4 +1,4 @@
-"""The adapters for CLIP_benchmark and lmms-eval, scored by those packages' own evaluation functions.
+"""The adapters for CLIP_benchmark and lmms-eval, scored by the functions of those packages.
 
 Each test is skipped where its package is missing; what the adapters hand over needs torch alone.
 """
@@ -15,10 +15,10 @@ import numpy as np
 import PIL.Image
 import PIL.ImageFile
 import pytest
+from embedding_recall import embedding_recall
 from flax import nnx
 
 import mammut
-from mammut.evaluation.metrics.rankings import retrieval_recall
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import generate
 from mammut.testing import tiny_config, tiny_model, tiny_processor
@@ -45,7 +45,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def model():
-    """What it says differs from image to image: the cross-attention speaks up. It knows 4 ids that no text has."""
+    """A model whose texts differ from image to image; it knows 4 ids that no text has."""
     text = dataclasses.replace(tiny_config().text, vocab_size=64)
     model = tiny_model(dataclasses.replace(tiny_config(), text=text), seed=1)
     cross = model.text.cross_layers.attn.out.kernel
@@ -217,7 +217,10 @@ def test_a_batch_of_nothing_is_refused(model, processor):
 
 
 def open_clip_decode(ids) -> str:
-    """As `clip_benchmark.metrics.captioning` does; open_clip's tokenizer alone, since open_clip needs torchvision."""
+    """Decodes as `clip_benchmark.metrics.captioning` does.
+
+    Only open_clip's tokenizer is loaded, since open_clip needs torchvision.
+    """
     spec = importlib.util.find_spec("open_clip")
     if spec is None or importlib.util.find_spec("regex") is None:
         pytest.skip("CLIP_benchmark decodes captions with open_clip, which is not installed")
@@ -258,7 +261,7 @@ def test_clip_benchmark_finds_the_retrieval_recall_that_metrics_finds(adapted, p
         "clip_benchmark.metrics.zeroshot_retrieval", reason="CLIP_benchmark is not installed"
     )
     captions = [TEXTS[:2], TEXTS[2:3], TEXTS[3:]]
-    expected = retrieval_recall(embeds[0][:3], embeds[1], np.array([0, 0, 1, 2, 2, 2]), ks=(1, 2))
+    expected = embedding_recall(embeds[0][:3], embeds[1], np.array([0, 0, 1, 2, 2, 2]), ks=(1, 2))
     batches = loader(pictures[:3], captions, adapted, with_captions, batch_size=2)
     got = scorer.evaluate(
         adapted, batches, adapted.tokenizer, "cpu", amp=False, recall_k_list=[1, 2]
@@ -353,7 +356,7 @@ def speaker(lmms, model, processor, pictures):
 
 
 def requests(kind, contexts, seconds, visual=lambda picture: [picture]):
-    """lmms-eval's own `Instance`s about the pictures in turn; `seconds` are generation kwargs or continuations."""
+    """`Instance`s of lmms-eval; `seconds` are generation kwargs or continuations."""
     from lmms_eval.api.instance import Instance
 
     made = []
@@ -556,7 +559,10 @@ def test_texts_that_do_not_fit_are_refused(speaker):
     with pytest.raises(ValueError, match="tokens with the start, expected fewer than the 12 for"):
         ask(speaker, [long], GREEDY)
     for text in ("", long):
-        message = f"a prompt of 2 tokens and a continuation {text!r:.60} of .* together no more than .*max_length 12"
+        message = (
+            f"a prompt of 2 tokens and a continuation {text!r:.60} of .* "
+            "together no more than .*max_length 12"
+        )
         with pytest.raises(ValueError, match=message):
             speaker.loglikelihood(requests("loglikelihood", ["one"], [text]))
 
@@ -646,7 +652,7 @@ def make_task(pictures):
 def test_the_evaluator_scores_the_answers_of_the_model(
     speaker, make_task, model, processor, pictures
 ):
-    """`simple_evaluate` from the documents to the score: every other document's gold answer is the model's own."""
+    """`simple_evaluate` from documents to score: every other gold answer is the model's own."""
     evaluator = pytest.importorskip(
         "lmms_eval.evaluator", reason="lmms-eval's evaluator is not installed"
     )

@@ -1,6 +1,5 @@
 """Language models of Hugging Face: each number against transformers, on random weights; configs, tokenizers, files."""
 
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -19,6 +18,7 @@ from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer, restore_tokenizer
 from mammut.models import losses
 from mammut.models.cached_decoder import cached_step, prefill
+from mammut.models.compute import ComputeConfig
 from mammut.models.decoder import TextDecoder
 from mammut.testing import tiny_model, tiny_processor
 from mammut.weights.files.tensor_file import (
@@ -660,13 +660,12 @@ def test_a_model_without_tokenizer_says_which_files_it_wants(gpt2):
 # --- use
 
 
-def prefix_model(folder: pathlib.Path, **text) -> ModelConfig:
+def prefix_model(folder: pathlib.Path) -> ModelConfig:
     config = ModelConfig(
         vision=VisionConfig(
             image_size=16, patch_size=8, width=32, depth=1, num_heads=2, mlp_dim=64
         ),
-        text=dataclasses.replace(read_model_config(folder).text, **text),
-        conditioning="prefix",
+        text=read_model_config(folder).text,
         image_projection="decoder",
     )
     return start_config(config, {"init_text": open_model(folder)})
@@ -686,14 +685,14 @@ def test_a_run_starts_from_a_language_model(talking):
 
 
 def test_a_base_is_held_in_bfloat16_where_the_run_says_so(talking):
-    config = prefix_model(talking, param_dtype="bfloat16")
-    assert config.text.param_dtype == "bfloat16"
-    warm = warm_start(config, {"init_text": open_model(talking)})
+    config = prefix_model(talking)
+    compute = ComputeConfig(text_param_dtype="bfloat16")
+    warm = warm_start(config, {"init_text": open_model(talking)}, compute=compute)
     kernel = open_tensors(talking / "model.safetensors").read("transformer.h.2.mlp.fc_in.weight").T
     read = warm.read("text.layers.mlp.up.kernel")
     assert read.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(read[2], kernel.astype(ml_dtypes.bfloat16))
-    specs = model_specs(config)
+    specs = model_specs(config, compute)
     assert specs["text.norm.scale"].dtype == ml_dtypes.bfloat16
     assert specs["image_projection.kernel"].dtype == np.float32
 

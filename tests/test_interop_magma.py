@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import pathlib
 import sys
 from typing import Any
 
@@ -15,11 +16,12 @@ from resnet_originals import original
 
 import mammut
 from mammut import presets
-from mammut.config import AdapterConfig, ResNetConfig
+from mammut.config import AdapterConfig, AugmentConfig, ResNetConfig
 from mammut.convert import convert
 from mammut.data.images import ImageTransform
 from mammut.data.tokenizer import MissingTokenizer
 from mammut.models.flops import num_params
+from mammut.training.command_line import load_recipe
 from mammut.weights.files.tensor_file import (
     CheckpointError,
     TensorSpec,
@@ -32,6 +34,8 @@ from mammut.weights.opened import LazyTensors, model_specs
 
 torch = pytest.importorskip("torch", reason="MAGMA is a PyTorch model")
 nn = torch.nn
+
+ROOT = pathlib.Path(__file__).parents[1]
 TOWER = ResNetConfig(stem_width=8, stages=(1, 2, 1, 1))
 TINY = {"num_heads": 4, "rope_dims": 4, "max_length": 64}
 VOCAB, WIDTH, PREFIX = 61, 32, 49
@@ -352,12 +356,18 @@ def test_a_file_of_the_published_size_is_opened_by_its_header_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("adapters", "preset"), [(V1, presets.magma_v1()), (V2, presets.magma_v2())], ids=["v1", "v2"]
+    ("version", "adapters", "preset"),
+    [("v1", V1, presets.magma_v1()), ("v2", V2, presets.magma_v2())],
+    ids=["v1", "v2"],
 )
-def test_a_file_of_the_published_size_has_the_config_of_the_preset(adapters, preset, tmp_path):
-    """But for the vocabulary, which MAGMA cuts to that of GPT-2 and the image, and for types and remat."""
-    text = dataclasses.replace(preset.text, vocab_size=50_258, param_dtype=None)
-    expected = dataclasses.replace(preset, text=text, dtype="float32", remat="none")
+def test_a_file_of_the_published_size_has_the_config_of_the_preset(
+    version, adapters, preset, tmp_path
+):
+    """But for the vocabulary, which MAGMA cuts to that of GPT-2 and the image."""
+    recipe = load_recipe(ROOT / "configs" / f"magma_{version}.py")
+    assert recipe.model == preset and recipe.augment == AugmentConfig(prefix_dropout=0.1)
+    text = dataclasses.replace(preset.text, vocab_size=50_258)
+    expected = dataclasses.replace(preset, text=text)
     assert (
         open_magma(LazyTensors(published(adapters), no_numbers), tmp_path, "x.pt").config
         == expected

@@ -1,6 +1,11 @@
-"""Losses against numbers worked by hand, loops in float64, and themselves: in chunks, over devices, at extremes."""
+"""Losses, compared with numbers worked by hand, with loops in float64, and with themselves.
 
+With themselves: in chunks, over devices, at extreme values.
+"""
+
+import dataclasses
 import re
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +13,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mammut.config import LossConfig, MeshConfig
+from mammut.config import LossConfig, MeshConfig, TrainConfig
 from mammut.core.sharding import batch_sharding, make_mesh, partition_spec
 from mammut.models.losses import (
+    CONTRASTIVE,
+    ContrastiveLoss,
     caption_loss,
     caption_sum,
     contrastive_logits,
@@ -19,6 +26,9 @@ from mammut.models.losses import (
     softmax_contrastive,
     summed_caption_loss,
 )
+from mammut.testing import tiny_config, tiny_model
+from mammut.training.step import random_params
+from mammut.training.tasks import ImageTextTask
 
 # What is here is compiled more than it is run.
 
@@ -134,7 +144,7 @@ def test_logits_are_scaled_cosines_of_images_with_texts_plus_the_bias():
 
 @pytest.mark.parametrize("loss", [softmax_contrastive, sigmoid_contrastive, focal_contrastive])
 def test_large_logits_cost_much_and_stay_finite(loss):
-    """Every pair is wrong, at the largest scale and far beyond it; so is the gradient finite, and not zero."""
+    """Every pair is wrong, at the largest scale and far beyond it; the gradient is not zero."""
     for scale in (100.0, 1e4):
         logits = scale * (1 - 2 * jnp.eye(4))
         value, grad = jax.value_and_grad(lambda x: loss(x).mean())(logits)
@@ -179,6 +189,63 @@ def test_a_batch_on_eight_devices_has_the_negatives_and_the_gradients_of_one(los
     )
     alone = mean(embeds[0][:2], embeds[1][:2], jnp.float32(2.0), jnp.float32(-1.0))
     assert abs(alone - single[0]) > 0.1  # what a device would say of its own two pairs
+
+
+# The table of the contrastive losses
+
+
+def test_the_choices_of_a_config_are_the_rows():
+    """The error of a name without a row is in test_config."""
+    fields = {field.name: field.type for field in dataclasses.fields(LossConfig)}
+    assert get_args(fields["contrastive"]) == tuple(CONTRASTIVE)
+
+
+def test_a_row_is_all_that_a_loss_needs(monkeypatch):
+    """Its function has no options and no bias, and is not one of the others under another name."""
+    added = ContrastiveLoss(
+        matrix=lambda logits: jnp.full(len(logits), 2 * logits.sum()),
+        logit_scale_init=3.0,
+        logit_bias_init=-2.0,
+        uses_bias=False,
+    )
+    monkeypatch.setitem(CONTRASTIVE, "sigmoid", added)
+    config, model = LossConfig("sigmoid"), tiny_model()
+    rng = np.random.default_rng(0)
+    embeds = [jnp.float32(rng.normal(size=(4, 48))) for _ in range(2)]
+    expected = 2 * contrastive_logits(*embeds, model.logit_scale[...]).sum()
+    assert ImageTextTask(config).contrastive(model, *embeds) == pytest.approx(float(expected))
+    assert (config.first_logit_scale, config.first_logit_bias) == (3.0, -2.0)
+    with pytest.raises(ValueError, match="form is 'ring', which LossConfig.contrastive 'sigmoid'"):
+        LossConfig("sigmoid", contrastive_form="ring")
+
+
+@pytest.mark.parametrize("loss, scale, bias", [
+    (LossConfig(), 1 / 0.07, 0),
+    (LossConfig("sigmoid"), 10, -10),
+    (LossConfig("focal"), 10, -10),
+    (LossConfig("sigmoid", logit_scale_init=20.0), 20, -10),
+    (LossConfig(logit_bias_init=-3.5), 1 / 0.07, -3.5),
+])  # fmt: skip
+def test_a_fresh_run_starts_at_the_scale_and_the_bias_of_its_loss(loss, scale, bias):
+    config = TrainConfig(model=tiny_config(), loss=loss)
+
+    @jax.jit
+    def start(seed):
+        params = random_params(config, seed)
+        return params["logit_scale"], params["logit_bias"]
+
+    got_scale, got_bias = start(0)
+    assert got_scale.dtype == got_bias.dtype == jnp.float32
+    assert float(got_scale) == pytest.approx(np.log(scale), rel=1e-6) and got_bias == bias
+
+
+@pytest.mark.parametrize("field, value", [
+    ("logit_scale_init", 0.0), ("logit_scale_init", 101.0), ("logit_scale_init", np.nan),
+    ("logit_bias_init", np.inf), ("logit_bias_init", np.nan),
+])  # fmt: skip
+def test_a_start_that_cannot_work_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"^LossConfig.{field} is {value}, expected"):
+        LossConfig(**{field: value})
 
 
 # The caption loss
@@ -280,7 +347,7 @@ def test_large_scores_stay_finite_and_a_sure_wrong_token_costs_their_difference(
 
 
 def test_the_caption_loss_is_summed_in_float32_for_features_in_bfloat16():
-    """Scores rounded to bfloat16 would be off by up to 1/256 of their size; the products are kept in float32."""
+    """Logits in bfloat16 would be off by up to 1/256 of their size: they are kept in float32."""
     rng = np.random.default_rng(0)
     features = jnp.asarray(8 * rng.normal(size=(2, 3, 16)), jnp.bfloat16)
     kernel = jnp.asarray(rng.normal(size=(16, 50)), jnp.bfloat16)
@@ -357,7 +424,7 @@ def test_the_vocabulary_is_gathered_once_where_fsdp_splits_it_and_stays_split_ov
     mask[:, 13:] = False
 
     def loss(features, embedding, labels, mask):
-        return caption_sum(LossConfig(vocab_chunk=4), features, embedding.T, None, labels, mask)
+        return caption_sum(features, embedding.T, None, labels, mask, chunk=4)
 
     run = jax.value_and_grad(loss, argnums=(0, 1))
     args = [jnp.asarray(x) for x in (np.float32(features), np.float32(embedding), labels, mask)]

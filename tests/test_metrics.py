@@ -1,20 +1,18 @@
-"""Retrieval and classification scores: cases worked by hand, ties, several captions an image, against a full sort."""
+"""Retrieval and classification scores: cases worked by hand, ties, and against a full sort."""
 
 import json
 
 import numpy as np
 import pytest
+from embedding_recall import embedding_recall
 
-from mammut.evaluation.metrics.rankings import (
-    classification_scores,
-    nearest,
-    ranking_recall,
-    retrieval_recall,
-)
+from mammut.evaluation.metrics.rankings import classification_scores, nearest, ranking_recall
+from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.scoring import score
 
 
 def by_sorting(image_embed, text_embed, image_of_text, ks):
-    """The definition: sort all candidates, the best first and equals by position, and look for the right ones."""
+    """The definition: sort all candidates, best first, equals by position; find the right ones."""
     scores = text_embed.astype(np.float64) @ image_embed.astype(np.float64).T
     recalls = {}
     for k in ks:
@@ -30,10 +28,13 @@ def by_sorting(image_embed, text_embed, image_of_text, ks):
 
 
 def test_a_case_worked_by_hand():
-    """Texts score the images (0.8, 0.6, 0), (0.6, 0.8, 0) and (0, 0.6, 0.8): the second text prefers a wrong image."""
+    """Texts score the images (0.8, 0.6, 0), (0.6, 0.8, 0) and (0, 0.6, 0.8).
+
+    The second text prefers a wrong image.
+    """
     images = np.eye(3, dtype=np.float32)
     texts = np.array([[0.8, 0.6, 0], [0.6, 0.8, 0], [0, 0.6, 0.8]], np.float32)
-    recalls = retrieval_recall(images, texts, np.array([0, 2, 1]), (1, 2, 3))
+    recalls = embedding_recall(images, texts, np.array([0, 2, 1]), (1, 2, 3))
     # Text 0 wants image 0: ranks it first. Text 1 wants image 2: third. Text 2 wants image 1:
     # second.
     assert recalls["t2i_r1"] == pytest.approx(1 / 3)
@@ -48,7 +49,7 @@ def test_a_case_worked_by_hand():
 
 
 def test_the_names_follow_k():
-    recalls = retrieval_recall(np.eye(3), np.eye(3), np.arange(3), (1, 7))
+    recalls = embedding_recall(np.eye(3), np.eye(3), np.arange(3), (1, 7))
     assert set(recalls) == {"t2i_r1", "i2t_r1", "t2i_r7", "i2t_r7", "mean_recall"}
     assert set(recalls.values()) == {1.0}
     assert {type(value) for value in recalls.values()} == {float}
@@ -58,7 +59,7 @@ def test_any_of_an_images_texts_will_do():
     """Image 0 has texts 1 and 2; text 2 is its nearest of all, text 1 the farthest."""
     images = np.eye(2, dtype=np.float32)
     texts = np.array([[0.5, 0.9], [0.0, 0.1], [0.9, 0.0]], np.float32)
-    recalls = retrieval_recall(images, texts, np.array([1, 0, 0]), (1, 2))
+    recalls = embedding_recall(images, texts, np.array([1, 0, 0]), (1, 2))
     assert recalls["i2t_r1"] == 1
     assert recalls["t2i_r1"] == pytest.approx(2 / 3)  # text 1 is nearer to image 1
     assert recalls["t2i_r2"] == 1
@@ -67,7 +68,7 @@ def test_any_of_an_images_texts_will_do():
 @pytest.mark.parametrize("chunk", [1024, 100, 7])
 @pytest.mark.parametrize(("num_images", "texts_each"), [(77, 5), (40, 1)])
 def test_an_encoder_that_maps_all_to_one_point_scores_chance(num_images, texts_each, chunk):
-    """And exactly so: equals rank by position, although float32 products of equal rows differ in their last bit."""
+    """Exactly so: equals rank by position, although float32 products differ in their last bit."""
     rng = np.random.default_rng(0)
     for _ in range(10):
         point = rng.normal(size=192).astype(np.float32)
@@ -76,7 +77,7 @@ def test_an_encoder_that_maps_all_to_one_point_scores_chance(num_images, texts_e
             np.tile(point, (num_images, 1)),
             np.tile(point, (num_images * texts_each, 1)),
         )
-        recalls = retrieval_recall(
+        recalls = embedding_recall(
             images, texts, np.repeat(np.arange(num_images), texts_each), (1, 5, 10), chunk
         )
         for k in (1, 5, 10):
@@ -86,18 +87,34 @@ def test_an_encoder_that_maps_all_to_one_point_scores_chance(num_images, texts_e
             assert recalls[f"i2t_r{k}"] == -(-k // texts_each) / num_images
 
 
+def rankings(images, texts, image_of_text, k=10):
+    """The predictions of a set with these embeddings."""
+    records = []
+    for query, queries, candidates in (("image", images, texts), ("text", texts, images)):
+        ranked, scores = nearest(queries, candidates, k)
+        for i in range(len(queries)):
+            relevant = [image_of_text[i].item()]
+            if query == "image":
+                relevant = np.flatnonzero(image_of_text == i).tolist()
+            own = {"ranked": ranked[i].tolist(), "scores": scores[i].tolist()}
+            records.append({"query": query, "id": i, "relevant": relevant} | own)
+    settings = {"images": len(images), "texts": len(texts)}
+    return Predictions("retrieval", records, "none", "none", settings)
+
+
 def test_embeddings_that_are_not_numbers_find_nothing():
-    """Every comparison with NaN is False: counted carelessly, a model that has diverged would be perfect."""
+    """Every comparison with NaN is False: a diverged model could be counted as perfect."""
     rng = np.random.default_rng(0)
     embed, nan = rng.normal(size=(20, 8)).astype(np.float32), np.full((20, 8), np.nan, np.float32)
     for images, texts in ((nan, nan), (embed, nan), (nan, embed)):
-        assert set(retrieval_recall(images, texts, np.arange(20)).values()) == {0.0}
+        with pytest.raises(ValueError, match="scores that is not finite: the model has diverged"):
+            rankings(images, texts, np.arange(20))
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("ties", [False, True])
 def test_recall_equals_a_full_sort(seed, ties):
-    """Uneven numbers of texts an image, in any order; small whole numbers tie often and multiply exactly."""
+    """Uneven numbers of texts an image; small whole numbers tie often and multiply exactly."""
     rng = np.random.default_rng(seed)
     num_images, num_texts = rng.integers(2, 12), rng.integers(12, 40)
     image_of_text = rng.permutation(
@@ -109,15 +126,15 @@ def test_recall_equals_a_full_sort(seed, ties):
     )
     expected = by_sorting(images, texts, image_of_text, (1, 2, 5))
     for chunk in (1, 5, 1024):
-        assert retrieval_recall(images, texts, image_of_text, (1, 2, 5), chunk) == pytest.approx(
+        assert embedding_recall(images, texts, image_of_text, (1, 2, 5), chunk) == pytest.approx(
             expected
         )
 
 
 def test_the_best_text_of_an_image_is_not_hidden_by_equals_of_other_images():
-    """All three texts score the same; image 1 owns the first and the last, image 0 the middle one."""
+    """All texts score the same; image 1 has the first and the last, image 0 the middle one."""
     images, texts = np.ones((2, 1), np.float32), np.ones((3, 1), np.float32)
-    recalls = retrieval_recall(images, texts, np.array([1, 0, 1]), (1, 2))
+    recalls = embedding_recall(images, texts, np.array([1, 0, 1]), (1, 2))
     assert recalls["i2t_r1"] == 0.5 and recalls["i2t_r2"] == 1
     assert recalls["t2i_r1"] == pytest.approx(1 / 3)  # image 0 comes first for every text
 
@@ -128,57 +145,53 @@ def test_recall_does_not_depend_on_the_length_of_the_embeddings():
         rng.normal(size=(10, 4)).astype(np.float32),
         rng.normal(size=(10, 4)).astype(np.float32),
     )
-    small = retrieval_recall(1e-6 * images, 1e-6 * texts, np.arange(10))
-    assert small == retrieval_recall(images, texts, np.arange(10))
+    small = embedding_recall(1e-6 * images, 1e-6 * texts, np.arange(10))
+    assert small == embedding_recall(images, texts, np.arange(10))
 
 
 @pytest.mark.parametrize("chunk", [3, 1024])
 def test_an_embedding_that_is_not_a_number_hides_no_other(chunk):
-    """Images 0 and 3 are NaN: their texts find nothing, the other texts find their own first."""
-    images = np.eye(6, dtype=np.float32)
+    """Images 0 and 3 are NaN: their texts find others, the other texts find their own first."""
+    images, texts = np.eye(6, dtype=np.float32), np.eye(6, dtype=np.float32)
     images[[0, 3]] = np.nan
-    recalls = retrieval_recall(images, np.eye(6, dtype=np.float32), np.arange(6), (1, 6), chunk)
-    assert (
-        recalls["t2i_r1"]
-        == recalls["t2i_r6"]
-        == recalls["i2t_r1"]
-        == recalls["i2t_r6"]
-        == pytest.approx(4 / 6)
-    )
+    recalls = embedding_recall(images, texts, np.arange(6), (1, 4), chunk)
+    assert recalls["t2i_r1"] == recalls["t2i_r4"] == pytest.approx(4 / 6)
+    # All texts of a NaN image are equal, so that they keep their order: image 0 finds text 0.
+    assert recalls["i2t_r1"] == pytest.approx(5 / 6)
+    ranked, scores = nearest(texts, images, 6, chunk=chunk)
+    assert (ranked[:, 4:] == [0, 3]).all() and (scores[:, 4:] == -np.inf).all()
+    assert (nearest(images, texts, 6, chunk=chunk)[1][[0, 3]] == -np.inf).all()
 
 
 def test_one_image_is_always_found():
-    recalls = retrieval_recall(
+    recalls = embedding_recall(
         np.ones((1, 4)), np.random.default_rng(0).normal(size=(5, 4)), np.zeros(5, int)
     )
     assert set(recalls.values()) == {1.0}
 
 
 def test_an_image_without_a_text_is_refused():
-    with pytest.raises(ValueError, match="1 of 3 images have no text in image_of_text"):
-        retrieval_recall(np.eye(3), np.eye(3), np.array([0, 2, 2]))
+    with pytest.raises(ValueError, match="query 1 has no relevant ids"):
+        score(rankings(np.eye(3), np.eye(3), np.array([0, 2, 2])))
 
 
 @pytest.mark.parametrize(("num_images", "num_texts"), [(0, 0), (2, 0), (0, 2)])
 def test_an_empty_set_is_refused(num_images, num_texts):
-    with pytest.raises(ValueError, match=f"got {num_images} images and {num_texts} texts"):
-        retrieval_recall(
-            np.ones((num_images, 2)), np.ones((num_texts, 2)), np.zeros(num_texts, int)
-        )
+    with pytest.raises(ValueError, match=r"nearest needs candidates .* and \(0, 2\)"):
+        rankings(np.ones((num_images, 2)), np.ones((num_texts, 2)), np.zeros(num_texts, int))
 
 
 @pytest.mark.parametrize("image_of_text", [[0, 1, 5], [0, 1, -1]])
-def test_a_text_of_an_image_that_is_not_there_is_refused(image_of_text):
-    with pytest.raises(
-        ValueError, match="image_of_text must be rows 0 to 2 of image_embed, got (0 to 5|-1 to 1)"
-    ):
-        retrieval_recall(np.eye(3), np.eye(3), np.array(image_of_text))
+def test_a_text_of_an_image_that_is_not_there_finds_nothing(image_of_text):
+    ranked = nearest(np.eye(3), np.eye(3), 3)[0].tolist()
+    recalls = ranking_recall(ranked, [[image] for image in image_of_text], (1, 3))
+    assert recalls == {"r1": 2 / 3, "r3": 2 / 3}
 
 
 @pytest.mark.parametrize("ks", [(), (0, 1)])
 def test_recall_at_no_k_is_refused(ks):
     with pytest.raises(ValueError, match="ks of 1 or more"):
-        retrieval_recall(np.eye(3), np.eye(3), np.arange(3), ks)
+        embedding_recall(np.eye(3), np.eye(3), np.arange(3), ks)
     with pytest.raises(ValueError, match="ks of 1 or more"):
         ranking_recall([[0]], [[0]], ks)
 
@@ -197,7 +210,7 @@ def best_by_sorting(query, candidates, k):
 @pytest.mark.parametrize("k", [1, 4, 30, 100])
 @pytest.mark.parametrize("ties", [True, False])
 def test_nearest_equals_a_full_stable_sort_whatever_the_chunks(chunk, k, ties):
-    """Whole numbers from -1 to 1 in 2 columns: five scores for 30 candidates, nearly all of them tied."""
+    """Whole numbers from -1 to 1 in 2 columns: five scores for 30 candidates, nearly all tied."""
     rng = np.random.default_rng(k)
     query, candidates = rng.normal(size=(9, 2)), rng.normal(size=(30, 2))
     if ties:
@@ -248,7 +261,7 @@ def test_nearest_refuses_what_it_cannot_rank(candidates, settings, error):
 
 
 def test_any_relevant_id_is_enough():
-    """The any-of rule of CLIP_benchmark: a query counts once, however many of its relevant ids are found.
+    """The any-of rule of CLIP_benchmark: a query counts once, whatever number of ids it finds.
 
     Query 0 has ids 4 and 7, at places 2 and 6: found from k=2 on. Query 1 has id 3, first. Query 2
     has ids 1, 2 and 5,
@@ -265,18 +278,9 @@ def test_stored_rankings_score_as_the_embeddings_do(num_images):
     image_of_text = rng.permutation(np.repeat(np.arange(num_images), 3))
     images = rng.integers(-2, 3, size=(num_images, 3)).astype(np.float32)
     texts = images[image_of_text] + rng.integers(-2, 3, size=(3 * num_images, 3))
-    expected = retrieval_recall(images, texts, image_of_text)
-    ranked_images, ranked_texts = (
-        nearest(texts, images, 10)[0].tolist(),
-        nearest(images, texts, 10)[0].tolist(),
-    )
-    t2i = ranking_recall(ranked_images, image_of_text[:, None].tolist(), num_candidates=num_images)
-    own_texts = [np.flatnonzero(image_of_text == image).tolist() for image in range(num_images)]
-    i2t = ranking_recall(ranked_texts, own_texts, num_candidates=3 * num_images)
-    scores = {f"t2i_{k}": v for k, v in t2i.items()} | {f"i2t_{k}": v for k, v in i2t.items()}
-    assert scores == pytest.approx(
-        {name: value for name, value in expected.items() if name != "mean_recall"}
-    )
+    expected = by_sorting(images, texts, image_of_text, (1, 5, 10))
+    assert score(rankings(images, texts, image_of_text)).metrics == pytest.approx(expected)
+    assert embedding_recall(images, texts, image_of_text) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

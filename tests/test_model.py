@@ -1,4 +1,7 @@
-"""What the two passes see and do not see, pads, order, numbers against NumPy, precision, memory policies, positions."""
+"""The two passes: what they see and do not see.
+
+Also pads, order, numbers against NumPy, precision, memory policies and positions.
+"""
 
 import dataclasses
 import functools
@@ -10,13 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mammut.config import LossConfig, ModelConfig, VisionConfig
+from mammut.config import AugmentConfig, ComputeConfig, LossConfig, ModelConfig, VisionConfig
 from mammut.models import vit
-from mammut.models.compute import Dtypes, scan, stack
+from mammut.models.compute import Augment, Dtypes, scan, stack
 from mammut.models.flops import num_params
-from mammut.models.layers import LayerConfig, LayerNorm
+from mammut.models.layers import LayerConfig, LayerNorm, initialise, unit
 from mammut.models.losses import caption_loss
-from mammut.models.mammut import MaMMUT, unit
+from mammut.models.mammut import MaMMUT
 from mammut.models.masks import caption_labels
 from mammut.models.transformer import MLP, Layer, dot_product_attention
 from mammut.testing import tiny_batch, tiny_config, tiny_model
@@ -37,21 +40,19 @@ def with_vision(config: ModelConfig, **changes) -> ModelConfig:
 
 
 @functools.cache
-def weights(config: ModelConfig = CONFIG):
-    return nnx.split(tiny_model(config))
+def weights(config: ModelConfig = CONFIG, compute: ComputeConfig = ComputeConfig()):
+    return nnx.split(tiny_model(config, compute=compute))
 
 
 def forward(model: MaMMUT, image, tokens, text_valid):
     """All that a model says of a batch."""
     encoded = model.image_tokens(image)
     features = model.text.caption_pass(tokens, text_valid, encoded.tokens)
-    task, batch = (
-        ImageTextTask(LossConfig()),
-        {"image": image, "tokens": tokens, "text_valid": text_valid},
-    )
+    task = ImageTextTask(LossConfig())
+    batch = {"image": image, "tokens": tokens, "text_valid": text_valid}
     return {
         "image_tokens": encoded.tokens,
-        "pooled": encoded.pooled,
+        "vector": encoded.vector,
         "image_embed": model.encode_image(image),
         "contrastive_features": model.text.contrastive_pass(tokens, text_valid),
         "text_embed": model.encode_text(tokens, text_valid),
@@ -60,7 +61,7 @@ def forward(model: MaMMUT, image, tokens, text_valid):
         "token_losses": caption_loss(
             features, model.text.vocab_kernel, *caption_labels(tokens, text_valid)
         ),
-        "metrics": task.loss(model, batch, jax.random.key(0))[1],
+        "metrics": task.loss(model, batch, Augment(jax.random.key(0)))[1],
     }
 
 
@@ -69,8 +70,8 @@ def _run(graphdef, params, image, tokens, text_valid):
     return forward(nnx.merge(graphdef, params), image, tokens, text_valid)
 
 
-def run(batch, config: ModelConfig = CONFIG, params=None):
-    graphdef, own_params = weights(config)
+def run(batch, config: ModelConfig = CONFIG, params=None, compute=ComputeConfig()):
+    graphdef, own_params = weights(config, compute)
     out = _run(graphdef, own_params if params is None else params, **batch)
     return jax.tree.map(np.asarray, out)
 
@@ -99,16 +100,15 @@ def text_gradients(batch):
 @functools.partial(jax.jit, static_argnums=0)
 def _loss_and_gradients(graphdef, params, batch):
     def loss(params):
-        return ImageTextTask(LossConfig()).loss(
-            nnx.merge(graphdef, params), batch, jax.random.key(0)
-        )[0]
+        augment = Augment(jax.random.key(0))
+        return ImageTextTask(LossConfig()).loss(nnx.merge(graphdef, params), batch, augment)[0]
 
     return jax.value_and_grad(loss)(params)
 
 
-def loss_and_gradients(batch, config: ModelConfig = CONFIG):
+def loss_and_gradients(batch, compute: ComputeConfig = ComputeConfig()):
     """The training loss, both parts of it, and its gradients."""
-    loss, grads = _loss_and_gradients(*weights(config), batch)
+    loss, grads = _loss_and_gradients(*weights(CONFIG, compute), batch)
     return float(loss), nnx.to_pure_dict(jax.tree.map(np.asarray, grads))
 
 
@@ -164,7 +164,10 @@ def test_the_caption_pass_of_an_example_sees_its_own_image_only(batch, out):
 
 
 def used(grads) -> set[str]:
-    """The parameters with a gradient, but for biases of keys: they shift all scores of a query alike."""
+    """The parameters with a gradient, without biases of keys.
+
+    A bias of the keys shifts all scores of a query alike, so that its gradient is zero.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     names = {jax.tree_util.keystr(path) for path, leaf in leaves if np.abs(leaf).max() > 0}
     return {name for name in names if "['key']['bias']" not in name}
@@ -291,9 +294,9 @@ def test_embeddings_have_length_1_and_differ(out):
         assert cosines[~np.eye(4, dtype=bool)].max() < 0.999
 
 
-def test_the_pooled_image_is_the_mean_of_its_tokens(out):
-    close(out["pooled"], out["image_tokens"].mean(1))
-    close(out["image_embed"], out["pooled"] / np.linalg.norm(out["pooled"], axis=1, keepdims=True))
+def test_the_vector_of_an_image_is_the_mean_of_its_tokens(out):
+    close(out["vector"], out["image_tokens"].mean(1))
+    close(out["image_embed"], out["vector"] / np.linalg.norm(out["vector"], axis=1, keepdims=True))
 
 
 def test_the_encoder_says_what_it_sees_and_how_it_lies(batch):
@@ -525,9 +528,7 @@ def test_a_layer_equals_a_second_implementation(kind):
     x, kv = rng.normal(size=(2, 5, WIDTH)), rng.normal(size=(2, 7, WIDTH))
     mask = rng.random((2, 1, 5, 5)) < 0.6
     mask[:, :, range(5), range(5)] = True
-    graphdef, params = nnx.split(
-        nnx.eval_shape(lambda: Layer(CONFIG.text, rngs=nnx.Rngs(0), dtypes=FLOAT32))
-    )
+    graphdef, params = nnx.split(Layer(CONFIG.text, dtypes=FLOAT32))
     params = jax.tree.map(
         lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), params
     )
@@ -549,28 +550,36 @@ def test_a_layer_equals_a_second_implementation(kind):
 @pytest.mark.parametrize("eps", [1e-6, 1e-3])
 def test_layer_norm_divides_by_the_root_of_variance_plus_eps(eps):
     """A row of variance 1e-4: with an eps of 1e-3 it comes out at 0.30 of its length."""
-    norm = LayerNorm(2, eps, dtypes=FLOAT32)
+    norm = initialise(LayerNorm(2, eps, dtypes=FLOAT32), jax.random.key(0))
     x = jnp.array([[5.01, 4.99]])
     expected = 0.01 / math.sqrt(1e-4 + eps)
     np.testing.assert_allclose(norm(x), [[expected, -expected]], rtol=1e-3)
 
 
 def test_layer_norm_of_bfloat16_has_statistics_in_float32():
-    """Around 3, bfloat16 has steps of 1/64: a mean rounded to one would be off by up to an eighth of this spread."""
+    """Around 3, bfloat16 has steps of 1/64.
+
+    A mean rounded to one would be off by up to an eighth of this spread.
+    """
     x = jnp.asarray(3 + 0.06 * np.random.default_rng(0).normal(size=(20, 64)), jnp.bfloat16)
-    y = LayerNorm(64, 1e-6, dtypes=FLOAT32)(x)
+    y = initialise(LayerNorm(64, 1e-6, dtypes=FLOAT32), jax.random.key(0))(x)
     assert y.dtype == jnp.bfloat16
     exact = np.asarray(x, np.float64)
     exact = (exact - exact.mean(-1, keepdims=True)) / exact.std(-1, keepdims=True)
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-3)
 
 
-@pytest.mark.parametrize(("activation", "at_1", "at_minus_2"), [("gelu", 0.841345, -0.045500),
-                                                                ("gelu_tanh", 0.841192, -0.045402)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("activation", "at_1", "at_minus_2"),
+    [("gelu", 0.841345, -0.045500), ("gelu_tanh", 0.841192, -0.045402)],
+)
 def test_the_two_kinds_of_gelu(activation, at_1, at_minus_2):
-    """x times the normal distribution's share below x, and its approximation; they differ in the fourth digit."""
+    """x times the normal distribution's share below x, and its approximation.
+
+    They differ in the fourth digit.
+    """
     config = LayerConfig(width=1, num_heads=1, mlp_dim=1, activation=activation)
-    mlp = MLP(config, rngs=nnx.Rngs(0), dtypes=FLOAT32)
+    mlp = initialise(MLP(config, dtypes=FLOAT32), jax.random.key(0))
     for linear in (mlp.up, mlp.down):
         linear.kernel[...] = jnp.ones((1, 1))
     np.testing.assert_allclose(
@@ -595,14 +604,14 @@ def test_a_query_without_a_key_attends_evenly_and_is_finite():
 
 
 def test_initial_weights_have_the_documented_spread():
-    config = dataclasses.replace(CONFIG, logit_scale_init=20.0, logit_bias_init=-10.0)
     make = jax.jit(
         lambda seed: nnx.state(
-            MaMMUT(config, rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param
+            MaMMUT(CONFIG, rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param
         )
     )
     params, other = (nnx.to_pure_dict(jax.tree.map(np.asarray, make(seed))) for seed in (0, 1))
-    assert params["logit_scale"] == pytest.approx(math.log(20)) and params["logit_bias"] == -10
+    # CLIP's inverse temperature; a run begins with that of its loss.
+    assert params["logit_scale"] == pytest.approx(math.log(1 / 0.07)) and params["logit_bias"] == 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
         if "'bias'" in name:
@@ -628,26 +637,26 @@ def test_initial_weights_have_the_documented_spread():
 # Precision
 
 
-def abstract_out(config, batch):
-    graphdef, params = weights(config)
+def abstract_out(compute, batch):
+    graphdef, params = weights(CONFIG, compute)
     shapes = jax.eval_shape(lambda p, b: forward(nnx.merge(graphdef, p), **b), params, batch)
     return jax.tree.map(lambda leaf: leaf.dtype.name, shapes)
 
 
 def test_bfloat16_compute_keeps_parameters_embeddings_logits_and_losses_in_float32(batch):
-    config = dataclasses.replace(CONFIG, dtype="bfloat16")
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(weights(config)[1])} == {"float32"}
-    kinds = abstract_out(config, batch)
+    compute = ComputeConfig(dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(weights(CONFIG, compute)[1])} == {"float32"}
+    kinds = abstract_out(compute, batch)
     for name in ("image_tokens", "contrastive_features", "caption_features"):
         assert kinds[name] == "bfloat16", name
     for name in ("logits", "image_embed", "text_embed", "token_losses"):
         assert kinds[name] == "float32", name
     assert set(kinds["metrics"].values()) == {"float32"}
-    assert set(jax.tree.leaves(abstract_out(CONFIG, batch))) == {"float32"}
+    assert set(jax.tree.leaves(abstract_out(ComputeConfig(), batch))) == {"float32"}
 
 
 def test_bfloat16_storage_keeps_the_logit_scale_in_float32():
-    params = nnx.to_pure_dict(weights(dataclasses.replace(CONFIG, param_dtype="bfloat16"))[1])
+    params = nnx.to_pure_dict(weights(CONFIG, ComputeConfig(param_dtype="bfloat16"))[1])
     kinds = {
         jax.tree_util.keystr(path): leaf.dtype.name
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -660,7 +669,7 @@ def test_bfloat16_storage_keeps_the_logit_scale_in_float32():
 
 
 def test_bfloat16_compute_says_nearly_the_same(batch, out):
-    other = run(batch, dataclasses.replace(CONFIG, dtype="bfloat16"))
+    other = run(batch, compute=ComputeConfig(dtype="bfloat16"))
     for name in ("image_embed", "text_embed"):
         assert ((other[name] * out[name]).sum(1) > 0.995).all()
     close(other["metrics"]["loss_caption"], out["metrics"]["loss_caption"], 0.05)
@@ -672,10 +681,7 @@ def test_bfloat16_compute_says_nearly_the_same(batch, out):
 @functools.cache
 def tower():
     """Four layers of width 48 in one stack, and something to put through them."""
-    make = functools.partial(Layer, CONFIG.text, dtypes=FLOAT32)
-    graphdef, params = nnx.split(
-        nnx.eval_shape(lambda: stack(lambda rngs: make(rngs=rngs), 4, rngs=nnx.Rngs(0)))
-    )
+    graphdef, params = nnx.split(stack(Layer(CONFIG.text, dtypes=FLOAT32), 4))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), params
@@ -723,11 +729,8 @@ def test_what_is_recomputed_is_not_kept_for_the_backward_pass():
 
 
 def test_neither_recomputing_nor_unrolling_changes_the_loss_or_its_gradients(batch):
-    changes = {"unroll": 2, "remat": "full"}
-    expected, actual = (
-        loss_and_gradients(batch),
-        loss_and_gradients(batch, dataclasses.replace(CONFIG, **changes)),
-    )
+    expected = loss_and_gradients(batch)
+    actual = loss_and_gradients(batch, ComputeConfig(unroll=2, remat="full"))
     close(actual, expected)
 
 
@@ -739,7 +742,7 @@ def crop_matrix(start, extent, size):
 
 
 def test_a_crop_is_two_linear_interpolations():
-    """Against NumPy's: positions -> 64 cells, whose centres are sampled at the centres of the crop's cells."""
+    """Compared with NumPy's: positions become 64 cells, which the crop samples at its centres."""
     rng = np.random.default_rng(0)
     for size in (2, 7, 14):
         table = rng.normal(size=size)
@@ -775,7 +778,10 @@ def test_a_crop_is_an_average_and_keeps_a_ramp_inside():
 
 
 def test_crops_are_boxes_inside_the_image_of_the_documented_area_and_aspect():
-    """Positions that say where they are: their slope tells the box's extent, their middle where it lies."""
+    """Positions that say where they are.
+
+    Their slope tells the box's extent, their middle where it lies.
+    """
     size, number = 16, 512
     ramp = (np.arange(size, dtype=np.float32) + 0.5) / size
     table = np.stack(np.meshgrid(ramp, ramp, indexing="ij"), -1)
@@ -801,15 +807,21 @@ def test_crops_are_boxes_inside_the_image_of_the_documented_area_and_aspect():
 
 @pytest.fixture(scope="module")
 def cropped(batch):
-    """Image tokens of two equal images with cropped positions, for an optional key."""
-    graphdef, params = weights(with_vision(CONFIG, cropped_pos_embed=True))
+    """Image tokens of two equal images, with crops of the positions drawn where there is a key."""
+    graphdef, params = weights()
     image = np.repeat(batch["image"][:1], 2, axis=0)
 
     @jax.jit
-    def encode(params, image, key):
-        return nnx.merge(graphdef, params).image_tokens(image, key).tokens
+    def encode(params, image, augment):
+        return nnx.merge(graphdef, params).image_tokens(image, augment).tokens
 
-    return lambda key=None: np.asarray(encode(params, image, key))
+    def tokens(key=None):
+        augment = Augment()
+        if key is not None:
+            augment = Augment(key, AugmentConfig(crop_positions=True))
+        return np.asarray(encode(params, image, augment))
+
+    return tokens
 
 
 def test_with_a_key_every_image_has_a_crop_of_its_own(cropped):
@@ -828,8 +840,8 @@ def test_without_a_key_nothing_is_random_and_positions_are_whole(cropped, batch,
 
 def test_a_key_changes_nothing_where_positions_are_not_cropped(batch, out):
     graphdef, params = weights()
-    encode = jax.jit(lambda p, x, key: nnx.merge(graphdef, p).encode_image(x, key))
-    close(encode(params, batch["image"], jax.random.key(3)), out["image_embed"])
+    encode = jax.jit(lambda p, x, augment: nnx.merge(graphdef, p).encode_image(x, augment))
+    close(encode(params, batch["image"], Augment(jax.random.key(3))), out["image_embed"])
 
 
 def test_the_defaults_are_those_of_vit_not_of_flax():

@@ -21,12 +21,14 @@ import mammut
 from mammut.config import MeshConfig
 from mammut.core import sharding
 from mammut.data.tokenizer import MissingTokenizer
+from mammut.models.compute import ComputeConfig
+from mammut.models.flops import num_params
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 from mammut.training.run_folder import read_run, write_run
 from mammut.weights.files.tensor_file import CheckpointError
 from mammut.weights.model_card import write_card
-from mammut.weights.model_folder import model_specs, open_model, save_opened
-from mammut.weights.opened import LazyTensors, OpenedModel
+from mammut.weights.model_folder import open_model, save_opened
+from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
 
 TEXTS = ["one red circle on the left", "two squares", ""]
 
@@ -88,11 +90,11 @@ def test_a_saved_model_loads_bit_for_bit_with_its_processor(saved):
 
 
 def test_weights_in_bfloat16_stay_bfloat16(tmp_path):
-    config = dataclasses.replace(tiny_config(), param_dtype="bfloat16", logit_bias_init=-10.0)
-    model = tiny_model(config)
+    compute = ComputeConfig(param_dtype="bfloat16", remat="dots", unroll=3)
+    model = tiny_model(compute=compute)
     mammut.save(tmp_path / "model", model, tiny_processor())
     loaded, _ = mammut.load(tmp_path / "model")
-    assert loaded.config == config
+    assert (loaded.config, loaded.compute) == (tiny_config(), compute)
     assert (
         loaded.text.token_embed.embedding.dtype == jnp.bfloat16
         and loaded.logit_scale.dtype == jnp.float32
@@ -104,10 +106,7 @@ def test_the_weights_are_named_by_their_path_and_need_nothing_of_this_library(sa
     arrays = load_file(saved / "model.safetensors")
     assert arrays["vision.layers.attn.query.kernel"].shape == (2, 32, 2, 16)
     assert arrays["text.token_embed.embedding"].shape == (60, 48)
-    assert (
-        sum(x.size for x in arrays.values())
-        == mammut.models.mammut.num_params(tiny_config())["total"]
-    )
+    assert sum(x.size for x in arrays.values()) == num_params(tiny_config())["total"]
 
 
 def test_a_folder_that_holds_a_model_is_not_overwritten_unasked(folder):
@@ -294,11 +293,13 @@ def test_a_config_that_is_no_json_object_is_an_error_that_names_it(folder, conte
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda c: c.update(version=99), "format 'mammut' version 99, expected 'mammut' version 1"),
-    (lambda c: c.update(format="open_clip"), "format 'open_clip' version 1"),
+    (lambda c: c.update(version=99), "format 'mammut' version 99, expected 'mammut' version 2"),
+    (lambda c: c.update(format="open_clip"), "format 'open_clip' version 2"),
     (lambda c: c.pop("version"), "version None"),
     (lambda c: c.pop("model"), "holds NoneType, expected an object"),
     (lambda c: c["model"].update(colour="red"), "has colour, which ModelConfig does not know"),
+    (lambda c: c["compute"].update(colour="red"), "has colour, which ComputeConfig does not know"),
+    (lambda c: c["compute"].update(unroll=0), "ComputeConfig.unroll is 0, expected a positive number"),
     (lambda c: c["model"]["text"].update(depth=5), "depth 5 is not a multiple of cross_attn_every 2"),
 ])  # fmt: skip
 def test_a_config_that_cannot_be_is_refused_by_its_file(folder, change, message):
@@ -457,8 +458,8 @@ import dataclasses, resource, sys
 import jax, numpy as np
 import mammut
 from mammut import testing
-from mammut.weights.tables import LazyTensors, OpenedModel
-from mammut.weights.model_folder import model_specs, save_opened
+from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
+from mammut.weights.model_folder import save_opened
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 config = testing.tiny_config()
 config = dataclasses.replace(config, text=dataclasses.replace(config.text, width=1536, num_heads=8, mlp_dim=4096))
@@ -493,7 +494,7 @@ def test_the_card_says_what_the_model_is_and_what_it_scored(folder):
     (folder / "eval" / "caption_val.json").write_text(json.dumps(scores))
     mammut.save(folder, tiny_model(), tiny_processor(), overwrite=True)
     card = (folder / "README.md").read_text()
-    total = mammut.models.mammut.num_params(tiny_config())["total"]
+    total = num_params(tiny_config())["total"]
     assert (
         f"| parameters | {total:,} |" in card and "| caption | coco:val | cider | 1.234 |" in card
     )

@@ -31,6 +31,7 @@ from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import generate
+from mammut.models.compute import ComputeConfig
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_model, tiny_processor
 from mammut.training.tasks import ImageTextTask
@@ -284,13 +285,17 @@ def test_every_family_comes_back_as_it_was(name, tmp_path):
 
 def test_our_own_numbers_come_back_as_they_were_also_in_bfloat16(tmp_path):
     config = open_clip.model_config(CONFIGS["mammut2"], None, "it")
-    model = tiny_model(dataclasses.replace(config, param_dtype="bfloat16"))
+    model = tiny_model(config, compute=ComputeConfig(param_dtype="bfloat16"))
     arrays = {
         ".".join(path): np.asarray(leaf.get_value())
         for path, leaf in nnx.to_flat_state(nnx.state(model))
     }
     opened = OpenedModel(
-        model.config, LazyTensors(open_specs(arrays), arrays.__getitem__), tiny_processor(), "it"
+        model.config,
+        LazyTensors(open_specs(arrays), arrays.__getitem__),
+        tiny_processor(),
+        "it",
+        compute=model.compute,
     )
     open_clip.save(tmp_path, opened)
     assert {
@@ -443,9 +448,8 @@ def test_weights_without_a_config_that_are_no_openmammut_want_one(tmp_path):
         CheckpointError, match="none of the 15 openMaMMUT sizes: put the open_clip_config.json"
     ):
         open_clip.open_model(folder / "open_clip_model.safetensors")
-    assert not open_clip.is_open_clip(folder) and open_clip.is_open_clip(
-        folder / "open_clip_model.safetensors"
-    )
+    assert not open_clip.recognises(folder)
+    assert open_clip.recognises(folder / "open_clip_model.safetensors")
 
 
 def test_a_folder_is_not_overwritten_unasked(tmp_path):

@@ -5,9 +5,18 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip_models import CONFIGS, JSON, TEXT, VISION, changed
+from open_clip_models import (
+    CONFIGS,
+    JSON,
+    TEXT,
+    VISION,
+    changed,
+    random_arrays,
+    write_folder,
+)
 
 from mammut import presets
+from mammut.models.compute import ComputeConfig
 from mammut.weights.files.tensor_file import CheckpointError
 from mammut.weights.formats import open_clip
 
@@ -151,9 +160,16 @@ def test_a_mammut_that_open_clip_cannot_express_is_refused_with_every_field(pres
         assert field in str(error.value)
 
 
-def test_settings_of_training_and_arithmetic_do_not_stand_in_the_way_of_open_clip():
+def test_settings_of_training_and_arithmetic_do_not_stand_in_the_way_of_open_clip(tmp_path):
     config = open_clip.model_config(CONFIGS["mammut2"], None, "it")
-    other = dataclasses.replace(
-        config, dtype="bfloat16", remat="full", unroll=4, logit_scale_init=10.0
-    )
+    vision = dataclasses.replace(config.vision, low_image_size=8)
+    other = dataclasses.replace(config, vision=vision)
     assert open_clip.to_open_clip(other) == open_clip.to_open_clip(config)
+    arrays = random_arrays(CONFIGS["mammut2"])
+    opened = open_clip.open_model(write_folder(tmp_path / "in", CONFIGS["mammut2"], arrays))
+    compute = ComputeConfig(dtype="bfloat16", remat="full", unroll=4)
+    open_clip.save(tmp_path / "out", opened)
+    open_clip.save(tmp_path / "other", dataclasses.replace(opened, compute=compute))
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+        written = (tmp_path / "out" / name).read_bytes()
+        assert (tmp_path / "other" / name).read_bytes() == written

@@ -1,4 +1,4 @@
-"""Asking a model about a set: against the public functions, against brute force, on one device and on eight."""
+"""Evaluations of a set: against public functions and brute force, on one device and on eight."""
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,25 @@ import mammut
 from mammut.config import MeshConfig
 from mammut.core import sharding
 from mammut.data.examples import BadExample, Example, Question, Source
-from mammut.evaluation.predictor import Predictor, place
+from mammut.evaluation.classification import predict_classes
+from mammut.evaluation.generated_texts import predict_answers, predict_captions
+from mammut.evaluation.predictor import Predictor, place_on_mesh
+from mammut.evaluation.retrieval import predict_rankings
 from mammut.generation.search import GenerateConfig
 from mammut.testing import tiny_model, tiny_processor
 
+EVALUATIONS = {
+    "captions": predict_captions,
+    "answers": predict_answers,
+    "retrieval": predict_rankings,
+    "classes": predict_classes,
+}
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
 QUESTIONS = ("on the left?", "one red circle?", "right")
 
 
 class Pictures(Source):
-    """Ten random pictures; the fourth is broken. Two or three captions each, a question or two, a name."""
+    """Ten random pictures with captions, questions and a name; the fourth is broken."""
 
     spec = "pictures"
 
@@ -65,7 +74,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def ask(model, processor):
-    """Calls a method of a Predictor on a mesh of one device: `ask("captions", source, ...)`."""
+    """Runs an evaluation on a mesh of one device: `ask("captions", source, ...)`."""
     axes = {
         "axis_names": ("data", "fsdp", "model"),
         "axis_types": (jax.sharding.AxisType.Auto,) * 3,
@@ -80,7 +89,7 @@ def ask_eight(model, processor):
 
 def asker(model, processor, mesh, **settings):
     with jax.set_mesh(mesh):
-        model_of, params = place(model, mesh)
+        model_of, params = place_on_mesh(model, mesh)
         options = {
             "checkpoint": "here",
             "batch_size": 4,
@@ -89,9 +98,9 @@ def asker(model, processor, mesh, **settings):
         } | settings
         predictor = Predictor(model_of, processor, mesh, **options)
 
-    def ask(method: str, source: Source = Pictures(), /, *args, **kwargs):
+    def ask(name: str, source: Source = Pictures(), /, *args, **kwargs):
         with jax.set_mesh(mesh):
-            return getattr(predictor, method)(params, source, *args, **kwargs)
+            return EVALUATIONS[name](predictor, params, source, *args, **kwargs)
 
     return ask
 

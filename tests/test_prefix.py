@@ -1,4 +1,4 @@
-"""The image prefix of a model: its dropout, tokens of the pooled image, and the room that is left for texts."""
+"""The image prefix of a model: dropout, tokens of the pooled image, and the room for texts."""
 
 import dataclasses
 
@@ -9,26 +9,32 @@ from flax import nnx
 from prefix_models import IMAGES, prefix_config, prefix_processor
 
 import mammut
-from mammut.config import TokenizerConfig, TrainConfig
+from mammut.config import AugmentConfig, TokenizerConfig, TrainConfig
 from mammut.data.sources import open_source
 from mammut.generation.search import GenerateConfig
+from mammut.models.compute import Augment
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 from mammut.training.new_processor import make_processor
 
-BARE = dataclasses.replace(prefix_config(), prefix_norm=False, prefix_dropout=0.25)
+BARE = dataclasses.replace(prefix_config(), prefix_norm=False)
+DROPOUT = AugmentConfig(prefix_dropout=0.25)
 
 
 @jax.jit
-def prefix(model: MaMMUT, key: jax.Array | None = None) -> jax.Array:
-    return model.image_tokens(IMAGES, key).tokens
+def prefix(model: MaMMUT, augment: Augment = Augment()) -> jax.Array:
+    return model.image_tokens(IMAGES, augment).tokens
+
+
+def dropped_prefix(model: MaMMUT, seed: int) -> np.ndarray:
+    return np.asarray(prefix(model, Augment(jax.random.key(seed), DROPOUT)))
 
 
 def test_dropout_acts_in_training_alone_and_follows_from_the_key():
     model = tiny_model(BARE)
     whole = np.asarray(prefix(model))
     assert np.array_equal(prefix(model), whole) and (whole != 0).all()
-    dropped, again, other = (np.asarray(prefix(model, jax.random.key(seed))) for seed in (3, 3, 4))
+    dropped, again, other = (dropped_prefix(model, seed) for seed in (3, 3, 4))
     np.testing.assert_array_equal(again, dropped)
     kept = dropped != 0
     np.testing.assert_allclose(dropped[kept], whole[kept] / 0.75, rtol=1e-5)
@@ -40,17 +46,17 @@ def test_dropout_acts_in_training_alone_and_follows_from_the_key():
 
 def test_the_norm_comes_after_the_dropout():
     model = tiny_model(dataclasses.replace(BARE, prefix_norm=True))
-    x = np.asarray(prefix(tiny_model(BARE), jax.random.key(3)), np.float64)
+    x = dropped_prefix(tiny_model(BARE), seed=3).astype(np.float64)
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     expected = x * np.asarray(model.prefix_norm.scale[...]) + np.asarray(
         model.prefix_norm.bias[...]
     )
-    np.testing.assert_allclose(prefix(model, jax.random.key(3)), expected, atol=1e-4)
+    np.testing.assert_allclose(dropped_prefix(model, seed=3), expected, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
 def frozen() -> MaMMUT:
-    """Of the form of Frozen (arXiv 2106.13884, section 3.1): two tokens are made of the pooled image."""
+    """A model like Frozen (arXiv 2106.13884, section 3.1): two tokens from the pooled image."""
     return tiny_model(dataclasses.replace(prefix_config(), prefix_tokens=2, prefix_norm=False))
 
 

@@ -1,4 +1,7 @@
-"""Every preset builds, at its full size and without memory, and has the parameters its paper counts."""
+"""Every preset builds, at its full size and without memory.
+
+It has the parameters that its paper counts.
+"""
 
 import functools
 import inspect
@@ -10,7 +13,7 @@ import pytest
 from flax import nnx
 
 from mammut import presets
-from mammut.config import ModelConfig
+from mammut.config import ComputeConfig, ModelConfig
 from mammut.models.flops import forward_flops, num_params
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config, tiny_model
@@ -70,7 +73,7 @@ def test_every_preset_runs_both_passes(name):
     image_embed, text_embed, features = jax.eval_shape(forward, params, image, tokens, valid)
     assert image_embed.shape == text_embed.shape == (2, config.text.width)
     assert features.shape == (2, length, config.text.width)
-    assert features.dtype == jnp.dtype(config.dtype)
+    assert features.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", WITH_PREFIX)
@@ -87,7 +90,10 @@ def test_every_preset_with_an_image_prefix_runs_its_caption_pass(name):
 
 
 def test_magmas_presets_have_the_parameters_that_are_published():
-    """GPT-J of 6.05 billion, adapters of 3.9 % of it, RN50x16 without its pool, 144 tokens; two of Frozen."""
+    """GPT-J has 6.05 billion, the adapters 3.9 % of that.
+
+    RN50x16 has no pool and gives 144 tokens; Frozen has two.
+    """
     # logit scale, bias
     language_model = sum(counts("limber")[part] for part in ("token_embed", "layers", "other")) - 2
     millions(language_model, 6_050, 0.001)
@@ -133,7 +139,10 @@ def test_the_counts_are_those_of_a_model_that_is_made():
 
 
 def test_the_main_model_has_the_parameters_of_the_paper():
-    """Paper, section 4.1: ViT-H of 630M to 650M, a decoder of 1B with 420M of cross-attention in 9 of 18 layers, 2B."""
+    """Paper, section 4.1: ViT-H has 630M to 650M, the decoder 1B, the model 2B.
+
+    420M of the decoder are cross-attention, in 9 of 18 layers.
+    """
     count = counts("paper_2b")
     # 9.4M of attention, 37.7M of MLP, the rest biases and norms
     assert layer_params(1536, 12_288) == 47_212_032
@@ -183,7 +192,7 @@ def test_the_letters_have_the_shapes_of_the_field(name, width, depth, heads):
 
 
 def test_flops_are_two_a_parameter_and_token_plus_attention():
-    """A ViT-B/16 of 224 pixels is published with 17.5 billion multiply-adds, class token included."""
+    """A ViT-B/16 of 224 pixels and a class token is published with 17.5 billion multiply-adds."""
     config = presets.mammut_b16()
     flops = forward_flops(config)
     assert flops["vision"] / 2 == pytest.approx(17.5e9, rel=0.02)
@@ -196,9 +205,12 @@ def test_flops_are_two_a_parameter_and_token_plus_attention():
 
 
 def test_flops_are_those_that_the_compiler_counts():
-    """Of the tiny model, whose layers are laid out one by one: XLA counts the body of a loop once."""
+    """XLA counts the body of a loop once, so all layers of the tiny model are unrolled."""
     config = presets.tiny()
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
+    compute = ComputeConfig(unroll=config.vision.depth)
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: MaMMUT(config, compute=compute, rngs=nnx.Rngs(0)))
+    )
     size = config.vision.image_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
     lowered = jax.jit(lambda p, x: nnx.merge(graphdef, p).encode_image(x)).lower(params, image)

@@ -1,4 +1,4 @@
-"""Prompts of images and texts: against full passes over their embeddings, alone and in batches, and what is refused."""
+"""Prompts of images and texts, alone and in batches, against full passes over their embeddings."""
 
 import dataclasses
 import re
@@ -47,7 +47,7 @@ def batched(model, processor):
 
 @pytest.fixture(scope="module")
 def next_logits(model, processor):
-    """Log-probabilities of the token after a prompt and `said` ids, from one pass over all embeddings."""
+    """Log-probabilities of the token after a prompt and `said` ids, from one pass over all."""
     graphdef, params = nnx.split(model)
 
     @jax.jit
@@ -198,8 +198,11 @@ def test_a_text_ends_where_the_context_does(model, processor, next_logits):
 
 
 @pytest.mark.parametrize("prompt, message", [
-    ([*IMAGES] * 3, "prompt 1 has 18 images of 4 tokens each, expected at most 13: DecoderConfig.max_length 64 less"),
-    ([IMAGES[0], "on the left " * 11 + "on"], r"prompt 1 has \d+ tokens, its 1 images included, expected at most 54"),
+    ([*IMAGES] * 3,
+     "prompt 1 has 18 images of 4 tokens each, expected at most 13: DecoderConfig.max_length 64 "
+     "less"),
+    ([IMAGES[0], "on the left " * 11 + "on"],
+     r"prompt 1 has \d+ tokens, its 1 images included, expected at most 54"),
     ([IMAGES[0], "Q: what? A: "], "prompt 1 ends in a space, 'Q: what. A: ', expected none"),
     ([IMAGES[0], "Q: what? A: ", ""], "prompt 1 ends in a space"),
     ([], "prompt 1 is empty, expected an image or a text"),

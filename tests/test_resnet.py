@@ -1,4 +1,7 @@
-"""The ResNet image encoders: what no batch and no step may change, their sizes, and a model that has one."""
+"""The ResNet image encoders.
+
+The tests show what no batch and no step may change, their sizes, and a model that has one.
+"""
 
 import dataclasses
 import math
@@ -12,6 +15,8 @@ from resnet_originals import original
 
 import mammut
 from mammut.config import (
+    AugmentConfig,
+    ComputeConfig,
     DataConfig,
     MeshConfig,
     ModelConfig,
@@ -23,10 +28,12 @@ from mammut.config import (
     to_dict,
 )
 from mammut.core import sharding
+from mammut.core.params import logical_axes
 from mammut.core.sharding import param_shardings
-from mammut.models.compute import Dtypes
+from mammut.models.compute import Augment
 from mammut.models.flops import forward_flops, resnet_flops
-from mammut.models.mammut import logical_axes
+from mammut.models.layers import initialise
+from mammut.models.mammut import require_computable
 from mammut.models.resnet import ResNet
 from mammut.pages.word_maps import word_maps
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
@@ -58,7 +65,7 @@ def leaves(model: nnx.Module) -> dict[str, np.ndarray]:
 @BOTH
 def test_tokens_of_an_image_depend_on_no_other_image_in_training_either(vision):
     tower, batch = tiny_model(with_tower(vision)).vision, images(3)
-    trained = jax.jit(lambda x: tower(x, jax.random.key(0)))(batch)
+    trained = jax.jit(lambda x: tower(x, Augment(jax.random.key(0))))(batch)
     alone = jax.jit(tower.__call__)(batch[1:2])
     largest = np.abs(alone.tokens).max()
     np.testing.assert_allclose(trained.tokens[1:2], alone.tokens, atol=1e-5 * largest)
@@ -84,7 +91,8 @@ def test_tokens_lie_row_by_row_and_are_averaged(vision):
 @BOTH
 def test_bfloat16_stays_close_to_float32(vision):
     towers = (
-        tiny_model(with_tower(vision, dtype=dtype)).vision for dtype in ("float32", "bfloat16")
+        tiny_model(with_tower(vision), compute=ComputeConfig(dtype=dtype)).vision
+        for dtype in ("float32", "bfloat16")
     )
     exact, rounded = (jax.jit(tower.__call__)(images(2)).tokens for tower in towers)
     assert rounded.dtype == jnp.bfloat16
@@ -132,27 +140,23 @@ def test_steps_of_training_move_everything_but_the_statistics():
 
 @BOTH
 def test_a_new_encoder_keeps_its_numbers_in_bounds(vision):
-    config, dtypes = (
-        with_tower(dataclasses.replace(vision, stages=(2, 2, 2, 2))),
-        Dtypes(jnp.float32, jnp.float32),
-    )
-    tower = ResNet(config, rngs=nnx.Rngs(0), dtypes=dtypes)
+    vision = dataclasses.replace(vision, stages=(2, 2, 2, 2))
+    tower = initialise(ResNet(vision, ComputeConfig()), jax.random.key(0))
     tokens = jax.jit(tower.__call__)(images(2)).tokens
     assert 0.05 < tokens.std() < 5
 
 
 @pytest.mark.parametrize(("remat", "unroll"), [("dots", 2), ("full", 1)])
 def test_recomputing_and_unrolling_change_no_gradient(remat, unroll):
-    def gradients(config):
-        graphdef, params = nnx.split(tiny_model(config).vision)
+    def gradients(compute):
+        graphdef, params = nnx.split(tiny_model(with_tower(NORM_FREE), compute=compute).vision)
         loss = jax.grad(
             lambda params: jnp.square(nnx.merge(graphdef, params)(images(2)).tokens).sum()
         )
         return leaves(nnx.merge(graphdef, jax.jit(loss)(params)))
 
-    plain, other = (
-        gradients(with_tower(NORM_FREE, **how)) for how in ({}, {"remat": remat, "unroll": unroll})
-    )
+    plain = gradients(ComputeConfig())
+    other = gradients(ComputeConfig(remat=remat, unroll=unroll))
     for name, value in plain.items():
         np.testing.assert_allclose(
             other[name], value, atol=1e-4 * np.abs(value).max(), err_msg=name
@@ -183,7 +187,10 @@ def test_images_of_another_size_are_refused_in_a_sentence_that_names_the_field()
     ).vision
     shapes = [jax.eval_shape(lambda x: tower(x).tokens, images(1, size)).shape for size in (64, 96)]
     assert shapes == [(1, 4, 256), (1, 9, 256)]
-    sizes = r"\(32, 32, 3\), expected \(96, 96, 3\) from ResNetConfig.image_size or \(64, 64, 3\) from low_image_size"
+    sizes = (
+        r"\(32, 32, 3\), expected \(96, 96, 3\) from ResNetConfig.image_size "
+        r"or \(64, 64, 3\) from low_image_size"
+    )
     with pytest.raises(ValueError, match=sizes):
         tower(images(1, 32))
 
@@ -277,6 +284,17 @@ def test_overrides_name_the_fields_of_either_encoder(capsys):
     with pytest.raises(SystemExit):
         parse_overrides(resnet, ["--model.vision.patch-size", "8"])
     assert "model.vision.patch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("patch_drop", 0.5), ("crop_positions", True)])
+@BOTH
+def test_draws_of_patches_are_refused_by_their_field(vision, name, value):
+    message = f"AugmentConfig.{name} is {value}, which a ResNet has no patches for"
+    with pytest.raises(ValueError, match=message):
+        require_computable(with_tower(vision), ComputeConfig(), AugmentConfig(**{name: value}))
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(model=with_tower(vision), augment=AugmentConfig(**{name: value}))
+    require_computable(with_tower(vision), ComputeConfig())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ import mammut
 from mammut.config import DecoderConfig, ModelConfig, ResNetConfig, TrainConfig, VisionConfig
 from mammut.data.images import ImageTransform
 from mammut.data.sources import open_source
-from mammut.models.compute import Dtypes
+from mammut.models.compute import AugmentConfig, ComputeConfig
+from mammut.models.layers import initialise
 from mammut.models.resnet import ResNet
 from mammut.testing import tiny_config
 from mammut.training.new_processor import make_processor
@@ -43,10 +44,11 @@ TEXT_TOWER = "logit_scale", "token_embedding.weight", "transformer.resblocks.0.l
 
 def tower_of(opened: OpenedModel) -> ResNet:
     """The image encoder with the weights of a file."""
-    dtypes = Dtypes(jnp.float32, jnp.float32)
-    graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: ResNet(opened.config, rngs=nnx.Rngs(0), dtypes=dtypes))
-    )
+
+    def make() -> ResNet:
+        return initialise(ResNet(opened.config.vision, ComputeConfig()), jax.random.key(0))
+
+    graphdef, state = nnx.split(nnx.eval_shape(make))
 
     def read(path, leaf):
         value = jnp.asarray(opened.tensors.read("vision." + ".".join(entry.key for entry in path)))
@@ -226,15 +228,17 @@ def test_a_config_of_another_size_is_refused(tmp_path):
 
 def test_a_run_starts_from_the_encoder_whatever_its_recipe_has(weights):
     text = DecoderConfig(vocab_size=60, max_length=12, width=48, depth=2, num_heads=3, mlp_dim=80)
-    vit = VisionConfig(pooling="class", class_token=True, patch_drop=0.5)
+    vit = VisionConfig(pooling="class", class_token=True)
     recipe = TrainConfig(model=ModelConfig(vit, text, image_projection="separate"))
-    config, starts = with_overrides(
-        recipe, ["--init-vision", str(weights), "--model.vision.image-size", "96"]
-    )
+    overrides = ["--init-vision", str(weights), "--model.vision.image-size", "96"]
+    config, starts = with_overrides(recipe, overrides)
     assert config.model.vision == dataclasses.replace(config_of(weights), image_size=96)
     plan = warm_start(config.model, starts)
     rows = {row.path: row.what for row in plan.rows if row.path.startswith("vision.")}
     assert rows and set(rows.values()) == {"loaded"}
+    drops_patches = dataclasses.replace(recipe, augment=AugmentConfig(patch_drop=0.5))
+    with pytest.raises(ValueError, match="patch_drop is 0.5, which a ResNet has no patches for"):
+        with_overrides(drops_patches, overrides)
     assert all(name in plan.random for name in ("text.norm.scale", "image_projection.kernel"))
     processor = make_processor(
         config, open_source("synthetic:train[:50]", image_size=64, field="captions"), starts

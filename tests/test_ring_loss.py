@@ -1,4 +1,4 @@
-"""The tile-wise contrastive losses: the values and gradients of the whole matrix, in memory that does not grow."""
+"""The ring form of the losses: values and gradients of the matrix, in memory that does not grow."""
 
 import functools
 import math
@@ -109,7 +109,7 @@ def test_the_ring_equals_sums_in_float64():
 @LOSSES
 @pytest.mark.parametrize("sign", [1, -1])
 def test_scores_of_all_100_or_all_minus_100_stay_finite(name, sign):
-    """exp(-100) is 0 in float32, and a row of zeros has no logarithm; the last tile has padding besides."""
+    """exp(-100) is 0 in float32, and 0 has no logarithm; the last tile has padding too."""
     image = np.tile(np.float32([1, 0]), (7, 1))
     args = (image, sign * image, np.log(np.float32(100)), np.float32(0))
     expected = with_gradients(functools.partial(by_matrix, name))(*args)

@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from mammut.data import sources
+from mammut.data.config import Field
+from mammut.data.examples import BadExample, Example, Question, Source
 
 
-def open_set(spec: str, field: sources.Field = "captions", **options) -> sources.Source:
+def open_set(spec: str, field: Field = "captions", **options) -> Source:
     return sources.open_source(spec, image_size=16, field=field, **options)
 
 
@@ -28,7 +30,7 @@ def picture(path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def refusal(spec: str, field: sources.Field = "captions", **options) -> str:
+def refusal(spec: str, field: Field = "captions", **options) -> str:
     with pytest.raises(ValueError) as error:
         open_set(spec, field, **options)
     assert repr(spec) in str(error.value) and "\n" not in str(error.value)
@@ -102,7 +104,7 @@ def test_coco_captions_are_in_the_order_of_the_images(coco, tmp_path):
 
 def test_an_image_that_coco_has_no_caption_of_is_bad(coco):
     with pytest.raises(
-        sources.BadExample, match="captions_val2017.json, image 000000037777.jpg has no caption"
+        BadExample, match="captions_val2017.json, image 000000037777.jpg has no caption"
     ) as bad:
         open_set(coco)[1]
     assert bad.value.cause == "no caption"
@@ -246,7 +248,7 @@ def test_karpathys_split_has_its_images_alone_in_their_order(tmp_path):
     assert [source[i].captions for i in (0, 1)] == [["A man."], ["A bike.", "A train."]]
     assert source[1].key == "val2014/COCO_val2014_000000483108.jpg"
     assert source[1].image == tmp_path / "val2014/COCO_val2014_000000483108.jpg"
-    with pytest.raises(sources.BadExample, match="has no caption"):
+    with pytest.raises(BadExample, match="has no caption"):
         source[2]
     (restval,) = open_set(f"karpathy:{path},{tmp_path},restval")
     assert restval.captions == ["A girl."]
@@ -357,14 +359,10 @@ def test_vqav2_gives_each_image_with_its_questions_and_what_ten_people_said(tmp_
         source[0].image == tmp_path / "COCO_val2014_000000262148.jpg" and source[0].captions == []
     )
     assert source[0].qa == [
-        sources.Question(
-            "Where is he looking?", SAID[262148000], "262148000", "other", "where is the"
-        ),
-        sources.Question("Is he skating?", SAID[262148002], "262148002", "yes/no", "is he"),
+        Question("Where is he looking?", SAID[262148000], "262148000", "other", "where is the"),
+        Question("Is he skating?", SAID[262148002], "262148002", "yes/no", "is he"),
     ]
-    assert source[1].qa == [
-        sources.Question("How many shoes?", SAID[42001], "42001", "number", "how many")
-    ]
+    assert source[1].qa == [Question("How many shoes?", SAID[42001], "42001", "number", "how many")]
     assert len(open_set(f"{vqav2(tmp_path)}[1:]", "qa")[0].qa) == 1
 
 
@@ -382,7 +380,7 @@ def test_a_vqav2_test_set_has_questions_without_answers(tmp_path):
         questions = QUESTIONS | {"data_subtype": subset}
         first, _ = open_set(vqav2(tmp_path, questions, annotations=None), "qa")
         assert first.key == "COCO_test2015_000000262148.jpg" and first.pairs == []
-        assert first.qa[0] == sources.Question("Where is he looking?", [], "262148000")
+        assert first.qa[0] == Question("Where is he looking?", [], "262148000")
 
 
 def test_vqav2_finds_pictures_by_their_names_of_2017(tmp_path):
@@ -493,7 +491,7 @@ def test_what_is_not_of_vqav2s_format_is_named(tmp_path, questions, annotations,
 # JSON lines
 
 
-def one_line(folder: pathlib.Path, line: dict, field: sources.Field) -> sources.Example:
+def one_line(folder: pathlib.Path, line: dict, field: Field) -> Example:
     return open_set(f"jsonl:{write(folder / 'set.jsonl', line)}", field)[0]
 
 
@@ -512,9 +510,9 @@ def test_questions_are_named_by_their_id_or_their_place(tmp_path):
         tmp_path, {"file": "1.png", "qa": asked, "captions": None, "name": "a cat"}, "qa"
     )
     assert example.qa == [
-        sources.Question("what is it?", ["a cat", ""], "1.png#0", "other", "what is"),
-        sources.Question("how many?", [], "7"),
-        sources.Question("why?", [], "eight"),
+        Question("what is it?", ["a cat", ""], "1.png#0", "other", "what is"),
+        Question("how many?", [], "7"),
+        Question("why?", [], "eight"),
     ]
     assert example.pairs == [("what is it?", "a cat")]
     assert example.captions == [] and example.name is None
@@ -599,7 +597,7 @@ def asked(**question) -> dict:
     ],
 )
 def test_a_line_without_the_field_says_what_is_wrong(tmp_path, field, line, cause, expected):
-    with pytest.raises(sources.BadExample, match=expected) as bad:
+    with pytest.raises(BadExample, match=expected) as bad:
         one_line(tmp_path, line, field)
     assert bad.value.cause == cause
     assert "set.jsonl, line 1 " in str(bad.value) and "\n" not in str(bad.value)
@@ -610,14 +608,12 @@ def test_a_line_without_the_field_says_what_is_wrong(tmp_path, field, line, caus
 
 @pytest.fixture
 def prepared(tmp_path):
-    """Writes images with these features as a set and opens it for a field; its files say `nested` in their place."""
+    """Writes images with these features as a set and opens it; its files hold `nested`, if any."""
     import tensorflow_datasets as tfds
 
     pixels = picture(tmp_path / "nine.png").read_bytes()
 
-    def prepare(
-        features: dict, examples: list[dict], field: sources.Field, nested: dict | None = None
-    ):
+    def prepare(features: dict, examples: list[dict], field: Field, nested: dict | None = None):
         class Set(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             name = "prepared"
             VERSION = tfds.core.Version("1.0.0")
@@ -657,7 +653,7 @@ def test_a_label_of_a_prepared_set_is_its_class(prepared):
         labels, [{"label": n, "image/filename": f"{n}.png"} for n in (1, 0, -1)], "name"
     )
     assert [(source[i].name, source[i].key) for i in (0, 1)] == [("dog", "1.png"), ("cat", "0.png")]
-    with pytest.raises(sources.BadExample, match="example 2 is not annotated") as bad:
+    with pytest.raises(BadExample, match="example 2 is not annotated") as bad:
         source[2]  # tensorflow-datasets' label where a test set keeps it back
     assert bad.value.cause == "no name"
 
@@ -695,7 +691,7 @@ def test_clevrs_questions_are_read_from_a_prepared_set(prepared):
         "tfds:prepared/val, example 0#0",
         "tfds:prepared/val, example 0#1",
     ]
-    with pytest.raises(sources.BadExample, match="has no question"):
+    with pytest.raises(BadExample, match="has no question"):
         source[1]
 
 
@@ -711,8 +707,8 @@ def test_a_prepared_set_may_have_one_question_an_example(prepared):
     ]
     types = {"question": text, "answers": texts, "question_id": np.int64, "image/filename": text}
     first, second = prepared(types, rows, "qa")
-    assert first.qa == [sources.Question("how many?", ["2", "two"], "7")] and first.key == "a.png"
-    assert second.qa == [sources.Question("why?", [], "8")]
+    assert first.qa == [Question("how many?", ["2", "two"], "7")] and first.key == "a.png"
+    assert second.qa == [Question("why?", [], "8")]
 
 
 def test_questions_about_one_image_in_several_examples_have_names_of_their_own(prepared):
@@ -755,7 +751,8 @@ def test_a_prepared_set_without_the_field_is_told_what_was_looked_for(prepared, 
     text, _, _ = tfds_features()
     prepared({"caption": text, "label": np.int64}, [{"caption": "a cat", "label": 1}], "captions")
     looked_for = {
-        "name": "has the fields caption (Text), image (Image), label (Tensor), expected image and one of label, name (",
+        "name": "has the fields caption (Text), image (Image), label (Tensor), "
+        "expected image and one of label, name (",
         "qa": "expected image and one of qa, qas, question_answer, question (Sequence or Text)",
     }
     for field, expected in looked_for.items():
@@ -823,7 +820,7 @@ def test_real_images_that_were_not_captioned_are_bad_and_the_others_are_not(shar
     for index in range(len(source)):
         try:
             captions += len(source[index].captions)
-        except sources.BadExample as bad:
+        except BadExample as bad:
             causes.append(bad.cause)
     assert causes == ["no caption"] * sum(line["captions"] is None for line in lines)
     assert captions == sum(len(line["captions"] or []) for line in lines)
@@ -836,11 +833,11 @@ def test_real_images_that_were_not_captioned_are_bad_and_the_others_are_not(shar
 def test_a_real_set_opened_for_another_field_has_no_usable_example(shared, name, field):
     source = open_set(f"jsonl:{shared}/data/{name}[:20]", field)
     for index in range(20):
-        with pytest.raises(sources.BadExample, match=f'has no "{field}"') as bad:
+        with pytest.raises(BadExample, match=f'has no "{field}"') as bad:
             source[index]
         assert bad.value.cause == "missing field"
 
 
 def test_real_videos_are_not_taken_for_images(shared):
-    with pytest.raises(sources.BadExample, match="frames of a video"):
+    with pytest.raises(BadExample, match="frames of a video"):
         open_set(f"jsonl:{shared}/data/msrvtt_frames")[0]

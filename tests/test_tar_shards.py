@@ -1,4 +1,4 @@
-"""Tar shards against Python's tarfile, which reads them from front to back, and what broken ones come to."""
+"""Tar shards against Python's tarfile, which reads from front to back; broken shards."""
 
 import collections
 import gzip
@@ -17,6 +17,8 @@ from mammut import prepare
 from mammut.config import DataConfig
 from mammut.data import sources, tar_shards
 from mammut.data.batches import TrainBatches
+from mammut.data.config import Field
+from mammut.data.examples import BadExample, Question, Source
 from mammut.testing import tiny_processor
 
 SIZE = 16
@@ -29,7 +31,7 @@ def cache(tmp_path, monkeypatch) -> pathlib.Path:
     return tmp_path / "cache" / "mammut" / "shards"
 
 
-def open_set(spec: str, field: sources.Field = "captions") -> sources.Source:
+def open_set(spec: str, field: Field = "captions") -> Source:
     return sources.open_source(spec, image_size=SIZE, field=field)
 
 
@@ -66,20 +68,20 @@ def write_shards(folder: pathlib.Path, count: int = 3, examples: int = 4) -> str
     return f"tar:{folder}/{{00000..{count - 1:05d}}}.tar"
 
 
-def refusal(spec: str, field: sources.Field = "captions") -> str:
+def refusal(spec: str, field: Field = "captions") -> str:
     with pytest.raises(ValueError) as error:
         open_set(spec, field)
     assert repr(spec) in str(error.value) and "\n" not in str(error.value)
     return str(error.value)
 
 
-def outcomes(source: sources.Source) -> list[list[str] | str]:
+def outcomes(source: Source) -> list[list[str] | str]:
     """The captions of each example, or the cause why it has none."""
     found = []
     for index in range(len(source)):
         try:
             found.append(source[index].captions)
-        except sources.BadExample as error:
+        except BadExample as error:
             found.append(error.cause)
     return found
 
@@ -244,7 +246,10 @@ def test_of_several_images_of_one_key_jpg_is_meant_before_png(tmp_path):
 )
 def test_patterns_mean_what_they_mean_in_a_shell(tmp_path, pattern, names):
     (tmp_path / "deep/er").mkdir(parents=True)
-    for name in "00008.tar 00009.tar 00010.tar 8 9 10 2 1 0 a0.tar a1.tar b0.tar b1.tar 1x1.tar 0x9.tar 0x1.tar".split():
+    shards = (
+        "00008.tar 00009.tar 00010.tar 8 9 10 2 1 0 a0.tar a1.tar b0.tar b1.tar 1x1.tar 0x9.tar"
+    )
+    for name in f"{shards} 0x1.tar".split():
         (tmp_path / name).touch()
     (tmp_path / "deep/er/in.tar").touch()
     whole = "::".join(f"{tmp_path}/{part}" for part in pattern.split("::"))
@@ -490,9 +495,9 @@ def test_json_has_the_fields_that_json_lines_have(tmp_path):
     spec = f"tar:{write_tar(tmp_path / '0.tar', files)}"
     assert outcomes(open_set(spec)) == [["one"], ["two", "three"]]
     (question,) = open_set(spec, "qa")[0].qa
-    assert question == sources.Question("why?", ["so"], "0.tar/0.json#0")
+    assert question == Question("why?", ["so"], "0.tar/0.json#0")
     assert open_set(spec, "name")[0].name == "cat"
-    with pytest.raises(sources.BadExample, match='0.tar, 1.json has no "qa"') as error:
+    with pytest.raises(BadExample, match='0.tar, 1.json has no "qa"') as error:
         open_set(spec, "qa")[1]
     assert error.value.cause == "missing field"
 
@@ -523,7 +528,7 @@ def test_each_broken_example_says_why_and_where(tmp_path):
     source = open_set(f"tar:{path}")
     assert outcomes(source) == [["never written anywhere"], *broken, "no caption"]
     for index, name in ((1, "a.txt"), (2, "b.jpg"), (3, "c.jpg"), (4, "d.txt"), (5, "e.json")):
-        with pytest.raises(sources.BadExample, match=f"{path}, .*{name} (has|is)"):
+        with pytest.raises(BadExample, match=f"{path}, .*{name} (has|is)"):
             source[index]
 
 

@@ -1,7 +1,8 @@
-"""The caption pass alone: the loss of an answer and its end, not of its question, whatever the micro-batches."""
+"""Tasks: what each answers for, and the loss of an answer and its end, not of its question."""
 
 import dataclasses
 import json
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,12 @@ from flax import nnx
 
 from mammut.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mammut.core import sharding
+from mammut.core.params import by_name
 from mammut.data import sources
 from mammut.data.batches import TooManyBadExamples, TrainBatches
+from mammut.models.compute import Augment
+from mammut.models.flops import forward_flops
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
-from mammut.training.accumulation import accumulated_text_gradients
 from mammut.training.step import make_trainer
 from mammut.training.tasks import TASKS, TextTask
 
@@ -32,7 +35,7 @@ def qa_batch(size: int = 8) -> dict[str, jax.Array]:
 
 def loss_of(params, batch, task=TASK):
     model = nnx.merge(nnx.graphdef(tiny_model()), params)
-    return task.loss(model, batch, jax.random.key(0))[0]
+    return task.loss(model, batch, Augment())[0]
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +80,15 @@ def test_the_contrastive_parameters_get_no_gradient_and_the_cross_attention_does
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(params, grads):
     """Their numbers of answer tokens differ: a mean of means would not do."""
-    merge = lambda params: nnx.merge(nnx.graphdef(tiny_model()), params)  # noqa: E731
-    accumulated, metrics = jax.jit(
-        lambda params, batch: accumulated_text_gradients(
-            TASK, merge, params, batch, jax.random.key(0), 4
-        )
-    )(params, qa_batch())
+
+    def merge(params):
+        return nnx.merge(nnx.graphdef(tiny_model()), params)
+
+    @jax.jit
+    def gradients(params, batch):
+        return TASK.gradients(merge, params, batch, Augment(jax.random.key(0)), 4)
+
+    accumulated, metrics = gradients(params, qa_batch())
     np.testing.assert_allclose(metrics["loss"], jax.jit(loss_of)(params, qa_batch()), rtol=1e-5)
     for whole, parts in zip(jax.tree.leaves(grads), jax.tree.leaves(accumulated), strict=True):
         np.testing.assert_allclose(parts, whole, rtol=1e-3, atol=1e-6)
@@ -113,6 +119,41 @@ def test_eight_devices_take_the_step_of_one(params):
     assert moved["logit_scale"] == 0.0  # nothing but the gradient moves it
 
 
+# What a task answers for
+
+
+def test_the_tasks_of_a_config_are_those_of_the_table():
+    fields = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    assert get_args(fields["task"]) == tuple(TASKS)
+
+
+@pytest.mark.parametrize("task, parts", [
+    ("image_text", ["vision", "contrastive_pass", "caption_pass", "vocabulary"]),
+    ("caption", ["vision", "caption_pass", "vocabulary"]),
+    ("vqa", ["vision", "caption_pass", "vocabulary"]),
+    ("classify", ["vision", "caption_pass", "vocabulary"]),
+    ("text", ["caption_pass", "vocabulary"]),
+])  # fmt: skip
+def test_a_task_counts_the_flops_of_the_parts_that_it_runs(task, parts):
+    config = TrainConfig(task=task, model=tiny_config())
+    made = TASKS[task](config.loss)
+    whole = forward_flops(config.model, training=True, sees_image=task != "text")
+    assert made.flops(config) == {part: whole[part] for part in parts}
+    again = ("vision", "contrastive_pass") if task == "image_text" else ()
+    assert made.recomputed_parts == again
+
+
+def test_a_language_task_runs_the_decoder_without_its_cross_attention_and_the_others_run_all(
+    params,
+):
+    names = by_name(params)
+    assert all(TASKS[task](TASK.config).runs(name) for task in list(TASKS)[:4] for name in names)
+    run = {name for name in names if TASKS["text"](TASK.config).runs(name)}
+    assert {name.split(".")[0] for name in run} == {"text"}
+    left_out = {name for name in names if name.startswith("text.")} - run
+    assert left_out and all(name.startswith("text.cross_layers.") for name in left_out)
+
+
 # What a task's examples are made into
 
 
@@ -133,7 +174,8 @@ def folder(tmp_path):
 
 
 def batches_of(folder, task: str, rows: str = "[:1]", **settings):
-    field, images = TASKS[task](TASK.config).field, TASKS[task](TASK.config).sees_images
+    made = TASKS[task](TASK.config)
+    field, images = made.field, made.sees_images
     source = sources.open_source(f"jsonl:{folder / 'x.jsonl'}{rows}", image_size=16, field=field)
     config = dataclasses.replace(DataConfig(batch_size=len(source), threads=1), **settings)
     return TrainBatches(source, tiny_processor(), config, seed=0, images=images)
@@ -151,6 +193,15 @@ def said(batch) -> tuple[str, str]:
     return processor.tokenizer.decode(tokens[1:start].tolist()), processor.tokenizer.decode(
         tokens[target].tolist()
     )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_batches_that_are_read_keep_the_contract_of_the_task(folder, task):
+    config = TrainConfig(task=task, model=tiny_config(), data=DataConfig(batch_size=1))
+    batch = next(batches_of(folder, task))
+    contract = TASKS[task](config.loss).abstract_batch(config)
+    got = {name: (x.shape, x.dtype) for name, x in batch.items()}
+    assert got == {name: (x.shape, x.dtype) for name, x in contract.items()}
 
 
 def test_each_visit_draws_one_of_the_answers_after_its_question(folder):

@@ -610,7 +610,7 @@ def test_pictures_that_cannot_be_used_are_counted_and_named_once(program, straig
     told = re.search(r"examples that could not be used: (\d+) corrupt, (\d+) no caption", out)
     # with those read ahead
     assert int(told[1]) >= counts["corrupt"] and int(told[2]) >= counts["no caption"]
-    assert err.count("skipped, as any other example like it") == 2
+    assert err.count("skipping this example and others like it") == 2
 
 
 def test_a_set_with_too_many_bad_pictures_stops_the_run_with_the_counts(program, straight, jsonl):
@@ -618,7 +618,8 @@ def test_a_set_with_too_many_bad_pictures_stops_the_run_with_the_counts(program,
     _, err = program.run(*argv, code=1)
     last = err.strip().splitlines()[-1]
     assert re.fullmatch(
-        r"train.py: \d+ of \d+ examples read from 'jsonl:pictures/set.jsonl' could not be used \(.*corrupt.*\), "
+        r"train.py: \d+ of \d+ examples read from 'jsonl:pictures/set.jsonl' could not be used "
+        r"\(.*corrupt.*\), "
         r"data.max_bad_share allows 1%",
         last,
     )

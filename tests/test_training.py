@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from embedding_recall import embedding_recall
 from flax import nnx
 
 from mammut import presets
 from mammut.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mammut.core import params as partition
 from mammut.core import sharding
-from mammut.evaluation.metrics.rankings import retrieval_recall
+from mammut.models.compute import Augment, AugmentConfig
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_batch, tiny_config, tiny_model
-from mammut.training.accumulation import accumulated_gradients
 from mammut.training.optimizer import learning_rate_schedule, make_optimizer
 from mammut.training.step import Trainer, TrainState, make_trainer
 from mammut.training.tasks import ImageTextTask
@@ -44,7 +45,7 @@ def trainer() -> Trainer:
 
 
 def random_state(trainer: Trainer) -> TrainState:
-    """A state with random numbers in every parameter, its optimizer just begun; nothing is compiled."""
+    """A state at step 0 with random numbers in every parameter; nothing is compiled."""
     params = nnx.to_pure_dict(nnx.state(tiny_model(), nnx.Param))
     zero = np.int32(0)
     state = TrainState(
@@ -125,10 +126,13 @@ def small_params(rng: np.random.Generator) -> dict:
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.7])
 def test_adamw_equals_its_formula_in_numpy(clip_norm):
-    """Four updates by Adam's algorithm 1 with decoupled decay, in float64; gradients of very different lengths."""
+    """Four updates by Adam's algorithm 1 with decoupled decay, in float64.
+
+    The gradients have very different lengths.
+    """
     config = OptimizerConfig(
-        learning_rate=0.1, warmup_steps=2, schedule="linear", weight_decay=0.3, b1=0.8, b2=0.9, eps=1e-3,
-        clip_norm=clip_norm,
+        learning_rate=0.1, warmup_steps=2, schedule="linear", weight_decay=0.3, b1=0.8, b2=0.9,
+        eps=1e-3, clip_norm=clip_norm,
     )  # fmt: skip
     rng = np.random.default_rng(0)
     params = small_params(rng)
@@ -183,7 +187,7 @@ def test_weight_decay_touches_the_kernels_and_nothing_else():
 
 
 def test_adafactor_divides_by_the_root_of_row_and_column_means():
-    """A gradient whose size is an outer product a x b is described by its rows and columns: it becomes its sign."""
+    """Rows and columns describe a gradient whose size is an outer product: it becomes its sign."""
     rng = np.random.default_rng(0)
     size = np.outer(rng.uniform(0.1, 10, 40), rng.uniform(0.1, 10, 50))
     sign = rng.choice([-1.0, 1.0], size.shape)
@@ -248,7 +252,7 @@ def test_a_few_steps_learn_eight_pairs_by_heart_and_compile_once(trainer, embeds
     assert trainer.step._cache_size() == 1
     assert history[0]["loss_contrastive"] > 1.5 and history[0]["loss_caption"] > 3.5
     assert history[-1]["loss_contrastive"] < 0.05 and history[-1]["loss_caption"] < 0.1
-    recall = retrieval_recall(image_embed, text_embed, np.arange(8))
+    recall = embedding_recall(image_embed, text_embed, np.arange(8))
     assert recall["t2i_r1"] == recall["i2t_r1"] == 1
     assert int(state.step) == CONFIG.steps and int(state.nonfinite) == 0
 
@@ -332,8 +336,25 @@ def test_two_micro_batches_are_the_same_training_as_one_batch(trainer):
         assert np.abs(got[name] - want).max() <= 1e-4 * max(np.abs(want).max(), 0.1), name
 
 
+def test_a_run_that_starts_from_other_weights_keeps_their_scale_and_bias():
+    """What it starts from has learnt them; a parameter that it lacks starts as in a fresh run."""
+    trainer = one_device_trainer(dataclasses.replace(CONFIG, loss=LossConfig("sigmoid")))
+    given = partition.by_name(nnx.to_pure_dict(nnx.state(tiny_model(), nnx.Param)))
+
+    def read(name, value):
+        return given[name] if value is None else value
+
+    with jax.set_mesh(trainer.mesh):
+        loaded = trainer.start_params(0, set(), read)
+        lacking = trainer.start_params(0, {"logit_bias"}, read)
+    for params in (loaded, lacking):
+        assert float(params["logit_scale"]) == float(given["logit_scale"])
+    assert float(loaded["logit_bias"]) == float(given["logit_bias"])
+    assert float(lacking["logit_bias"]) == -10
+
+
 class AllContrastive(ImageTextTask):
-    """The three contrastive losses at once, in a mixture where no two could make up for each other."""
+    """The three contrastive losses at once, in a mixture in which none makes up for another."""
 
     def contrastive(self, model, image_embed, text_embed):
         mixture = {"softmax": 1.0, "sigmoid": 0.37, "focal": 0.83}
@@ -356,7 +377,7 @@ def whole_batch():
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradient(params, batch):
         return jax.grad(
-            lambda p: task.loss(nnx.merge(graphdef, p), batch, jax.random.key(0)), has_aux=True
+            lambda p: task.loss(nnx.merge(graphdef, p), batch, Augment()), has_aux=True
         )(params)
 
     return task, graphdef, params, gradient(params, BATCH)
@@ -372,9 +393,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumul
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradient(params, batch):
-        key = jax.random.key(0)
-        return accumulated_gradients(
-            task, lambda p: nnx.merge(graphdef, p), params, batch, key, accumulation
+        augment = Augment(jax.random.key(0))
+        return task.gradients(
+            lambda p: nnx.merge(graphdef, p), params, batch, augment, accumulation
         )
 
     grads, metrics = gradient(params, BATCH)
@@ -388,15 +409,15 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumul
 
 @pytest.mark.parametrize("what", ["patches and positions", "prefix"])
 def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
-    """Each micro-batch crops and drops out by a key of its own, which a direct gradient uses once."""
+    """Each micro-batch crops and drops by a key of its own, which a direct gradient uses once."""
     config = tiny_config()
     if what == "prefix":
         # and 12 beside an image
         text = dataclasses.replace(config.text, cross_attn_every=0, max_length=15)
-        config = dataclasses.replace(config, text=text, conditioning="prefix", prefix_dropout=0.4)
+        config = dataclasses.replace(config, text=text)
+        drawn = AugmentConfig(prefix_dropout=0.4)
     else:
-        vision = dataclasses.replace(config.vision, patch_drop=0.5, cropped_pos_embed=True)
-        config = dataclasses.replace(config, vision=vision)
+        drawn = AugmentConfig(patch_drop=0.5, crop_positions=True)
     graphdef, params = nnx.split(tiny_model(config))
     task, params = ImageTextTask(LossConfig()), nnx.to_pure_dict(params)
 
@@ -408,7 +429,7 @@ def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
         # rows go to the micro-batches in turn
         for i, micro_key in enumerate(jax.random.split(key, 4)):
             out, caption_sum = task.embed_and_caption(
-                model, {k: x[i::4] for k, x in batch.items()}, micro_key
+                model, {k: x[i::4] for k, x in batch.items()}, Augment(micro_key, drawn)
             )
             embeds.append(out)
             caption += caption_sum
@@ -419,9 +440,8 @@ def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradients(params, batch, key):
-        return jax.grad(direct, has_aux=True)(params, batch, key), accumulated_gradients(
-            task, merge, params, batch, key, 4
-        )
+        expected = jax.grad(direct, has_aux=True)(params, batch, key)
+        return expected, task.gradients(merge, params, batch, Augment(key, drawn), 4)
 
     (expected, expected_metrics), (grads, metrics) = gradients(params, BATCH, jax.random.key(3))
     (_, other), _ = gradients(params, BATCH, jax.random.key(4))

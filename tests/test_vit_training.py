@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
-from test_architectures import matrix_flops
+from test_flops import product_flops
 
 from mammut import presets
-from mammut.config import ModelConfig
+from mammut.config import AugmentConfig, ComputeConfig, ModelConfig
 from mammut.models import attention_kernels as kernels
 from mammut.models import vit
 from mammut.models.attention_kernels import attention_kernel
+from mammut.models.compute import Augment
 from mammut.models.flops import forward_flops
-from mammut.models.mammut import MaMMUT, image_attention_kernel
+from mammut.models.mammut import MaMMUT
+from mammut.performance.step_time import image_attention_kernel
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 
 
@@ -30,9 +32,14 @@ BATCH = tiny_batch(WIDE)
 KEY = jax.random.key(0)
 
 
-def encode(config: ModelConfig, image, key=None):
-    graphdef, params = nnx.split(tiny_model(config))
-    return jax.jit(lambda p, x, k: nnx.merge(graphdef, p).image_tokens(x, k))(params, image, key)
+def encode(config: ModelConfig, image, augment=Augment(), compute=ComputeConfig()):
+    graphdef, params = nnx.split(tiny_model(config, compute=compute))
+
+    @jax.jit
+    def tokens(params, image, augment):
+        return nnx.merge(graphdef, params).image_tokens(image, augment)
+
+    return tokens(params, image, augment)
 
 
 # Which kernel attends
@@ -40,7 +47,10 @@ def encode(config: ModelConfig, image, key=None):
 
 @pytest.fixture
 def gpu(monkeypatch, caplog):
-    """A GPU, as far as the choice of a kernel can tell, and the log: XLA's attention on the CPU passes for cuDNN's."""
+    """A GPU, as far as the choice of a kernel can tell, and the list of kernels that were tried.
+
+    XLA's attention on the CPU stands in for cuDNN's.
+    """
     real = kernels._attention_and_gradients
     tried = []
 
@@ -72,9 +82,10 @@ def refuse(results):
 
 
 def test_the_fused_kernel_is_tried_once_for_each_shape(gpu, caplog):
-    config = dataclasses.replace(WIDE, dtype="bfloat16")
+    compute = ComputeConfig(dtype="bfloat16")
     for _ in range(3):
-        assert image_attention_kernel(config) == attention_kernel(jnp.bfloat16, 16, 16) == "cudnn"
+        chosen = image_attention_kernel(WIDE, compute)
+        assert chosen == attention_kernel(jnp.bfloat16, 16, 16) == "cudnn"
     assert gpu == ["xla", "cudnn"]
     assert attention_kernel(jnp.bfloat16, 17, 16) == "cudnn" and len(gpu) == 4
     assert not caplog.records
@@ -99,8 +110,8 @@ def test_a_kernel_that_does_not_work_is_replaced_with_one_line_in_the_log(
             assert attention_kernel(jnp.bfloat16, 16, 16) == "xla"
     (record,) = [record for record in caplog.records if record.name.startswith("mammut")]
     assert record.getMessage() == (
-        "image attention of 16 tokens with heads of 16 in bfloat16 runs on XLA, cudnn does not work here: "
-        + reason
+        "image attention of 16 tokens with heads of 16 in bfloat16 runs on XLA, "
+        "cudnn does not work here: " + reason
     )
 
 
@@ -123,10 +134,8 @@ def test_nothing_is_tried_in_float32_for_other_devices_or_when_told(gpu):
     assert attention_kernel(jnp.bfloat16, 16, 16, "tpu") == "xla"
     with jax.set_mesh(mesh):  # of CPU devices: what is compiled here is for them
         assert attention_kernel(jnp.bfloat16, 16, 16) == "xla"
-    assert (
-        image_attention_kernel(dataclasses.replace(WIDE, dtype="bfloat16", image_attention="xla"))
-        == "xla"
-    )
+    compute = ComputeConfig(dtype="bfloat16", image_attention="xla")
+    assert image_attention_kernel(WIDE, compute) == "xla"
     assert not gpu
 
 
@@ -134,7 +143,7 @@ def test_a_kernel_is_asked_for_at_the_shape_that_is_run(monkeypatch):
     """Tokens, class token included, and the size of a head, by the image tower alone."""
     asked = []
     monkeypatch.setattr(
-        "mammut.models.layers.attention_kernel",
+        "mammut.models.transformer.attention_kernel",
         lambda dtype, *shape: asked.append((dtype.name, *shape)) or "xla",
     )
     config = with_vision(WIDE, class_token=True)
@@ -146,11 +155,11 @@ def test_a_kernel_is_asked_for_at_the_shape_that_is_run(monkeypatch):
 
 
 def test_on_a_cpu_auto_is_xla_to_the_bit():
-    assert image_attention_kernel(presets.mammut_b16()) == "xla"
-    auto, xla = (
-        encode(dataclasses.replace(WIDE, dtype="bfloat16", image_attention=name), BATCH["image"])
-        for name in ("auto", "xla")
-    )
+    compute = ComputeConfig(dtype="bfloat16")
+    assert image_attention_kernel(presets.mammut_b16(), compute) == "xla"
+    auto = encode(WIDE, BATCH["image"], compute=compute)
+    compute = dataclasses.replace(compute, image_attention="xla")
+    xla = encode(WIDE, BATCH["image"], compute=compute)
     np.testing.assert_array_equal(auto.tokens.astype(np.float32), xla.tokens.astype(np.float32))
 
 
@@ -170,8 +179,11 @@ def test_the_share_that_is_kept_is_exact(drop, kept):
 
 
 def test_what_is_kept_is_seen_as_if_the_rest_of_the_image_did_not_exist():
-    """Against the tower's parts over the chosen rows: positions, the class token, the pool and the decoder's keys."""
-    config = with_vision(WIDE, patch_drop=0.5, class_token=True, pooling="mean_all")
+    """Compared with the parts of the tower, run over the chosen rows alone.
+
+    This covers positions, the class token and the pooling.
+    """
+    config = with_vision(WIDE, class_token=True, pooling="mean_all")
     graphdef, params = nnx.split(tiny_model(config))
 
     @jax.jit
@@ -186,32 +198,35 @@ def test_what_is_kept_is_seen_as_if_the_rest_of_the_image_did_not_exist():
         for i in range(config.vision.depth):
             x = jax.tree.map(lambda leaf, i=i: leaf[i], tower.layers)(x)
         tokens = model.image_projection(tower.norm(x))
-        return model.image_tokens(image, KEY), tokens
+        augment = Augment(KEY, AugmentConfig(patch_drop=0.5))
+        return model.image_tokens(image, augment), tokens
 
     encoded, expected = both(params, BATCH["image"])
     assert encoded.tokens.shape == (4, 9, 48) and encoded.grid is None
     np.testing.assert_allclose(encoded.tokens, expected, atol=1e-5)
-    np.testing.assert_allclose(encoded.pooled, expected.mean(1), atol=1e-5)
+    np.testing.assert_allclose(encoded.vector, expected.mean(1), atol=1e-5)
 
 
 def test_without_a_key_every_patch_is_seen():
-    dropped = encode(with_vision(WIDE, patch_drop=0.5), BATCH["image"])
-    np.testing.assert_array_equal(dropped.tokens, encode(WIDE, BATCH["image"]).tokens)
-    assert dropped.grid == (4, 4)
+    graphdef, params = nnx.split(tiny_model(WIDE))
+    plain = jax.jit(lambda p, x: nnx.merge(graphdef, p).image_tokens(x))(params, BATCH["image"])
+    undrawn = encode(WIDE, BATCH["image"], Augment())
+    np.testing.assert_array_equal(undrawn.tokens, plain.tokens)
+    assert undrawn.grid == plain.grid == (4, 4)
 
 
 def test_dropping_patches_leaves_the_crops_as_they_are(monkeypatch):
-    """With the two together, and nothing dropped after all, the tokens are those of the crops alone."""
+    """With both on, but a drop that keeps all patches, the tokens are those of the crops alone."""
     monkeypatch.setattr(vit, "drop_patches", lambda key, x, share: x)
     crops, both = (
-        encode(with_vision(WIDE, cropped_pos_embed=True, patch_drop=drop), BATCH["image"], KEY)
+        encode(WIDE, BATCH["image"], Augment(KEY, AugmentConfig(drop, crop_positions=True)))
         for drop in (0.0, 0.5)
     )
     np.testing.assert_array_equal(both.tokens, crops.tokens)
 
 
 def test_patches_are_not_drawn_with_the_numbers_of_the_crops():
-    """`fold_in` of a key with 1 is the second key of its split, which draws the aspect of a crop."""
+    """`fold_in` of a key with 1 is the second key of its split, which draws a crop's aspect."""
 
     def numbers(key):
         return tuple(np.asarray(jax.random.key_data(key)))
@@ -225,17 +240,16 @@ def test_patches_are_not_drawn_with_the_numbers_of_the_crops():
 def test_the_flops_of_a_training_step_are_those_of_the_patches_that_are_kept(pooling):
     """Counted in the program; causal attention counts half there and whole here."""
     options = {"class_token": True, "pooling": pooling, "pool_queries": 5, "pool_heads": 4}
-    config = with_vision(
-        dataclasses.replace(WIDE, image_projection="separate"), patch_drop=0.5, **options
-    )
+    config = with_vision(dataclasses.replace(WIDE, image_projection="separate"), **options)
+    augment = Augment(KEY, AugmentConfig(patch_drop=0.5))
     graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
     batch, text = tiny_batch(config, batch_size=1), config.text
-    program = jax.make_jaxpr(
-        lambda p: nnx.merge(graphdef, p).two_pass(*batch.values(), crop_key=KEY)
-    )(params)
-    flops = forward_flops(config, training=True)
+    program = jax.make_jaxpr(lambda p: nnx.merge(graphdef, p).two_pass(*batch.values(), augment))(
+        params
+    )
+    flops = forward_flops(config, patch_drop=0.5)
     causal = 2 * text.max_length**2 * text.width * text.depth
-    assert matrix_flops(program.jaxpr) == sum(flops.values()) - flops["vocabulary"] + causal
+    assert product_flops(program.jaxpr) == sum(flops.values()) - flops["vocabulary"] + causal
     assert forward_flops(config)["vision"] > 1.4 * flops["vision"]
 
 
@@ -276,11 +290,12 @@ def test_whole_images_do_not_know_of_small_ones():
 
 
 def test_positions_of_small_images_are_cropped_and_their_patches_left_out():
-    config = with_vision(BOTH_SIZES, cropped_pos_embed=True, patch_drop=0.5)
     same = np.repeat(SMALL[:1], 2, axis=0)
-    tokens = encode(config, same, KEY).tokens
+    both = AugmentConfig(patch_drop=0.5, crop_positions=True)
+    tokens = encode(BOTH_SIZES, same, Augment(KEY, both)).tokens
     assert tokens.shape == (2, 4, 48)  # half of 9 patches, to an even number
-    whole = encode(with_vision(config, patch_drop=0.0), same, KEY).tokens
+    crops = AugmentConfig(crop_positions=True)
+    whole = encode(BOTH_SIZES, same, Augment(KEY, crops)).tokens
     assert whole.shape == (2, 9, 48) and np.abs(whole[0] - whole[1]).max() > 1e-3
 
 

@@ -181,7 +181,7 @@ def test_one_answer_a_question_has_an_exact_match_and_no_accuracy():
 
 
 def test_four_answers_to_each_question_have_an_accuracy():
-    """The first: 2 of 4 match, (1/3 + 1/3 + 2/3 + 2/3) / 4. The second: all the same, and the prediction is not."""
+    """The first: 2 of 4 match, (1/3 + 1/3 + 2/3 + 2/3) / 4. The second: no answer matches."""
     types = {"answer_type": "colour", "question_type": "what is"}
     records = [
         record("red", "red", "Red", "blue", "pink", **types),

@@ -21,6 +21,7 @@ from mammut.config import (
 )
 from mammut.core import sharding
 from mammut.data.tokenizer import MissingTokenizer
+from mammut.models.compute import ComputeConfig
 from mammut.models.vit import patchify
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 from mammut.training.step import make_trainer
@@ -34,8 +35,10 @@ CONFIG = tiny_config()
 WHOLE = "vision", "text", "rest"
 
 
-def numbers(config: ModelConfig, seed: int = 1) -> dict[str, np.ndarray]:
-    flat = nnx.to_flat_state(nnx.state(tiny_model(config, seed), nnx.Param))
+def numbers(
+    config: ModelConfig, seed: int = 1, compute: ComputeConfig = ComputeConfig()
+) -> dict[str, np.ndarray]:
+    flat = nnx.to_flat_state(nnx.state(tiny_model(config, seed, compute), nnx.Param))
     return {".".join(path): np.asarray(param.get_value()) for path, param in flat}
 
 
@@ -43,7 +46,7 @@ def opened(
     config: ModelConfig = CONFIG, *, parts: tuple[str, ...] = WHOLE, where: str = "a", **others
 ) -> OpenedModel:
     """A model to start from, as the readers of files give it."""
-    arrays = numbers(config)
+    arrays = numbers(config, compute=others.get("compute", ComputeConfig()))
     if parts != WHOLE:
         arrays = {path: value for path, value in arrays.items() if path.split(".")[0] in parts}
     specs = {path: TensorSpec(value.shape, value.dtype) for path, value in arrays.items()}
@@ -177,7 +180,7 @@ def test_another_patch_size_resizes_the_kernel_and_the_grid():
 
 
 def test_a_shorter_text_keeps_the_first_positions_and_that_of_the_class_token():
-    classed = {"pooling": "class", "class_token": True}
+    classed = {"pooling": "class"}
     warm = warm_start(text(max_length=5, **classed), {"init": opened(text(**classed))})
     table = numbers(text(**classed))["text.pos_embed"]
     assert table.shape == (13, 48) and fates(warm)["text.pos_embed"] == "cut" and not warm.random
@@ -185,7 +188,7 @@ def test_a_shorter_text_keeps_the_first_positions_and_that_of_the_class_token():
 
 
 def test_a_longer_text_has_random_positions_at_its_end_and_says_so():
-    classed = {"pooling": "class", "class_token": True}
+    classed = {"pooling": "class"}
     warm = warm_start(text(max_length=20, **classed), {"init": opened(text(**classed))})
     table = numbers(text(**classed))["text.pos_embed"]
     assert warm.random == {"text.pos_embed"} and fates(warm)["text.pos_embed"] == "in part"
@@ -219,7 +222,8 @@ def test_another_vocabulary_leaves_the_embedding_and_the_head_random():
 
 
 def test_numbers_of_another_type_are_rounded_and_the_table_says_so():
-    warm = warm_start(dataclasses.replace(CONFIG, param_dtype="bfloat16"), {"init": opened()})
+    compute = ComputeConfig(param_dtype="bfloat16")
+    warm = warm_start(CONFIG, {"init": opened()}, compute=compute)
     value, scale = warm.read("text.norm.scale"), warm.read("logit_scale")
     assert value.dtype == ml_dtypes.bfloat16 and scale.dtype == np.float32
     np.testing.assert_array_equal(
@@ -418,8 +422,8 @@ def test_the_table_accounts_for_every_number():
     lines = printed.splitlines()
     assert lines[0].split() == ["warm", "start", "numbers"]
     assert (
-        f"{'vision.pos_embed':<34}{9 * 32:>14,}  resampled init_vision vit.npz, 2 x 2 -> 3 x 3, bilinear"
-        in lines
+        f"{'vision.pos_embed':<34}{9 * 32:>14,}  resampled init_vision vit.npz, 2 x 2 -> 3 x 3, "
+        f"bilinear" in lines
     )
     assert (
         f"{'vision.patch_embed':<34}{(192 + 1) * 32:>14,}  loaded    init_vision vit.npz" in lines
@@ -491,12 +495,24 @@ def test_a_model_at_another_image_size_has_that_grid_and_processor():
 
 
 def test_a_run_says_how_the_model_it_starts_from_is_computed():
-    """What it leaves at the defaults is the model's own."""
-    config = tiny_config()
-    asked = dataclasses.replace(config, dtype="bfloat16", remat="full")
-    started = start_config(asked, {"init": opened(dataclasses.replace(config, unroll=3))})
-    assert (started.dtype, started.remat, started.unroll) == ("bfloat16", "full", 3)
-    assert started.vision == config.vision and started.text == config.text
+    """The model to start from has a say in the architecture alone, not in the number types."""
+    theirs = ComputeConfig(dtype="bfloat16", param_dtype="bfloat16", unroll=3)
+    starts = {"init": opened(compute=theirs)}
+    started = start_config(vision(depth=1), starts)
+    assert started == CONFIG
+    stored = numbers(CONFIG, compute=theirs)
+    assert {str(value.dtype) for value in stored.values()} == {"bfloat16", "float32"}
+    warm = warm_start(started, starts, compute=ComputeConfig(dtype="bfloat16", remat="full"))
+    assert set(fates(warm).values()) == {"loaded"}
+    for path, value in stored.items():
+        read = warm.read(path)
+        assert read.dtype == np.float32
+        np.testing.assert_array_equal(read, value.astype(np.float32), err_msg=path)
+    types = ComputeConfig(text_param_dtype="bfloat16")
+    warm = warm_start(started, starts, compute=types)
+    of_text = {str(warm.read(path).dtype) for path in stored if path.startswith("text.")}
+    others = {str(warm.read(path).dtype) for path in stored if not path.startswith("text.")}
+    assert (of_text, others) == ({"bfloat16"}, {"float32"})
 
 
 def test_a_vocabulary_for_a_model_that_came_without_has_its_special_ids():

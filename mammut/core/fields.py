@@ -1,23 +1,27 @@
-"""Every setting of a model and of a run, as frozen dataclasses.
+"""Checked dataclasses for settings: checks of fields, and their way to JSON and back.
 
-`ModelConfig` is the architecture and travels with the weights; `TrainConfig` is one run and
-contains it. Named architectures are in `mammut.presets`, named runs in `configs/`. A dataclass
-refuses values that cannot work when it is built, in one sentence that names the field.
+A config refuses values that cannot work when it is built, in one sentence that names the field. The
+configs themselves lie beside what they configure; `mammut.config` has them all.
 """
 
+import ast
 import dataclasses
+import inspect
 import math
+import textwrap
 import types
 from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin
 
 
 def require(condition: bool, message: str) -> None:
+    """Raises ValueError with `message` unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 def require_positive(config: Any, *names: str) -> None:
+    """Checks that the named fields are positive and finite."""
     for name in names:
         value = getattr(config, name)
         require(
@@ -27,8 +31,11 @@ def require_positive(config: Any, *names: str) -> None:
 
 
 def require_at_most(config: Any, limits: dict[str, int]) -> None:
-    # Past these no model is: a file that says so is damaged or a trap, and is refused before
-    # anything is allocated.
+    """Checks that fields are not above their limits.
+
+    No real model is above them: a file with a larger number is damaged or a trap, and is refused
+    before anything is allocated.
+    """
     for name, limit in limits.items():
         value = getattr(config, name)
         require(
@@ -37,6 +44,7 @@ def require_at_most(config: Any, limits: dict[str, int]) -> None:
 
 
 def require_share(config: Any, *names: str) -> None:
+    """Checks that the named fields are numbers in [0, 1)."""
     for name in names:
         value = getattr(config, name)
         require(
@@ -46,35 +54,38 @@ def require_share(config: Any, *names: str) -> None:
 
 
 def require_choices(config: Any) -> None:
-    # Unchecked, a misspelt choice would silently be the last one: code asks for one value after the
-    # other, then "else".
+    """Checks that every Literal field has one of its values.
+
+    Unchecked, a misspelt choice would silently act as the last one: code compares with one value
+    after the other, then "else".
+    """
     for field in dataclasses.fields(config):
-        kinds = (
-            get_args(field.type)
-            if get_origin(field.type) in (Union, types.UnionType)
-            else (field.type,)
-        )
+        kinds = _options(field.type) or (field.type,)
         for kind in kinds:
-            if get_origin(kind) is Literal:
-                value, choices = getattr(config, field.name), get_args(kind)
-                require(
-                    value in choices or (value is None and type(None) in kinds),
-                    f"{type(config).__name__}.{field.name} is {value!r}, expected one of {', '.join(choices)}",
-                )
+            if get_origin(kind) is not Literal:
+                continue
+            value = getattr(config, field.name)
+            choices = get_args(kind)
+            require(
+                value in choices or (value is None and type(None) in kinds),
+                f"{type(config).__name__}.{field.name} is {value!r}, "
+                f"expected one of {', '.join(choices)}",
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
+    """Converts a config to plain JSON values."""
     return dataclasses.asdict(config)
 
 
 def differences(
     old: dict[str, Any], new: dict[str, Any], free: set[str], prefix: str = ""
 ) -> list[str]:
-    """The fields of a config as `to_dict` gives it that are not what they were, but for those in `free`, in words."""
+    """Describes the fields that differ between two results of `to_dict`, except those in `free`."""
     changed = []
     for name, value in new.items():
-        field, was = prefix + name, old.get(name)
+        field = prefix + name
+        was = old.get(name)
         if field in free or value == was:
             continue
         if isinstance(value, dict) and isinstance(was, dict):
@@ -93,7 +104,8 @@ def from_dict(cls: type, values: Any, where: str = "config"):
     """
     if not isinstance(values, dict):
         raise ValueError(
-            f"{where} holds {type(values).__name__}, expected an object with the fields of {cls.__name__}"
+            f"{where} holds {type(values).__name__}, "
+            f"expected an object with the fields of {cls.__name__}"
         )
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
@@ -115,19 +127,28 @@ def from_dict(cls: type, values: Any, where: str = "config"):
 
 
 def _dataclass_for(value: Any, kind: Any) -> Any:
-    """Of a field that holds one of several dataclasses, that which knows most of the value's names, or the first."""
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
+    """The type of a field's value.
+
+    Of several dataclasses it is the one that has most of the value's names, or else the first.
+    """
+    options = _options(kind)
     if not options or not all(map(dataclasses.is_dataclass, options)):
         return kind
     names = set(value) if isinstance(value, dict) else set()
-    return max(
-        options,
-        key=lambda option: len(names & {field.name for field in dataclasses.fields(option)}),
-    )
+
+    def shared_names(option: type) -> int:
+        return len(names & {field.name for field in dataclasses.fields(option)})
+
+    return max(options, key=shared_names)
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    """The types of a union; none of any other type."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
 
 
 def _is_list_of(kind: Any, what: Callable[[Any], bool] = lambda item: True) -> bool:
-    """Whether a field's type is that of a tuple of any length, of items that are `what`."""
+    """Whether a type is a tuple of any length whose items' type is `what`."""
     args = get_args(kind)
     return get_origin(kind) is tuple and len(args) == 2 and args[1] is Ellipsis and what(args[0])
 
@@ -137,22 +158,45 @@ def _as_tuples(value: Any) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value can be of the type of a field."""
+    """Whether a JSON value fits the type of a field."""
     if get_origin(kind) is Literal:
-        return isinstance(value, str)  # which one, the config checks itself
-    if get_origin(kind) in (Union, types.UnionType):
-        return any(_fits(value, option) for option in get_args(kind))
+        return isinstance(value, str)  # the config itself checks which one
+    if options := _options(kind):
+        return any(_fits(value, option) for option in options)
     if _is_list_of(kind):
         return isinstance(value, list | tuple) and all(
             _fits(item, get_args(kind)[0]) for item in value
         )
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
-        return (
-            isinstance(value, list | tuple)
-            and len(value) == len(kinds)
-            and all(map(_fits, value, kinds))
-        )
+        has_length = isinstance(value, list | tuple) and len(value) == len(kinds)
+        return has_length and all(map(_fits, value, kinds))
     if kind is float:
         return isinstance(value, float) or type(value) is int and abs(value) < 2**53
     return type(value) is kind
+
+
+def field_texts(cls: type) -> dict[str, str]:
+    """Reads the text of each field of a dataclass: the comment lines straight above it.
+
+    A field without such lines has no text. Fields of base classes are read too: where the class has
+    a `NOUN`, their texts begin with it, since other classes inherit them as well.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        noun = getattr(cls, "NOUN", None) if base is not cls else None
+        lines = inspect.getsource(base).splitlines()
+        for node in ast.parse(textwrap.dedent("\n".join(lines))).body[0].body:
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            comment = []
+            for line in reversed(lines[: node.lineno - 1]):
+                if not line.strip().startswith("#"):
+                    break
+                comment.insert(0, line.strip().removeprefix("#").strip())
+            if comment:
+                text = " ".join(comment)
+                texts[node.target.id] = f"{noun}: {text[0].lower()}{text[1:]}" if noun else text
+    return texts

@@ -1,10 +1,14 @@
-"""Manifests, the size and SHA-256 of every file of a folder; its JSON files; how its files are replaced all at once."""
+"""Files that are whole or absent: files and folders replaced at once, manifests, JSON files.
+
+A manifest lists the size and SHA-256 of every file of a folder.
+"""
 
 import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -15,7 +19,7 @@ _MAX_CONFIG = 4_000_000  # bytes
 
 
 def make_manifest(folder: pathlib.Path, files: list[pathlib.Path]) -> dict[str, Any]:
-    """`bytes` and `sha256` of each of `files`, by its path within `folder`."""
+    """The manifest of `files`: `bytes` and `sha256` of each, by its path within `folder`."""
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in files
@@ -23,15 +27,19 @@ def make_manifest(folder: pathlib.Path, files: list[pathlib.Path]) -> dict[str, 
 
 
 def check_manifest(folder: pathlib.Path, manifest: pathlib.Path) -> list[str]:
-    """What is wrong with the files of `folder`, or with the manifest that lists them."""
+    """Compares the files of `folder` with their manifest.
+
+    Returns:
+      What is wrong with the files or with the manifest, in sentences; nothing where all is right.
+    """
     problems = []
     try:
         for name, entry in read_json_object(manifest, MAX_HEADER).items():
-            path, size, sha256 = folder / name, entry["bytes"], entry["sha256"]
-            if (
-                pathlib.PurePosixPath(name).is_absolute()
-                or ".." in pathlib.PurePosixPath(name).parts
-            ):
+            size = entry["bytes"]
+            sha256 = entry["sha256"]
+            path = folder / name
+            posix = pathlib.PurePosixPath(name)
+            if posix.is_absolute() or ".." in posix.parts:
                 problems.append(f"{manifest} lists {name}, which is not in {folder}")
             elif not path.is_file():
                 problems.append(f"{name} is missing")
@@ -41,21 +49,20 @@ def check_manifest(folder: pathlib.Path, manifest: pathlib.Path) -> list[str]:
                 problems.append(f"{name} does not have the SHA-256 of its manifest")
     except CheckpointError as error:
         return [str(error)]
-    # another structure, or a name that can be no file's
+    # The structure is another one, or a name cannot be a file's.
     except (KeyError, TypeError, ValueError, OSError):
         return [f"{manifest} does not give the bytes and sha256 of every file"]
     return problems
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file that is never seen half-written."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Writes a JSON file, whole or not at all."""
+    with replacing_file(path) as new:
+        new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json_object(path: pathlib.Path, max_bytes: int = _MAX_CONFIG) -> dict[str, Any]:
-    """The object in a JSON file that a stranger may have written.
+    """Reads the object in a JSON file that a stranger may have written.
 
     Raises:
       CheckpointError: the file is missing, no regular file or larger than `max_bytes`; or it holds
@@ -68,16 +75,32 @@ def read_json_object(path: pathlib.Path, max_bytes: int = _MAX_CONFIG) -> dict[s
 
 
 @contextlib.contextmanager
+def replacing_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to write to; at the end, its file takes the place of `path`.
+
+    Readers of `path` see the old file or the new one, never a part. On an error `path` stays as it
+    was, and nothing is left beside it. Several processes may write one `path`: the last one wins.
+    """
+    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield new
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(
     folder: pathlib.Path, last: str, stale: Collection[str] = ()
 ) -> Iterator[pathlib.Path]:
-    """A folder to write files to, whose files take the places of those in `folder` at the end.
+    """A folder to write files to; at the end, they take the places of those in `folder`.
 
-    Only then does `folder` change: its file `last` is removed first and put there last, so that a
-    folder that has it is complete; of the files `stale`, those not written are removed.
+    Until then `folder` stays as it was. Its file `last` is then removed first and put there last:
+    a folder that has it is complete. Of the files `stale`, those not written are removed.
     """
     new = folder / ".partial"
-    shutil.rmtree(new, ignore_errors=True)  # of one that was killed
+    shutil.rmtree(new, ignore_errors=True)  # left behind by a process that was killed
     new.mkdir(parents=True)
     try:
         yield new

@@ -1,8 +1,8 @@
-"""Files of tensors, mapped: what every format has in common once its header is understood.
+"""Memory-mapped tensor files: the part that all formats share.
 
-A file is mapped whole and read through views, so nothing is loaded before it is asked for, and what
-was read last is let go of at the next read: resident memory stays near the largest tensor, however
-large the file.
+A file is mapped whole and read through views: nothing is loaded before it is read. Each read lets
+go of what was read before it, so that resident memory stays near the largest tensor, however large
+the file.
 """
 
 import collections
@@ -22,44 +22,56 @@ import numpy as np
 MAX_TENSORS = 100_000
 MAX_HEADER = 100_000_000  # bytes
 _MAX_JSON_VALUES = 32 * MAX_TENSORS  # a tensor's entry has about a dozen
-# of one tensor: beyond every file, within every integer NumPy computes strides in
+# Bytes of one tensor: more than any file has, and within the integers of NumPy's strides.
 _MAX_BYTES = 2**48
 _MAX_AXES = 32
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or of another model."""
+    """Raised for a checkpoint that is missing, damaged, or of another model.
+
+    Example:
+      >>> try:
+      ...     model, processor = mammut.load("runs/damaged")
+      ... except mammut.CheckpointError as error:
+      ...     print(error)
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor is, without its values."""
+    """Shape and type of a tensor, without its values."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
     @property
     def nbytes(self) -> int:
-        """The bytes its values take."""
+        """How many bytes the values take."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: what it is, and how to read it."""
+    """A tensor in a file: its spec, and a function that reads it."""
 
     spec: TensorSpec
     read: Callable[[], np.ndarray]
 
 
 def tensor_spec(where: str, shape: Sequence[Any], dtype: np.dtype) -> TensorSpec:
-    """The spec of a shape that a stranger wrote.
+    """The spec of a tensor, from a shape that a stranger wrote.
+
+    Args:
+      where: file and key, for errors.
+      shape: anything that is said to be a shape.
+      dtype: the type of its values.
 
     Raises:
-      CheckpointError: no array can have it.
+      CheckpointError: no array can have that shape.
     """
-    # The values are not shown: an integer of a million digits, or a list that holds itself, is what
-    # may be here.
+    # The error does not show the values: one may be an integer of a million digits, or a list that
+    # holds itself.
     if len(shape) > _MAX_AXES or not all(type(size) is int and size >= 0 for size in shape):
         raise CheckpointError(
             f"{where} has no shape of at most {_MAX_AXES} axes, none of them negative"
@@ -77,13 +89,20 @@ def array_view(
     strides: tuple[int, ...] | None = None,
     byteorder: str = "little",
 ) -> np.ndarray:
-    """The tensor that lies `start` bytes into a buffer; read-only, and a view unless the bytes must be swapped.
+    """The tensor that lies `start` bytes into a buffer, read-only.
+
+    It is a view of the buffer, or a copy where the bytes must be swapped.
 
     Args:
       where: file and key, for errors.
       buffer: what holds the bytes; the caller has checked that the tensor lies within.
-      strides: in bytes; None is C order.
-      byteorder: "little" or "big", as `sys.byteorder`.
+      start: bytes from the start of the buffer.
+      spec: shape and type of the tensor.
+      strides: bytes from one element to the next, for each axis; None: C order.
+      byteorder: "little" or "big", as in `sys.byteorder`.
+
+    Raises:
+      CheckpointError: a truth value is neither 0 nor 1.
     """
     if 0 in spec.shape:
         array = np.empty(spec.shape, spec.dtype)
@@ -98,7 +117,9 @@ def array_view(
 
 
 class MappedFile:
-    """A regular file, mapped for reading. It must not be cut short while arrays of it are in use.
+    """A regular file, mapped for reading.
+
+    The file must not be cut short while arrays of it are in use.
 
     Raises:
       CheckpointError: it is missing, empty, a folder or a pipe, or cannot be read.
@@ -109,7 +130,7 @@ class MappedFile:
         self._resident = (0, 0)
         try:
             status = path.stat()
-            # asked before opening: a pipe without a writer would wait forever
+            # Checked before opening: to open a pipe without a writer would wait for ever.
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path} is a folder, a pipe or a device, expected a file")
             if status.st_size == 0:
@@ -145,11 +166,14 @@ class MappedFile:
         return array_view(where, self._map, start, spec, strides, byteorder)
 
     def let_go(self) -> None:
-        """Gives back the memory of all that was read; arrays in use stay valid and are read again from the file."""
+        """Gives back the memory of all that was read.
+
+        Arrays in use stay valid: they are read again from the file.
+        """
         self._release(0, self.size)
 
     def _use(self, start: int, stop: int) -> None:
-        """Lets go of what was read last, unless this is a part of it."""
+        """Lets go of the range that was read last, unless this range is a part of it."""
         if not self._resident[0] <= start <= stop <= self._resident[1]:
             self._release(*self._resident)
             self._resident = (start, stop)
@@ -161,11 +185,11 @@ class MappedFile:
 
 
 def json_object(raw: bytes, where: str) -> dict[str, Any]:
-    """The JSON object that a stranger wrote.
+    """Reads the JSON object that a stranger wrote; `where` names its file in errors.
 
     Raises:
-      CheckpointError: it is none, names a key twice, holds NaN or Infinity, or would take far more
-        memory than a list of tensors does.
+      CheckpointError: the bytes are no JSON object, name a key twice, hold NaN or Infinity, or
+        would take far more memory than a list of tensors does.
     """
     if len(raw) > MAX_HEADER or sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
         raise CheckpointError(
@@ -173,7 +197,7 @@ def json_object(raw: bytes, where: str) -> dict[str, Any]:
         )
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_distinct, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON, or nested without end
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested without end
         raise CheckpointError(f"{where} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} is a JSON {type(value).__name__}, expected an object")

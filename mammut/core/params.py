@@ -1,9 +1,9 @@
-"""Which parameters of a model are trained: by patterns of their paths, such as `adapters.*` or `vision.*`.
+"""The parameters of a model by name, and which of them are trained: patterns such as `vision.*`.
 
-The parameters are two trees, the trained and the frozen. Gradients are taken of the one and the
-optimizer knows no other: masking the updates of a single tree is where frozen weights come to move
-(`optax.masked` hands on the raw gradients of what it leaves out, and weight decay needs no gradient
-at all).
+The parameters are two trees, the trained and the frozen ones. Gradients are taken of the first, and
+the optimizer knows no other. Masking the updates of a single tree can move frozen weights:
+`optax.masked` passes on the raw gradients of what it leaves out, and weight decay needs no gradient
+at all.
 """
 
 import fnmatch
@@ -11,16 +11,17 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
+from flax import nnx
 
 Params = Any  # nested dict of arrays
 
-# What a batch norm has seen in its own training: it has no gradient worth the name, and no
-# optimizer may decay it.
+# The statistics of a batch norm, from its own training: they have no useful gradient, and no
+# optimizer may decay them.
 STATISTICS = ("mean", "variance")
 
 
 def path_name(path: tuple) -> str:
-    """The name of a parameter from its path in a nested dict, as JAX gives it: "text.norm.scale"."""
+    """The name of a parameter, such as "text.norm.scale", from JAX's path in a nested dict."""
     return ".".join(str(entry.key) for entry in path)
 
 
@@ -30,7 +31,7 @@ def by_name(params: Params) -> dict[str, Any]:
 
 
 def trained_names(names: Collection[str], patterns: Iterable[str]) -> frozenset[str]:
-    """The names that a pattern (fnmatch) fits, but for the statistics of batch norms, which are never trained.
+    """The names that a pattern (fnmatch) fits, except statistics of batch norms.
 
     Raises:
       ValueError: a pattern fits no parameter that can be trained, or there is no pattern.
@@ -41,7 +42,8 @@ def trained_names(names: Collection[str], patterns: Iterable[str]) -> frozenset[
         fitting = fnmatch.filter(able, pattern)
         if not fitting:
             raise ValueError(
-                f"trainable has {pattern!r}, which fits no parameter to train: expected patterns of {_some(able)}"
+                f"trainable has {pattern!r}, which fits no parameter to train: "
+                f"expected patterns of {_some(able)}"
             )
         trained.update(fitting)
     if not trained:
@@ -52,31 +54,34 @@ def trained_names(names: Collection[str], patterns: Iterable[str]) -> frozenset[
 
 
 def first_fitting(names: Collection[str], patterns: Iterable[str]) -> dict[str, str]:
-    """The first pattern that fits each name; names that none fits are left out.
+    """The first pattern that fits each name; names without one are left out.
 
     Raises:
-      ValueError: a pattern is the first of no name.
+      ValueError: a pattern is not the first for any name.
     """
     first: dict[str, str] = {}
     for pattern in patterns:
         fitting = [name for name in fnmatch.filter(names, pattern) if name not in first]
         if not fitting:
             raise ValueError(
-                f"optimizer.learning_rates has {pattern!r}, which fits no trained parameter that those before it "
-                f"leave: expected patterns of {_some(names)}"
+                f"optimizer.learning_rates has {pattern!r}, which fits no trained parameter that "
+                f"those before it leave: expected patterns of {_some(names)}"
             )
         first |= dict.fromkeys(fitting, pattern)
     return first
 
 
 def _some(names: Iterable[str]) -> str:
-    """Some of the paths, one for each of the first modules."""
-    modules = dict((".".join(name.split(".")[:2]), name) for name in sorted(names, reverse=True))
-    return ", ".join(list(modules.values())[::-1][:6]) + (" ..." if len(modules) > 6 else "")
+    """Six of the names at most, one for each module, for messages."""
+    first: dict[str, str] = {}
+    for name in sorted(names):
+        first.setdefault(".".join(name.split(".")[:2]), name)
+    some = ", ".join(list(first.values())[:6])
+    return f"{some} ..." if len(first) > 6 else some
 
 
 def split(params: Params, trained: Collection[str]) -> tuple[Params, Params]:
-    """The trained and the other leaves of a nested dict, each with their paths; {} where there are none."""
+    """Splits a nested dict into its trained and its other leaves; {} where there are none."""
     return _kept(params, "", trained, True), _kept(params, "", trained, False)
 
 
@@ -92,6 +97,15 @@ def _kept(tree: Params, prefix: str, trained: Collection[str], wanted: bool) -> 
 
 
 def merged(params: Params, others: Params) -> Params:
-    """Two nested dicts that share no leaf, as one: what `split` took apart."""
+    """Merges two nested dicts that share no leaf, such as the results of `split`."""
     both = {key: merged(params[key], others[key]) for key in params.keys() & others.keys()}
     return {**params, **others, **both}
+
+
+def logical_axes(model: nnx.Module) -> dict[tuple[str, ...], tuple[str | None, ...]]:
+    """Lists the logical axes of every parameter, by path.
+
+    `model` may be abstract (`nnx.eval_shape`).
+    """
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {tuple(path): param.axes for path, param in params}

@@ -1,9 +1,9 @@
-"""The mesh and the one table that maps logical axes to mesh axes.
+"""The mesh, and the one table that maps logical axes to mesh axes.
 
 Layers name the logical axes of their parameters and activations; only this file knows which mesh
-axis each becomes. The mesh has `AxisType.Auto` axes: the compiler places everything that is not
-constrained here. (With `Explicit` axes shardings are part of array types, and an embedding gather
-needs one of its own.)
+axis each becomes. The mesh has `AxisType.Auto` axes: the compiler chooses every sharding that is
+not constrained here. (With `Explicit` axes shardings are part of array types, and an embedding
+lookup needs one of its own.)
 """
 
 import dataclasses
@@ -37,11 +37,18 @@ RULES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1, at most once, takes all that are left."""
+    """Devices along each mesh axis; -1, at most once, takes all that are left.
 
-    data: int = -1  # batch split, parameters replicated
-    fsdp: int = 1  # batch split, parameters split
-    model: int = 1  # heads, MLP and vocabulary split
+    Example:
+      >>> mesh = mammut.make_mesh(mammut.MeshConfig(data=1, fsdp=-1))
+    """
+
+    # Devices that split the batch and replicate the parameters. -1: all that are left.
+    data: int = -1
+    # Devices that split the batch and the parameters.
+    fsdp: int = 1
+    # Devices that split the attention heads, the MLPs and the vocabulary.
+    model: int = 1
 
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
         """The three sizes for `num_devices`; raises ValueError when they do not multiply to it."""
@@ -58,14 +65,23 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A `data` x `fsdp` x `model` mesh over `devices` (default: all).
+    """Makes a `data` x `fsdp` x `model` mesh.
 
-    Within a TPU slice, neighbours along a mesh axis are neighbours in the torus. Across slices (or
-    GPU boxes), whose network is far slower, goes `data` first, which communicates once a step; then
-    `fsdp`, then `model`.
+    Within a TPU slice, neighbours along a mesh axis are neighbours in the torus. The network
+    between slices (or GPU boxes) is far slower: `data`, which communicates once a step, is the
+    first axis to cross it, then `fsdp`, then `model`.
+
+    Args:
+      config: the devices along each axis.
+      devices: the devices to use; None: all.
 
     Raises:
       ValueError: the sizes in `config` do not multiply to the number of devices.
+
+    Example:
+      >>> mesh = mammut.make_mesh(mammut.MeshConfig(data=1, fsdp=-1))
+      >>> with jax.set_mesh(mesh):
+      ...     batch = sharding.device_batch(processor(images=photos), mesh)
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
@@ -87,7 +103,10 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 def partition_spec(
     axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any
 ) -> PartitionSpec:
-    """The spec of an array with logical `axes`; a dimension that a mesh axis does not divide stays whole."""
+    """The spec of an array with logical `axes`.
+
+    A dimension that a mesh axis does not divide stays whole.
+    """
     used: set[str] = set()
     entries = []
     for axis, size in zip(axes, shape, strict=True):
@@ -98,14 +117,18 @@ def partition_spec(
                 entry.append(mesh_axis)
                 size //= ways
                 used.add(mesh_axis)
-        entries.append(tuple(entry) if len(entry) > 1 else entry[0] if entry else None)
+        if len(entry) > 1:
+            entries.append(tuple(entry))
+        else:
+            entries.append(entry[0] if entry else None)
     return PartitionSpec(*entries)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation with logical `axes` to the current mesh (`jax.set_mesh`); without a mesh, does nothing.
+    """Constrains an activation with logical `axes` on the current mesh (`jax.set_mesh`).
 
-    Unpinned, the partitioner turned FSDP into all-to-alls and kept 7 times the memory on 64 chips.
+    Without a mesh it does nothing. Without constraints, the partitioner turned FSDP into
+    all-to-alls and used 7 times the memory on 64 chips.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -114,7 +137,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def param_shardings(abstract_params: Any, axes: dict[tuple[str, ...], tuple], mesh: Mesh) -> Any:
-    """A tree of `NamedSharding` for a nested dict of parameters with logical `axes` by path (`model.logical_axes`)."""
+    """The `NamedSharding` of each parameter in a nested dict; `axes` has logical axes by path.
+
+    `mammut.models.mammut.logical_axes` gives those of a model.
+    """
 
     def sharding(path, leaf):
         names = axes[tuple(entry.key for entry in path)]
@@ -127,9 +153,10 @@ def param_shardings(abstract_params: Any, axes: dict[tuple[str, ...], tuple], me
 
 
 def state_shardings(abstract_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings for a train state: what mirrors a parameter (Adam's moments) is placed as it is, the rest replicated.
+    """The shardings of a train state.
 
-    A leaf mirrors a parameter when its path ends with the parameter's and the shapes agree;
+    A leaf that mirrors a parameter, as Adam's moments do, is split like it; the rest is replicated.
+    It mirrors the parameter when its path ends with the parameter's and the shapes agree.
     Adafactor's factored moments do not, and are small.
     """
     by_path = {
@@ -139,7 +166,7 @@ def state_shardings(abstract_state: Any, params: Any, shardings: Any, mesh: Mesh
         )
     }
 
-    def place(path, leaf):
+    def sharding_of(path, leaf):
         names = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
         for start in range(len(names)):
             shape, sharding = by_path.get(tuple(names[start:]), (None, None))
@@ -147,16 +174,16 @@ def state_shardings(abstract_state: Any, params: Any, shardings: Any, mesh: Mesh
                 return sharding
         return NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree_util.tree_map_with_path(place, abstract_state)
+    return jax.tree_util.tree_map_with_path(sharding_of, abstract_state)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The placement of an array [B, ...]: split over `data` and `fsdp`."""
+    """The sharding of an array [B, ...]: split over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def device_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch [b, ...] -> the global batch [B, ...] on the mesh."""
+    """Puts this process's rows of a batch, [b, ...], into the global batch [B, ...] on the mesh."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, value)
@@ -165,7 +192,7 @@ def device_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def replicated_batch(x: np.ndarray, mesh: Mesh) -> jax.Array:
-    """An array [B, ...] that every process holds in full -> the global array, split over the batch."""
+    """Splits an array [B, ...] that every process holds in full over the devices of the mesh."""
     return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
 
 
@@ -179,8 +206,8 @@ def require_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
 
 
 def placement_report(params: Any, shardings: Any) -> str:
-    """A table of the parameters by top-level module: count, bytes, bytes per device, and the specs in use."""
-    rows: dict[str, list] = {}
+    """A table of the parameters by module: count, MB, MB per device, and the mesh axes in use."""
+    rows: dict[str, list] = {}  # of each module: count, bytes, bytes of a device, mesh axes
     for (path, leaf), sharding in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
     ):
@@ -196,6 +223,7 @@ def placement_report(params: Any, shardings: Any) -> str:
     rows["total"] = [sum(row[i] for row in rows.values()) for i in range(3)] + [set()]
     for module, (count, size, local, specs) in rows.items():
         lines.append(
-            f"{module:<28}{count:>14,}{size / 1e6:>10.1f}{local / 1e6:>11.1f}  {', '.join(sorted(specs))}"
+            f"{module:<28}{count:>14,}{size / 1e6:>10.1f}{local / 1e6:>11.1f}  "
+            f"{', '.join(sorted(specs))}"
         )
     return "\n".join(lines)

@@ -1,6 +1,10 @@
-"""`Array` for shape annotations: what takes a JAX array takes a NumPy array too."""
+"""Types of arrays: one for shape annotations, and dicts of them."""
 
 import jax
 import numpy as np
 
 Array = jax.Array | np.ndarray
+
+# The arrays of a training step, by name.
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]

@@ -1,8 +1,8 @@
-"""The files of captioning, retrieval and visual question answering benchmarks, read as they are downloaded.
+"""Captioning, retrieval and question answering benchmarks, read as they are downloaded.
 
-Each reader returns the set as records: the objects that its lines would hold if it were stored as
-JSON lines, so `{"file", "captions"}` or `{"file", "qa"}` with files relative to the folder of the
-images. The texts themselves are left to `mammut.data.sources` to check, as those of JSON lines are.
+Each reader returns the set as records, the objects that its JSON lines would be: `{"file",
+"captions"}` or `{"file", "qa"}`, with files relative to the folder of the images. The texts
+themselves are checked by `mammut.data.records`, as those of JSON lines are.
 """
 
 import json
@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mammut.data.config import Field
+from mammut.data.examples import Example, Source, SourceOptions
+from mammut.data.records import make_example
 
-# the field on offer, and what follows the kind and a colon in a spec
+# The field that a kind offers, and what follows its name and a colon in a spec.
 FORMS: dict[str, tuple[Field, str]] = {
     "coco": ("captions", "ANNOTATIONS.json,IMAGES"),
     "karpathy": ("captions", "DATASET.json,IMAGES,SPLIT"),
@@ -23,11 +25,40 @@ FORMS: dict[str, tuple[Field, str]] = {
 }
 
 
-def read(kind: str, form: str) -> tuple[pathlib.Path, pathlib.Path, list[dict[str, Any]]]:
-    """Reads a benchmark as a spec names it: its first file, the folder of its images, and its records.
+class BenchmarkSource(Source):
+    """A benchmark as it is downloaded; its kind is one of `FORMS`."""
 
-    Parts end at commas, so no path can have one; `~` is the home folder. ANNOTATIONS.json may be
-    empty in vqav2.
+    def __init__(self, options: SourceOptions):
+        offered, _ = FORMS[options.kind]
+        if options.field != offered:
+            raise ValueError(
+                f"data source {options.spec!r} offers the field {offered!r}, "
+                f"expected one that offers {options.field!r}"
+            )
+        try:
+            self._path, self._images, self._records = read(options.kind, options.name)
+        except ValueError as error:
+            raise ValueError(f"data source {options.spec!r}: {error}") from error
+        self._field = options.field
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        file = record["file"]
+        where = f"{self._path}, image {file}"
+        return make_example(self._images / file, file, self._field, record[self._field], where)
+
+
+def read(kind: str, form: str) -> tuple[pathlib.Path, pathlib.Path, list[dict[str, Any]]]:
+    """Reads a benchmark that a spec names.
+
+    Commas separate the parts of `form`, so no path can have one; `~` is the home folder.
+    ANNOTATIONS.json may be empty in vqav2.
+
+    Returns:
+      The first file, the folder of the images, and the records.
 
     Raises:
       ValueError: `form` is not what `FORMS` says, IMAGES is not a folder, or a file is not as its
@@ -48,13 +79,13 @@ def read(kind: str, form: str) -> tuple[pathlib.Path, pathlib.Path, list[dict[st
 
 
 def read_coco(annotations: pathlib.Path) -> list[dict[str, Any]]:
-    """The images of a COCO captions file (`captions_val2017.json`), in its order, with their captions.
+    """Reads a COCO captions file (`captions_val2017.json`): its images in order, with captions.
 
     Format: "Data format" at cocodataset.org.
 
     Raises:
-      ValueError: the file is missing or not of that format, an image is in it twice or a caption is
-        of none of them.
+      ValueError: the file is missing or not of that format, an image is in it twice, or a caption
+        belongs to no image.
     """
     content = _read_json(annotations)
     records = {}
@@ -76,20 +107,22 @@ def read_coco(annotations: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def read_karpathy(dataset: pathlib.Path, split: str) -> list[dict[str, Any]]:
-    """The images of one of Karpathy's splits (`dataset_coco.json`, `dataset_flickr30k.json`) with their captions.
+    """Reads one of Karpathy's splits (arXiv:1412.2306): its images with their captions.
 
-    "test" has the 5,000 images of COCO, or the 1,000 of Flickr30k, that retrieval and captioning
-    results are quoted on; the training images of COCO are in two splits, "train" and "restval". An
-    image is in the folder that its "filepath" names, where it has one. Source: Karpathy and
-    Fei-Fei, arXiv:1412.2306.
+    The files are `dataset_coco.json` and `dataset_flickr30k.json`. Retrieval and captioning results
+    are quoted on "test": 5,000 images of COCO, 1,000 of Flickr30k. The training images of COCO are
+    in two splits, "train" and "restval". An image is in the folder that its "filepath" names, where
+    it has one.
 
     Raises:
       ValueError: the file is missing or not of that format, has no such split, or an image of it
         twice.
     """
-    records, splits = {}, set()
+    records = {}
+    splits = set()
     for where, image in _objects(_read_json(dataset), "images", dataset):
-        splits.add(name := _get(image, "split", str, where))
+        name = _get(image, "split", str, where)
+        splits.add(name)
         if name != split:
             continue
         file = _get(image, "filename", str, where)
@@ -114,26 +147,28 @@ def read_karpathy(dataset: pathlib.Path, split: str) -> list[dict[str, Any]]:
 def read_vqav2(
     questions: pathlib.Path, annotations: pathlib.Path | None, images: pathlib.Path
 ) -> list[dict[str, Any]]:
-    """The images that a VQA v2 questions file asks about, in the order of its questions, with questions and answers.
+    """Reads VQA v2: the images in the order of the questions file, with questions and answers.
 
     A record is `{"file", "qa": [{"question", "question_id", "answers", "answer_type",
-    "question_type"}]}`, of which a test set, without `annotations`, has the question and its id.
-    Pictures are named as in COCO 2014, by `COCO_val2014_` and twelve digits, or as in 2017, by the
-    digits alone, where the folder `images` has them so; test-dev asks about pictures of test2015.
+    "question_type"}]}`. Without `annotations`, as in a test set, it has the question and its id
+    alone. Images are named as in COCO 2014, by `COCO_val2014_` and twelve digits, or as in 2017, by
+    the digits alone, where the folder `images` has them so; test-dev asks about images of test2015.
     Format: visualqa.org/vqa_v1_download.html, "Input Questions Format".
 
     Raises:
-      ValueError: a file is missing or not of that format, an id is there twice, or questions and
-        annotations are not of each other.
+      ValueError: a file is missing or not of that format, an id is there twice, or the annotations
+        do not belong to the questions.
     """
     content = _read_json(questions)
     subset = re.sub(r"^test-[a-z]+", "test", _get(content, "data_subtype", str, questions))
-    asked, image_of = {}, {}
+    asked = {}  # questions by id
+    image_of = {}  # the image of each question
     for where, question in _objects(content, "questions", questions):
         identity = _get(question, "question_id", _ID, where)
         if identity in asked:
             raise ValueError(
-                f"{where} has the question_id {identity!r} of a question before it, expected each once"
+                f"{where} has the question_id {identity!r} of a question before it, "
+                "expected each once"
             )
         image_of[identity] = _get(question, "image_id", int, where)
         asked[identity] = {
@@ -147,11 +182,11 @@ def read_vqav2(
     records = {}
     for identity, image in image_of.items():
         if image not in records:
-            short, long = f"{image:012d}.jpg", f"COCO_{subset}_{image:012d}.jpg"
-            records[image] = {
-                "file": short if short in names and long not in names else long,
-                "qa": [],
-            }
+            of_2017 = f"{image:012d}.jpg"
+            file = f"COCO_{subset}_{image:012d}.jpg"
+            if of_2017 in names and file not in names:
+                file = of_2017
+            records[image] = {"file": file, "qa": []}
         records[image]["qa"].append(asked[identity])
     return list(records.values())
 
@@ -169,7 +204,7 @@ def _folder(text: str) -> pathlib.Path:
 def _add_answers(
     asked: dict[Any, dict[str, Any]], image_of: dict[Any, int], annotations: pathlib.Path
 ) -> None:
-    """Adds what a VQA v2 annotations file says to the questions, given by id."""
+    """Adds the answers and types of a VQA v2 annotations file to the questions, given by id."""
     content = _read_json(annotations, _answer_alone)
     for where, annotation in _objects(content, "annotations", annotations):
         identity = _get(annotation, "question_id", _ID, where)
@@ -184,7 +219,8 @@ def _add_answers(
         image = _get(annotation, "image_id", int, where)
         if image != image_of[identity]:
             raise ValueError(
-                f"{where} has the image_id {image}, expected {image_of[identity]} as its question has"
+                f"{where} has the image_id {image}, "
+                f"expected {image_of[identity]} as its question has"
             )
         answers = _get(annotation, "answers", list, where)
         if not all(isinstance(answer, str) for answer in answers):
@@ -197,12 +233,13 @@ def _add_answers(
     missing = [identity for identity, question in asked.items() if "answers" not in question]
     if missing:
         raise ValueError(
-            f"{annotations} has no annotation of {len(missing)} of the questions, such as {missing[0]!r}"
+            f"{annotations} has no annotation of {len(missing)} of the questions, "
+            f"such as {missing[0]!r}"
         )
 
 
 def _answer_alone(value: dict[str, Any]) -> Any:
-    """An answer's text for its object: the millions of objects of a training set would not fit into small memories."""
+    """Replaces an answer's object by its text, to save memory: a training set has millions."""
     answer = value.get("answer")
     return sys.intern(answer) if isinstance(answer, str) else value
 

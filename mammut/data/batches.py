@@ -1,12 +1,11 @@
-"""From a source to batches: every example read by index, shuffled anew each epoch, split by process, resumable.
+"""From a source to batches: shuffled anew each epoch, split by process, resumable.
 
 `TrainBatches` draws endless training batches from a source, `eval_batches` passes over it once,
-`prefetch` moves batches to the device ahead of the step, `measure_reading` times them. Batches are
-NumPy arrays of this process' share.
+`prefetch` moves batches to the device ahead of the step. Batches are NumPy arrays of this process'
+share.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -25,7 +24,7 @@ from mammut.data.processor import Processor
 
 _log = logging.getLogger(__name__)
 
-_MIN_READ = 100  # the share of bad examples is judged from so many examples on
+_MIN_READ = 100  # examples read before the share of bad ones is judged
 _MAX_BAD_IN_A_ROW = 100
 _STALLED = 30.0  # seconds without a batch, after each of which a warning is logged
 
@@ -36,49 +35,54 @@ class TooManyBadExamples(ValueError):
 
 @dataclasses.dataclass
 class _Read:
-    """What reading an example came to, passed on through Grain, where a raised exception would be lost."""
+    """The result of reading an example. It goes through Grain, where an exception would be lost."""
 
     bad: list[tuple[str, str]]  # cause and message of each example that could not be used
     example: Example | None = None
     image: np.ndarray | None = None
     pair: tuple[str, str] = ("", "")  # a prompt and the text to be said after it
-    error: Exception | None = None  # anything else that went wrong: not for us to swallow
+    error: Exception | None = None  # any other error, to be raised again
 
 
 class TrainBatches:
-    """Endless training batches of this process' share: `image`, `tokens`, `text_valid` and `target` in a dict.
+    """Endless training batches, each a dict with this process's rows.
 
-    Every epoch visits all examples once in a new order; each visit draws one of the captions, or of
-    the questions and answers, and, where the config asks for them, a crop and a flip. All of that
-    depends only on the seed and on the position in the run, so a run continues bit for bit from
-    `state()`, with another number of threads or processes too. In place of an example that cannot
-    be used another is drawn at random, so batches stay full and all processes stay at the same
-    position.
+    Every epoch visits all examples once in a new order. Each visit draws one of the captions, or of
+    the questions and answers, and, where the config says so, a crop and a flip. All of this depends
+    only on the seed and on the position in the run, so a run continues bit for bit from `state()`,
+    with another number of threads or processes too. An example that cannot be used is replaced by
+    another one, drawn at random: batches stay full, and all processes stay at the same position.
 
-    However many processes there are, batch k of all of them together has the same examples, drawn
-    alike. Their order in it differs where the processes' shares are put one after the other, as
-    `jax.make_array_from_process_local_data` does; the losses, sums over a batch, do not depend on
-    it.
+    With any number of processes, batch k of all of them together has the same examples, drawn
+    alike. Their order differs: `jax.make_array_from_process_local_data` puts the processes' rows
+    one after the other. The losses are sums over a batch and do not depend on it.
 
     A text to be said follows `config.prompt`, with its question in place of the {}.
 
-    Shapes of a batch, b = config.batch_size // process_count:
-      image uint8[b, image_size, image_size, 3], tokens int32[b, L], text_valid bool[b, L],
-      target bool[b, L]: the tokens to be said, not those of a question.
+    Shapes of a batch, with b = config.batch_size // process_count rows:
+      image: uint8[b, image_size, image_size, 3].
+      tokens: int32[b, L].
+      text_valid: bool[b, L], False on pads.
+      target: bool[b, L], True on the tokens to be said, False on those of a question.
 
     Args:
-      source: The examples.
-      processor: Decides the image size and the tokens.
-      config: The fields from `batch_size` to `max_bad_share` are used.
-      seed: Of the order, captions, crops and flips.
-      process_index: This process, of `process_count`.
-      process_count: Processes that share each batch; row i of the whole batch goes to process i %
-        process_count.
-      low_image_size: Pixels of the images of the first `low_steps` batches of the run, drawn alike,
-        before those of the processor's size.
-      low_steps: 0 for none.
+      source: the examples.
+      processor: sets the image size and makes the tokens.
+      config: its fields from `batch_size` to `max_bad_share` are used.
+      seed: random seed of the order, captions, crops and flips.
+      process_index: the number of this process, below `process_count`.
+      process_count: how many processes share each batch; row i of the whole batch goes to process
+        i % process_count.
+      low_image_size: size in pixels of the images in the first `low_steps` batches of the run.
+      low_steps: how many batches have such images; 0: none.
       images: False: no image is opened, and a batch has none.
-      state: What `state()` returned; the batches then go on from there.
+      state: a result of `state()`, to continue from.
+
+    Example:
+      >>> source = open_source("synthetic:train", image_size=32)
+      >>> batches = TrainBatches(source, processor, DataConfig(batch_size=64), seed=0)
+      >>> next(batches)["image"].shape
+      (64, 32, 32, 3)
 
     Raises:
       ValueError: the set is smaller than a batch, the batch is not a multiple of `process_count`,
@@ -106,35 +110,41 @@ class TrainBatches:
         self._rows = _share("data.batch_size", config.batch_size, process_count)
         if len(source) < config.batch_size:
             raise ValueError(
-                f"{source.spec!r} has {len(source)} examples, expected at least data.batch_size {config.batch_size}"
+                f"{source.spec!r} has {len(source)} examples, "
+                f"expected at least data.batch_size {config.batch_size}"
             )
         if low_steps and low_image_size is None:
             raise ValueError(
-                f"low_steps is {low_steps} and low_image_size None, expected the size of those images"
+                f"low_steps is {low_steps} and low_image_size None, "
+                "expected the size of those images"
             )
         if processor.room(config.prompt_of("")) < 1:
             raise ValueError(
-                f"data.prompt is {config.prompt!r}, which leaves no room in a text of {processor.max_length} tokens"
+                f"data.prompt is {config.prompt!r}, "
+                f"which leaves no room in a text of {processor.max_length} tokens"
             )
-        self._source, self._processor, self._config, self._images = (
-            source,
-            processor,
-            config,
-            images,
-        )
-        self._low_image_size, self._low_end = low_image_size, low_steps * config.batch_size
+        self.source = source
+        self.processor = processor
+        self._config = config
+        self._images = images
+        self._low_image_size = low_image_size
+        self._low_end = low_steps * config.batch_size  # in examples of all processes
+
         start = {"examples": len(source), "seed": seed, "position": 0, "read": 0, "bad": {}}
         self._state = start if state is None else state
         for name in ("examples", "seed"):
             if self._state[name] != start[name]:
                 raise ValueError(
-                    f"the data position to resume from is of a run with {name} {self._state[name]}, "
-                    f"this one has {name} {start[name]} ({source.spec!r}): expected the same data and seed"
+                    f"the data position to resume from is of a run with {name} "
+                    f"{self._state[name]}, this one has {name} {start[name]} ({source.spec!r}): "
+                    "expected the same data and seed"
                 )
         self._read = self._state["read"]
         self._bad = collections.Counter(self._state["bad"])
         self._position = self._state["position"]  # in examples of all processes
-        self._process_index, self._process_count = process_index, process_count
+
+        self._process_index = process_index
+        self._process_count = process_count
         self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         self._options = grain.ReadOptions(config.threads, max(config.threads, self._rows))
         self._reads = self._open()
@@ -144,39 +154,20 @@ class TrainBatches:
 
     @property
     def threads(self) -> int:
-        """How many threads read."""
+        """The number of threads that read."""
         return self._config.threads
 
-    def time_stages(self, examples: int = 200) -> dict[str, float]:
-        """Milliseconds for each stage of a random example, in this thread alone: see `measure_reading`."""
-        rng, stages = (
-            np.random.default_rng(0),
-            collections.Counter(record_ms=0.0, image_ms=0.0, text_ms=0.0),
-        )
-        for index in rng.integers(len(self._source), size=examples):
-            times = [time.perf_counter()]
-            with contextlib.suppress(BadExample, BadImage):
-                example = self._source[int(index)]
-                times.append(time.perf_counter())
-                self._view(self._processor.image, example, rng)
-                times.append(time.perf_counter())
-                self._processor.encode_pairs([self._pair(example, rng)])
-                times.append(time.perf_counter())
-            for name, seconds in zip(stages, np.diff(times).tolist()):
-                stages[name] += 1000 * seconds / examples
-        return dict(stages)
-
     def _open(self) -> Iterator[_Read]:
-        """Reads on from the position, ahead of it, in images of one size."""
-        transform = self._processor.image
+        """Starts to read ahead from the position, with images of the size that belongs there."""
+        transform = self.processor.image
         self._low = self._position < self._low_end
         if self._low:
             transform = dataclasses.replace(transform, image_size=self._low_image_size)
-        # Randomness before the slice: it belongs to the position in the run, whichever process
-        # reads it.
+        # The random numbers are drawn before the slice: they belong to the position in the run,
+        # whichever process reads it.
         drawn = self._order.random_map(functools.partial(self._load, transform))
-        mine = drawn[self._position + self._process_index :: self._process_count]
-        return iter(mine.to_iter_dataset(self._options))
+        own = drawn[self._position + self._process_index :: self._process_count]
+        return iter(own.to_iter_dataset(self._options))
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._low and self._position >= self._low_end:
@@ -197,11 +188,11 @@ class TrainBatches:
             "read": self._read,
             "bad": self.bad_counts,
         }
-        tokens, text_valid, target = self._processor.encode_pairs([read.pair for read in reads])
+        tokens, text_valid, target = self.processor.encode_pairs([read.pair for read in reads])
         texts = {"tokens": tokens, "text_valid": text_valid, "target": target}
-        return (
-            {"image": np.stack([read.image for read in reads]), **texts} if self._images else texts
-        )
+        if not self._images:
+            return texts
+        return {"image": np.stack([read.image for read in reads]), **texts}
 
     def state(self) -> dict[str, Any]:
         """The position after the batches handed out so far, as JSON values."""
@@ -210,11 +201,11 @@ class TrainBatches:
     @property
     def spec(self) -> str:
         """The name of the source in messages."""
-        return self._source.spec
+        return self.source.spec
 
     @property
     def bad_counts(self) -> dict[str, int]:
-        """How many examples could not be used since the start of the run, by cause; this process' share."""
+        """Counts of the examples that this process could not use since the run began, by cause."""
         return dict(self._bad)
 
     def close(self) -> None:
@@ -226,36 +217,38 @@ class TrainBatches:
         try:
             while len(bad) < _MAX_BAD_IN_A_ROW:
                 try:
-                    example = self._source[int(index)]
-                    pair = self._pair(example, rng)
-                    return _Read(bad, example, self._view(transform, example, rng), pair)
+                    example = self.source[int(index)]
+                    pair = self.draw_pair(example, rng)
+                    return _Read(bad, example, self.draw_image(example, rng, transform), pair)
                 except (BadExample, BadImage) as error:
                     bad.append((error.cause, str(error)))
-                    index = rng.integers(len(self._source))
+                    index = rng.integers(len(self.source))
         except Exception as error:
             return _Read(bad, error=error)
         return _Read(bad)
 
-    def _pair(self, example: Example, rng: np.random.Generator) -> tuple[str, str]:
+    def draw_pair(self, example: Example, rng: np.random.Generator) -> tuple[str, str]:
+        """Draws a prompt and the text to be said after it; raises BadExample where none fits."""
         pairs = example.pairs
         if not pairs:
             raise BadExample(f"{example.key} has no answer to learn", "no answer")
         question, text = pairs[rng.integers(len(pairs))]
         prompt = self._config.prompt_of(question)
-        # A caption that is too long is cut; half an answer would be learnt as a whole one.
-        if question and len(self._processor.encode_after(prompt, text)) > self._processor.room(
-            prompt
-        ):
-            longest = self._processor.max_length
+        if not question:
+            return prompt, text  # a caption that is too long is cut
+        # Half an answer would be learnt as a whole one.
+        if len(self.processor.encode_after(prompt, text)) > self.processor.room(prompt):
             raise BadExample(
-                f"{example.key}: {prompt!r} with {text!r} has more than the {longest} tokens of a text",
+                f"{example.key}: {prompt!r} with {text!r} has more than the "
+                f"{self.processor.max_length} tokens of a text",
                 "too long",
             )
         return prompt, text
 
-    def _view(
-        self, transform: ImageTransform, example: Example, rng: np.random.Generator
+    def draw_image(
+        self, example: Example, rng: np.random.Generator, transform: ImageTransform
     ) -> np.ndarray | None:
+        """Draws the crop and flip of an image: uint8[height, width, 3]; None without images."""
         config = self._config
         if not self._images:
             return None
@@ -267,13 +260,18 @@ class TrainBatches:
             image = transform.random_resized_crop(
                 example.image, rng, config.crop_scale, config.crop_ratio
             )
-        return image[:, ::-1] if config.horizontal_flip and rng.random() < 0.5 else image
+        if config.horizontal_flip and rng.random() < 0.5:
+            image = image[:, ::-1]
+        return image
 
     def _check_share(self, stop: bool) -> None:
-        bad, allowed = self._bad.total(), self._config.max_bad_share
-        if stop or (self._read >= min(_MIN_READ, len(self._source)) and bad > allowed * self._read):
+        """Raises TooManyBadExamples where the share of bad ones is too high, or with `stop`."""
+        bad = self._bad.total()
+        allowed = self._config.max_bad_share
+        judged = self._read >= min(_MIN_READ, len(self.source))
+        if stop or (judged and bad > allowed * self._read):
             raise TooManyBadExamples(
-                f"{bad} of {self._read} examples read from {self._source.spec!r} could not be used "
+                f"{bad} of {self._read} examples read from {self.source.spec!r} could not be used "
                 f"({describe_bad(self._bad)}), data.max_bad_share allows {allowed:.0%}"
             )
 
@@ -281,12 +279,22 @@ class TrainBatches:
 def prefetch(
     batches: TrainBatches, transfer: Callable[[dict[str, np.ndarray]], Any], size: int = 2
 ) -> Iterator[tuple[Any, dict[str, Any], float]]:
-    """Reads and transfers up to `size` batches ahead in a thread of its own.
+    """Reads and transfers up to `size` batches ahead, in a thread of its own.
 
-    Yields `(transfer(batch), state, wait)`: the state after exactly this batch, not after those
-    read ahead, and the seconds the caller had to wait for it. Whatever the thread raises is raised
-    here. A caller that waits for 30 seconds is told so by a warning that names the source, and
-    again after every 30 seconds more.
+    A warning that names the source is logged when the caller has waited for 30 seconds, and again
+    every 30 seconds.
+
+    Args:
+      batches: the batches to read.
+      transfer: what to do with a batch in the thread, such as moving it to the devices.
+      size: how many batches are read ahead.
+
+    Yields:
+      `(transfer(batch), state, wait)`: the batch, the state after exactly this batch, not after
+      those read ahead, and the seconds that the caller waited for it.
+
+    Raises:
+      Exception: any that the thread raised.
     """
 
     def load() -> tuple[Any, dict[str, Any]]:
@@ -299,7 +307,8 @@ def prefetch(
     try:
         ahead = collections.deque(pool.submit(load) for _ in range(size))
         while True:
-            start, first = time.perf_counter(), ahead.popleft()
+            first = ahead.popleft()
+            start = time.perf_counter()
             while not futures.wait([first], _STALLED).done:
                 waited = time.perf_counter() - start
                 _log.warning(
@@ -317,17 +326,23 @@ def prefetch(
 
 @dataclasses.dataclass
 class EvalBatch:
-    """A batch of one pass over a set, this process' share; rows that are not an example are zero.
+    """A batch of one pass over a set: this process's rows.
 
-    A row is not an example where the last batch is padded or the example could not be used; `bad`
-    counts the latter.
+    A row is zero where the last batch is padded, or where the example could not be used.
+
+    Attributes:
+      image: uint8[b, height, width, 3].
+      example_valid: bool[b], False on such rows.
+      index: int32[b], of the example in the source; -1 in padding.
+      examples: the examples; None where `example_valid` is False.
+      bad: counts of the examples that could not be used, by cause.
     """
 
     image: UInt8[np.ndarray, "b height width 3"]
     example_valid: Bool[np.ndarray, " b"]
-    index: Int32[np.ndarray, " b"]  # of the example in the source; -1 in padding
-    examples: list[Example | None]  # None where example_valid is False
-    bad: dict[str, int]  # by cause
+    index: Int32[np.ndarray, " b"]
+    examples: list[Example | None]
+    bad: dict[str, int]
 
 
 def eval_batches(
@@ -341,10 +356,20 @@ def eval_batches(
     threads: int = 4,
     blind: bool = False,
 ) -> Iterator[EvalBatch]:
-    """Passes once over the first `limit` examples in order, without randomness, in batches of one shape.
+    """Passes once over a set in order, without randomness, in batches of one shape.
 
-    Process p holds rows [p * b, (p + 1) * b) of every batch, b = batch_size // process_count, and
-    all processes get the same number of batches. With `blind` every image is black.
+    Process p holds rows [p * b, (p + 1) * b) of every batch, with b = batch_size // process_count,
+    and all processes get the same number of batches.
+
+    Args:
+      source: the examples.
+      processor: reads the images.
+      batch_size: rows of a batch over all processes.
+      limit: only this many examples, the first; None: all.
+      process_index: the number of this process, below `process_count`.
+      process_count: how many processes share each batch.
+      threads: threads that read.
+      blind: every image is black.
 
     Raises:
       ValueError: at the call, `batch_size` is not a multiple of `process_count`.
@@ -354,14 +379,15 @@ def eval_batches(
     size = processor.image.image_size
     blank = np.zeros((size, size, 3), np.uint8)
 
-    def load(place: int) -> tuple[int, _Read]:
-        batch, row = divmod(int(place), rows)
+    def load(number: int) -> tuple[int, _Read]:
+        batch, row = divmod(int(number), rows)
         index = batch * batch_size + process_index * rows + row
         if index >= total:
             return -1, _Read([])
         try:
             example = source[index]
-            return index, _Read([], example, blank if blind else processor.image(example.image))
+            image = blank if blind else processor.image(example.image)
+            return index, _Read([], example, image)
         except (BadExample, BadImage) as error:
             return index, _Read([(error.cause, str(error))])
         except Exception as error:
@@ -370,13 +396,13 @@ def eval_batches(
     def batches() -> Iterator[EvalBatch]:
         import grain
 
-        places = grain.MapDataset.range(-(-total // batch_size) * rows)
-        loaded = iter(
-            places.map(load).to_iter_dataset(grain.ReadOptions(threads, max(threads, rows)))
-        )
+        num_batches = -(-total // batch_size)
+        options = grain.ReadOptions(threads, max(threads, rows))
+        numbers = grain.MapDataset.range(num_batches * rows)
+        loaded = iter(numbers.map(load).to_iter_dataset(options))
         bad = collections.Counter()
         try:
-            for _ in range(len(places) // rows):
+            for _ in range(num_batches):
                 index, reads = zip(*(next(loaded) for _ in range(rows)), strict=True)
                 for read in reads:
                     if read.error is not None:
@@ -396,21 +422,22 @@ def eval_batches(
 
 
 def describe_bad(counts: dict[str, int]) -> str:
-    """Counts by cause as words, the most frequent first: "12 corrupt, 3 no caption"."""
+    """Counts by cause in words, the most frequent first: "12 corrupt, 3 no caption"."""
     return ", ".join(
         f"{count} {cause}" for cause, count in collections.Counter(counts).most_common()
     )
 
 
 def _count(counts: collections.Counter, bad: list[tuple[str, str]]) -> None:
-    """Counts bad examples by cause and tells of the first of each cause."""
+    """Counts bad examples by cause, and logs the first one of each cause."""
     for cause, message in bad:
         counts[cause] += 1
         if counts[cause] == 1:
-            _log.warning("skipped, as any other example like it (%s): %s", cause, message)
+            _log.warning("skipping this example and others like it (%s): %s", cause, message)
 
 
 def _share(field: str, batch_size: int, process_count: int) -> int:
+    """The rows of one process; raises ValueError, naming `field`, where they do not divide."""
     if batch_size % process_count:
         raise ValueError(f"{field} {batch_size} is not a multiple of the {process_count} processes")
     return batch_size // process_count

@@ -5,36 +5,49 @@ from typing import Literal
 
 from mammut.core.fields import require, require_positive, require_share
 
-# of an example: its captions, its questions and answers, what it shows
+# What a source has for each image: captions, questions with answers, or the name of what it shows.
 Field = Literal["captions", "qa", "name"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the examples come from and how an image becomes an array."""
+    """Where the examples come from and how an image becomes an array.
 
-    # a spec that mammut.data.sources.open_source reads, such as jsonl:PATH[1000:]
+    Example:
+      >>> data = mammut.DataConfig(train="jsonl:photos[1000:]", val="jsonl:photos[:1000]")
+      >>> config = mammut.TrainConfig(model=mammut.presets.tiny(), data=data)
+    """
+
+    # The training set: a spec of mammut.data.sources, such as jsonl:PATH[1000:].
     train: str = "synthetic:train"
-    val: str | None = "synthetic:val"  # None: no evaluation during the run
-    batch_size: int = 256  # examples a step, over all devices and processes
+    # The validation set, a spec as for the training set. None: no evaluation during the run.
+    val: str | None = "synthetic:val"
+    # Examples of a training step, over all devices and processes.
+    batch_size: int = 256
+    # Examples of an evaluation batch, over all devices and processes.
     eval_batch_size: int = 256
-    val_examples: int = 1_000  # at most so many validation examples are evaluated
-    # area of the random crop as a share of the image; (1, 1): none
+    # How many validation examples are evaluated at most.
+    val_examples: int = 1_000
+    # Area of the random crop as a share of the image, low and high. (1, 1): no crop.
     crop_scale: tuple[float, float] = (1.0, 1.0)
-    # width / height of the random crop, relative to the image's
+    # Width / height of the random crop relative to the image's, low and high.
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    # off: a mirrored image contradicts "left" and "right" in its caption
+    # Mirror half of the training images. A mirrored image contradicts "left" and "right" in its
+    # caption.
     horizontal_flip: bool = False
-    # What the model goes on from, in training and evaluation: {} is the question, of captions and
-    # names nothing, as in "Q: {} A:" and "A picture of".
+    # The text before the one to be said, in training and evaluation. {} is the question, or nothing
+    # where there is none: "Q: {} A:" for questions, "A picture of" for captions.
     prompt: str = "{}"
-    # every image is black: what can be said from the text alone, to compare with
+    # Make every image black, to measure what the text alone gives.
     blind: bool = False
-    threads: int = 4  # decode and resize in so many threads
-    # stop when more than this share of the examples read could not be used
+    # Threads that read, decode and resize images.
+    threads: int = 4
+    # Stop when more than this share of the examples read cannot be used.
     max_bad_share: float = 0.1
-    max_image_pixels: int = 100_000_000  # an image whose header promises more is skipped undecoded
-    tfds_dir: str | None = None  # tensorflow-datasets' data_dir
+    # Skip an image, undecoded, whose header says that it has more pixels.
+    max_image_pixels: int = 100_000_000
+    # The data_dir of tensorflow-datasets. None: its default.
+    tfds_dir: str | None = None
 
     def __post_init__(self):
         require_positive(
@@ -52,24 +65,29 @@ class DataConfig:
         )
 
     def prompt_of(self, question: str) -> str:
-        """What the model goes on from when it is asked a question, or, where that is empty, nothing."""
+        """The text before the answer to a question; with an empty question, before a caption."""
         prompt = self.prompt.replace("{}", question)
-        # a space before a caption is the tokenizer's business
+        # The tokenizer adds a space before a caption where it needs one.
         return prompt if question else prompt.strip()
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """How text becomes ids. The vocabulary must not be larger than `DecoderConfig.vocab_size`."""
+    """How text becomes ids; the vocabulary must not exceed `DecoderConfig.vocab_size`.
 
-    # CLIP's bpe*.txt.gz, a SentencePiece .model or a Hugging Face tokenizer.json
-    path: str | None = None
+    Example:
+      >>> tokenizer = mammut.TokenizerConfig(path="bpe_simple_vocab_16e6.txt.gz")
+    """
+
+    # The vocabulary: CLIP's bpe*.txt.gz, a SentencePiece .model or a Hugging Face tokenizer.json.
     # None: a SentencePiece vocabulary of at most DecoderConfig.vocab_size pieces is trained on the
     # training captions.
-    lowercase: bool = True  # CLIP's BPE always lower-cases
-    # Of a run that starts from a model (TrainConfig.init, init_text): False keeps that model's
-    # tokenizer, or says that `path` is it where the model comes without; True makes one as above,
-    # and the token embeddings start from random.
+    path: str | None = None
+    # Lower-case texts before they are encoded; CLIP's vocabulary always does.
+    lowercase: bool = True
+    # For a run that starts from a model (TrainConfig.init, init_text). True: use a new tokenizer,
+    # as above; the token embeddings start at random. False: keep that model's tokenizer, or take
+    # `path` as its tokenizer where it came without one.
     replace: bool = False
-    # tokens of a text, start and end included; None: as many as the model has places for
+    # Tokens of a text, start and end included. None: as many as the model has positions for.
     max_length: int | None = None

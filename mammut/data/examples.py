@@ -4,9 +4,11 @@ import abc
 import dataclasses
 from typing import Any
 
+from mammut.data.config import Field
+
 
 class BadExample(ValueError):
-    """An example that cannot be used; `cause` says why in a word or two, to be counted by."""
+    """An example that cannot be used; `cause` is the reason in a word or two, for counting."""
 
     def __init__(self, message: str, cause: str):
         super().__init__(message)
@@ -15,40 +17,70 @@ class BadExample(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question about an image, and what people answered."""
+    """A question about an image, and what people answered.
+
+    Attributes:
+      text: the question.
+      answers: one for each person asked, blank where one said nothing; [] where they are kept back.
+      id: the name of the question in predictions.
+      answer_type: the benchmark's type of the answer: yes/no, number, other.
+      question_type: the first words of the question, such as "how many".
+    """
 
     text: str
-    # one for each person asked, blank where one said nothing; [] where they are kept back
     answers: list[str]
-    id: str  # names the question in predictions
-    answer_type: str | None = None  # as a benchmark sorts its questions: yes/no, number, other
-    question_type: str | None = None  # what it begins with: "how many"
+    id: str
+    answer_type: str | None = None
+    question_type: str | None = None
 
 
 @dataclasses.dataclass
 class Example:
-    """One image and what is said about it; only the field that its source was opened for is filled."""
+    """One image with its texts; only the field that its source was opened for is filled.
 
-    # encoded bytes, a path, uint8[height, width, 3] or a PIL image, as `Processor.image` takes them
+    Attributes:
+      image: encoded bytes, a path, uint8[height, width, 3] or a PIL image; anything that
+        `Processor.image` reads.
+      captions: what is said about the image.
+      key: the name of the example in messages and predictions: its file, where it has one.
+      qa: questions about the image, with their answers.
+      name: the class of what the image shows.
+    """
+
     image: Any
     captions: list[str]
-    key: str  # names the example in messages and predictions: its file, where it has one
+    key: str
     qa: list[Question] = dataclasses.field(default_factory=list)
-    name: str | None = None  # what the image shows: the class
+    name: str | None = None
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """What is given and what is to be said: an empty prompt and a caption or name, a question and an answer."""
-        said = [*self.captions, *([] if self.name is None else [self.name])]
-        answered = [(q.text, answer) for q in self.qa for answer in q.answers if answer.strip()]
-        return [("", text) for text in said] + answered
+        """Pairs of a prompt and the text to be said after it.
+
+        A caption or a name has an empty prompt; an answer has its question.
+        """
+        pairs = [("", caption) for caption in self.captions]
+        if self.name is not None:
+            pairs.append(("", self.name))
+        for question in self.qa:
+            pairs += [(question.text, answer) for answer in question.answers if answer.strip()]
+        return pairs
 
 
 class Source(abc.ABC):
     """A set of examples by index; `source[i]` raises BadExample where there is no usable example.
 
-    Subclass it to train on data of your own: `spec` (its name in messages), `__len__` and
-    `__getitem__` are enough. Examples are read from several threads at once.
+    Subclass it to train on data of your own: `spec`, `__len__` and `__getitem__` are enough.
+    Examples are read from several threads at once.
+
+    Example:
+      >>> class MySource(Source):
+      ...     spec = "my photos"  # its name in messages
+      ...     def __len__(self):
+      ...         return len(PHOTOS)
+      ...     def __getitem__(self, index):
+      ...         file, caption = PHOTOS[index]
+      ...         return Example(image=file, captions=[caption], key=file)
     """
 
     spec: str
@@ -62,5 +94,17 @@ class Source(abc.ABC):
         """The example at `index`, 0 to len - 1."""
 
     def pairs(self, index: int) -> list[tuple[str, str]]:
-        """`Example.pairs`, without the cost of the image where that can be saved."""
+        """`Example.pairs` of the example at `index`; a subclass may leave the image unread."""
         return self[index].pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceOptions:
+    """What a source is opened with: the parts of its spec, and what `open_source` was given."""
+
+    spec: str  # the whole spec, for messages
+    kind: str  # what stands before the first colon
+    name: str  # what stands after it, without a slice
+    field: Field  # what every example must have
+    image_size: int  # pixels, of drawn scenes
+    tfds_dir: str | None  # the `data_dir` of tensorflow-datasets; None: its default

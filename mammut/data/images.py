@@ -1,4 +1,4 @@
-"""Pictures of any kind to arrays of one size: opened, turned upright, resized, cropped."""
+"""From pictures of any kind to arrays of one size: opened, turned upright, resized, cropped."""
 
 import contextlib
 import dataclasses
@@ -12,12 +12,12 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import UInt8
 
-# bytes, a path, a PIL image, or uint8[height, width], [height, width, 1], [height, width, 3] or
-# [height, width, 4]
+# Bytes, a path, a PIL image, or uint8[height, width], [height, width, 1], [height, width, 3] or
+# [height, width, 4].
 ImageLike = Any
 Cause = Literal["missing file", "empty", "corrupt", "truncated", "oversized", "unsupported"]
-# Named, so that no picture from the web reaches the formats Pillow hands to other programs (EPS to
-# Ghostscript).
+# A fixed list, so that no picture from the web reaches the formats that Pillow hands to other
+# programs (EPS to Ghostscript).
 _FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"
 _PILLOW_LIMIT = threading.Lock()
 
@@ -25,10 +25,17 @@ _PILLOW_LIMIT = threading.Lock()
 class BadImage(ValueError):
     """An image that cannot be used; the message says which and why in one sentence.
 
-    `cause` is "missing file" (or unreadable), "empty" (no bytes or no pixels), "corrupt" (not an
-    image, or damaged), "truncated", "oversized" (more pixels than
-    `ImageTransform.max_image_pixels`) or "unsupported" (a pixel format, array or object that is not
-    taken).
+    Attributes:
+      cause: "missing file" (or unreadable), "empty" (no bytes or no pixels), "corrupt" (not an
+        image, or damaged), "truncated", "oversized" (more pixels than
+        `ImageTransform.max_image_pixels`) or "unsupported" (a pixel format, array or object that
+        cannot be read).
+
+    Example:
+      >>> try:
+      ...     batch = processor(images=["photo.jpg"])
+      ... except mammut.BadImage as error:
+      ...     print(error.cause, error)
     """
 
     def __init__(self, message: str, cause: Cause):
@@ -41,16 +48,28 @@ class BadImage(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
-    """Any picture to `uint8[image_size, image_size, 3]`; the three modes are those of open_clip at inference."""
+    """Resizes any picture to `uint8[image_size, image_size, 3]`, as open_clip does at inference.
 
-    image_size: int  # pixels; the output is square
-    # both sides; shortest and crop; longest and pad
+    Attributes:
+      image_size: side of the output in pixels; it is square.
+      mode: "squash" resizes both sides; "shortest" resizes the shortest side and crops; "longest"
+        resizes the longest side and pads.
+      interpolation: "bicubic" and "bilinear" are Pillow's, antialiased; "bilinear_aliased", of
+        big_vision, is tf.image.resize with its defaults, the fractions of pixel values cut off.
+      fill: grey value of the padding, in mode "longest".
+      max_image_pixels: an image whose header says that it has more pixels is refused, undecoded.
+
+    Example:
+      >>> transform = mammut.ImageTransform(image_size=224, mode="shortest")
+      >>> transform("photo.jpg").shape
+      (224, 224, 3)
+    """
+
+    image_size: int
     mode: Literal["squash", "shortest", "longest"] = "squash"
-    # The first two are antialiased and Pillow's; the third, of big_vision, is tf.image.resize as it
-    # is by default, with the fractions of pixel values cut off.
     interpolation: Literal["bicubic", "bilinear", "bilinear_aliased"] = "bicubic"
-    fill: int = 0  # the pad's grey value, mode "longest"
-    max_image_pixels: int = 100_000_000  # more in the header, and the image is refused undecoded
+    fill: int = 0
+    max_image_pixels: int = 100_000_000
 
     def __post_init__(self):
         choices = {
@@ -70,20 +89,24 @@ class ImageTransform:
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(
-                    f"ImageTransform.{name} is {value!r}, expected a whole number from {low} to {high}"
+                    f"ImageTransform.{name} is {value!r}, "
+                    f"expected a whole number from {low} to {high}"
                 )
 
     def read(self, image: ImageLike):
-        """A PIL image in mode RGB, upright; see the top of this module for what each kind of picture becomes.
+        """Reads a picture: a PIL image in mode RGB, upright.
+
+        The top of `mammut.data.processor` says what becomes of each kind of picture.
 
         Raises:
-          BadImage: the image cannot be used, wholly: a truncated file is never half a picture.
+          BadImage: the image cannot be used as a whole; a truncated file is never half a picture.
         """
         return self._read(image)
 
     def __call__(self, image: ImageLike) -> UInt8[np.ndarray, "height width 3"]:
-        """The picture resized as at inference; takes and raises what `read` does."""
-        picture, size = self._read(image), self.image_size
+        """Reads and resizes a picture as at inference; raises what `read` raises."""
+        picture = self._read(image)
+        size = self.image_size
         width, height = picture.size
         if self.mode == "squash":
             return self._resized(picture, (size, size))
@@ -115,25 +138,34 @@ class ImageTransform:
         scale: tuple[float, float],
         ratio: tuple[float, float],
     ) -> UInt8[np.ndarray, "height width 3"]:
-        """A random part of the picture, squashed to the output size; takes and raises what `read` does.
+        """Cuts a random part out of a picture and squashes it to the output size.
 
-        `scale` bounds the part's share of the area (uniform), `ratio` its width / height relative
-        to the picture's (log-uniform, as far as such a part fits): with (1, 1) for both it is the
-        whole picture, as in mode "squash". A JPEG given as bytes or path is decoded at a fraction
-        of its size where that leaves twice the pixels needed.
+        A JPEG given as bytes or path is decoded at a fraction of its size where that leaves twice
+        the pixels needed. With `scale` and `ratio` (1, 1) the part is the whole picture, as in mode
+        "squash".
+
+        Args:
+          image: anything that `read` takes; it raises what `read` raises.
+          rng: source of the random numbers.
+          scale: the part's share of the area, low and high; uniform between them.
+          ratio: the part's width / height relative to the picture's, low and high; uniform in the
+            logarithm, as far as such a part fits.
         """
         if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
             raise ValueError(
-                f"scale {scale} and ratio {ratio} of a crop, expected 0 < low <= high, scale up to 1"
+                f"scale {scale} and ratio {ratio} of a crop, "
+                "expected 0 < low <= high, scale up to 1"
             )
         area_draw, aspect_draw, x_draw, y_draw = rng.random(4)
         area = scale[0] + (scale[1] - scale[0]) * area_draw
-        # beyond, one side would be longer than the picture's
+        # Beyond these, one side would be longer than the picture's.
         low, high = np.log(np.clip(ratio, area, 1 / area))
         aspect = math.exp(low + (high - low) * aspect_draw)
-        across, down = min(1.0, math.sqrt(area * aspect)), min(1.0, math.sqrt(area / aspect))
+        across = min(1.0, math.sqrt(area * aspect))
+        down = min(1.0, math.sqrt(area / aspect))
         picture = self._read(image, sides=math.ceil(2 * self.image_size / min(across, down)))
-        x, y = (1 - across) * x_draw, (1 - down) * y_draw
+        x = (1 - across) * x_draw
+        y = (1 - down) * y_draw
         width, height = picture.size
         box = (x * width, y * height, min(1.0, x + across) * width, min(1.0, y + down) * height)
         return self._resized(picture, (self.image_size, self.image_size), box)
@@ -141,7 +173,11 @@ class ImageTransform:
     def _resized(
         self, picture, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
     ):
-        """The picture, or the part of it in `box`, as uint8[height, width, 3] of `size` (width, height)."""
+        """Resizes the part of a picture in `box`, None: all, to `size` (width, height).
+
+        Returns:
+          uint8[height, width, 3].
+        """
         from PIL.Image import Resampling
 
         if self.interpolation == "bilinear_aliased":
@@ -152,7 +188,10 @@ class ImageTransform:
         return np.array(picture.resize(size, filters[self.interpolation], box=box))
 
     def _read(self, image: ImageLike, sides: int | None = None):
-        """`read`; a JPEG file is decoded at a fraction of its size that keeps both sides at `sides` pixels or more."""
+        """`read`; a JPEG file is decoded at a fraction of its size.
+
+        The fraction keeps both sides at `sides` pixels or more; None: the whole size.
+        """
         import PIL.Image
 
         name = f"image {image}" if isinstance(image, str | pathlib.Path) else "image"
@@ -185,11 +224,12 @@ class ImageTransform:
 
 @contextlib.contextmanager
 def _no_pillow_limit() -> Iterator[None]:
-    """Lifts Pillow's own, process-wide pixel limit: `max_image_pixels` takes its place."""
+    """Lifts Pillow's own pixel limit, of the whole process; `max_image_pixels` replaces it."""
     import PIL.Image
 
     with _PILLOW_LIMIT:
-        limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+        limit = PIL.Image.MAX_IMAGE_PIXELS
+        PIL.Image.MAX_IMAGE_PIXELS = None
         try:
             yield
         finally:
@@ -201,22 +241,22 @@ def _resized_without_antialiasing(
     size: tuple[int, int],
     box: tuple[float, float, float, float],
 ) -> UInt8[np.ndarray, "height2 width2 3"]:
-    """Samples the `box` of an image bilinearly at the centres of `size` (width, height) new pixels."""
+    """Samples the `box` of an image at the centres of `size` (width, height) pixels, bilinearly."""
     lines: np.ndarray = pixels
     for axis, count, start, end in ((1, size[0], box[0], box[2]), (0, size[1], box[1], box[3])):
         step = np.float32((end - start) / count)
-        places = np.float32(start) + (np.arange(count, dtype=np.float32) + 0.5) * step - 0.5
-        low = np.floor(places)
+        centres = np.float32(start) + (np.arange(count, dtype=np.float32) + 0.5) * step - 0.5
+        low = np.floor(centres)
         sides = [np.clip(low + side, 0, pixels.shape[axis] - 1).astype(int) for side in (0, 1)]
         near, far = (lines.take(side, axis).astype(np.float32) for side in sides)
-        share = (places - low).reshape((-1, 1) if axis else (-1, 1, 1))
+        share = (centres - low).reshape((-1, 1) if axis else (-1, 1, 1))
         lines = near + (far - near) * share
     return lines.astype(np.uint8)
 
 
-# The three below raise BadImage with a message that goes on after the image's name.
+# The three functions below raise BadImage with a message that continues after the image's name.
 def _open(image: ImageLike):
-    """The PIL image of encoded bytes or a path, its header read and nothing decoded."""
+    """Opens encoded bytes or a path as a PIL image: the header is read, nothing is decoded."""
     import PIL.Image
 
     if isinstance(image, str | pathlib.Path):
@@ -236,15 +276,12 @@ def _open(image: ImageLike):
 def _from_array(array: np.ndarray):
     import PIL.Image
 
-    given, expected = (
-        f"{array.dtype}{list(array.shape)}",
-        "uint8[height, width] or [height, width, 1, 3 or 4]",
-    )
+    given = f"{array.dtype}{list(array.shape)}"
+    expected = "uint8[height, width] or [height, width, 1, 3 or 4]"
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    if array.dtype != np.uint8 or not (
-        array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4)
-    ):
+    has_channels = array.ndim == 3 and array.shape[2] in (3, 4)
+    if array.dtype != np.uint8 or not (array.ndim == 2 or has_channels):
         raise BadImage(f"is {given}, expected {expected}", "unsupported")
     if not array.size:
         raise BadImage(f"is {given}, expected at least one pixel", "empty")
@@ -264,8 +301,8 @@ def _upright_rgb(picture):
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }
-    turn = turns.get(picture.getexif().get(0x0112))
-    # Pillow would clip
+    turn = turns.get(picture.getexif().get(0x0112))  # EXIF's orientation
+    # Pillow would clip the values, not scale them.
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):
         picture = PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
@@ -278,6 +315,8 @@ def _upright_rgb(picture):
         picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
     if turn is None and picture.mode == "RGB":
         return picture
-    upright = picture.convert("RGB") if turn is None else picture.convert("RGB").transpose(turn)
+    upright = picture.convert("RGB")
+    if turn is not None:
+        upright = upright.transpose(turn)
     upright.info = {}  # its orientation must not be applied a second time
     return upright

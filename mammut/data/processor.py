@@ -1,4 +1,4 @@
-"""Images and text as a model takes them: `Processor`, saved beside the weights.
+"""`Processor` turns images and texts into the arrays of a model; it is saved with the weights.
 
 How each kind of picture becomes 8-bit RGB:
 
@@ -10,11 +10,10 @@ How each kind of picture becomes 8-bit RGB:
   several frames          the first one of a file
   32-bit int or float     refused: their range is not known
 
-Mean and standard deviation are the model's: what leaves here is uint8.
+Images stay uint8: the model itself subtracts the mean and divides by the standard deviation.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -23,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from mammut.core.fields import from_dict
-from mammut.core.files import read_json_object
+from mammut.core.files import read_json_object, write_json
 from mammut.data.images import ImageTransform
 from mammut.data.tokenizer import Tokenizer, restore_tokenizer
 
@@ -31,15 +30,27 @@ TextForm = Literal["start_end", "end", "end_filled"]
 
 _FILE = "processor.json"
 _FORMAT = 1
-_MAX_LENGTH = 2**17  # as DecoderConfig's
+_MAX_LENGTH = 2**17  # the limit of DecoderConfig.max_length, too
 
 
 class Processor:
     """The image transform, the tokenizer and the text rules of one model.
 
-    Text is `[start] + ids + [end]`, padded to `max_length`; a text that is too long is cut and
-    keeps the end. With `text_form` "end" there is no start (SigLIP 2), with "end_filled" ends take
-    the place of pads, too (SigLIP).
+    A text becomes `[start] + ids + [end]`, padded to `max_length`; a text that is too long is cut
+    and keeps the end.
+
+    Args:
+      tokenizer: turns texts into ids and back.
+      image: turns pictures into arrays of one size.
+      max_length: tokens of a text, start and end included.
+      text_form: "start_end" as above; "end": without the start (SigLIP 2); "end_filled": without
+        the start, and padded with ends (SigLIP).
+
+    Example:
+      >>> model, processor = mammut.load("runs/flickr8k")
+      >>> batch = processor(images=["photo.jpg"], text=["a dog on grass"])
+      >>> batch["image"].shape, batch["tokens"].shape
+      ((1, 224, 224, 3), (1, 64))
     """
 
     def __init__(
@@ -63,32 +74,32 @@ class Processor:
         self.text_form = text_form
 
     def __call__(self, images: Any = None, text: Any = None) -> dict[str, np.ndarray]:
-        """A batch of what is given: a sequence of images (see `ImageTransform.read`), a sequence of str, or both.
+        """Makes a batch of images, of texts, or of both.
+
+        Args:
+          images: a sequence of images, anything that `ImageTransform.read` takes.
+          text: a sequence of str.
 
         Returns:
-          `image` uint8[B, height, width, 3]; `tokens` int32[B, L] and `text_valid` bool[B, L],
-          False on pads.
+          A dict with `image` uint8[B, height, width, 3], where images are given, and `tokens`
+          int32[B, L] and `text_valid` bool[B, L], False on pads, where texts are given.
 
         Raises:
-          ValueError: a lone image or text, or neither.
+          ValueError: one image or text that is in no list, or neither images nor texts.
           BadImage: an image cannot be used.
         """
         if images is None and text is None:
             raise ValueError("neither images nor text is given, expected at least one of them")
         batch = {}
         if images is not None:
-            if not (
-                isinstance(images, list | tuple)
-                or isinstance(images, np.ndarray)
-                and images.ndim == 4
-            ):
+            is_array = isinstance(images, np.ndarray) and images.ndim == 4
+            if not (isinstance(images, list | tuple) or is_array):
                 raise ValueError(
                     f"images is one {type(images).__name__}, expected a list of images"
                 )
             size = self.image.image_size
-            batch["image"] = np.array([self.image(image) for image in images], np.uint8).reshape(
-                -1, size, size, 3
-            )
+            pixels = np.array([self.image(image) for image in images], np.uint8)
+            batch["image"] = pixels.reshape(-1, size, size, 3)
         if text is not None:
             batch["tokens"], batch["text_valid"] = self.encode_text(text)
         return batch
@@ -96,7 +107,7 @@ class Processor:
     def encode_text(
         self, texts: Sequence
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-        """`tokens` and `text_valid` of each text; an empty one is start and end, or the end alone.
+        """Encodes texts: `tokens` and `text_valid`; an empty text has only its start and end.
 
         Raises:
           ValueError: `texts` is one str, or holds something else.
@@ -111,13 +122,17 @@ class Processor:
     def encode_pairs(
         self, pairs: Sequence[tuple[str, str]]
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-        """Prompts, each with the text to be said after it: `tokens`, `text_valid`, and `target`, True on text and end.
+        """Encodes prompts, each with the text to be said after it.
 
         A prompt and its text are encoded apart, as when the text is generated. What is too long is
-        cut; `room` tells.
+        cut; `room` counts what fits.
+
+        Returns:
+          `tokens`, `text_valid`, and `target`, True on the text and its end.
         """
         tokens = np.full((len(pairs), self.max_length), self.pad_id, np.int32)
-        text_valid, target = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
+        text_valid = np.zeros(tokens.shape, bool)
+        target = np.zeros(tokens.shape, bool)
         for row, (prompt, text) in enumerate(pairs):
             start = [*self._start, *self.encode_prompt(prompt)]
             ids = (start + self.encode_after(prompt, text))[: self.max_length - 1] + [self.eos_id]
@@ -127,29 +142,37 @@ class Processor:
         return tokens, text_valid, target
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """The ids of a prompt, without the start; none of the empty prompt.
+        """Encodes a prompt, without the start; the empty prompt has no ids.
 
-        Where the vocabulary tells words by the space in front, a prompt ends without one: the text
-        after it has it.
+        Where a vocabulary marks words by the space before them, the prompt ends without a space:
+        the text after it begins with one.
         """
         prompt = prompt.rstrip() if self.tokenizer.needs_space else prompt
         return self.tokenizer.encode(prompt) if prompt else []
 
     def encode_after(self, prompt: str, text: str) -> list[int]:
-        """The ids of a text to be said after a prompt: after "A:" it may have to be " yes", after the empty one "yes".
+        """Encodes a text to be said after a prompt.
 
-        "yes" is also what is said straight after an image (MAGMA).
+        After "A:" it may have to be " yes" (see `encode_prompt`), after the empty prompt "yes".
+        Directly after an image it is "yes" too, as in MAGMA.
         """
         if self.tokenizer.needs_space and prompt.strip() and text and not text[0].isspace():
             text = f" {text}"
         return self.tokenizer.encode(text)
 
     def room(self, prompt: str) -> int:
-        """How many tokens of text fit between a prompt and the end; negative where the prompt itself does not fit."""
+        """Counts the tokens of text that fit between a prompt and the end.
+
+        The count is negative where the prompt itself does not fit.
+        """
         return self.max_length - 1 - len(self._start) - len(self.encode_prompt(prompt))
 
     def decode(self, tokens: Any) -> list[str]:
-        """The texts of int[B, L] tokens, each up to its end; raises ValueError on an id outside the vocabulary."""
+        """Decodes int[B, L] tokens, each row up to its end.
+
+        Raises:
+          ValueError: the tokens are of another shape, or an id is not in the vocabulary.
+        """
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}, expected int[B, L]")
@@ -172,7 +195,7 @@ class Processor:
 
     @property
     def pad_id(self) -> int:
-        """The id that fills up; it may be a real token's, too: only `text_valid` tells pads."""
+        """The id of a pad. A real token may have the same id: only `text_valid` marks pads."""
         return self.eos_id if self.text_form == "end_filled" else self.tokenizer.pad_id
 
     @property
@@ -180,7 +203,7 @@ class Processor:
         return [self.bos_id] if self.text_form == "start_end" else []
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes `processor.json` and the vocabulary file into `folder`, which is made where it is missing."""
+        """Writes `processor.json` and the vocabulary file into `folder`, made where missing."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         values = {
@@ -190,17 +213,18 @@ class Processor:
             "text_form": self.text_form,
             "tokenizer": self.tokenizer.save(folder),
         }
-        (folder / _FILE).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+        write_json(folder / _FILE, values)  # last: it names the others
 
     @classmethod
     def load(cls, folder: str | pathlib.Path) -> "Processor":
-        """The processor that `save` wrote into `folder`.
+        """Reads the processor that `save` wrote into `folder`.
 
         Raises:
           ValueError: a file is missing or damaged, or of another format than this version writes.
         """
         path = pathlib.Path(folder) / _FILE
-        values = {"text_form": "start_end"} | read_json_object(path)  # the one that was there first
+        # The first files had no text_form.
+        values = {"text_form": "start_end"} | read_json_object(path)
         if values.get("format") != _FORMAT:
             raise ValueError(
                 f"{path} has format {values.get('format')!r}, this version reads {_FORMAT}"

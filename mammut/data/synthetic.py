@@ -1,17 +1,20 @@
-"""Drawn scenes with exact captions: data for a first run, and a test of whether a model binds words to what it sees.
+"""Drawn scenes with exact captions: data for a first run and for tests.
 
 A scene shows a combination of five attributes ("two small red circles on the left"). A sixth of the
 combinations is held out: the scenes of split "train" never show one of them, those of split "val"
-show each of them once. A model that only remembers whole captions therefore fails on "val".
+show each of them once. A model that only remembers whole captions, and does not bind words to what
+it sees, therefore fails on "val".
 """
 
 import functools
 import hashlib
 import itertools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+
+from mammut.data.examples import Example, Question, Source, SourceOptions
 
 Split = Literal["train", "val"]
 
@@ -45,7 +48,7 @@ _PLACES = {  # the words, the axis that the place fixes (0: x, 1: y), the centre
 
 
 class Combination(NamedTuple):
-    """What a scene shows."""
+    """The attributes that a scene shows."""
 
     count: int
     size: str
@@ -55,16 +58,18 @@ class Combination(NamedTuple):
 
 
 def captions(combination: Combination) -> list[str]:
-    """Everything that is said about a combination: three sentences with the same content."""
+    """Three sentences with the same content: all captions of a combination."""
     count, size, colour, shape, place = combination
-    plural = "" if count == 1 else "es" if shape == "cross" else "s"
+    plural = ""
+    if count > 1:
+        plural = "es" if shape == "cross" else "s"
     things = f"{_COUNTS[count]} {size} {colour} {shape}{plural}"
     where = _PLACES[place][0]
     return [f"{things} {where}", f"{where} {things}", f"a picture of {things} {where}"]
 
 
 def questions(combination: Combination) -> list[tuple[str, str]]:
-    """Five questions about a combination, with their answers, one for each of its attributes."""
+    """Five questions about a combination with their answers, one for each attribute."""
     count, size, colour, shape, place = combination
     return [
         ("how many shapes are there?", _COUNTS[count]),
@@ -77,7 +82,7 @@ def questions(combination: Combination) -> list[tuple[str, str]]:
 
 @functools.cache
 def combinations(split: Split) -> tuple[Combination, ...]:
-    """All combinations that scenes of the split may show, in an order and a division that never change."""
+    """All combinations of a split; neither their order nor the division ever changes."""
     every = itertools.starmap(
         Combination, itertools.product(_COUNTS, _SIZES, _COLOURS, _SHAPES, _PLACES)
     )
@@ -89,12 +94,12 @@ def combinations(split: Split) -> tuple[Combination, ...]:
 
 
 def num_scenes(split: Split) -> int:
-    """100,000 for "train"; the number of held-out combinations for "val"."""
+    """The number of scenes: 100,000 for "train", the held-out combinations for "val"."""
     return len(combinations("val")) if split == "val" else TRAIN_SCENES
 
 
 def combination(split: Split, index: int) -> Combination:
-    """What scene `index` of the split shows."""
+    """The combination that scene `index` of the split shows."""
     return _scene(split, index)[0]
 
 
@@ -115,9 +120,8 @@ def draw(split: Split, index: int, image_size: int) -> UInt8[np.ndarray, "image_
     background = rng.integers(95, 150) + rng.integers(-8, 9, size=3)
     canvas = Image.new("RGB", (side, side), tuple(background.tolist()))
     pen = ImageDraw.Draw(canvas)
-    # The objects stand in a row along the half of the image that is their place, in cells of a
-    # third of its length. The row is centred, so that one object "on the left" is not also "at the
-    # top".
+    # The objects stand in a row along the half of the image that `place` names, in cells of a third
+    # of its length. The row is centred, so that one object "on the left" is not also "at the top".
     row_shift = rng.uniform(-0.1, 0.1) if count < 3 else 0.0
     for k in range(count):
         radius = _SIZES[size] * rng.uniform(0.94, 1.0) / 2
@@ -149,7 +153,40 @@ def draw(split: Split, index: int, image_size: int) -> UInt8[np.ndarray, "image_
 
 
 def _scene(split: Split, index: int) -> tuple[Combination, np.random.Generator]:
-    """The combination and the randomness of the rest of the scene."""
+    """The combination of a scene, and the random numbers for the rest of it."""
     rng = np.random.default_rng([("train", "val").index(split), index])
     choices = combinations(split)
-    return choices[index if split == "val" else rng.integers(len(choices))], rng
+    if split == "train":
+        index = rng.integers(len(choices))
+    return choices[index], rng
+
+
+class SyntheticSource(Source):
+    """The drawn scenes of a split, `synthetic:train` or `synthetic:val`."""
+
+    def __init__(self, options: SourceOptions):
+        self._split: Split = options.name
+        self._image_size = options.image_size
+        self._field = options.field
+
+    def __len__(self) -> int:
+        return num_scenes(self._split)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._example(index, draw(self._split, index, self._image_size))
+
+    def pairs(self, index: int) -> list[tuple[str, str]]:
+        return self._example(index, None).pairs
+
+    def _example(self, index: int, image: Any) -> Example:
+        key = f"synthetic:{self._split} {index}"
+        shown = combination(self._split, index)
+        if self._field == "captions":
+            return Example(image, captions(shown), key)
+        if self._field == "name":
+            return Example(image, [], key, name=shown.shape)
+        qa = [
+            Question(text, [answer], f"{key}#{number}")
+            for number, (text, answer) in enumerate(questions(shown))
+        ]
+        return Example(image, [], key, qa)

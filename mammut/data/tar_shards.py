@@ -1,12 +1,10 @@
-"""Tar shards as webdataset users have them, read at random: each shard's headers are indexed once, nothing is unpacked.
+"""Tar shards of webdataset as a source: indexed once, read at random, never unpacked.
 
-The files of an example share a key: the name up to the first dot after the last slash. What follows
-the dot tells what
-a file is: `jpg`, `jpeg`, `png` or `webp` the image, `txt` and `json` what is said about it; others
-are left alone. The convention is that of github.com/webdataset/webdataset, "The WebDataset Format";
-unlike there, the files of an example need not stand side by side. The tar format: POSIX.1-2017,
-pax, "EXTENDED DESCRIPTION", and GNU's long names and large numbers (GNU tar manual, "Basic Tar
-Format").
+The files of an example share a key: the name up to the first dot after the last slash. The
+extension after that dot says what a file is: `jpg`, `jpeg`, `png` or `webp` the image, `txt` and
+`json` its texts; other files are ignored. This is the convention of webdataset
+(github.com/webdataset/webdataset, "The WebDataset Format"), but here the files of an example need
+not stand side by side.
 """
 
 import array
@@ -21,24 +19,29 @@ import os
 import pathlib
 import re
 import stat
-import tempfile
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt32
 
+from mammut.core.files import replacing_file
+from mammut.data.examples import BadExample, Example, Source, SourceOptions
+from mammut.data.records import ABSENT, decode_text, make_example, parse_object
+from mammut.data.tar_files import Damage, read_files, shown
+
 _log = logging.getLogger(__name__)
 
-IMAGE, TXT, JSON = COLUMNS = range(3)  # the files of an example that are indexed
-# in place of where a file starts; where the same name comes again, -2 - start takes the place of
-# start
+# The columns of an index: the files of an example.
+IMAGE, TXT, JSON = COLUMNS = range(3)
+# An index has this for the start of a file that is absent, and -2 - start where there are two files
+# of one name.
 _ABSENT = -1
 
-# Of several images with one key the first of these is meant.
+# Of several images with one key, the first of these extensions counts.
 _COLUMNS = {
     b"jpg": IMAGE,
     b"jpeg": IMAGE,
@@ -49,39 +52,39 @@ _COLUMNS = {
 }
 _RANKS = {extension: rank for rank, extension in enumerate(_COLUMNS)}
 
-_BLOCK = 512
-_ZEROS = bytes(_BLOCK)
-_MAX_EXTENSION = 2**20  # bytes of a long name or of pax records
-_MAX_FILE = 2**32 - 1  # bytes of a file with its headers, as an index has them
+_MAX_FILE = 2**32 - 1  # bytes of a file with its headers: an index has 32 bits for them
 _MAX_SHARDS = 10**6
 _MAX_OPEN = 256  # shards; a process may have 1,024 files open by default
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_FORMAT = 1  # of the kept indexes
+_FORMAT = 1  # version of the stored indexes
 _BRACES = re.compile(r"\{(?:([0-9]+)\.\.([0-9]+)|([^{}]*,[^{}]*))\}")
 
 
 class Index(NamedTuple):
-    """Where a shard has the files of its examples, in the columns IMAGE, TXT and JSON.
+    """The places of the files of a shard's examples, in the columns IMAGE, TXT and JSON.
 
     A file is everything from its first header, long names and pax records included, to the last of
     its bytes.
+
+    Attributes:
+      starts: the byte where a file starts; -1 without a file, -2 - start where there are two.
+      lengths: bytes of a file.
     """
 
-    # bytes into the shard; -1 without a file, -2 - start where there are two
     starts: Int64[np.ndarray, "examples 3"]
-    lengths: UInt32[np.ndarray, "examples 3"]  # bytes
+    lengths: UInt32[np.ndarray, "examples 3"]
 
 
 class TarShards:
-    """The examples of all shards that a pattern means, each file of them read when it is asked for.
+    """The files of the examples in all shards of a pattern, each read when it is needed.
 
-    Examples have the order of the shards, and in a shard that of their first file.
+    Examples have the order of the shards and, in a shard, of their first files.
 
     Args:
-      pattern: See `shard_paths`.
+      pattern: the shards; see `shard_paths`.
 
     Raises:
-      ValueError: the pattern means no shard, or one that is missing, cut short, compressed or
+      ValueError: the pattern matches no shard, or one that is missing, cut short, compressed or
         damaged.
     """
 
@@ -89,23 +92,19 @@ class TarShards:
         from tqdm import tqdm
 
         self.paths = shard_paths(pattern)
-        # Threads, because what takes time is a disk or a network that is asked for one header after
-        # the other.
+        # In threads: a disk or a network takes its time to answer for one header after the other.
         pool = futures.ThreadPoolExecutor(8, thread_name_prefix="mammut-index")
         try:
             opened = [pool.submit(open_index, path) for path in self.paths]
-            waited = tqdm(opened, "indexing shards", unit="shard", delay=2, disable=None)
-            errors = [
-                error for future in waited if isinstance(error := future.exception(), ValueError)
-            ]
+            progress = tqdm(opened, "indexing shards", unit="shard", delay=2, disable=None)
+            raised = [future.exception() for future in progress]
+            errors = [error for error in raised if isinstance(error, ValueError)]
         finally:
             pool.shutdown(cancel_futures=True)
         if errors:
-            others = (
-                f" ({len(errors) - 1} of the other shards cannot be used either)"
-                if len(errors) > 1
-                else ""
-            )
+            others = ""
+            if len(errors) > 1:
+                others = f" ({len(errors) - 1} of the other shards cannot be used either)"
             raise ValueError(f"{errors[0]}{others}") from errors[0]
         indexes = [future.result() for future in opened]
         self._starts = np.concatenate([index.starts for index in indexes])
@@ -117,60 +116,118 @@ class TarShards:
         return len(self._starts)
 
     def shard(self, example: int) -> int:
-        """The place in `paths` of the shard that an example is in."""
+        """The index in `paths` of the shard that an example is in."""
         return bisect.bisect_right(self._ends, example)
 
     def count(self, example: int, column: int) -> int:
-        """How many files an example has in a column: 2 where a name comes again in its shard."""
+        """Counts the files of an example in a column: 2 where a name is twice in its shard."""
         start = self._starts[example, column]
-        return 0 if start == _ABSENT else 1 if start >= 0 else 2
+        if start == _ABSENT:
+            return 0
+        return 1 if start >= 0 else 2
 
     def name(self, example: int) -> str:
         """The name of a file of the example."""
-        return self.read(
-            example, next(column for column in COLUMNS if self.count(example, column))
-        )[0]
+        column = next(column for column in COLUMNS if self.count(example, column))
+        return self.read(example, column)[0]
 
     def read(self, example: int, column: int) -> tuple[str, bytes]:
-        """Name and bytes of a file that the example has, the first of two, in any thread.
+        """Reads a file of the example: its name and its bytes. Of two files it is the first.
+
+        Any thread may call it.
 
         Raises:
           ValueError: the shard cannot be read any more, or is not the one that was indexed.
         """
         path = self.paths[self.shard(example)]
-        start, length = int(self._starts[example, column]), int(self._lengths[example, column])
+        start = int(self._starts[example, column])
+        length = int(self._lengths[example, column])
         try:
             content = self._open(path).read(length, max(start, -2 - start))
         except OSError as error:
             raise ValueError(f"shard {path} cannot be read any more: {error.strerror}") from error
         try:
-            file = next(_files(lambda place, size: content[place : place + size], length))
+            file = next(read_files(lambda offset, size: content[offset : offset + size], length))
             if len(content) == length == file.data + file.size:
                 return file.name.decode(errors="replace"), content[file.data :]
-        except (_Damage, StopIteration):
+        except (Damage, StopIteration):
             pass
         raise ValueError(
             f"shard {path} has changed while it was in use, expected the one that was opened"
         )
 
 
+class TarSource(Source):
+    """The examples of tar shards, `tar:PATTERN`: an image and its texts."""
+
+    def __init__(self, options: SourceOptions):
+        try:
+            self._shards = TarShards(options.name)
+        except ValueError as error:
+            raise ValueError(f"data source {options.spec!r}: {error}") from error
+        paths = [os.path.abspath(path) for path in self._shards.paths]
+        folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+        self._names = [os.path.relpath(path, folder) for path in paths]
+        self._field = options.field
+        self._text_columns = (TXT, JSON) if options.field == "captions" else (JSON,)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, index: int) -> Example:
+        name, image = self._read(index, (IMAGE,), "no image")
+        return self._example(index, image, name)
+
+    def pairs(self, index: int) -> list[tuple[str, str]]:
+        return self._example(index, None, "").pairs
+
+    def _example(self, index: int, image: Any, image_name: str) -> Example:
+        name, content = self._read(index, self._text_columns, ABSENT[self._field])
+        shard = self._shards.shard(index)
+        where = f"{self._shards.paths[shard]}, {name}"
+        if name.lower().endswith(".json"):
+            record = parse_object(content, where)
+            if self._field == "captions" and isinstance(record.get("caption"), str):
+                record = {"captions": [record["caption"]]} | record
+            if self._field not in record:
+                raise BadExample(f'{where} has no "{self._field}"', "missing field")
+            value = record[self._field]
+        else:
+            value = [decode_text(content, where).strip()]
+        # Named with the shard: another may have the same names.
+        key = f"{self._names[shard]}/{image_name}"
+        questions = f"{self._names[shard]}/{name}"
+        return make_example(image, key, self._field, value, where, questions)
+
+    def _read(self, index: int, columns: tuple[int, ...], absent: str) -> tuple[str, bytes]:
+        """The first of the files that the example has; `absent` is the cause where it has none."""
+        shards = self._shards
+        column = next((column for column in columns if shards.count(index, column)), None)
+        if column is not None and shards.count(index, column) == 1:
+            return shards.read(index, column)
+        where = f"{shards.paths[shards.shard(index)]}, the key of {shards.name(index)}"
+        if column is None:
+            raise BadExample(f"{where} has {absent}", absent)
+        raise BadExample(f"{where} has two files of one name", "duplicate key")
+
+
 class _OpenShard:
-    """Closed when the last thread that reads from it has let go of it, whoever has dropped it meanwhile."""
+    """An open file, closed when the last thread that reads from it has finished."""
 
     def __init__(self, path: pathlib.Path):
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
     def read(self, length: int, start: int) -> bytes:
-        # Not mapped: reading a mapped file that somebody cuts short ends the process.
+        # Not mapped into memory: reading a mapped file that somebody cuts short ends the process.
         return os.pread(self._file, length, start)
 
 
 def shard_paths(pattern: str) -> list[pathlib.Path]:
-    """The shards that a pattern means, in its order; those that a wildcard finds are sorted.
+    """The shards of a pattern, in its order; those of a wildcard are sorted.
 
     Args:
-      pattern: A path with ranges `{00000..00127}`, lists `{a,b}` and the wildcards `*`, `**`, `?`
+      pattern: a path with ranges `{00000..00127}`, lists `{a,b}` and the wildcards `*`, `**`, `?`
         and `[...]`; several are joined by `::`.
 
     Raises:
@@ -183,21 +240,23 @@ def shard_paths(pattern: str) -> list[pathlib.Path]:
                 f"{part} is not a path: shards are read at random, so copy or mount them first"
             )
         for name in _expanded(os.path.expanduser(part)):
-            found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
-            if not found:
+            names = [name]
+            if glob.has_magic(name):
+                names = sorted(glob.glob(name, recursive=True))
+            if not names:
                 raise ValueError(f"no file is called {name}, expected at least one shard")
-            paths += map(pathlib.Path, found)
+            paths += map(pathlib.Path, names)
     missing = [path for path in paths if not path.exists()]
     if missing:
         raise ValueError(
-            f"{len(missing)} of the {len(paths)} shards do not exist, the first is {missing[0]}: get them, or leave "
-            "them out by a narrower pattern; several are joined by ::"
+            f"{len(missing)} of the {len(paths)} shards do not exist, the first is {missing[0]}: "
+            "get them, or leave them out by a narrower pattern; several are joined by ::"
         )
     return paths
 
 
 def _expanded(text: str) -> list[str]:
-    """The names that ranges and lists in braces stand for, as in a shell."""
+    """Expands ranges and lists in braces, as a shell does."""
     match = _BRACES.search(text)
     if match is None:
         return [text]
@@ -217,16 +276,16 @@ def _expanded(text: str) -> list[str]:
 
 
 def open_index(path: pathlib.Path) -> Index:
-    """The index of a shard: the one kept for it, or a new one, which is then kept.
+    """Reads the stored index of a shard, or makes and stores a new one.
 
-    Indexes are kept in `mammut/shards` of XDG_CACHE_HOME, by default `~/.cache`, and made again
-    where the shard's size or time of change is another.
+    Indexes are stored in `mammut/shards` of XDG_CACHE_HOME, by default `~/.cache`. They are made
+    again where the shard's size or time of change differs.
 
     Raises:
       ValueError: the shard is not a whole, uncompressed tar file.
     """
     try:
-        # opening a pipe would wait for who writes into it
+        # Opening a pipe would wait for its writer.
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(f"shard {path} is not a file")
         with open(path, "rb") as file:
@@ -246,15 +305,15 @@ def open_index(path: pathlib.Path) -> Index:
             if kept is not None:
                 return kept
 
-            def read(place: int, size: int) -> bytes:
-                file.seek(place)
+            def read(offset: int, size: int) -> bytes:
+                file.seek(offset)
                 return file.read(size)
 
             index = _make_index(read, before.st_size)
             after = os.fstat(file.fileno())
     except OSError as error:
         raise ValueError(f"shard {path} cannot be read: {error.strerror}") from error
-    except _Damage as error:
+    except Damage as error:
         raise ValueError(f"shard {path} {error}") from error
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise ValueError(f"shard {path} is being written, expected one that is done")
@@ -262,7 +321,8 @@ def open_index(path: pathlib.Path) -> Index:
         _store(folder, name, identity, index)
     except OSError as error:
         _warn_once(
-            f"indexes of tar shards cannot be kept in {folder}, so each start makes them anew: {error.strerror}"
+            f"indexes of tar shards cannot be kept in {folder}, so each start makes them anew: "
+            f"{error.strerror}"
         )
     return index
 
@@ -273,7 +333,7 @@ def _warn_once(message: str) -> None:
 
 
 def _load(path: pathlib.Path, identity: dict[str, str | int]) -> Index | None:
-    """The index kept under `path`, if it is whole and of the shard as it is now."""
+    """Reads the index stored at `path`; None where it is damaged or of another shard."""
     try:
         head, _, content = path.read_bytes().partition(b"\n")
     except OSError:
@@ -286,42 +346,28 @@ def _load(path: pathlib.Path, identity: dict[str, str | int]) -> Index | None:
 
 
 def _store(folder: pathlib.Path, name: str, identity: dict[str, str | int], index: Index) -> None:
-    """Keeps an index; whoever reads or writes it meanwhile has a whole one."""
+    """Stores an index, whole or not at all."""
     content = index.starts.astype("<i8").tobytes() + index.lengths.astype("<u4").tobytes()
     head = json.dumps(identity | {"crc32": zlib.crc32(content)}).encode()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        try:
-            file.write(head + b"\n" + content)
-            file.close()
-            os.replace(file.name, folder / name)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
-class _Damage(Exception):
-    """What is wrong with a shard, to go on after its name."""
-
-
-class _File(NamedTuple):
-    name: bytes
-    start: int  # of its first header
-    data: int  # of its bytes
-    size: int  # of its bytes
+    with replacing_file(folder / name) as new:
+        new.write_bytes(head + b"\n" + content)
 
 
 def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
-    """Reads the headers of a shard of `size` bytes; `read(place, size)` returns some of them."""
+    """Makes the index of a shard of `size` bytes; `read(offset, size)` returns some of them."""
     head = read(0, 6)
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
-            raise _Damage(
+            raise Damage(
                 f"is compressed ({name}), which has no random access: unpack it into a plain .tar"
             )
-    rows: dict[bytes, int] = {}
-    starts, lengths, ranks = array.array("q"), array.array("I"), array.array("b")
-    for file in _files(read, size):
+    rows: dict[bytes, int] = {}  # of each key
+    # Three numbers a row: starts, lengths, and how far the extensions are from the first choice.
+    starts = array.array("q")
+    lengths = array.array("I")
+    ranks = array.array("b")
+    for file in read_files(read, size):
         folder, slash, name = file.name.rpartition(b"/")
         stem, _, extension = name.partition(b".")
         extension = extension.lower()
@@ -329,125 +375,22 @@ def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
             continue
         length = file.data + file.size - file.start
         if length > _MAX_FILE:
-            raise _Damage(
-                f"has the file {_shown(file.name)} of {file.size:,} bytes, expected less than 4 GiB"
+            raise Damage(
+                f"has the file {shown(file.name)} of {file.size:,} bytes, expected less than 4 GiB"
             )
         row = rows.setdefault(folder + slash + stem, len(rows))
         if 3 * row == len(starts):
             starts.extend((_ABSENT, _ABSENT, _ABSENT))
             lengths.extend((0, 0, 0))
             ranks.extend((len(_RANKS),) * 3)
-        cell, rank = 3 * row + _COLUMNS[extension], _RANKS[extension]
+        cell = 3 * row + _COLUMNS[extension]
+        rank = _RANKS[extension]
         if rank < ranks[cell]:
-            starts[cell], lengths[cell], ranks[cell] = file.start, length, rank
+            starts[cell] = file.start
+            lengths[cell] = length
+            ranks[cell] = rank
         elif rank == ranks[cell]:
             starts[cell] = min(starts[cell], -2 - starts[cell])
     return Index(
         np.array(starts, np.int64).reshape(-1, 3), np.array(lengths, np.uint32).reshape(-1, 3)
     )
-
-
-def _files(read: Callable[[int, int], bytes], size: int) -> Iterator[_File]:
-    """The regular files of a tar of `size` bytes, those of tars joined one after the other, too."""
-    place = start = 0
-    ended, name, pax = False, None, {}
-    while place < size:
-        block = read(place, _BLOCK)
-        # the end; a last block that is not whole matters to nobody
-        if block.count(0) == len(block):
-            ended, place = not pax and name is None, place + _BLOCK
-            start = place
-            continue
-        ended = False
-        kind, plain_name, length = _header(block, place)
-        data = place + _BLOCK
-        if kind in b"LKxXg":  # about the file that follows
-            if length > _MAX_EXTENSION:
-                raise _Damage(
-                    f"has a header of {length:,} bytes at byte {place:,}, expected at most 1 MiB"
-                )
-            content = read(data, length)
-            if len(content) < length:
-                break
-            if kind == b"L":
-                name = content.partition(b"\0")[0]
-            elif kind in b"xX":
-                pax = _pax_records(content, data)
-            place = data + -(-length // _BLOCK) * _BLOCK
-            continue
-        name, length = (
-            pax.get(b"path", name or plain_name),
-            _decimal(pax.get(b"size"), length, place),
-        )
-        if kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in pax):
-            raise _Damage(f"has {_shown(name)} as a sparse file: pack it again without --sparse")
-        # Folders, links and devices have no bytes, whatever their size says.
-        if kind in b"123456" or (kind == b"\0" and name.endswith(b"/")):
-            length = 0
-        elif data + length > size:
-            raise _Damage(
-                f"is cut short or damaged: its file {_shown(name)} should end at byte {data + length:,} of {size:,}; "
-                "get it again, or leave it out by a narrower pattern"
-            )
-        elif kind in b"07\0":
-            yield _File(name, start, data, length)
-        place = start = data + -(-length // _BLOCK) * _BLOCK
-        name, pax = None, {}
-    if not ended:
-        raise _Damage(
-            "is cut short: it has no end mark, so files may be missing; get it again, or leave it out by a narrower "
-            "pattern"
-        )
-
-
-def _header(block: bytes, place: int) -> tuple[bytes, bytes, int]:
-    """The kind of what follows, its name and its size in bytes."""
-    if len(block) < _BLOCK or sum(block) - sum(block[148:156]) + 8 * ord(" ") != _number(
-        block[148:156], place
-    ):
-        raise _Damage(
-            f"is damaged at byte {place:,}, where the header of a file should be, or no tar file; get it again, or "
-            "leave it out by a narrower pattern"
-        )
-    name = block[:100].partition(b"\0")[0]
-    if block[257:263] == b"ustar\0" and block[345]:  # GNU's own format has other things there
-        name = block[345:500].partition(b"\0")[0] + b"/" + name
-    return block[156:157], name, _number(block[124:136], place)
-
-
-def _number(field: bytes, place: int) -> int:
-    if field[0] == 0x80:  # GNU's form of what does not fit into octal digits
-        return int.from_bytes(field[1:], "big")
-    digits = field.partition(b"\0")[0].strip(b" ")
-    if digits.strip(b"01234567"):
-        raise _Damage(
-            f"is damaged at byte {place:,}, where a header has {digits!r} for a number, or no tar file"
-        )
-    return int(digits or b"0", 8)
-
-
-def _pax_records(content: bytes, place: int) -> dict[bytes, bytes]:
-    """The values by their names of "length name=value" lines."""
-    records = {}
-    while content:
-        length = _decimal(content[:20].partition(b" ")[0], 0, place)
-        line, content = content[:length], content[length:]
-        name, equals, value = line.partition(b" ")[2].partition(b"=")
-        if len(line) != length or not equals or not value.endswith(b"\n"):
-            raise _Damage(f"is damaged at byte {place:,}, where pax records should be")
-        records[name] = value[:-1]
-    return records
-
-
-def _decimal(digits: bytes | None, default: int, place: int) -> int:
-    if digits is None:
-        return default
-    if not digits.isdigit() or len(digits) > 20:
-        raise _Damage(
-            f"is damaged before byte {place:,}: a pax record has {digits[:20]!r} for a number"
-        )
-    return int(digits)
-
-
-def _shown(name: bytes) -> str:
-    return repr(name.decode(errors="replace"))

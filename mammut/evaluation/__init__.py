@@ -1,1 +1,1 @@
-"""What a model says of a set, and what that scores."""
+"""The output of a model for a set of examples, and its scores."""

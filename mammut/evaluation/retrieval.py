@@ -1,9 +1,234 @@
-"""Retrieval in a whole set: by embedding, and by the likelihood of the best candidates."""
+"""Retrieval of images by text and of texts by image, in a whole set.
+
+Candidates are ranked by embedding. What only a model of two passes can do: the best of them are
+scored again by the likelihood of the text given the image.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
-_RANKED = 10  # of the candidates of a query, so many are kept: recall at 10 needs no more
+from mammut.data.examples import Source
+from mammut.evaluation.likelihood import black_image_tokens, image_tokens, pair_logprobs
+from mammut.evaluation.metrics.rankings import nearest, ranking_recall
+from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.predictor import Predictor, require_new
+from mammut.evaluation.scores import Scores
+from mammut.models.mammut import MaMMUT
+
+_RANKED = 10  # candidates that are kept for each query: recall at 10 needs no more
 
 
-def _ranking(ranked: np.ndarray, scores: np.ndarray) -> dict[str, list]:
-    return {"ranked": ranked.tolist(), "scores": scores.tolist()}
+def predict_rankings(
+    predictor: Predictor,
+    params: Any,
+    source: Source,
+    *,
+    limit: int | None = None,
+    rerank: int = 0,
+    prior: float = 0.0,
+) -> Predictions:
+    """Ranks all texts for every image, and all images for every text, by embedding.
+
+    Args:
+      params: the model's parameters, on the predictor's mesh.
+      limit: the number of examples, from the first on; None for all.
+      rerank: the number of best candidates of each query that are scored again, by
+        log P(text | image) - prior * log P(text). log P(text) is that of a black image.
+      prior: the share of log P(text) that is subtracted. A short or frequent text is likely for any
+        image, which spoils the order of texts at prior 0; the order of images for one text is the
+        same at any prior (arXiv 2306.01879).
+
+    Raises:
+      ValueError: too many examples cannot be used, or two have one key.
+    """
+    left_out = collections.Counter()
+    captions, image_embed = _embed_images(predictor, params, source, limit, left_out)
+    encoded = predictor.processor.encode_text(captions.texts)
+    text_embed = predictor.run_rows(MaMMUT.encode_text, params, *encoded)
+    size = max(rerank, _RANKED)
+    texts_of, text_scores = nearest(image_embed, text_embed, size)
+    images_of, image_scores = nearest(text_embed, image_embed, size)
+    image_records = [
+        {
+            "query": "image",
+            "id": image,
+            "key": captions.keys[image],
+            "index": captions.indices[image],
+            "relevant": own_texts.tolist(),
+            "ranked": texts_of[image].tolist(),
+            "scores": text_scores[image].tolist(),
+        }
+        for image, own_texts in enumerate(captions.texts_of_images())
+    ]
+    text_records = [
+        {
+            "query": "text",
+            "id": text,
+            "text": captions.texts[text],
+            "relevant": [captions.image_of_text[text]],
+            "ranked": images_of[text].tolist(),
+            "scores": image_scores[text].tolist(),
+        }
+        for text in range(len(captions.texts))
+    ]
+
+    if rerank:
+
+        def pair_scores(pairs: np.ndarray) -> np.ndarray:
+            """The new scores of sorted pairs."""
+            indices = captions.indices
+            return _pair_scores(predictor, params, source, limit, indices, encoded, pairs, prior)
+
+        of_images, of_texts = _score_both_ways(
+            texts_of[:, :rerank], images_of[:, :rerank], pair_scores
+        )
+        _add_reranked(image_records, of_images)
+        _add_reranked(text_records, of_texts)
+
+    settings = {"images": len(captions.keys), "texts": len(captions.texts)}
+    settings |= {"rerank": rerank, "prior": prior}
+    records = image_records + text_records
+    return predictor.predictions("retrieval", records, source, left_out, settings)
+
+
+@dataclasses.dataclass
+class _Captions:
+    """The images of a set and their texts; both are numbered from 0, without gaps."""
+
+    indices: list[int] = dataclasses.field(default_factory=list)  # of each image in the set
+    keys: list[str] = dataclasses.field(default_factory=list)  # of each image
+    texts: list[str] = dataclasses.field(default_factory=list)
+    image_of_text: list[int] = dataclasses.field(default_factory=list)
+
+    def texts_of_images(self) -> list[np.ndarray]:
+        """The numbers of each image's texts, which lie side by side."""
+        counts = np.bincount(self.image_of_text, minlength=len(self.keys))
+        return np.split(np.arange(len(self.texts)), np.cumsum(counts)[:-1])
+
+
+def _embed_images(
+    predictor: Predictor,
+    params: Any,
+    source: Source,
+    limit: int | None,
+    left_out: collections.Counter,
+) -> tuple[_Captions, Float[np.ndarray, "I E"]]:
+    """The images of a set with their texts, and their embeddings float[I, E]."""
+    captions = _Captions()
+    seen = set()
+    embeds = []
+    for batch in predictor.batches(source, limit, left_out):
+        embed = np.asarray(predictor.run(MaMMUT.encode_image, params, batch.image))
+        embeds.append(embed[batch.example_valid])
+        for index, example in zip(batch.index.tolist(), batch.examples, strict=True):
+            if example is not None:
+                require_new(example.key, seen, source)
+                captions.image_of_text += [len(captions.keys)] * len(example.captions)
+                captions.indices.append(index)
+                captions.keys.append(example.key)
+                captions.texts += example.captions
+    return captions, np.concatenate(embeds)
+
+
+def _score_both_ways(
+    texts_of: Int[np.ndarray, "I n"],
+    images_of: Int[np.ndarray, "T m"],
+    pair_scores: Callable[[np.ndarray], np.ndarray],
+) -> tuple[Float[np.ndarray, "I n"], Float[np.ndarray, "T m"]]:
+    """Scores the candidates of images and of texts; a pair that stands in both is scored once.
+
+    Args:
+      texts_of: the candidate texts of each image.
+      images_of: the candidate images of each text.
+      pair_scores: scores pairs int[N], image * texts + text, which are sorted.
+    """
+    num_texts = len(images_of)
+    images = np.arange(len(texts_of))[:, None]
+    texts = np.arange(num_texts)[:, None]
+    pairs_of_images = images * num_texts + texts_of
+    pairs_of_texts = images_of * num_texts + texts
+    both = np.concatenate([pairs_of_images.ravel(), pairs_of_texts.ravel()])
+    pairs, inverse = np.unique(both, return_inverse=True)
+    of_images, of_texts = np.split(pair_scores(pairs)[inverse], [pairs_of_images.size])
+    return of_images.reshape(pairs_of_images.shape), of_texts.reshape(pairs_of_texts.shape)
+
+
+def _pair_scores(
+    predictor: Predictor,
+    params: Any,
+    source: Source,
+    limit: int | None,
+    indices: list[int],
+    encoded: tuple[np.ndarray, np.ndarray],
+    pairs: Int[np.ndarray, " N"],
+    prior: float,
+) -> Float[np.ndarray, " N"]:
+    """log P(text | image) - prior * log P(text) of pairs, float[N]. The images are read again.
+
+    Args:
+      indices: the index in the set of each image.
+      encoded: tokens and text_valid of all texts.
+      pairs: int[N], image * texts + text, sorted.
+    """
+    num_texts = len(encoded[0])
+    images, texts = np.divmod(pairs, num_texts)
+    scores = np.empty(len(pairs))
+    image_of_index = {index: image for image, index in enumerate(indices)}
+    for batch in predictor.batches(source, limit, collections.Counter()):
+        rows = np.flatnonzero(batch.example_valid)
+        if not len(rows):
+            continue
+        # Pairs are sorted by image, so that those of a batch of images lie side by side.
+        first = image_of_index[int(batch.index[rows[0]])]
+        own = slice(*np.searchsorted(images, [first, first + len(rows)]))
+        of_batch = image_tokens(predictor, params, batch.image)
+        own_rows = rows[images[own] - first]
+        scores[own] = pair_logprobs(predictor, params, of_batch, own_rows, encoded, texts[own])
+    if prior:
+        black = black_image_tokens(predictor, params)
+        every_text = np.arange(num_texts)
+        first_row = np.zeros_like(every_text)
+        unseen = pair_logprobs(predictor, params, black, first_row, encoded, every_text)
+        scores -= prior * unseen[texts]
+    return scores
+
+
+def _add_reranked(records: list[dict[str, Any]], scores: Float[np.ndarray, "Q n"]) -> None:
+    """Adds to each record its n best candidates in the order of their new scores."""
+    for record, own in zip(records, scores, strict=True):
+        # Candidates of equal score stay in the order of their embeddings.
+        order = np.argsort(-own, kind="stable")
+        candidates = np.array(record["ranked"][: len(own)])
+        record["reranked"] = candidates[order].tolist()
+        record["reranked_scores"] = own[order].tolist()
+
+
+def score_rankings(predictions: Predictions) -> Scores:
+    """Recall at 1, 5 and 10 both ways and their mean, and the same of the reranked candidates."""
+    settings = predictions.settings
+    metrics = {}
+    for lists, suffix in (("ranked", ""), ("reranked", "_reranked")):
+        if any(lists not in record for record in predictions.records):
+            continue
+        recalls = {}
+        for query, way, candidates in (("text", "t2i", "images"), ("image", "i2t", "texts")):
+            records = [record for record in predictions.records if record["query"] == query]
+            rankings = [_whole_ranking(record, lists) for record in records]
+            relevant = [record["relevant"] for record in records]
+            recall = ranking_recall(rankings, relevant, num_candidates=settings[candidates])
+            recalls |= {f"{way}_{name}": value for name, value in recall.items()}
+        recalls["mean_recall"] = sum(recalls.values()) / len(recalls)
+        metrics |= {name + suffix: value for name, value in recalls.items()}
+    return Scores(metrics, [], {name: settings[name] for name in ("images", "texts")})
+
+
+def _whole_ranking(record: dict[str, Any], lists: str) -> list[int]:
+    """A ranking of a query; candidates that were not ranked again stay behind, by embedding."""
+    first = record[lists]
+    known = set(first)
+    return first + [candidate for candidate in record["ranked"] if candidate not in known]

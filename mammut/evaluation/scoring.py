@@ -1,178 +1,169 @@
-"""Scores of predictions files, without a model: the functions behind every program of `eval/` and training's own."""
+"""Scores predictions files, without a model.
+
+`EVALUATIONS` is the table of what can be evaluated. A new evaluation is a file beside this one, a
+row of the table and a program in `eval/`.
+"""
 
 import dataclasses
-import json
 import os
-import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from mammut.data.config import Field
 from mammut.data.examples import BadExample, Source
-from mammut.evaluation.metrics.captions import caption_scores
-from mammut.evaluation.metrics.rankings import classification_scores, ranking_recall
-from mammut.evaluation.metrics.vqa import magma_truncated_accuracy, vqa_scores
+from mammut.evaluation.classification import score_classes
+from mammut.evaluation.generated_texts import score_answers, score_captions
 from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.retrieval import score_rankings
+from mammut.evaluation.scores import Scores
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
-    """The metrics of one predictions file; shares are 0 to 1."""
+class Evaluation:
+    """One row of the table: what an evaluation needs, what its records hold, how they score."""
 
-    metrics: dict[str, Any]  # numbers, or dicts of numbers: by answer type, by class
-    notes: list[str]  # how they were made, and what was left out
-    items: dict[str, int]  # how many of what were scored
+    # scores predictions
+    score: Callable[..., Scores]
+    # what an example of the set must have, for `mammut.data.sources.open_source`
+    field: Field
+    # what every record must have, and of which type
+    record: Mapping[str, type]
+    # the values that tell a record from all others
+    identity: tuple[str, ...]
+    uses_java: bool = False  # True: `score` also takes `java`
+
+
+# By `Predictions.task`.
+EVALUATIONS = {
+    "retrieval": Evaluation(
+        score_rankings,
+        field="captions",
+        record={"query": str, "id": int, "relevant": list, "ranked": list},
+        identity=("query", "id"),
+    ),
+    "caption": Evaluation(
+        score_captions,
+        field="captions",
+        record={"key": str, "index": int, "prediction": str, "references": list},
+        identity=("key",),
+        uses_java=True,
+    ),
+    "vqa": Evaluation(
+        score_answers,
+        field="qa",
+        record={
+            "id": str,
+            "key": str,
+            "index": int,
+            "question": str,
+            "prediction": str,
+            "answers": list,
+        },
+        identity=("id",),
+    ),
+    "classify": Evaluation(
+        score_classes,
+        field="name",
+        record={"key": str, "index": int, "label": str, "ranked": list},
+        identity=("key",),
+    ),
+}
 
 
 def score(predictions: Predictions, *, java: bool | None = None) -> Scores:
-    """Scores predictions as their benchmark's official tool does.
+    """Scores predictions as the official tool of their benchmark does.
 
     Args:
-      java: whether captions are scored by pycocoevalcap with Java, or without; None: with, where
-        both are there.
+      java: whether pycocoevalcap scores captions with Java. None: if both are installed.
 
     Raises:
-      ValueError: there is nothing to score against: captions without references, questions without
-        answers.
+      ValueError: a record does not hold what its task needs, or there is nothing to score against:
+        questions without answers, captions without references.
     """
-    scores = {"caption": _caption, "vqa": _vqa, "classify": _classify, "retrieval": _retrieval}[
-        predictions.task
-    ]
-    scores = scores(predictions, java) if predictions.task == "caption" else scores(predictions)
+    require_records(predictions)
+    evaluation = EVALUATIONS[predictions.task]
+    settings = {"java": java} if evaluation.uses_java else {}
+    scores = evaluation.score(predictions, **settings)
     notes = [f"left out: {count} {cause}" for cause, count in predictions.left_out.items()]
     return dataclasses.replace(scores, notes=scores.notes + notes)
 
 
-def _caption(predictions: Predictions, java: bool | None) -> Scores:
-    said = [record["prediction"] for record in predictions.records]
-    scores = caption_scores(
-        said, [record["references"] for record in predictions.records], java=java
-    )
-    notes = [f"scored by {scores.tool}, text split by {scores.tokenizer}"]
-    notes += [f"no {name}: {reason}" for name, reason in scores.left_out.items()]
-    notes += _too_long(predictions.records)
-    return Scores(scores.metrics, notes, {"captions": len(said)})
+def load_predictions(path: str | os.PathLike, task: str | None = None) -> Predictions:
+    """Reads a predictions file and checks its records.
+
+    Raises:
+      ValueError: the file is missing, cut short, damaged or not of `task`; its task is not in the
+        table; or a record does not hold what the task needs, or is there twice.
+    """
+    predictions = Predictions.load(path, task)
+    require_records(predictions, str(path))
+    return predictions
 
 
-def _too_long(records: list[dict[str, Any]]) -> list[str]:
-    count = sum(record.get("too_long", False) for record in records)
-    return (
-        [f"{count} prompts are longer than the model's context: answered with the empty text"]
-        if count
-        else []
-    )
+def require_records(predictions: Predictions, where: str | None = None) -> None:
+    """Checks that predictions hold what their task needs.
 
+    Args:
+      where: the subject of the error; by default "predictions for" the set.
 
-def _vqa(predictions: Predictions) -> Scores:
-    records = predictions.records
-    if without := sum(not record["answers"] for record in records):
+    Raises:
+      ValueError: the task is not in the table, a record lacks a value or has one of another type,
+        or two records are of the same image, question or query.
+    """
+    if where is None:
+        where = f"predictions for {predictions.data!r}"
+    if predictions.task not in EVALUATIONS:
         raise ValueError(
-            f"{without} of {len(records)} questions of {predictions.data!r} have no answers to score against: "
-            "the predictions are there to be sent to whoever keeps the answers"
+            f"{where} is of task {predictions.task!r}, expected one of {', '.join(EVALUATIONS)}"
         )
-    scores = vqa_scores(records)
-    types = {"records": "the set's", "derived": "told by the answer, not the official ones"}
-    notes = [
-        f"always saying {scores.most_common_answer!r}, the commonest answer here: "
-        f"exact match {scores.most_common_exact_match:.2%}",
-        f"answer types are {types[scores.answer_type_source]}",
-    ]
-    if scores.vqa_acc is None:
-        notes.append(f"no VQA accuracy: {scores.vqa_acc_missing}")
-    notes += _too_long(records)
-    metrics = {} if scores.vqa_acc is None else {"vqa_acc": scores.vqa_acc}
-    if "shots" in predictions.settings and scores.vqa_acc is not None:
-        own = [
-            magma_truncated_accuracy(record["prediction"], record["answers"]) for record in records
-        ]
-        metrics["magma_truncated_accuracy"] = sum(own) / len(own)
-        notes.append(
-            "magma_truncated_accuracy, MAGMA's own score, cuts what was said to the word count of the longest answer: "
-            "a leak that raises it, not to be compared with vqa_acc"
-        )
-    metrics |= {
-        "exact_match": scores.exact_match,
-        "most_common_exact_match": scores.most_common_exact_match,
-    }
-    for by in ("by_answer_type", "by_question_type"):
-        for name, own in getattr(scores, by).items():
-            kept = {
-                key: value for key, value in dataclasses.asdict(own).items() if value is not None
-            }
-            metrics.setdefault(by, {})[name] = kept
-    return Scores(metrics, notes, {"questions": len(records)})
-
-
-def _classify(predictions: Predictions) -> Scores:
-    records = predictions.records
-    ranked, labels = ([record[name] for record in records] for name in ("ranked", "label"))
-    metrics = classification_scores(ranked, labels, predictions.settings["classes"])
-    return Scores(
-        metrics, [], {"images": len(records), "classes": len(predictions.settings["classes"])}
-    )
-
-
-def _retrieval(predictions: Predictions) -> Scores:
-    settings, metrics = predictions.settings, {}
-    for lists, suffix in (("ranked", ""), ("reranked", "_reranked")):
-        if any(lists not in record for record in predictions.records):
-            continue
-        recalls = {}
-        for query, way, candidates in (("text", "t2i", "images"), ("image", "i2t", "texts")):
-            records = [record for record in predictions.records if record["query"] == query]
-            ranked, relevant = (
-                [record[name] for record in records] for name in (lists, "relevant")
+    evaluation = EVALUATIONS[predictions.task]
+    numbers: dict[tuple, int] = {}
+    for number, record in enumerate(predictions.records):
+        for name, kind in evaluation.record.items():
+            if not isinstance(record.get(name), kind):
+                raise ValueError(
+                    f"{where}, record {number} has no {name!r} of type {kind.__name__}"
+                )
+        identity = tuple(record[name] for name in evaluation.identity)
+        if identity in numbers:
+            name = " ".join(map(str, identity))
+            raise ValueError(
+                f"{where} has {name!r} twice, in records {numbers[identity]} and {number}: "
+                "expected it once"
             )
-            # Candidates past the re-ranked ones stay behind them, in the order of their embeddings.
-            ranked = [
-                own + [i for i in record["ranked"] if i not in set(own)]
-                for own, record in zip(ranked, records)
-            ]
-            recall = ranking_recall(ranked, relevant, num_candidates=settings[candidates])
-            recalls |= {f"{way}_{name}": value for name, value in recall.items()}
-        recalls["mean_recall"] = sum(recalls.values()) / len(recalls)
-        metrics |= {name + suffix: value for name, value in recalls.items()}
-    return Scores(metrics, [], {name: settings[name] for name in ("images", "texts")})
+        numbers[identity] = number
 
 
 def require_same_set(predictions: Predictions, source: Source) -> None:
-    """Refuses predictions made on another set than `source`.
+    """Checks that predictions were made on the set `source`.
 
     Raises:
-      ValueError: an example is not there or has another key, other references, answers or another
-        label.
+      ValueError: an example is not in `source`, or has another key, label, or other references or
+        answers there.
     """
     for record in predictions.records:
-        if "index" not in record:  # a text of retrieval belongs to an image that has one
+        if "index" not in record:  # a text query of retrieval: its image has a record with one
             continue
-        where = f"the predictions were made on another set than {source.spec!r}: example {record['index']}"
-        if record["index"] >= len(source):
+        index = record["index"]
+        where = f"the predictions were made on another set than {source.spec!r}: example {index}"
+        if index >= len(source):
             raise ValueError(f"{where} is not there, it has {len(source)}")
         try:
-            example = source[record["index"]]
+            example = source[index]
         except BadExample as error:
             raise ValueError(f"{where} cannot be read: {error}") from error
         if example.key != record["key"]:
             raise ValueError(f"{where} is {example.key!r}, the predictions have {record['key']!r}")
+
         answers = {question.id: question.answers for question in example.qa}
-        said = {
+        truth: dict[str, Any] = {
             "references": example.captions,
             "label": example.name,
             "answers": answers.get(record.get("id")),
         }
-        for name, value in said.items():
+        for name, value in truth.items():
             if name in record and record[name] != value:
                 raise ValueError(
-                    f"{where}, {example.key!r}, has {value!r:.60} for {name}, not {record[name]!r:.60}"
+                    f"{where}, {example.key!r}, has {value!r:.60} for {name}, "
+                    f"not {record[name]!r:.60}"
                 )
-
-
-def save_scores(path: str | os.PathLike, predictions: Predictions, scores: Scores) -> None:
-    """Writes scores as JSON, with what they are of."""
-    path = pathlib.Path(path)
-    values = {
-        name: getattr(predictions, name)
-        for name in ("task", "data", "checkpoint", "settings", "left_out")
-    }
-    values |= dataclasses.asdict(scores)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -1,14 +1,22 @@
-"""How likely a text is, given an image."""
+"""The likelihood of a text, given an image."""
 
 import jax
+from jaxtyping import Bool, Float, Int
 
+from mammut.core.typing import Array
 from mammut.models.losses import caption_loss
-from mammut.models.mammut import MaMMUT, labels
+from mammut.models.mammut import MaMMUT
 
 
-def _text_logprob(model: MaMMUT, image_tokens, rows, tokens, text_valid) -> jax.Array:
-    """log P of each text given the image at its row of `image_tokens`: float[R]."""
+def text_logprob(
+    model: MaMMUT,
+    image_tokens: Float[Array, "B P D"],
+    rows: Int[Array, " R"],
+    tokens: Int[Array, "R L"],
+    text_valid: Bool[Array, "R L"],
+) -> Float[jax.Array, " R"]:
+    """log P(text | image) of R texts, float[R]; text r is about the image at row `rows[r]`."""
     features = model.decoder.caption_pass(tokens, text_valid, image_tokens[rows])
-    targets, loss_mask = labels(model, {"tokens": tokens, "text_valid": text_valid})
+    targets, loss_mask = model.caption_labels(tokens, text_valid)
     head = {"vocab_kernel": model.text.vocab_kernel, "vocab_bias": model.text.vocab_bias}
     return -caption_loss(features, labels=targets, loss_mask=loss_mask, **head).sum(1)

@@ -1,25 +1,26 @@
-"""Text from images: a search over the cached caption pass.
+"""Text from images, by a search over the cached caption pass.
 
-The image is encoded once; its keys and values are made once and shared by its beams. The prompts
-but for their last column are run in one pass, then one position at a time for all rows together: a
-row whose prompt is longer is fed its prompt until that ends.
+The image is encoded once. Its keys and values are computed once and shared by its beams. All
+columns of the prompts but the last run in one pass; from there on all rows advance one position at
+a time, and a row with a longer prompt is fed its own prompt until that ends.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Int32, Key, UInt8
 
 from mammut.core.typing import Array
 from mammut.data.processor import Processor
+from mammut.generation.rows import GeneratedRow, Row, generate_rows, row_keys
 from mammut.generation.search import Decoding, GenerateConfig, Generation, search
-from mammut.models.cached_decoder import cached_step, prefill
+from mammut.models.cached_decoder import DecodeCache, cached_step, prefill
 from mammut.models.mammut import Image, MaMMUT
 
 
@@ -34,30 +35,32 @@ def generate(
     vocab_size: int | None = None,
     keys: Key[Array, "B"] | None = None,
 ) -> Generation:
-    """Continues prompts, given their images. Pure: to be called under `jax.jit`, on any mesh.
+    """Continues prompts, given their images. A pure function, for `jax.jit`, on any mesh.
 
-    L of what comes back is `ModelConfig.text_length`, or Q + `config.max_new_tokens` where that is
-    less.
+    The length L of the result is `ModelConfig.text_length`, or Q + `config.max_new_tokens` if that
+    is smaller.
 
     Args:
       image: uint8[B, height, width, 3].
       prompt: int[B, Q], the start token first; no end token.
-      prompt_valid: bool[B, Q], True for the prompt's tokens, which come before any pad. The first
-        always counts.
-      eos_id: ends a text. An id outside of the vocabulary, such as -1: nothing does.
+      prompt_valid: bool[B, Q], True for the prompt's tokens, which come before all pads. The first
+        token always counts.
+      eos_id: the token that ends a text. With an id outside the vocabulary, such as -1, no token
+        does.
       vocab_size: only ids below it are chosen, and only they share the probability: a model's
-        vocabulary may be larger than its tokenizer's. None: the model's.
-      keys: a random key for each row [B], used where `config.temperature` is not 0. A row's tokens
-        depend on its own key alone, not on the rows beside it.
+        vocabulary may be larger than its tokenizer's. None: the model's vocabulary.
+      keys: a random key for each row [B], used if `config.temperature` is not 0. A row's tokens
+        depend on its own key, not on the other rows.
 
     Raises:
-      ValueError: the prompt leaves no room below `ModelConfig.text_length`, there are not fewer
-        beams than tokens in the vocabulary, no images, not as many prompts as images, or no keys to
-        sample with.
+      ValueError: the prompt leaves no room below `ModelConfig.text_length`; there are as many beams
+        as tokens in the vocabulary, or more; there are no images, or another number of prompts; or
+        there are no keys to sample with.
     """
     if not len(prompt) or len(prompt) != len(image):
         raise ValueError(
-            f"there are {len(prompt)} prompts for {len(image)} images, expected one each, and at least one"
+            f"there are {len(prompt)} prompts for {len(image)} images, expected one each, "
+            "and at least one"
         )
     image_tokens = model.image_tokens(image).tokens
     settings = {"eos_id": eos_id, "vocab_size": vocab_size, "keys": keys}
@@ -76,36 +79,38 @@ def generate_after(
     vocab_size: int | None = None,
     keys: Key[Array, "B"] | None = None,
 ) -> Generation:
-    """`generate` with the images as the decoder takes them, or, of a model with an image prefix, with any prefix.
+    """`generate` from image tokens float[B, P, D], or from any prefix of a model that has one.
 
-    Such a prefix may hold several images and texts between them (`mammut.generation.interleaved`),
-    with pads in front where `prefix_valid` is False. L is what `DecoderConfig.max_length` leaves,
-    or less.
+    A prefix may hold several images and texts between them (`mammut.generation.interleaved`), with
+    pads in front where `prefix_valid` is False. The length L of the result is what
+    `DecoderConfig.max_length` leaves after the prefix, or less.
     """
-    text, (rows, width) = model.config.text, prompt.shape
-    longest = text.max_length - (image_tokens.shape[1] - 1 if model.decoder.has_prefix else 0)
+    text = model.config.text
+    rows, width = prompt.shape
+    longest = text.max_length
+    if model.decoder.has_prefix:
+        longest -= image_tokens.shape[1] - 1  # the prefix stands in place of the start token
     if width >= longest:
         raise ValueError(
-            f"prompts have {width} tokens, expected fewer than the {longest} for which DecoderConfig.max_length "
-            f"{text.max_length} has room"
+            f"prompts have {width} tokens, expected fewer than the {longest} for which "
+            f"DecoderConfig.max_length {text.max_length} has room"
         )
     vocab_size = min(text.vocab_size, vocab_size or text.vocab_size)
     if config.num_beams >= vocab_size:
         raise ValueError(
-            f"num_beams is {config.num_beams}, expected fewer than the {vocab_size} of the vocabulary"
+            f"num_beams is {config.num_beams}, expected fewer than the {vocab_size} of the "
+            "vocabulary"
         )
     if config.temperature > 0 and keys is None:
         raise ValueError(
-            f"GenerateConfig.temperature is {config.temperature}, expected a key for each row with it"
+            f"GenerateConfig.temperature is {config.temperature}, expected a key for each row with "
+            "it"
         )
 
     prompt_valid = jnp.asarray(prompt_valid).at[:, 0].set(True)
     length = min(longest, width + (config.max_new_tokens or longest))
-    tokens = (
-        jnp.full((rows, length), eos_id, jnp.int32)
-        .at[:, :width]
-        .set(jnp.where(prompt_valid, prompt, eos_id))
-    )
+    tokens = jnp.full((rows, length), eos_id, jnp.int32)
+    tokens = tokens.at[:, :width].set(jnp.where(prompt_valid, prompt, eos_id))
     # The loop starts with a prompt's last token, at the latest: what precedes the last column is
     # enough.
     decoder = model.decoder
@@ -115,21 +120,21 @@ def generate_after(
         features, cache = cached_step(decoder, text[:, position], position, cache)
         return decoder.logits(features)[:, :vocab_size], cache
 
-    def take(cache, beam):
-        # Image by image, so that on a mesh no row leaves its device; the image's keys and values
-        # have no beams.
-        def pick(x):
-            by_image = x.reshape(*x.shape[:2], rows, -1, *x.shape[3:])
-            taken = jax.vmap(lambda x, beam: x[:, :, beam], in_axes=(2, 0), out_axes=2)(
-                by_image, beam
-            )
-            return taken.reshape(*x.shape[:2], -1, *x.shape[3:])
+    decoding = Decoding(step, functools.partial(_take_beams, rows), cache)
+    return search(decoding, tokens, prompt_valid.sum(1), config, eos_id=eos_id, keys=keys)
 
-        return cache.replace(text=jax.tree.map(pick, cache.text))
 
-    return search(
-        Decoding(step, take, cache), tokens, prompt_valid.sum(1), config, eos_id=eos_id, keys=keys
-    )
+def _take_beams(images: int, cache: DecodeCache, beam: Int[Array, "B n"]) -> DecodeCache:
+    """The cache of beams [B, n] of each of B images. The image's keys and values have no beams."""
+    # Image by image, so that no row leaves its device on a mesh.
+    take = jax.vmap(lambda rows, beam: rows[:, :, beam], in_axes=(2, 0), out_axes=2)
+
+    def pick(x):
+        by_image = x.reshape(*x.shape[:2], images, -1, *x.shape[3:])
+        taken = take(by_image, beam)
+        return taken.reshape(*x.shape[:2], -1, *x.shape[3:])
+
+    return cache.replace(text=jax.tree.map(pick, cache.text))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "eos_id", "vocab_size"))
@@ -137,18 +142,23 @@ def _generate(
     graphdef, params, image, prompt, prompt_valid, config, *, eos_id, vocab_size, keys
 ) -> Generation:
     model = nnx.merge(graphdef, params)
-    return generate(
-        model, image, prompt, prompt_valid, config, eos_id=eos_id, vocab_size=vocab_size, keys=keys
-    )
+    settings = {"eos_id": eos_id, "vocab_size": vocab_size, "keys": keys}
+    return generate(model, image, prompt, prompt_valid, config, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text that was generated, and what the model makes of it."""
+    """A generated text with its log-probabilities, natural logarithms.
+
+    Example:
+      >>> [text] = mammut.generate_text(model, processor, ["dog.jpg"])
+      >>> text.text, text.logprob
+      ('a dog on the grass', -3.1)
+    """
 
     text: str
-    logprob: float  # of the text and its end, natural logarithm: the sum of `token_logprobs`
-    # of each token, the end token last, unless there was no place left for it
+    logprob: float  # of the text and its end token: the sum of `token_logprobs`
+    # one for each token; the end token is the last, unless there was no room left for it
     token_logprobs: tuple[float, ...]
 
 
@@ -162,109 +172,132 @@ def generate_text(
     batch_size: int = 32,
     seed: int = 0,
 ) -> list[Text]:
-    """The best text for each image. All batches have one shape, so that all is compiled once: the last is padded.
+    """Generates the best text for each image.
+
+    All batches have one shape, the last one is padded: the program is compiled once.
 
     Args:
       images: whatever `processor` reads: arrays, PIL images, paths, bytes.
-      prompts: what each text starts with; it is not part of what comes back. None: nothing.
-      batch_size: of images at a time; fewer images make a smaller batch.
-      seed: of sampling; the text of an image depends on it and on the image's place in the list,
-        not on the batch.
+      prompts: the beginning of each text, which is not part of the result. None: no beginning.
+      batch_size: images at a time; fewer images make a smaller batch.
+      seed: the seed of sampling. The text of an image depends on it and on the image's position in
+        the list, not on the batch.
 
     Raises:
-      ValueError: an image cannot be read, `prompts` are not as many str as `images`, or one leaves
-        no room for a text; `processor` is not the model's; the model's logits are not numbers, as
-        after training diverged.
+      ValueError: an image cannot be read; `prompts` are not as many str as `images`; a prompt
+        leaves no room for a text; `processor` is not the model's; or the model's logits are not
+        numbers, as after training diverged.
+
+    Example:
+      >>> config = mammut.GenerateConfig(num_beams=4)
+      >>> texts = mammut.generate_text(model, processor, ["dog.jpg"], ["a picture of"], config)
+      >>> texts[0].text
+      'a dog on the grass'
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     ids = _prompt_ids(model, processor, images, prompts)
     if not ids:
         return []
-    # Few sizes, so that a call with other images or prompts can use what was compiled: powers of
-    # two.
+
+    # Few sizes, all powers of two: a call with other images or prompts finds its program compiled.
     batch_size = min(batch_size, _power_of_two(len(ids)))
     width = min(_power_of_two(max(map(len, ids))), model.config.text_length - 1)
+    config = with_text_limit(config, processor)
     graphdef, params = nnx.split(model)
     settings = {"eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
-    # The context of a language model may be a hundred times as long as the texts it is used for.
-    config = dataclasses.replace(
-        config, max_new_tokens=config.max_new_tokens or processor.max_length - 1
-    )
-    texts: list[Text] = []
-    for start in range(0, len(ids), batch_size):
-        rows = min(batch_size, len(ids) - start)
-        # Padding repeats the last row: it ends no later than the others.
-        padded = [*range(start, start + rows), *[start + rows - 1] * (batch_size - rows)]
-        image = processor(images=images[start : start + rows])["image"][np.array(padded) - start]
-        prompt = np.array(
-            [ids[i] + [processor.pad_id] * (width - len(ids[i])) for i in padded], np.int32
-        )
-        prompt_valid = np.arange(width) < np.array([len(ids[i]) for i in padded])[:, None]
-        keys = None
-        if config.temperature > 0:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.array(padded))
-        out = jax.device_get(
-            _generate(graphdef, params, image, prompt, prompt_valid, config, keys=keys, **settings)
-        )
-        own = range(start, start + rows)
-        texts += texts_of(out, [len(ids[i]) for i in own], processor, [f"image {i}" for i in own])
-    return texts
+
+    def rows() -> Iterator[Row]:
+        for start in range(0, len(ids), batch_size):
+            pixels = processor(images=images[start : start + batch_size])["image"]
+            for number, image in enumerate(pixels, start):
+                yield Row((image, ids[number]), len(ids[number]), number)
+
+    def run(rows: list[Row]) -> Generation:
+        batch = image_prompt_batch(rows, width, processor.pad_id)
+        keys = row_keys(rows, config, seed)
+        return _generate(graphdef, params, *batch, config, keys=keys, **settings)
+
+    generated = generate_rows(rows(), run, processor, batch_size=batch_size)
+    return [text_of(row, f"image {number}") for number, row in enumerate(generated)]
 
 
-def texts_of(
-    out: Generation, lengths: Sequence[int], processor: Processor, names: Sequence[str]
-) -> list[Text]:
-    """The best text of each of the first rows, what follows its prompt of so many tokens.
+def image_prompt_batch(
+    rows: Sequence[Row], width: int, pad_id: int
+) -> tuple[UInt8[Array, "B height width 3"], Int32[Array, "B Q"], Bool[Array, "B Q"]]:
+    """The arguments of `generate` for rows of (image, prompt ids): image, prompt, prompt_valid.
+
+    Args:
+      rows: each prompt is an image uint8[height, width, 3] and a list of ids, the start first.
+      width: Q, the tokens that prompts are padded to.
+      pad_id: the id in the padding.
+    """
+    images, prompts = zip(*(row.prompt for row in rows), strict=True)
+    tokens = np.array([ids + [pad_id] * (width - len(ids)) for ids in prompts], np.int32)
+    valid = np.arange(width) < np.array([len(ids) for ids in prompts])[:, None]
+    return np.stack(images), tokens, valid
+
+
+def with_text_limit(config: GenerateConfig, processor: Processor) -> GenerateConfig:
+    """The config with a limit of new tokens: by default the length of the processor's texts.
+
+    The context of a language model may be a hundred times as long as the texts it is used for.
+    """
+    limit = config.max_new_tokens or processor.max_length - 1
+    return dataclasses.replace(config, max_new_tokens=limit)
+
+
+def text_of(row: GeneratedRow, name: str) -> Text:
+    """The text of a row, without the spaces around it.
 
     Raises:
-      ValueError: a row's logits were not numbers; `names` says whose.
+      ValueError: the model's logits were not numbers; the message calls the row `name`.
     """
-    texts = []
-    for row, (first, name) in enumerate(zip(lengths, names, strict=True)):
-        if not np.isfinite(out.scores[row, 0]):
-            raise ValueError(
-                f"the model's logits for {name} are not numbers: its parameters are damaged, or its training diverged"
-            )
-        logprobs = out.logprobs[row, 0, first : first + out.num_tokens[row, 0]].tolist()
-        text = processor.tokenizer.decode(out.tokens[row, 0, first:].tolist()).strip()
-        texts.append(Text(text, sum(logprobs), tuple(logprobs)))
-    return texts
+    if not row.is_finite:
+        raise ValueError(
+            f"the model's logits for {name} are not numbers: its parameters are damaged, "
+            "or its training diverged"
+        )
+    logprobs = row.token_logprobs.tolist()
+    return Text(row.text.strip(), sum(logprobs), tuple(logprobs))
 
 
 def _prompt_ids(
     model: MaMMUT, processor: Processor, images: Sequence[Any] | np.ndarray, prompts: Any
-) -> list:
-    """The ids of each image's prompt, the start first."""
+) -> list[list[int]]:
+    """The ids of each image's prompt, the start token first."""
     text_length = model.config.text_length
     require_same_vocabulary(model, processor)
-    prompts = [""] * len(images) if prompts is None else prompts
+    if prompts is None:
+        prompts = [""] * len(images)
     if isinstance(prompts, str) or not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"prompts is {prompts!r:.80}, expected a list of str")
     if len(prompts) != len(images):
         raise ValueError(f"there are {len(prompts)} prompts for {len(images)} images")
+
     ids = [[processor.bos_id, *processor.encode_prompt(text)] for text in prompts]
     for i, row in enumerate(ids):
         if len(row) >= text_length:
             raise ValueError(
-                f"prompt {i}, {prompts[i]!r:.60}, has {len(row)} tokens with the start, expected fewer than the "
-                f"{text_length} for which DecoderConfig.max_length {model.config.text.max_length} has room"
+                f"prompt {i}, {prompts[i]!r:.60}, has {len(row)} tokens with the start, expected "
+                f"fewer than the {text_length} for which DecoderConfig.max_length "
+                f"{model.config.text.max_length} has room"
             )
     return ids
 
 
 def require_same_vocabulary(model: MaMMUT, processor: Processor) -> None:
-    """Raises ValueError where the processor has ids that the model does not."""
+    """Raises ValueError if the processor has ids that the model does not have."""
     vocab_size = model.config.text.vocab_size
     if processor.vocab_size > vocab_size:
         raise ValueError(
-            f"the processor's vocabulary has {processor.vocab_size} ids, DecoderConfig.vocab_size of the model is "
-            f"{vocab_size}: they do not belong together"
+            f"the processor's vocabulary has {processor.vocab_size} ids, DecoderConfig.vocab_size "
+            f"of the model is {vocab_size}: they do not belong together"
         )
 
 
 def _power_of_two(n: int) -> int:
-    """The first power of two that is at least n."""
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
@@ -276,12 +309,23 @@ def caption(
     num_beams: int = 1,
     batch_size: int = 32,
 ) -> list[str]:
-    """Captions of images, one each: greedy, or by beam search with `num_beams` above 1. See `generate_text`."""
+    """Captions images, one caption each.
+
+    Args:
+      images: whatever `processor` reads: arrays, PIL images, paths, bytes.
+      num_beams: 1 for greedy decoding, more for beam search.
+      batch_size: images at a time.
+
+    Raises:
+      ValueError: see `generate_text`.
+
+    Example:
+      >>> mammut.caption(model, processor, ["dog.jpg", "cat.jpg"], num_beams=4)
+      ['a dog on the grass', 'a cat in a box']
+    """
     config = GenerateConfig(num_beams=num_beams)
-    return [
-        found.text
-        for found in generate_text(model, processor, images, None, config, batch_size=batch_size)
-    ]
+    texts = generate_text(model, processor, images, None, config, batch_size=batch_size)
+    return [text.text for text in texts]
 
 
 def answer(
@@ -294,20 +338,29 @@ def answer(
     num_beams: int = 1,
     batch_size: int = 32,
 ) -> list[str]:
-    """Answers to questions, one an image: what the model says after the question. See `generate_text`.
+    """Answers questions, one about each image.
 
-    `prompt` is what a question is put into, {} being its place: that of the model's training, such
-    as "Q: {} A:".
+    Args:
+      images: whatever `processor` reads: arrays, PIL images, paths, bytes.
+      questions: one for each image.
+      prompt: a text with {} in place of the question, as in the model's training: "Q: {} A:".
+      num_beams: 1 for greedy decoding, more for beam search.
+      batch_size: images at a time.
+
+    Raises:
+      ValueError: `prompt` has no {}; otherwise see `generate_text`.
+
+    Example:
+      >>> mammut.answer(model, processor, ["dog.jpg"], ["what animal is this?"])
+      ['dog']
     """
     if "{}" not in prompt:
         raise ValueError(
             f"prompt is {prompt!r}, expected a text with {{}} in it, the place of the question"
         )
     config = GenerateConfig(num_beams=num_beams)
-    asked = (
-        questions if prompt == "{}" else [prompt.replace("{}", question) for question in questions]
-    )
-    return [
-        found.text
-        for found in generate_text(model, processor, images, asked, config, batch_size=batch_size)
-    ]
+    prompts = questions
+    if prompt != "{}":
+        prompts = [prompt.replace("{}", question) for question in questions]
+    texts = generate_text(model, processor, images, prompts, config, batch_size=batch_size)
+    return [text.text for text in texts]

@@ -1,6 +1,7 @@
-"""Our model under big_vision's model contract: its trainers and evaluators drive it (proj/image_text, proj/cappa).
+"""Our model under big_vision's model contract, for its trainers and evaluators.
 
-They import a model by its name in `big_vision.models`. In a config file:
+These are proj/image_text and proj/cappa. They import a model by its name in
+`big_vision.models`. In a config file:
 
     import sys
     import mammut.interop.big_vision
@@ -19,9 +20,10 @@ wrote.
 
 import dataclasses
 import inspect
+import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -31,21 +33,47 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mammut import presets
-from mammut.core.fields import from_dict, to_dict
-from mammut.models.mammut import MaMMUT, ModelConfig, unit
+from mammut.core.fields import from_dict, require, to_dict
+from mammut.models.compute import Augment, AugmentConfig, ComputeConfig
+from mammut.models.layers import unit
+from mammut.models.mammut import MAX_LOGIT_SCALE, MaMMUT, ModelConfig, require_computable
 from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.formats import big_vision as big_vision_weights
 from mammut.weights.model_folder import open_model
+from mammut.weights.old_configs import upgraded
 from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
-from mammut.weights.warm_start import Start, warm_start
+from mammut.weights.warm_start import Start, WarmStart, warm_start
 
 # What a part of a model is called: by us, by two towers, by CapPa.
 _PARTS: dict[str, Start] = dict.fromkeys(("vision", "image", "img", "encoder"), "init_vision")
 _PARTS |= dict.fromkeys(("text", "txt"), "init_text")
+# Arguments of `Model` that say how it is called, not what it is.
+_OF_CALLS = ("outputs", "start_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Starts:
+    """Where the scalars of the contrastive loss start."""
+
+    logit_scale_init: float = 1 / 0.07
+    logit_bias_init: float = 0.0
+
+    def __post_init__(self):
+        require(
+            0 < self.logit_scale_init <= MAX_LOGIT_SCALE,
+            f"logit_scale_init is {self.logit_scale_init}, expected more than 0 and at most "
+            f"{MAX_LOGIT_SCALE:g}",
+        )
+        require(
+            math.isfinite(self.logit_bias_init),
+            f"logit_bias_init is {self.logit_bias_init}, expected a finite number",
+        )
 
 
 class Model:
-    """What big_vision calls a model: `init` and `apply` on a nested dict of parameters, by their paths in `MaMMUT`.
+    """A model in big_vision's terms: `init` and `apply` on a nested dict of parameters.
+
+    Parameters are named by their paths in `MaMMUT`.
 
     Images are float, normalised already (`value_range(-1, 1)`, for mean and deviation 0.5), or
     uint8. Texts are ids without a start and without a mask: pads are what `text.pad_id` says, if
@@ -58,7 +86,9 @@ class Model:
         SigLIP's and the contrastive trainer; or "logits" of the text, as CapPa does, for its
         trainer. The model must have that pass.
       start_id: what stands in front of a text where its logits are asked for. CapPa's is 0.
-      fields: those of `ModelConfig`; `vision` and `text` are dicts of theirs.
+      fields: those of `ModelConfig`; `vision` and `text` are dicts of theirs. `compute` and
+        `augment` are dicts of `ComputeConfig` and `AugmentConfig`; `logit_scale_init` and
+        `logit_bias_init` are where the scalars of the loss start.
 
     Raises:
       ValueError: a field that is not known, or fields or outputs that do not go together.
@@ -71,8 +101,9 @@ class Model:
         start_id: int = 0,
         **fields: Any,
     ):
-        self.config = model_config(preset, **fields)
-        self._outputs, self._start_id = outputs, start_id
+        self.config, self.compute, self._augment, self._scalars = _configs(preset, fields)
+        self._outputs = outputs
+        self._start_id = start_id
         text = self.config.text
         if outputs not in ("embeddings", "logits"):
             raise ValueError(f"outputs is {outputs!r}, expected 'embeddings' or 'logits'")
@@ -90,10 +121,18 @@ class Model:
             raise ValueError(
                 f"start_id {start_id} is text.pad_id, so that no token would see the start"
             )
-        self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: MaMMUT(self.config, rngs=nnx.Rngs(0))))
+        self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: self._make(jax.random.key(0))))
+
+    def _make(self, key: jax.Array) -> MaMMUT:
+        model = MaMMUT(self.config, compute=self.compute, rngs=nnx.Rngs(key))
+        for name, value in self._scalars.items():
+            getattr(model, name).set_value(jnp.float32(value))
+        return model
 
     def init(self, rng: jax.Array, image: Any, text: Any = None) -> dict[str, Any]:
-        """Random parameters, `{"params": ...}`; `image` and `text` are examples of what `apply` will be given.
+        """Makes random parameters, `{"params": ...}`.
+
+        `image` and `text` are examples of the inputs of `apply`.
 
         Raises:
           ValueError: the images are of another size than `vision.image_size`, or the texts longer
@@ -102,14 +141,15 @@ class Model:
         size, longest = self.config.vision.image_size, self.config.text_length
         if tuple(image.shape[1:]) != (size, size, 3):
             raise ValueError(
-                f"images are {list(image.shape)}, expected [B, {size}, {size}, 3] by vision.image_size"
+                f"images are {list(image.shape)}, expected [B, {size}, {size}, 3] by "
+                f"vision.image_size"
             )
         if text is not None and text.shape[1] > longest:
             raise ValueError(
-                f"texts are {list(text.shape)}, expected {longest} tokens at most by text.max_length"
+                f"texts are {list(text.shape)}, expected {longest} tokens at most by "
+                f"text.max_length"
             )
-        model = MaMMUT(self.config, rngs=nnx.Rngs(rng))
-        return {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
+        return {"params": nnx.to_pure_dict(nnx.state(self._make(rng), nnx.Param))}
 
     def apply(
         self,
@@ -129,7 +169,7 @@ class Model:
           variables: `{"params": ...}`, as `init` makes it.
           image: the images; None where only texts are embedded. With `method=model.decode`, what
             `encode` gave.
-          train: with `rngs["dropout"]`, cropped positions are drawn, where the model has them.
+          train: with `rngs["dropout"]`, what `augment` says is drawn.
           method: `encode` or `decode` of this object; None: both.
           return_enc_features: what CapPa gives for images alone.
           decode: must be False: a cache is `mammut.generation.text`'s affair.
@@ -159,21 +199,22 @@ class Model:
         if return_enc_features:
             tokens, pooled = model.image_tokens(image).tokens, model.encoder(image).pooled
             return tokens, {"encoded": tokens, "pre_logits": pooled}
-        crop_key = (
-            rngs["dropout"] if train and rngs and self.config.vision.cropped_pos_embed else None
-        )
-        if crop_key is not None and not jnp.issubdtype(crop_key.dtype, jax.dtypes.prng_key):
-            crop_key = jax.random.wrap_key_data(crop_key)
+        augment = Augment()
+        if train and rngs:
+            key = rngs["dropout"]
+            if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+                key = jax.random.wrap_key_data(key)
+            augment = Augment(key, self._augment)
         if self._outputs == "logits":
-            return self._logits(model, model.image_tokens(image, crop_key).tokens, text)
-        return _embeddings(model, image, text, crop_key)
+            return self._logits(model, model.image_tokens(image, augment).tokens, text)
+        return _embeddings(model, image, text, augment)
 
     def encode(self, variables: Mapping[str, Any], image: Any) -> jax.Array:
         """The image tokens that a text is decoded from, float[B, P, D]."""
         return self._merge(variables).image_tokens(image).tokens
 
     def decode(self, variables: Mapping[str, Any], encoded: jax.Array, text: Any) -> jax.Array:
-        """The logits float32[B, L, V] of every token of `text` given those before it and what `encode` gave."""
+        """Scores every token of `text` given those before it and `encoded`, float32[B, L, V]."""
         return self._logits(self._merge(variables), encoded, text)
 
     def _merge(self, variables: Mapping[str, Any]) -> MaMMUT:
@@ -189,16 +230,16 @@ class Model:
 
 
 def _embeddings(
-    model: MaMMUT, image: Any, text: Any, crop_key: jax.Array | None
+    model: MaMMUT, image: Any, text: Any, augment: Augment
 ) -> tuple[Any, Any, dict[str, Any]]:
     """What two towers give."""
     zimg, ztxt, scale = None, None, model.logit_scale[...][None]
     out = {"t": jnp.exp(scale), "t/parameter": scale, "b": model.logit_bias[...][None]}
     if image is not None:
-        pooled = model.image_tokens(image, crop_key).pooled
+        pooled = model.image_tokens(image, augment).vector
         out["img/norm"] = jnp.linalg.norm(pooled, axis=1, keepdims=True)
         out["img/normalized"] = zimg = unit(pooled)
-        out["img/pre_logits"] = model.encoder(image, crop_key).pooled
+        out["img/pre_logits"] = model.encoder(image, augment).pooled
     if text is not None:
         tokens = text.astype(jnp.int32)
         pooled = model.text_vector(tokens, jnp.ones(tokens.shape, bool))
@@ -213,6 +254,13 @@ def model_config(preset: str | None = None, **fields: Any) -> ModelConfig:
     Raises:
       ValueError: a preset or field that is not known, or fields that do not go together.
     """
+    return _configs(preset, fields)[0]
+
+
+def _configs(
+    preset: str | None, fields: Mapping[str, Any]
+) -> tuple[ModelConfig, ComputeConfig, AugmentConfig, dict[str, float]]:
+    """The model, how it is computed, what training draws, and where the loss's scalars start."""
     known = {
         name: make
         for name, make in inspect.getmembers(presets, inspect.isfunction)
@@ -224,7 +272,16 @@ def model_config(preset: str | None = None, **fields: Any) -> ModelConfig:
     for name, value in fields.items():
         value = value.to_dict() if hasattr(value, "to_dict") else value  # a ConfigDict
         values[name] = values.get(name, {}) | value if name in ("vision", "text") else value
-    return from_dict(ModelConfig, values, "the model")
+    beside = {name: values.pop(name) for name in ("compute", "augment") if name in values}
+    config = upgraded({"model": values, **beside}).config
+    model = from_dict(ModelConfig, config["model"], "the model")
+    compute = from_dict(ComputeConfig, config.get("compute", {}), "compute")
+    augment = from_dict(AugmentConfig, config.get("augment", {}), "augment")
+    require_computable(model, compute, augment)
+    starts = from_dict(_Starts, config.get("loss", {}), "the model")
+    scalars = {"logit_scale": math.log(starts.logit_scale_init)}
+    scalars["logit_bias"] = starts.logit_bias_init
+    return model, compute, augment, scalars
 
 
 def load(
@@ -233,7 +290,9 @@ def load(
     model_cfg: Mapping[str, Any] | None = None,
     dont_load: str | Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The parameters that a model starts from; big_vision calls it with `config.model_init` and `config.model_load`.
+    """Loads the parameters that a model starts from.
+
+    big_vision calls it with `config.model_init` and `config.model_load`.
 
     Other sizes of image, patch and text follow the rules of `mammut.weights.warm_start`. Whatever
     else does not fit is an error, but for what `dont_load` names.
@@ -253,15 +312,15 @@ def load(
     Raises:
       ValueError: something is missing, or does not fit. Every mismatch is named.
     """
-    config = None
+    config, compute = None, ComputeConfig()
     if model_cfg is not None:
-        config = model_config(
-            **{name: model_cfg[name] for name in model_cfg if name not in ("outputs", "start_id")}
-        )
+        fields = {name: value for name, value in model_cfg.items() if name not in _OF_CALLS}
+        config, compute, _, _ = _configs(fields.pop("preset", None), fields)
     parts = {"": init_files} if isinstance(init_files, str) else dict(init_files)
     if unknown := sorted(parts.keys() - {"", *_PARTS}):
         raise ValueError(
-            f"model_init names {', '.join(unknown)}, expected a path, or some of {', '.join(_PARTS)}"
+            f"model_init names {', '.join(unknown)}, expected a path, or some of "
+            f"{', '.join(_PARTS)}"
         )
     starts = {_PARTS.get(part, "init"): _open(path, config) for part, path in parts.items()}
     if config is None:
@@ -270,30 +329,42 @@ def load(
                 "model_cfg is None, expected the arguments of Model, since model_init names parts"
             )
         config = starts["init"].config
-    # where the scale and the bias of a loss would start is no matter to a model that is trained
-    if "init" in starts:
-        scalars = {
-            name: getattr(starts["init"].config, name)
-            for name in ("logit_scale_init", "logit_bias_init")
-        }
-        config = dataclasses.replace(config, **scalars)
-    specs, random = (
-        model_specs(config),
-        {} if init_params is None else flatten_dict(init_params, sep="."),
-    )
-    patterns = [
-        re.compile(pattern)
-        for pattern in ([dont_load] if isinstance(dont_load, str) else dont_load)
-    ]
-    kept = {
-        name
-        for name in specs
-        if any(pattern.fullmatch(name.replace(".", "/")) for pattern in patterns)
-    }
+        compute = starts["init"].compute
+    specs = model_specs(config, compute)
+    random = {} if init_params is None else flatten_dict(init_params, sep=".")
+    kept = _matching(specs, dont_load)
     vocabulary = {
         name for name in specs if name.startswith(("text.token_embed.", "text.vocab_head"))
     }
-    plan = warm_start(config, starts, new_vocabulary=vocabulary <= kept)
+    new_vocabulary = vocabulary <= kept
+    plan = warm_start(config, starts, compute=compute, new_vocabulary=new_vocabulary)
+    if problems := _unfit(specs, random, kept, plan, starts):
+        raise ValueError(f"the model does not fit model_init {init_files}: {'; '.join(problems)}")
+    values = {
+        name: random[name] if name in kept else plan.read(name, random.get(name)) for name in specs
+    }
+    return unflatten_dict(values, sep=".")
+
+
+def _matching(names: Collection[str], patterns: str | Sequence[str]) -> set[str]:
+    """The names that a regular expression fits, written with slashes as big_vision does."""
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    return {
+        name
+        for name in names
+        if any(re.fullmatch(pattern, name.replace(".", "/")) for pattern in patterns)
+    }
+
+
+def _unfit(
+    specs: Mapping[str, TensorSpec],
+    random: Mapping[str, Any],
+    kept: Collection[str],
+    plan: WarmStart,
+    starts: Collection[Start],
+) -> list[str]:
+    """Lists what is missing, left over or of another shape, in words."""
     problems = [
         f"{name} of init_params is not one of its parameters"
         for name in sorted(random.keys() - specs.keys())
@@ -308,12 +379,7 @@ def load(
             problems.append(f"{name} is in no file, wholly or in part, and not in dont_load")
         elif name in plan.random | kept and name not in random:
             problems.append(f"{name} is neither loaded nor in init_params")
-    if problems:
-        raise ValueError(f"the model does not fit model_init {init_files}: {'; '.join(problems)}")
-    values = {
-        name: random[name] if name in kept else plan.read(name, random.get(name)) for name in specs
-    }
-    return unflatten_dict(values, sep=".")
+    return problems
 
 
 def _open(path: str, config: ModelConfig | None) -> OpenedModel:
@@ -332,7 +398,7 @@ def _open(path: str, config: ModelConfig | None) -> OpenedModel:
             name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()
         }
         return OpenedModel(config, LazyTensors(specs, arrays.__getitem__), None, path)
-    if config is not None and big_vision_weights.is_big_vision(path):
+    if config is not None and big_vision_weights.recognises(path):
         sizes = {"image_size": config.vision.image_size, "max_length": config.text_length}
         return big_vision_weights.open_model(path, **sizes)
     return open_model(path)

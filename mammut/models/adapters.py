@@ -1,12 +1,13 @@
-"""What is done with the adapters of a model: added, switched on and off, merged into plain weights, saved, loaded.
+"""Adapters of a model: added, removed, switched on and off, merged into plain weights.
 
-Every function gives a new model over the same arrays and leaves the one it was given as it is. An
-adapter's folder, a small one beside a large base that many adapters share, is what `save_adapter`
-writes:
+Every function gives a new model over the same arrays and leaves the one that it was given as it is.
+An adapter can be saved in a small folder of its own, beside a large base that many adapters share
+(`mammut.weights.adapter_folder`):
 
-    adapter.json          format, version, the `AdapterConfig`s, the base's config and its hash, what else is there
-    adapter.safetensors   the adapter's parameters, and those others, named by their path in the model
-    manifest.json         size and SHA-256 of both, checked by `load_adapter`
+    adapter.json          format, version, the `AdapterConfig`s, config and hash of the base, and
+                          the names of other parameters that were trained with the adapter
+    adapter.safetensors   the adapter's parameters and those others, by their path in the model
+    manifest.json         size and SHA-256 of both files, which `load_adapter` checks
 """
 
 import dataclasses
@@ -18,24 +19,42 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mammut.models.adapter_modules import IA3, AdapterConfig, Adapters, LoRA
-from mammut.models.compute import Dtypes
+from mammut.models.layers import Linear, initialise
 from mammut.models.mammut import MaMMUT, ModelConfig
 
 
 def add_adapter(model: MaMMUT, *configs: AdapterConfig, rngs: nnx.Rngs) -> MaMMUT:
-    """The model with new adapters, switched on beside those that were.
+    """Adds new adapters to a model and switches them on.
+
+    Adapters that the model has stay as they are, on or off.
 
     Raises:
-      ValueError: the model has an adapter of such a name already, or there is no such site
+      ValueError: the model has an adapter of this name already, or there is no such site
         (`mammut.models.adapter_modules`).
+
+    Example:
+      >>> lora = mammut.AdapterConfig(name="shapes", kind="lora", sites=("text.layers.attn.*",))
+      >>> model = mammut.add_adapter(model, lora, rngs=nnx.Rngs(0))
     """
+
     # Compiled as one: op by op, each site would be compiled for itself.
-    return _extended(model, configs, nnx.jit(lambda rngs: _fresh(model, configs, rngs))(rngs))
+    @nnx.jit
+    def make(key: jax.Array) -> Adapters:
+        return new_adapters(model, configs, key)
+
+    return extended(model, configs, make(rngs.params()))
 
 
 def remove_adapter(model: MaMMUT, name: str) -> MaMMUT:
-    """The model without the adapter `name`; raises ValueError when there is none."""
-    _require_names(model, name)
+    """Removes the adapter `name` from a model.
+
+    Raises:
+      ValueError: the model has no such adapter.
+
+    Example:
+      >>> base = mammut.remove_adapter(model, "shapes")
+    """
+    require_adapters(model, name)
     model = _copy(model)
     del model.adapters[name]
     left = tuple(config for config in model.config.adapters if config.name != name)
@@ -47,73 +66,96 @@ def remove_adapter(model: MaMMUT, name: str) -> MaMMUT:
 
 
 def set_active_adapters(model: MaMMUT, *names: str) -> MaMMUT:
-    """The model with the adapters `names` at work, in the order of `ModelConfig.adapters`, and no others.
+    """Switches the adapters `names` of a model on, and all others off.
 
-    A model that is made or loaded has all of its adapters at work.
+    They work in the order of `ModelConfig.adapters`. In a model that was just made or loaded all
+    adapters are on.
 
     Raises:
-      ValueError: there is no adapter of such a name.
+      ValueError: the model has no adapter of one of the names.
+
+    Example:
+      >>> plain = mammut.set_active_adapters(model)
+      >>> adapted = mammut.set_active_adapters(model, "shapes")
     """
-    _require_names(model, *names)
+    require_adapters(model, *names)
     model = _copy(model)
     model.active_adapters = tuple(name for name in _names(model.config) if name in names)
     return model
 
 
 def merge_adapter(model: MaMMUT, name: str) -> MaMMUT:
-    """The model without the adapter `name`, of LoRA and (IA)^3, and with plain weights that do the same.
+    """Merges the adapter `name`, of LoRA or (IA)^3, into the weights of its model.
 
-    The sums are float32 and rounded once, to the type that the weights are stored in.
+    The model that comes back does the same without the adapter. The sums are float32 and rounded
+    once, to the type that the weights are stored in.
 
     Raises:
-      ValueError: there is no such adapter, a bottleneck is part of it, which is no change of
-        weights, or another works before it on the same map.
+      ValueError: the model has no such adapter, a bottleneck is part of it, which is no change of
+        weights, or another adapter works before it on the same map.
+
+    Example:
+      >>> plain = mammut.merge_adapter(model, "shapes")
     """
-    _require_names(model, name)
+    require_adapters(model, name)
     names = _names(model.config)
     earlier = [model.adapters[other] for other in names[: names.index(name)]]
     merged = remove_adapter(model, name)
     for key, adapter in model.adapters[name].items():
-        place = key.replace("/", ".")
+        site = key.replace("/", ".")
         if not isinstance(adapter, LoRA | IA3):
             raise ValueError(
-                f"the adapter {name!r} is a bottleneck on {place}, which plain weights cannot stand for"
+                f"the adapter {name!r} is a bottleneck on {site}, which plain weights cannot stand "
+                "for"
             )
         before = [other[key] for other in earlier if key in other]
+        # Sums of weights may be taken in any order, products of sums may not.
         if before and not all(isinstance(other, LoRA) for other in (adapter, *before)):
             raise ValueError(
-                f"another adapter works on {place} before {name!r}: merge or remove that one first"
+                f"another adapter works on {site} before {name!r}: merge or remove that one first"
             )
-        linear = functools.reduce(getattr, key.split("/"), merged)
-        old = [
-            None if value is None else value[...].astype(jnp.float32)
-            for value in (linear.kernel, linear.bias)
-        ]
-        for value, new in zip(
-            (linear.kernel, linear.bias), jax.vmap(type(adapter).merged)(adapter, *old), strict=True
-        ):
-            if value is not None:
-                value.set_value(new.astype(value.dtype))
+        _merge(adapter, functools.reduce(getattr, key.split("/"), merged))
     return merged
 
 
+def _merge(adapter: LoRA | IA3, linear: Linear) -> None:
+    """Merges an adapter into the weights of a linear map; both are stacks of layers."""
+    bias = None if linear.bias is None else linear.bias[...].astype(jnp.float32)
+    kernel = linear.kernel[...].astype(jnp.float32)
+    kernel, bias = jax.vmap(type(adapter).merged)(adapter, kernel, bias)
+    linear.kernel.set_value(kernel.astype(linear.kernel.dtype))
+    if bias is not None:
+        linear.bias.set_value(bias.astype(linear.bias.dtype))
+
+
 def num_adapter_params(model: MaMMUT, name: str | None = None) -> int:
-    """Parameters of the adapter `name`, or of all; raises ValueError when there is no such adapter."""
+    """Counts the parameters of the adapter `name`; None: of all adapters.
+
+    Raises:
+      ValueError: the model has no such adapter.
+
+    Example:
+      >>> mammut.num_adapter_params(model, "shapes")
+      8192
+    """
     if name is None:
         return sum(leaf.size for leaf in jax.tree.leaves(model.adapters))
-    _require_names(model, name)
+    require_adapters(model, name)
     return sum(leaf.size for leaf in jax.tree.leaves(model.adapters[name]))
 
 
 def _copy(model: MaMMUT) -> MaMMUT:
+    """Copies a model; both have the same arrays."""
     return jax.tree.map(lambda leaf: leaf, model)
 
 
 def _names(config: ModelConfig) -> tuple[str, ...]:
+    """Lists the names of a model's adapters, each once."""
     return tuple(dict.fromkeys(adapter.name for adapter in config.adapters))
 
 
-def _require_names(model: MaMMUT, *names: str) -> None:
+def require_adapters(model: MaMMUT, *names: str) -> None:
+    """Raises ValueError where the model lacks an adapter of `names`."""
     there = _names(model.config)
     for name in names:
         if name not in there:
@@ -122,14 +164,19 @@ def _require_names(model: MaMMUT, *names: str) -> None:
             )
 
 
-def _fresh(model: MaMMUT, configs: Sequence[AdapterConfig], rngs: nnx.Rngs) -> Adapters:
-    """New adapters for a model, which are not part of it yet."""
-    dtypes = Dtypes(jnp.dtype(model.config.dtype), jnp.dtype(model.config.param_dtype))
-    return Adapters(configs, {"text": model.text, "vision": model.vision}, rngs=rngs, dtypes=dtypes)
+def new_adapters(model: MaMMUT, configs: Sequence[AdapterConfig], key: jax.Array) -> Adapters:
+    """Makes new adapters for a model, which are not part of it yet."""
+    towers = {"text": model.text, "vision": model.vision}
+    adapters = Adapters(configs, towers, dtypes=model.compute.dtypes)
+    return initialise(adapters, key, "adapters")
 
 
-def _extended(model: MaMMUT, configs: Sequence[AdapterConfig], fresh: Adapters) -> MaMMUT:
-    """The model with `fresh`, made for `configs`, beside the adapters that it has."""
+def extended(model: MaMMUT, configs: Sequence[AdapterConfig], fresh: Adapters) -> MaMMUT:
+    """Adds the adapters `fresh`, made for `configs`, to those of a model.
+
+    Raises:
+      ValueError: the model has an adapter of this name already.
+    """
     there = _names(model.config)
     if taken := [name for name in fresh if name in there]:
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Which kernel the attention of the image tower runs on, found out by trying.
+"""Choice of the kernel for the image tower's attention.
 
-On a GPU cuDNN's fused attention never holds the P x P scores, which unfused cost up to 28 % of a
-step. It takes 16-bit numbers and some sizes of heads, and which changes with its version: it is
-tried on the device once for each shape, and XLA's own attention is the fall-back. Elsewhere XLA's
-runs, on TPU too: the Pallas kernels for it take only lengths that are multiples of their blocks,
-and would have to be laid out over the mesh by hand.
+On a GPU cuDNN's fused attention never holds the P x P scores, which cost up to 28 % of a step where
+they are held. It takes 16-bit numbers and some head sizes; which ones depends on its version. So it
+is tried once for each shape, and XLA's own attention runs where it fails. Other devices run XLA's,
+TPUs too: the Pallas kernels take only lengths that are multiples of their blocks, and they would
+have to be split over the mesh by hand.
 """
 
 import functools
@@ -19,18 +19,24 @@ import numpy as np
 Kernel = Literal["cudnn", "xla"]
 
 _log = logging.getLogger(__name__)
-# Of the largest number of a result. Two kernels in bfloat16 (8 bits) are within 1 %; a wrong one is
-# not even near.
+# Largest difference of two kernels, as a share of the largest number of a result. Two right ones in
+# bfloat16 (8 bits) differ by less than 1 %; a wrong one by far more than this.
 _TOLERANCE = 0.03
 
 
 def attention_kernel(
     dtype: Any, tokens: int, head_size: int, platform: str | None = None
 ) -> Kernel:
-    """The fastest kernel that works for self-attention without a mask, of `tokens` tokens and heads of `head_size`.
+    """Chooses the fastest kernel that works for self-attention without a mask.
 
-    The program under way may be for other devices than those here, a TPU slice say: what counts is
-    the mesh's platform, and nothing is tried for another. In float32 it is always XLA's.
+    In float32 it is always XLA's.
+
+    Args:
+      dtype: the number type of queries, keys and values.
+      tokens: the number of tokens.
+      head_size: the size of a head.
+      platform: "cpu", "gpu" or "tpu"; None: that of the current mesh. A program may be compiled for
+        devices that are not here, such as a TPU slice: nothing is tried for those.
     """
     platform = platform or _platform()
     if platform != "gpu" or jax.default_backend() != "gpu" or jnp.dtype(dtype) == jnp.float32:
@@ -45,48 +51,53 @@ def _platform() -> str:
 
 @functools.cache
 def _works(kernel: Kernel, dtype: Any, tokens: int, head_size: int) -> bool:
-    """Whether `kernel` runs here, forward and backward, and says what XLA's attention says; logs one line if not."""
-    found: list[str] = []
+    """Tries whether `kernel` runs here and gives the results and gradients of XLA's attention.
+
+    Logs one line where it does not.
+    """
+    problems: list[str] = []
 
     def probe() -> None:
         try:
-            expected, actual = (
-                _attention_and_gradients(name, dtype, tokens, head_size) for name in ("xla", kernel)
-            )
+            expected = _attention_and_gradients("xla", dtype, tokens, head_size)
+            actual = _attention_and_gradients(kernel, dtype, tokens, head_size)
             errors = [
                 np.abs(a - e).max() / np.abs(e).max() for a, e in zip(actual, expected, strict=True)
             ]
-            if not np.max(errors) <= _TOLERANCE:  # NumPy's maximum, of which a NaN is one
-                found.append(f"its results are {np.max(errors):.0%} off")
-        except Exception as error:  # whatever it is, the other kernel runs
-            found.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            # NumPy's maximum is NaN where one error is; a NaN is not below the tolerance.
+            largest = np.max(errors)
+            if not largest <= _TOLERANCE:
+                problems.append(f"its results are {largest:.0%} off")
+        except Exception as error:  # of any kind: XLA's attention runs instead
+            problems.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
-    # In a thread of its own: what the caller traces, and for which mesh, is not seen there.
+    # In a thread of its own, because the caller may be tracing a program, for another mesh: a new
+    # thread knows nothing of that, so that the probe runs at once.
     thread = threading.Thread(target=probe)
     thread.start()
     thread.join()
-    if found:
+    if problems:
         _log.warning(
-            "image attention of %d tokens with heads of %d in %s runs on XLA, %s does not work here: %s",
-            *(tokens, head_size, dtype, kernel, found[0]),
+            "image attention of %d tokens with heads of %d in %s runs on XLA, "
+            "%s does not work here: %s",
+            *(tokens, head_size, dtype, kernel, problems[0]),
         )
-    return not found
+    return not problems
 
 
 def _attention_and_gradients(
     kernel: Kernel, dtype: Any, tokens: int, head_size: int
 ) -> list[np.ndarray]:
-    """Attention of two images over random numbers with two heads, and its gradients; float32, on the first device."""
+    """Computes attention of random numbers and its gradients, as float32, on the first device.
+
+    There are two images and two heads.
+    """
     numbers = np.random.default_rng(0).normal(size=(4, 2, tokens, 2, head_size)).astype(np.float32)
     query, key, value, weight = (jnp.asarray(x, dtype) for x in numbers)
 
     def run(query, key, value, weight):
-        out, pullback = jax.vjp(
-            lambda *qkv: jax.nn.dot_product_attention(*qkv, implementation=kernel),
-            query,
-            key,
-            value,
-        )
+        attention = functools.partial(jax.nn.dot_product_attention, implementation=kernel)
+        out, pullback = jax.vjp(attention, query, key, value)
         return out, *pullback(weight)
 
     return [np.asarray(x, np.float32) for x in jax.jit(run)(query, key, value, weight)]

@@ -1,124 +1,240 @@
-"""Counts of a model's parameters and of the floating-point operations (FLOPs) of its passes."""
+"""Counts of a model's parameters and of the floating-point operations (FLOPs) of its passes.
+
+Every count of FLOPs in mammut is made here. tests/test_flops.py compares them with the matrix
+products and convolutions of the traced program.
+"""
 
 import math
+from collections.abc import Iterable, Mapping
 
 from flax import nnx
 
+from mammut.models.layers import LayerConfig
 from mammut.models.mammut import MaMMUT, ModelConfig
 from mammut.models.resnet import ResNetConfig
-from mammut.models.vit import patches_kept
+from mammut.models.vit import VisionConfig, patches_kept
 
 
 def num_params(config: ModelConfig) -> dict[str, int]:
-    """Parameters of a MaMMUT without making one: by part, and their `total`."""
+    """Counts the parameters of a MaMMUT without making one: by part, and their `total`."""
     abstract = nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0)))
-    counts = {
-        **{"vision": 0, "image_projection": 0, "token_embed": 0, "layers": 0, "cross_layers": 0},
-        **({"adapters": 0} if config.adapters else {}),
-        "other": 0,
-    }
+    counts = {"vision": 0, "image_projection": 0, "token_embed": 0, "layers": 0, "cross_layers": 0}
+    if config.adapters:
+        counts["adapters"] = 0
+    counts["other"] = 0
+
     for path, param in nnx.to_flat_state(nnx.state(abstract, nnx.Param)):
         part = path[1] if path[0] == "text" else path[0]
-        part = "layers" if part in ("bare_layers", "text_only_layers") else part
-        counts[part if part in counts else "other"] += param.get_value().size
+        if part in ("bare_layers", "text_only_layers"):
+            part = "layers"
+        elif part not in counts:
+            part = "other"
+        counts[part] += param.get_value().size
+
     return {**counts, "total": sum(counts.values())}
 
 
 def forward_flops(
-    config: ModelConfig, training: bool = False, length: int | None = None, sees_image: bool = True
+    config: ModelConfig,
+    patch_drop: float = 0.0,
+    length: int | None = None,
+    sees_image: bool = True,
 ) -> dict[str, int]:
-    """FLOPs of one example forward (2 a multiply-add), by part: vision, contrastive pass, caption pass, vocabulary.
+    """Counts the FLOPs of one example's forward pass, 2 for each multiply-add.
 
-    A text has `length` tokens, beside those of an image prefix; None: as many as the model has
-    places for. With `training`, what it is in a training step, where `VisionConfig.patch_drop`
-    leaves patches out; such a step is three times the sum. Without `sees_image` the caption pass is
-    a language pass. Attention counts in full where it is bidirectional and half where it is causal.
-    What remat recomputes is not counted, nor are the B x B contrastive logits, nor adapters.
+    Counted are matrix products and convolutions. Attention counts in full where it is
+    bidirectional, and half where it is causal, with or without a local window. Not counted are
+    adapters, the B x B contrastive logits, and what remat computes again.
+
+    Args:
+      config: the model.
+      patch_drop: the share of patches that a training step leaves out
+        (`AugmentConfig.patch_drop`).
+      length: tokens of the text, not counting those of an image prefix; None: `config.text_length`.
+      sees_image: False: the caption pass is a language pass.
+
+    Returns:
+      The FLOPs of each part: `vision`, `contrastive_pass`, `caption_pass`, `vocabulary`.
+      `training_flops` makes those of a training step of them.
     """
-    vision, text = config.vision, config.text
+    vision = config.vision
+    text = config.text
     length = config.text_length if length is None else length
-    # Of the caption pass: a prefix takes the start's place.
-    sequence = length + (max(config.num_prefix_tokens - 1, 0) if sees_image else 0)
     patches = vision.grid[0] * vision.grid[1]
-    dropped = patches - patches_kept(patches, vision.patch_drop) if training else 0
-    tokens = patches - dropped + vision.class_token
-    seen = vision.num_tokens - (0 if vision.pooling == "queries" else dropped)  # by the decoder
+    dropped = patches - patches_kept(patches, patch_drop) if patch_drop else 0
 
-    # `size` of what is attended to
-    def attention(tower, asking, attended, causal=False, size=None):
-        own = (3 if tower.attn_gate else 2) * asking * tower.width
-        maps = 2 * tower.width * (own + 2 * attended * (size or tower.width))
-        return maps + 4 * asking * attended * tower.width // (2 if causal else 1)
+    # What the decoder sees of the image: learned queries stay when patches are dropped.
+    seen = vision.num_tokens
+    if vision.pooling != "queries":
+        seen -= dropped
 
-    def mlp(tower, asking):
-        return (6 if tower.activation == "swiglu" else 4) * asking * tower.width * tower.mlp_dim
+    if isinstance(vision, ResNetConfig):
+        tower = resnet_flops(vision)
+    else:
+        tower = _vit_flops(vision, patches, dropped, query_width=config.vision_size)
 
-    def projected(count, *sizes):
-        return 2 * count * math.prod(sizes)
-
-    groups, inside = text.num_cross_layers, text.cross_attn_position == "inside"
-    mlps = text.depth if text.mlp_before_cross_attn else text.depth - groups
-    text_only = text.text_only_depth
-
-    def text_layers(depth, mlps, causal, length):
-        return depth * attention(text, length, length, causal) + mlps * mlp(text, length)
-
-    def vit():
-        pool = {
-            "map": attention(vision, 1, tokens) + mlp(vision, 1),
-            "queries": 4 * vision.pool_queries * tokens * config.vision_size
-            + projected(
-                2,
-                config.vision_size,
-                vision.pool_queries * config.vision_size + tokens * vision.width,
-            ),
-        }
-        layers = vision.depth * (attention(vision, tokens, tokens) + mlp(vision, tokens))
-        return (
-            projected(patches, vision.patch_size**2 * 3, vision.width)
-            + layers
-            + pool.get(vision.pooling, 0)
-        )
-
-    to_decoder = config.image_projection in ("shared", "separate", "decoder")
-    to_embedding = config.image_projection in ("separate", "embedding")
-    cross = attention(text, length, seen, size=config.image_token_size)
-    cross += 0 if inside else mlp(text, length)
-    contrastive = (text_only, text_only) if text_only else (text.depth, mlps)
-    early = text_layers(text_only, text_only, True, sequence) if text.depth else 0
-    of_pooled = config.prefix_tokens is not None
     return {
-        "vision": (resnet_flops(vision) if isinstance(vision, ResNetConfig) else vit())
-        + to_decoder
-        * projected(config.prefix_tokens if of_pooled else seen, config.vision_size, text.width)
-        + to_embedding * projected(1, config.vision_size, config.embed_size),
-        "contrastive_pass": 0
-        if text.pooling == "none"
-        else text_layers(*contrastive, text.causal_contrastive, length)
-        + config.text_projection * projected(1, text.width, config.embed_size),
-        "caption_pass": early
-        + text_layers(text.depth, mlps, True, sequence)
-        + sees_image * groups * cross,
-        "vocabulary": projected(length, text.width, text.vocab_size) if text.depth else 0,
+        "vision": tower + _projection_flops(config, seen),
+        "contrastive_pass": _contrastive_flops(config, length),
+        "caption_pass": _caption_flops(config, length, seen, sees_image),
+        "vocabulary": _product(length, text.width, text.vocab_size) if text.depth else 0,
     }
 
 
+def training_flops(parts: Mapping[str, int], recomputed: Iterable[str] = ()) -> int:
+    """Counts the FLOPs of a training step from those of a forward pass, `forward_flops`.
+
+    The step is three times the forward pass: the backward pass of a product y = x W has two
+    products of the same size, one for the gradient of x and one for that of W. Where W is frozen,
+    or x needs no gradient, fewer products run; that is not subtracted.
+
+    Args:
+      parts: FLOPs of the forward pass by part.
+      recomputed: parts that the backward pass computes once more, each as often as it is named.
+    """
+    return 3 * sum(parts.values()) + sum(parts[part] for part in recomputed)
+
+
 def resnet_flops(config: ResNetConfig) -> int:
-    """FLOPs of the convolutions for one image (2 a multiply-add, the zeros around an image included)."""
-    width, side, norm_free = config.stem_width, config.image_size // 2, config.kind == "nf"
+    """Counts the FLOPs of the convolutions for one image, the zeros around it included."""
+    width = config.stem_width
     half = width // 2
-    stem = 7 * 7 * 3 * width if norm_free else 3 * 3 * (3 * half + half * half + half * width)
-    macs, side, inputs = stem * side**2, side // 2, width
-    for place, depth in enumerate(config.stages):
-        middle, outputs = width * 2**place, 4 * width * 2**place
-        after = side // 2 if place else side
-        # the 3 x 3 convolution has a stride, or an average follows it
-        halved = after if norm_free else side
+    norm_free = config.kind == "nf"
+
+    # Multiply-adds. The stem's convolutions have stride 2, the pooling after them has 2 again.
+    side = config.image_size // 2
+    if norm_free:
+        macs = 7 * 7 * 3 * width * side**2
+    else:
+        macs = 3 * 3 * (3 * half + half * half + half * width) * side**2
+    side //= 2
+
+    inputs = width
+    for stage, depth in enumerate(config.stages):
+        middle = width * 2**stage
+        outputs = 4 * middle
+        halved = side // 2 if stage else side
+        # Of the first bottleneck in a stage: the norm-free 3 x 3 convolution has the stride; in
+        # CLIP's an average follows it.
+        side_of_3x3 = halved if norm_free else side
         macs += (
             inputs * middle * side**2
-            + 9 * middle**2 * halved**2
-            + (middle + inputs) * outputs * after**2
+            + 9 * middle**2 * side_of_3x3**2
+            + (middle + inputs) * outputs * halved**2
         )
-        macs += (depth - 1) * (2 * middle * outputs + 9 * middle**2) * after**2
-        side, inputs = after, outputs
+        macs += (depth - 1) * (2 * middle * outputs + 9 * middle**2) * halved**2
+        side = halved
+        inputs = outputs
     return 2 * macs
+
+
+def _vit_flops(config: VisionConfig, patches: int, dropped: int, query_width: int) -> int:
+    """The ViT with its pooling; `dropped` patches are embedded, but not seen by the layers."""
+    tokens = patches - dropped + config.class_token
+    patch_embed = _product(patches, config.patch_size**2 * 3, config.width)
+    layers = config.depth * (_attention(config, tokens, tokens) + _mlp(config, tokens))
+
+    if config.pooling == "map":
+        pool = _attention(config, 1, tokens) + _mlp(config, 1)
+    elif config.pooling == "queries":
+        pool = _attention(
+            config, config.pool_queries, tokens, width=query_width, kv_width=config.width
+        )
+    else:
+        pool = 0
+    return patch_embed + layers + pool
+
+
+def _projection_flops(config: ModelConfig, seen: int) -> int:
+    """The maps from the image encoder to the decoder's width and to the embedding."""
+    flops = 0
+    if config.image_projection in ("shared", "separate", "decoder"):
+        # Prefix tokens are made of the pooled image.
+        tokens = seen if config.prefix_tokens is None else config.prefix_tokens
+        flops += _product(tokens, config.vision_size, config.text.width)
+    if config.image_projection in ("separate", "embedding"):
+        flops += _product(config.vision_size, config.embed_size)
+    return flops
+
+
+def _contrastive_flops(config: ModelConfig, length: int) -> int:
+    """The contrastive pass and the map to the embedding."""
+    text = config.text
+    if text.pooling == "none":
+        return 0
+
+    positions = length + text.class_token
+    if text.text_only_depth:
+        flops = _text_only_layers(config, positions, text.causal_contrastive)
+    else:
+        flops = _self_attention_layers(config, positions, text.causal_contrastive)
+    if config.text_projection:
+        flops += _product(text.width, config.embed_size)
+    return flops
+
+
+def _caption_flops(config: ModelConfig, length: int, seen: int, sees_image: bool) -> int:
+    """The caption pass over `seen` image tokens, or the language pass; without the vocabulary."""
+    text = config.text
+    if not text.depth:
+        return 0
+
+    positions = length
+    if sees_image and config.num_prefix_tokens:
+        positions += config.num_prefix_tokens - 1  # a prefix takes the place of the start token
+    flops = _text_only_layers(config, positions, causal=True)
+    flops += _self_attention_layers(config, positions, causal=True)
+
+    if sees_image:
+        layer = _attention(text, length, seen, kv_width=config.image_token_size)
+        if text.cross_attn_position != "inside":
+            layer += _mlp(text, length)
+        flops += text.num_cross_layers * layer
+    return flops
+
+
+def _text_only_layers(config: ModelConfig, positions: int, causal: bool) -> int:
+    text = config.text
+    layer = _attention(text, positions, positions, causal=causal) + _mlp(text, positions)
+    return text.text_only_depth * layer
+
+
+def _self_attention_layers(config: ModelConfig, positions: int, causal: bool) -> int:
+    text = config.text
+    mlps = text.depth
+    if text.has_bare_layers:
+        mlps -= text.num_cross_layers
+    attention = _attention(text, positions, positions, causal=causal)
+    return text.depth * attention + mlps * _mlp(text, positions)
+
+
+def _attention(
+    tower: LayerConfig,
+    queries: int,
+    keys: int,
+    *,
+    causal: bool = False,
+    width: int | None = None,
+    kv_width: int | None = None,
+) -> int:
+    """Counts attention with its maps.
+
+    `width` is the width of the queries (None: the tower's), `kv_width` that of the tokens attended
+    to (None: as `width`).
+    """
+    width = tower.width if width is None else width
+    kv_width = width if kv_width is None else kv_width
+    query_maps = 3 if tower.attn_gate else 2  # of the query, of the output, of the gate
+    maps = query_maps * _product(queries, width, width) + 2 * _product(keys, kv_width, width)
+    scores_and_sum = 2 * _product(queries, keys, width)
+    return maps + (scores_and_sum // 2 if causal else scores_and_sum)
+
+
+def _mlp(tower: LayerConfig, tokens: int) -> int:
+    maps = 3 if tower.activation == "swiglu" else 2
+    return maps * _product(tokens, tower.width, tower.mlp_dim)
+
+
+def _product(*sizes: int) -> int:
+    """A matrix product: 2 for each multiply-add."""
+    return 2 * math.prod(sizes)

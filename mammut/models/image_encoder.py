@@ -1,4 +1,4 @@
-"""What image encoders share: pixels in, tokens and one vector for the whole image out."""
+"""The contract of image encoders: pixels in; tokens and a vector out."""
 
 import math
 from typing import Any
@@ -11,9 +11,11 @@ from jaxtyping import Float, UInt8
 from mammut.core.fields import require
 from mammut.core.typing import Array
 
+Image = UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"]
+
 
 def require_pixels(config: Any) -> None:
-    # `image_mean` and `image_std` of either tower.
+    """Raises ValueError where an encoder's `image_mean` or `image_std` are no usable numbers."""
     for name, low, expected in (("image_mean", -math.inf, "finite"), ("image_std", 0, "positive")):
         values = getattr(config, name)
         require(
@@ -24,25 +26,41 @@ def require_pixels(config: Any) -> None:
 
 @struct.dataclass
 class EncoderOutput:
-    """What the encoder says of an image: its tokens, one vector for all of it, and how the patches lie."""
+    """Output of an image encoder: tokens, one vector, and the grid.
 
-    # float[B, P, D]: the patches row by row, after the class token where that is one of them
+    Dv is the width of the encoder. `MaMMUT.image_tokens` makes an `EncodedImage` of it, in the
+    decoder's terms.
+    """
+
+    # float[B, P, Dv]: the patches row by row, after the class token where that is one of them.
     tokens: jax.Array
-    pooled: jax.Array  # float32[B, D], by `VisionConfig.pooling` the mean over P or another
-    # Patches down and across; None where `VisionConfig.patch_drop` left some out, others of each
-    # image.
+    # float32[B, Dv]: the whole image, as `VisionConfig.pooling` says.
+    pooled: jax.Array
+    # Patches down and across; None where patches were dropped (`AugmentConfig.patch_drop`), which
+    # are others in each image.
     grid: tuple[int, int] | None = struct.field(pytree_node=False)
 
 
-def normalised(
-    image: UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"], config: Any
-) -> Float[Array, "B height width 3"]:
-    """Pixels as an image encoder takes them; those that are float already are left as they are.
+@struct.dataclass
+class EncodedImage:
+    """An encoded image: the tokens for the decoder, and the embedding before normalisation."""
 
-    `config` is its `VisionConfig` or `ResNetConfig`.
+    tokens: jax.Array  # float[B, P, D]: what the caption pass sees
+    vector: jax.Array  # float32[B, E], of any length; `encode_image` gives unit vectors
+    # Patches down and across; None where patches were dropped (`AugmentConfig.patch_drop`), which
+    # are others in each image.
+    grid: tuple[int, int] | None = struct.field(pytree_node=False)
+
+
+def normalised(image: Image, config: Any) -> Float[Array, "B height width 3"]:
+    """Normalises pixels for an image encoder; float pixels come back as they are.
+
+    Args:
+      image: uint8[B, height, width, 3] RGB, or float, taken as normalised already.
+      config: the encoder's `VisionConfig` or `ResNetConfig`.
 
     Raises:
-      ValueError: the images are of none of its sizes.
+      ValueError: the images have none of its sizes.
     """
     sizes = [size for size in (config.image_size, config.low_image_size) if size is not None]
     if image.shape[1:] not in [(size, size, 3) for size in sizes]:
@@ -51,6 +69,5 @@ def normalised(
         raise ValueError(f"images are {image.shape[1:]}, expected {expected}")
     if image.dtype != jnp.uint8:
         return image
-    return (image.astype(jnp.float32) / 255 - jnp.array(config.image_mean)) / jnp.array(
-        config.image_std
-    )
+    scaled = image.astype(jnp.float32) / 255
+    return (scaled - jnp.array(config.image_mean)) / jnp.array(config.image_std)

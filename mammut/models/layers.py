@@ -1,19 +1,25 @@
-"""Norms, linear maps, attention, MLP, embeddings and the layer of both towers. Every parameter names its logical axes.
+"""Norms, linear maps and embeddings of both towers; every parameter names its logical axes.
 
-Axes in einsum strings: B batch, L text or image tokens that ask, S tokens that are attended to, N
-heads, K head size, D width. Parameters are stored in `param_dtype` and cast to `dtype` where they
-are used; statistics of norms and softmax are float32.
+Axes: B batch, L text or image tokens, N heads, K head size, D width, V vocabulary. Parameters are
+stored in `ComputeConfig.param_dtype` and cast to `dtype` where they are used; statistics of norms
+are float32.
+
+A module is built without numbers: each parameter knows its shape, its axes and how it starts.
+`initialise` then draws them all.
 """
 
 import dataclasses
+import functools
 import math
+import zlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Key
 
 from mammut.core.fields import require, require_at_most, require_choices, require_positive
 from mammut.core.sharding import constrain
@@ -21,34 +27,60 @@ from mammut.core.typing import Array
 from mammut.models.compute import Dtypes, recomputed
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu2", "swiglu"]
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """What the layers of a tower are made of; the defaults are those of the vision transformer as published."""
+    """The layers of a tower; by default those of the published vision transformer."""
 
+    # Fields that only other people's weights set: `train.py --help` leaves them out.
+    OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        "norm",
+        "norm_eps",
+        "attn_bias",
+        "attn_out_bias",
+        "attn_scale",
+        "mlp_bias",
+        "layout",
+        "qk_norm",
+        "attn_gate",
+        "gate_bias",
+    )
+
+    # Size of a token.
     width: int = 768
+    # Number of layers.
     depth: int = 12
+    # Attention heads; they divide the width.
     num_heads: int = 12
+    # Hidden size of the MLP.
     mlp_dim: int = 3072
-    # gelu is exact (PyTorch's default), gelu_tanh its approximation (Flax's), quick_gelu x *
-    # sigmoid(1.702 x) (OpenAI's CLIP), relu2 the square of a ReLU, swiglu a linear map gated by the
-    # SiLU of another
+    # Activation of the MLP. gelu is exact (PyTorch's default), gelu_tanh is its approximation
+    # (Flax's), quick_gelu x * sigmoid(1.702 x) (OpenAI's CLIP), relu2 the square of a ReLU, swiglu
+    # a linear map gated by the SiLU of another.
     activation: Activation = "gelu_tanh"
+    # Kind of the norms: LayerNorm or RMSNorm.
     norm: Literal["layer", "rms"] = "layer"
+    # Number added to the variance in a norm.
     norm_eps: float = 1e-6
-    norm_bias: bool = True  # of LayerNorm; an RMSNorm has none
+    # Whether attention's maps have biases.
     attn_bias: bool = True
-    attn_out_bias: bool | None = None  # of attention's last map; None: as `attn_bias`
-    # attention scores are divided by the root of the head size; GPT-Neo's are not
+    # Whether attention's last map has a bias; None: as `attn_bias`.
+    attn_out_bias: bool | None = None
+    # Whether attention scores are divided by the root of the head size; GPT-Neo's are not.
     attn_scale: bool = True
+    # Whether the MLP's maps have biases.
     mlp_bias: bool = True
-    # serial: the MLP reads what attention has been added to. parallel: both read one norm of the
-    # layer's input (GPT-J); parallel_two_norms: each has a norm of its own (GPT-NeoX).
+    # Order of a layer. serial: the MLP reads the sum of input and attention. parallel: MLP and
+    # attention read one norm of the layer's input (GPT-J). parallel_two_norms: each has a norm of
+    # its own (GPT-NeoX).
     layout: Literal["serial", "parallel", "parallel_two_norms"] = "serial"
-    qk_norm: bool = False  # a norm over each head's queries and keys
-    # what a layer attended to is multiplied by a sigmoid of the layer's normed input
+    # Whether each head's queries and keys are normed.
+    qk_norm: bool = False
+    # Whether attention's result is multiplied by a sigmoid of the layer's normed input.
     attn_gate: bool = False
+    # Whether the map of that gate has a bias.
     gate_bias: bool = True
 
     def __post_init__(self):
@@ -57,28 +89,116 @@ class LayerConfig:
         require_at_most(self, {"width": 2**16, "depth": 2**10, "mlp_dim": 2**18})
         require(
             self.width % self.num_heads == 0,
-            f"{type(self).__name__}.width {self.width} is not a multiple of num_heads {self.num_heads}",
+            f"{type(self).__name__}.width {self.width} is not a multiple of num_heads "
+            f"{self.num_heads}",
         )
 
 
-def param(value: jax.Array, *axes: str | None) -> nnx.Param:
-    """A parameter with one logical axis name for each dimension (None: never split)."""
-    if len(axes) != value.ndim:
-        raise ValueError(
-            f"a parameter of shape {value.shape} was given {len(axes)} axis names: {axes}"
-        )
-    return nnx.Param(value, axes=axes)
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """Starts a parameter with one value."""
+
+    value: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.full(shape, self.value, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """Starts a parameter with normal numbers, cut at `cut` standard deviations; None: uncut."""
+
+    stddev: float
+    cut: float | None = None
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        drawn = jax.random.normal(key, shape, jnp.float32)
+        if self.cut is not None:
+            drawn = jnp.clip(drawn, -self.cut, self.cut)
+        return self.stddev * drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Starts a parameter with numbers drawn evenly from -bound to bound."""
+
+    bound: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jax.random.uniform(key, shape, jnp.float32, -self.bound, self.bound)
+
+
+@dataclasses.dataclass(frozen=True)
+class FanIn:
+    """Starts a kernel with normal numbers of variance gain / fan-in.
+
+    Numbers beyond two standard deviations are drawn again.
+    """
+
+    fan_in: int
+    gain: float = 1.0
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        # The deviation of a standard normal number that is redrawn beyond 2.
+        truncated = 0.87962566
+        stddev = math.sqrt(self.gain / self.fan_in) / truncated
+        return stddev * jax.random.truncated_normal(key, -2, 2, shape, jnp.float32)
+
+
+Start = Constant | Normal | Uniform | FanIn
+
+
+def param(start: Start, sizes: tuple[int, ...], dtype: Any, *axes: str | None) -> nnx.Param:
+    """Makes a parameter without numbers yet, with a logical axis name for each dimension.
+
+    Args:
+      start: how `initialise` draws it.
+      sizes: its shape.
+      dtype: the number type that it is stored in.
+      axes: the names; None: the dimension is never split over devices.
+    """
+    if len(axes) != len(sizes):
+        raise ValueError(f"a parameter of shape {sizes} was given {len(axes)} axis names: {axes}")
+    return nnx.Param(jax.ShapeDtypeStruct(sizes, dtype), axes=axes, start=start)
+
+
+def initialise(module: Module, key: jax.Array, path: str = "") -> Module:
+    """Gives every parameter of a new module its numbers; returns the module.
+
+    The key of a parameter is folded from its path: an option that adds or removes parameters
+    changes no other.
+
+    Args:
+      module: a module whose parameters have no numbers yet.
+      key: the key that all others are folded from.
+      path: the path of the module in its model, such as "adapters".
+    """
+    for steps, variable in nnx.iter_graph(module):
+        if isinstance(variable, nnx.Param):
+            name = ".".join(filter(None, (path, *map(str, steps))))
+            spec = variable.get_value()
+            number = np.uint32(zlib.crc32(name.encode()))
+            drawn = _draw(variable.start, spec.shape, spec.dtype, key, number)
+            variable.set_value(drawn)
+    return module
+
+
+# Compiled as one: op by op, a new model would compile four programs for each shape.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(
+    start: Start, shape: tuple[int, ...], dtype: Any, key: jax.Array, number: jax.Array | np.uint32
+) -> jax.Array:
+    """Draws one parameter with a key folded from a number of its path."""
+    return start(jax.random.fold_in(key, number), shape).astype(dtype)
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis, with scale and, unless told otherwise, bias."""
+    """Layer normalisation over the last axis, with scale and bias."""
 
-    def __init__(
-        self, width: int, eps: float, *, dtypes: Dtypes, axis: str = "embed", use_bias: bool = True
-    ):
+    def __init__(self, width: int, eps: float, *, dtypes: Dtypes, axis: str = "embed"):
         self.eps = eps
-        self.scale = param(jnp.ones(width, dtypes.param), axis)
-        self.bias = param(jnp.zeros(width, dtypes.param), axis) if use_bias else None
+        self.scale = param(Constant(1.0), (width,), dtypes.param, axis)
+        self.bias = param(Constant(0.0), (width,), dtypes.param, axis)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         @recomputed
@@ -88,9 +208,9 @@ class LayerNorm(nnx.Module):
             centred = x32 - mean
             variance = (centred * centred).mean(-1, keepdims=True)
             y = centred * jax.lax.rsqrt(variance + self.eps) * scale
-            return (y if bias is None else y + bias).astype(x.dtype)
+            return (y + bias).astype(x.dtype)
 
-        return normed(x, self.scale[...], None if self.bias is None else self.bias[...])
+        return normed(x, self.scale[...], self.bias[...])
 
 
 class RMSNorm(nnx.Module):
@@ -98,7 +218,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, eps: float, *, dtypes: Dtypes, axis: str = "embed"):
         self.eps = eps
-        self.scale = param(jnp.ones(width, dtypes.param), axis)
+        self.scale = param(Constant(1.0), (width,), dtypes.param, axis)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         @recomputed
@@ -113,25 +233,27 @@ class RMSNorm(nnx.Module):
 def make_norm(
     config: LayerConfig, *, dtypes: Dtypes, width: int | None = None, axis: str = "embed"
 ) -> nnx.Module:
-    """The norm that `config` asks for, over `width` numbers; None: the tower's width."""
-    width = width or config.width
-    if config.norm == "rms":
-        return RMSNorm(width, config.norm_eps, dtypes=dtypes, axis=axis)
-    return LayerNorm(width, config.norm_eps, dtypes=dtypes, axis=axis, use_bias=config.norm_bias)
+    """Makes the norm that `config` asks for, over `width` numbers; None: the tower's width."""
+    kind = {"layer": LayerNorm, "rms": RMSNorm}[config.norm]
+    return kind(width or config.width, config.norm_eps, dtypes=dtypes, axis=axis)
 
 
 def adapted(
     module: nnx.Module, function: Callable[[Array], jax.Array], x: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """`function(x)`, the work of `module`, or what its adapter makes of both (`mammut.models.adapter_modules` puts it there)."""
+    """Applies `function`, the work of `module`, through the module's adapter where it has one.
+
+    `mammut.models.adapter_modules` puts the adapter there for the time of a call.
+    """
     return function(x) if module.adapter is None else module.adapter(function, x)
 
 
 class Linear(nnx.Module):
-    """An affine map from axes `inputs` to axes `outputs`, each a dict of logical axis name to size.
+    """An affine map from axes `inputs` to axes `outputs`.
 
-    `Linear({"embed": D}, {"heads": N, "head_size": K})` has a kernel [D, N, K] and maps [..., D] to
-    [..., N, K]. Initialised with variance 1 / fan-in; biases with zero.
+    Each is a dict of logical axis name to size: `Linear({"embed": D}, {"heads": N, "head_size":
+    K})` has a kernel [D, N, K] and maps [..., D] to [..., N, K]. Kernels start with variance 1 /
+    fan-in, biases with zero.
     """
 
     def __init__(
@@ -139,43 +261,54 @@ class Linear(nnx.Module):
         inputs: dict[str, int],
         outputs: dict[str, int],
         *,
-        rngs: nnx.Rngs,
         dtypes: Dtypes,
         use_bias: bool = True,
+        start: Start | None = None,
+        bias_start: Start = Constant(0.0),
     ):
         self.num_inputs = len(inputs)
         self.dtype = dtypes.compute
-        shape = (*inputs.values(), *outputs.values())
-        stddev = 1 / math.sqrt(math.prod(inputs.values()))
-        kernel = (
-            stddev
-            * jax.random.truncated_normal(rngs.params(), -2, 2, shape, jnp.float32)
-            / 0.87962566
-        )
-        self.kernel = param(kernel.astype(dtypes.param), *inputs, *outputs)
-        self.bias = (
-            param(jnp.zeros(tuple(outputs.values()), dtypes.param), *outputs) if use_bias else None
-        )
+        start = start or FanIn(math.prod(inputs.values()))
+        sizes = (*inputs.values(), *outputs.values())
+        self.kernel = param(start, sizes, dtypes.param, *inputs, *outputs)
+        if use_bias:
+            self.bias = param(bias_start, tuple(outputs.values()), dtypes.param, *outputs)
+        else:
+            self.bias = None
         self.adapter: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         return adapted(self, self._map, x)
 
     def _map(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        n = self.num_inputs
-        y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), n)
+        y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), self.num_inputs)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class Embedding(nnx.Module):
     """A table of V vectors, looked up by id."""
 
-    def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs, dtypes: Dtypes):
+    def __init__(self, vocab_size: int, width: int, *, dtypes: Dtypes):
         self.dtype = dtypes.compute
-        table = 0.02 * jax.random.normal(rngs.params(), (vocab_size, width), jnp.float32)
-        self.embedding = param(table.astype(dtypes.param), "vocab", "embed")
+        sizes = vocab_size, width
+        self.embedding = param(Normal(0.02), sizes, dtypes.param, "vocab", "embed")
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         # Gathered whole along `embed` first: a lookup in a table that is split there comes out
         # split the wrong way.
         return constrain(self.embedding[...].astype(self.dtype), "vocab", None)[tokens]
+
+
+def unit(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
+    """Divides vectors by their length, in float32.
+
+    A zero vector stays zero, with a finite gradient.
+    """
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
+
+
+def dropout(key: Key[Array, ""], x: Float[Array, "*B D"], rate: float) -> Float[Array, "*B D"]:
+    """Sets a share `rate` of the numbers to zero, at random; divides the others by 1 - `rate`."""
+    share = 1 - rate
+    return jnp.where(jax.random.bernoulli(key, share, x.shape), x / share, 0)

@@ -1,12 +1,16 @@
 """Contrastive and captioning losses: arrays in, float32 inside, per-example values out.
 
-The contrastive losses take the embeddings of the global batch. Under `jax.jit` an array sharded
-over devices is the global batch, so a sharded step has the same negatives, and the same loss, as
-one device.
+The contrastive losses take the embeddings of the global batch. Under `jax.jit` an array that is
+sharded over devices is the global batch, so a sharded step has the same negatives, and the same
+loss, as a step on one device.
+
+To add a contrastive loss, write its function and give it a row of `CONTRASTIVE`.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from mammut.core.sharding import partition_spec
 from mammut.core.typing import Array
+from mammut.models.ring_loss import ring_pairs, ring_softmax
 
 
 def contrastive_logits(
@@ -25,8 +30,8 @@ def contrastive_logits(
     bias: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "B B"]:
     """Scaled cosines float[B, B] of every image (rows) with every text (columns)."""
-    # In full: by default a TPU multiplies in bfloat16, and a scale of 100 makes errors of 0.4 of
-    # that.
+    # In full float32: by default a TPU multiplies in bfloat16, and a scale of 100 turns its
+    # rounding into errors of up to 0.4.
     cosines = jnp.matmul(
         image_embed.astype(jnp.float32),
         text_embed.astype(jnp.float32).T,
@@ -36,7 +41,10 @@ def contrastive_logits(
 
 
 def softmax_contrastive(logits: Float[Array, "B B"]) -> Float[Array, "B"]:
-    """InfoNCE (CLIP, arXiv 2103.00020, figure 3): the mean of image-to-text and text-to-image per pair, float[B]."""
+    """InfoNCE loss of each pair, float[B] (CLIP, arXiv 2103.00020, figure 3).
+
+    The mean of two cross-entropies: of the image among all texts, and of the text among all images.
+    """
     # Not `jnp.diagonal`, for which the partitioner moves rows between devices.
     matched = jnp.where(jnp.eye(len(logits), dtype=bool), logits, 0).sum(1)
     image_to_text = jax.nn.logsumexp(logits, axis=1) - matched
@@ -45,15 +53,16 @@ def softmax_contrastive(logits: Float[Array, "B B"]) -> Float[Array, "B"]:
 
 
 def sigmoid_contrastive(logits: Float[Array, "B B"]) -> Float[Array, "B"]:
-    """SigLIP (arXiv 2303.15343, algorithm 1): each pair on its own is matched or not; float[B], summed over the texts.
+    """Sigmoid loss of each image, float[B], summed over the texts.
 
-    Start it with a logit scale of 10 and a bias of -10: B - 1 of B pairs are negatives.
+    Every image with every text is a pair of its own, which matches or does not (SigLIP, arXiv
+    2303.15343, algorithm 1).
     """
     return sigmoid_pairs(logits, jnp.eye(len(logits), dtype=bool)).sum(1)
 
 
 def sigmoid_pairs(logits: Float[Array, "Q R"], matched: Bool[Array, "Q R"]) -> Float[Array, "Q R"]:
-    """What each pair costs by the sigmoid loss, float[Q, R]."""
+    """Sigmoid loss of each pair of an image and a text, float[Q, R]."""
     return -jax.nn.log_sigmoid(jnp.where(matched, logits, -logits))
 
 
@@ -64,17 +73,18 @@ def focal_contrastive(
     alpha: float = 0.5,
     normalization: str = "batch",
 ) -> Float[Array, "B"]:
-    """The paper's focal sigmoid loss (section 3.2; RO-ViT, arXiv 2305.07011, section 3.3): float[B], over the texts.
+    """Focal sigmoid loss of each image, float[B], over the texts (paper, section 3.2).
 
-    With p the probability given to the truth of a pair, a pair costs -(1 - p)^gamma log p, weighted
-    2 alpha if matched and 2 (1 - alpha) if not, so that alpha = 0.5 is the unweighted form of the
-    paper. The paper adds image-to-text and text-to-image; over a full B x B matrix these are one
-    number, which is counted once here.
+    RO-ViT (arXiv 2305.07011, section 3.3) describes it. With p the probability that the model gives
+    to the truth of a pair, the pair costs -(1 - p)^gamma log p. This is weighted by 2 alpha for a
+    pair that matches and by 2 (1 - alpha) for one that does not, so that alpha = 0.5 is the
+    unweighted form of the paper. The paper adds image-to-text and text-to-image; over a full B x B
+    matrix these are one number, which is counted once here.
 
-    `normalization` is what the mean over the batch of the returned values divides the sum over B x
-    B pairs by: "batch", as in the paper, by B; "pairs" by B * B. By B, a batch of 16K starts at
-    about 5,700 at temperature 1, beside a captioning loss of 11: weights of 1 and 1 then mean
-    something only with a negative bias, as SigLIP has.
+    `normalization` says what the sum over all B x B pairs is divided by in the mean of the returned
+    values: by B with "batch", as in the paper, or by B * B with "pairs". Divided by B, a batch of
+    16,384 starts at about 5,700 at temperature 1, beside a captioning loss of 11. Weights of 1 and
+    1 then make sense only with a negative bias, as SigLIP has.
     """
     pairs = focal_pairs(logits, jnp.eye(len(logits), dtype=bool), gamma=gamma, alpha=alpha)
     return pairs.sum(1) if normalization == "batch" else pairs.mean(1)
@@ -87,10 +97,77 @@ def focal_pairs(
     gamma: float = 1.0,
     alpha: float = 0.5,
 ) -> Float[Array, "Q R"]:
-    """What each pair costs by the focal loss, float[Q, R]."""
+    """Focal loss of each pair of an image and a text, float[Q, R]."""
     logits = jnp.where(matched, logits, -logits)
-    log_p, log_not_p = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    log_p = jax.nn.log_sigmoid(logits)
+    log_not_p = jax.nn.log_sigmoid(-logits)
     return -jnp.where(matched, 2 * alpha, 2 * (1 - alpha)) * jnp.exp(gamma * log_not_p) * log_p
+
+
+def _ring_focal(
+    image_embed: Float[Array, "B E"],
+    text_embed: Float[Array, "B E"],
+    log_scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    *,
+    chunk: int,
+    gamma: float = 1.0,
+    alpha: float = 0.5,
+    normalization: str = "batch",
+) -> Float[Array, "B"]:
+    """Ring form of `focal_contrastive`, float[B]."""
+    pair_loss = functools.partial(focal_pairs, gamma=gamma, alpha=alpha)
+    losses = ring_pairs(pair_loss, image_embed, text_embed, log_scale, bias, chunk=chunk)
+    return losses if normalization == "batch" else losses / len(losses)
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveLoss:
+    """The forms of a contrastive loss, and where training with it starts: a row of `CONTRASTIVE`.
+
+    Attributes:
+      matrix: `matrix(logits, **options)` gives the loss of each example, float[B], of the logits
+        float[B, B] of every image with every text.
+      logit_scale_init: Logit scale at the start of a fresh run.
+      logit_bias_init: Logit bias at the start of a fresh run.
+      uses_bias: Whether the logit bias is added to the logits.
+      ring: `ring(image_embed, text_embed, log_scale, bias, *, chunk, **options)` gives the same
+        values without the B x B matrix (`mammut.models.ring_loss`); it takes no `bias` where the
+        loss does not use one. For a sum over single pairs it is `functools.partial(ring_pairs,
+        pair_loss)`. None: the loss has the matrix form only.
+    """
+
+    matrix: Callable[..., Float[Array, "B"]]
+    logit_scale_init: float
+    logit_bias_init: float
+    uses_bias: bool = True
+    ring: Callable[..., Float[Array, "B"]] | None = None
+
+
+# The contrastive losses by name, as `LossConfig.contrastive` takes it. `**options` of both forms
+# are `LossConfig.contrastive_options`: a loss without options needs nothing there.
+CONTRASTIVE: dict[str, ContrastiveLoss] = {
+    "softmax": ContrastiveLoss(
+        matrix=softmax_contrastive,
+        ring=ring_softmax,
+        uses_bias=False,  # a constant cancels in a softmax
+        logit_scale_init=1 / 0.07,  # CLIP, section 2.5
+        logit_bias_init=0.0,
+    ),
+    # All but one of B pairs do not match: with SigLIP's start (section 3.2) they cost little.
+    "focal": ContrastiveLoss(
+        matrix=focal_contrastive,
+        ring=_ring_focal,
+        logit_scale_init=10.0,
+        logit_bias_init=-10.0,
+    ),
+    "sigmoid": ContrastiveLoss(
+        matrix=sigmoid_contrastive,
+        ring=functools.partial(ring_pairs, sigmoid_pairs),
+        logit_scale_init=10.0,
+        logit_bias_init=-10.0,
+    ),
+}
 
 
 def caption_loss(
@@ -106,10 +183,10 @@ def caption_loss(
 ) -> Float[Array, "B L"]:
     """Cross-entropy of each label in nats, float[B, L]; zero where `loss_mask` is False.
 
-    The scores exist for `chunk` text positions at a time, float32[B, chunk, V], and are computed
-    again in the backward pass: all at once they are 33 MB an example at V = 64,000.
+    The logits exist for `chunk` text positions at a time, float32[B, chunk, V], and are computed
+    again in the backward pass: all at once they take 33 MB an example at V = 64,000.
     `label_smoothing` spreads that share of the target evenly over the vocabulary; `z_loss` weighs
-    log(Z)^2, which keeps the scores from drifting. To train, `summed_caption_loss` is faster.
+    log(Z)^2, which keeps the logits from drifting. For training, `summed_caption_loss` is faster.
     """
 
     @jax.checkpoint
@@ -133,11 +210,12 @@ def summed_caption_loss(
     z_loss: float = 0.0,
     chunk: int = 16,
 ) -> Float[Array, ""]:
-    """The sum of `caption_loss`, float32, with the same peak of scores and three matrix products in place of four.
+    """Sum of `caption_loss`, a float32 scalar, with fewer matrix products.
 
-    The gradient of a sum is known but for one factor, so it is taken in the forward pass, chunk by
-    chunk, while the scores are there. It is summed in float32, and multiplied in the type of
-    `features` like any other.
+    The gradient of a sum is known up to one factor. So it is computed in the forward pass, chunk by
+    chunk, while the logits of the chunk exist: three matrix products in place of four, and the same
+    peak of memory. The gradient is summed in float32; its products are in the type of `features`,
+    as in any backward pass.
     """
     return _summed(
         label_smoothing, z_loss, chunk, features, vocab_kernel, vocab_bias, labels, loss_mask
@@ -172,17 +250,19 @@ def _summed_forward(
         features_grad = jnp.matmul(slopes, vocab_kernel.T, preferred_element_type=jnp.float32)
         return (total + jnp.where(counted, losses, 0).sum(), kernel_grad, bias_grad), features_grad
 
-    zeros = lambda x: None if x is None else jnp.zeros(x.shape, jnp.float32)  # noqa: E731
-    start = (jnp.float32(0), zeros(vocab_kernel), zeros(vocab_bias))
+    # `vocab_bias` may be None, which is an empty tree.
+    zero_grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (vocab_kernel, vocab_bias))
     (total, *grads), features_grad = jax.lax.scan(
-        step, start, _chunks((features, labels, loss_mask), chunk)
+        step, (jnp.float32(0), *zero_grads), _chunks((features, labels, loss_mask), chunk)
     )
+    # Empty arrays that carry the types for the backward pass.
     like = jax.tree.map(lambda x: jnp.zeros(0, x.dtype), (features, vocab_kernel, vocab_bias))
     return total, ((_joined(features_grad, labels.shape), *grads), like)
 
 
 def _summed_backward(label_smoothing, z_loss, chunk, saved, factor):
-    return *jax.tree.map(lambda grad, like: (factor * grad).astype(like.dtype), *saved), None, None
+    grads = jax.tree.map(lambda grad, like: (factor * grad).astype(like.dtype), *saved)
+    return *grads, None, None  # labels and mask have no gradient
 
 
 _summed.defvjp(_summed_forward, _summed_backward)
@@ -200,46 +280,50 @@ def _is_label(logits: Array, labels: Array) -> Array:
 def _token_losses(
     logits: Array, is_label: Array, label_smoothing: float, z_loss: float
 ) -> tuple[Array, Array]:
-    """The losses float[B, L] of logits float[B, L, V], and log(Z) float[B, L, 1]."""
+    """Losses float[B, L] of logits float[B, L, V], and log(Z) float[B, L, 1]."""
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     # A sum and no look-up, so that a vocabulary that is split over devices stays where it is.
-    target = (1 - label_smoothing) * jnp.where(is_label, logits, 0).sum(
-        -1
-    ) + label_smoothing * logits.mean(-1)
+    label_logit = jnp.where(is_label, logits, 0).sum(-1)
+    target = (1 - label_smoothing) * label_logit + label_smoothing * logits.mean(-1)
     return log_z[..., 0] - target + z_loss * log_z[..., 0] ** 2, log_z
 
 
 def _chunks(tree: Any, chunk: int) -> Any:
-    """Arrays [B, L, ...] -> [chunks, B, at most `chunk`, ...]: text is cut, so that the batch keeps its sharding."""
+    """Cuts arrays [B, L, ...] along the text into [chunks, B, at most `chunk`, ...].
+
+    The batch axis is not cut, so that it keeps its sharding.
+    """
 
     def split(x):
         count = math.ceil(x.shape[1] / chunk)
         size = math.ceil(x.shape[1] / count)
-        x = jnp.pad(x, ((0, 0), (0, count * size - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
+        other_axes = ((0, 0),) * (x.ndim - 2)
+        x = jnp.pad(x, ((0, 0), (0, count * size - x.shape[1]), *other_axes))
         return jnp.moveaxis(x.reshape(len(x), count, size, *x.shape[2:]), 1, 0)
 
     return jax.tree.map(split, tree)
 
 
 def _joined(x: Array, shape: tuple[int, int]) -> Array:
-    """What `_chunks` took apart, [B, L, ...]."""
+    """Puts together what `_chunks` cut, [B, L, ...]."""
     return jnp.moveaxis(x, 0, 1).reshape(shape[0], -1, *x.shape[3:])[:, : shape[1]]
 
 
 def caption_sum(
-    features: jax.Array,
-    vocab_kernel: jax.Array,
-    vocab_bias: jax.Array | None,
-    labels: jax.Array,
-    loss_mask: jax.Array,
+    features: Float[Array, "B L D"],
+    vocab_kernel: Float[Array, "D V"],
+    vocab_bias: Float[Array, "V"] | None,
+    labels: Int[Array, "B L"],
+    loss_mask: Bool[Array, "B L"],
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     chunk: int = 16,
-) -> jax.Array:
-    """`summed_caption_loss` over the batch, on every device over its own rows.
+) -> Float[Array, ""]:
+    """Sum of the caption losses of a batch, a float32 scalar; every device sums its own rows.
 
-    Else the vocabulary's kernel would be gathered, and its gradient reduced, once for every chunk.
+    Takes the arguments of `summed_caption_loss`. That function alone would gather the kernel of the
+    vocabulary, and reduce its gradient, once for every chunk.
     """
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "chunk": chunk}
 

@@ -1,172 +1,155 @@
-"""MaMMUT: one image encoder, one text decoder, two passes; and MAGMA: an image prefix and adapters on that decoder."""
+"""The model: an image encoder and a text decoder with two passes, or a prefix."""
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Bool, Float, Int, Key, UInt8
+from jaxtyping import Bool, Float, Int
 
-from mammut.core.fields import require, require_choices, require_positive, require_share
+from mammut.core.fields import require, require_choices
 from mammut.core.sharding import constrain
 from mammut.core.typing import Array
 from mammut.models.adapter_modules import AdapterConfig, Adapters
-from mammut.models.attention_kernels import Kernel, attention_kernel
-from mammut.models.compute import Dtype, Dtypes, Remat
+from mammut.models.compute import Augment, AugmentConfig, ComputeConfig
 from mammut.models.decoder import DecoderConfig, TextDecoder
-from mammut.models.image_encoder import EncoderOutput
-from mammut.models.layers import LayerNorm, Linear
+from mammut.models.fused_passes import both_passes
+from mammut.models.image_encoder import EncodedImage, Image
+from mammut.models.layers import Constant, LayerNorm, Linear, dropout, initialise, param, unit
 from mammut.models.masks import caption_labels
 from mammut.models.resnet import ResNet, ResNetConfig
 from mammut.models.vit import VisionConfig, ViT
 
-# Of the key of an image's crop: that of a patch drop is 4 (`vit`).
-_DROPOUT_STREAM = 5
-_PREFIX_NORM_EPS = 1e-5  # PyTorch's default, as in MAGMA
-
-Image = UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"]
-
-
-# The logit scale is kept below this in training, as in CLIP: past it the softmax of cosines is all
-# but one-hot.
+# Largest logit scale in training, as in CLIP: above it the softmax of cosines is all but one-hot.
 MAX_LOGIT_SCALE = 100.0
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
+# Logit scale of a new model, CLIP's; a training run starts with that of its loss.
+_LOGIT_SCALE = 1 / 0.07
+# Stream of `Augment.key` that drops numbers of a prefix; `vit` has streams 0 to 4.
+_DROPOUT_STREAM = 5
+# Number added to the variance in the norm of a prefix: PyTorch's default, as in MAGMA.
+_PREFIX_NORM_EPS = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One image encoder and one text decoder: a MaMMUT, or with an image prefix a MAGMA (arXiv 2112.05253)."""
+    """One image encoder and one text decoder: the architecture, which travels with the weights.
 
+    With cross-attention layers it is a MaMMUT, with an image prefix a MAGMA (arXiv 2112.05253).
+
+    Example:
+      >>> config = mammut.presets.mammut_b16()
+      >>> large_images = dataclasses.replace(config.vision, image_size=384)
+      >>> config = dataclasses.replace(config, vision=large_images)
+    """
+
+    OF_WEIGHTS: ClassVar[tuple[str, ...]] = ("text_projection", "projection_bias")
+
+    # The image encoder.
     vision: VisionConfig | ResNetConfig = VisionConfig()
+    # The text decoder.
     text: DecoderConfig = DecoderConfig()
-    embed_dim: int | None = None  # E of the embeddings; None: the decoder's width
-    # From the image encoder: one map takes the tokens to the decoder and, averaged, to the
-    # embedding; two maps do; one takes them to the decoder and there is no embedding; one makes the
-    # embedding and the decoder sees the tokens as they are; none does either.
+    # Size E of the embeddings; None: the decoder's width.
+    embed_dim: int | None = None
+    # Linear maps behind the image encoder. shared: one map of the tokens, for the decoder; their
+    # mean is the embedding. separate: a map of the tokens for the decoder, another for the
+    # embedding. decoder: a map for the decoder, and no embedding. embedding: a map for the
+    # embedding; the decoder sees the tokens as they are. none: no map.
     image_projection: Literal["shared", "separate", "decoder", "embedding", "none"] = "shared"
-    # How the decoder sees the image: its cross-attention layers attend to the image tokens, or
-    # these stand in front of the text, in place of its start token.
-    conditioning: Literal["cross_attention", "prefix"] = "cross_attention"
-    # so many are made of the pooled image; None: every image token is one
+    # Number of prefix tokens that are made of the pooled image; None: the image tokens are the
+    # prefix.
     prefix_tokens: int | None = None
-    prefix_dropout: float = 0.0  # in training, after the projection
-    prefix_norm: bool = False  # a layer norm after that
+    # Whether a layer norm follows the projection of a prefix.
+    prefix_norm: bool = False
+    # Adapters on the model, in the order in which they work.
     adapters: tuple[AdapterConfig, ...] = ()
-    text_projection: bool = False  # a map takes the pooled text to the embedding
+    # Whether a linear map takes the pooled text to the embedding.
+    text_projection: bool = False
+    # Whether the linear maps behind encoder and decoder have biases.
     projection_bias: bool = True
-    # the inverse temperature of the contrastive logits at the start
-    logit_scale_init: float = 1 / 0.07
-    logit_bias_init: float = 0.0  # added to the contrastive logits by the sigmoid and focal losses
-    dtype: Dtype = "float32"  # compute
-    param_dtype: Dtype = "float32"  # storage
-    # what the backward pass keeps of a layer: all of it, its matrix products, its input
-    remat: Remat = "none"
-    # layers unrolled per step of the scan over layers; a small model on a CPU wants all of them
-    unroll: int = 1
-    # Training runs the decoder twice, or once with both passes stacked on a new axis: split weights
-    # are gathered once.
-    passes: Literal["two_calls", "fused"] = "two_calls"
-    # auto: a fused kernel where there is one that works here, else XLA's.
-    image_attention: Literal["auto", "xla"] = "auto"
 
     def __post_init__(self):
         require_choices(self)
-        require_positive(self, "logit_scale_init", "unroll")
-        require(
-            math.isfinite(self.logit_bias_init),
-            f"ModelConfig.logit_bias_init is {self.logit_bias_init}, expected a finite number",
-        )
-        require(
-            self.logit_scale_init <= MAX_LOGIT_SCALE,
-            f"ModelConfig.logit_scale_init is {self.logit_scale_init}, expected at most {MAX_LOGIT_SCALE}",
-        )
+        self._require_embedding()
+        self._require_prefix()
+
+    def _require_embedding(self) -> None:
+        vision = self.vision
+        text = self.text
+        projection = self.image_projection
         require(
             self.embed_dim is None or 0 < self.embed_dim <= 2**16,
             f"ModelConfig.embed_dim is {self.embed_dim}, expected 1 to {2**16}",
         )
         require(
-            self.text_projection
-            or self.text.pooling == "none"
-            or self.embed_size == self.text.width,
-            f"ModelConfig.embed_dim is {self.embed_dim}, which without text_projection is the text width "
-            f"{self.text.width}",
+            self.text_projection or text.pooling == "none" or self.embed_size == text.width,
+            f"ModelConfig.embed_dim is {self.embed_dim}, which without text_projection is the text "
+            f"width {text.width}",
         )
         require(
-            self.image_projection != "shared" or self.embed_size == self.text.width,
-            f"ModelConfig.embed_dim is {self.embed_dim}, which with image_projection 'shared' is the text width "
-            f"{self.text.width}",
+            projection != "shared" or self.embed_size == text.width,
+            f"ModelConfig.embed_dim is {self.embed_dim}, which with image_projection 'shared' is "
+            f"the text width {text.width}",
+        )
+        mean_of_tokens = vision.pooling in ("mean", "mean_all") and not vision.norm_after_pooling
+        require(
+            projection != "shared" or mean_of_tokens,
+            f"ModelConfig.image_projection is 'shared', which goes with VisionConfig.pooling "
+            f"'mean' or 'mean_all' and norm_after_pooling False, not {vision.pooling!r} and "
+            f"{vision.norm_after_pooling}",
         )
         require(
-            self.image_projection != "shared"
-            or (self.vision.pooling in ("mean", "mean_all") and not self.vision.norm_after_pooling),
-            f"ModelConfig.image_projection is 'shared', which goes with VisionConfig.pooling 'mean' or 'mean_all' and "
-            f"norm_after_pooling False, not {self.vision.pooling!r} and {self.vision.norm_after_pooling}",
+            projection != "none" or text.pooling == "none" or self.vision_size == self.embed_size,
+            f"ModelConfig.image_projection is 'none', which needs images of {self.embed_size} "
+            f"numbers, not {self.vision_size}",
         )
         require(
-            self.image_projection != "none"
-            or self.text.pooling == "none"
-            or self.vision_size == self.embed_size,
-            f"ModelConfig.image_projection is 'none', which needs images of {self.embed_size} numbers, not "
-            f"{self.vision_size}",
+            projection != "decoder" or text.pooling == "none",
+            f"ModelConfig.image_projection is 'decoder', which makes no image embedding for "
+            f"DecoderConfig.pooling {text.pooling!r}",
         )
-        if self.vision.pooling == "queries":
+        if vision.pooling == "queries":
             require(
-                self.embed_size % self.vision.pool_heads == 0,
-                f"ModelConfig.embed_dim {self.embed_size} is not a multiple of VisionConfig.pool_heads "
-                f"{self.vision.pool_heads}",
+                self.embed_size % vision.pool_heads == 0,
+                f"ModelConfig.embed_dim {self.embed_size} is not a multiple of "
+                f"VisionConfig.pool_heads {vision.pool_heads}",
             )
+
+    def _require_prefix(self) -> None:
         text = self.text
-        prefix = self.conditioning == "prefix"
+        prefix = text.has_prefix
         require(
-            prefix == (text.cross_attn_every == 0),
-            f"ModelConfig.conditioning is {self.conditioning!r}, which does not go with DecoderConfig.cross_attn_every "
-            f"{text.cross_attn_every}: 0 goes with 'prefix', others with 'cross_attention'",
-        )
-        require_share(self, "prefix_dropout")
-        require(
-            prefix
-            or (self.prefix_tokens is None and not self.prefix_dropout and not self.prefix_norm),
-            "ModelConfig.prefix_tokens, prefix_dropout and prefix_norm need conditioning 'prefix'",
+            prefix or (self.prefix_tokens is None and not self.prefix_norm),
+            "ModelConfig.prefix_tokens and prefix_norm need an image prefix: "
+            "DecoderConfig.cross_attn_every 0",
         )
         require(
             self.prefix_tokens is None
             or (self.prefix_tokens > 0 and self.image_projection in ("separate", "decoder")),
-            f"ModelConfig.prefix_tokens is {self.prefix_tokens}, expected at least 1, with image_projection 'separate' "
-            f"or 'decoder', not {self.image_projection!r}",
-        )
-        require(
-            self.image_projection != "decoder" or text.pooling == "none",
-            f"ModelConfig.image_projection is 'decoder', which makes no image embedding for DecoderConfig.pooling "
-            f"{text.pooling!r}",
+            f"ModelConfig.prefix_tokens is {self.prefix_tokens}, expected at least 1, with "
+            f"image_projection 'separate' or 'decoder', not {self.image_projection!r}",
         )
         require(
             not prefix or self.image_token_size == text.width,
-            f"ModelConfig.image_projection is {self.image_projection!r}, which leaves image tokens of "
-            f"{self.image_token_size} numbers: a prefix has those of the decoder, {text.width}",
+            f"ModelConfig.image_projection is {self.image_projection!r}, which leaves image tokens "
+            f"of {self.image_token_size} numbers: a prefix has those of the decoder, {text.width}",
         )
         require(
             self.text_length >= 2,
-            f"DecoderConfig.max_length {text.max_length} has no room for text after the {self.num_prefix_tokens} "
-            "tokens of an image",
+            f"DecoderConfig.max_length {text.max_length} has no room for text after the "
+            f"{self.num_prefix_tokens} tokens of an image",
         )
         require(
             not prefix or not text.text_only_depth,
-            f"DecoderConfig.text_only_depth is {text.text_only_depth}, expected 0 with ModelConfig.conditioning "
-            "'prefix'",
+            f"DecoderConfig.text_only_depth is {text.text_only_depth}, expected 0 with an image "
+            "prefix",
         )
-        require(
-            self.passes != "fused"
-            or (text.pooling not in ("none", "class") and not text.text_only_depth),
-            "ModelConfig.passes is 'fused', which needs two passes over the same tokens and layers: not "
-            f"DecoderConfig.pooling {text.pooling!r} with text_only_depth {text.text_only_depth}",
-        )
-        require(
-            not prefix or self.passes != "fused",
-            "ModelConfig.passes is 'fused', which has no place for a prefix",
-        )
+
+    @property
+    def conditioning(self) -> Literal["cross_attention", "prefix"]:
+        """How the decoder sees the image."""
+        return "prefix" if self.text.has_prefix else "cross_attention"
 
     @property
     def embed_size(self) -> int:
@@ -175,34 +158,64 @@ class ModelConfig:
 
     @property
     def vision_size(self) -> int:
-        """The size of an image token; learned queries have that of the embedding."""
+        """The size of an image token; learned queries have the size of the embedding."""
         return self.embed_size if self.vision.pooling == "queries" else self.vision.width
 
     @property
     def image_token_size(self) -> int:
         """The size of an image token as the decoder attends to it."""
-        return (
-            self.text.width
-            if self.image_projection in ("shared", "separate", "decoder")
-            else self.vision_size
-        )
+        if self.image_projection in ("shared", "separate", "decoder"):
+            return self.text.width
+        return self.vision_size
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Positions of the decoder that an image takes; 0 where cross-attention sees it."""
-        if self.conditioning != "prefix":
+        """Number of decoder positions that an image takes; 0: cross-attention sees it."""
+        if not self.text.has_prefix:
             return 0
         return self.vision.num_tokens if self.prefix_tokens is None else self.prefix_tokens
 
     @property
     def text_length(self) -> int:
-        """Tokens of a text beside its image, start and end included: an image prefix takes the start's place."""
+        """Longest text beside an image, in tokens, start and end included.
+
+        An image prefix takes the place of the start.
+        """
         return self.text.max_length - max(self.num_prefix_tokens - 1, 0)
+
+
+def require_computable(
+    config: ModelConfig, compute: ComputeConfig, augment: AugmentConfig = AugmentConfig()
+) -> None:
+    """Raises ValueError where a model cannot be computed, or trained, as the configs say."""
+    text = config.text
+    same_passes = text.pooling not in ("none", "class") and text.text_only_depth == 0
+    require(
+        compute.passes != "fused" or same_passes,
+        "ComputeConfig.passes is 'fused', which needs two passes over the same tokens and layers: "
+        f"not DecoderConfig.pooling {text.pooling!r} with text_only_depth {text.text_only_depth}",
+    )
+    require(
+        compute.passes != "fused" or not text.has_prefix,
+        "ComputeConfig.passes is 'fused', which has no place for a prefix",
+    )
+    is_vit = isinstance(config.vision, VisionConfig)
+    for name in ("patch_drop", "crop_positions"):
+        value = getattr(augment, name)
+        require(
+            is_vit or not value,
+            f"AugmentConfig.{name} is {value}, which a ResNet has no patches for",
+        )
+    require(
+        text.has_prefix or not augment.prefix_dropout,
+        f"AugmentConfig.prefix_dropout is {augment.prefix_dropout}, which needs an image prefix: "
+        "DecoderConfig.cross_attn_every 0",
+    )
 
 
 @struct.dataclass
 class TwoPassOutput:
-    """What one training forward gives: the image was encoded once."""
+    """Results of both passes on one batch, whose images were encoded once."""
 
     image_embed: jax.Array  # float[B, E], unit vectors
     text_embed: jax.Array  # float[B, E], unit vectors
@@ -210,154 +223,157 @@ class TwoPassOutput:
 
 
 class MaMMUT(nnx.Module):
-    """The model of "MaMMUT: A Simple Architecture for Joint Learning for MultiModal Tasks" (arXiv 2303.16839).
+    """The MaMMUT model (arXiv 2303.16839), and with an image prefix MAGMA (arXiv 2112.05253).
 
-    The image embedding is the mean of the patch tokens, the text embedding the mean of the
-    contrastive pass over real tokens; there is no class token, no pooler and no projection head
-    (section 4.5 finds each unnecessary). One linear map brings image tokens to the decoder's width,
-    so E is that width. Images are uint8 and normalised on the device. The models of others, from
-    openMaMMUT to SigLIP and CapPa, are values of `ModelConfig` (`mammut.interop`).
+    The image embedding is the mean of the patch tokens. The text embedding is the mean of the
+    contrastive pass's features over real tokens. There is no class token, no pooler and no
+    projection head: section 4.5 of the paper finds each unnecessary. One linear map brings image
+    tokens to the decoder's width, so E is that width. In a MAGMA the mapped tokens stand in front
+    of the text, with dropout and a norm. The models of others, from openMaMMUT to SigLIP and CapPa,
+    are values of `ModelConfig` (`mammut.weights.formats`).
 
-    With `ModelConfig.conditioning` "prefix" it is the model of "MAGMA: Multimodal Augmentation of
-    Generative Models through Adapter-based Finetuning" (arXiv 2112.05253): the image tokens, mapped
-    to the decoder's width, dropped out and normed, stand in front of the text.
+    Args:
+      config: the architecture.
+      compute: how it is computed; ValueError where it cannot be (`require_computable`).
+      rngs: the source of the random weights; the key of each parameter is folded from its path.
 
-    `MaMMUT(presets.mammut_b16(), rngs=nnx.Rngs(0))` makes random weights.
+    Example:
+      >>> model = mammut.MaMMUT(mammut.presets.tiny(), rngs=nnx.Rngs(0))
+      >>> model.encode_image(np.zeros((2, 48, 48, 3), np.uint8)).shape
+      (2, 64)
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, *, compute: ComputeConfig = ComputeConfig(), rngs: nnx.Rngs
+    ):
+        require_computable(config, compute)
         self.config = config
-        dtypes = Dtypes(jnp.dtype(config.dtype), jnp.dtype(config.param_dtype))
-        tower = ResNet if isinstance(config.vision, ResNetConfig) else ViT
-        self.vision = tower(config, rngs=rngs, dtypes=dtypes)
+        self.compute = compute
+        dtypes = compute.dtypes
 
-        def linear(inputs, outputs, split=None):
-            maps = {"embed": inputs}, {**({"patch": split} if split else {}), "shared": outputs}
-            return Linear(*maps, rngs=rngs, dtypes=dtypes, use_bias=config.projection_bias)
+        if isinstance(config.vision, ResNetConfig):
+            self.vision = ResNet(config.vision, compute)
+        else:
+            self.vision = ViT(config.vision, compute, pooled_size=config.vision_size)
+        self.text = TextDecoder(config.text, compute, image_width=config.image_token_size)
 
-        to_decoder = config.image_projection in ("shared", "separate", "decoder")
-        size = config.vision_size, config.text.width
-        self.image_projection = linear(*size, config.prefix_tokens) if to_decoder else None
-        text_dtypes = dataclasses.replace(
-            dtypes, param=jnp.dtype(config.text.param_dtype or config.param_dtype)
-        )
-        self.text = TextDecoder(config, rngs=rngs, dtypes=text_dtypes)
-        to_embedding = config.image_projection in ("separate", "embedding")
-        self.image_embed_projection = (
-            linear(config.vision_size, config.embed_size) if to_embedding else None
-        )
-        self.text_embed_projection = (
-            linear(config.text.width, config.embed_size) if config.text_projection else None
-        )
-        # Scalars of the contrastive loss stay float32 whatever the storage type; the scale is kept
+        options = {"dtypes": dtypes, "use_bias": config.projection_bias}
+        vision = {"embed": config.vision_size}
+        embedding = {"shared": config.embed_size}
+
+        if config.image_projection in ("shared", "separate", "decoder"):
+            to_decoder = {"shared": config.text.width}
+            if config.prefix_tokens is not None:
+                to_decoder = {"patch": config.prefix_tokens, **to_decoder}
+            self.image_projection = Linear(vision, to_decoder, **options)
+        else:
+            self.image_projection = None
+        if config.image_projection in ("separate", "embedding"):
+            self.image_embed_projection = Linear(vision, embedding, **options)
+        else:
+            self.image_embed_projection = None
+        if config.text_projection:
+            text = {"embed": config.text.width}
+            self.text_embed_projection = Linear(text, embedding, **options)
+        else:
+            self.text_embed_projection = None
+        if config.prefix_norm:
+            self.prefix_norm = LayerNorm(config.text.width, _PREFIX_NORM_EPS, dtypes=dtypes)
+        else:
+            self.prefix_norm = None
+
+        # Scalars of the contrastive loss are float32, whatever `param_dtype` is. The scale is kept
         # as its logarithm.
-        self.logit_scale = nnx.Param(jnp.log(jnp.float32(config.logit_scale_init)), axes=())
-        self.logit_bias = nnx.Param(jnp.float32(config.logit_bias_init), axes=())
-        self.prefix_norm = (
-            LayerNorm(config.text.width, _PREFIX_NORM_EPS, dtypes=dtypes)
-            if config.prefix_norm
-            else None
-        )
-        # Last, so that they leave the random weights of the rest as they are.
-        towers = {"text": self.text, "vision": self.vision}
-        self.adapters = (
-            Adapters(config.adapters, towers, rngs=rngs, dtypes=dtypes) if config.adapters else None
-        )
+        self.logit_scale = param(Constant(math.log(_LOGIT_SCALE)), (), jnp.float32)
+        self.logit_bias = param(Constant(0.0), (), jnp.float32)
+
+        if config.adapters:
+            towers = {"text": self.text, "vision": self.vision}
+            self.adapters = Adapters(config.adapters, towers, dtypes=dtypes)
+        else:
+            self.adapters = None
         self.active_adapters = tuple(dict.fromkeys(adapter.name for adapter in config.adapters))
+        initialise(self, rngs.params())
 
     @property
     def encoder(self) -> ViT | ResNet:
-        """The image encoder as it works: `vision` with the active adapters."""
+        """The image encoder `vision` with the active adapters on it."""
         return self._adapted(self.vision, "vision")
 
     @property
     def decoder(self) -> TextDecoder:
-        """The text decoder as it works: `text` with the active adapters."""
+        """The text decoder `text` with the active adapters on it."""
         return self._adapted(self.text, "text")
 
     def _adapted(self, tower: nnx.Module, name: str) -> nnx.Module:
-        return (
-            self.adapters.attached(tower, name, self.active_adapters)
-            if self.active_adapters
-            else tower
-        )
+        if not self.active_adapters:
+            return tower
+        return self.adapters.attached(tower, name, self.active_adapters)
 
-    def image_tokens(self, image: Image, crop_key: Key[Array, ""] | None = None) -> EncoderOutput:
-        """The image as the decoder takes it, `tokens` float[B, P, D]; `pooled` float[B, E], of any length.
+    def image_tokens(self, image: Image, augment: Augment = Augment()) -> EncodedImage:
+        """Encodes images for both passes: tokens float[B, P, D] and vector float32[B, E].
 
-        `crop_key` is given in training: beside what the encoder draws from it (`ViT`), a prefix is
-        dropped out.
+        Args:
+          image: uint8[B, height, width, 3] RGB; or float, taken as normalised already.
+          augment: the random draws of a training step.
+
+        Raises:
+          ValueError: the images have another size.
         """
-        encoded = self.encoder(image, crop_key)
-        # Pinned, as every layer's output: unpinned, the backward pass of micro-batches moved them
-        # between devices.
+        encoded = self.encoder(image, augment)
+        # Without this line the backward pass of micro-batches moved the tokens between devices.
         tokens = constrain(encoded.tokens, "batch", None, "embed")
         if self.config.prefix_tokens is not None:
             tokens = encoded.pooled.astype(tokens.dtype)
         if self.image_projection is not None:
             tokens = constrain(self.image_projection(tokens), "batch", None, "embed")
-        pooled = encoded.pooled
+
+        vector = encoded.pooled
         if self.config.image_projection == "shared":
-            pooled = constrain(tokens.mean(1, dtype=jnp.float32), "batch", "embed")
+            vector = constrain(tokens.mean(1, dtype=jnp.float32), "batch", "embed")
         elif self.image_embed_projection is not None:
-            pooled = self.image_embed_projection(pooled.astype(self.vision.dtype)).astype(
-                jnp.float32
-            )
-        dropout = self.config.prefix_dropout
-        if dropout and crop_key is not None:
-            kept = jax.random.bernoulli(
-                jax.random.fold_in(crop_key, _DROPOUT_STREAM), 1 - dropout, tokens.shape
-            )
-            tokens = jnp.where(kept, tokens / (1 - dropout), 0)
+            vector = self.image_embed_projection(vector.astype(self.vision.dtype))
+            vector = vector.astype(jnp.float32)
+
+        if augment.prefix_dropout:
+            key = jax.random.fold_in(augment.key, _DROPOUT_STREAM)
+            tokens = dropout(key, tokens, augment.prefix_dropout)
         if self.prefix_norm is not None:
             tokens = self.prefix_norm(tokens)
-        return EncoderOutput(tokens, pooled, encoded.grid)
+        return EncodedImage(tokens, vector, encoded.grid)
 
-    def encode_image(
-        self, image: Image, crop_key: Key[Array, ""] | None = None
-    ) -> Float[Array, "B E"]:
-        """Image embeddings float[B, E] of unit norm, for uint8[B, height, width, 3] images."""
+    def encode_image(self, image: Image, augment: Augment = Augment()) -> Float[Array, "B E"]:
+        """Embeds images as unit vectors float32[B, E]; the arguments are those of `image_tokens`.
+
+        Raises:
+          ValueError: the model has no contrastive pass, or the images have another size.
+        """
         if self.config.text.pooling == "none":
             raise ValueError("the model has no contrastive pass: DecoderConfig.pooling is 'none'")
-        return unit(self.image_tokens(image, crop_key).pooled)
+        return unit(self.image_tokens(image, augment).vector)
 
     def encode_text(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
     ) -> Float[Array, "B E"]:
-        """Text embeddings float[B, E] of unit norm: the mean over real tokens of the contrastive pass.
+        """Embeds texts as unit vectors float32[B, E], by the contrastive pass.
 
-        Other ways are values of `DecoderConfig.pooling`; "mean_all" and "last" want texts padded to
-        `max_length`, as they were in training.
+        `DecoderConfig.pooling` says how; by default the embedding is the mean over real tokens.
+        "mean_all" and "last" need texts that are padded to `max_length`, as they were in training.
+
+        Raises:
+          ValueError: the model has no contrastive pass, or the texts are too long.
         """
         return unit(self.text_vector(tokens, text_valid))
 
     def text_vector(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
     ) -> Float[Array, "B E"]:
-        """What `encode_text` gives, float[B, E] of any length."""
-        return self._pooled_text(
-            self.decoder.contrastive_pass(tokens, text_valid), tokens, text_valid
-        )
+        """Computes the embedding of texts before normalisation, float32[B, E] of any length."""
+        features = self.decoder.contrastive_pass(tokens, text_valid)
+        return self._projected_text(self.text.pooled(features, tokens, text_valid))
 
-    def _pooled_text(
-        self,
-        features: Float[Array, "B Lc D"],
-        tokens: Int[Array, "B L"],
-        text_valid: Bool[Array, "B L"],
-    ) -> Float[Array, "B E"]:
-        pooling = self.config.text.pooling
-        if pooling == "mean":
-            weights = self.text.valid(tokens, text_valid).astype(jnp.float32)[..., None]
-            pooled = (features.astype(jnp.float32) * weights).sum(1) / jnp.maximum(
-                weights.sum(1), 1
-            )
-        elif pooling == "mean_all":
-            pooled = features.mean(1, dtype=jnp.float32)
-        elif pooling == "end":
-            last = jnp.maximum(self.text.valid(tokens, text_valid).sum(1) - 1, 0)
-            pooled = jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
-        else:  # the last position, of the text or of the class token
-            pooled = features[:, -1]
+    def _projected_text(self, pooled: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        """Makes the embedding of texts from their pooled features."""
         if self.text_embed_projection is not None:
             pooled = self.text_embed_projection(pooled.astype(self.text.dtype))
         return pooled.astype(jnp.float32)
@@ -365,24 +381,43 @@ class MaMMUT(nnx.Module):
     def caption_logits(
         self, image: Image, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"] | None = None
     ) -> Float[Array, "B L V"]:
-        """Logits float[B, L, V] of the token after each of `tokens`, given the image.
+        """Scores the token after each of `tokens`, given the image, float32[B, L, V].
 
-        Without `text_valid` all tokens count as real. Pads at the end change nothing before them
-        either way.
+        Without `text_valid` all tokens count as real. Either way pads at the end change no score
+        before them.
+
+        Raises:
+          ValueError: the model has no caption pass, the images have another size, or the texts are
+            too long.
         """
         if text_valid is None:
             text_valid = jnp.ones(tokens.shape, bool)
         image_tokens = self.image_tokens(image).tokens
         return self.text.logits(self.decoder.caption_pass(tokens, text_valid, image_tokens))
 
+    def caption_labels(
+        self,
+        tokens: Int[Array, "B L"],
+        text_valid: Bool[Array, "B L"],
+        target: Bool[Array, "B L"] | None = None,
+    ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
+        """Makes labels of the caption pass, int[B, L], and their loss mask, bool[B, L].
+
+        As `masks.caption_labels` does, but a `DecoderConfig.pad_id` is never a label.
+        """
+        if self.config.text.pad_id is not None:
+            real = self.text.valid(tokens, text_valid)
+            target = real if target is None else target & real
+        return caption_labels(tokens, text_valid, target)
+
     def cross_attention(
         self, image: Image, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"] | None = None
     ) -> Float[Array, "G B N L P"]:
-        """Where `caption_logits` looks: float32[G, B, N, L, P] of G cross-attention layers and N heads.
+        """Computes the attention of `caption_logits` to the image, float32[G, B, N, L, P].
 
-        Row i of a text weighs the P image tokens that the decoder sees, as `image_tokens` gives
-        them, when it predicts token i + 1; it sums to 1. With an image prefix they are of the G
-        self-attention layers, and the text has the rest.
+        There are G cross-attention layers. Row i of a text holds the weights of the image tokens
+        when token i + 1 is predicted, and sums to 1. With an image prefix the layers are those of
+        self-attention, and a row sums to 1 with the weights of the text.
         """
         if text_valid is None:
             text_valid = jnp.ones(tokens.shape, bool)
@@ -393,60 +428,22 @@ class MaMMUT(nnx.Module):
         image: Image,
         tokens: Int[Array, "B L"],
         text_valid: Bool[Array, "B L"],
-        crop_key: Key[Array, ""] | None = None,
+        augment: Augment = Augment(),
     ) -> TwoPassOutput:
-        """Both passes on one batch, with the image encoded once: what a training step needs.
+        """Runs both passes on one batch, for a training step; images are encoded once.
 
-        `ModelConfig.passes` says whether in two calls of the decoder or in one traversal; the
-        numbers are the same.
+        `ComputeConfig.passes` says whether the decoder runs once or twice for that.
         """
-        encoded = self.image_tokens(image, crop_key)
-        if self.config.passes == "fused":
-            contrastive, caption = self.decoder.both_passes(tokens, text_valid, encoded.tokens)
+        encoded = self.image_tokens(image, augment)
+        decoder = self.decoder
+        if self.compute.passes == "fused":
+            contrastive, caption = both_passes(decoder, tokens, text_valid, encoded.tokens)
         else:
-            contrastive = self.decoder.contrastive_pass(tokens, text_valid)
-            caption = self.decoder.caption_pass(tokens, text_valid, encoded.tokens)
+            contrastive = decoder.contrastive_pass(tokens, text_valid)
+            caption = decoder.caption_pass(tokens, text_valid, encoded.tokens)
+        pooled_text = self.text.pooled(contrastive, tokens, text_valid)
         return TwoPassOutput(
-            image_embed=unit(encoded.pooled),
-            text_embed=unit(self._pooled_text(contrastive, tokens, text_valid)),
+            image_embed=unit(encoded.vector),
+            text_embed=unit(self._projected_text(pooled_text)),
             features=caption,
         )
-
-
-def unit(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
-    """`x` divided by its length, in float32; a zero vector stays zero, with a finite gradient."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
-
-
-def logical_axes(model: nnx.Module) -> dict[tuple[str, ...], tuple[str | None, ...]]:
-    """The logical axes of every parameter, by path; `model` may be abstract (`nnx.eval_shape`)."""
-    return {
-        tuple(path): param.axes for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
-
-
-def labels(
-    model: MaMMUT, batch: Batch, target: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """What the caption pass of `model` is to predict, int[B, L], and where, bool[B, L]: see `caption_labels`."""
-    tokens, text_valid = batch["tokens"], batch["text_valid"]
-    # no label, wherever it stands; as an input it is a token like any other
-    if model.config.text.pad_id is not None:
-        real = model.text.valid(tokens, text_valid)
-        target = real if target is None else target & real
-    return caption_labels(tokens, text_valid, target)
-
-
-def image_attention_kernel(config: ModelConfig, platform: str | None = None) -> Kernel:
-    """What the attention of the image tower of `config` runs on, whole images of `image_size` given; a ResNet has none.
-
-    `platform` is "cpu", "gpu" or "tpu"; None: that of the current mesh, or the default one.
-    """
-    vision = config.vision
-    tokens = math.prod(vision.grid) + vision.class_token
-    if config.image_attention == "xla" or isinstance(vision, ResNetConfig):
-        return "xla"
-    return attention_kernel(
-        jnp.dtype(config.dtype), tokens, vision.width // vision.num_heads, platform
-    )

@@ -1,4 +1,4 @@
-"""The only builder of attention and loss masks. Arrays in, arrays out."""
+"""Attention and loss masks; no other file makes one. Arrays in, arrays out."""
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
@@ -7,10 +7,11 @@ from mammut.core.typing import Array
 
 
 def attn_mask(valid: Bool[Array, "B S"], causal: Bool[Array, "S"]) -> Bool[Array, "B 1 S S"]:
-    """Who may attend to whom, from two boolean vectors: bool[B, 1, L, S], True = may attend (query, key).
+    """Makes an attention mask from two boolean vectors, bool[B, 1, S, S].
 
-    `valid` marks real tokens: a pad is never attended to. `causal[s]` says that token s is hidden
-    from all before it:
+    The third axis is that of the queries, the last that of the keys; True: the query may attend to
+    the key. `valid` marks real tokens: nothing attends to a pad. `causal[s]` hides token s from all
+    tokens before it:
 
         causal = 0 0 0 0 (contrastive pass)   1 1 1 1 (caption pass)   0 0 1 1 (prefix, then text)
                  x x x x                      x . . .                  x x . .
@@ -24,12 +25,24 @@ def attn_mask(valid: Bool[Array, "B S"], causal: Bool[Array, "S"]) -> Bool[Array
 
 
 def shift_valid(valid: Bool[Array, "B L"]) -> Bool[Array, "B Lc"]:
-    """`valid` one position later, bool[B, L + 1]: True, then `valid`.
+    """Moves `valid` one position to the right, bool[B, L + 1]: True, then `valid`.
 
-    open_clip's CoCa puts the place of its class token, at the end of the text, at the front of this
-    mask, and its weights are trained with that: a token is hidden when the one before it is a pad.
+    The class token of open_clip's CoCa stands behind the text, but this mask has its entry in
+    front. The weights were trained with that: a token is hidden where the one before it is a pad.
     """
     return jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
+
+
+def behind_prefix(
+    prefix_valid: Bool[Array, "B P"], valid: Bool[Array, "B L"]
+) -> Bool[Array, "B Lp"]:
+    """Marks what is no pad of a prefix and its text, bool[B, P - 1 + L].
+
+    The prefix stands in place of the text's first token. A text without any token leaves it without
+    its last position.
+    """
+    together = jnp.concatenate([prefix_valid, valid[:, 1:]], axis=1)
+    return together[:, : prefix_valid.shape[1] - 1 + valid.shape[1]]
 
 
 def caption_labels(
@@ -37,16 +50,36 @@ def caption_labels(
     text_valid: Bool[Array, "B L"],
     target: Bool[Array, "B L"] | None = None,
 ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
-    """The labels of the caption pass, int[B, L]: `tokens` shifted left by one; and their loss mask, bool[B, L].
+    """Makes the labels of the caption pass, int[B, L], and their loss mask, bool[B, L].
 
-    The mask follows the labels, not the inputs: the end token, as an input, would be asked to
-    predict a pad. Ids play
-    no part in it: 0 is a pad here and "!" in CLIP's vocabulary. `target` marks the tokens to be
-    predicted, such as an answer and its end after a question; None: all.
+    Labels are `tokens` shifted left by one. The mask follows the labels, not the inputs: the end
+    token, as an input, would have to predict a pad. It does not depend on ids: 0 is a pad here and
+    "!" in CLIP's vocabulary.
+
+    Args:
+      tokens: the ids of the texts.
+      text_valid: marks real tokens.
+      target: marks the tokens to predict, such as an answer and its end behind a question; None:
+        all.
     """
     labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     predicted = text_valid if target is None else text_valid & target
-    # Nothing is learned from the pads before a text; one inside it, of those who know pads by their
-    # id, is an input.
-    loss_mask = jnp.pad(predicted[:, 1:], ((0, 0), (0, 1))) & (jnp.cumsum(text_valid, axis=1) > 0)
-    return labels, loss_mask
+    loss_mask = jnp.pad(predicted[:, 1:], ((0, 0), (0, 1)))
+    # A pad before a text predicts nothing. A pad inside it (`DecoderConfig.pad_id`) is an input
+    # like any other.
+    begun = jnp.cumsum(text_valid, axis=1) > 0
+    return labels, loss_mask & begun
+
+
+def within(
+    mask: Bool[Array, "#B 1 L S"], window: int, first: Int[Array, ""] | int = 0
+) -> Bool[Array, "#B 1 L S"]:
+    """Limits a mask to the last `window` tokens of each query, itself included.
+
+    A window of 0 leaves the mask as it is. The first query stands at position `first`.
+    """
+    if not window:
+        return mask
+    queries = jnp.arange(mask.shape[2]) + first
+    keys = jnp.arange(mask.shape[3])
+    return mask & (queries[:, None] - keys < window)

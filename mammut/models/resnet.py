@@ -1,6 +1,6 @@
-"""The other image encoder: CLIP's ResNets without their attention pool, and the norm-free ResNet.
+"""ResNet image encoders of MAGMA: CLIP's without its attention pool, and the norm-free one.
 
-Those of MAGMA (arXiv 2112.05253, section 3.1). Images and features are laid out [B, height, width,
+MAGMA (arXiv 2112.05253, section 3.1) uses both. Images and features are laid out [B, height, width,
 channels], kernels [height, width, inputs, outputs]. The bottlenecks of a stage after its first have
 the same shapes: they are stacked, as the layers of a transformer are.
 """
@@ -12,18 +12,27 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float, Key, UInt8
+from jaxtyping import Float
 
 from mammut.core.fields import require, require_at_most, require_choices, require_positive
 from mammut.core.sharding import constrain
 from mammut.core.typing import Array
-from mammut.models.compute import Dtypes, Remat, keeping, recomputed, scan, stack
-from mammut.models.image_encoder import EncoderOutput, normalised, require_pixels
-from mammut.models.layers import param
+from mammut.models.compute import (
+    Augment,
+    ComputeConfig,
+    Dtypes,
+    Remat,
+    keeping,
+    recomputed,
+    scan,
+    stack,
+)
+from mammut.models.image_encoder import EncoderOutput, Image, normalised, require_pixels
+from mammut.models.layers import Constant, FanIn, param
 
 _NORM_EPS = 1e-5
-# Of the norm-free ResNet (arXiv 2101.08692): a bottleneck adds `_ALPHA` times what it computes;
-# `_GAMMA` brings the output of a ReLU back to variance 1, sqrt(2 / (1 - 1 / pi)) as its authors
+# Numbers of the norm-free ResNet (arXiv 2101.08692). A bottleneck adds `_ALPHA` times its result.
+# `_GAMMA` brings the output of a ReLU back to variance 1: sqrt(2 / (1 - 1 / pi)), as its authors
 # measured it.
 _ALPHA = 0.2
 _GAMMA = 1.7139588594436646
@@ -31,32 +40,40 @@ _GAMMA = 1.7139588594436646
 
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
-    """A ResNet image encoder, four stages of bottlenecks; an image token is what its last stage says of 32 x 32 pixels.
+    """A ResNet image encoder: four stages of bottlenecks.
 
-    clip: that of CLIP (arXiv 2103.00020, section 2.4) without its attention pool: three
-      convolutions first, averages
-    in place of strides, batch norms that keep their stored statistics. nf: the norm-free ResNet
-    (arXiv 2101.08692): standardised kernels, activations in front. The defaults are CLIP's RN50;
-    RN50x16, that of MAGMA, has stem_width 96, stages (6, 8, 18, 8) and an image_size of 384.
+    It makes one image token of 32 x 32 pixels. The defaults are CLIP's RN50. RN50x16, that of
+    MAGMA, has stem_width 96, stages (6, 8, 18, 8) and an image_size of 384.
+
+    Example:
+      >>> ResNetConfig(stem_width=96, stages=(6, 8, 18, 8), image_size=384).num_tokens
+      144
     """
 
+    # Kind of the ResNet. clip: that of CLIP (arXiv 2103.00020, section 2.4) without its attention
+    # pool: three convolutions first, averages in place of strides, batch norms that keep their
+    # stored statistics. nf: the norm-free ResNet (arXiv 2101.08692): standardised kernels,
+    # activations in front.
     kind: Literal["clip", "nf"] = "clip"
-    # channels of the stem; those of the bottlenecks, and 2, 4 and 8 times as many in later stages
+    # Channels of the stem and of the first stage's bottlenecks; later stages have 2, 4, 8 times
+    # as many.
     stem_width: int = 64
-    stages: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottlenecks of each
-    image_size: int = 224  # pixels; images are square
-    # Images of this size are taken too: those of `TrainConfig.low_image_steps`.
+    # Number of bottlenecks of each stage.
+    stages: tuple[int, int, int, int] = (3, 4, 6, 3)
+    # Height and width of an image in pixels, a multiple of 32; images are square.
+    image_size: int = 224
+    # A second, smaller image size that the ResNet takes: that of `TrainConfig.low_image_steps`.
+    # None: one size.
     low_image_size: int | None = None
-    # of pixels scaled to 0..1: CLIP's
+    # Mean of each colour channel, of pixels scaled to 0..1; the default is CLIP's.
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    # Standard deviation of each colour channel; the default is CLIP's.
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
-    # What a `VisionConfig` may say, and what holds of every ResNet.
+    # Fields of a `VisionConfig` that have one value for every ResNet.
     pooling: ClassVar[str] = "mean"
     norm_after_pooling: ClassVar[bool] = False
     class_token: ClassVar[bool] = False
-    cropped_pos_embed: ClassVar[bool] = False
-    patch_drop: ClassVar[float] = 0.0
 
     def __post_init__(self):
         require_choices(self)
@@ -68,7 +85,8 @@ class ResNetConfig:
         )
         require(
             self.kind != "clip" or self.stem_width % 2 == 0,
-            f"ResNetConfig.stem_width is {self.stem_width}, expected an even number: the stem begins with half of it",
+            f"ResNetConfig.stem_width is {self.stem_width}, expected an even number: the stem "
+            "begins with half of it",
         )
         require(
             self.image_size % 32 == 0,
@@ -77,7 +95,8 @@ class ResNetConfig:
         low = self.low_image_size
         require(
             low is None or (0 < low < self.image_size and low % 32 == 0),
-            f"ResNetConfig.low_image_size is {low}, expected a multiple of 32 below image_size {self.image_size}",
+            f"ResNetConfig.low_image_size is {low}, expected a multiple of 32 below image_size "
+            f"{self.image_size}",
         )
         require_pixels(self)
 
@@ -103,33 +122,33 @@ class ResNetConfig:
 
     @property
     def summary(self) -> str:
-        """In words, for reports and model cards."""
+        """The encoder in words, for reports and model cards."""
         kind = {"clip": "CLIP's ResNet", "nf": "a norm-free ResNet"}[self.kind]
         stages = ", ".join(map(str, self.stages))
-        return f"{kind}, stages of {stages} bottlenecks, stem of {self.stem_width}, tokens of {self.width} numbers"
+        return (
+            f"{kind}, stages of {stages} bottlenecks, stem of {self.stem_width}, tokens of "
+            f"{self.width} numbers"
+        )
 
 
-def _kernel(size: int, inputs: int, outputs: int, *, rngs: nnx.Rngs, dtypes: Dtypes) -> nnx.Param:
-    """A kernel [size, size, inputs, outputs] of variance 2 / fan-in: a ReLU halves what comes in."""
-    stddev = math.sqrt(2 / (size * size * inputs))
-    values = (
-        stddev
-        * jax.random.truncated_normal(rngs.params(), -2, 2, (size, size, inputs, outputs))
-        / 0.87962566
-    )
-    return param(values.astype(dtypes.param), None, None, None, "embed")
+def _kernel(size: int, inputs: int, outputs: int, *, dtypes: Dtypes) -> nnx.Param:
+    """Makes a kernel [size, size, inputs, outputs]."""
+    # A variance of 2 / fan-in: a ReLU halves what comes in.
+    start = FanIn(size * size * inputs, gain=2.0)
+    sizes = (size, size, inputs, outputs)
+    return param(start, sizes, dtypes.param, None, None, None, "embed")
 
 
-def _vector(size: int, value: int, dtype: Any) -> nnx.Param:
-    return param(jnp.full(size, value, dtype), "embed")
+def _vector(size: int, value: float, dtype: Any) -> nnx.Param:
+    return param(Constant(value), (size,), dtype, "embed")
 
 
 def _convolved(
     x: Float[Array, "B H W C"], kernel: Float[Array, "K K C E"], stride: int
 ) -> Float[Array, "B h w E"]:
-    """A convolution with zeros around, so that stride 1 keeps the size."""
+    """Convolves with zeros around the image, so that stride 1 keeps the size."""
     around = kernel.shape[0] // 2, kernel.shape[0] // 2
-    # Gathered whole where it is split: what is split is the batch.
+    # The batch is split over devices, so each device needs the whole kernel.
     kernel = constrain(kernel.astype(x.dtype), None, None, None, None)
     y = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), (around, around), dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -138,18 +157,18 @@ def _convolved(
 
 
 def _halved(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """The averages of 2 x 2 pixels."""
+    """Averages 2 x 2 pixels."""
     batch, height, width, channels = x.shape
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
 
 
 class NormedConvolution(nnx.Module):
-    """A convolution, then a batch norm with the statistics it came with.
+    """A convolution, then a batch norm with stored statistics.
 
-    Those are never of the batch: in training, too, an image's tokens are its own, the same as at
-    inference. Scale and bias are trained as any parameter; mean and variance are parameters only in
-    that they are saved, and their gradient is zero. `last` starts with a scale of zero: a new
-    bottleneck is the identity.
+    The statistics are never those of the batch: an image has the same tokens in training as at
+    inference, whatever is beside it. Scale and bias are trained like any parameter. Mean and
+    variance are parameters only in that they are saved; their gradient is zero. `last` starts with
+    a scale of zero, so that a new bottleneck is the identity.
     """
 
     def __init__(
@@ -158,17 +177,14 @@ class NormedConvolution(nnx.Module):
         inputs: int,
         outputs: int,
         *,
-        rngs: nnx.Rngs,
         dtypes: Dtypes,
         last: bool = False,
     ):
-        self.kernel = _kernel(size, inputs, outputs, rngs=rngs, dtypes=dtypes)
-        self.scale = _vector(outputs, 0 if last else 1, dtypes.param)
-        self.bias = _vector(outputs, 0, dtypes.param)
-        self.mean, self.variance = (
-            _vector(outputs, 0, jnp.float32),
-            _vector(outputs, 1, jnp.float32),
-        )
+        self.kernel = _kernel(size, inputs, outputs, dtypes=dtypes)
+        self.scale = _vector(outputs, 0.0 if last else 1.0, dtypes.param)
+        self.bias = _vector(outputs, 0.0, dtypes.param)
+        self.mean = _vector(outputs, 0.0, jnp.float32)
+        self.variance = _vector(outputs, 1.0, jnp.float32)
 
     def __call__(self, x: Float[Array, "B H W C"], stride: int = 1) -> Float[Array, "B h w E"]:
         @recomputed
@@ -182,10 +198,10 @@ class NormedConvolution(nnx.Module):
 
 
 class StandardisedConvolution(nnx.Module):
-    """A convolution whose kernel has mean 0 and variance gain^2 / fan-in for each output, and a bias.
+    """A convolution with a standardised kernel, and a bias.
 
-    Scaled weight standardisation (arXiv 2101.08692, section 4.1). `last` starts with a gain of
-    zero.
+    For each output the kernel has mean 0 and variance gain^2 / fan-in: scaled weight
+    standardisation (arXiv 2101.08692, section 4.1). `last` starts with a gain of zero.
     """
 
     def __init__(
@@ -194,16 +210,16 @@ class StandardisedConvolution(nnx.Module):
         inputs: int,
         outputs: int,
         *,
-        rngs: nnx.Rngs,
         dtypes: Dtypes,
         last: bool = False,
     ):
-        self.kernel = _kernel(size, inputs, outputs, rngs=rngs, dtypes=dtypes)
-        self.gain = _vector(outputs, 0 if last else 1, dtypes.param)
-        self.bias = _vector(outputs, 0, dtypes.param)
+        self.kernel = _kernel(size, inputs, outputs, dtypes=dtypes)
+        self.gain = _vector(outputs, 0.0 if last else 1.0, dtypes.param)
+        self.bias = _vector(outputs, 0.0, dtypes.param)
 
     def __call__(self, x: Float[Array, "B H W C"], stride: int = 1) -> Float[Array, "B h w E"]:
-        kernel, gain = self.kernel[...].astype(jnp.float32), self.gain[...].astype(jnp.float32)
+        kernel = self.kernel[...].astype(jnp.float32)
+        gain = self.gain[...].astype(jnp.float32)
         centred = kernel - kernel.mean((0, 1, 2))
         variance = jnp.square(centred).mean((0, 1, 2))
         scale = gain * jax.lax.rsqrt(variance + _NORM_EPS) * _GAMMA / math.sqrt(kernel[..., 0].size)
@@ -211,37 +227,48 @@ class StandardisedConvolution(nnx.Module):
 
 
 class ClipBottleneck(nnx.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut; where it halves the image, it averages."""
+    """CLIP's bottleneck: 1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut.
 
-    def __init__(self, inputs: int, width: int, *, stride: int, rngs: nnx.Rngs, dtypes: Dtypes):
-        self.stride, outputs = stride, 4 * width
-        self.conv1 = NormedConvolution(1, inputs, width, rngs=rngs, dtypes=dtypes)
-        self.conv2 = NormedConvolution(3, width, width, rngs=rngs, dtypes=dtypes)
-        self.conv3 = NormedConvolution(1, width, outputs, rngs=rngs, dtypes=dtypes, last=True)
-        other = stride > 1 or inputs != outputs
-        self.shortcut = (
-            NormedConvolution(1, inputs, outputs, rngs=rngs, dtypes=dtypes) if other else None
-        )
+    Where it halves the image, it averages.
+    """
+
+    def __init__(self, inputs: int, width: int, *, stride: int, dtypes: Dtypes):
+        self.stride = stride
+        outputs = 4 * width
+        self.conv1 = NormedConvolution(1, inputs, width, dtypes=dtypes)
+        self.conv2 = NormedConvolution(3, width, width, dtypes=dtypes)
+        self.conv3 = NormedConvolution(1, width, outputs, dtypes=dtypes, last=True)
+        if stride > 1 or inputs != outputs:
+            self.shortcut = NormedConvolution(1, inputs, outputs, dtypes=dtypes)
+        else:
+            self.shortcut = None
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
         y = jax.nn.relu(self.conv2(jax.nn.relu(self.conv1(x))))
         if self.stride > 1:
-            x, y = _halved(x), _halved(y)
-        return jax.nn.relu(self.conv3(y) + (x if self.shortcut is None else self.shortcut(x)))
+            x = _halved(x)
+            y = _halved(y)
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        return jax.nn.relu(self.conv3(y) + x)
 
 
 class NormFreeBottleneck(nnx.Module):
-    """The same with the activations in front, and a ReLU of variance 1: `beta` is 1 over the deviation of `x`."""
+    """The norm-free bottleneck, with its activations in front.
 
-    def __init__(self, inputs: int, width: int, *, stride: int, rngs: nnx.Rngs, dtypes: Dtypes):
-        self.stride, outputs = stride, 4 * width
-        self.conv1 = StandardisedConvolution(1, inputs, width, rngs=rngs, dtypes=dtypes)
-        self.conv2 = StandardisedConvolution(3, width, width, rngs=rngs, dtypes=dtypes)
-        self.conv3 = StandardisedConvolution(1, width, outputs, rngs=rngs, dtypes=dtypes, last=True)
-        other = stride > 1 or inputs != outputs
-        self.shortcut = (
-            StandardisedConvolution(1, inputs, outputs, rngs=rngs, dtypes=dtypes) if other else None
-        )
+    It is called with `beta`, which is 1 over the standard deviation of `x`.
+    """
+
+    def __init__(self, inputs: int, width: int, *, stride: int, dtypes: Dtypes):
+        self.stride = stride
+        outputs = 4 * width
+        self.conv1 = StandardisedConvolution(1, inputs, width, dtypes=dtypes)
+        self.conv2 = StandardisedConvolution(3, width, width, dtypes=dtypes)
+        self.conv3 = StandardisedConvolution(1, width, outputs, dtypes=dtypes, last=True)
+        if stride > 1 or inputs != outputs:
+            self.shortcut = StandardisedConvolution(1, inputs, outputs, dtypes=dtypes)
+        else:
+            self.shortcut = None
 
     def __call__(
         self, x: Float[Array, "B H W C"], beta: Float[Array, ""]
@@ -256,10 +283,10 @@ class NormFreeBottleneck(nnx.Module):
 class ClipStem(nnx.Module):
     """Three 3 x 3 convolutions and an average: a quarter of the image's sides."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtypes: Dtypes):
-        self.conv1 = NormedConvolution(3, 3, width // 2, rngs=rngs, dtypes=dtypes)
-        self.conv2 = NormedConvolution(3, width // 2, width // 2, rngs=rngs, dtypes=dtypes)
-        self.conv3 = NormedConvolution(3, width // 2, width, rngs=rngs, dtypes=dtypes)
+    def __init__(self, width: int, *, dtypes: Dtypes):
+        self.conv1 = NormedConvolution(3, 3, width // 2, dtypes=dtypes)
+        self.conv2 = NormedConvolution(3, width // 2, width // 2, dtypes=dtypes)
+        self.conv3 = NormedConvolution(3, width // 2, width, dtypes=dtypes)
 
     def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         x = jax.nn.relu(self.conv2(jax.nn.relu(self.conv1(x, 2))))
@@ -269,8 +296,8 @@ class ClipStem(nnx.Module):
 class NormFreeStem(nnx.Module):
     """A 7 x 7 convolution and a maximum: a quarter of the image's sides."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtypes: Dtypes):
-        self.conv = StandardisedConvolution(7, 3, width, rngs=rngs, dtypes=dtypes)
+    def __init__(self, width: int, *, dtypes: Dtypes):
+        self.conv = StandardisedConvolution(7, 3, width, dtypes=dtypes)
 
     def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         around = (0, 0), (1, 1), (1, 1), (0, 0)
@@ -280,83 +307,81 @@ class NormFreeStem(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Bottlenecks of one size: the first, which may halve the image, and a stack of the others."""
+    """Bottlenecks of one size: the first may halve the image, the others are a stack."""
 
-    def __init__(self, config: ResNetConfig, place: int, *, rngs: nnx.Rngs, dtypes: Dtypes):
+    def __init__(self, config: ResNetConfig, index: int, *, dtypes: Dtypes):
         bottleneck = {"clip": ClipBottleneck, "nf": NormFreeBottleneck}[config.kind]
-        width, depth = config.stem_width * 2**place, config.stages[place]
-        first, stride = (2 * width, 2) if place else (width, 1)
-        self.first = bottleneck(first, width, stride=stride, rngs=rngs, dtypes=dtypes)
-        self.others = (
-            stack(
-                lambda r: bottleneck(4 * width, width, stride=1, rngs=r, dtypes=dtypes),
-                depth - 1,
-                rngs=rngs,
-            )
-            if depth > 1
-            else None
-        )
-        # Of a norm-free stage, the variance of what comes in: 1 where the stage begins, and more
-        # with each bottleneck.
-        before = config.stages[place - 1] if place else 0
-        betas = [1 / math.sqrt(1 + _ALPHA**2 * added) for added in (before, *range(1, depth))]
-        self.betas = tuple(betas) if config.kind == "nf" else None
+        width = config.stem_width * 2**index
+        depth = config.stages[index]
+        inputs, stride = (2 * width, 2) if index > 0 else (width, 1)
+        self.first = bottleneck(inputs, width, stride=stride, dtypes=dtypes)
+        if depth > 1:
+            other = bottleneck(4 * width, width, stride=1, dtypes=dtypes)
+            self.others = stack(other, depth - 1)
+        else:
+            self.others = None
+
+        if config.kind == "nf":
+            # The variance of each bottleneck's input. The shortcut of a stage's first bottleneck
+            # brings it back to 1, and every bottleneck adds `_ALPHA`^2: `added` counts those that
+            # have.
+            before = config.stages[index - 1] if index > 0 else 0
+            added = (before, *range(1, depth))
+            self.betas = tuple(1 / math.sqrt(1 + _ALPHA**2 * count) for count in added)
+        else:
+            self.betas = None
 
     def __call__(
         self, x: Float[Array, "B H W C"], *, remat: Remat, unroll: int
     ) -> Float[Array, "B h w E"]:
-        def step(x, layer):
+        def step(x: jax.Array, layer: tuple) -> jax.Array:
             bottleneck, *beta = layer
             return bottleneck(x, *beta)
 
-        betas = (
-            ((), ())
-            if self.betas is None
-            else ((jnp.array(self.betas[0]),), (jnp.array(self.betas[1:]),))
-        )
-        x = keeping(step, remat)(x, (self.first, *betas[0]))
-        return (
-            x
-            if self.others is None
-            else scan(step, x, (self.others, *betas[1]), remat=remat, unroll=unroll)
-        )
+        first: tuple = (self.first,)
+        others: tuple = (self.others,)
+        if self.betas is not None:
+            first += (jnp.array(self.betas[0]),)
+            others += (jnp.array(self.betas[1:]),)
+        x = keeping(step, remat)(x, first)
+        if self.others is None:
+            return x
+        return scan(step, x, others, remat=remat, unroll=unroll)
 
 
 class ResNet(nnx.Module):
-    """Images to image tokens, one for each 32 x 32 pixels. Pixels are normalised here, on the device."""
+    """A ResNet: images to image tokens, one for each 32 x 32 pixels.
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs, dtypes: Dtypes):
-        vision = config.vision
-        self.config, self.remat, self.unroll, self.dtype = (
-            vision,
-            config.remat,
-            config.unroll,
-            dtypes.compute,
-        )
-        stem = {"clip": ClipStem, "nf": NormFreeStem}[vision.kind]
-        self.stem = stem(vision.stem_width, rngs=rngs, dtypes=dtypes)
-        stages = (Stage(vision, place, rngs=rngs, dtypes=dtypes) for place in range(4))
+    Pixels are normalised here, on the device.
+    """
+
+    def __init__(self, config: ResNetConfig, compute: ComputeConfig):
+        self.config = config
+        self.compute = compute
+        dtypes = compute.dtypes
+        self.dtype = dtypes.compute
+        stem = {"clip": ClipStem, "nf": NormFreeStem}[config.kind]
+        self.stem = stem(config.stem_width, dtypes=dtypes)
+        stages = (Stage(config, index, dtypes=dtypes) for index in range(4))
         self.stage1, self.stage2, self.stage3, self.stage4 = stages
 
-    def __call__(
-        self,
-        image: UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"],
-        crop_key: Key[Array, ""] | None = None,
-    ) -> EncoderOutput:
+    def __call__(self, image: Image, augment: Augment = Augment()) -> EncoderOutput:
         """Encodes images of `image_size`, or of `low_image_size`; they are pooled by their mean.
 
         Args:
           image: uint8[B, height, width, 3] RGB, normalised here; or float, taken as normalised
             already.
-          crop_key: of no use: nothing here is random. It is what any encoder is given in training.
+          augment: not used, since nothing is random here; every encoder takes it.
 
         Raises:
           ValueError: the images are of another size.
         """
         x = self.stem(normalised(image, self.config).astype(self.dtype))
         for stage in (self.stage1, self.stage2, self.stage3, self.stage4):
-            x = stage(x, remat=self.remat, unroll=self.unroll)
-        x = jax.nn.relu(x)  # which leaves those of CLIP, a ReLU's output, as they are
+            x = stage(x, remat=self.compute.remat, unroll=self.compute.unroll)
+        # The norm-free stages end without an activation. CLIP's end with this one, and a second
+        # time it changes nothing.
+        x = jax.nn.relu(x)
         grid = x.shape[1], x.shape[2]
         tokens = constrain(x.reshape(x.shape[0], -1, x.shape[3]), "batch", "patch", "embed")
         return EncoderOutput(tokens, tokens.mean(1, dtype=jnp.float32), grid)

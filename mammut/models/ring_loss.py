@@ -1,10 +1,12 @@
-"""Contrastive losses whose memory does not grow with the global batch: the values of `mammut.models.losses`, tile by tile.
+"""Contrastive losses without the B x B matrix: the values of `mammut.models.losses`, tile by tile.
 
-Every device keeps its images; blocks of texts go round the devices, each with the sums over its
-columns, until they are home again. Of the B x B scores a device holds one tile of at most `chunk` x
-`chunk`, in the backward pass too, which computes them again. On one device there is one block, cut
-into tiles. (The idea is that of Inf-CL, arXiv 2410.17243, and of SigLIP's chunks, arXiv 2303.15343,
-section 3.3.)
+Every device keeps its images. Blocks of texts go round the devices, each with the sums over its
+columns, until they are back where they started. Of the B x B scores a device holds one tile of at
+most `chunk` x `chunk`; the backward pass computes the tiles again. On one device there is one
+block, cut into tiles. So the memory does not grow with the square of the global batch. The idea
+comes from Inf-CL (arXiv 2410.17243) and from SigLIP's chunks (arXiv 2303.15343, section 3.3).
+
+A score is an entry of `losses.contrastive_logits`.
 """
 
 import functools
@@ -20,7 +22,7 @@ from jaxtyping import Float
 from mammut.core.sharding import RULES
 from mammut.core.typing import Array
 
-# nested dicts and tuples of arrays whose first axis is the batch, or the rows or columns of a tile
+# Nested dicts and tuples of arrays; the first axis is the batch, or the rows or columns of a tile.
 Tree = Any
 
 
@@ -31,14 +33,13 @@ def ring_softmax(
     *,
     chunk: int,
 ) -> Float[Array, "B"]:
-    """`losses.softmax_contrastive` of `losses.contrastive_logits`, float32[B].
+    """Ring form of `losses.softmax_contrastive`: the loss of each pair, float32[B].
 
     Raises:
       ValueError: the pairs do not divide over the devices of mesh.data x mesh.fsdp.
     """
-    image_to_text, text_to_image, matched = _log_sums(
-        chunk, *_scaled(image_embed, text_embed, log_scale)
-    )
+    image, text = _scaled(image_embed, text_embed, log_scale)
+    image_to_text, text_to_image, matched = _log_sums(chunk, image, text)
     return (image_to_text + text_to_image) / 2 - matched
 
 
@@ -51,10 +52,10 @@ def ring_pairs(
     *,
     chunk: int,
 ) -> Float[Array, "B"]:
-    """`pair_loss(scores, matched)` of every image with every text, summed over the texts, float32[B].
+    """Ring form of a loss over single pairs: the loss of each image, float32[B], over the texts.
 
-    `pair_loss` is `losses.sigmoid_pairs`, `losses.focal_pairs` or another function of single
-    scores.
+    `pair_loss(scores, matched)` gives the loss of each pair, float[Q, R], as `losses.sigmoid_pairs`
+    and `losses.focal_pairs` do; `matched` is bool[Q, R].
 
     Raises:
       ValueError: the pairs do not divide over the devices of mesh.data x mesh.fsdp.
@@ -64,13 +65,11 @@ def ring_pairs(
 
 
 def _scaled(image_embed: Array, text_embed: Array, log_scale: Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.exp(log_scale) * jnp.asarray(image_embed, jnp.float32), jnp.asarray(
-        text_embed, jnp.float32
-    )
+    image = jnp.exp(log_scale) * jnp.asarray(image_embed, jnp.float32)
+    return image, jnp.asarray(text_embed, jnp.float32)
 
 
-# --- softmax: the log of the sum of exp(score), by row and by column, and the score of each matched
-# pair
+# --- Softmax: the log of the sum of exp(score) by row and by column, and the scores that match.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -81,15 +80,14 @@ def _log_sums(
 
 
 def _log_sums_forward(chunk, image, text):
-    # The largest score and the sum of exp(score - largest) stay apart: the log of the whole is
-    # rounded like a number of 100, and the probabilities that the backward pass takes from it would
-    # not sum to 1 by 1e-5.
+    # The largest score and the sum of exp(score - largest) are kept apart. The log of both in one
+    # number near 100 would be rounded so that the probabilities of the backward pass would miss a
+    # sum of 1 by 1e-5.
     def added(sums, scores, axis):
         top, total = sums
         new_top = jnp.maximum(top, scores.max(axis))
-        return new_top, total * jnp.exp(top - new_top) + jnp.exp(
-            scores - jnp.expand_dims(new_top, axis)
-        ).sum(axis)
+        new_terms = jnp.exp(scores - jnp.expand_dims(new_top, axis)).sum(axis)
+        return new_top, total * jnp.exp(top - new_top) + new_terms
 
     def add(row, row_sums, column, column_sums):
         scores, matched, real = _scores(row, column)
@@ -103,6 +101,7 @@ def _log_sums_forward(chunk, image, text):
     (by_row, diagonal), by_column = _every_pair(
         add, {"embed": image}, (nothing, zero), {"embed": text}, nothing, chunk
     )
+
     log_sums = [top + jnp.log(total) for top, total in (by_row, by_column)]
     return (*log_sums, diagonal), (image, text, by_row, by_column)
 
@@ -129,7 +128,7 @@ def _log_sums_backward(chunk, saved, grads):
 _log_sums.defvjp(_log_sums_forward, _log_sums_backward)
 
 
-# --- sigmoid and focal: a sum over single scores
+# --- Sigmoid and focal: a sum over single pairs.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -162,26 +161,31 @@ def _pair_sums_backward(pair_loss, chunk, saved, grad):
 _pair_sums.defvjp(_pair_sums_forward, _pair_sums_backward)
 
 
-# --- both
+# --- All losses: the pass over every tile.
 
 
-# Products of float32 in full, as in `losses.contrastive_logits`.
+# Products in full float32, as in `losses.contrastive_logits`.
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _scores(row: Tree, column: Tree) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of a tile: the scores, which pairs match, and which are of two examples and no padding."""
+    """Scores of a tile, which of its pairs match, and which are real (neither side is padding)."""
     scores = _product(row["embed"], column["embed"].T)
     if "bias" in row:
         scores += row["bias"][:, None]
-    number, column_number = row["number"][:, None], column["number"]
-    return scores, number == column_number, (number > 0) & (column_number > 0)
+    row_number = row["number"][:, None]
+    column_number = column["number"]
+    real = (row_number > 0) & (column_number > 0)
+    return scores, row_number == column_number, real
 
 
 def _gradients(
     slope: Callable, rows: Tree, columns: Tree, chunk: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of rows, columns and biases, where `slope(scores, matched, row, column)` is that of a score."""
+    """Gradients of the rows, the columns and the biases.
+
+    `slope(scores, matched, row, column)` gives the derivative of the loss in each score.
+    """
 
     def add(row, row_sums, column, column_grad):
         scores, matched, real = _scores(row, column)
@@ -200,10 +204,11 @@ def _gradients(
 def _every_pair(
     add: Callable, rows: Tree, row_sums: Tree, columns: Tree, column_sums: Tree, chunk: int
 ) -> tuple[Tree, Tree]:
-    """Sums over all pairs by row and by column: `add(row, row_sums, column, column_sums)` adds those of one tile.
+    """Sums over all pairs, by row and by column.
 
-    `rows` and `columns` get the `number` of their example, from 1; a row or column that pads a tile
-    is number 0.
+    `add(row, row_sums, column, column_sums)` returns the sums with those of one tile added. It
+    finds in `row` and `column` the `number` of each example too, from 1; a row or column that only
+    pads a tile has number 0.
     """
     batch = len(rows["embed"])
     number = jnp.arange(1, batch + 1)
@@ -212,17 +217,16 @@ def _every_pair(
     ways = math.prod(mesh.shape[axis] for axis in axes)
     if batch % ways:
         raise ValueError(
-            f"loss.contrastive_form 'ring' has {batch} pairs, which do not divide over the {ways} devices of "
-            "mesh.data x mesh.fsdp"
+            f"loss.contrastive_form 'ring' has {batch} pairs, which do not divide over the {ways} "
+            "devices of mesh.data x mesh.fsdp"
         )
     size = batch // ways
     tiles = math.ceil(size / chunk)
     tile = math.ceil(size / tiles)
 
     def split(x):
-        return jnp.pad(x, ((0, tiles * tile - size),) + ((0, 0),) * (x.ndim - 1)).reshape(
-            tiles, tile, *x.shape[1:]
-        )
+        padding = ((0, tiles * tile - size),) + ((0, 0),) * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(tiles, tile, *x.shape[1:])
 
     def joined(x):
         return x.reshape(tiles * tile, *x.shape[2:])[:size]
@@ -246,12 +250,10 @@ def _every_pair(
                 return jax.lax.scan(add_row, column_sums, (rows, row_sums))[::-1]
 
             row_sums, column_sums = jax.lax.scan(add_column, row_sums, (columns, column_sums))
-            # What does not depend on the sums can travel while they are computed.
-            return row_sums, *(
-                jax.tree.map(next_device, (columns, column_sums))
-                if axes
-                else (columns, column_sums)
-            )
+            if axes:
+                # What does not depend on the sums can travel while they are computed.
+                columns, column_sums = jax.tree.map(next_device, (columns, column_sums))
+            return row_sums, columns, column_sums
 
         row_sums, _, column_sums = jax.lax.fori_loop(0, ways, hop, tuple(carry))
         return jax.tree.map(joined, (row_sums, column_sums))
@@ -260,5 +262,5 @@ def _every_pair(
     if not axes:
         return local(*args)
     spec = PartitionSpec(axes)
-    # Unchecked: that the sums are the same along `model`, which the check would want declared.
+    # Without `check_vma`: it would want a declaration that the sums are the same along `model`.
     return jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)(*args)

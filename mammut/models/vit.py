@@ -1,57 +1,78 @@
-"""The image encoder: a ViT with learned positions; as in the paper (section 3.1) without a class token, or with one."""
+"""The ViT image encoder, with learned positions, as in the paper (section 3.1)."""
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float, Key, UInt8
+from jaxtyping import Float, Key
 
-from mammut.core.fields import require, require_at_most, require_positive, require_share
+from mammut.core.fields import require, require_at_most, require_positive
 from mammut.core.sharding import constrain
 from mammut.core.typing import Array
-from mammut.models.compute import Dtypes, scan, stack
-from mammut.models.image_encoder import EncoderOutput, normalised, require_pixels
-from mammut.models.layers import LayerConfig, Linear, make_norm, param
+from mammut.models.compute import Augment, ComputeConfig, Dtypes, scan, stack
+from mammut.models.image_encoder import EncoderOutput, Image, normalised, require_pixels
+from mammut.models.layers import LayerConfig, Linear, Normal, make_norm, param
 from mammut.models.transformer import MLP, Attention, Layer
 
-# Cropped positional embedding (RO-ViT, section 3.2): the table is enlarged to so many positions a
-# side, then cropped to a box of this area and aspect.
+# Cropped positional embedding (RO-ViT, section 3.2): the table is enlarged to _CROP_RESOLUTION
+# positions a side, then cropped to a box of a random area and aspect within these bounds.
 _CROP_RESOLUTION = 64
 _CROP_AREA = (0.1, 1.0)
 _CROP_ASPECT = (0.5, 2.0)
-# Of the key of an image's crop: `crop_pos_embed` splits it in four, and a split's i-th key is what
-# `fold_in` i gives.
+# Stream of `Augment.key` that draws which patches to drop. `crop_pos_embed` splits the key into
+# four: they are streams 0 to 3.
 _DROP_STREAM = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig(LayerConfig):
-    """The ViT image encoder: patches, learned positions, pre-norm blocks; by default no class token."""
+    """A ViT image encoder: patches, learned positions, pre-norm layers; no class token by default.
 
-    image_size: int = 224  # pixels; images are square
-    patch_size: int = 16  # pixels
+    Example:
+      >>> vision = VisionConfig(image_size=96, patch_size=8, width=384, num_heads=6, mlp_dim=1536)
+      >>> vision.num_tokens
+      144
+    """
+
+    NOUN: ClassVar[str] = "Image encoder"
+    OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        *LayerConfig.OF_WEIGHTS,
+        "patch_bias",
+        "input_norm",
+        "norm_after_pooling",
+        "pool_heads",
+    )
+
+    # Height and width of an image in pixels; images are square.
+    image_size: int = 224
+    # Height and width of a patch in pixels.
+    patch_size: int = 16
+    # Whether the patch projection has a bias.
     patch_bias: bool = True
-    class_token: bool = False  # a learned token before the patches
-    input_norm: bool = False  # a norm before the first layer
-    # What an image is represented by: the mean of its patches, of all tokens, the class token, the
-    # first of `pool_queries` learned queries that attend to all tokens (CoCa; the others go to the
-    # decoder in place of the patches), or one such query with an MLP (the MAP head of SigLIP).
+    # Whether a learned token stands before the patches.
+    class_token: bool = False
+    # Whether a norm comes before the first layer.
+    input_norm: bool = False
+    # Vector that represents an image. mean: the mean of its patches. mean_all: the mean of all its
+    # tokens. class: the class token. queries: the first of `pool_queries` learned queries that
+    # attend to all tokens (CoCa); the others go to the decoder in place of the patches. map: one
+    # such query with an MLP (SigLIP's head).
     pooling: Literal["mean", "mean_all", "class", "queries", "map"] = "mean"
-    pool_queries: int = 256  # of pooling "queries"
-    pool_heads: int = 8  # of pooling "queries"
-    # the last norm is of the pooled image alone; the decoder sees tokens without
+    # Number of learned queries of pooling "queries".
+    pool_queries: int = 256
+    # Attention heads of pooling "queries".
+    pool_heads: int = 8
+    # Whether the last norm is of the pooled vector alone; the decoder then sees tokens without it.
     norm_after_pooling: bool = False
-    # train with a random crop of the position table for each image (RO-ViT)
-    cropped_pos_embed: bool = False
-    # in training, this share of an image's patches is left out at random (FLIP)
-    patch_drop: float = 0.0
-    # Images of this size are taken too, with the positions resampled: those of
-    # `TrainConfig.low_image_steps`.
+    # A second, smaller image size that the encoder takes, with its positions resampled: that of
+    # `TrainConfig.low_image_steps`. None: one size.
     low_image_size: int | None = None
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels scaled to 0..1
+    # Mean of each colour channel, of pixels scaled to 0..1; subtracted before the first layer.
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    # Standard deviation of each colour channel; pixels less their mean are divided by it.
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
@@ -60,15 +81,15 @@ class VisionConfig(LayerConfig):
         require_at_most(self, {"image_size": 2**14, "pool_queries": 2**14})
         require(
             self.image_size % self.patch_size == 0,
-            f"VisionConfig.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}",
+            f"VisionConfig.image_size {self.image_size} is not a multiple of patch_size "
+            f"{self.patch_size}",
         )
         low = self.low_image_size
         require(
             low is None or (0 < low < self.image_size and low % self.patch_size == 0),
-            f"VisionConfig.low_image_size is {low}, expected a multiple of patch_size {self.patch_size} below "
-            f"image_size {self.image_size}",
+            f"VisionConfig.low_image_size is {low}, expected a multiple of patch_size "
+            f"{self.patch_size} below image_size {self.image_size}",
         )
-        require_share(self, "patch_drop")
         require_pixels(self)
         require(
             self.class_token or self.pooling != "class",
@@ -76,7 +97,8 @@ class VisionConfig(LayerConfig):
         )
         require(
             self.pooling != "queries" or self.pool_queries > 1,
-            f"VisionConfig.pool_queries is {self.pool_queries}, expected at least 2: the first is not the decoder's",
+            f"VisionConfig.pool_queries is {self.pool_queries}, expected at least 2: the first is "
+            "not the decoder's",
         )
         require(
             self.pooling != "map" or not self.norm_after_pooling,
@@ -94,24 +116,31 @@ class VisionConfig(LayerConfig):
         """Image tokens that the decoder attends to."""
         if self.pooling == "queries":
             return self.pool_queries - 1
-        return self.grid[0] * self.grid[1] + (self.class_token and self.pooling == "mean_all")
+        with_class_token = self.class_token and self.pooling == "mean_all"
+        return self.grid[0] * self.grid[1] + with_class_token
 
     @property
     def summary(self) -> str:
-        """In words, for reports and model cards."""
-        return f"patches of {self.patch_size}; {self.depth} layers of width {self.width}, {self.num_heads} heads"
+        """The encoder in words, for reports and model cards."""
+        return (
+            f"patches of {self.patch_size}; {self.depth} layers of width {self.width}, "
+            f"{self.num_heads} heads"
+        )
 
 
 class QueryPool(nnx.Module):
-    """Learned queries that attend to all tokens of an image (CoCa, arXiv 2205.01917, section 3.2), float[B, Q, E]."""
+    """Learned queries that attend to all tokens of an image, float[B, Q, E].
 
-    def __init__(self, config: VisionConfig, width: int, *, rngs: nnx.Rngs, dtypes: Dtypes):
+    They are those of CoCa (arXiv 2205.01917, section 3.2).
+    """
+
+    def __init__(self, config: VisionConfig, width: int, *, dtypes: Dtypes):
         pool = dataclasses.replace(config, width=width, num_heads=config.pool_heads)
-        query = jax.random.normal(rngs.params(), (config.pool_queries, width))
-        self.query = param(query.astype(dtypes.param), None, "shared")
+        sizes = config.pool_queries, width
+        self.query = param(Normal(1.0), sizes, dtypes.param, None, "shared")
         self.query_norm = make_norm(pool, dtypes=dtypes)
         self.token_norm = make_norm(config, dtypes=dtypes)
-        self.attn = Attention(pool, rngs=rngs, dtypes=dtypes, kv_width=config.width)
+        self.attn = Attention(pool, dtypes=dtypes, kv_width=config.width)
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B Q E"]:
         query = self.query_norm(self.query[...].astype(x.dtype))
@@ -120,14 +149,17 @@ class QueryPool(nnx.Module):
 
 
 class MapPool(nnx.Module):
-    """A learned query that attends to all tokens of an image, then an MLP (arXiv 2106.04560, section 3.4)."""
+    """A learned query that attends to all tokens, then an MLP, float[B, D].
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtypes: Dtypes):
-        query = jax.random.normal(rngs.params(), (config.width,)) / math.sqrt(config.width)
-        self.query = param(query.astype(dtypes.param), "embed")
-        self.attn = Attention(config, rngs=rngs, dtypes=dtypes)
+    It is the head of SigLIP (arXiv 2106.04560, section 3.4).
+    """
+
+    def __init__(self, config: VisionConfig, *, dtypes: Dtypes):
+        start = Normal(1 / math.sqrt(config.width))
+        self.query = param(start, (config.width,), dtypes.param, "embed")
+        self.attn = Attention(config, dtypes=dtypes)
         self.mlp_norm = make_norm(config, dtypes=dtypes)
-        self.mlp = MLP(config, rngs=rngs, dtypes=dtypes)
+        self.mlp = MLP(config, dtypes=dtypes)
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B D"]:
         query = jnp.broadcast_to(self.query[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
@@ -136,138 +168,149 @@ class MapPool(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """Images to image tokens. Pixels are normalised here, on the device."""
+    """A vision transformer: images to image tokens.
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs, dtypes: Dtypes):
-        vision = config.vision
-        self.config, self.remat, self.unroll, self.dtype = (
-            vision,
-            config.remat,
-            config.unroll,
-            dtypes.compute,
-        )
-        self.patch_embed = Linear(
-            {"patch": vision.patch_size**2 * 3},
-            {"embed": vision.width},
-            rngs=rngs,
-            dtypes=dtypes,
-            use_bias=vision.patch_bias,
-        )
-        positions = jax.random.normal(rngs.params(), (*vision.grid, vision.width)) / math.sqrt(
-            vision.width
-        )
-        self.pos_embed = param(positions.astype(dtypes.param), None, None, "embed")
-        fused = config.image_attention == "auto"
-        self.layers = stack(
-            lambda r: Layer(vision, rngs=r, dtypes=dtypes, fused=fused), vision.depth, rngs=rngs
-        )
-        # After the rest, so that these options leave the random weights of the rest as they are.
+    Pixels are normalised here, on the device.
 
-        def vector():
-            values = jax.random.normal(rngs.params(), (vision.width,)) / math.sqrt(vision.width)
-            return param(values.astype(dtypes.param), "embed")
+    Args:
+      config: the architecture.
+      compute: how it is computed.
+      pooled_size: the size of the pooled vector, which with pooling "queries" may differ from the
+        width; None: the width.
+    """
 
-        self.class_embed = vector() if vision.class_token else None
-        self.class_pos_embed = vector() if vision.class_token else None
-        self.input_norm = make_norm(vision, dtypes=dtypes) if vision.input_norm else None
-        pools = {
-            "queries": lambda: QueryPool(vision, config.vision_size, rngs=rngs, dtypes=dtypes),
-            "map": lambda: MapPool(vision, rngs=rngs, dtypes=dtypes),
-        }
-        self.pool = pools.get(vision.pooling, lambda: None)()
-        self.norm = make_norm(vision, dtypes=dtypes, width=config.vision_size)
+    def __init__(
+        self, config: VisionConfig, compute: ComputeConfig, *, pooled_size: int | None = None
+    ):
+        self.config = config
+        self.compute = compute
+        dtypes = compute.dtypes
+        self.dtype = dtypes.compute
+        pooled_size = pooled_size or config.width
 
-    def __call__(
-        self,
-        image: UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"],
-        crop_key: Key[Array, ""] | None = None,
-    ) -> EncoderOutput:
+        pixels = {"patch": config.patch_size**2 * 3}
+        embed = {"embed": config.width}
+        self.patch_embed = Linear(pixels, embed, dtypes=dtypes, use_bias=config.patch_bias)
+        position = Normal(1 / math.sqrt(config.width))
+        sizes = (*config.grid, config.width)
+        self.pos_embed = param(position, sizes, dtypes.param, None, None, "embed")
+        if config.class_token:
+            self.class_embed = param(position, (config.width,), dtypes.param, "embed")
+            self.class_pos_embed = param(position, (config.width,), dtypes.param, "embed")
+        else:
+            self.class_embed = None
+            self.class_pos_embed = None
+        self.input_norm = make_norm(config, dtypes=dtypes) if config.input_norm else None
+
+        fused = compute.image_attention == "auto"
+        self.layers = stack(Layer(config, dtypes=dtypes, fused=fused), config.depth)
+
+        if config.pooling == "queries":
+            self.pool = QueryPool(config, pooled_size, dtypes=dtypes)
+        elif config.pooling == "map":
+            self.pool = MapPool(config, dtypes=dtypes)
+        else:
+            self.pool = None
+        self.norm = make_norm(config, dtypes=dtypes, width=pooled_size)
+
+    def __call__(self, image: Image, augment: Augment = Augment()) -> EncoderOutput:
         """Encodes images of `image_size`, or of `low_image_size`.
 
-        Smaller images have the position table resampled to their patches (RECLIP, arXiv 2304.06028;
-        CLIPA-v2, arXiv 2306.15658: most of the training on small images, the end of it on whole
-        ones): bilinear with antialiasing, so that a position is the average of those it covers. It
-        is done here and not in the table, whose gradient is then the same map transposed: one table
-        learns from both sizes, and the change of size needs no change of weights.
+        RECLIP (arXiv 2304.06028) and CLIPA-v2 (arXiv 2306.15658) train mostly on small images and
+        at the end on whole ones. For small images the position table is resampled to their patches:
+        bilinear with antialiasing, so that a position is the average of those that it covers. That
+        happens here, the table itself keeps its size: one table learns from both image sizes, and
+        no weights change when the size does.
 
         Args:
           image: uint8[B, height, width, 3] RGB, normalised here; or float, taken as normalised
             already.
-          crop_key: given in training. With `cropped_pos_embed` each image sees a random crop of the
-            position table, with `patch_drop` a random subset of its patches.
+          augment: the random draws of a training step: which patches to drop, a crop of the
+            position table for each image.
 
         Raises:
-          ValueError: the images are of another size.
+          ValueError: the images have another size.
         """
-        vision = self.config
-        x = self.patch_embed(
-            patchify(normalised(image, vision).astype(self.dtype), vision.patch_size)
-        )
+        config = self.config
+        patches = patchify(normalised(image, config).astype(self.dtype), config.patch_size)
+        x = self.patch_embed(patches)
 
         pos_embed = constrain(self.pos_embed[...].astype(self.dtype), None, None, None)
-        grid = image.shape[1] // vision.patch_size, image.shape[2] // vision.patch_size
-        if grid != vision.grid:
-            pos_embed = jax.image.resize(
-                pos_embed, (*grid, vision.width), "bilinear", antialias=True
-            )
-        if vision.cropped_pos_embed and crop_key is not None:
-            pos_embed = crop_pos_embed(crop_key, pos_embed, image.shape[0])
+        grid = image.shape[1] // config.patch_size, image.shape[2] // config.patch_size
+        if grid != config.grid:
+            shape = (*grid, config.width)
+            pos_embed = jax.image.resize(pos_embed, shape, "bilinear", antialias=True)
+        if augment.crop_positions:
+            pos_embed = crop_pos_embed(augment.key, pos_embed, image.shape[0])
         x = x + pos_embed.reshape(-1, *x.shape[1:])
-        if vision.patch_drop and crop_key is not None:
-            x, grid = (
-                drop_patches(jax.random.fold_in(crop_key, _DROP_STREAM), x, vision.patch_drop),
-                None,
-            )
+
+        if augment.patch_drop:
+            drop_key = jax.random.fold_in(augment.key, _DROP_STREAM)
+            x = drop_patches(drop_key, x, augment.patch_drop)
+            grid = None
         if self.class_embed is not None:
             first = (self.class_embed[...] + self.class_pos_embed[...]).astype(self.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, x.shape[2])), x], axis=1)
+            first = jnp.broadcast_to(first, (x.shape[0], 1, x.shape[2]))
+            x = jnp.concatenate([first, x], axis=1)
         x = constrain(x, "batch", "patch", "embed")
         if self.input_norm is not None:
             x = self.input_norm(x)
 
-        x = scan(lambda x, layer: layer(x), x, self.layers, remat=self.remat, unroll=self.unroll)
-        return EncoderOutput(*self._pooled(x), grid)
+        def step(x: jax.Array, layer: Layer) -> jax.Array:
+            return layer(x)
+
+        compute = self.compute
+        x = scan(step, x, self.layers, remat=compute.remat, unroll=compute.unroll)
+        tokens, pooled = self._pooled(x)
+        return EncoderOutput(tokens, pooled, grid)
 
     def _pooled(self, x: Float[Array, "B P D"]) -> tuple[jax.Array, jax.Array]:
-        """The decoder's tokens, and one vector for the image in float32."""
-        pooling, after = self.config.pooling, self.config.norm_after_pooling
+        """Splits the last layer's output into the decoder's tokens and one float32 vector."""
+        pooling = self.config.pooling
         if pooling == "queries":
             x = self.norm(self.pool(x))
             return x[:, 1:], x[:, 0].astype(jnp.float32)
-        x = x if after else self.norm(x)
-        patches = x[:, 1:] if self.config.class_token else x
-        tokens = x if pooling == "mean_all" else patches
+
+        norm_after = self.config.norm_after_pooling
+        if not norm_after:
+            x = self.norm(x)
+        tokens = x
+        if self.config.class_token and pooling != "mean_all":
+            tokens = x[:, 1:]
+
         if pooling == "class":
             pooled = x[:, 0].astype(jnp.float32)
         elif pooling == "map":
             pooled = self.pool(x).astype(jnp.float32)
         else:
             pooled = tokens.mean(1, dtype=jnp.float32)
-        return tokens, self.norm(pooled) if after else pooled
+        if norm_after:
+            pooled = self.norm(pooled)
+        return tokens, pooled
 
 
 def patchify(image: Float[Array, "B height width 3"], patch_size: int) -> Float[Array, "B P F"]:
-    """Cuts images into flattened patches float[B, P, patch_size * patch_size * 3], row by row."""
+    """Cuts images into patches, row by row, float[B, P, patch_size * patch_size * 3]."""
     batch, height, width, channels = image.shape
-    down, across = height // patch_size, width // patch_size
+    down = height // patch_size
+    across = width // patch_size
     x = image.reshape(batch, down, patch_size, across, patch_size, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(
-        batch, down * across, patch_size * patch_size * channels
-    )
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, down * across, patch_size * patch_size * channels)
 
 
 def patches_kept(patches: int, patch_drop: float) -> int:
-    """How many of the patches of an image `drop_patches` keeps: a whole number, at least one."""
+    """Counts the patches of an image that `drop_patches` keeps: at least one."""
     return max(1, round((1 - patch_drop) * patches))
 
 
 def drop_patches(
     key: Key[Array, ""], x: Float[Array, "B P D"], patch_drop: float
 ) -> Float[Array, "B Q D"]:
-    """A random subset of the patches of each image, float[B, Q, D] of Q = `patches_kept`, in their order.
+    """Keeps a random subset of each image's patches, float[B, Q, D].
 
-    FLIP (arXiv 2212.00794, section 3): half of the patches make half of the image encoder's work,
-    and of its memory.
+    They stay in their order. Q is what `patches_kept` counts. FLIP (arXiv 2212.00794, section 3):
+    with half of the patches the image encoder has half of the work, and needs half of the memory.
     """
     x = constrain(x, "batch", "patch", "embed")
     shuffled = jnp.argsort(jax.random.uniform(key, x.shape[:2]), axis=1)
@@ -278,12 +321,12 @@ def drop_patches(
 def crop_pos_embed(
     key: Key[Array, ""], pos_embed: Float[Array, "down across D"], batch: int
 ) -> Float[Array, "B down across D"]:
-    """A random crop of the position table for each of `batch` images, float[B, down, across, D].
+    """Draws a crop of the position table for each image, float[B, down, across, D].
 
-    Cropped positional embedding (RO-ViT, arXiv 2305.07011, section 3.2; used by the paper for a
-    last 100K steps): the table is enlarged bilinearly, cropped to a random box and sampled back to
-    its own size, so that the image passes for a region of a larger one. All three steps are linear
-    and separable: one small matrix for each axis.
+    Cropped positional embedding (RO-ViT, arXiv 2305.07011, section 3.2; MaMMUT's paper uses it in
+    the last 100K steps): the table is enlarged bilinearly, cropped to a random box and sampled back
+    to its own size, so that the image has the positions of a region of a larger one. All three
+    steps are linear and separable: one small matrix for each axis.
     """
     area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
     area = jax.random.uniform(area_key, (batch,), minval=_CROP_AREA[0], maxval=_CROP_AREA[1])
@@ -301,7 +344,11 @@ def crop_pos_embed(
 def _crop_matrix(
     start: Float[Array, "B"], extent: Float[Array, "B"], size: int
 ) -> Float[Array, "B S S"]:
-    """Enlarges `size` positions, then samples as many evenly from [start, start + extent] of 0..1: float[B, S, S]."""
+    """Makes matrices that enlarge an axis and sample a crop of it, float[B, S, S].
+
+    The axis has `size` positions and goes from 0 to 1, the crop from `start` to `start + extent`.
+    As many positions are sampled from the crop, evenly.
+    """
     centres = start[:, None] + extent[:, None] * (jnp.arange(size) + 0.5) / size
     crop = _bilinear(centres, _CROP_RESOLUTION)
     enlarge = _bilinear((jnp.arange(_CROP_RESOLUTION) + 0.5)[None] / _CROP_RESOLUTION, size)[0]
@@ -309,6 +356,10 @@ def _crop_matrix(
 
 
 def _bilinear(points: Float[Array, "B Q"], size: int) -> Float[Array, "B Q S"]:
-    """The weights of `size` cell centres at `points` in 0..1; beyond the outermost centres the edge is held."""
+    """Computes bilinear weights of cell centres at `points`, float[B, Q, S].
+
+    The centres are those of `size` equal cells from 0 to 1. Beyond the outermost centres the value
+    of the nearest one holds.
+    """
     position = jnp.clip(points * size - 0.5, 0, size - 1)
     return jnp.maximum(0, 1 - jnp.abs(position[..., None] - jnp.arange(size)))

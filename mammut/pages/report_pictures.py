@@ -1,4 +1,4 @@
-"""The pictures of a report as data URIs: examples found again in their source, maps of attention, curves."""
+"""The pictures of a report as data URIs: examples of a source, maps of attention, curves."""
 
 import base64
 import contextlib
@@ -18,21 +18,23 @@ from mammut.core.fields import from_dict
 from mammut.data.images import ImageTransform
 from mammut.data.sources import open_source
 from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.scoring import EVALUATIONS
 from mammut.models.mammut import ModelConfig
 from mammut.pages.word_maps import overlay, word_maps
 from mammut.training.config import TrainConfig
 from mammut.training.run_folder import read_run
 from mammut.weights import model_folder
 
-_PICTURE, _MAP = 160, 96  # pixels of the longer side
+_PICTURE = 160  # pixels of the longer side of a picture
+_MAP = 96  # pixels of the side of a heat map
 _BUDGET = 2_200_000  # characters of all pictures in a page
-_FIELDS = {"caption": "captions", "retrieval": "captions", "vqa": "qa", "classify": "name"}
-# on white and on black
-_GREY, _COLOURS = "#7d828a", ("#2f81d6", "#d9730d", "#2c9a61", "#a05cc9", "#c23b53", "#8a7b1f")
+# Colours that can be read on white and on black.
+_GREY = "#7d828a"
+_COLOURS = ("#2f81d6", "#d9730d", "#2c9a61", "#a05cc9", "#c23b53", "#8a7b1f")
 
 
 def folder_config(folder: pathlib.Path) -> TrainConfig | ModelConfig:
-    """The config of a run, or of the model where the folder holds no run.
+    """Reads the config of a run, or of a model where the folder holds no run.
 
     Raises:
       ValueError: there is neither, or it cannot be read.
@@ -40,22 +42,22 @@ def folder_config(folder: pathlib.Path) -> TrainConfig | ModelConfig:
     if (folder / "run.json").is_file():
         return read_run(folder)[0]
     try:
-        return from_dict(
-            ModelConfig, json.loads((folder / "config.json").read_text("utf-8"))["model"]
-        )
+        values = json.loads((folder / "config.json").read_text("utf-8"))
+        return from_dict(ModelConfig, values["model"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is no model folder that can be read: {error}") from error
 
 
 class Album:
-    """The pictures of a page, which share what it can hold, and the models that explain them."""
+    """The pictures of a page, which share its budget of characters, and the loaded models."""
 
     def __init__(self):
-        self._left, self.left_out = _BUDGET, 0
+        self._left = _BUDGET
+        self.left_out = 0
         self.load = functools.cache(model_folder.load)
 
     def uri(self, pixels: UInt8[np.ndarray, "height width 3"]) -> str | None:
-        """The picture as a JPEG data URI; None, and counted in `left_out`, where the page is full."""
+        """The picture as a JPEG data URI; None where the page is full, which `left_out` counts."""
         from PIL import Image
 
         file = io.BytesIO()
@@ -69,26 +71,29 @@ class Album:
 
 
 class Pictures:
-    """The pictures of one predictions file, found by `index` in the source that it names, `folder` its model.
+    """The pictures of one predictions file, read by `index` from the source that it names.
 
-    The page is about the predictions, so no error with a picture or the model leaves here:
-    `notices` tells of them.
+    `folder` holds the model. The page is about the predictions, so no error with a picture or the
+    model is raised: `notices` lists them.
     """
 
     def __init__(self, predictions: Predictions, folder: pathlib.Path, album: Album):
-        self._folder, self._album, self._source = folder, album, None
+        self._folder = folder
+        self._album = album
+        self._source = None
         self._thumbnails: dict[int, np.ndarray | None] = {}
         self._missing: list[str] = []
         self._problems: list[str] = []
         self._blind = predictions.settings.get("blind", False)
         tfds_dir = None
-        # said where the model is described, and where it is asked
+        # A folder that cannot be read is reported where the model is described, and where it runs.
         with contextlib.suppress(ValueError):
             config = folder_config(folder)
-            tfds_dir = config.data.tfds_dir if isinstance(config, TrainConfig) else None
+            if isinstance(config, TrainConfig):
+                tfds_dir = config.data.tfds_dir
         try:
-            field = _FIELDS[predictions.task]
-            # a drawn scene is the same scene at any size
+            field = EVALUATIONS[predictions.task].field
+            # A drawn scene is the same scene at any size.
             size = predictions.settings.get("image_size", _PICTURE)
             self._source = open_source(
                 predictions.data, image_size=size, tfds_dir=tfds_dir, field=field
@@ -99,23 +104,22 @@ class Pictures:
     @property
     def notices(self) -> list[str]:
         """What could not be shown, in sentences."""
-        missing = []
-        if self._missing:
-            missing = [
-                f"Pictures that cannot be shown: {len(self._missing)}. The first: {self._missing[0]}."
-            ]
-        return self._problems + missing
+        if not self._missing:
+            return self._problems
+        count = len(self._missing)
+        missing = f"Pictures that cannot be shown: {count}. The first: {self._missing[0]}."
+        return [*self._problems, missing]
 
     def thumbnail(self, record: Mapping[str, Any]) -> str | None:
-        """The data URI of a record's picture, of at most 160 pixels a side; None where it cannot be shown."""
+        """The data URI of a record's picture, at most 160 pixels a side; None where it has none."""
         pixels = self._pixels(record)
         return None if pixels is None else self._album.uri(pixels)
 
     def word_maps(self, records: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
-        """For each record the words of its prediction: `word`, `picture` (where the model looked) and `peak`.
+        """The words of each record's prediction: `word`, `picture` and `peak`.
 
-        `peak` is the largest weight of a patch, in even shares. The colours of one caption have one
-        scale.
+        `picture` shows where the model looked, `peak` is the largest weight of a patch as a
+        multiple of an even share. The colours of one caption have one scale.
         """
         usable = [row for row, record in enumerate(records) if self._pixels(record) is not None]
         words: list[list[dict[str, Any]]] = [[] for _ in records]
@@ -130,12 +134,12 @@ class Pictures:
             images = [self._image(records[row]) for row in usable]
             texts = [records[row]["prediction"] for row in usable]
             maps = word_maps(model, processor, images, texts)
-        except Exception as error:  # Orbax's and XLA's own, too
+        except Exception as error:  # Orbax and XLA have errors of their own
             self._problems.append(
-                f"There are no heat maps, because the model cannot be asked: {error}."
+                f"There are no heat maps, because the model cannot be used: {error}."
             )
             return words
-        # what the model sees, at the size of the page
+        # What the model sees, at the size of the page.
         view = dataclasses.replace(processor.image, image_size=_MAP)
         for row, image, maps_of_words in zip(usable, images, maps):
             pixels = view(image)
@@ -162,7 +166,8 @@ class Pictures:
         return self._thumbnails[index]
 
     def _image(self, record: Mapping[str, Any]) -> Any:
-        index, key = record["index"], record["key"]
+        index = record["index"]
+        key = record["key"]
         if not 0 <= index < len(self._source):
             raise ValueError(f"{self._source.spec} has no example {index}")
         example = self._source[index]
@@ -176,10 +181,10 @@ class Pictures:
 def curves(
     series: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, share: bool = False
 ) -> str:
-    """Values over steps as the data URI of an SVG image that reads on white and on black.
+    """Draws values over steps: the data URI of an SVG image, readable on white and on black.
 
     Args:
-      series: for each name the steps and values; a value that is not finite leaves a gap.
+      series: the steps and values of each name; a value that is not finite leaves a gap.
       share: the values are shares, shown in percent.
     """
     import matplotlib
@@ -188,14 +193,14 @@ def curves(
 
     figure = Figure(figsize=(5.2, 2.7), layout="constrained")
     axes = figure.subplots()
-    for place, (name, (steps, values)) in enumerate(series.items()):
+    for number, (name, (steps, values)) in enumerate(series.items()):
         values = [value if math.isfinite(value) else math.nan for value in values]
         axes.plot(
             steps,
             values,
             label=name,
-            color=_COLOURS[place % len(_COLOURS)],
-            linestyle=("-", "--", ":", "-.")[place % 4],
+            color=_COLOURS[number % len(_COLOURS)],
+            linestyle=("-", "--", ":", "-.")[number % 4],
             marker="o" if len(steps) < 12 else None,
             markersize=3.5,
         )

@@ -1,4 +1,4 @@
-"""Which part of the picture each word of a caption comes from: attention to the image, as a map over the patches."""
+"""Maps of the attention to the image for each word of a caption, over the patches."""
 
 import functools
 from collections.abc import Sequence
@@ -13,27 +13,31 @@ from mammut.data.processor import Processor
 from mammut.data.tokenizer import Tokenizer
 from mammut.models.mammut import MaMMUT
 
-_COLOUR = np.array((255, 96, 0), np.float32)  # of full attention, laid over a grey picture
+# The colour of full attention, laid over a grey picture.
+_COLOUR = np.array((255, 96, 0), np.float32)
 
 
 class WordMap(NamedTuple):
-    """A word of a text, and how the model's look was spread over the picture when it said it."""
+    """A word of a text, and the attention to the patches where the model predicts it."""
 
     word: str
-    weights: np.ndarray  # float32[down, across] over the patches, sums to 1
+    weights: np.ndarray  # float32[down, across] over the patches; they sum to 1
 
 
 def word_maps(
     model: MaMMUT, processor: Processor, images: Sequence[Any], texts: Sequence[str]
 ) -> list[list[WordMap]]:
-    """The words of each text with their maps: cross-attention averaged over layers, heads and the word's tokens.
+    """Maps every word of each text: cross-attention, averaged over layers, heads and tokens.
 
     A token's weights are those of the position before it, which predicts it. The texts are encoded
-    again, so that a word is what the tokenizer gives back of it; those that do not fit in the
-    processor's `max_length` have no map.
+    again, so a word is what the tokenizer decodes; words beyond the processor's `max_length` have
+    no map.
 
     Args:
-      images: one for each text, whatever `processor` reads.
+      model: a model that attends to patches.
+      processor: the model's processor.
+      images: one for each text, anything that `processor` reads.
+      texts: what the model said of each image.
 
     Raises:
       ValueError: an image cannot be read, there are not as many images as texts, or the decoder
@@ -46,7 +50,7 @@ def word_maps(
         )
     if model.config.vision.pooling == "queries":
         raise ValueError(
-            "VisionConfig.pooling is 'queries': the decoder looks at those, expected patches"
+            "VisionConfig.pooling is 'queries': the decoder attends to those, expected patches"
         )
     if model.config.prefix_tokens is not None:
         raise ValueError(
@@ -60,14 +64,16 @@ def word_maps(
         _mean_weights(graphdef, params, batch["image"], batch["tokens"], batch["text_valid"])
     )
     grid = model.config.vision.grid
-    # without the class token, whose share is spread over the patches
+    # Without the class token, whose share is spread over the patches.
     weights = weights[..., -grid[0] * grid[1] :]
     weights = weights / weights.sum(-1, keepdims=True)
     maps = []
     for row, tokens, valid in zip(weights, batch["tokens"], batch["text_valid"]):
         ids = tokens[1 : valid.sum() - 1].tolist()
         words = split_words(processor.tokenizer, ids)
-        maps.append([WordMap(word, row[places].mean(0).reshape(grid)) for word, places in words])
+        maps.append(
+            [WordMap(word, row[positions].mean(0).reshape(grid)) for word, positions in words]
+        )
     return maps
 
 
@@ -77,23 +83,26 @@ def _mean_weights(graphdef, params, image, tokens, text_valid) -> Float[jax.Arra
 
 
 def split_words(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """The words that `ids` decode to, with the places in `ids` of the tokens that each is made of.
+    """Splits what `ids` decode to into words, each with the positions of its tokens in `ids`.
 
-    A token that shows nothing (the space before a word, the first bytes of a character) belongs to
+    A token that adds no text (the space before a word, the first bytes of a character) belongs to
     the word after it.
     """
-    words, places, waiting = [], [], []
-    for place in range(len(ids)):
-        waiting.append(place)
-        now = tokenizer.decode(ids[: place + 1]).split()
-        if now == words:
+    words: list[str] = []
+    positions: list[list[int]] = []  # of each word
+    waiting: list[int] = []  # positions whose word is not known yet
+    for position in range(len(ids)):
+        waiting.append(position)
+        decoded = tokenizer.decode(ids[: position + 1]).split()
+        if decoded == words:
             continue
-        places += [[] for _ in range(len(now) - len(places))]
-        places[-1] += waiting
-        words, waiting = now, []
-    if places:
-        places[-1] += waiting
-    return [(word, own) for word, own in zip(words, places) if own]
+        positions += [[] for _ in range(len(decoded) - len(positions))]
+        positions[-1] += waiting
+        words = decoded
+        waiting = []
+    if positions:
+        positions[-1] += waiting
+    return [(word, own) for word, own in zip(words, positions) if own]
 
 
 def overlay(
@@ -101,9 +110,10 @@ def overlay(
     weights: Float[np.ndarray, "down across"],
     full: float,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The picture in grey, with colour where the model looks: none at an even share or less, all of it at `full`.
+    """The picture in grey, with colour where the model looks.
 
-    An even share is 1 / patches. The map is enlarged smoothly to the picture's size.
+    A patch has no colour at an even share, 1 / patches, or less, and full colour at the weight
+    `full`. The map is enlarged smoothly to the picture's size.
     """
     from PIL import Image
 
@@ -114,6 +124,6 @@ def overlay(
         Image.fromarray(strength).resize((width, height), Image.Resampling.BICUBIC)
     )
     alpha = 0.8 * np.clip(strength, 0, 1)[..., None]
-    # neither black nor white, for the colour to stand out
+    # Neither black nor white, so that the colour stands out.
     grey = 70 + 0.6 * picture.mean(-1, keepdims=True)
     return np.round(grey * (1 - alpha) + _COLOUR * alpha).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The settings of a run: its losses, its optimizer, and all else that `train.py` takes."""
+"""Settings of a run: its losses, its optimizer, and everything else that `train.py` takes."""
 
 import dataclasses
 import math
@@ -7,34 +7,69 @@ from typing import Any, Literal
 from mammut.core.fields import require, require_choices, require_positive, require_share
 from mammut.core.sharding import MeshConfig
 from mammut.data.config import DataConfig, TokenizerConfig
-from mammut.models.mammut import ModelConfig
+from mammut.models.compute import AugmentConfig, ComputeConfig
+from mammut.models.losses import CONTRASTIVE
+from mammut.models.mammut import MAX_LOGIT_SCALE, ModelConfig, require_computable
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """total = contrastive_weight * contrastive + caption_weight * caption (paper, section 3.2: 1 and 1)."""
+    """Settings of the losses of a run.
 
-    # sigmoid and focal want model.logit_scale_init 10 and model.logit_bias_init -10: most pairs do
-    # not match
-    contrastive: Literal["softmax", "focal", "sigmoid"] = "softmax"
+    The total is `contrastive_weight` x contrastive loss + `caption_weight` x caption loss. The
+    paper weighs both by 1 (section 3.2).
+    """
+
+    # contrastive loss, by its name in mammut.models.losses.CONTRASTIVE
+    contrastive: Literal[*CONTRASTIVE] = "softmax"
+    # weight of the contrastive loss in the total
     contrastive_weight: float = 1.0
+    # weight of the caption loss in the total
     caption_weight: float = 1.0
+    # Logit scale (inverse temperature) at the start of a fresh run. None: the one of the
+    # contrastive loss, which is 1/0.07 for softmax, 10 for focal and sigmoid.
+    logit_scale_init: float | None = None
+    # Logit bias at the start of a fresh run. None: the one of the contrastive loss, which is -10
+    # for focal and sigmoid, as most pairs do not match; softmax has no bias.
+    logit_bias_init: float | None = None
+    # exponent of the focal loss: a larger one lets pairs that are already right count less
     focal_gamma: float = 1.0
+    # weight of the matching pairs in the focal loss, against 1 - alpha of the others
     focal_alpha: float = 0.5
-    # divide the sum over B x B pairs by B (paper) or B * B
+    # divisor of the focal loss, summed over B x B pairs: B (paper) or B * B
     focal_normalization: Literal["batch", "pairs"] = "batch"
-    label_smoothing: float = 0.0  # of the caption loss
-    z_loss: float = 0.0  # weight of log(Z)^2 in the caption loss
-    # Of the contrastive loss: every device holds its rows of the B x B matrix, or the texts go
-    # round the devices and only tiles of `contrastive_chunk` images by as many texts are ever held.
+    # share of the target that the caption loss spreads evenly over the vocabulary
+    label_smoothing: float = 0.0
+    # weight of log(Z)^2 in the caption loss
+    z_loss: float = 0.0
+    # How the contrastive loss is computed. matrix: every device holds its rows of the B x B logits.
+    # ring: the texts go round the devices, and a device holds one tile of the logits at a time.
     contrastive_form: Literal["matrix", "ring"] = "matrix"
+    # side of a tile of the form ring: at most so many images by so many texts
     contrastive_chunk: int = 4_096
-    vocab_chunk: int = 16  # text positions whose logits are held at once by the caption loss
+    # text positions whose logits the caption loss holds at once
+    vocab_chunk: int = 16
 
     def __post_init__(self):
         require_choices(self)
         require_share(self, "label_smoothing")
         require_positive(self, "vocab_chunk", "contrastive_chunk")
+        require(
+            self.contrastive_form != "ring" or CONTRASTIVE[self.contrastive].ring is not None,
+            f"LossConfig.contrastive_form is 'ring', which LossConfig.contrastive "
+            f"{self.contrastive!r} does not have: expected 'matrix'",
+        )
+        if self.logit_scale_init is not None:
+            require_positive(self, "logit_scale_init")
+            require(
+                self.logit_scale_init <= MAX_LOGIT_SCALE,
+                f"LossConfig.logit_scale_init is {self.logit_scale_init}, expected at most "
+                f"{MAX_LOGIT_SCALE}",
+            )
+        require(
+            self.logit_bias_init is None or math.isfinite(self.logit_bias_init),
+            f"LossConfig.logit_bias_init is {self.logit_bias_init}, expected a finite number",
+        )
         require(
             0 < self.focal_alpha < 1,
             f"LossConfig.focal_alpha is {self.focal_alpha}, expected 0 < alpha < 1",
@@ -46,8 +81,33 @@ class LossConfig:
             )
 
     @property
+    def first_logit_scale(self) -> float:
+        """Logit scale at the start of a fresh run."""
+        if self.logit_scale_init is not None:
+            return self.logit_scale_init
+        return CONTRASTIVE[self.contrastive].logit_scale_init
+
+    @property
+    def first_logit_bias(self) -> float:
+        """Logit bias at the start of a fresh run."""
+        if self.logit_bias_init is not None:
+            return self.logit_bias_init
+        return CONTRASTIVE[self.contrastive].logit_bias_init
+
+    @property
+    def contrastive_options(self) -> dict[str, Any]:
+        """Options of the contrastive loss, for both of its forms."""
+        if self.contrastive != "focal":
+            return {}
+        return {
+            "gamma": self.focal_gamma,
+            "alpha": self.focal_alpha,
+            "normalization": self.focal_normalization,
+        }
+
+    @property
     def caption_options(self) -> dict[str, Any]:
-        """The options of `losses.caption_sum`."""
+        """Options of `losses.caption_sum`."""
         return {
             "label_smoothing": self.label_smoothing,
             "z_loss": self.z_loss,
@@ -57,22 +117,34 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW or Adafactor with warm-up and decay. Weight decay touches kernels only: no bias, norm, embedding."""
+    """Settings of the optimizer: AdamW or Adafactor, with warm-up and decay.
 
+    Weight decay acts on kernels only: not on biases, norms or embeddings.
+    """
+
+    # update rule
     name: Literal["adamw", "adafactor"] = "adamw"
-    learning_rate: float = 1e-3  # the peak
-    # Peaks of some parameters, by pattern of their path, such as ("vision.*", 2e-6); the first that
-    # fits counts.
+    # learning rate at its peak, after the warm-up
+    learning_rate: float = 1e-3
+    # Peak learning rates of some parameters, by patterns (fnmatch) of their paths, such as
+    # ("vision.*", 2e-6). The first pattern that fits counts.
     learning_rates: tuple[tuple[str, float], ...] = ()
+    # steps in which the learning rate rises from 0 to its peak
     warmup_steps: int = 0
-    # from the peak to 0 at `decay_steps`, or at the peak
+    # how the learning rate goes on after the warm-up: down to 0 at `decay_steps`, or constant
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    decay_steps: int | None = None  # None: the last step
-    weight_decay: float = 0.01  # decoupled: multiplied by the learning rate
+    # step at which the learning rate reaches 0; None: the last step
+    decay_steps: int | None = None
+    # weight decay, decoupled: it is multiplied by the learning rate
+    weight_decay: float = 0.01
+    # decay of the average of gradients (AdamW) or of updates (Adafactor)
     b1: float = 0.9
-    b2: float = 0.95  # AdamW's second moment; Adafactor sets its own
-    eps: float = 1e-8  # of AdamW
-    clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
+    # decay of AdamW's average of squared gradients; Adafactor has a rule of its own
+    b2: float = 0.95
+    # number that AdamW adds to the root of the squared gradients
+    eps: float = 1e-8
+    # largest global norm of the gradient; 0: no clipping
+    clip_norm: float = 1.0
 
     def __post_init__(self):
         require_choices(self)
@@ -86,56 +158,81 @@ class OptimizerConfig:
         for pattern, peak in self.learning_rates:
             require(
                 0 < peak < math.inf,
-                f"OptimizerConfig.learning_rates has {peak} for {pattern!r}, expected a positive number (what is not "
-                "to be trained TrainConfig.trainable leaves out)",
+                f"OptimizerConfig.learning_rates has {peak} for {pattern!r}, expected a positive "
+                "number (TrainConfig.trainable leaves out what is not to be trained)",
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training run. The resolved config is saved beside its checkpoints."""
+    """One training run; the resolved config is saved beside its checkpoints.
 
-    # A key of mammut.training.tasks.TASKS: both losses on captions; the caption pass alone on
-    # captions, answers, names; or on captions without their images, whose files need not be there:
-    # a language model, such as `init_text` starts from.
+    Example:
+      >>> import mammut
+      >>> config = mammut.TrainConfig(model=mammut.presets.tiny(), steps=2_000, seed=1)
+      >>> config.loss.contrastive
+      'softmax'
+    """
+
+    # What is trained, by its name in mammut.training.tasks.TASKS. image_text: both losses on
+    # captions. caption, vqa, classify: the caption pass alone on captions, answers, names. text:
+    # the decoder on captions without their images, whose files need not exist, as a language
+    # model for `init_text`.
     task: Literal["image_text", "caption", "vqa", "classify", "text"] = "image_text"
-    # A model to start from, of any format that mammut.load reads: its weights, processor and
-    # `model` settings, of which image and patch size and text length may differ.
-    # `mammut.weights.warm_start` has the rules. None: random weights.
+    # Model to start from, of any format that mammut.load reads: its weights, its processor and its
+    # `model` settings, of which image and patch size and text length may differ
+    # (mammut.weights.warm_start has the rules). None: random weights.
     init: str | None = None
-    # An image encoder alone: its weights, its `model.vision` settings but for the pooling, and how
-    # it takes images.
+    # Image encoder to start from: its weights, its `model.vision` settings but for the pooling, and
+    # how it takes images.
     init_vision: str | None = None
-    # a text decoder alone: its weights, `model.text` settings and tokenizer
+    # text decoder to start from: its weights, its `model.text` settings and its tokenizer
     init_text: str | None = None
-    # Without `init` and `init_text`, the decoder is trained for so many steps of the task `text`
-    # first, in a run of its own in WORKDIR/language_model, and that is what the run starts from.
+    # Steps of the task `text` that train the decoder first, where neither `init` nor `init_text` is
+    # given. They are a run of their own in WORKDIR/language_model, from which this run starts.
     text_steps: int = 0
-    # Patterns of paths (fnmatch) of the parameters to train, such as adapters.*; the others are
+    # Patterns (fnmatch) of the paths of the parameters to train, such as adapters.*. The others are
     # frozen: they have no gradient and no optimizer state.
     trainable: tuple[str, ...] = ("*",)
     model: ModelConfig = ModelConfig()
+    compute: ComputeConfig = ComputeConfig()
+    augment: AugmentConfig = AugmentConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    # steps of the whole run
     steps: int = 10_000
-    # the first so many steps see images of `model.vision.low_image_size` (RECLIP, CLIPA)
+    # steps at the start that see images of `model.vision.low_image_size` (RECLIP, CLIPA)
     low_image_steps: int = 0
-    seed: int = 0  # of the initial weights, the data order, the crops
-    accumulation: int = 1  # micro-batches a step; the contrastive loss still sees the whole batch
-    log_every: int = 50  # steps
-    eval_every: int = 1_000  # steps; 0: only at the end
-    checkpoint_every: int = 1_000  # steps; there is always one at the end
+    # seed of the initial weights, the order of the data and the crops
+    seed: int = 0
+    # micro-batches of a step; the contrastive loss still sees the whole batch
+    accumulation: int = 1
+    # steps between two records of the log
+    log_every: int = 50
+    # steps between two evaluations; 0: one at the end only
+    eval_every: int = 1_000
+    # steps between two checkpoints; the last step always has one
+    checkpoint_every: int = 1_000
+    # checkpoints that are kept, the newest ones
     keep_checkpoints: int = 2
-    max_nonfinite_steps: int = 10  # stop after so many skipped updates in a row
-    # seconds; a process that makes no step for so long says where it is and ends
+    # skipped updates in a row (loss or gradient not finite) after which the run stops
+    max_nonfinite_steps: int = 10
+    # Seconds without progress after which a process says where it is, and ends.
     step_timeout: float = 3_600.0
+    # folder of XLA's compiled programs; None: they are not kept
     compilation_cache: str | None = "~/.cache/mammut/xla"
 
     def __post_init__(self):
         require_choices(self)
+        self._require_numbers()
+        self._require_task()
+        self._require_text_length()
+        self._require_batch_and_schedule()
+
+    def _require_numbers(self) -> None:
         require_positive(
             self, "steps", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"
         )
@@ -148,37 +245,53 @@ class TrainConfig:
                 getattr(self, name) >= 0,
                 f"TrainConfig.{name} is {getattr(self, name)}, expected at least 0",
             )
+
         require(
             not self.low_image_steps or self.model.vision.low_image_size is not None,
-            f"TrainConfig.low_image_steps is {self.low_image_steps}, which needs model.vision.low_image_size",
+            f"TrainConfig.low_image_steps is {self.low_image_steps}, which needs "
+            "model.vision.low_image_size",
         )
+        require_computable(self.model, self.compute, self.augment)
+
+    def _require_task(self) -> None:
         text = self.model.text
         require(
             text.depth > 0,
-            f"TrainConfig.task is {self.task!r}, which needs a caption pass: model.text.depth is 0 (of a SigLIP, "
-            "init_vision takes the image encoder)",
+            f"TrainConfig.task is {self.task!r}, which needs a caption pass: model.text.depth is 0 "
+            "(of a SigLIP, init_vision takes the image encoder)",
         )
         require(
             self.task != "image_text" or text.pooling != "none",
-            "TrainConfig.task is 'image_text', but with model.text.pooling 'none' there is no text embedding",
+            "TrainConfig.task is 'image_text', but with model.text.pooling 'none' there is no text "
+            "embedding",
         )
         require(
             self.task != "vqa" or "{}" in self.data.prompt,
-            f"data.prompt is {self.data.prompt!r}, expected a text with {{}} in it, the place of the question",
+            f"data.prompt is {self.data.prompt!r}, expected a text with {{}} in it, the place of "
+            "the question",
         )
+
+    def _require_text_length(self) -> None:
+        text = self.model.text
         longest = self.model.text_length
         require(
             2 <= self.text_length <= longest,
-            f"tokenizer.max_length is {self.text_length}, expected 2 to the {longest} that model.text has places for",
+            f"tokenizer.max_length is {self.text_length}, expected 2 to the {longest} that "
+            "model.text has places for",
         )
         require(
             not text.whole_length or self.text_length == longest,
-            f"tokenizer.max_length is {self.text_length}, which with model.text.pooling {text.pooling!r} is {longest}",
+            f"tokenizer.max_length is {self.text_length}, which with model.text.pooling "
+            f"{text.pooling!r} is {longest}",
         )
+
+    def _require_batch_and_schedule(self) -> None:
         require(
             self.data.batch_size % self.accumulation == 0,
-            f"data.batch_size {self.data.batch_size} is not a multiple of accumulation {self.accumulation}",
+            f"data.batch_size {self.data.batch_size} is not a multiple of accumulation "
+            f"{self.accumulation}",
         )
+
         require(
             self.optimizer.warmup_steps < self.steps,
             f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below steps {self.steps}",
@@ -191,14 +304,12 @@ class TrainConfig:
 
     @property
     def makes_language_model(self) -> bool:
-        """Whether the run trains its language model first: `text_steps`, and nothing to take it from."""
+        """Whether the run trains a language model first: `text_steps`, and no decoder given."""
         return bool(self.text_steps) and self.init is None and self.init_text is None
 
     @property
     def text_length(self) -> int:
-        """Tokens of a text, start and end included, as a fresh run's processor makes them."""
-        return (
-            self.model.text_length
-            if self.tokenizer.max_length is None
-            else self.tokenizer.max_length
-        )
+        """Tokens of a text, start and end included, as the processor of a fresh run makes them."""
+        if self.tokenizer.max_length is not None:
+            return self.tokenizer.max_length
+        return self.model.text_length

@@ -6,27 +6,33 @@ import sys
 import time
 from typing import Any
 
+from mammut.core.files import replacing_file
 from mammut.data.batches import describe_bad
 from mammut.training.validation import Evaluation
 
 
 class RunLog:
-    """The log of a run in `workdir`: `metrics.jsonl` (one object a step logged, appended to) and TensorBoard events.
+    """The log of a run in `workdir`: `metrics.jsonl` and TensorBoard events.
 
-    On a terminal the losses, rates and time left are in a progress bar; elsewhere in one line every
-    `log_every` steps. What a run logged past the checkpoint it is resumed from (`start`) is
-    dropped: it is logged again. Of several processes one logs; with `silent`, nothing is printed or
-    written.
+    `metrics.jsonl` has one JSON object a line, for each step that is recorded. On a terminal a
+    progress bar shows the losses, the rates and the time left; elsewhere a line is printed for each
+    recorded step.
+
+    What a run logged past the checkpoint that it is resumed from, at step `start`, is dropped: it
+    is logged again. Of several processes one logs; with `silent`, nothing is printed or written.
     """
 
     def __init__(
         self, workdir: pathlib.Path, *, start: int, steps: int, batch_size: int, silent: bool
     ):
-        self._steps, self._batch_size, self._silent = steps, batch_size, silent
+        self._steps = steps
+        self._batch_size = batch_size
+        self._silent = silent
         if silent:
             return
-        self._step: int | None = None  # of the last record
-        self._time, self._waited = time.perf_counter(), 0.0
+        self._step: int | None = None  # step of the last record
+        self._time = time.perf_counter()  # of the last record
+        self._waited = 0.0  # seconds since then that steps waited for data
         from tensorboardX import SummaryWriter
         from tqdm import tqdm
 
@@ -43,9 +49,9 @@ class RunLog:
         )
 
     def step(self, step: int, metrics: dict[str, Any], waited: float, *, record: bool) -> None:
-        """Counts a step that waited so many seconds for its batch; records it if asked to, and the first in any case.
+        """Counts a step that waited `waited` seconds for its batch, and records it if `record`.
 
-        The first step of a run is recorded without rates: it is mostly compilation.
+        The first step of a run is always recorded, without rates: it is mostly compilation.
         """
         if self._silent:
             return
@@ -54,7 +60,7 @@ class RunLog:
         compiled = self._step is None
         if not (record or compiled):
             return
-        # waits for the step to end
+        # This waits for the step to end.
         values = {f"train/{name}": float(value) for name, value in metrics.items()}
         seconds = time.perf_counter() - self._time
         parts = {name: values.get(f"train/loss_{name}") for name in ("contrastive", "caption")}
@@ -65,7 +71,8 @@ class RunLog:
             text = f"{losses}  first step after {seconds:.0f} s"
         else:
             done = step - self._step
-            rate, wait = done * self._batch_size / seconds, self._waited / seconds
+            rate = done * self._batch_size / seconds
+            wait = self._waited / seconds
             values |= {"perf/examples_per_sec": rate, "perf/data_wait": wait}
             text = f"{losses}  {rate:,.0f} images/s  data wait {wait:.0%}"
         if skipped := int(values["train/nonfinite"]):
@@ -79,16 +86,19 @@ class RunLog:
         self._restart_clock(step)
 
     def _restart_clock(self, step: int) -> None:
-        self._step, self._time, self._waited = step, time.perf_counter(), 0.0
+        self._step = step
+        self._time = time.perf_counter()
+        self._waited = 0.0
 
     def evaluation(self, step: int, name: str, evaluation: Evaluation, samples: int) -> None:
-        """Records an evaluation and prints it, with the first `samples` texts that the model said."""
+        """Records an evaluation and prints it, with the first `samples` texts of the model."""
         if self._silent:
             return
         self.record(
             step, {f"eval/{name}/{metric}": value for metric, value in evaluation.metrics.items()}
         )
-        images, metrics = evaluation.num_images, dict(evaluation.metrics)
+        images = evaluation.num_images
+        metrics = dict(evaluation.metrics)
         lines = [f"{name} at step {step}: {images} images, {evaluation.num_texts} texts"]
         if "t2i_r1" in metrics:
             lines[0] += f" (chance R@1 {1 / images:.1%})"
@@ -98,7 +108,8 @@ class RunLog:
                 for k in (1, 5, 10)
                 if f"{key}_r{k}" in metrics
             ]
-            lines += [f"  {way}{''.join(recalls)}"] if recalls else []
+            if recalls:
+                lines.append(f"  {way}{''.join(recalls)}")
         metrics.pop("mean_recall", None)
         records = evaluation.predictions[-1].records if evaluation.predictions else []
         if "caption_exact" in metrics:
@@ -136,20 +147,19 @@ class RunLog:
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Leaves the records up to `step`; a last line cut short by a kill goes too."""
+    """Drops the records after `step`, and a last line that a kill has cut short."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] <= step:
             kept.append(line)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    with replacing_file(path) as new:
+        new.write_text("".join(kept), encoding="utf-8")
 
 
 def _sample(record: dict[str, Any]) -> list[str]:
-    """What a record of captions, answers or classes says, and what it is compared with."""
+    """Lines that show what the model said in a record, and the reference."""
     if "question" in record:
         return [
             f"asks  {record['question']}",

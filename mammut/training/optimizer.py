@@ -1,4 +1,4 @@
-"""The optimizer of a run: clipping, AdamW or Adafactor, schedule, weight decay, learning rates by group."""
+"""Optimizer of a run: clipping, AdamW or Adafactor, schedule, weight decay, rates by group."""
 
 from typing import Any
 
@@ -8,10 +8,16 @@ import optax
 from mammut.core.params import Params, by_name, first_fitting, path_name
 from mammut.training.config import OptimizerConfig
 
+_OTHERS = ""  # group of the parameters that no pattern fits; the empty pattern fits no path
+
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then cosine or linear decay to 0 at `decay_steps` or `steps`, or neither."""
-    peak, decay_steps = config.learning_rate, (config.decay_steps or steps) - config.warmup_steps
+    """Learning rate by step: a linear warm-up from 0 to the peak, then the schedule.
+
+    The schedule falls to 0 at `config.decay_steps` (None: at `steps`), or stays at the peak.
+    """
+    peak = config.learning_rate
+    decay_steps = (config.decay_steps or steps) - config.warmup_steps
     if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, decay_steps)
     else:
@@ -22,18 +28,18 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def decay_mask(params: Params) -> Any:
-    """True for what weight decay touches: the kernels. Not biases, norms, embeddings, positions or the logit scale.
+    """A tree of bools: True for the kernels, the only parameters that weight decay acts on.
 
-    By name, not by rank: a stacked norm has two dimensions as well.
+    It goes by name and not by rank: the scale of a stacked norm has two dimensions as well.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW or Adafactor, with the schedule and decoupled weight decay of `config`.
+    """Makes the optimizer: clipping, then AdamW or Adafactor with decoupled weight decay.
 
-    A parameter of `config.learning_rates` has its update, weight decay included, times its peak /
-    `learning_rate`: the schedule has the same shape for all.
+    The update of a parameter that `config.learning_rates` gives a peak, weight decay included, is
+    multiplied by that peak / `learning_rate`: the schedule has the same shape for all.
 
     Raises:
       ValueError: from `init`, a pattern of `learning_rates` fits no parameter.
@@ -42,41 +48,49 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     if config.name == "adamw":
         scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     else:
-        # Attention kernels end in [heads, 64]: the usual threshold of 128 would leave them
-        # unfactored.
+        # Attention kernels end in [heads, 64]: the usual threshold of 128 would not factor them.
         scale = optax.chain(
             optax.scale_by_factored_rms(min_dim_size_to_factor=32),
             optax.clip_by_block_rms(1.0),
             optax.ema(config.b1, debias=False),
         )
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    transforms = [
+        clip,
         scale,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
-        *([_scale_by_group(config)] if config.learning_rates else []),
-    )
+    ]
+    if config.learning_rates:
+        transforms.append(_scale_by_group(config))
+    return optax.chain(*transforms)
 
 
 def _scale_by_group(config: OptimizerConfig) -> optax.GradientTransformation:
-    peaks = dict(config.learning_rates)
+    """Multiplies the updates of each group of parameters by its peak / `learning_rate`."""
+    patterns = [pattern for pattern, _ in config.learning_rates]
 
-    def patterns(params: Params) -> dict[str, str]:
-        return first_fitting(by_name(params), [pattern for pattern, _ in config.learning_rates])
+    def groups(params: Params) -> Params:
+        first = first_fitting(by_name(params), patterns)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: first.get(path_name(path), _OTHERS), params
+        )
 
+    scales = {
+        pattern: optax.scale(peak / config.learning_rate) for pattern, peak in config.learning_rates
+    }
+    partition = optax.partition({_OTHERS: optax.identity(), **scales}, groups)
+
+    # The state of the partition has no arrays, only nested containers. An empty state stands for
+    # it, as in the checkpoints of earlier versions: Orbax refuses a tree of another structure.
     def init(params: Params) -> optax.EmptyState:
-        patterns(params)
+        partition.init(params)  # refuses a pattern that fits nothing
         return optax.EmptyState()
 
     def update(
-        updates: Params, state: optax.EmptyState, params: Params = None
+        updates: Params, state: optax.EmptyState, params: Params | None = None
     ) -> tuple[Params, optax.EmptyState]:
-        of = patterns(updates)
-
-        def scale(path, update):
-            name = path_name(path)
-            return update * (peaks[of[name]] / config.learning_rate) if name in of else update
-
-        return jax.tree_util.tree_map_with_path(scale, updates), state
+        scaled, _ = partition.update(updates, partition.init(updates), params)
+        return scaled, state
 
     return optax.GradientTransformation(init, update)

@@ -1,11 +1,8 @@
-"""From a command line to a run: its recipe, the overrides of it, its folder, and what a resumed run may change."""
+"""From a command line to a run: recipe, overrides, folder, and what a resumed run may change."""
 
-import argparse
 import dataclasses
-import importlib.util
 import json
 import pathlib
-import sys
 from collections.abc import Iterator
 
 import jax
@@ -13,6 +10,12 @@ import jax
 from mammut.core import distributed
 from mammut.core.fields import differences, to_dict
 from mammut.core.params import first_fitting, trained_names
+from mammut.training.command_line import (
+    default_workdir,
+    load_recipe,
+    parse_overrides,
+    without,
+)
 from mammut.training.config import TrainConfig
 from mammut.training.run_folder import read_run, write_run
 from mammut.weights.model_folder import open_model
@@ -22,12 +25,26 @@ from mammut.weights.warm_start import SIZES, VOCABULARY, Start, start_config
 # What a resumed run may change: how it is watched, placed and fed, what memory it takes, and how
 # long it goes on (the learning rate follows the new length from there); nothing else.
 RESUMABLE = {
-    "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps", "step_timeout",
-    "mesh", "model.remat", "loss.vocab_chunk", "compilation_cache", "data.val", "data.eval_batch_size",
-    "data.val_examples", "data.threads", "data.max_bad_share", "data.tfds_dir",
-}  # fmt: skip
+    "steps",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_nonfinite_steps",
+    "step_timeout",
+    "mesh",
+    "compute.remat",
+    "loss.vocab_chunk",
+    "compilation_cache",
+    "data.val",
+    "data.eval_batch_size",
+    "data.val_examples",
+    "data.threads",
+    "data.max_bad_share",
+    "data.tfds_dir",
+}
 
-# what each process may have of its own
+# Fields in which the processes of one run may differ.
 PER_PROCESS = {"compilation_cache", "data.threads", "data.tfds_dir"}
 
 
@@ -37,16 +54,20 @@ class Run:
 
     config: TrainConfig
     workdir: pathlib.Path
-    overrides: list[str]  # all that made the config, those of the run to resume included
-    # what a run without checkpoints starts from, by the field that names it
+    overrides: list[str]  # all that made the config, those of a resumed run included
+    # The models that a run without checkpoints starts from, by the field that names each.
     starts: dict[Start, OpenedModel]
 
 
 def resolve(
-    recipe: pathlib.Path | None, default_recipe: pathlib.Path, workdir: pathlib.Path | None, overrides: list[str], *,
+    recipe: pathlib.Path | None,
+    default_recipe: pathlib.Path,
+    workdir: pathlib.Path | None,
+    overrides: list[str],
+    *,
     resume: bool,
-) -> Run:  # fmt: skip
-    """The run that a command line asks for.
+) -> Run:
+    """Finds the run that a command line asks for.
 
     Raises:
       ValueError: the folder is used, or the config does not fit the run to resume.
@@ -59,7 +80,8 @@ def resolve(
         raise ValueError(f"there is no run to resume in {workdir}: run.json is missing")
     if used and not resume:
         raise ValueError(
-            f"--workdir {workdir} is not empty (it holds {used[0]}): give another, or --resume its run"
+            f"--workdir {workdir} is not empty (it holds {used[0]}): give another, or --resume its "
+            f"run"
         )
     if not resume:
         config, starts = with_overrides(load_recipe(recipe or default_recipe), overrides)
@@ -75,16 +97,18 @@ def resolve(
     config = parse_overrides(base, overrides)
     if changed := differences(to_dict(saved), to_dict(config), RESUMABLE):
         raise ValueError(
-            f"the run in {workdir} cannot go on with another config: {'; '.join(changed)} in its run.json"
+            f"the run in {workdir} cannot go on with another config: {'; '.join(changed)} in its "
+            f"run.json"
         )
     starts = {} if _has_checkpoints(workdir) else _opened(config)
     return Run(config, workdir, saved_overrides + overrides, starts)
 
 
 def stages(run: Run) -> Iterator[Run]:
-    """The runs that make up a run, in order: that of its language model, where `text_steps` asks for one, and itself.
+    """Yields the runs that make up a run: that of its language model, if any, then itself.
 
-    What comes later is opened when it is asked for: the former has to be done by then.
+    `text_steps` asks for a language model. The second run is opened when it is asked for: the first
+    has to be done by then.
 
     Raises:
       ValueError: there are several processes, which could not agree on two runs one after the
@@ -94,16 +118,18 @@ def stages(run: Run) -> Iterator[Run]:
     if config.makes_language_model and not _has_checkpoints(run.workdir):
         if jax.process_count() > 1:
             raise ValueError(
-                f"text_steps is {config.text_steps} with several processes, expected --init-text, or a run of "
+                f"text_steps is {config.text_steps} with several processes, expected --init-text, "
+                f"or a run of "
                 "--task text before"
             )
         if config.tokenizer.replace:
             raise ValueError(
-                "tokenizer.replace is True with text_steps, whose language model would lose its words"
+                "tokenizer.replace is True with text_steps, whose language model would lose its "
+                "words"
             )
         language_config = _language_config(config)
         # What could be refused later is refused before the language model takes its time.
-        trained = trained_names(model_specs(config.model), config.trainable)
+        trained = trained_names(model_specs(config.model, config.compute), config.trainable)
         first_fitting(trained, [pattern for pattern, _ in config.optimizer.learning_rates])
         if not (folder / "manifest.json").exists():
             run.workdir.mkdir(parents=True, exist_ok=True)
@@ -143,7 +169,7 @@ def _opened(config: TrainConfig) -> dict[Start, OpenedModel]:
 
 
 def require_same(run: Run) -> None:
-    """Raises ValueError on the processes that were asked for another run than process 0."""
+    """Raises ValueError on a process whose command line asks for another run than process 0's."""
     asked = json.loads(json.dumps(to_dict(run.config) | {"workdir": str(run.workdir)}))
     of_first = json.loads(distributed.from_first("run", lambda: json.dumps(asked).encode()))
     if changed := differences(of_first, asked, PER_PROCESS):
@@ -152,62 +178,18 @@ def require_same(run: Run) -> None:
         )
 
 
-def load_recipe(path: pathlib.Path) -> TrainConfig:
-    """The config of a recipe file."""
-    if not path.is_file():
-        raise ValueError(
-            f"there is no recipe {path}, expected a Python file with get_config() -> TrainConfig"
-        )
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(
-            f"the recipe {path} has no get_config(), expected one that returns a TrainConfig"
-        )
-    config = module.get_config()
-    if not isinstance(config, TrainConfig):
-        raise ValueError(
-            f"get_config() of {path} returns a {type(config).__name__}, expected a TrainConfig"
-        )
-    return config
-
-
 def with_overrides(
     config: TrainConfig, overrides: list[str]
 ) -> tuple[TrainConfig, dict[Start, OpenedModel]]:
-    """The config with its overrides and with the architecture of the models it starts from; and these, opened.
+    """Applies overrides, and the architecture of the models that the run starts from.
+
+    Gives the config, and these models, opened.
 
     Raises:
       ValueError: a model to start from cannot be opened, or does not go with the rest.
     """
     # What may differ from those models is not held against the recipe's own architecture.
-    later = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for field in SIZES | VOCABULARY:
-        later.add_argument(f"--{field}", f"--{field.replace('_', '-')}", nargs="?")
-    overridden = parse_overrides(config, later.parse_known_args(overrides)[1])
+    overridden = parse_overrides(config, without(overrides, SIZES | VOCABULARY))
     if starts := _opened(overridden):
         config = dataclasses.replace(overridden, model=start_config(overridden.model, starts))
     return parse_overrides(config, overrides), starts
-
-
-def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
-    """The config with `--dotted.name VALUE` overrides; an unknown name is refused, with the nearest that exists."""
-    import tyro
-
-    # Every override has a value, booleans too; of which kind the image encoder is, the recipe says.
-    flags = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    return tyro.cli(TrainConfig, default=config, args=overrides, prog="train.py", config=flags)
-
-
-def default_workdir(recipe: str, resume: bool) -> pathlib.Path:
-    """runs/RECIPE, or -2, -3 ...: the newest used one to resume, the first free one otherwise."""
-    names = (
-        pathlib.Path("runs") / (recipe if n == 1 else f"{recipe}-{n}")
-        for n in range(1, sys.maxsize)
-    )
-    newest = pathlib.Path("runs") / recipe
-    for workdir in names:
-        if not workdir.exists():
-            return newest if resume else workdir
-        newest = workdir

@@ -1,4 +1,4 @@
-"""A run's folder: its config, and the position in its data."""
+"""The folder of a run: its config, and the position in its data."""
 
 import collections
 import pathlib
@@ -7,18 +7,23 @@ from typing import Any
 from mammut.core import distributed
 from mammut.core.fields import to_dict
 from mammut.core.files import read_json_object, write_json
+from mammut.data.processor import Processor
 from mammut.training.config import TrainConfig
 from mammut.weights.files.tensor_file import CheckpointError
+from mammut.weights.old_configs import upgraded
 from mammut.weights.opened import read_config
 
 
 def write_run(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) -> None:
-    """Writes `run.json`: the resolved config of a run, and the command-line overrides that are part of it."""
+    """Writes `run.json`: the resolved config of a run, and the overrides of its command line.
+
+    The overrides are part of the config; a run that is resumed with a recipe applies them again.
+    """
     write_json(workdir / "run.json", {"config": to_dict(config), "overrides": overrides})
 
 
 def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
-    """The config and overrides in `run.json`.
+    """Reads the config and the overrides in `run.json`.
 
     Raises:
       CheckpointError: it is missing or not what `write_run` writes.
@@ -29,31 +34,69 @@ def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
         raise CheckpointError(
             f"{path} is not a run's config, expected the keys config and overrides"
         )
-    return read_config(TrainConfig, run["config"], path), run["overrides"]
+    config = run["config"]
+    if isinstance(config, dict):
+        config = upgraded(config).config
+    return read_config(TrainConfig, config, path), run["overrides"]
 
 
 def require_shared(workdir: pathlib.Path) -> None:
     """Raises ValueError where a process does not see the `run.json` that process 0 has written."""
     if not (workdir / "run.json").is_file():
         raise ValueError(
-            f"--workdir {workdir} is without the run.json that process 0 has written there: expected a folder on a "
-            "file system that all processes share"
+            f"--workdir {workdir} is without the run.json that process 0 has written there: "
+            "expected a folder on a file system that all processes share"
         )
 
 
+def claim_folder(
+    workdir: pathlib.Path,
+    config: TrainConfig,
+    overrides: list[str],
+    processor: Processor,
+    fresh: bool,
+) -> None:
+    """Makes a folder that of a run, on process 0, once no process refuses anything.
+
+    Raises:
+      ValueError: this process does not see the folder.
+    """
+    distributed.meet("nothing is refused")
+    if distributed.first() and fresh:
+        processor.save(workdir)
+        write_run(workdir, config, overrides)
+    distributed.meet("the folder is made")
+    require_shared(workdir)
+
+
+def renew_folder(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) -> None:
+    """Makes the folder of a resumed run that of a run which goes on, on process 0."""
+    if not distributed.first():
+        return
+    # What may change in a resumed run is changed for good.
+    write_run(workdir, config, overrides)
+    # Until the run is done again, the model is that of the newest checkpoint, not the one that an
+    # earlier end exported.
+    (workdir / "manifest.json").unlink(missing_ok=True)
+
+
 def position_of_all(step: int, position: dict[str, Any], share: int) -> dict[str, Any]:
-    """The position in the data with the counts of all shares in place of those of `share` alone, on process 0."""
+    """The position in the data, with the counts of all shares, on process 0.
+
+    `position` has the counts of `share` alone.
+    """
     parts = {}
     for part, read, bad in distributed.gather(
         f"counts/{step}", [share, position["read"], position["bad"]]
     ):
         parts[part] = read, bad  # processes of the same share have read the same
+    total = sum(read for read, _ in parts.values())
     bad = collections.Counter()
     for _, counts in parts.values():
         bad.update(counts)
-    return position | {"read": sum(read for read, _ in parts.values()), "bad": dict(bad)}
+    return position | {"read": total, "bad": dict(bad)}
 
 
 def position_of_one(position: dict[str, Any], share: int) -> dict[str, Any]:
-    """The position for one share to go on from: the first takes over the counts, whatever wrote them."""
+    """The position for one share to go on from; the first share takes over all counts."""
     return position if share == 0 else position | {"read": 0, "bad": {}}

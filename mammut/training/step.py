@@ -1,10 +1,12 @@
-"""Train state, optimizer and the jitted step.
+"""Train state, and the compiled pieces of a run: how its state starts, and its step.
 
-What is frozen (`TrainConfig.trainable`) is a tree of its own beside the trained parameters: no
-gradient is taken of it, the optimizer does not know it, and a step hands its arrays on as they are.
+The frozen parameters (`TrainConfig.trainable`) are a tree of their own beside the trained ones: no
+gradient is taken of them, the optimizer does not know them, and a step hands their arrays on as
+they are.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection
 from typing import Any
@@ -17,46 +19,78 @@ from flax import nnx, struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mammut.core import sharding
-from mammut.core.params import Params, by_name, merged, path_name, split, trained_names
-from mammut.models.mammut import MAX_LOGIT_SCALE, Batch, MaMMUT, Metrics, logical_axes
-from mammut.training.accumulation import accumulated_gradients, accumulated_text_gradients
+from mammut.core.params import (
+    Params,
+    by_name,
+    logical_axes,
+    merged,
+    path_name,
+    split,
+    trained_names,
+)
+from mammut.core.typing import Batch, Metrics
+from mammut.models.compute import Augment
+from mammut.models.mammut import MAX_LOGIT_SCALE, MaMMUT
 from mammut.training.config import TrainConfig
 from mammut.training.optimizer import learning_rate_schedule, make_optimizer
-from mammut.training.tasks import ImageTextTask, TextTask
+from mammut.training.tasks import Task
 
 
 @struct.dataclass
 class TrainState:
-    """All that a step changes, and the parameters that it does not."""
+    """Everything that a step changes, and the parameters that it does not.
 
-    step: Any  # int32: updates done or skipped
-    params: Params  # the trained ones
+    Attributes:
+      step: Updates done or skipped, int32.
+      params: Trained parameters.
+      opt_state: State of the optimizer.
+      nonfinite: Updates skipped because a loss or gradient was not finite, int32.
+      nonfinite_in_a_row: The same, since the last update that was done.
+      frozen: All other parameters; {} where all are trained.
+    """
+
+    step: Any
+    params: Params
     opt_state: Any
-    nonfinite: Any  # int32: updates skipped for a loss or gradient that was not finite
-    nonfinite_in_a_row: Any  # int32
-    frozen: Params = struct.field(default_factory=dict)  # the others; {} where all are trained
+    nonfinite: Any
+    nonfinite_in_a_row: Any
+    frozen: Params = struct.field(default_factory=dict)
 
     @property
     def all_params(self) -> Params:
-        """The parameters of the whole model."""
+        """Parameters of the whole model."""
         return merged(self.params, self.frozen)
 
 
 @dataclasses.dataclass
 class Trainer:
-    """The compiled pieces of one run: where its state lives, how it starts, and its step.
+    """The compiled pieces of one run; all are called inside `jax.set_mesh(mesh)`.
 
-    `init(seed)` makes the state in place on the mesh, `init_from(params)` starts from given weights
-    and takes them over. `start_params(seed, random, read)` makes such weights one by one, without a
-    second copy of the model: that of a path such as "text.norm.scale" is `read(path, value)`,
-    `value` being the random one of `init`, or None where `random` does not have the path.
-    `step(state, batch)` donates the state it is given and returns the next, with the metrics of the
-    batch; what is frozen stays where it is in memory. `model(params)` is the model with the weights
-    `TrainState.all_params`. All are called inside `jax.set_mesh(mesh)`.
+    Attributes:
+      mesh: Devices of the run.
+      task: What the run trains.
+      abstract_state: Shapes, types and shardings of the state.
+      init: `init(seed)` makes a state of random weights in place on the mesh.
+      init_from: `init_from(params)` makes a state of given weights of the whole model, and takes
+        them over.
+      start_params: `start_params(seed, random, read)` makes such weights one by one, without a
+        second copy of the model. The weight of a path such as "text.norm.scale" is `read(path,
+        value)`; `value` is the random weight of `init(seed)` if `random` has the path, else None.
+      step: `step(state, batch)` returns the next state and the metrics of the batch. It donates the
+        state that it is given; the frozen parameters stay where they are in memory.
+      model: `model(params)` is the model with the weights `TrainState.all_params`.
+
+    Example:
+      >>> mesh = sharding.make_mesh(config.mesh)
+      >>> trainer = make_trainer(config, TASKS[config.task](config.loss), mesh)
+      >>> with jax.set_mesh(mesh):
+      ...     state = trainer.init(config.seed)
+      ...     state, metrics = trainer.step(state, sharding.device_batch(batch, mesh))
     """
 
     mesh: Mesh
-    abstract_state: TrainState  # shapes, dtypes and shardings
+    task: Task
+    abstract_state: TrainState
     init: Callable[[int], TrainState]
     init_from: Callable[[Params], TrainState]
     start_params: Callable[[int, Collection[str], Callable[[str, jax.Array | None], Any]], Params]
@@ -64,8 +98,8 @@ class Trainer:
     model: Callable[[Params], MaMMUT]
 
 
-def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh) -> Trainer:
-    """Builds the pieces of a run without computing anything.
+def make_trainer(config: TrainConfig, task: Task, mesh: Mesh) -> Trainer:
+    """Builds the pieces of a run, without computing anything.
 
     Raises:
       ValueError: the batch does not divide over the mesh, or a pattern of `trainable` or
@@ -74,119 +108,39 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
     sharding.require_divisible(
         config.data.batch_size // config.accumulation, mesh, "data.batch_size / accumulation"
     )
-    abstract_model = nnx.eval_shape(lambda: MaMMUT(config.model, rngs=nnx.Rngs(0)))
-    graphdef = nnx.graphdef(abstract_model)
+
+    # The model and its parameters, as shapes and types only.
+    abstract_model = nnx.eval_shape(
+        lambda: MaMMUT(config.model, compute=config.compute, rngs=nnx.Rngs(0))
+    )
+    abstract_params = jax.eval_shape(functools.partial(random_params, config), 0)
+    model = functools.partial(nnx.merge, nnx.graphdef(abstract_model))
+
+    # What is trained, and the state that this takes.
+    runs = [name for name in by_name(abstract_params) if task.runs(name)]
+    trained = trained_names(runs, config.trainable)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    schedule = learning_rate_schedule(config.optimizer, config.steps)
-
-    def merge(params: Params) -> MaMMUT:
-        return nnx.merge(graphdef, params)
-
-    def random_params(seed: jax.Array) -> Params:
-        model = MaMMUT(config.model, rngs=nnx.Rngs(params=jax.random.key(seed)))
-        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-    def start(params: Params, frozen: Params) -> TrainState:
-        zero = jnp.int32(0)
-        return TrainState(zero, params, optimizer.init(params), zero, zero, frozen)
 
     def init(seed: jax.Array) -> TrainState:
-        return start(*split(random_params(seed), trained))
+        return _first_state(optimizer, *split(random_params(config, seed), trained))
 
-    def init_from(params: Params) -> TrainState:
-        params, frozen = split(jax.device_put(params, param_shardings), trained)
-        # The parameters do not pass through the program, which would copy them.
-        rest = jax.jit(
-            lambda params: start(params, {}).replace(params=None),
-            out_shardings=shardings.replace(params=None, frozen={}),
-        )
-        return rest(params).replace(params=params, frozen=frozen)
-
-    def start_params(
-        seed: int, random: Collection[str], read: Callable[[str, jax.Array | None], Any]
-    ) -> Params:
-        places = {path: place for path, place in by_name(param_shardings).items() if path in random}
-        # Only these leave the program: XLA computes no others.
-        some = lambda seed: {
-            path: x for path, x in by_name(random_params(seed)).items() if path in places
-        }  # noqa: E731
-        values = jax.jit(some, out_shardings=places)(seed) if places else {}
-
-        def put(path, place):
-            name = path_name(path)
-            value = read(name, values.get(name))
-            if isinstance(value, jax.Array):
-                return value
-            return jax.make_array_from_callback(
-                value.shape, place, lambda index: np.array(value[index])
-            )
-
-        return jax.tree_util.tree_map_with_path(put, param_shardings)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        # The key depends on the seed and the step alone, so that a resumed run draws what the first
-        # would have drawn.
-        crop_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        whole = lambda params: merge(merged(params, state.frozen))  # noqa: E731
-        if config.accumulation > 1:
-            accumulated = (
-                accumulated_gradients
-                if isinstance(task, ImageTextTask)
-                else accumulated_text_gradients
-            )
-            grads, metrics = accumulated(
-                task, whole, state.params, batch, crop_key, config.accumulation
-            )
-        else:
-            grads, metrics = jax.grad(
-                lambda params: task.loss(whole(params), batch, crop_key), has_aux=True
-            )(state.params)
-        grad_norm = optax.global_norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        # Capped here and not in the loss, where the gradient would vanish at the cap and hold the
-        # scale there for good.
-        if "logit_scale" in params:
-            params["logit_scale"] = jnp.minimum(params["logit_scale"], math.log(MAX_LOGIT_SCALE))
-        # A NaN would spread from one batch to every parameter and moment: such an update leaves all
-        # as they were.
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
-        )
-        # the optimizer counts the updates it applied
-        learning_rate = schedule(state.step - state.nonfinite)
-        skipped = 1 - finite.astype(jnp.int32)
-        state = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            nonfinite=state.nonfinite + skipped,
-            nonfinite_in_a_row=(state.nonfinite_in_a_row + 1) * skipped,
-        )
-        metrics |= {
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "logit_scale": jnp.exp(state.all_params["logit_scale"]),
-            "nonfinite": state.nonfinite,
-            "nonfinite_in_a_row": state.nonfinite_in_a_row,
-        }
-        return state, metrics
-
-    abstract_params = jax.eval_shape(random_params, 0)
-    # What the task does not run has no gradient: weight decay alone would move it.
-    run = lambda name: (
-        task.sees_images or name.startswith("text.") and not name.startswith("text.cross_layers.")
-    )  # noqa: E731
-    trained = trained_names(list(filter(run, by_name(abstract_params))), config.trainable)
     abstract_state = jax.eval_shape(init, 0)
+
+    # Where everything is on the mesh.
     param_shardings = sharding.param_shardings(abstract_params, logical_axes(abstract_model), mesh)
     shardings = sharding.state_shardings(abstract_state, abstract_params, param_shardings, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
+
+    def init_from(params: Params) -> TrainState:
+        given, frozen = split(jax.device_put(params, param_shardings), trained)
+        return _state_from(optimizer, given, frozen, shardings)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return _train_step(config, task, model, optimizer, state, batch)
+
     return Trainer(
         mesh=mesh,
+        task=task,
         abstract_state=jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             abstract_state,
@@ -194,12 +148,146 @@ def make_trainer(config: TrainConfig, task: ImageTextTask | TextTask, mesh: Mesh
         ),
         init=jax.jit(init, out_shardings=shardings),
         init_from=init_from,
-        start_params=start_params,
+        start_params=functools.partial(_start_params, config, param_shardings),
         step=jax.jit(
             step,
             donate_argnums=0,
             in_shardings=(shardings, sharding.batch_sharding(mesh)),
             out_shardings=(shardings, replicated),
         ),
-        model=merge,
+        model=model,
     )
+
+
+def random_params(config: TrainConfig, seed: int | jax.Array) -> Params:
+    """Random parameters of the model of a run, which starts at the loss's logit scale and bias."""
+    model = MaMMUT(config.model, compute=config.compute, rngs=nnx.Rngs(jax.random.key(seed)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    params["logit_scale"] = jnp.log(jnp.float32(config.loss.first_logit_scale))
+    params["logit_bias"] = jnp.float32(config.loss.first_logit_bias)
+    return params
+
+
+def _first_state(
+    optimizer: optax.GradientTransformation, params: Params, frozen: Params
+) -> TrainState:
+    """The state at step 0."""
+    zero = jnp.int32(0)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=optimizer.init(params),
+        nonfinite=zero,
+        nonfinite_in_a_row=zero,
+        frozen=frozen,
+    )
+
+
+def _state_from(
+    optimizer: optax.GradientTransformation, params: Params, frozen: Params, shardings: TrainState
+) -> TrainState:
+    """The state at step 0 with given parameters that are on their devices already."""
+
+    # The parameters do not pass through the program, which would copy them.
+    def rest(params: Params) -> TrainState:
+        return _first_state(optimizer, params, {}).replace(params=None)
+
+    made = jax.jit(rest, out_shardings=shardings.replace(params=None, frozen={}))(params)
+    return made.replace(params=params, frozen=frozen)
+
+
+def _start_params(
+    config: TrainConfig,
+    param_shardings: Any,
+    seed: int,
+    random: Collection[str],
+    read: Callable[[str, jax.Array | None], Any],
+) -> Params:
+    """The weights that a run starts from, one by one; see `Trainer.start_params`."""
+    drawn_shardings = {
+        name: sharding for name, sharding in by_name(param_shardings).items() if name in random
+    }
+
+    # Only the drawn parameters leave the program: XLA computes no others.
+    def draw(seed: jax.Array) -> dict[str, jax.Array]:
+        params = by_name(random_params(config, seed))
+        return {name: params[name] for name in drawn_shardings}
+
+    drawn = {}
+    if drawn_shardings:
+        drawn = jax.jit(draw, out_shardings=drawn_shardings)(seed)
+
+    def put(path, sharding):
+        name = path_name(path)
+        value = read(name, drawn.get(name))
+        if isinstance(value, jax.Array):
+            return value
+        return jax.make_array_from_callback(
+            value.shape, sharding, lambda index: np.array(value[index])
+        )
+
+    return jax.tree_util.tree_map_with_path(put, param_shardings)
+
+
+def _train_step(
+    config: TrainConfig,
+    task: Task,
+    model: Callable[[Params], MaMMUT],
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """One update: gradients, optimizer, and nothing at all where something is not finite."""
+    # The key depends on the seed and the step alone, so that a resumed run draws what the first
+    # would have drawn.
+    step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    augment = Augment(step_key, config.augment)
+
+    def whole_model(params: Params) -> MaMMUT:
+        return model(merged(params, state.frozen))
+
+    grads, metrics = task.gradients(whole_model, state.params, batch, augment, config.accumulation)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+
+    # The optimizer counts the updates that it applied.
+    updates_done = state.step - state.nonfinite
+    learning_rate = learning_rate_schedule(config.optimizer, config.steps)(updates_done)
+    params, opt_state = _updated(optimizer, grads, state)
+    # A NaN would spread from one batch to every parameter and moment: such an update leaves all as
+    # they were.
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+
+    skipped = 1 - finite.astype(jnp.int32)
+    state = state.replace(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        nonfinite=state.nonfinite + skipped,
+        nonfinite_in_a_row=(state.nonfinite_in_a_row + 1) * skipped,
+    )
+    metrics |= {
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "logit_scale": jnp.exp(state.all_params["logit_scale"]),
+        "nonfinite": state.nonfinite,
+        "nonfinite_in_a_row": state.nonfinite_in_a_row,
+    }
+    return state, metrics
+
+
+def _updated(
+    optimizer: optax.GradientTransformation, grads: Params, state: TrainState
+) -> tuple[Params, Any]:
+    """The trained parameters and the optimizer's state after an update."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # Capped here and not in the loss, where the gradient would vanish at the cap and hold the scale
+    # there for good.
+    if "logit_scale" in params:
+        params["logit_scale"] = jnp.minimum(params["logit_scale"], math.log(MAX_LOGIT_SCALE))
+    return params, opt_state

@@ -1,4 +1,4 @@
-"""What a run says of itself on its validation set: the predictions and scores of the evaluation programs."""
+"""Validation during a run: predictions and scores of its validation set."""
 
 import collections
 import dataclasses
@@ -14,10 +14,13 @@ from mammut.core import distributed, sharding
 from mammut.data.batches import describe_bad
 from mammut.data.examples import BadExample, Source
 from mammut.data.processor import Processor
-from mammut.evaluation.classification import class_names
+from mammut.evaluation.classification import class_names, predict_classes
+from mammut.evaluation.generated_texts import predict_answers, predict_captions
 from mammut.evaluation.predictions import Predictions
 from mammut.evaluation.predictor import Predictor
-from mammut.evaluation.scoring import save_scores, score
+from mammut.evaluation.retrieval import predict_rankings
+from mammut.evaluation.scores import save_scores
+from mammut.evaluation.scoring import score
 from mammut.training.config import LossConfig, TrainConfig
 from mammut.training.step import Trainer
 from mammut.training.tasks import TASKS
@@ -25,36 +28,40 @@ from mammut.training.tasks import TASKS
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name, shares as 0 to 1, and the predictions they were scored from."""
+    """Metrics by name, shares as 0 to 1, and the predictions that they were scored from."""
 
     metrics: dict[str, float]
     predictions: list[Predictions]
     num_images: int
     num_texts: int
-    bad: dict[str, int]  # examples that could not be used, by cause
+    bad: dict[str, int]  # the number of examples that could not be used, by cause
 
     def save(self, workdir: pathlib.Path, name: str) -> None:
         """Writes predictions and scores into a run, as the programs of `eval/` would."""
         for predictions in self.predictions:
             stem = workdir / "eval" / f"{predictions.task}_{name}"
             predictions.save(stem.with_name(stem.name + ".predictions.jsonl"))
-            save_scores(
-                stem.with_name(stem.name + ".json"), predictions, score(predictions, java=False)
-            )
+            scores = score(predictions, java=False)
+            save_scores(stem.with_name(stem.name + ".json"), predictions, scores)
 
 
 class Evaluator:
-    """Evaluates the parameters of a run on its validation set, each task by its own measure.
+    """Evaluates the parameters of a run on its validation set, by the measure of its task.
 
     | task | predictions | metrics |
     |---|---|---|
-    | image_text | retrieval; greedy captions of one batch | t2i_r1 ... i2t_r10, mean_recall; caption_exact |
+    | image_text | retrieval | t2i_r1 ... i2t_r10, mean_recall |
+    | | greedy captions of one batch | caption_exact: the share that equals a reference |
     | caption | greedy captions | cider, bleu_1 ... bleu_4, rouge_l (without Java) |
-    | vqa | greedy answers | exact_match; vqa_acc where the questions have enough answers |
+    | vqa | greedy answers | exact_match; vqa_acc if the questions have enough answers |
     | classify | the likeliest of the set's names | top1, top5, mean_per_class_recall |
     | text | - | loss of a token, perplexity |
 
-    `alive` is called with every batch. Several processes all evaluate, and come to the same.
+    With several processes all of them evaluate, with the same result.
+
+    Args:
+      checkpoint: the run's folder, named in the predictions.
+      alive: called before every batch that the model is run on.
 
     Raises:
       ValueError: `data.eval_batch_size` does not divide over the mesh, or more than
@@ -62,115 +69,131 @@ class Evaluator:
     """
 
     def __init__(
-        self, source: Source, processor: Processor, config: TrainConfig, trainer: Trainer, checkpoint: str,
+        self,
+        source: Source,
+        processor: Processor,
+        config: TrainConfig,
+        trainer: Trainer,
+        checkpoint: str,
         alive: Callable[[], None],
-    ):  # fmt: skip
+    ):
         data = config.data
         sharding.require_divisible(data.eval_batch_size, trainer.mesh, "data.eval_batch_size")
-        settings = {
-            "batch_size": data.eval_batch_size,
-            "threads": data.threads,
-            "max_bad_share": data.max_bad_share,
-        }
         self._predictor = Predictor(
-            trainer.model, processor, trainer.mesh, checkpoint=checkpoint, blind=data.blind or config.task == "text",
-            alive=alive, **settings,
-        )  # fmt: skip
-        self._source, self._processor, self._task, self._limit = (
-            source,
+            trainer.model,
             processor,
-            config.task,
-            data.val_examples,
+            trainer.mesh,
+            checkpoint=checkpoint,
+            batch_size=data.eval_batch_size,
+            threads=data.threads,
+            max_bad_share=data.max_bad_share,
+            blind=data.blind or config.task == "text",
+            alive=alive,
         )
-        self._prompt, self._stem = data.prompt, data.prompt_of("")
-        # A set that cannot be used is found out now, not after hours of training.
-        self._predictor.check(source, min(data.eval_batch_size, data.val_examples))
-        self._classes = class_names(source) if config.task == "classify" else []
-        self._caption_limit = min(data.eval_batch_size, data.val_examples)
-        self._language = (
-            _Language(processor, config, trainer, alive) if config.task == "text" else None
-        )
+        self._source = source
+        self._processor = processor
+        self._limit = data.val_examples
+        self._prompt = data.prompt
+        self._caption_prompt = data.prompt_of("")
+        self._first_batch = min(data.eval_batch_size, data.val_examples)
+        # A set that cannot be used is an error now, not after hours of training.
+        self._predictor.check(source, self._first_batch)
+
+        evaluate = {
+            "image_text": self._image_text,
+            "caption": self._captions,
+            "vqa": self._answers,
+            "classify": self._classes,
+            "text": self._language,
+        }
+        self._evaluate = evaluate[config.task]
+        self._class_names = class_names(source) if config.task == "classify" else []
+        self._language_loss = None
+        if config.task == "text":
+            self._language_loss = _LanguageLoss(processor, config, trainer, alive)
 
     def __call__(self, params: Any) -> Evaluation:
-        """Evaluates the parameters, inside `jax.set_mesh`.
-
-        `caption_exact` is the share of the captions that equal one of their references.
+        """Evaluates parameters, inside `jax.set_mesh`.
 
         Raises:
           ValueError: more than `data.max_bad_share` of the examples could not be used.
         """
-        ask, source, limit = self._predictor, self._source, self._limit
-        if self._language is not None:
-            return self._language(params, source, limit)
-        if self._task == "image_text":
-            retrieval = ask.retrieval(params, source, limit=limit)
-            captions = ask.captions(params, source, prompt=self._stem, limit=self._caption_limit)
-            metrics = score(retrieval).metrics | {"caption_exact": self._exact(captions)}
-            images, texts = retrieval.settings["images"], retrieval.settings["texts"]
-            return Evaluation(metrics, [retrieval, captions], images, texts, retrieval.left_out)
-        if self._task == "caption":
-            predictions = ask.captions(params, source, prompt=self._stem, limit=limit)
-        elif self._task == "vqa":
-            predictions = ask.answers(params, source, prompt=self._prompt, limit=limit)
-        else:
-            templates = (f"{self._stem} {{}}".strip(),)
-            predictions = ask.classes(
-                params, source, self._classes, templates=templates, method="likelihood", limit=limit
-            )
-        metrics = score(predictions, java=False).metrics
-        metrics = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        images = len({record["index"] for record in predictions.records})
-        return Evaluation(
-            metrics, [predictions], images, len(predictions.records), predictions.left_out
-        )
+        return self._evaluate(params)
+
+    def _image_text(self, params: Any) -> Evaluation:
+        """Retrieval, and the share of captions that equal one of their references."""
+        inputs = (self._predictor, params, self._source)
+        retrieval = predict_rankings(*inputs, limit=self._limit)
+        captions = predict_captions(*inputs, prompt=self._caption_prompt, limit=self._first_batch)
+        metrics = score(retrieval).metrics | {"caption_exact": self._exact(captions)}
+        images = retrieval.settings["images"]
+        texts = retrieval.settings["texts"]
+        return Evaluation(metrics, [retrieval, captions], images, texts, retrieval.left_out)
+
+    def _captions(self, params: Any) -> Evaluation:
+        settings = {"prompt": self._caption_prompt, "limit": self._limit}
+        return _scored(predict_captions(self._predictor, params, self._source, **settings))
+
+    def _answers(self, params: Any) -> Evaluation:
+        settings = {"prompt": self._prompt, "limit": self._limit}
+        return _scored(predict_answers(self._predictor, params, self._source, **settings))
+
+    def _classes(self, params: Any) -> Evaluation:
+        template = f"{self._caption_prompt} {{}}".strip()
+        settings = {"templates": (template,), "method": "likelihood", "limit": self._limit}
+        inputs = (self._predictor, params, self._source, self._class_names)
+        return _scored(predict_classes(*inputs, **settings))
+
+    def _language(self, params: Any) -> Evaluation:
+        return self._language_loss(params, self._source, self._limit)
 
     def _exact(self, captions: Predictions) -> float:
-        # References are compared as the tokenizer gives them back: lower-cased, say, where it
-        # lower-cases.
-        given_back = lambda texts: self._processor.decode(self._processor.encode_text(texts)[0])  # noqa: E731
-        exact = [
-            record["prediction"] in given_back(record["references"]) for record in captions.records
-        ]
+        exact = []
+        for record in captions.records:
+            # References are compared as the tokenizer decodes them: in lower case, if it has no
+            # other.
+            references = self._processor.decode(
+                self._processor.encode_text(record["references"])[0]
+            )
+            exact.append(record["prediction"] in references)
         return sum(exact) / len(exact)
 
 
-class _Language:
-    """How well a model foretells the texts of a set without their images."""
+def _scored(predictions: Predictions) -> Evaluation:
+    """The evaluation of one set of predictions, with the metrics that are numbers."""
+    metrics = score(predictions, java=False).metrics
+    metrics = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    images = len({record["index"] for record in predictions.records})
+    texts = len(predictions.records)
+    return Evaluation(metrics, [predictions], images, texts, predictions.left_out)
+
+
+class _LanguageLoss:
+    """The loss of the texts of a set without their images."""
 
     def __init__(
         self, processor: Processor, config: TrainConfig, trainer: Trainer, alive: Callable[[], None]
     ):
-        self._processor, self._data, self._mesh, self._alive = (
-            processor,
-            config.data,
-            trainer.mesh,
-            alive,
-        )
+        self._processor = processor
+        self._data = config.data
+        self._mesh = trainer.mesh
+        self._alive = alive
         task = TASKS["text"](LossConfig(vocab_chunk=config.loss.vocab_chunk))
 
         def loss(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             model = trainer.model(params)
-            return task.loss_sum(model, batch, jax.random.key(0)), task.target_tokens(model, batch)
+            return task.loss_sum(model, batch, Augment()), task.target_tokens(model, batch)
 
         replicated = jax.NamedSharding(trainer.mesh, jax.P())
         self._loss = distributed.compiled_by_all(jax.jit(loss, out_shardings=replicated))
 
     def __call__(self, params: Any, source: Source, limit: int) -> Evaluation:
-        pairs, bad = [], collections.Counter()
-        for index in range(min(limit, len(source))):
-            try:
-                pairs += [
-                    (self._data.prompt_of(question), text) for question, text in source.pairs(index)
-                ]
-            except BadExample as error:
-                bad[error.cause] += 1
-        left_out = bad.total()
-        if not pairs or left_out > self._data.max_bad_share * (left_out + len(pairs)):
-            raise ValueError(
-                f"{left_out} examples of {source.spec!r} could not be used beside {len(pairs)} texts "
-                f"({describe_bad(bad)}), data.max_bad_share allows {self._data.max_bad_share:.0%}"
-            )
-        total, tokens, rows = 0.0, 0, self._data.eval_batch_size
+        """The loss of a token and its perplexity, over the texts of the first `limit` examples."""
+        limit = min(limit, len(source))
+        pairs, bad = self._pairs(source, limit)
+        total = 0.0
+        tokens = 0
+        rows = self._data.eval_batch_size
         for start in range(0, len(pairs), rows):
             arrays = self._processor.encode_pairs(pairs[start : start + rows])
             padded = (np.pad(x, ((0, rows - len(x)), (0, 0))) for x in arrays)
@@ -181,6 +204,26 @@ class _Language:
             }
             self._alive()
             loss, count = self._loss(params, batch)
-            total, tokens = total + float(loss), tokens + int(count)
+            total += float(loss)
+            tokens += int(count)
         metrics = {"loss_caption": total / tokens, "perplexity": math.exp(min(total / tokens, 700))}
-        return Evaluation(metrics, [], min(limit, len(source)), len(pairs), dict(bad))
+        return Evaluation(metrics, [], limit, len(pairs), bad)
+
+    def _pairs(self, source: Source, limit: int) -> tuple[list[tuple[str, str]], dict[str, int]]:
+        """The prompts and texts of the first examples, and how many could not be used, by cause."""
+        pairs = []
+        bad = collections.Counter()
+        for index in range(limit):
+            try:
+                for question, text in source.pairs(index):
+                    pairs.append((self._data.prompt_of(question), text))
+            except BadExample as error:
+                bad[error.cause] += 1
+        left_out = bad.total()
+        if not pairs or left_out > self._data.max_bad_share * (left_out + len(pairs)):
+            raise ValueError(
+                f"{left_out} examples of {source.spec!r} could not be used beside {len(pairs)} "
+                f"texts ({describe_bad(bad)}), data.max_bad_share allows "
+                f"{self._data.max_bad_share:.0%}"
+            )
+        return pairs, dict(bad)

@@ -1,4 +1,4 @@
-"""Adapters as small folders: saved without the model they belong to, loaded onto the same one."""
+"""Adapters as small folders, saved without their base model and loaded onto the same base."""
 
 import dataclasses
 import fnmatch
@@ -21,8 +21,7 @@ from mammut.core.files import check_manifest, make_manifest, read_json_object, r
 from mammut.core.mapped_file import MAX_HEADER
 from mammut.core.params import by_name
 from mammut.models.adapter_modules import AdapterConfig
-from mammut.models.adapters import _extended, _fresh, _require_names
-from mammut.models.compute import RUN_FIELDS, RUN_VISION_FIELDS
+from mammut.models.adapters import extended, new_adapters, require_adapters
 from mammut.models.mammut import MaMMUT, ModelConfig
 from mammut.weights.files.tensor_file import (
     CheckpointError,
@@ -30,45 +29,54 @@ from mammut.weights.files.tensor_file import (
     open_tensors,
     write_safetensors,
 )
-from mammut.weights.opened import host_tensors, mismatches, read_config
+from mammut.weights.opened import host_tensors, mismatches, read_config, read_model
 
-_FORMAT, _VERSION = "mammut adapter", 1
-_CONFIG, _WEIGHTS, _MANIFEST = "adapter.json", "adapter.safetensors", "manifest.json"
-# What makes an image a prefix is trained with the adapters of a language model; a MaMMUT has it
-# from its own training.
+_FORMAT = "mammut adapter"
+_VERSION = 2
+_CONFIG = "adapter.json"
+_WEIGHTS = "adapter.safetensors"
+_MANIFEST = "manifest.json"
+# The parameters that turn an image into a prefix are trained together with the adapters of a
+# language model; a MaMMUT has them from its own training.
 _PREFIX = ("image_projection.*", "prefix_norm.*")
 # Fields of a ModelConfig and its parts that may differ between the bases that an adapter is trained
 # on and used with.
-_FREE = {"adapters", *RUN_FIELDS, *RUN_VISION_FIELDS}
+_FREE = {"adapters", "low_image_size"}
 
 
 def base_hash(config: ModelConfig) -> str:
-    """SHA-256 of all of a `ModelConfig` that an adapter depends on, as canonical JSON without fields at their default.
+    """The SHA-256 of the fields of a `ModelConfig` that an adapter depends on.
 
-    Adapters, how a run computes and trains (`RUN_FIELDS`) and storage types are left out. A field
-    that a later version adds changes no hash while it has its default.
+    It is that of canonical JSON without the fields at their default: a field that a later version
+    adds changes no hash while it has its default. Adapters and the second image size are left out.
     """
-    return hashlib.sha256(
-        json.dumps(_told(config), sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    text = json.dumps(_set_fields(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def save_adapter(
     folder: str | os.PathLike, model: MaMMUT, name: str, *, also: Sequence[str] | None = None
 ) -> None:
-    """Writes the adapter `name` to a folder of its own; one that is there already is replaced.
+    """Writes the adapter `name` to a folder of its own, or replaces the one that is there.
 
-    Of several processes, all call it, process 0 writes.
+    Of several processes, all have to call it; process 0 writes.
 
     Args:
-      also: patterns of paths (fnmatch) of parameters of the base that were trained with it, such as
-        vision.*. None: of a model with an image prefix, what makes the prefix, `image_projection.*`
-        and `prefix_norm.*`; of others, none.
+      folder: made where it is missing.
+      model: the model with the adapter.
+      name: the adapter's name in the model.
+      also: patterns of paths (fnmatch) of base parameters that were trained with the adapter, such
+        as vision.*; they are saved, too. None: those that make the image prefix,
+        `image_projection.*` and `prefix_norm.*`, of a model that has one; else none.
 
     Raises:
       ValueError: there is no such adapter, or a pattern fits no parameter of the base.
+
+    Example:
+      >>> mammut.save_adapter("runs/questions", model, "questions")
+      >>> model = mammut.load_adapter(base, "runs/questions")
     """
-    _require_names(model, name)
+    require_adapters(model, name)
     specs, read = host_tensors(by_name(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
     base = [path for path in specs if not path.startswith("adapters.")]
     for pattern in also or ():
@@ -79,11 +87,8 @@ def save_adapter(
     if also is None:
         also = _PREFIX if model.config.conditioning == "prefix" else ()
     others = [path for path in base if any(fnmatch.fnmatchcase(path, pattern) for pattern in also)]
-    saved = {
-        path: spec
-        for path, spec in specs.items()
-        if path.startswith(f"adapters.{name}.") or path in others
-    }
+    chosen = {*others, *(path for path in specs if path.startswith(f"adapters.{name}."))}
+    saved = {path: spec for path, spec in specs.items() if path in chosen}
     if not distributed.first():
         for path in saved:
             read(path)
@@ -103,73 +108,92 @@ def save_adapter(
 
 
 def load_adapter(model: MaMMUT, folder: str | os.PathLike, name: str | None = None) -> MaMMUT:
-    """The model with an adapter that `save_adapter` wrote, switched on beside those that were.
+    """Adds an adapter that `save_adapter` wrote to a model, and switches it on.
 
-    What the folder has of the base takes the place of the model's own. Numbers become of the
-    model's storage types.
+    Other adapters of the model stay as they are. Base parameters in the folder replace the model's.
+    Numbers are stored in the model's types.
 
     Args:
-      name: what the adapter is called here; None: as it was saved.
+      model: the base that the adapter was trained on, with or without other adapters.
+      folder: the folder of the adapter.
+      name: the adapter's name in the model; None: the name that it was saved by.
+
+    Returns:
+      The model with the adapter.
 
     Raises:
-      CheckpointError: the folder is none of `save_adapter`, is damaged, or does not fit its config.
-      ValueError: it is of another base, or the model has an adapter of that name already.
+      CheckpointError: the folder is not one of `save_adapter`, is damaged, or does not fit its
+        config.
+      ValueError: the adapter is of another base, or the model has an adapter of that name already.
+
+    Example:
+      >>> model, processor = mammut.load("runs/base")
+      >>> model = mammut.load_adapter(model, "runs/questions")
     """
     folder = pathlib.Path(folder)
     if problems := check_manifest(folder, folder / _MANIFEST):
         raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
-    if unlisted := sorted(
-        {_CONFIG, _WEIGHTS} - read_json_object(folder / _MANIFEST, MAX_HEADER).keys()
-    ):
+    listed = read_json_object(folder / _MANIFEST, MAX_HEADER).keys()
+    if unlisted := sorted({_CONFIG, _WEIGHTS} - listed):
         raise CheckpointError(f"{folder / _MANIFEST} does not list {', '.join(unlisted)}")
     configs, others = _read_about(folder / _CONFIG, model.config)
-    saved_as, name = configs[0].name, name or configs[0].name
+    saved_name = configs[0].name
+    name = name or saved_name
     configs = [dataclasses.replace(config, name=name) for config in configs]
-    model = _extended(model, configs, nnx.eval_shape(lambda: _fresh(model, configs, nnx.Rngs(0))))
-    tensors, params = (
-        open_tensors(folder / _WEIGHTS),
-        by_name(nnx.to_pure_dict(nnx.state(model, nnx.Param))),
+    model = extended(
+        model, configs, nnx.eval_shape(lambda: new_adapters(model, configs, jax.random.key(0)))
     )
-    source = {
-        path.replace(f"adapters.{saved_as}.", f"adapters.{name}.", 1): path
+
+    params = by_name(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    chosen = {path for path in others if not path.startswith("adapters.")}
+    chosen |= {path for path in params if path.startswith(f"adapters.{name}.")}
+    expected = {path: leaf for path, leaf in params.items() if path in chosen}
+
+    tensors = open_tensors(folder / _WEIGHTS)
+    # The name in the file of each parameter, by its path in the model.
+    saved_names = {
+        path.replace(f"adapters.{saved_name}.", f"adapters.{name}.", 1): path
         for path in tensors.specs
     }
-    others = [path for path in others if path in params and not path.startswith("adapters.")]
-    wanted = {
-        path: leaf
-        for path, leaf in params.items()
-        if path in others or path.startswith(f"adapters.{name}.")
+    specs = {
+        path: _as_stored(tensors.specs[saved], expected.get(path))
+        for path, saved in saved_names.items()
     }
-    found = {
-        path: _as_stored(tensors.specs[there], wanted.get(path)) for path, there in source.items()
-    }
-    if problems := mismatches(found, wanted, "is no parameter of the adapter"):
+    if problems := mismatches(specs, expected, "is no parameter of the adapter"):
         raise CheckpointError(f"{folder / _WEIGHTS} does not fit its config: {'; '.join(problems)}")
-    for path, there in source.items():
-        old = wanted[path]
-        new = jax.device_put(
-            np.array(tensors.read(there), old.dtype), getattr(old, "sharding", None)
-        )
+
+    for path, saved in saved_names.items():
+        old = expected[path]
+        array = np.array(tensors.read(saved), old.dtype)
+        new = jax.device_put(array, getattr(old, "sharding", None))
         functools.reduce(getattr, path.split("."), model).set_value(new)
     return model
 
 
-def _told(config: Any) -> dict[str, Any]:
-    """The fields of a config that are not at their default, but for those that may differ, and its type."""
-    told = {"type": type(config).__name__}
+def _set_fields(config: Any) -> dict[str, Any]:
+    """The type of a config and its fields that are not at their default; none of `_FREE`."""
+    fields = {"type": type(config).__name__}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            told[field.name] = _told(value)
+            fields[field.name] = _set_fields(value)
         elif field.name not in _FREE and value != field.default:
-            told[field.name] = value
-    return told
+            fields[field.name] = value
+    return fields
 
 
 def _read_about(path: pathlib.Path, config: ModelConfig) -> tuple[list[AdapterConfig], list[str]]:
-    """What `adapter.json` says there is: the adapter, for a model of `config`, and parameters of the base."""
+    """Reads `adapter.json`, for a model of `config`.
+
+    Returns:
+      The configs of the adapter, and the paths of the base parameters saved with it.
+
+    Raises:
+      CheckpointError: the file is not one of `save_adapter`.
+      ValueError: the adapter is of another base.
+    """
     about = read_json_object(path)
-    if about.get("format") != _FORMAT or about.get("version") != _VERSION:
+    if about.get("format") != _FORMAT or about.get("version") not in (1, _VERSION):
         raise CheckpointError(
             f"{path} has format {about.get('format')!r} version {about.get('version')!r}, "
             f"expected {_FORMAT!r} version {_VERSION}"
@@ -178,26 +202,33 @@ def _read_about(path: pathlib.Path, config: ModelConfig) -> tuple[list[AdapterCo
         case {
             "adapters": [_, *_] as adapters,
             "also": list(others),
-            "base_hash": str(found),
+            "base_hash": str(saved_hash),
             "base": dict(base),
         }:
             configs = [read_config(AdapterConfig, adapter, path) for adapter in adapters]
         case _:
-            raise CheckpointError(f"{path} does not tell of adapters, also, base_hash and base")
+            raise CheckpointError(
+                f"{path} does not have the keys adapters, also, base_hash and base of an adapter"
+            )
     if len({adapter.name for adapter in configs}) > 1:
         raise CheckpointError(f"{path} has adapters of several names, expected one")
-    if found != base_hash(config):
+    if about["version"] == 1:
+        # Its hash is of the fields of its time: that of the base it names is made anew.
+        base_config, _, _ = read_model({"model": base}, path)
+        base = json.loads(json.dumps(to_dict(base_config)))  # lists, as in the file
+        saved_hash = base_hash(base_config)
+    if saved_hash != base_hash(config):
         free = {f"{part}{name}" for part in ("", "vision.", "text.") for name in _FREE}
         changed = differences(base, json.loads(json.dumps(to_dict(config))), free)
-        raise ValueError(
-            f"{path} is of another base: {'; '.join(changed) or 'its hash is not that of this model'}"
-        )
+        reason = "; ".join(changed) or "its hash is not that of this model"
+        raise ValueError(f"{path} is of another base: {reason}")
     return configs, others
 
 
-def _as_stored(found: TensorSpec, wanted: Any) -> TensorSpec:
-    """The spec of a tensor in its file as it would be in the model: numbers may be stored as others."""
-    floats = wanted is not None and all(
-        jnp.issubdtype(dtype, jnp.floating) for dtype in (found.dtype, wanted.dtype)
-    )
-    return TensorSpec(found.shape, np.dtype(wanted.dtype)) if floats else found
+def _as_stored(spec: TensorSpec, param: Any) -> TensorSpec:
+    """The spec of a saved tensor with the type of its parameter, where both are floats."""
+    if param is None:
+        return spec
+    if all(jnp.issubdtype(dtype, jnp.floating) for dtype in (spec.dtype, param.dtype)):
+        return TensorSpec(spec.shape, np.dtype(param.dtype))
+    return spec

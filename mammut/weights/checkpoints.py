@@ -1,9 +1,9 @@
-"""A run's folder: its config, and its checkpoints, each all that a step of the run changes.
+"""The checkpoints of a run: each holds all that a step of the run changes.
 
-The checkpoints are Orbax steps, each atomic, with the position in the data in its metadata. Orbax
-restores a flipped bit silently, so each step has a manifest of checksums too; `restore` falls back
-to the newest step that passes. The frozen parameters are the same in all of them: they are written
-once, as safetensors with a manifest, to `frozen/`.
+The checkpoints are Orbax steps. Each is atomic, and its metadata has the position in the data.
+Orbax restores a flipped bit silently, so each step has a manifest of checksums, too, and `restore`
+falls back to the newest step that passes. The frozen parameters are the same in all of them: they
+are written once, as safetensors with a manifest, to `frozen/`.
 """
 
 import dataclasses
@@ -29,12 +29,13 @@ from mammut.weights.opened import host_tensors, mismatches
 
 _log = logging.getLogger(__name__)
 
-_FROZEN_FILE, _FROZEN_MANIFEST = "frozen.safetensors", "manifest.json"
+_FROZEN_FILE = "frozen.safetensors"
+_FROZEN_MANIFEST = "manifest.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint: the state, and what was saved beside it."""
+    """A restored checkpoint: its step, its state, and the position in the data."""
 
     step: int
     state: Any
@@ -42,18 +43,26 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of a run, under `workdir/checkpoints`, the newest `keep` of them; None: all.
+    """The checkpoints of a run, under `workdir/checkpoints`.
 
-    `save` returns once the arrays are copied from the devices; writing goes on behind. `cleanup`
-    removes what a killed run left half-written: for the run itself, not for those who read beside
-    it. Of several processes, all save and restore, each its part of the arrays; process 0 writes
-    and checks the checksums.
+    `save` returns once the arrays are copied from the devices; a background thread writes them. Of
+    several processes, each saves and restores its part of the arrays; process 0 writes and checks
+    the checksums.
+
+    Args:
+      workdir: the folder of the run.
+      keep: how many of the newest checkpoints are kept; None: all.
+      cleanup: removes what a killed run left half-written. Only the run itself may ask for it: a
+        reader would remove what the run is writing.
+
+    Raises:
+      CheckpointError: Orbax cannot open the folder, since a step is damaged.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int | None, *, cleanup: bool = False):
         from orbax.checkpoint import v1 as ocp
 
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file at INFO
+        logging.getLogger("absl").setLevel(logging.WARNING)  # at INFO, Orbax logs every file
         self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self._frozen = self._folder.parent / "frozen"
         self._manifests = self._folder.parent / "checkpoint_manifests"
@@ -68,9 +77,11 @@ class Checkpoints:
                 path.stem for path in manifests if check_manifest(self._folder / path.stem, path)
             ]
             raise CheckpointError(
-                f"{self._folder} cannot be opened ({error}): remove its damaged steps, {', '.join(damaged)}"
+                f"{self._folder} cannot be opened ({error}): "
+                f"remove its damaged steps, {', '.join(damaged)}"
             ) from error
-        self._left_behind: list[int] = []  # newer than the step restored: damaged or unchecked
+        # Steps newer than the one restored: they are damaged or unchecked.
+        self._left_behind: list[int] = []
         self._writing: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -78,34 +89,39 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        # What the others have to finish too may never end once this process has failed: the step is
-        # left half-written.
+        # Once this process has failed, a write that the others have to finish, too, may never end:
+        # the step is left half-written.
         if kind is None or jax.process_count() == 1:
             self.close()
 
     @property
     def steps(self) -> list[int]:
-        """The steps saved, oldest first."""
+        """The saved steps, oldest first."""
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def save(self, step: int, state: Any, data: Any) -> None:
-        """Saves a `TrainState` and `data` (JSON: the position in the data, that of process 0) as one step.
+        """Saves one step.
 
-        The first of a run writes what is frozen, too, before it returns. A second save of a step
-        does nothing. An error of an earlier background write is raised here.
+        The first save of a run also writes the frozen parameters, before it returns. A second save
+        of a step does nothing. An error of an earlier background write is raised here.
+
+        Args:
+          step: the number of the step.
+          state: the `TrainState`.
+          data: the position in the data, as JSON values; that of process 0 is saved.
         """
         self.wait()
-        for newer in self._left_behind:  # Orbax saves no step older than one that is there
+        for newer in self._left_behind:  # Orbax saves no step that is older than an existing one
             self._checkpointer.delete(newer, missing_ok=True)
         self._left_behind = []
         if step in self.steps:
             return
-        # By the list of process 0: that of another may be of a moment ago, and all have to take
-        # part.
-        if state.frozen and distributed.from_first(
-            f"frozen/{step}", lambda: b"" if self.steps else b"write"
-        ):
-            self._save_frozen(state.frozen)
+        # All processes have to take part or none, so they go by the list of process 0: the list of
+        # another may be a moment older.
+        if state.frozen:
+            is_later = distributed.from_first(f"frozen/{step}", lambda: b"1" if self.steps else b"")
+            if not is_later:
+                self._save_frozen(state.frozen)
         self._manifests.mkdir(parents=True, exist_ok=True)
         saved = {"state": _changing(state)}
         response = self._checkpointer.save_checkpointables_async(
@@ -117,14 +133,14 @@ class Checkpoints:
     def _finish(self, step: int, response: Any) -> None:
         try:
             response.result()
-            if distributed.first():  # Orbax has waited for all
+            if distributed.first():  # Orbax has waited for all processes
                 folder = self._folder / str(step)
                 write_json(self._manifests / f"{step}.json", make_manifest(folder, _files(folder)))
                 for manifest in self._manifests.glob("*.json"):
                     if int(manifest.stem) not in self.steps:
                         manifest.unlink()
-        except BaseException as error:  # raised by the next wait()
-            self._error = error
+        except BaseException as error:
+            self._error = error  # the next wait() raises it
 
     def _save_frozen(self, frozen: Any) -> None:
         specs, read = host_tensors(by_name(frozen))
@@ -147,36 +163,42 @@ class Checkpoints:
         return open_tensors(self._frozen / _FROZEN_FILE)
 
     def wait(self) -> None:
-        """Waits for the background write; raises its error."""
+        """Waits for the background write, and raises its error."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
         if self._error is not None:
-            error, self._error = self._error, None
+            error = self._error
+            self._error = None
             raise error
 
     def close(self) -> None:
-        """Waits, then lets go of the folder."""
+        """Waits for the background write, then closes the folder."""
         self.wait()
         self._checkpointer.close()
 
     def restore(self, abstract_state: Any) -> Restored:
-        """The newest good checkpoint, placed as the shardings of `abstract_state` say.
+        """Restores the newest good checkpoint.
+
+        Args:
+          abstract_state: shapes, types and shardings of the `TrainState`.
 
         Raises:
-          CheckpointError: there is none, or the state saved is of another model or optimizer.
+          CheckpointError: there is no good checkpoint, or the saved state is of another model or
+            optimizer.
         """
-        # One process reads it all for its checksums, and all restore the same.
+        # One process reads all files for their checksums; all processes restore the same step.
         step = int(distributed.from_first("restored", lambda: str(self._newest_good()).encode()))
-        saved, changing = (
-            self._checkpointer.checkpointables_metadata(step),
-            _changing(abstract_state),
-        )
+        saved = self._checkpointer.checkpointables_metadata(step)
+        changing = _changing(abstract_state)
         if problems := _mismatches(saved.metadata["state"], changing):
             raise CheckpointError(
-                f"{self._folder / str(step)} does not fit this run's model and optimizer: {'; '.join(problems)}"
+                f"{self._folder / str(step)} does not fit this run's model and optimizer: "
+                f"{'; '.join(problems)}"
             )
-        frozen = self._restore_frozen(abstract_state.frozen) if abstract_state.frozen else {}
+        frozen = {}
+        if abstract_state.frozen:
+            frozen = self._restore_frozen(abstract_state.frozen)
         loaded = self._checkpointer.load_checkpointables(step, {"state": changing})
         self._left_behind = [newer for newer in self.steps if newer > step]
         return Restored(
@@ -186,7 +208,7 @@ class Checkpoints:
         )
 
     def _restore_frozen(self, abstract: Any) -> Any:
-        # One process reads it all for its checksums, and all restore the same.
+        # One process reads the file for its checksum.
         file = self._open_frozen(distributed.from_first("frozen", self._frozen_problems))
         if problems := mismatches(file.specs, by_name(abstract), "is left over"):
             raise CheckpointError(
@@ -195,8 +217,8 @@ class Checkpoints:
 
         def put(path, leaf):
             array = file.read(path_name(path))
-            # A copy of what is mapped: an array on the CPU may share its memory, and a step gives
-            # it away.
+            # A copy of the mapped memory: an array on the CPU may share it, and a training step
+            # gives the memory of its state away.
             return jax.make_array_from_callback(
                 leaf.shape, leaf.sharding, lambda index: np.array(array[index])
             )
@@ -204,9 +226,12 @@ class Checkpoints:
         return jax.tree_util.tree_map_with_path(put, abstract)
 
     def restore_params(self) -> dict[str, np.ndarray]:
-        """The parameters of the newest good checkpoint as host arrays by name; nothing else of it is read.
+        """The parameters of the newest good checkpoint, as arrays on the host by name.
 
-        Those that are frozen are views of their file.
+        Nothing else of the checkpoint is read. Frozen parameters are views of their file.
+
+        Raises:
+          CheckpointError: there is no good checkpoint, or the frozen parameters are damaged.
         """
         from orbax.checkpoint import v1 as ocp
 
@@ -228,8 +253,8 @@ class Checkpoints:
         unchecked = []
         for step in reversed(steps):
             manifest = self._manifests / f"{step}.json"
-            # killed after the step was complete and before its checksums were
             if not manifest.exists():
+                # The run was killed between the step and its checksums.
                 unchecked.append(step)
             elif problems := check_manifest(self._folder / str(step), manifest):
                 _log.warning(
@@ -240,7 +265,9 @@ class Checkpoints:
         if unchecked:
             _log.warning("checkpoint %d has no checksums and is used unchecked", unchecked[0])
             return unchecked[0]
-        damaged = f": all of {steps} are damaged" if steps else ""
+        damaged = ""
+        if steps:
+            damaged = f": all of {steps} are damaged"
         raise CheckpointError(f"{self._folder} holds no good checkpoint{damaged}")
 
 
@@ -254,16 +281,17 @@ def _changing(state: Any) -> dict[str, Any]:
 
 
 def _mismatches(saved: Any, expected: Any) -> list[str]:
-    """Where two trees of arrays differ in path, shape or type."""
+    """The differences of two trees of arrays in path, shape and type, a sentence each."""
 
-    def flat(tree):
-        names = jax.tree_util.tree_leaves_with_path(tree)
-        return {
-            ".".join(
-                str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", e)))) for e in path
-            ): leaf
-            for path, leaf in names
-        }
+    def entry_name(entry: Any) -> str:
+        for attribute in ("key", "name", "idx"):  # of a dict, an object, a list
+            if hasattr(entry, attribute):
+                return str(getattr(entry, attribute))
+        return str(entry)
+
+    def flat(tree: Any) -> dict[str, Any]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {".".join(map(entry_name, path)): leaf for path, leaf in leaves}
 
     return mismatches(flat(saved), flat(expected), "is left over")
 

@@ -1,48 +1,65 @@
-"""The model card: a README.md beside the weights that says what they are, how to load them, and what they scored."""
+"""The model card: a README.md beside the weights.
+
+It says what the model is, how to load it, how it was trained and what it scored.
+"""
 
 import pathlib
 from typing import Any
 
-from mammut.core.files import read_json_object
+from mammut.core.files import read_json_object, replacing_file
 from mammut.core.mapped_file import CheckpointError
 from mammut.data.processor import Processor
+from mammut.models.compute import ComputeConfig
 from mammut.models.flops import num_params
 from mammut.models.mammut import ModelConfig
 
 _MARK = "library_name: mammut"
 
 
-def write_card(folder: pathlib.Path, config: ModelConfig, processor: Processor) -> None:
-    """Writes `README.md` into a model folder; a README.md that somebody else wrote is left alone.
+def write_card(
+    folder: pathlib.Path,
+    config: ModelConfig,
+    processor: Processor,
+    compute: ComputeConfig = ComputeConfig(),
+) -> None:
+    """Writes `README.md` into a model folder.
 
-    The numbers are those of the run in the same folder: its `run.json` and the score files under
-    `eval/`.
+    A README.md that somebody else wrote is left as it is. The training and the scores are those of
+    the run in the same folder: its `run.json` and the score files under `eval/`.
     """
     path = folder / "README.md"
     if path.exists() and _MARK not in path.read_text("utf-8", errors="replace"):
         return
-    vision, text, counts, name = (
-        config.vision,
-        config.text,
-        num_params(config),
-        folder.resolve().name,
-    )
-    retrieves, captions = text.pooling != "none", text.depth > 0
+    vision = config.vision
+    text = config.text
+    name = folder.resolve().name
+    retrieves = text.pooling != "none"
+    captions = text.depth > 0
+
+    kind = "A vision-language model: an image encoder, a text encoder."
+    if captions:
+        kind = "A vision-language model: an image encoder, a text decoder."
     if retrieves and captions:
-        kind = "A vision-language model of the MaMMUT family (arXiv 2303.16839): one image encoder, one text decoder."
-    else:
-        kind = f"A vision-language model: an image encoder, a text {'decoder' if captions else 'encoder'}."
+        kind = (
+            "A vision-language model of the MaMMUT family (arXiv 2303.16839): "
+            "one image encoder, one text decoder."
+        )
     use = 'image_embed = model.encode_image(processor(images=["photo.jpg"])["image"])'
     if not retrieves:
         use = 'captions = mammut.caption(model, processor, ["photo.jpg"])'
     sight = f"{text.num_cross_layers} see the image"
     if config.num_prefix_tokens:
         sight = f"an image is {config.num_prefix_tokens} positions before the text"
-    tags = ["image-text-retrieval"] * retrieves + ["image-captioning"] * captions
+    tags = ["vision-language"]
+    if retrieves:
+        tags.append("image-text-retrieval")
+    if captions:
+        tags.append("image-captioning")
+
     lines = [
         "---",
         _MARK,
-        f"tags: [{', '.join(['vision-language', *tags, 'jax'])}]",
+        f"tags: [{', '.join([*tags, 'jax'])}]",
         "---",
         "",
         f"# {name}",
@@ -57,42 +74,43 @@ def write_card(folder: pathlib.Path, config: ModelConfig, processor: Processor) 
         "",
         "| | |",
         "|---|---|",
-        f"| parameters | {counts['total']:,} |",
-        f"| image | {vision.image_size} x {vision.image_size} pixels ({processor.image.mode}), {vision.summary} |",
-        f"| text | up to {processor.max_length} tokens of {text.vocab_size:,} ({processor.tokenizer.kind}); "
-        f"{text.text_only_depth + text.depth} layers of width {text.width}; {sight} |",
+        f"| parameters | {num_params(config)['total']:,} |",
+        f"| image | {vision.image_size} x {vision.image_size} pixels ({processor.image.mode}), "
+        f"{vision.summary} |",
+        f"| text | up to {processor.max_length} tokens of {text.vocab_size:,} "
+        f"({processor.tokenizer.kind}); {text.text_only_depth + text.depth} layers "
+        f"of width {text.width}; {sight} |",
         f"| embedding | {config.embed_size} numbers |",
-        f"| stored as | {config.param_dtype} |",
+        f"| stored as | {compute.param_dtype} |",
         *_training(folder / "run.json"),
         "",
         *_scores(folder),
     ]
-    path.write_text("\n".join(lines) + "\n", "utf-8")
+    with replacing_file(path) as new:
+        new.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def _training(path: pathlib.Path) -> list[str]:
-    """The rows of the table that say how it was trained; none without a run."""
-    run = _read(path)
+    """The rows of the table that say how the model was trained; none without a run."""
+    starts = {"init": "model", "init_vision": "image encoder", "init_text": "text decoder"}
     try:
-        config = run["config"]
-        data, optimizer = config["data"], config["optimizer"]
-        return [
+        config = _read(path)["config"]
+        data = config["data"]
+        optimizer = config["optimizer"]
+        rows = [
             f"| trained on | {data['train']}; {config['steps']:,} steps of {data['batch_size']:,}, "
-            f"task {config['task']} |",
-            *(
-                f"| {what} started from | {config[name]} |"
-                for name, what in (
-                    ("init", "model"),
-                    ("init_vision", "image encoder"),
-                    ("init_text", "text decoder"),
-                )
-                if config.get(name)
-            ),
-            f"| optimizer | {optimizer['name']}, peak rate {optimizer['learning_rate']:g}, "
-            f"weight decay {optimizer['weight_decay']:g}, seed {config['seed']} |",
+            f"task {config['task']} |"
         ]
-    except (KeyError, TypeError):
+        for field, part in starts.items():
+            if config.get(field):
+                rows.append(f"| {part} started from | {config[field]} |")
+        rows.append(
+            f"| optimizer | {optimizer['name']}, peak rate {optimizer['learning_rate']:g}, "
+            f"weight decay {optimizer['weight_decay']:g}, seed {config['seed']} |"
+        )
+    except (KeyError, TypeError):  # there is no run, or it is of another version
         return []
+    return rows
 
 
 def _scores(folder: pathlib.Path) -> list[str]:
@@ -101,16 +119,20 @@ def _scores(folder: pathlib.Path) -> list[str]:
     for path in sorted(folder.glob("eval/*.json")):
         scores = _read(path)
         metrics = scores.get("metrics")
-        for name, value in metrics.items() if isinstance(metrics, dict) else ():
+        if not isinstance(metrics, dict):
+            continue
+        for name, value in metrics.items():
             if isinstance(value, int | float):
                 rows.append(
                     f"| {scores.get('task')} | {scores.get('data')} | {name} | {value:.4g} |"
                 )
-    head = ["| task | data | metric | value |", "|---|---|---|---|"]
-    return [*head, *rows] if rows else ["No evaluation is recorded in this folder."]
+    if not rows:
+        return ["No evaluation is recorded in this folder."]
+    return ["| task | data | metric | value |", "|---|---|---|---|", *rows]
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is none."""
     try:
         return read_json_object(path)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Position tables and patch kernels for another size of image or patch."""
+"""Resamples position tables and patch kernels for another size of image or patch."""
 
 import copy
 import dataclasses
@@ -14,6 +14,7 @@ from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.opened import LazyTensors, OpenedModel
 
 Tower = VisionConfig | ResNetConfig
+_POSITIONS = "vision.pos_embed"
 
 
 def resample_positions(
@@ -21,11 +22,18 @@ def resample_positions(
     grid: tuple[int, int],
     method: Literal["bicubic", "bilinear"],
 ) -> Float[np.ndarray, "down2 across2 D"]:
-    """A table of positions for another grid, float[*grid, D].
+    """Resamples a table of positions to another grid.
 
-    "bicubic" is open_clip's resize (torch's interpolate with antialias=True, align_corners=False: a
-    = -0.5, half-pixel centres, the filter widened where the grid shrinks); "bilinear" is
-    big_vision's resample_posemb (scipy's zoom with order=1: the corners stay corners).
+    Args:
+      table: float[down, across, D].
+      grid: rows and columns of the new table.
+      method: "bicubic" is open_clip's resize, torch's interpolate with antialias=True and
+        align_corners=False: a = -0.5, half-pixel centres, the filter widened where the grid
+        shrinks. "bilinear" is big_vision's resample_posemb, scipy's zoom with order=1: the corners
+        stay corners.
+
+    Returns:
+      float[*grid, D].
     """
     weights = {"bicubic": _bicubic, "bilinear": _bilinear_corners}[method]
     return _along_both(weights, table, grid)
@@ -34,11 +42,19 @@ def resample_positions(
 def resample_patches(
     kernel: Float[np.ndarray, "old_patch D"], old: int, new: int
 ) -> Float[np.ndarray, "new_patch D"]:
-    """A patch kernel float[old * old * 3, D] for patches of `new` pixels a side.
+    """Resizes a patch kernel to patches of another size.
 
-    By the pseudo-inverse of bilinear resizing (FlexiViT, arXiv 2212.08013, section 3.4): an
-    enlarged image has the tokens of the original, exactly; a reduced one those nearest to them, on
-    the mean over images of white noise.
+    It multiplies by the pseudo-inverse of bilinear resizing (FlexiViT, arXiv 2212.08013, section
+    3.4): an enlarged image has exactly the tokens of the original; a reduced image has the nearest
+    ones, in the mean over images of white noise.
+
+    Args:
+      kernel: float[old * old * 3, D].
+      old: pixels along one side of a patch.
+      new: the same, of the new patches.
+
+    Returns:
+      float[new * new * 3, D].
     """
 
     def inverse(old: int, new: int) -> np.ndarray:
@@ -51,6 +67,7 @@ def resample_patches(
 def _along_both(
     weights: Callable[[int, int], np.ndarray], table: np.ndarray, grid: tuple[int, int]
 ) -> np.ndarray:
+    """Multiplies both axes of a table with the matrices [new, old] that `weights` makes."""
     down, across = (weights(old, new) for old, new in zip(table.shape[:2], grid, strict=True))
     moved = np.einsum("Ii,Jj,ijD->IJD", down, across, table.astype(np.float64), optimize=True)
     return moved.astype(table.dtype)
@@ -60,7 +77,8 @@ def _bicubic(old: int, new: int) -> np.ndarray:
     step = old / new
     centres = (np.arange(new)[:, None] + 0.5) * step
     x = np.abs(np.arange(old) + 0.5 - centres) / max(step, 1)
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     weights = np.where(x < 1, near, np.where(x < 2, far, 0))
     return weights / weights.sum(1, keepdims=True)
 
@@ -74,55 +92,69 @@ def _bilinear_pixels(old: int, new: int) -> np.ndarray:
 
 
 def _between(points: np.ndarray, size: int) -> np.ndarray:
-    """The weights of the integers below `size` at `points` among them."""
+    """The weights of linear interpolation between the integers below `size`, at `points`."""
     return np.maximum(0, 1 - np.abs(points[:, None] - np.arange(size)))
 
 
 def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
-    """The model for images of another size: its position grid is resampled, everything else stays as it is.
+    """The model for images of another size.
+
+    Its position grid is resampled; everything else stays as it is.
+
+    Args:
+      opened: a whole model or an image encoder.
+      image_size: pixels along one side.
 
     Raises:
       ValueError: `image_size` is not a multiple of the patch size, or of the stride of a ResNet.
     """
-    # Of the sizes that its training went through, the smaller one may not be below this one.
+    # A smaller size at the start of training need not divide the new one, and is over.
     vision = dataclasses.replace(opened.config.vision, image_size=image_size, low_image_size=None)
-    resampled = _resampling("vision.pos_embed", opened, vision)
-    specs, read = dict(opened.tensors.specs), opened.tensors.read
-    if resampled:
-        spec = specs["vision.pos_embed"]
-        specs["vision.pos_embed"] = TensorSpec((*vision.grid, spec.shape[-1]), spec.dtype)
+    tensors = opened.tensors
+    resampling = _resampling(_POSITIONS, opened, vision)
+    if resampling is not None:
+        _, resample = resampling
+        spec = tensors.specs[_POSITIONS]
+        resampled = TensorSpec((*vision.grid, spec.shape[-1]), spec.dtype)
 
-    def read_resampled(path: str) -> np.ndarray:
-        return resampled[1](read(path)) if resampled and path == "vision.pos_embed" else read(path)
+        def read(path: str) -> np.ndarray:
+            array = opened.tensors.read(path)
+            return resample(array) if path == _POSITIONS else array
 
-    config, processor = (
-        dataclasses.replace(opened.config, vision=vision),
-        copy.copy(opened.processor),
-    )
+        tensors = LazyTensors({**tensors.specs, _POSITIONS: resampled}, read)
+
+    config = dataclasses.replace(opened.config, vision=vision)
+    processor = copy.copy(opened.processor)
     if processor is not None:
         processor.image = dataclasses.replace(processor.image, image_size=image_size)
-        # a longer prefix leaves less room
+        # A larger image may be a longer prefix, which leaves fewer positions for the text.
         processor.max_length = min(processor.max_length, config.text_length)
-    return dataclasses.replace(
-        opened, config=config, tensors=LazyTensors(specs, read_resampled), processor=processor
-    )
+    return dataclasses.replace(opened, config=config, tensors=tensors, processor=processor)
 
 
 def _resampling(
     path: str, opened: OpenedModel, vision: Tower
 ) -> tuple[str, Callable[[np.ndarray], np.ndarray]] | None:
-    """How a parameter gets the sizes of `vision`, in words and as a function; None: it has them."""
+    """How a parameter gets the sizes of `vision`: in words, and as a function.
+
+    None: it has these sizes already.
+    """
     old = opened.config.vision
     if isinstance(old, ResNetConfig):
         return None
-    if path == "vision.pos_embed" and old.grid != vision.grid:
+
+    if path == _POSITIONS and old.grid != vision.grid:
         grids = " -> ".join(f"{down} x {across}" for down, across in (old.grid, vision.grid))
-        return f"{grids}, {opened.positions}", lambda x: resample_positions(
-            x, vision.grid, opened.positions
-        )
+
+        def resample(table: np.ndarray) -> np.ndarray:
+            return resample_positions(table, vision.grid, opened.positions)
+
+        return f"{grids}, {opened.positions}", resample
+
     if path == "vision.patch_embed.kernel" and old.patch_size != vision.patch_size:
-        sizes = old.patch_size, vision.patch_size
-        return "patch {} -> {}, pseudo-inverse".format(*sizes), lambda x: resample_patches(
-            x, *sizes
-        )
+
+        def resize(kernel: np.ndarray) -> np.ndarray:
+            return resample_patches(kernel, old.patch_size, vision.patch_size)
+
+        return f"patch {old.patch_size} -> {vision.patch_size}, pseudo-inverse", resize
     return None

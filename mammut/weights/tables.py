@@ -1,10 +1,10 @@
-"""A format as a table: which of its tensors are which of our parameters, and how each is laid out.
+"""Tables: which tensors of a foreign format are which of our parameters, and in what layout.
 
-A table is a list of `Entry`, made for one config, so that it names every key there is. Read one way
-it is a loader, the other way an exporter; neither touches a number before the whole table has been
-checked, and both work tensor by tensor: what comes out is `Tensors`, which read when they are
-asked. Every mismatch is reported at once. A key that is left over on either side is an error unless
-the table lists it with a reason.
+"Ours" are the parameters of a `MaMMUT`, "theirs" the tensors of the format. A table is a list of
+`Entry`, made for one config, so that it names every key. Read in one direction it loads, in the
+other it exports. Both check the whole table before they read a number, report every mismatch at
+once, and then work tensor by tensor. A key that is left over on either side is an error, unless the
+table lists it with a reason.
 """
 
 import collections
@@ -23,145 +23,166 @@ Shape = tuple[int, ...]
 
 @runtime_checkable
 class Layout(Protocol):
-    """How one of their tensors holds one or several of our parameters, one layer of each where those are stacked."""
+    """How one of their tensors holds one or several of our parameters.
+
+    Of stacked parameters, "a parameter" here is one layer.
+    """
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """Their shape, from the shapes of our parameters."""
+        """Computes their shape from the shapes of our parameters."""
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
-        """Our parameter at `place` among those of the entry, from their tensor of that shape."""
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
+        """Takes one of our parameters out of their tensor.
+
+        Args:
+          theirs: the tensor, of the shape that `shape` computes.
+          ours: the shapes of all our parameters in it.
+          index: which of `ours` the parameter is.
+        """
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Their tensor, from our parameters."""
+        """Makes their tensor from our parameters."""
 
 
 class _InOrder:
-    """The same numbers in the same order: all that differs is the shape."""
+    """The same numbers in the same order; only the shape differs."""
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
-        """Ours."""
-        return theirs.reshape(ours[place])
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
+        """Their tensor in our shape."""
+        return theirs.reshape(ours[index])
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Theirs."""
+        """Our parameter in their shape."""
         return ours[0].reshape(self.shape([ours[0].shape]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Reshaped(_InOrder):
-    """The same numbers in the same order, in another shape."""
+    """The same numbers in the same order, in the shape `theirs`."""
 
     theirs: Shape
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """As given."""
+        """The given shape."""
         return self.theirs
 
 
 @dataclasses.dataclass(frozen=True)
 class Same(_InOrder):
-    """The same numbers in the same shape, or with `flat` axes joined to one: a bias [N, K] is theirs as [N * K]."""
+    """The same numbers in the same shape.
+
+    With `flat`, all axes are joined to one: our bias [N, K] is theirs as [N * K].
+    """
 
     flat: bool = False
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """Ours, or its size."""
+        """Our shape, or with `flat` its size."""
         return (math.prod(ours[0]),) if self.flat else ours[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows(_InOrder):
-    """The same numbers with all axes but the last joined to one: of a vector [D] a row, of a grid [I, J, D] I * J."""
+    """The same numbers with all axes but the last joined to one.
+
+    A vector [D] is one row [1, D], a grid [I, J, D] has the rows [I * J, D].
+    """
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """[rows, D]."""
+        """The shape [rows, D]."""
         return math.prod(ours[0][:-1]), ours[0][-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel(_InOrder):
-    """The weight of transformers' Conv1D, [inputs, outputs], of our kernel [*inputs, *outputs].
+    """The weight [inputs, outputs] of transformers' Conv1D, of our kernel [*inputs, *outputs].
 
-    `inputs` of the kernel's axes are inputs, as for `Transposed`.
+    Attributes:
+      inputs: how many axes of the kernel are inputs, as for `Transposed`.
     """
 
     inputs: int = 1
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """[inputs, outputs]."""
+        """The shape [inputs, outputs]."""
         return math.prod(ours[0][: self.inputs]), math.prod(ours[0][self.inputs :])
 
 
 @dataclasses.dataclass(frozen=True)
 class Transposed:
-    """The weight of a torch.nn.Linear, [outputs, inputs], for our kernel [*inputs, *outputs].
+    """The weight [outputs, inputs] of a torch.nn.Linear, of our kernel [*inputs, *outputs].
 
-    `inputs` of the kernel's axes are inputs: 1 for [D, N, K], 2 for [N, K, D].
+    Attributes:
+      inputs: how many axes of the kernel are inputs: 1 of [D, N, K], 2 of [N, K, D].
     """
 
     inputs: int = 1
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """[outputs, inputs]."""
+        """The shape [outputs, inputs]."""
         return math.prod(ours[0][self.inputs :]), math.prod(ours[0][: self.inputs])
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
-        """Ours."""
-        return theirs.T.reshape(ours[place])
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
+        """Their weight, transposed, in our shape."""
+        return theirs.T.reshape(ours[index])
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Theirs."""
+        """Our kernel as a matrix, transposed."""
         return ours[0].reshape(math.prod(ours[0].shape[: self.inputs]), -1).T
 
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """The weight of a torch.nn.Conv2d over patches, [outputs, 3, patch, patch], of our kernel [patch ** 2 * 3, D]."""
+    """The weight [D, 3, patch, patch] of a torch.nn.Conv2d, of our kernel [patch ** 2 * 3, D]."""
 
     patch_size: int
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """[outputs, 3, patch, patch]."""
+        """The shape [D, 3, patch, patch]."""
         return ours[0][1], 3, self.patch_size, self.patch_size
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
-        """Ours."""
-        return theirs.transpose(2, 3, 1, 0).reshape(ours[place])
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
+        """Their weight with pixels row by row, the three colours of a pixel together."""
+        return theirs.transpose(2, 3, 1, 0).reshape(ours[index])
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Theirs."""
+        """Our kernel with colours before pixels."""
         return ours[0].reshape(self.patch_size, self.patch_size, 3, -1).transpose(3, 2, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Several of our parameters one after the other along an axis of theirs, each in `layout`: fused q, k and v."""
+    """Several of our parameters along one axis of theirs, each in `layout`: fused q, k and v."""
 
     layout: Layout
     axis: int = 0
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """The sum along the axis."""
+        """The shape of one of them, with the sizes along the axis added up."""
         shapes = [self.layout.shape([shape]) for shape in ours]
         size = sum(shape[self.axis] for shape in shapes)
         return *shapes[0][: self.axis], size, *shapes[0][self.axis + 1 :]
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
-        """Ours."""
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
+        """The part of their tensor at `index`, in its layout."""
         ends = np.cumsum([self.layout.shape([shape])[self.axis] for shape in ours])
-        part = np.split(theirs, ends[:-1], axis=self.axis)[place]
-        return self.layout.load(part, ours[place : place + 1], 0)
+        part = np.split(theirs, ends[:-1], axis=self.axis)[index]
+        return self.layout.load(part, ours[index : index + 1], 0)
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Theirs."""
+        """Our parameters in their layouts, joined."""
         return np.concatenate([self.layout.save([array]) for array in ours], axis=self.axis)
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One of their tensors, and what of ours it holds: paths such as "text.layers.attn.query.kernel".
+    """One of their tensors, and which of our parameters it holds.
 
-    `layer` picks one layer of stacked parameters; None: the whole parameter.
+    Attributes:
+      theirs: the name of the tensor.
+      ours: the paths of the parameters, such as "text.layers.attn.query.kernel".
+      layout: how the tensor holds them.
+      layer: which layer of stacked parameters it holds. None: the whole parameter.
     """
 
     theirs: str
@@ -174,8 +195,10 @@ class Entry:
 class Table:
     """A format for one config.
 
-    `unused` are keys of theirs that have no place in our model, `constant` our parameters that they
-    have not, with the value each takes; every one of both has its reason.
+    Attributes:
+      entries: which tensors hold which parameters.
+      unused: the tensors that have no place in our model, each with the reason.
+      constant: our parameters that the format does not have, each with its value and the reason.
     """
 
     entries: Sequence[Entry]
@@ -183,14 +206,19 @@ class Table:
     constant: Mapping[str, tuple[float, str]] = dataclasses.field(default_factory=dict)
 
     def to_ours(self, theirs: Tensors, ours: Mapping[str, TensorSpec], where: str) -> LazyTensors:
-        """Our parameters, of the specs `ours`, read from `theirs`; `where` names the file in errors.
+        """Our parameters, read from their tensors.
 
-        Floats of any size are taken and come out as `ours` has them; to read one that is too large
-        for that raises CheckpointError.
+        Floats of any type become those of `ours`. To read a number that is too large for that type
+        raises CheckpointError.
+
+        Args:
+          theirs: the tensors of a file.
+          ours: the specs of our parameters.
+          where: the file, for errors.
 
         Raises:
-          CheckpointError: a key is missing, left over, of another shape or not of floats; all of
-            them are named.
+          CheckpointError: a key is missing, left over, of another shape or not of floats. Every one
+            is named.
         """
         problems = self._uncovered(ours)
         expected = self._their_shapes(ours)
@@ -204,39 +232,42 @@ class Table:
                 problems.append(f"{key} is not a tensor of this model")
         if problems:
             raise CheckpointError(f"{where} does not fit its config: {'; '.join(problems)}")
-        places: dict[str, list[tuple[Entry, int]]] = {}
+        holders: dict[str, list[tuple[Entry, int]]] = {}
         for entry in self.entries:
-            for place, path in enumerate(entry.ours):
-                places.setdefault(path, []).append((entry, place))
+            for index, path in enumerate(entry.ours):
+                holders.setdefault(path, []).append((entry, index))
 
         def read(path: str) -> np.ndarray:
             spec = ours[path]
             if path in self.constant:
                 return np.full(spec.shape, self.constant[path][0], spec.dtype)
             out = np.empty(spec.shape, spec.dtype)
-            for entry, place in places[path]:
-                value = entry.layout.load(
-                    theirs.read(entry.theirs), self._our_shapes(entry, ours), place
-                )
+            for entry, index in holders[path]:
+                shapes = self._our_shapes(entry, ours)
+                value = entry.layout.load(theirs.read(entry.theirs), shapes, index)
                 value = rounded(value, spec.dtype, f"{where}: {entry.theirs}")
-                out[... if entry.layer is None else entry.layer] = value
+                if entry.layer is None:
+                    out[...] = value
+                else:
+                    out[entry.layer] = value
             return out
 
         return LazyTensors(dict(ours), read)
 
     def to_theirs(self, ours: Tensors) -> LazyTensors:
-        """Their tensors, read from our parameters; each has the type of the parameter it is made of.
+        """Their tensors, made from our parameters.
 
-        Layers of one parameter follow each other: read in this order, every parameter is read once.
+        A tensor has the type of the parameter that it is made from. The layers of one parameter
+        follow each other: in this order, every parameter is read once.
 
         Raises:
-          CheckpointError: a parameter has no place in their format; all of them are named.
+          CheckpointError: a parameter has no place in the format. Every one is named.
         """
         if problems := self._uncovered(ours.specs):
             raise CheckpointError(f"the model does not fit the format: {'; '.join(problems)}")
         entries = {entry.theirs: entry for entry in self.entries}
         shapes = self._their_shapes(ours.specs)
-
+        # The parameters that were read for the last tensor: the next one may need them again.
         held: dict[str, np.ndarray] = {}
 
         def read(key: str) -> np.ndarray:
@@ -246,10 +277,9 @@ class Table:
             for path in entry.ours:
                 if path not in held:
                     held[path] = ours.read(path)
-            arrays = [
-                held[path] if entry.layer is None else held[path][entry.layer]
-                for path in entry.ours
-            ]
+            arrays = [held[path] for path in entry.ours]
+            if entry.layer is not None:
+                arrays = [array[entry.layer] for array in arrays]
             return entry.layout.save(arrays)
 
         in_order = sorted(entries, key=lambda key: entries[key].ours)
@@ -259,10 +289,12 @@ class Table:
         return LazyTensors(specs, read)
 
     def _our_shapes(self, entry: Entry, ours: Mapping[str, TensorSpec]) -> list[Shape]:
+        """The shapes of the parameters of an entry; of one layer where the entry is of one."""
         shapes = [tuple(ours[path].shape) for path in entry.ours]
         return shapes if entry.layer is None else [shape[1:] for shape in shapes]
 
     def _their_shapes(self, ours: Mapping[str, TensorSpec]) -> dict[str, Shape]:
+        """The shape of each of their tensors, by its name."""
         known = [entry for entry in self.entries if all(path in ours for path in entry.ours)]
         return {
             entry.theirs: tuple(entry.layout.shape(self._our_shapes(entry, ours)))
@@ -270,7 +302,7 @@ class Table:
         }
 
     def _uncovered(self, ours: Mapping[str, TensorSpec]) -> list[str]:
-        """Where the table and our parameters do not meet one to one."""
+        """The parameters that the table has and the model not, or the reverse, in sentences."""
         covered: dict[str, set[int | None]] = {path: {None} for path in self.constant}
         for entry in self.entries:
             for path in entry.ours:
@@ -278,27 +310,29 @@ class Table:
         problems = [f"there is no parameter {path} for it" for path in covered if path not in ours]
         for path, spec in ours.items():
             layers = covered.get(path, set())
-            if layers != {None} and layers != set(range(spec.shape[0] if spec.shape else 0)):
-                problems.append(
-                    f"there is nothing for {'a layer of ' if layers else ''}the parameter {path}"
-                )
+            depth = spec.shape[0] if spec.shape else 0
+            if layers == {None} or layers == set(range(depth)):
+                continue
+            missing = "a layer of the parameter" if layers else "the parameter"
+            problems.append(f"there is nothing for {missing} {path}")
         return problems
 
 
 def unused_notes(unused: Mapping[str, str]) -> Iterator[str]:
-    """A sentence for each reason: the moments of an optimizer are thousands of arrays."""
+    """The notes on unused tensors, one for each reason.
+
+    One for each tensor would be too many: the moments of an optimizer are thousands of arrays.
+    """
     groups = collections.defaultdict(list)
     for key, why in unused.items():
         groups[why].append(key)
     for why, keys in groups.items():
-        named = (
-            f"{', '.join(keys)} is"
-            if len(keys) < 4
-            else f"{len(keys)} arrays, {keys[0]} to {keys[-1]}, are"
-        )
-        yield f"{named} not used: {why}"
+        if len(keys) < 4:
+            yield f"{', '.join(keys)} is not used: {why}"
+        else:
+            yield f"{len(keys)} arrays, {keys[0]} to {keys[-1]}, are not used: {why}"
 
 
 def _is_float(dtype: Any) -> bool:
     dtype = np.dtype(dtype)
-    return dtype.kind == "f" or dtype.name in ("bfloat16",)
+    return dtype.kind == "f" or dtype.name == "bfloat16"  # whose kind is "V" to NumPy

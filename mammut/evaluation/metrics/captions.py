@@ -1,8 +1,8 @@
-"""Caption scores as the COCO caption evaluation gives them, with Java or without.
+"""Caption scores of the COCO caption evaluation, with Java or without.
 
 The official tool (pycocoevalcap, the `eval` extra) needs Java for its tokenizer and for METEOR and
-SPICE. Where either is missing, the tokenizer and BLEU, ROUGE-L and CIDEr of this module give the
-same numbers in pure Python; METEOR and SPICE are then left out, and the result says so.
+SPICE. If either is missing, this module computes BLEU, ROUGE-L and CIDEr in pure Python, with the
+same numbers; METEOR and SPICE are then left out, and the result says so.
 """
 
 import collections
@@ -31,17 +31,17 @@ _Score = tuple[float, list[float] | np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class CaptionScores:
-    """Caption metrics, all as shares (CIDEr from 0 to 10), and where they come from.
+    """Caption metrics, all as shares (CIDEr from 0 to 10), and the tools that computed them.
 
-    Keys: `bleu_1` ... `bleu_4`, `rouge_l`, `cider`, and `meteor` and `spice` where they could be
-      computed.
+    Their names are `bleu_1` ... `bleu_4`, `rouge_l`, `cider`, and `meteor` and `spice` if they
+    could be computed.
     """
 
     metrics: dict[str, float]  # of the whole set; BLEU and METEOR are not means over images
     per_image: dict[str, list[float]]  # in the order of the predictions
     tool: str  # the implementation of the metrics
     tokenizer: str
-    left_out: dict[str, str]  # metric not computed: why
+    left_out: dict[str, str]  # the reason, for each metric that is not computed
 
 
 def caption_scores(
@@ -49,14 +49,14 @@ def caption_scores(
 ) -> CaptionScores:
     """Scores one caption an image against its references, as the COCO caption evaluation does.
 
-    CIDEr is CIDEr-D; its document frequencies come from these references, so it depends on the set:
-    of one image alone it is 0. SPICE's jars (`stanford-corenlp-3.6.0*.jar` in
-    `pycocoevalcap/spice/lib`) are used where they lie, never downloaded.
+    CIDEr is CIDEr-D. Its document frequencies come from these references, so it depends on the set:
+    of a single image it is 0. SPICE's jars (`stanford-corenlp-3.6.0*.jar` in
+    `pycocoevalcap/spice/lib`) are never downloaded.
 
     Args:
-      predictions: one caption an image; may be "".
-      references: one or more captions an image.
-      java: None uses pycocoevalcap and Java where both are found, False never, True insists on
+      predictions: one caption for each image; it may be "".
+      references: one or more captions for each image.
+      java: None uses pycocoevalcap and Java if both are installed, False never does, True requires
         them.
 
     Raises:
@@ -77,16 +77,19 @@ def caption_scores(
                 f"references[{position}] must be a list of one or more captions, got {captions!r}"
             )
 
-    missing = "java=False was asked for" if java is False else _missing_for_java()
+    missing = _missing_for_java()
+    if java is False:
+        missing = "java=False was asked for"
     if missing and java:
         raise ValueError(f"java=True was asked for, but {missing}")
     texts = [LINE_BREAKS.sub(" ", text) for text in predictions]
     references = [[LINE_BREAKS.sub(" ", text) for text in captions] for captions in references]
     if not missing:
         try:
-            # Two runs, as the official tool makes: the first words of a line can decide on the line
-            # before it.
-            tokenized = _java_tokenize([[text] for text in texts]), _java_tokenize(references)
+            # Two runs, as in the official tool: the first words of a line can change how the line
+            # before it is split.
+            candidates = _java_tokenize([[text] for text in texts])
+            tokenized_references = _java_tokenize(references)
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             missing = f"the Java tokenizer failed: {_one_line(error)}"
     if missing:
@@ -96,11 +99,11 @@ def caption_scores(
         ]
         scores = _own_scores(candidates, tokenized_references)
         left_out = {"meteor": missing, "spice": missing}
-        tool, tokenizer = "mammut", f"mammut's Python version of the PTB tokenizer ({missing})"
+        tool = "mammut"
+        tokenizer = f"mammut's Python version of the PTB tokenizer ({missing})"
     else:
-        scores, left_out = _official_scores(
-            [candidate for (candidate,) in tokenized[0]], tokenized[1]
-        )
+        candidates = [candidate for (candidate,) in candidates]
+        scores, left_out = _official_scores(candidates, tokenized_references)
         tool = f"pycocoevalcap {importlib.metadata.version('pycocoevalcap')}"
         tokenizer = "PTB tokenizer of Stanford CoreNLP 3.4.1"
     return CaptionScores(
@@ -114,8 +117,8 @@ def caption_scores(
     )
 
 
-# ---- The metrics in Python: tokens joined by spaces in, as pycocoevalcap passes them on
-# -----------------------------
+# The metrics in Python. A text is its tokens, joined by spaces, as in pycocoevalcap.
+# -------------------------------------------------------------------------------------------------
 
 
 def _own_scores(candidates: list[str], references: list[list[str]]) -> dict[str, _Score]:
@@ -141,13 +144,15 @@ def _ngrams(text: str) -> list[collections.Counter]:
 def _bleu(
     candidates: list[list[collections.Counter]], references: list[list[list[collections.Counter]]]
 ) -> dict[str, _Score]:
-    """BLEU-1..4 (Papineni et al., ACL 2002): brevity penalty by the closest reference length, the shorter of equals."""
+    """BLEU-1..4 (Papineni et al., ACL 2002).
+
+    The brevity penalty is by the closest reference length, the shorter of two equally close ones.
+    """
     statistics = []
     for counts, captions in zip(candidates, references, strict=True):
         length = counts[0].total()
-        closest = min(
-            (abs(caption[0].total() - length), caption[0].total()) for caption in captions
-        )[1]
+        lengths = [caption[0].total() for caption in captions]
+        closest = min(lengths, key=lambda own: (abs(own - length), own))
         correct = []
         for n, ngrams in enumerate(counts):
             clipped = ngrams & functools.reduce(
@@ -162,15 +167,21 @@ def _bleu(
 
 
 def _bleu_of(statistics: list[int]) -> list[float]:
-    """BLEU-1..4 from the lengths of candidate and reference and the matched and candidate n-grams of each n."""
+    """BLEU-1..4 from counts.
+
+    `statistics` are the lengths of candidate and reference, then the matched n-grams of each n,
+    then the candidate's n-grams of each n.
+    """
     length, reference_length = statistics[:2]
-    # The official tool's guards against 0/0. Its scores of nothing matched, such as 2.09e-10, come
-    # from them.
-    tiny, small = 1e-15, 1e-9
-    scores, product = [], 1.0
-    for n, (correct, guessed) in enumerate(
-        zip(statistics[2 : 2 + _MAX_N], statistics[2 + _MAX_N :], strict=True)
-    ):
+    matched = statistics[2 : 2 + _MAX_N]
+    candidate = statistics[2 + _MAX_N :]
+    # The official tool's guards against 0/0. Its scores of texts without a match, such as 2.09e-10,
+    # come from them.
+    tiny = 1e-15
+    small = 1e-9
+    scores = []
+    product = 1.0
+    for n, (correct, guessed) in enumerate(zip(matched, candidate, strict=True)):
         product *= (correct + tiny) / (guessed + small)
         scores.append(product ** (1 / (n + 1)))
     ratio = (length + tiny) / (reference_length + small)
@@ -179,8 +190,8 @@ def _bleu_of(statistics: list[int]) -> list[float]:
 
 
 def _rouge_l(candidate: str, references: list[str]) -> float:
-    """ROUGE-L (Lin, 2004): the F-measure of the best recall and the best precision over the references."""
-    # Like the official tool, not `split()`: "" is then one empty word, and equal to another "".
+    """ROUGE-L (Lin, 2004): the F-measure of the best recall and best precision over references."""
+    # As in the official tool, not `split()`: "" is then one empty word, and equal to another "".
     words = candidate.split(" ")
     common = [
         (_common_subsequence(words, reference.split(" ")), reference) for reference in references
@@ -193,16 +204,18 @@ def _rouge_l(candidate: str, references: list[str]) -> float:
 
 
 def _common_subsequence(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence, a row of the usual table at a time in the bits of one number.
+    """The length of the longest common subsequence of two texts.
 
-    Bit i of `row` is 0 where the table steps up at `a[i]` (Hyyrö, 2004).
+    A whole row of the usual table is held in the bits of one number: bit i of `row` is 0 where the
+    table steps up at `a[i]` (Hyyrö, 2004).
     """
-    places = collections.defaultdict(int)
+    positions = collections.defaultdict(int)  # of each word, as bits
     for i, word in enumerate(a):
-        places[word] |= 1 << i
-    full = row = (1 << len(a)) - 1
+        positions[word] |= 1 << i
+    full = (1 << len(a)) - 1
+    row = full
     for word in b:
-        matches = row & places.get(word, 0)
+        matches = row & positions.get(word, 0)
         row = ((row + matches) | (row - matches)) & full
     return len(a) - row.bit_count()
 
@@ -210,7 +223,10 @@ def _common_subsequence(a: list[str], b: list[str]) -> int:
 def _cider(
     candidates: list[list[collections.Counter]], references: list[list[list[collections.Counter]]]
 ) -> list[float]:
-    """CIDEr-D of each image (Vedantam et al., CVPR 2015, section 5), document frequencies from the references."""
+    """CIDEr-D of each image (Vedantam et al., CVPR 2015, section 5).
+
+    The document frequencies come from the references.
+    """
     log_images = math.log(len(references))
     frequency = collections.Counter()
     for captions in references:
@@ -244,21 +260,22 @@ def _cider(
     return scores
 
 
-# ---- The official tool
-# ----------------------------------------------------------------------------------------------
+# The official tool
+# -------------------------------------------------------------------------------------------------
 
 
 def _missing_for_java() -> str:
-    """What keeps the official tool from running, as a clause; "" where nothing does."""
+    """What keeps the official tool from running, as a clause; "" if nothing does."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         return "pycocoevalcap is not installed: pip install 'mammut[eval]'"
     return "" if shutil.which("java") else "Java was not found on the PATH"
 
 
 def _java_tokenize(groups: list[list[str]]) -> list[list[str]]:
-    """Tokenizes groups of captions without line breaks by pycocoevalcap's jar: tokens joined by spaces.
+    """Tokenizes groups of captions without line breaks; the tokens are joined by spaces.
 
-    Not by its class, which writes into the installed package, prints, and can wait for ever.
+    It runs the jar of pycocoevalcap, not its class, which writes into the installed package,
+    prints, and can wait for ever.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
 
@@ -292,60 +309,59 @@ def _java_tokenize(groups: list[list[str]]) -> list[list[str]]:
 def _official_scores(
     candidates: list[str], references: list[list[str]]
 ) -> tuple[dict[str, _Score], dict[str, str]]:
-    """All that pycocoevalcap can compute here, and why it cannot compute the rest."""
+    """The scores that pycocoevalcap can compute here, and why it cannot compute the others."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
     truth = dict(enumerate(references))
-    said = {image: [candidate] for image, candidate in enumerate(candidates)}
-    bleu, bleu_of_image = Bleu(_MAX_N).compute_score(truth, said, verbose=0)
+    predicted = {image: [candidate] for image, candidate in enumerate(candidates)}
+    bleu, bleu_of_image = Bleu(_MAX_N).compute_score(truth, predicted, verbose=0)
     scores = {f"bleu_{n + 1}": (bleu[n], bleu_of_image[n]) for n in range(_MAX_N)}
-    scores["rouge_l"] = Rouge().compute_score(truth, said)
-    # The official CIDEr stops at references without a word; there is nothing to find in them.
-    wordless = not any(text.split() for captions in references for text in captions)
-    scores["cider"] = (
-        (0.0, [0.0] * len(candidates)) if wordless else Cider().compute_score(truth, said)
-    )
+    scores["rouge_l"] = Rouge().compute_score(truth, predicted)
+    # The official CIDEr fails on references without a word; nothing can match them.
+    if any(text.split() for captions in references for text in captions):
+        scores["cider"] = Cider().compute_score(truth, predicted)
+    else:
+        scores["cider"] = (0.0, [0.0] * len(candidates))
     left_out = {}
     for name, score in (("meteor", _meteor), ("spice", _spice)):
         try:
-            scores[name] = score(truth, said)
+            scores[name] = score(truth, predicted)
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             left_out[name] = _one_line(error)
     return scores, left_out
 
 
-def _meteor(truth: dict[int, list[str]], said: dict[int, list[str]]) -> _Score:
+def _meteor(truth: dict[int, list[str]], predicted: dict[int, list[str]]) -> _Score:
     from pycocoevalcap.meteor.meteor import Meteor
 
     scorer = Meteor()
-    # It reads from the Java process without a limit of time. Killed, the process answers with an
-    # empty line.
-    watchdog = threading.Timer(300 + len(said) / 5, scorer.meteor_p.kill)
+    # It waits for the Java process without a time limit. A killed process answers with an empty
+    # line.
+    watchdog = threading.Timer(300 + len(predicted) / 5, scorer.meteor_p.kill)
     watchdog.start()
     try:
-        score, of_image = scorer.compute_score(truth, said)
+        score, of_image = scorer.compute_score(truth, predicted)
     except (OSError, ValueError) as error:
         scorer.meteor_p.kill()
         with contextlib.suppress(OSError):
-            # flushes into the closed pipe: better here than in the destructor
+            # This flushes into the closed pipe: better here than in the destructor.
             scorer.meteor_p.stdin.close()
-        message = (
-            scorer.meteor_p.stderr.read().decode(errors="replace").strip() or "it gave no score"
-        )
+        message = scorer.meteor_p.stderr.read().decode(errors="replace").strip()
+        message = message or "it gave no score"
         raise ValueError(f"the METEOR process failed: {message.splitlines()[0]}") from error
     finally:
         watchdog.cancel()
         if scorer.lock.locked():
-            # its destructor takes the lock, and after an error would wait for ever
+            # The destructor takes the lock, and would wait for ever after an error.
             scorer.lock.release()
     if not np.isfinite([score, *of_image]).all():
         raise ValueError("METEOR gave a score that is not a number")
     return score, of_image
 
 
-def _spice(truth: dict[int, list[str]], said: dict[int, list[str]]) -> _Score:
+def _spice(truth: dict[int, list[str]], predicted: dict[int, list[str]]) -> _Score:
     folder = pathlib.Path(importlib.util.find_spec("pycocoevalcap.spice").origin).parent / "lib"
     for jar in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
         if not (folder / jar).exists():
@@ -354,7 +370,7 @@ def _spice(truth: dict[int, list[str]], said: dict[int, list[str]]) -> _Score:
             )
     from pycocoevalcap.spice.spice import Spice
 
-    score, of_image = Spice().compute_score(truth, said)
+    score, of_image = Spice().compute_score(truth, predicted)
     values = [image["All"]["f"] for image in of_image]
     if not np.isfinite([score, *values]).all():
         raise ValueError("SPICE gave a score that is not a number")

@@ -1,5 +1,9 @@
-"""Retrieval and classification scores: arrays or ranked lists in, shares 0..1 out. Nothing here knows a model."""
+"""Retrieval and classification scores: arrays or ranked lists in, shares 0 to 1 out.
 
+Nothing here knows a model.
+"""
+
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,15 +18,15 @@ def nearest(
     *,
     chunk: int = 1024,
 ) -> tuple[Int[np.ndarray, "Q k"], Float32[np.ndarray, "Q k"]]:
-    """The k candidates with the highest dot product with each query, best first, equals by position.
+    """Finds the k candidates with the highest dot product with each query.
 
-    At most `chunk` x (`chunk` + k) scores exist at a time. A score that is not a number counts as
-    -inf and ranks last.
+    The best come first, equals by position. At most `chunk` x (`chunk` + k) scores exist at a time.
+    A score that is not a number counts as -inf and ranks last.
 
     Args:
       query: float[Q, E].
       candidates: float[C, E].
-      k: cut to C.
+      k: at most C are found.
 
     Returns:
       Positions in `candidates`, int[Q, k], and their scores, float32[Q, k].
@@ -34,75 +38,29 @@ def nearest(
         raise ValueError(f"nearest needs k and chunk of 1 or more, got k={k} and chunk={chunk}")
     if not len(candidates) or query.shape[1] != candidates.shape[1]:
         raise ValueError(
-            f"nearest needs candidates as wide as the queries, got {query.shape} and {candidates.shape}"
+            f"nearest needs candidates as wide as the queries, got {query.shape} and "
+            f"{candidates.shape}"
         )
     k = min(k, len(candidates))
-    indices, scores = np.empty((len(query), k), np.int64), np.empty((len(query), k), np.float32)
+    indices = np.empty((len(query), k), np.int64)
+    scores = np.empty((len(query), k), np.float32)
     for row in range(0, len(query), chunk):
         rows = query[row : row + chunk]
-        best_index, best = np.empty((len(rows), 0), np.int64), np.empty((len(rows), 0), np.float32)
+        best = np.empty((len(rows), 0), np.float32)
+        best_index = np.empty((len(rows), 0), np.int64)
         for start in range(0, len(candidates), chunk):
             block = _scores(rows, candidates[start : start + chunk])
             index = np.broadcast_to(np.arange(start, start + block.shape[1]), block.shape)
             # The best so far come first: their positions are lower, and `_top` keeps the order of
             # equals.
-            best, index = np.concatenate([best, block], 1), np.concatenate([best_index, index], 1)
+            best = np.concatenate([best, block], 1)
+            best_index = np.concatenate([best_index, index], 1)
             top = _top(best, k)
-            best, best_index = np.take_along_axis(best, top, 1), np.take_along_axis(index, top, 1)
-        indices[row : row + chunk], scores[row : row + chunk] = best_index, best
+            best = np.take_along_axis(best, top, 1)
+            best_index = np.take_along_axis(best_index, top, 1)
+        indices[row : row + chunk] = best_index
+        scores[row : row + chunk] = best
     return indices, scores
-
-
-def retrieval_recall(
-    image_embed: Float[np.ndarray, "I E"],
-    text_embed: Float[np.ndarray, "T E"],
-    image_of_text: Int[np.ndarray, "T"],
-    ks: Sequence[int] = (1, 5, 10),
-    chunk: int = 1024,
-) -> dict[str, float]:
-    """Recall at k both ways, as shares: `t2i_r1`, `i2t_r1`, ... and their mean `mean_recall`; several texts an image.
-
-    Text-to-image: the share of texts whose image is among the k nearest. Image-to-text: the share
-    of images with any of their texts among the k nearest (the COCO and Flickr protocol). Equal
-    scores rank by position, so that an encoder that maps everything to one point scores chance; a
-    score that is not a number never finds anything.
-
-    Args:
-      image_embed: float[I, E].
-      text_embed: float[T, E].
-      image_of_text: int[T], the row in `image_embed` of each text's image.
-      chunk: see `nearest`.
-
-    Raises:
-      ValueError: no images, no texts, no ks, an image without a text, or a text of no image.
-    """
-    num_images, num_texts = len(image_embed), len(text_embed)
-    if not num_images or not num_texts:
-        raise ValueError(
-            f"recall needs images and texts, got {num_images} images and {num_texts} texts"
-        )
-    if len(image_of_text) != num_texts:
-        raise ValueError(
-            f"image_of_text must name the image of each of {num_texts} texts, got {len(image_of_text)}"
-        )
-    if (image_of_text < 0).any() or (image_of_text >= num_images).any():
-        low, high = image_of_text.min(), image_of_text.max()
-        raise ValueError(
-            f"image_of_text must be rows 0 to {num_images - 1} of image_embed, got {low} to {high}"
-        )
-    if missing := num_images - len(np.unique(image_of_text)):
-        raise ValueError(f"{missing} of {num_images} images have no text in image_of_text")
-    _check_ks(ks)
-    images, image_scores = nearest(text_embed, image_embed, max(ks), chunk=chunk)
-    texts, text_scores = nearest(image_embed, text_embed, max(ks), chunk=chunk)
-    found = {
-        "t2i": (images == image_of_text[:, None]) & (image_scores > -np.inf),
-        "i2t": (image_of_text[texts] == np.arange(num_images)[:, None]) & (text_scores > -np.inf),
-    }
-    recalls = {
-        f"{way}_r{k}": float(hits[:, :k].any(1).mean()) for way, hits in found.items() for k in ks
-    }
-    return recalls | {"mean_recall": sum(recalls.values()) / len(recalls)}
 
 
 def ranking_recall(
@@ -112,16 +70,16 @@ def ranking_recall(
     *,
     num_candidates: int | None = None,
 ) -> dict[str, float]:
-    """Recall at k of stored rankings, as shares `r1`, `r5`, ...: queries with any relevant id among the first k.
+    """Recall at k of stored rankings, as shares: `r1`, `r5`, `r10`.
 
-    Any of several is enough, as in the COCO protocol and CLIP_benchmark's retrieval, not the share
-    of them found.
+    It is the share of queries with any relevant id among the first k, as in the COCO protocol and
+    CLIP_benchmark's retrieval; how many of the relevant ids are there does not count.
 
     Args:
       ranked: ids for each query, the best first.
       relevant: the ids that are right for each query.
-      num_candidates: how many ids could be ranked; a ranking shorter than the largest k must hold
-        as many.
+      num_candidates: the number of ids that could be ranked; a ranking shorter than the largest k
+        must hold them all.
 
     Raises:
       ValueError: no queries, no ks, lengths that differ, a query without relevant ids, an id ranked
@@ -130,25 +88,29 @@ def ranking_recall(
     _check_ks(ks)
     if not len(ranked) or len(ranked) != len(relevant):
         raise ValueError(
-            f"recall needs ids for each ranking, got {len(relevant)} lists for {len(ranked)} rankings"
+            f"recall needs ids for each ranking, got {len(relevant)} lists for {len(ranked)} "
+            "rankings"
         )
     for query, (ids, right) in enumerate(zip(ranked, relevant)):
         if not len(right):
             raise ValueError(f"query {query} has no relevant ids")
         _check_ranking(f"query {query}", ids, max(ks), num_candidates)
-    first_hits = [
-        next((place for place, found in enumerate(ids) if found in right), None)
-        for ids, right in zip(ranked, map(set, relevant))
-    ]
-    return {
-        f"r{k}": sum(hit is not None and hit < k for hit in first_hits) / len(ranked) for k in ks
-    }
+    ranks = [_first_rank(ids, set(right)) for ids, right in zip(ranked, relevant)]
+    return {f"r{k}": sum(rank <= k for rank in ranks) / len(ranked) for k in ks}
+
+
+def _first_rank(ids: Sequence[int], relevant: set[int]) -> int | float:
+    """The rank of the first relevant id, from 1; infinity if there is none."""
+    for rank, candidate in enumerate(ids, 1):
+        if candidate in relevant:
+            return rank
+    return math.inf
 
 
 def classification_scores(
     ranked: Sequence[Sequence[str]], labels: Sequence[str], classes: Sequence[str]
 ) -> dict[str, float | int | dict[str, float] | dict[str, int]]:
-    """Scores of stored class rankings: `top1`, `top5`, `mean_per_class_recall` and what they are made of.
+    """Scores of stored class rankings: `top1`, `top5`, `mean_per_class_recall`, and their parts.
 
     Args:
       ranked: class names for each item, the best first; at least 5, or all of them.
@@ -167,23 +129,25 @@ def classification_scores(
     """
     if not len(ranked) or len(ranked) != len(labels):
         raise ValueError(
-            f"scores need a label for each ranking, got {len(labels)} labels for {len(ranked)} rankings"
+            f"scores need a label for each ranking, got {len(labels)} labels for {len(ranked)} "
+            "rankings"
         )
     known = set(classes)
     if len(known) < len(classes):
-        raise ValueError(
-            f"classes are named twice: {[name for name, count in Counter(classes).items() if count > 1]}"
-        )
+        twice = [name for name, count in Counter(classes).items() if count > 1]
+        raise ValueError(f"classes are named twice: {twice}")
     for item, (names, label) in enumerate(zip(ranked, labels)):
         if label not in known:
             raise ValueError(
-                f"item {item} has the label {label!r}, which is not among the {len(classes)} classes"
+                f"item {item} has the label {label!r}, which is not among the {len(classes)} "
+                "classes"
             )
         if unknown := set(names) - known:
             raise ValueError(
                 f"item {item} ranks {sorted(unknown)}, not among the {len(classes)} classes"
             )
         _check_ranking(f"item {item}", names, 5, len(classes))
+
     right = Counter(label for names, label in zip(ranked, labels) if names[0] == label)
     per_class_items = Counter(labels)
     per_class_items = {name: per_class_items[name] for name in classes if name in per_class_items}
@@ -201,23 +165,27 @@ def classification_scores(
 def _scores(
     query: Float[np.ndarray, "Q E"], candidates: Float[np.ndarray, "C E"]
 ) -> Float32[np.ndarray, "Q C"]:
-    # A float32 product gives equal scores other last bits at other places in the matrix: ties would
-    # not be ties.
+    # A float32 product gives equal scores different last bits at different positions in the
+    # matrix: ties would not be ties.
     scores = (query.astype(np.float64) @ candidates.astype(np.float64).T).astype(np.float32)
-    # every comparison with NaN is False: a model that has diverged could be first
+    # Every comparison with NaN is False: the candidates of a diverged model could come first.
     scores[np.isnan(scores)] = -np.inf
     return scores
 
 
 def _top(scores: Float32[np.ndarray, "Q C"], k: int) -> Int[np.ndarray, "Q k"]:
-    """The columns of the k highest scores of each row, best first, equals by column; all columns if there are fewer."""
+    """The columns of the k highest scores of each row, best first, equals by column.
+
+    All columns if there are fewer than k.
+    """
     k = min(k, scores.shape[1])
-    # argpartition picks any of those that equal the k-th best score; here the first of them fill
-    # the places left.
+    # argpartition picks any of the scores that equal the k-th best; here the first of them fill
+    # what room is left.
     threshold = np.partition(scores, -k, axis=1)[:, -k, None]
-    above, equal = scores > threshold, scores == threshold
-    places = k - above.sum(1, keepdims=True)
-    columns = np.nonzero(above | (equal & (equal.cumsum(1) <= places)))[1].reshape(-1, k)
+    above = scores > threshold
+    equal = scores == threshold
+    room = k - above.sum(1, keepdims=True)
+    columns = np.nonzero(above | (equal & (equal.cumsum(1) <= room)))[1].reshape(-1, k)
     order = np.argsort(-np.take_along_axis(scores, columns, 1), axis=1, kind="stable")
     return np.take_along_axis(columns, order, 1)
 
@@ -230,7 +198,9 @@ def _check_ks(ks: Sequence[int]) -> None:
 def _check_ranking(
     whose: str, ranking: Sequence[int] | Sequence[str], k: int, num_candidates: int | None
 ) -> None:
-    needed = k if num_candidates is None else min(k, num_candidates)
+    needed = k
+    if num_candidates is not None:
+        needed = min(k, num_candidates)
     if len(ranking) < needed:
         raise ValueError(
             f"the ranking of {whose} has {len(ranking)} places, the scores need the first {needed}"

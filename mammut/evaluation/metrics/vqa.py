@@ -1,7 +1,8 @@
-"""Visual question answering scores: the official VQA accuracy with its oddities, exact match, and both by type.
+"""Visual question answering scores: the official VQA accuracy and exact match, and both by type.
 
-The reference is `vqaEval.py` of GT-Vision-Lab/VQA at a013f004; the formula is in Antol et al. 2015
-(arXiv:1505.00468) and in its averaged form on visualqa.org/evaluation.html.
+The reference is `vqaEval.py` of GT-Vision-Lab/VQA at a013f004, with all its oddities. The formula
+is in Antol et al. 2015 (arXiv:1505.00468), and in its averaged form on
+visualqa.org/evaluation.html.
 """
 
 import dataclasses
@@ -11,63 +12,59 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# The marks that go; ' $ % & * : ^ ~ | # stay, and so do periods before a digit.
+# The marks that are removed; ' $ % & * : ^ ~ | # stay, and so do periods before a digit.
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
-# The official tool passes a flag, re.UNICODE, where the number of replacements belongs: no more
-# periods go than this.
+# The official tool passes the flag re.UNICODE, 32, where the number of replacements belongs: no
+# more periods are removed than that.
 _MAX_PERIODS = 32
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _ARTICLES = frozenset(("a", "an", "the"))
 _DIGITS = {
-    "none": "0",
-    "zero": "0",
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-}
-_DIGITS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
-# The official table to the letter: with capitals that no lowered word meets, without "im", with
-# "somebodyd" reversed.
+    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
+    "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
+}  # fmt: skip
+# The official table to the letter: some keys have capitals, which no lower-case word matches; "im"
+# is missing; "somebodyd" is reversed.
 _CONTRACTIONS = dict(
     pair.split(":")
     for pair in """
-'ow'sat:'ow's'at 'ows'at:'ow's'at I'dve:I'd've Id've:I'd've Im:I'm Ive:I've aint:ain't arent:aren't cant:can't
-couldn'tve:couldn't've couldnt:couldn't couldnt've:couldn't've couldve:could've didnt:didn't doesnt:doesn't
-dont:don't hadn'tve:hadn't've hadnt:hadn't hadnt've:hadn't've hasnt:hasn't havent:haven't he'dve:he'd've hed:he'd
-hed've:he'd've hes:he's howd:how'd howll:how'll hows:how's isnt:isn't it'dve:it'd've itd:it'd itd've:it'd've
-itll:it'll let's:let's maam:ma'am mightn'tve:mightn't've mightnt:mightn't mightnt've:mightn't've mightve:might've
-mustnt:mustn't mustve:must've neednt:needn't notve:not've oclock:o'clock oughtnt:oughtn't ow's'at:'ow's'at
-shant:shan't she'dve:she'd've she's:she's shed've:she'd've shouldn'tve:shouldn't've shouldnt:shouldn't
-shouldnt've:shouldn't've shouldve:should've somebody'd:somebodyd somebody'dve:somebody'd've
-somebodyd've:somebody'd've somebodyll:somebody'll somebodys:somebody's someone'dve:someone'd've someoned:someone'd
-someoned've:someone'd've someonell:someone'll someones:someone's something'dve:something'd've
-somethingd:something'd somethingd've:something'd've somethingll:something'll thats:that's there'dve:there'd've
-thered:there'd thered've:there'd've therere:there're theres:there's they'dve:they'd've theyd:they'd
-theyd've:they'd've theyll:they'll theyre:they're theyve:they've twas:'twas wasnt:wasn't we'dve:we'd've
-wed've:we'd've werent:weren't weve:we've whatll:what'll whatre:what're whats:what's whatve:what've whens:when's
-whered:where'd wheres:where's whereve:where've who'dve:who'd've whod:who'd whod've:who'd've wholl:who'll whos:who's
+'ow'sat:'ow's'at 'ows'at:'ow's'at I'dve:I'd've Id've:I'd've Im:I'm Ive:I've aint:ain't arent:aren't
+cant:can't couldn'tve:couldn't've couldnt:couldn't couldnt've:couldn't've couldve:could've
+didnt:didn't doesnt:doesn't dont:don't hadn'tve:hadn't've hadnt:hadn't hadnt've:hadn't've
+hasnt:hasn't havent:haven't he'dve:he'd've hed:he'd hed've:he'd've hes:he's howd:how'd howll:how'll
+hows:how's isnt:isn't it'dve:it'd've itd:it'd itd've:it'd've itll:it'll let's:let's maam:ma'am
+mightn'tve:mightn't've mightnt:mightn't mightnt've:mightn't've mightve:might've mustnt:mustn't
+mustve:must've neednt:needn't notve:not've oclock:o'clock oughtnt:oughtn't ow's'at:'ow's'at
+shant:shan't she'dve:she'd've she's:she's shed've:she'd've shouldn'tve:shouldn't've
+shouldnt:shouldn't shouldnt've:shouldn't've shouldve:should've somebody'd:somebodyd
+somebody'dve:somebody'd've somebodyd've:somebody'd've somebodyll:somebody'll somebodys:somebody's
+someone'dve:someone'd've someoned:someone'd someoned've:someone'd've someonell:someone'll
+someones:someone's something'dve:something'd've somethingd:something'd somethingd've:something'd've
+somethingll:something'll thats:that's there'dve:there'd've thered:there'd thered've:there'd've
+therere:there're theres:there's they'dve:they'd've theyd:they'd theyd've:they'd've theyll:they'll
+theyre:they're theyve:they've twas:'twas wasnt:wasn't we'dve:we'd've wed've:we'd've werent:weren't
+weve:we've whatll:what'll whatre:what're whats:what's whatve:what've whens:when's whered:where'd
+wheres:where's whereve:where've who'dve:who'd've whod:who'd whod've:who'd've wholl:who'll whos:who's
 whove:who've whyll:why'll whyre:why're whys:why's wont:won't wouldn'tve:wouldn't've wouldnt:wouldn't
-wouldnt've:wouldn't've wouldve:would've y'all'dve:y'all'd've y'alld've:y'all'd've y'allll:y'all'll yall:y'all
-yall'd've:y'all'd've yall'll:y'all'll you'dve:you'd've youd:you'd youd've:you'd've youll:you'll youre:you're
-youve:you've
+wouldnt've:wouldn't've wouldve:would've y'all'dve:y'all'd've y'alld've:y'all'd've y'allll:y'all'll
+yall:y'all yall'd've:y'all'd've yall'll:y'all'll you'dve:you'd've youd:you'd youd've:you'd've
+youll:you'll youre:you're youve:you've
 """.split()
 )
 
 
 def strip_punctuation(text: str) -> str:
-    """The first half of the official normalisation: marks become spaces or go, periods not before a digit go.
+    """The first half of the official normalisation: punctuation.
 
-    A mark goes wherever it stands if it stands next to a space anywhere in the text; every mark
-    goes if a comma stands between two digits anywhere in the text. Else it becomes a space.
+    A mark is removed everywhere if it stands next to a space anywhere in the text. All marks are
+    removed if a comma stands between two digits anywhere in the text. Otherwise a mark becomes a
+    space. Periods that are not before a digit are removed.
     """
     joined = _DIGIT_COMMA_DIGIT.search(text)
     result = text
     for mark in _MARKS:
-        # in the text as it came, whatever went before
+        # in the original text, whatever was removed before
         beside_space = f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if joined or beside_space else " ")
     return _PERIOD.sub("", result, count=_MAX_PERIODS)
@@ -75,70 +72,74 @@ def strip_punctuation(text: str) -> str:
 
 @functools.lru_cache(100_000)  # the answers of a set repeat: ten times faster
 def normalize_answer(text: str) -> str:
-    """An answer as the official tool compares it: punctuation, lower case, number words, articles, contractions.
+    """An answer in the form in which the official tool compares it.
 
-    "none" becomes "0"; an answer of articles alone becomes "". `strip_punctuation` says what
-    happens to punctuation.
+    Punctuation is stripped (`strip_punctuation`), letters become lower case, number words become
+    digits ("none" becomes "0"), articles are removed, contractions get their apostrophe. An answer
+    of articles alone becomes "".
     """
     words = (_DIGITS.get(word, word) for word in strip_punctuation(text).lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """The official accuracy of one prediction, a share 0..1.
+    """The official accuracy of one prediction, a share from 0 to 1.
 
-    Each answer in turn is set aside and the prediction scores min(1, matches / 3) against the
-    others; the mean of these. With ten answers 1, 2, 3, 4 or more matches give 0.3, 0.6, 0.9 and 1.
-    Normalisation is skipped where all answers are the same but for the space around them: there
-    case and punctuation of the prediction count.
+    It is the mean over the answers of min(1, matches / 3), each with that answer left out. With ten
+    answers, 1, 2, 3 and 4 or more matches give 0.3, 0.6, 0.9 and 1. Normalisation is skipped if all
+    answers are equal but for the space around them: then case and punctuation of the prediction
+    count.
 
     Raises:
-      ValueError: fewer than 2 answers; the official formula is 0 for any prediction then, and below
-        1 under 4 answers.
+      ValueError: there are fewer than 2 answers. The official formula would be 0 for any
+        prediction; with fewer than 4 answers it stays below 1.
     """
     _check_answers(answers)
     if len(answers) < 2:
         raise ValueError(
             f"VQA accuracy compares with the other answers of a question, got {len(answers)} answer"
         )
-    prediction, answers = _clean(prediction), [_clean(answer) for answer in answers]
+    prediction = _clean(prediction)
+    answers = [_clean(answer) for answer in answers]
     if len(set(answers)) > 1:
-        prediction, answers = normalize_answer(prediction), list(map(normalize_answer, answers))
+        prediction = normalize_answer(prediction)
+        answers = [normalize_answer(answer) for answer in answers]
     matches = answers.count(prediction)
-    return sum(min(1.0, (matches - (answer == prediction)) / 3) for answer in answers) / len(
-        answers
-    )
+    return _mean([min(1.0, (matches - (answer == prediction)) / 3) for answer in answers])
 
 
 def magma_truncated_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """MAGMA's own accuracy of one prediction, a share 0..1: not comparable with `vqa_accuracy`, which is the official.
+    """MAGMA's own accuracy of one prediction, a share from 0 to 1.
 
-    The prediction is lower-cased, cut at "q:" or a line break, normalised, and then cut to as many
-    words as the longest of the answers has: that tells it how long to be, and raises scores. Each
-    answer in turn is set aside and it scores min(1, matches / 3) against the others, normalised in
-    any case; the mean of these. Reference: `vqa_eval.py` of Aleph-Alpha/magma at 5f11ad3.
+    Do not compare it with `vqa_accuracy`, the official one. The prediction is lower-cased, cut at
+    "q:" or a line break, normalised, and then cut to the number of words of the longest answer:
+    that leaks the length of the answer and raises scores. The result is the mean over the answers
+    of min(1, matches / 3), each with that answer left out; answers are always normalised.
+    Reference: `vqa_eval.py` of Aleph-Alpha/magma at 5f11ad3.
 
     Raises:
-      ValueError: fewer than 2 answers.
+      ValueError: there are fewer than 2 answers.
     """
     _check_answers(answers)
     if len(answers) < 2:
         raise ValueError(
-            f"MAGMA's accuracy compares with the other answers of a question, got {len(answers)} answer"
+            "MAGMA's accuracy compares with the other answers of a question, got "
+            f"{len(answers)} answer"
         )
-    said = _normalize(prediction.lower().partition("q:")[0].partition("\n")[0])
-    said = " ".join(said.split()[: max(len(answer.split()) for answer in answers)])
-    matches = [_normalize(answer) == said for answer in answers]
+    prediction = _normalize(prediction.lower().partition("q:")[0].partition("\n")[0])
+    longest = max(len(answer.split()) for answer in answers)
+    prediction = " ".join(prediction.split()[:longest])
+    matches = [_normalize(answer) == prediction for answer in answers]
     return _mean([min(1.0, (sum(matches) - match) / 3) for match in matches])
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:
     """Whether the normalised prediction is one of the normalised answers.
 
-    Always normalises, unlike `vqa_accuracy`: "Yes." matches ten times "yes".
+    Both are always normalised, unlike in `vqa_accuracy`: "Yes." matches ten times "yes".
 
     Raises:
-      ValueError: no answers.
+      ValueError: there are no answers.
     """
     _check_answers(answers)
     return _normalize(prediction) in map(_normalize, answers)
@@ -146,31 +147,30 @@ def exact_match(prediction: str, answers: Sequence[str]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class TypeScores:
-    """The scores of the questions of one type, shares 0..1; `vqa_acc` is None where `VqaScores.vqa_acc` is."""
+    """The scores of the questions of one type, shares from 0 to 1."""
 
     questions: int
     exact_match: float
-    vqa_acc: float | None
+    vqa_acc: float | None  # None if `VqaScores.vqa_acc` is None
 
 
 @dataclasses.dataclass(frozen=True)
 class VqaScores:
-    """The scores of a set of answered questions, shares 0..1, ready for `dataclasses.asdict` and JSON.
+    """The scores of a set of answered questions, shares from 0 to 1; plain values for JSON.
 
     Attributes:
-      questions: how many.
-      exact_match: see `exact_match`.
-      vqa_acc: see `vqa_accuracy`; None where a question has fewer than 4 answers, as the formula
-        cannot reach 1 there.
-      vqa_acc_missing: why `vqa_acc` is None, or None.
-      most_common_answer: the answer given most often in this set, normalised; of equals the first
-        in the alphabet.
-      most_common_exact_match: the exact match of always saying it: what knowing nothing of the
-        image can score.
-      answer_type_source: "records", or "derived" from each question's most frequent answer by
-        `derived_answer_type`.
-      by_answer_type: type to scores.
-      by_question_type: type to scores; empty where the records have no question types.
+      questions: the number of questions.
+      exact_match: the mean of `exact_match`.
+      vqa_acc: the mean of `vqa_accuracy`; None if a question has fewer than 4 answers, since its
+        accuracy cannot reach 1.
+      vqa_acc_missing: the reason why `vqa_acc` is None, or None.
+      most_common_answer: the most frequent answer in this set, normalised; of equals the first in
+        the alphabet.
+      most_common_exact_match: the exact match of always giving that answer: a score that needs no
+        image.
+      answer_type_source: "records", or "derived" if the types come from `derived_answer_type`.
+      by_answer_type: scores by answer type.
+      by_question_type: scores by question type; empty if the records have no question types.
     """
 
     questions: int
@@ -188,26 +188,32 @@ def vqa_scores(records: Sequence[Mapping[str, Any]]) -> VqaScores:
     """Scores the records of a predictions file.
 
     Args:
-      records: each with `prediction` (str), `answers` (list of str, all with equal say) and, in all
-        of them or in none, `answer_type` and `question_type` (str).
+      records: each with `prediction` (str) and `answers` (list of str of equal weight); all of them
+        or none with `answer_type` and `question_type` (str).
 
     Raises:
-      ValueError: no records, a record without a prediction or answers, or types in some of the
-        records only.
+      ValueError: there are no records, a record has no prediction or no answers, or only some of
+        the records have types.
     """
     if not records:
         raise ValueError("VQA scores need at least one record, got none")
-    for place, record in enumerate(records):
-        _check_record(place, record)
+    for number, record in enumerate(records):
+        _check_record(number, record)
     exact = [exact_match(record["prediction"], record["answers"]) for record in records]
-    accuracies = missing = None
+    accuracies = None
+    missing = None
     if few := sum(len(record["answers"]) < 4 for record in records):
-        missing = f"vqa_acc cannot reach 1 under 4 answers a question: {few} of {len(records)} questions have fewer"
+        missing = (
+            f"vqa_acc cannot reach 1 under 4 answers a question: {few} of {len(records)} questions "
+            "have fewer"
+        )
     else:
         accuracies = [vqa_accuracy(record["prediction"], record["answers"]) for record in records]
 
     def scores(rows: Sequence[int]) -> TypeScores:
-        accuracy = None if accuracies is None else _mean([accuracies[row] for row in rows])
+        accuracy = None
+        if accuracies is not None:
+            accuracy = _mean([accuracies[row] for row in rows])
         return TypeScores(len(rows), _mean([exact[row] for row in rows]), accuracy)
 
     def by(types: Sequence[str]) -> dict[str, TypeScores]:
@@ -217,6 +223,10 @@ def vqa_scores(records: Sequence[Mapping[str, Any]]) -> VqaScores:
         return {name: scores(rows[name]) for name in sorted(rows)}
 
     answer_types = _types(records, "answer_type")
+    source = "records"
+    if answer_types is None:
+        answer_types = [derived_answer_type(record["answers"]) for record in records]
+        source = "derived"
     answers = [[_normalize(answer) for answer in record["answers"]] for record in records]
     most_common = _most_frequent([answer for own in answers for answer in own])
     whole = scores(range(len(records)))
@@ -227,21 +237,19 @@ def vqa_scores(records: Sequence[Mapping[str, Any]]) -> VqaScores:
         vqa_acc_missing=missing,
         most_common_answer=most_common,
         most_common_exact_match=_mean([most_common in own for own in answers]),
-        answer_type_source="records" if answer_types else "derived",
-        by_answer_type=by(
-            answer_types or [derived_answer_type(record["answers"]) for record in records]
-        ),
+        answer_type_source=source,
+        by_answer_type=by(answer_types),
         by_question_type=by(_types(records, "question_type") or []),
     )
 
 
 def derived_answer_type(answers: Sequence[str]) -> str:
-    """The type of a question, "yes/no", "number" or "other", by its most frequent normalised answer.
+    """The type of a question by its most frequent normalised answer: "yes/no", "number", "other".
 
-    The split of the official answer types, but not the official label of any question.
+    The official answer types are split in the same way, but a question's official label may differ.
 
     Raises:
-      ValueError: no answers.
+      ValueError: there are no answers.
     """
     _check_answers(answers)
     answer = _most_frequent([_normalize(answer) for answer in answers])
@@ -268,7 +276,7 @@ def _mean(values: Sequence[float | bool]) -> float:
 
 
 def _types(records: Sequence[Mapping[str, Any]], field: str) -> list[str] | None:
-    """The types of all records, or None where no record has one."""
+    """The types of all records, or None if no record has one."""
     types = [record.get(field) for record in records]
     missing = types.count(None)
     if 0 < missing < len(types):
@@ -284,12 +292,12 @@ def _check_answers(answers: Any) -> None:
         raise ValueError(f"answers must be a list of one string or more, got {answers!r}")
 
 
-def _check_record(place: int, record: Mapping[str, Any]) -> None:
+def _check_record(number: int, record: Mapping[str, Any]) -> None:
     if not isinstance(record.get("prediction"), str):
         raise ValueError(
-            f"record {place} has the prediction {record.get('prediction')!r}, a string is expected"
+            f"record {number} has the prediction {record.get('prediction')!r}, a string is expected"
         )
     try:
         _check_answers(record.get("answers"))
     except ValueError as error:
-        raise ValueError(f"record {place}: {error}") from None
+        raise ValueError(f"record {number}: {error}") from None

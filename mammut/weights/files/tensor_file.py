@@ -1,11 +1,11 @@
-"""Files of tensors: opens what strangers wrote, and writes safetensors.
+"""Files of tensors: opens files that strangers wrote, and writes safetensors.
 
-    .safetensors                   github.com/huggingface/safetensors, one file
-    *.safetensors.index.json       the same, in shards: {"metadata": ..., "weight_map": {tensor: file}}
-    .pt .pth .bin .ckpt            torch.save of torch 1.6 or later (`mammut.weights.files.torch_archive`)
-    .npz                           numpy.savez and savez_compressed (`mammut.weights.files.zip_archive`)
+    .safetensors               github.com/huggingface/safetensors, one file
+    *.safetensors.index.json   in shards: {"metadata": ..., "weight_map": {tensor: file}}
+    .pt .pth .bin .ckpt        torch.save of torch 1.6 or later (`torch_archive`)
+    .npz                       numpy.savez and savez_compressed (`zip_archive`)
 
-Nothing in a file is run, and nothing it says is believed: sizes, places and names are checked
+Nothing in a file is run, and nothing that it says is believed: sizes, offsets and names are checked
 before memory is taken.
 """
 
@@ -15,11 +15,13 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from mammut.core.files import replacing_file
 from mammut.core.mapped_file import (
     MAX_HEADER,
     MAX_TENSORS,
@@ -34,21 +36,26 @@ from mammut.weights.files.torch_archive import torch_tensors
 from mammut.weights.files.zip_archive import ZipArchive, npz_tensors
 
 __all__ = [
+    "SUFFIXES",
     "CheckpointError",
     "TensorFile",
     "TensorSpec",
     "open_tensors",
+    "stored_specs",
     "write_safetensors",
     "write_sharded",
 ]
 
+# The endings of the names of these files.
+SUFFIXES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt", ".npz")
 _DTYPES = {
     name: np.dtype(dtype)
     for name, dtype in {
-        "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
-        "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-        "F32": np.float32, "F64": np.float64, "C64": np.complex64, "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+        "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16,
+        "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64, "C64": np.complex64,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
         "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     }.items()
 }  # fmt: skip
@@ -60,9 +67,12 @@ class TensorFile:
 
     Attributes:
       path: the file; of a set of shards, their index.
-      specs: every tensor, in the file's order.
-      metadata: the texts in a safetensors file's `__metadata__`, of shards those that all of them
-        have; else empty.
+      specs: shape and type of every tensor, in the file's order.
+      metadata: the texts in a safetensors file's `__metadata__`; of shards, those that all of them
+        have. Files of other kinds have none.
+
+    Raises:
+      CheckpointError: there are too many tensors, or a name is not text.
     """
 
     def __init__(
@@ -78,9 +88,10 @@ class TensorFile:
         self.specs = {name: tensor.spec for name, tensor in tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, read-only: a view of the mapped file, or one copy where it is compressed or big endian.
+        """Reads a tensor; the array is read-only.
 
-        A view stays valid as long as the file is not cut short.
+        It is a view of the mapped file, or one copy where the tensor is compressed or big endian. A
+        view stays valid as long as the file is not cut short.
 
         Raises:
           CheckpointError: there is no such tensor, or its bytes are damaged.
@@ -91,11 +102,11 @@ class TensorFile:
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
-    """Opens a file of tensors, of the kind that its first bytes say.
+    """Opens a file of tensors; its first bytes tell its kind.
 
     Raises:
-      CheckpointError: it is missing, damaged, of no kind that is known, or would run code. File and
-        key are named.
+      CheckpointError: the file is missing, damaged or of an unknown kind, or would run code. File
+        and key are named.
     """
     path = pathlib.Path(path)
     file = MappedFile(path)
@@ -106,14 +117,17 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
         tensors, metadata = _shards(file)
     elif head.startswith((b"PK\3\4", b"PK\5\6")):
         archive = ZipArchive(file)
-        of_torch = any(name.endswith("data.pkl") for name in archive.members)
-        tensors, metadata = torch_tensors(archive) if of_torch else npz_tensors(archive), {}
+        metadata = {}
+        if any(name.endswith("data.pkl") for name in archive.members):
+            tensors = torch_tensors(archive)
+        else:
+            tensors = npz_tensors(archive)
     elif path.suffix == ".safetensors":
         tensors, metadata = _safetensors(file)
     elif head.startswith(b"\x80") or head[257:262] == b"ustar":
         raise CheckpointError(
-            f"{path} is a bare pickle or a tar archive, as torch before 1.6 wrote: save it again with "
-            "torch.save(model.state_dict(), ...) of torch 1.6 or later, or as safetensors"
+            f"{path} is a bare pickle or a tar archive, as torch before 1.6 wrote: save it again "
+            "with torch.save(model.state_dict(), ...) of torch 1.6 or later, or as safetensors"
         )
     else:
         raise CheckpointError(
@@ -123,20 +137,46 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
     return TensorFile(path, tensors, metadata)
 
 
+def stored_specs(path: pathlib.Path) -> Mapping[str, TensorSpec]:
+    """The specs of the tensors in a file, by which a format recognises it.
+
+    There are none in a folder, or in a file whose name ends with none of `SUFFIXES`. Only headers
+    are read.
+
+    Raises:
+      CheckpointError: as `open_tensors`.
+    """
+    if os.path.isdir(path) or not path.name.endswith(SUFFIXES):
+        return {}
+    try:
+        status = path.stat()
+    except OSError:
+        return open_tensors(path).specs  # raises, with the reason
+    return _specs(path, status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+# One format after the other asks for the same file, and the pickle of a large training checkpoint
+# takes seconds. The arguments beside the path tell one state of the file from another.
+@functools.lru_cache(maxsize=1)
+def _specs(path: pathlib.Path, inode: int, mtime_ns: int, size: int) -> Mapping[str, TensorSpec]:
+    return open_tensors(path).specs
+
+
 def _is_text(name: str) -> bool:
     try:
         name.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
+    except UnicodeEncodeError:  # it has half of a surrogate pair
         return False
     return True
 
 
 def _safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file."""
     length = int.from_bytes(file.bytes(0, 8), "little")
     if length > min(MAX_HEADER, file.size - 8):
         raise CheckpointError(
-            f"{file.path} is cut short or damaged: it has {file.size} bytes, and a header of {length}, "
-            f"which may be {MAX_HEADER} at most"
+            f"{file.path} is cut short or damaged: it has {file.size} bytes, "
+            f"and a header of {length}, which may be {MAX_HEADER} at most"
         )
     header = json_object(file.bytes(8, 8 + length), f"the header of {file.path}")
     metadata = header.pop("__metadata__", {})
@@ -144,36 +184,24 @@ def _safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, s
         isinstance(value, str) for value in metadata.values()
     ):
         raise CheckpointError(f"{file.path} has a __metadata__ that is not made of texts")
-    places = []
+    ranges = []
     for name, entry in header.items():
-        where = f"{file.path}: {name!r}"
-        match entry:
-            case {
-                "dtype": str(kind),
-                "shape": list(shape),
-                "data_offsets": [int(start), int(end)],
-                **rest,
-            } if not rest:
-                pass
-            case _:
-                raise CheckpointError(f"{where} is not told by dtype, shape and data_offsets")
-        if kind not in _DTYPES:
-            raise CheckpointError(
-                f"{where} has dtype {kind!r}, expected one of {', '.join(_DTYPES)}"
-            )
-        places.append((start, end, name, tensor_spec(where, shape, _DTYPES[kind])))
+        start, end, spec = _safetensors_entry(f"{file.path}: {name!r}", entry)
+        ranges.append((start, end, name, spec))
+
+    # The tensors must fill the file, one after the other.
     tensors = {}
-    data_start, at = 8 + length, 0
-    for start, end, name, spec in sorted(places, key=lambda place: place[:2]):
+    data_start = 8 + length
+    at = 0
+    for start, end, name, spec in sorted(ranges, key=lambda entry: entry[:2]):
         where = f"{file.path}: {name!r}"
         if start != at or end - start != spec.nbytes:
             raise CheckpointError(
-                f"{where} is {spec.dtype}{list(spec.shape)}, expected at bytes {at} to {at + spec.nbytes}, "
-                f"and said to be at {start} to {end}"
+                f"{where} is {spec.dtype}{list(spec.shape)}, "
+                f"expected at bytes {at} to {at + spec.nbytes}, and said to be at {start} to {end}"
             )
-        tensors[name] = StoredTensor(
-            spec, functools.partial(file.array, where, data_start + start, spec)
-        )
+        read = functools.partial(file.array, where, data_start + start, spec)
+        tensors[name] = StoredTensor(spec, read)
         at = end
     if data_start + at != file.size:
         raise CheckpointError(
@@ -182,7 +210,25 @@ def _safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, s
     return tensors, metadata
 
 
+def _safetensors_entry(where: str, entry: Any) -> tuple[int, int, TensorSpec]:
+    """First byte, last byte and spec of a tensor, from its entry in the header."""
+    match entry:
+        case {
+            "dtype": str(kind),
+            "shape": list(shape),
+            "data_offsets": [int(start), int(end)],
+            **rest,
+        } if not rest:
+            pass
+        case _:
+            raise CheckpointError(f"{where} is not told by dtype, shape and data_offsets")
+    if kind not in _DTYPES:
+        raise CheckpointError(f"{where} has dtype {kind!r}, expected one of {', '.join(_DTYPES)}")
+    return start, end, tensor_spec(where, shape, _DTYPES[kind])
+
+
 def _shards(index: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of all shards, and the metadata that all of them have."""
     weight_map = json_object(index.bytes(0, MAX_HEADER + 1), f"{index.path}").get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) for name in weight_map.values()
@@ -192,34 +238,35 @@ def _shards(index: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]
     shared: list[dict[str, str]] = []
     for shard in dict.fromkeys(weight_map.values()):
         file = MappedFile(_shard_path(index.path, shard))
-        found, metadata = _safetensors(file)
+        in_shard, metadata = _safetensors(file)
         file.let_go()
-        for name in found:
+        for name in in_shard:
             if weight_map.get(name) != shard:
-                place = f"in {weight_map[name]!r}" if name in weight_map else "nowhere"
-                raise CheckpointError(f"{index.path} has {name!r} {place}, and {shard!r} has it")
-        tensors |= found
+                listed = f"in {weight_map[name]!r}" if name in weight_map else "nowhere"
+                raise CheckpointError(f"{index.path} has {name!r} {listed}, and {shard!r} has it")
+        tensors |= in_shard
         shared.append(metadata)
     if missing := weight_map.keys() - tensors.keys():
         name = min(missing)
         raise CheckpointError(
             f"{index.path} has {name!r} in {weight_map[name]!r}, which does not have it"
         )
-    first, rest = shared[0] if shared else {}, shared[1:]
-    return tensors, {
-        key: text for key, text in first.items() if all(other.get(key) == text for other in rest)
-    }
+    common = shared[0] if shared else {}
+    for metadata in shared[1:]:
+        common = {key: text for key, text in common.items() if metadata.get(key) == text}
+    return tensors, common
 
 
 def _shard_path(index: pathlib.Path, shard: str) -> pathlib.Path:
-    """The file of a shard: in the folder of the index, or beside the file that the index is a link to.
+    """The file of a shard, in the folder of the index.
 
-    The latter is how the cache of Hugging Face keeps every file.
+    Where the index is a link, as every file in the cache of Hugging Face is, the shard may also lie
+    beside the file that the link leads to.
     """
     try:
         path = (index.parent / shard).resolve(strict=True)
         homes = (index.parent.resolve(), index.resolve().parent)
-    # missing, not a file's name, a loop of links
+    # It is missing, is no name of a file, or is a loop of links.
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{index} names the shard {shard!r}, which cannot be found"
@@ -239,24 +286,26 @@ def write_safetensors(
     metadata: dict[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes a file with one tensor in memory at a time, whole or not at all.
+    """Writes a safetensors file, whole or not at all, with one tensor in memory at a time.
 
-    Wide numbers come first, else tensors keep their order: each then lies at a multiple of its
-    numbers' size.
+    Tensors of wide numbers come first, and else keep their order: each then lies at a multiple of
+    the size of its numbers.
 
     Args:
-      path: the file, which is replaced at the end.
-      specs: what is written.
-      read: gives the tensor of a name, as its spec says; called once for each, in the file's order.
+      path: the file; one that is there is replaced at the end.
+      specs: shape and type of each tensor, by name.
+      read: gives the tensor of a name. It is called once for each, in the file's order.
       metadata: texts for the header.
-      progress: told after each tensor how many bytes it had.
+      progress: called with the number of bytes of each tensor written.
 
     Raises:
-      ValueError: a dtype that the format lacks, a name or text that is none, or `read` gave another
-        shape or dtype.
+      ValueError: the format lacks a dtype, a name or a text cannot be stored, or `read` gives
+        another shape or dtype than its spec.
     """
-    with _replacing(pathlib.Path(path)) as partial:
-        _write(partial, specs, read, metadata, progress)
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(path) as new:
+        _write(new, specs, read, metadata, progress)
 
 
 def write_sharded(
@@ -269,22 +318,33 @@ def write_sharded(
     metadata: dict[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Writes `{stem}.safetensors`, or shards of at most `max_bytes` of tensors and their index.
+    """Writes `{stem}.safetensors`, or shards of it and their index.
 
-    A tensor larger than `max_bytes` has a shard of its own. Nothing in the folder changes until all
-    is written; then what the folder had of the same stem, whole or in shards, is no longer what is
-    opened.
+    Nothing in the folder changes until all files are written. Then a file or an index of the same
+    stem that was there before is replaced or removed.
+
+    Args:
+      folder: the folder; made where it is missing.
+      stem: what the names of the files start with.
+      specs: as for `write_safetensors`.
+      read: as for `write_safetensors`.
+      max_bytes: the largest size of the tensors in one shard. A tensor that is larger has a shard
+        of its own.
+      metadata: texts for the header of every file.
+      progress: as for `write_safetensors`.
 
     Returns:
       The names of the files written, the index last.
 
     Raises:
-      ValueError: as `write_safetensors`, or `max_bytes` is not positive.
+      ValueError: as for `write_safetensors`, or `max_bytes` is not positive.
     """
     if max_bytes < 1:
         raise ValueError(f"max_bytes is {max_bytes}, expected at least 1")
     folder = pathlib.Path(folder)
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    single = folder / f"{stem}.safetensors"
+    index = folder / f"{stem}.safetensors.index.json"
     parts: list[dict[str, TensorSpec]] = [{}]
     room = max_bytes
     for name, spec in specs.items():
@@ -294,8 +354,8 @@ def write_sharded(
         parts[-1][name] = spec
         room -= spec.nbytes
     if len(parts) == 1:
-        with _replacing(single) as partial:
-            _write(partial, specs, read, metadata, progress)
+        with replacing_file(single) as new:
+            _write(new, specs, read, metadata, progress)
             index.unlink(missing_ok=True)
         return [single.name]
     names = [
@@ -303,30 +363,18 @@ def write_sharded(
         for number in range(1, len(parts) + 1)
     ]
     with contextlib.ExitStack() as files:
-        partial_index = files.enter_context(_replacing(index))  # entered first, so replaced last
+        new_index = files.enter_context(replacing_file(index))  # entered first, so replaced last
         for name, part in zip(names, parts):
-            _write(files.enter_context(_replacing(folder / name)), part, read, metadata, progress)
+            new = files.enter_context(replacing_file(folder / name))
+            _write(new, part, read, metadata, progress)
         weight_map = {tensor: name for name, part in zip(names, parts) for tensor in part}
         total = {"total_size": sum(spec.nbytes for spec in specs.values())}
-        partial_index.write_text(
+        new_index.write_text(
             json.dumps({"metadata": total, "weight_map": weight_map}, indent=2) + "\n"
         )
         for old in (single, index):
             old.unlink(missing_ok=True)
     return [*names, index.name]
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write to, that takes the place of `path` at the end, and is removed on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _write(
@@ -336,7 +384,10 @@ def _write(
     metadata: dict[str, str] | None,
     progress: Callable[[int], None] | None,
 ) -> None:
-    header: dict[str, dict] = {"__metadata__": dict(metadata)} if metadata else {}
+    """Writes a safetensors file straight to `path`."""
+    header: dict[str, dict] = {}
+    if metadata:
+        header["__metadata__"] = dict(metadata)
     for text in (*specs, *(metadata or {}), *(metadata or {}).values()):
         if not isinstance(text, str) or not _is_text(text) or text == "__metadata__":
             raise ValueError(f"{text!r} cannot be a name or a text in a safetensors file")
@@ -357,7 +408,7 @@ def _write(
         }
         at = offsets[1]
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-len(raw) % 8)  # so that the first tensor lies at a multiple of 8
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name in ordered:

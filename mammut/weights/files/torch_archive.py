@@ -1,10 +1,10 @@
-"""The tensors of a `torch.save` file, without torch and without running anything.
+"""Reads the tensors of a `torch.save` file, without torch and without running anything.
 
 Such a file is a zip archive of a pickle and of the bytes of each storage. A pickle is a program for
-a small stack machine that may call any function of any module. The machine here can call nothing:
+a small stack machine, which may call any function of any module. The machine here can call nothing:
 it knows the opcodes that `torch.save` writes and, by name, the few functions and classes that
-rebuild tensors, and notes what they were told. It also never hashes, compares or prints what is
-nested, so that no pickle makes it recurse or wait.
+rebuild tensors, and notes their arguments. It also never hashes, compares or prints nested values,
+so that no pickle can make it recurse or wait.
 """
 
 import dataclasses
@@ -17,25 +17,30 @@ import numpy as np
 from mammut.core.mapped_file import CheckpointError, StoredTensor, tensor_spec
 from mammut.weights.files.zip_archive import Member, ZipArchive
 
-_MAX_PICKLE = 32_000_000  # bytes: a checkpoint of 855 parameters with AdamW's state has 0.3 million
-_MAX_OPCODES = 2_000_000  # the same checkpoint has 0.1 million
-_MAX_SIZE = 2**48  # of an axis, a stride, an offset, a storage
-_SAVE_AGAIN = "save it again with torch.save(model.state_dict(), ...) of torch 1.6 or later, or as safetensors"
+# A checkpoint of 855 parameters with AdamW's state has 0.3 million bytes and 0.1 million opcodes.
+_MAX_PICKLE = 32_000_000  # bytes
+_MAX_OPCODES = 2_000_000
+_MAX_SIZE = 2**48  # the largest size of an axis, a stride, an offset or a storage
+_SAVE_AGAIN = (
+    "save it again with torch.save(model.state_dict(), ...) of torch 1.6 or later, "
+    "or as safetensors"
+)
 
 _DTYPES = {
     f"torch.{name}": np.dtype(getattr(ml_dtypes if hasattr(ml_dtypes, name) else np, name))
     for name in (
-        "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "bfloat16",
-        "float32", "float64", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
-        "float8_e5m2fnuz", "float8_e8m0fnu",
+        "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64",
+        "float16", "bfloat16", "float32", "float64", "complex64", "complex128",
+        "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
     )
 }  # fmt: skip
 _STORAGES = {
     f"torch.{name}": _DTYPES[f"torch.{dtype}"]
     for name, dtype in {
-        "BoolStorage": "bool", "ByteStorage": "uint8", "CharStorage": "int8", "ShortStorage": "int16",
-        "IntStorage": "int32", "LongStorage": "int64", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-        "FloatStorage": "float32", "DoubleStorage": "float64", "ComplexFloatStorage": "complex64",
+        "BoolStorage": "bool", "ByteStorage": "uint8", "CharStorage": "int8",
+        "ShortStorage": "int16", "IntStorage": "int32", "LongStorage": "int64",
+        "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "FloatStorage": "float32",
+        "DoubleStorage": "float64", "ComplexFloatStorage": "complex64",
         "ComplexDoubleStorage": "complex128", "storage.UntypedStorage": "uint8",
     }.items()
 }  # fmt: skip
@@ -48,30 +53,30 @@ _TENSORS = {
         "_rebuild_parameter_with_state",
     )
 }
-# What stands beside the tensors of a training checkpoint: a NumPy learning rate, a device, a set.
-# None of it is kept.
+# Values beside the tensors of a training checkpoint, such as a NumPy learning rate, a device or a
+# set. None of them is kept.
 _UNKEPT = {
-    "torch.Size", "torch.device", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-    "_codecs.encode", "__builtin__.set", "builtins.set",
+    "torch.Size", "torch.device", "numpy.dtype", "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar", "_codecs.encode", "__builtin__.set", "builtins.set",
 }  # fmt: skip
 _KNOWN = {"collections.OrderedDict"} | _TENSORS | _UNKEPT | _STORAGES.keys() | _DTYPES.keys()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Global:
-    """A function or class by name. It is never looked up."""
+    """The name of a function or class, which is never looked up."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Unkept:
-    """A value of no interest."""
+    """A value that is not kept."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Storage:
-    """A run of `count` numbers, the archive's member `data/{key}`."""
+    """A storage: `count` numbers, the archive's member `data/{key}`."""
 
     key: str
     dtype: np.dtype
@@ -80,26 +85,29 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Tensor:
-    """What a tensor was rebuilt from, nothing of it checked; offset and strides count elements of `dtype`."""
+    """The arguments that a tensor is rebuilt from, unchecked.
+
+    Offset and strides count elements of `dtype`.
+    """
 
     storage: _Storage
     offset: Any
     shape: Any
     strides: Any
     dtype: np.dtype
-    flagged: bool  # its numbers are to be negated or conjugated
+    flagged: bool  # whether its numbers have to be negated or conjugated
 
 
 def torch_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
     """The tensors of the state dict in a `torch.save` archive, as views of its storages.
 
-    The state dict is the saved dict itself if all its values are tensors, else its entry
-    "state_dict", "model" or "module" (DeepSpeed); what else was saved is not reported. The prefixes
-    "module." and "_orig_mod." of wrapped models are taken off where every key has them.
+    The state dict is the saved dict, or its entry "state_dict", "model" or "module" (DeepSpeed).
+    Other saved values are ignored. The prefixes "module." and "_orig_mod." of wrapped models are
+    removed where every key has them.
 
     Raises:
-      CheckpointError: the file is damaged, calls what does not rebuild tensors, or holds no state
-        dict.
+      CheckpointError: the file is damaged, calls a function that does not rebuild tensors, or holds
+        no state dict.
     """
     path = archive.file.path
     pickles = [
@@ -135,15 +143,17 @@ def torch_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
 
 
 def _state_dict(saved: Any, path: str) -> dict[str, _Tensor]:
+    """The state dict in the saved value."""
     if not isinstance(saved, dict):
         raise CheckpointError(f"{path} does not hold a dict: {_SAVE_AGAIN}")
     state = saved
     for key in ("state_dict", "model", "module"):
         if isinstance(inner := saved.get(key), dict):
-            state, path = inner, f"{path}, entry {key!r}"
+            state = inner
+            path = f"{path}, entry {key!r}"
             break
     for name, value in state.items():
-        if not isinstance(name, str):  # nor shown: an integer may have a million digits
+        if not isinstance(name, str):  # and not shown: an integer may have a million digits
             raise CheckpointError(
                 f"{path} has a key that is not text, expected a state dict: {_SAVE_AGAIN}"
             )
@@ -155,7 +165,7 @@ def _state_dict(saved: Any, path: str) -> dict[str, _Tensor]:
 
 
 def _without_prefixes(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    # compiled and then distributed, or the other way round
+    # A model may be compiled and then distributed, or the other way round.
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -165,11 +175,18 @@ def _without_prefixes(tensors: dict[str, StoredTensor]) -> dict[str, StoredTenso
 def _stored(
     archive: ZipArchive, where: str, tensor: _Tensor, member: Member | None, byteorder: str
 ) -> StoredTensor:
-    """The tensor, once its storage is there and each of its elements lies within it, at a place of its own."""
-    storage, dtype = tensor.storage, tensor.dtype
-    if not (
-        _are_sizes(tensor.shape) and _are_sizes(tensor.strides) and _are_sizes((tensor.offset,))
-    ):
+    """A tensor whose elements all lie within its storage, no two of them at one place.
+
+    Args:
+      archive: the archive.
+      where: file and key, for errors.
+      tensor: the arguments that it is rebuilt from.
+      member: its storage in the archive; None: it is missing.
+      byteorder: that of the storage.
+    """
+    storage = tensor.storage
+    dtype = tensor.dtype
+    if not all(map(_are_sizes, (tensor.shape, tensor.strides, (tensor.offset,)))):
         raise CheckpointError(f"{where} has a shape, strides or an offset that are no sizes")
     spec = tensor_spec(where, tensor.shape, dtype)
     strides = tensor.strides
@@ -182,24 +199,17 @@ def _stored(
     if member is None:
         raise CheckpointError(f"{where} lies in the storage {storage.key!r}, which is missing")
     if member.deflated or storage.count * storage.dtype.itemsize != member.size:
+        deflated = ", deflated" if member.deflated else ""
         raise CheckpointError(
-            f"{where} lies in a storage of {storage.count} {storage.dtype}, but {member.name!r} has {member.size} bytes"
-            f"{', deflated' * member.deflated}"
+            f"{where} lies in a storage of {storage.count} {storage.dtype}, "
+            f"but {member.name!r} has {member.size} bytes{deflated}"
         )
     if spec.nbytes:
-        reach = 1  # elements from the first to the last, along the axes taken so far
-        for stride, size in sorted(
-            (stride, size) for stride, size in zip(strides, spec.shape) if size > 1
-        ):
-            if stride < reach:
-                raise CheckpointError(
-                    f"{where} has strides {list(strides)}, by which its elements share places"
-                )
-            reach += stride * (size - 1)
+        reach = _reach(where, spec.shape, strides)
         if (tensor.offset + reach) * dtype.itemsize > member.size:
             raise CheckpointError(
-                f"{where} is {dtype}{list(spec.shape)} with strides {list(strides)} from element {tensor.offset} on, "
-                f"beyond its storage of {member.size} bytes"
+                f"{where} is {dtype}{list(spec.shape)} with strides {list(strides)} "
+                f"from element {tensor.offset} on, beyond its storage of {member.size} bytes"
             )
     start = member.start + tensor.offset * dtype.itemsize
     byte_strides = tuple(stride * dtype.itemsize for stride in strides)
@@ -211,29 +221,48 @@ def _stored(
     return StoredTensor(spec, read)
 
 
+def _reach(where: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """How many elements of its storage a tensor spans, from its first element to its last.
+
+    Raises:
+      CheckpointError: two elements may lie at one place.
+    """
+    reach = 1
+    axes = [(stride, size) for stride, size in zip(strides, shape) if size > 1]
+    for stride, size in sorted(axes):
+        # Along this axis, each step must go beyond all that the axes so far reach.
+        if stride < reach:
+            raise CheckpointError(
+                f"{where} has strides {list(strides)}, by which its elements share places"
+            )
+        reach += stride * (size - 1)
+    return reach
+
+
 def _are_sizes(values: Any) -> bool:
     return isinstance(values, tuple) and all(
         type(value) is int and 0 <= value <= _MAX_SIZE for value in values
     )
 
 
-# values that an opcode takes off the stack; those in _MARKED take all since the last mark
+# How many values an opcode takes off the stack; those in _MARKED take all since the last mark.
 _TAKES = {
-    "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "REDUCE": 2, "BUILD": 1, "STACK_GLOBAL": 2,
-    "BINPERSID": 1,
+    "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "REDUCE": 2, "BUILD": 1,
+    "STACK_GLOBAL": 2, "BINPERSID": 1,
 }  # fmt: skip
 _MARKED = {"TUPLE", "APPENDS", "SETITEMS"}
 _LITERALS = {
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE",
+    "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
 }  # fmt: skip
 
 
-def _unpickle(program: bytes | bytearray, where: str) -> Any:
-    """What the pickle builds, of dicts, lists, tuples, numbers, texts and notes of tensors.
+# One branch for each kind of opcode: in pieces, nobody could see that none is missing.
+def _unpickle(program: bytes | bytearray, where: str) -> Any:  # noqa: C901, PLR0915
+    """Builds the value of a pickle: dicts, lists, tuples, numbers, texts and `_Tensor`s.
 
     Raises:
-      CheckpointError: it calls what is not known here, or is damaged.
+      CheckpointError: the pickle calls a function that is not known here, or is damaged.
     """
     stack: list[Any] = []
     below: list[list[Any]] = []  # the stack as it was at each mark
@@ -243,7 +272,8 @@ def _unpickle(program: bytes | bytearray, where: str) -> Any:
             if count == _MAX_OPCODES:
                 raise ValueError(f"it has more than {_MAX_OPCODES} steps")
             if opcode.name in _MARKED:
-                taken, stack = stack, below.pop()
+                taken = stack
+                stack = below.pop()
             else:
                 kept = len(stack) - _TAKES.get(opcode.name, 0)
                 if kept < 0:
@@ -297,12 +327,13 @@ def _unpickle(program: bytes | bytearray, where: str) -> Any:
         raise
     except LookupError:
         raise CheckpointError(f"{where} is a damaged pickle: it takes what is not there") from None
-    # the second: a bad escape, where warnings are errors
+    # DeprecationWarning: a bad escape in a text, where warnings are errors.
     except (ValueError, DeprecationWarning) as error:
         raise CheckpointError(f"{where} is a damaged pickle: {error}") from error
 
 
 def _is_a(kind: Any, value: Any) -> Any:
+    """The value; raises ValueError where it is of another kind."""
     if not isinstance(value, kind):
         raise ValueError(f"{type(value).__name__} is where another kind of value belongs")
     return value
@@ -310,7 +341,7 @@ def _is_a(kind: Any, value: Any) -> Any:
 
 def _set_items(target: dict, items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | int):  # a tuple's hash may take for ever
+        if not isinstance(key, str | int):  # the hash of a nested tuple may take for ever
             raise ValueError(f"a dict has a key of type {type(key).__name__}")
         if key in target:
             raise ValueError("a dict has a key twice")
@@ -320,13 +351,14 @@ def _set_items(target: dict, items: list[Any]) -> None:
 def _known(where: str, name: str) -> _Global:
     if name not in _KNOWN:
         raise CheckpointError(
-            f"{where} wants to call {name[:200]!r}, none of the few functions that rebuild tensors: {_SAVE_AGAIN}"
+            f"{where} wants to call {name[:200]!r}, "
+            f"none of the few functions that rebuild tensors: {_SAVE_AGAIN}"
         )
     return _Global(name)
 
 
-def _storage(told: Any) -> _Storage:
-    match told:
+def _storage(arguments: Any) -> _Storage:
+    match arguments:
         case ("storage", _Global(name), str(key), _, int(count)) if (
             name in _STORAGES and 0 <= count <= _MAX_SIZE
         ):
@@ -334,9 +366,9 @@ def _storage(told: Any) -> _Storage:
     raise ValueError("a storage is not told by its type, key, device and size")
 
 
-def _call(name: str, told: Any) -> Any:
-    """What stands here for the result of the call."""
-    match name.rpartition(".")[2], told:
+def _call(name: str, arguments: Any) -> Any:
+    """The note that stands for the result of a call."""
+    match name.rpartition(".")[2], arguments:
         case "OrderedDict", ():
             return {}
         case "_rebuild_tensor_v2", (_Storage() as storage, offset, shape, strides, _, _, *flags):

@@ -1,13 +1,12 @@
-"""Zip archives that strangers wrote, as `numpy.savez` and `torch.save` write them; and the arrays of an `.npz`.
+"""Reads zip archives that strangers wrote, and the arrays of an `.npz`.
 
-`zipfile` takes what the directory of an archive says at its word. Here every member is checked
-against the file before anything is unpacked: its place, its sizes, its name in both directories,
-and that no two members share a byte.
+They are archives as `numpy.savez` and `torch.save` write them. `zipfile` believes the directory of
+an archive. Here every member is checked against the file before anything is unpacked: its offset,
+its sizes, its name in both directories, and that no two members share a byte.
 """
 
 import ast
 import dataclasses
-import functools
 import math
 import struct
 import zlib
@@ -32,14 +31,16 @@ _LOCATOR64 = struct.Struct("<4sIQI")
 _ENTRY = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
 _MAX_MEMBERS = 2 * MAX_TENSORS  # a checkpoint has a few beside its tensors
-_UTF8, _UNREADABLE = 0x800, 0x2061  # flags; the second: encrypted, patched, masked headers
-_STORED, _DEFLATED = 0, 8
-_MAX_RATIO = 1032  # bytes that deflate can make of one
-_PIECE = 1 << 16
+_UTF8 = 0x800  # flag of a member: its name is UTF-8
+_UNREADABLE = 0x2061  # flags of a member that is encrypted or patched, or has masked headers
+_STORED = 0  # methods of packing
+_DEFLATED = 8
+_MAX_RATIO = 1032  # how many bytes deflate can unpack from one
+_PIECE = 1 << 16  # bytes that are unpacked at a time
 
-_MAX_NPY_HEADER = 10_000  # as NumPy's own reader
+_MAX_NPY_HEADER = 10_000  # bytes, as in NumPy's own reader
 _NPY_DTYPES = {f"{x.kind}{x.itemsize}": x for x in map(np.dtype, "?bhilBHILefdFD")}
-# NumPy knows no bfloat16: it is written as two bytes of nothing in particular.
+# NumPy has no bfloat16, and writes it as two bytes without a type.
 _NPY_DTYPES["V2"] = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -48,18 +49,18 @@ class Member:
     """A file within the archive."""
 
     name: str
-    start: int  # of its bytes in the archive, and how many they are there
-    stored: int
-    size: int  # unpacked
+    start: int  # its first byte in the archive
+    stored: int  # how many bytes it has there
+    size: int  # how many bytes it has when unpacked
     crc: int
     deflated: bool
 
 
 class ZipArchive:
-    """The members of an archive, by name, in the order of their directory.
+    """The members of an archive, by name, in the order of the directory.
 
     Raises:
-      CheckpointError: the archive is damaged, encrypted, or says of a member what cannot be.
+      CheckpointError: the archive is damaged or encrypted, or its directory does not fit the file.
     """
 
     def __init__(self, file: MappedFile):
@@ -78,27 +79,27 @@ class ZipArchive:
     def _read_directory(self) -> dict[str, Member]:
         start, stop, count = self._find_directory()
         members: dict[str, Member] = {}
-        places = [(start, self.file.size, "its directory")]
+        ranges = [(start, self.file.size, "its directory")]
         at = start
         for _ in range(count):
-            place, member, size = self._read_entry(at)
+            header_start, member, size = self._read_entry(at)
             at += size
             if member.name in members:
                 raise self._refuse(f"the name {member.name!r} is there twice")
             members[member.name] = member
-            places.append((place, member.start + member.stored, repr(member.name)))
+            ranges.append((header_start, member.start + member.stored, repr(member.name)))
         if at != stop:
             raise self._refuse(
                 f"its {count} members take {at - start} bytes of its directory of {stop - start}"
             )
-        places.sort()
-        for (_, end, name), (begin, _, following) in zip(places, places[1:]):
+        ranges.sort()
+        for (_, end, name), (begin, _, following) in zip(ranges, ranges[1:]):
             if end > begin:
                 raise self._refuse(f"{name} runs into {following}")
         return members
 
     def _find_directory(self) -> tuple[int, int, int]:
-        """First and last byte of the central directory, and how many members it lists."""
+        """First and last byte of the central directory, and the number of its members."""
         size = self.file.size
         tail_start = max(0, size - _END.size - 0xFFFF)
         end = tail_start + self.file.bytes(tail_start, size).rfind(b"PK\5\6")
@@ -120,7 +121,8 @@ class ZipArchive:
             raise self._refuse("it is one of several volumes")
         if count > _MAX_MEMBERS or length > MAX_HEADER:
             raise self._refuse(
-                f"it lists {count} members in {length} bytes, more than {_MAX_MEMBERS} in {MAX_HEADER}"
+                f"it lists {count} members in {length} bytes, "
+                f"more than {_MAX_MEMBERS} in {MAX_HEADER}"
             )
         if start + length != end:
             raise self._refuse(
@@ -129,24 +131,15 @@ class ZipArchive:
         return start, start + length, count
 
     def _read_entry(self, at: int) -> tuple[int, Member, int]:
-        """Where a member begins, the member, and the bytes of its entry in the directory."""
+        """Reads the entry at byte `at` of the directory.
+
+        Returns:
+          The first byte of the member's local header, the member, and the size of the entry.
+        """
         fields = _ENTRY.unpack(self.file.bytes(at, at + _ENTRY.size))
-        (
-            signature,
-            _,
-            _,
-            flags,
-            method,
-            _,
-            _,
-            crc,
-            stored,
-            size,
-            name_size,
-            extra_size,
-            comment_size,
-        ) = fields[:13]
-        place = fields[-1]
+        signature, _, _, flags, method, _, _, crc, stored, size = fields[:10]
+        name_size, extra_size, comment_size = fields[10:13]
+        header_start = fields[-1]
         if signature != b"PK\1\2":
             raise self._refuse(f"there is no member at byte {at} of its directory")
         raw_name = self.file.bytes(at + _ENTRY.size, at + _ENTRY.size + name_size)
@@ -156,8 +149,9 @@ class ZipArchive:
             raise self._refuse(f"a member has a name that is not text ({error})") from error
         extra_start = at + _ENTRY.size + name_size
         wide = _zip64_numbers(self.file.bytes(extra_start, extra_start + extra_size))
-        size, stored, place = (
-            next(wide, n) if n == 0xFFFFFFFF else n for n in (size, stored, place)
+        # A number that is too large for 4 bytes has all its bits set.
+        size, stored, header_start = (
+            next(wide, n) if n == 0xFFFFFFFF else n for n in (size, stored, header_start)
         )
 
         if flags & _UNREADABLE:
@@ -166,20 +160,26 @@ class ZipArchive:
             raise self._refuse(
                 f"{name!r} is packed by method {method}, expected stored or deflated"
             )
-        if size != stored if method == _STORED else size > _MAX_RATIO * stored:
+        if method == _STORED:
+            possible = size == stored
+        else:
+            possible = size <= _MAX_RATIO * stored
+        if not possible:
             raise self._refuse(f"{name!r} is said to hold {size} bytes in {stored}")
-        if place + _LOCAL.size > self.file.size:
-            raise self._refuse(f"{name!r} begins at byte {place} of {self.file.size}")
-        fields = _LOCAL.unpack(self.file.bytes(place, place + _LOCAL.size))
-        start = place + _LOCAL.size + fields[-2] + fields[-1]
-        local_name = self.file.bytes(place + _LOCAL.size, place + _LOCAL.size + fields[-2])
+        if header_start + _LOCAL.size > self.file.size:
+            raise self._refuse(f"{name!r} begins at byte {header_start} of {self.file.size}")
+        fields = _LOCAL.unpack(self.file.bytes(header_start, header_start + _LOCAL.size))
+        start = header_start + _LOCAL.size + fields[-2] + fields[-1]
+        local_name = self.file.bytes(
+            header_start + _LOCAL.size, header_start + _LOCAL.size + fields[-2]
+        )
         if fields[0] != b"PK\3\4" or fields[3] != method or local_name != raw_name:
-            raise self._refuse(f"{name!r} is not at byte {place}, where its directory says")
+            raise self._refuse(f"{name!r} is not at byte {header_start}, where its directory says")
         member = Member(name, start, stored, size, crc, method == _DEFLATED)
-        return place, member, _ENTRY.size + name_size + extra_size + comment_size
+        return header_start, member, _ENTRY.size + name_size + extra_size + comment_size
 
     def check(self, member: Member) -> None:
-        """Reads a stored member once, against its checksum."""
+        """Checks a stored member against its checksum, the first time."""
         if member.name not in self._checked:
             self._check_crc(member, self.file.crc32(member.start, member.start + member.stored))
             self._checked.add(member.name)
@@ -187,12 +187,12 @@ class ZipArchive:
     def _check_crc(self, member: Member, crc: int) -> None:
         if crc != member.crc:
             raise CheckpointError(
-                f"{self.file.path}: {member.name!r} does not have its checksum: the file is damaged, "
-                "or was saved with torch's checksums switched off"
+                f"{self.file.path}: {member.name!r} does not have its checksum: "
+                "the file is damaged, or was saved with torch's checksums switched off"
             )
 
     def head(self, member: Member, size: int) -> bytes:
-        """The first bytes of a member, unchecked; fewer where it is shorter."""
+        """The first `size` bytes of a member, unchecked; fewer where it is shorter."""
         if not member.deflated:
             return self.file.bytes(member.start, member.start + min(size, member.stored))
         head = b""
@@ -203,7 +203,7 @@ class ZipArchive:
         return head[:size]
 
     def read(self, member: Member) -> bytes | bytearray:
-        """All bytes of a member: exactly as many as its directory says, with its checksum."""
+        """All bytes of a member, checked against its size and its checksum."""
         if not member.deflated:
             self.check(member)
             return self.file.bytes(member.start, member.start + member.stored)
@@ -214,13 +214,14 @@ class ZipArchive:
                 break
         if len(data) != member.size:
             raise self._refuse(
-                f"{member.name!r} does not unpack to the {member.size} bytes that its directory says"
+                f"{member.name!r} does not unpack to the {member.size} bytes "
+                "that its directory says"
             )
         self._check_crc(member, zlib.crc32(data))
         return data
 
     def _pieces(self, member: Member) -> Iterator[bytes]:
-        """What a deflated member unpacks to, never more than one piece at a time."""
+        """Unpacks a deflated member, one piece at a time."""
         unpack = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
             for start in range(member.start, member.start + member.stored, _PIECE):
@@ -233,7 +234,7 @@ class ZipArchive:
 
 
 def _zip64_numbers(extra: bytes) -> Iterator[int]:
-    """The 8-byte numbers that stand for those of an entry that are too large for 4."""
+    """The numbers of 8 bytes, for those of an entry that are too large for 4."""
     at = 0
     while at + 4 <= len(extra):
         kind, size = struct.unpack_from("<2H", extra, at)
@@ -244,12 +245,13 @@ def _zip64_numbers(extra: bytes) -> Iterator[int]:
 
 
 def npz_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
-    """The arrays of an `.npz`, by name without ".npy": stored ones as views, deflated ones unpacked when read.
+    """The arrays of an `.npz`, by their names without ".npy".
 
-    Two-byte void, as NumPy writes what it has no name for, is read as bfloat16.
+    A stored array is a view; a deflated one is unpacked when it is read. Two-byte void, which NumPy
+    writes for types that it does not know, is read as bfloat16.
 
     Raises:
-      CheckpointError: a member is no array of numbers, or not as large as its header says.
+      CheckpointError: a member is no array of numbers, or has another size than its header says.
     """
     for name in archive.members:
         if not name.endswith(".npy"):
@@ -263,7 +265,10 @@ def npz_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
 
 
 def _npy_tensor(archive: ZipArchive, member: Member) -> StoredTensor:
-    """An array of the NumPy file format: numpy.org/doc/stable/reference/generated/numpy.lib.format.html."""
+    """An array in the NumPy file format.
+
+    Source: numpy.org/doc/stable/reference/generated/numpy.lib.format.html.
+    """
     where = f"{archive.file.path}: {member.name.removesuffix('.npy')!r}"
     head = archive.head(member, _MAX_NPY_HEADER + 12)
     version = tuple(head[6:8])
@@ -273,10 +278,9 @@ def _npy_tensor(archive: ZipArchive, member: Member) -> StoredTensor:
     data_start = start + int.from_bytes(head[8:start], "little")
     if data_start > len(head):
         raise CheckpointError(f"{where} has a header longer than itself or {_MAX_NPY_HEADER} bytes")
+    encoding = "utf-8" if version == (3, 0) else "latin-1"
     try:
-        header = ast.literal_eval(
-            head[start:data_start].decode("utf-8" if version == (3, 0) else "latin-1").strip()
-        )
+        header = ast.literal_eval(head[start:data_start].decode(encoding).strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         header = None
     match header:
@@ -301,21 +305,21 @@ def _npy_tensor(archive: ZipArchive, member: Member) -> StoredTensor:
     spec = tensor_spec(where, shape, _NPY_DTYPES[descr[1:]])
     if data_start + spec.nbytes != member.size:
         raise CheckpointError(
-            f"{where} is {spec.dtype}{list(spec.shape)}, {spec.nbytes} bytes, and has {member.size - data_start}"
+            f"{where} is {spec.dtype}{list(spec.shape)}, {spec.nbytes} bytes, "
+            f"and has {member.size - data_start}"
         )
-    strides = tuple(
-        spec.dtype.itemsize * math.prod(spec.shape[:axis]) for axis in range(len(shape))
-    )
-    layout = strides if fortran else None, "big" if descr[0] == ">" else "little"
-    return StoredTensor(
-        spec, functools.partial(_read_npy, archive, member, where, data_start, spec, layout)
-    )
+    strides = None
+    if fortran:
+        strides = tuple(
+            spec.dtype.itemsize * math.prod(spec.shape[:axis]) for axis in range(len(shape))
+        )
+    byteorder = "big" if descr[0] == ">" else "little"
 
+    def read() -> np.ndarray:
+        if member.deflated:
+            unpacked = archive.read(member)
+            return array_view(where, unpacked, data_start, spec, strides, byteorder)
+        archive.check(member)
+        return archive.file.array(where, member.start + data_start, spec, strides, byteorder)
 
-def _read_npy(
-    archive: ZipArchive, member: Member, where: str, start: int, spec, layout
-) -> np.ndarray:
-    if member.deflated:
-        return array_view(where, archive.read(member), start, spec, *layout)
-    archive.check(member)
-    return archive.file.array(where, member.start + start, spec, *layout)
+    return StoredTensor(spec, read)

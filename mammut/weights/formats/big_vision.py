@@ -1,36 +1,51 @@
-"""Models of big_vision (github.com/google-research/big_vision) from `.npz` files: ViT, SigLIP's two towers, CapPa.
+"""Models of big_vision, from `.npz` files: ViT, SigLIP and CapPa.
 
-Such a file holds arrays under names and nothing else: names and shapes must tell what the model is.
-What they do not tell is taken as big_vision's configs have it, and said in the notes of what is
-opened. Nothing of big_vision is needed.
+Source: github.com/google-research/big_vision, of which nothing is needed. Such a file holds arrays
+and their names, nothing else: names and shapes must tell what the model is. What they do not tell
+is taken from big_vision's configs, and the notes of the opened model say so.
 
     params/...  opt/...  chrono/...   a train state, of which `params` are read
     opt/target/...                    the same, of before optax
     img/ txt/ t b                     two towers (models/proj/image_text/two_towers.py): SigLIP
     encoder/ decoder/ ...             an encoder and a decoder (models/proj/cappa/cappa.py): CapPa
-    embedding/ Transformer/ ...       an image encoder alone (models/vit.py), also in the names of older versions
+    embedding/ Transformer/ ...       an image encoder alone (models/vit.py), by new or old names
 """
 
 import dataclasses
 import pathlib
 import re
 
+import numpy as np
+
 from mammut.data.images import ImageTransform
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer, Tokenizer, load_tokenizer
-from mammut.weights.files.tensor_file import CheckpointError, open_tensors
-from mammut.weights.formats.big_vision_tables import Found, Model, cappa, image_encoder, two_towers
+from mammut.weights.files.tensor_file import CheckpointError, open_tensors, stored_specs
+from mammut.weights.formats.big_vision_arrays import Arrays
+from mammut.weights.formats.big_vision_tables import Model, cappa, image_encoder, two_towers
 from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
 from mammut.weights.tables import Table, unused_notes
 
+KIND = "file of big_vision's (.npz)"
 _PATH = re.compile(r"(.+\.npz)(?::([\w/]+))?", re.DOTALL)
-# start, end and pad of big_vision's vocabularies, which have no start of their own
+# Start, end and pad of big_vision's vocabularies, which have no start of their own.
 _SPECIAL_IDS = 0, 1, 0
 
 
-def is_big_vision(path: str | pathlib.Path) -> bool:
-    """Whether `path` looks like a model of big_vision: an `.npz` file, or a part of one, "FILE.npz:img"."""
-    return _PATH.fullmatch(str(path)) is not None
+def recognises(path: str | pathlib.Path) -> bool:
+    """Whether `path` is an `.npz` file, or a part of one, "FILE.npz:img", with an image encoder.
+
+    Every model of big_vision has an image encoder, and every image encoder the kernel of its
+    patches.
+
+    Raises:
+      CheckpointError: the file is missing or damaged.
+    """
+    match = _PATH.fullmatch(str(path))
+    if match is None:
+        return False
+    specs = stored_specs(pathlib.Path(match[1]))
+    return any(f"/{name}".endswith("/embedding/kernel") for name in specs)
 
 
 def open_model(
@@ -38,14 +53,14 @@ def open_model(
 ) -> OpenedModel:
     """A SigLIP or CapPa model with its processor, or an image encoder alone; only headers are read.
 
-    A SentencePiece `*.model` beside the file is taken for its vocabulary, if it is the only one.
+    The one SentencePiece `*.model` beside the file is taken as its vocabulary.
 
     Args:
       path: the file; "FILE.npz:img" is the image encoder of a SigLIP, as in big_vision's own
         configs.
-      image_size: of a model whose positions are computed (`posemb="sincos2d"`), which its file does
-        not tell.
-      max_length: the text length of a CapPa with computed positions.
+      image_size: pixels, for a model with computed positions (`posemb="sincos2d"`), whose file does
+        not tell them.
+      max_length: tokens of a text, for a CapPa with computed positions.
 
     Raises:
       CheckpointError: the file is damaged, or of a model that mammut does not have. Every mismatch
@@ -53,40 +68,41 @@ def open_model(
     """
     file, part = _PATH.fullmatch(str(path)).groups()
     theirs = open_tensors(file)
-    found = Found(str(path), theirs.specs, f"{part}/" if part else "")
-    if found.under("img/") and found.under("txt/"):
-        model = two_towers(found)
-    elif found.under("encoder/") and found.under("decoder/"):
-        model = cappa(found, image_size, max_length)
+    arrays = Arrays(str(path), theirs.specs, f"{part}/" if part else "")
+    if arrays.under("img/") and arrays.under("txt/"):
+        model = two_towers(arrays)
+    elif arrays.under("encoder/") and arrays.under("decoder/"):
+        model = cappa(arrays, image_size, max_length)
     else:
-        model = image_encoder(found, image_size)
-    parts = ("vision",) if model.text_form is None else ("vision", "text", "rest")
-    specs = {
-        name: spec
-        for name, spec in model_specs(model.config).items()
-        if "rest" in parts or name.startswith("vision.")
-    }
-    unused = found.outside | {found.key(name): why for name, why in model.unused.items()}
+        model = image_encoder(arrays, image_size)
+    whole = model.text_form is not None
+    parts = ("vision", "text", "rest") if whole else ("vision",)
+    specs = model_specs(model.config)
+    if not whole:
+        specs = {name: spec for name, spec in specs.items() if name.startswith("vision.")}
+
+    unused = arrays.outside | {arrays.key(name): why for name, why in model.unused.items()}
     constant = {name: (0.0, why) for name, why in model.zero.items()}
-    constant |= {name: (0.0, "computed") for name in model.computed}
+    constant |= dict.fromkeys(model.computed, (0.0, "computed"))
     entries = [
-        dataclasses.replace(entry, theirs=found.key(entry.theirs)) for entry in model.entries
+        dataclasses.replace(entry, theirs=arrays.key(entry.theirs)) for entry in model.entries
     ]
-    read = Table(entries, unused, constant).to_ours(theirs, specs, str(path)).read
-    tensors = LazyTensors(
-        specs, lambda name: model.computed[name]() if name in model.computed else read(name)
-    )
-    notes = (
-        *unused_notes(unused),
-        *(f"{name} is 0: {why}" for name, why in model.zero.items()),
-        *model.notes,
-    )
-    processor = None if model.text_form is None else _processor(pathlib.Path(file), model)
+    stored = Table(entries, unused, constant).to_ours(theirs, specs, str(path))
+
+    def read(name: str) -> np.ndarray:
+        if name in model.computed:
+            return model.computed[name]()
+        return stored.read(name)
+
+    tensors = LazyTensors(specs, read)
+    processor = _processor(pathlib.Path(file), model) if whole else None
+    zero_notes = [f"{name} is 0: {why}" for name, why in model.zero.items()]
+    notes = (*unused_notes(unused), *zero_notes, *model.notes)
     return OpenedModel(model.config, tensors, processor, str(path), parts, "bilinear", notes)
 
 
 def _processor(file: pathlib.Path, model: Model) -> Processor:
-    """Images and texts as in big_vision's configs, whose resize(...) is bilinear and takes no care of aliasing."""
+    """A processor as in big_vision's configs: resize(...) is bilinear, without antialiasing."""
     text = model.config.text
     transform = ImageTransform(model.config.vision.image_size, "squash", "bilinear_aliased")
     tokenizer = _tokenizer(file, text.vocab_size)
@@ -101,7 +117,9 @@ def _tokenizer(file: pathlib.Path, vocab_size: int) -> Tokenizer:
     """The vocabulary beside the file; texts are lower-cased, as in big_vision's configs."""
     beside = sorted(file.parent.glob("*.model"))
     if len(beside) != 1:
-        seen = f"there are {', '.join(path.name for path in beside)}" if beside else "there is none"
+        seen = "there is none"
+        if beside:
+            seen = f"there are {', '.join(path.name for path in beside)}"
         needs = f"put its SentencePiece vocabulary, one *.model file, beside {file} ({seen})"
         return MissingTokenizer(_SPECIAL_IDS, vocab_size, needs)
     try:

@@ -1,9 +1,9 @@
-"""Language models of Hugging Face folders: GPT-2, GPT-Neo, GPT-J and GPT-NeoX (Pythia), as transformers saves them.
+"""Language models of Hugging Face: GPT-2, GPT-Neo, GPT-J and GPT-NeoX (Pythia).
 
-A folder holds config.json, the weights (one file of safetensors or its shards with their index, or
-one pytorch_model.bin) and the tokenizer. What becomes of the config is in `huggingface_config`, of
-the weights in `huggingface_tables`, of the tokenizer in `huggingface_tokenizer`. A text decoder is
-all that such a folder holds.
+A folder as transformers saves it holds config.json, the weights (one file of safetensors or its
+shards with their index, or one pytorch_model.bin) and the tokenizer. `huggingface_config` reads the
+config, `huggingface_tables` the weights, `huggingface_tokenizer` the tokenizer. Such a folder holds
+a text decoder alone.
 """
 
 import os
@@ -18,30 +18,44 @@ from mammut.models.decoder import DecoderConfig
 from mammut.models.mammut import ModelConfig
 from mammut.models.vit import VisionConfig
 from mammut.weights.files.tensor_file import CheckpointError, open_tensors
+from mammut.weights.formats import open_clip_folder
 from mammut.weights.formats.huggingface_config import decoder_config
 from mammut.weights.formats.huggingface_tables import table
 from mammut.weights.formats.huggingface_tokenizer import open_tokenizer
 from mammut.weights.opened import LazyTensors, OpenedModel, Tensors, model_specs
 from mammut.weights.tables import Table
 
+KIND = "folder of a language model (no config.json with a model_type)"
 CONFIG_FILE = "config.json"
 _WEIGHTS = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
-# A model is more than a decoder: the smallest of image encoders stands for the one that a folder
-# does not have.
+# A `ModelConfig` needs an image encoder, and such a folder has none: a smallest one stands for it.
 _NO_VISION = VisionConfig(width=8, depth=1, num_heads=1, mlp_dim=8, image_size=16)
 _EMBEDDING = "text.token_embed.embedding"
 
 
-def is_huggingface(path: pathlib.Path) -> bool:
-    """Whether `path` is a folder of a transformers model, of whatever type."""
-    config = path / CONFIG_FILE
-    return (
-        os.path.isdir(path) and os.path.exists(config) and "model_type" in read_json_object(config)
-    )
+def recognises(path: pathlib.Path) -> bool:
+    """Whether `path` is a folder of a transformers model: its config.json has a `model_type`.
+
+    Folders of open_clip and of timm may have one, too. They have a config of open_clip's beside it,
+    or the `architecture` that timm writes in it.
+
+    Raises:
+      CheckpointError: config.json is no JSON object.
+    """
+    if not os.path.exists(path / CONFIG_FILE) or os.path.exists(
+        path / open_clip_folder.CONFIG_FILE
+    ):
+        return False
+    config = read_json_object(path / CONFIG_FILE)
+    return "model_type" in config and "architecture" not in config
 
 
-def open_model(folder: pathlib.Path) -> OpenedModel:
-    """A language model, "text" alone, with its tokenizer; nothing but headers is read of the weights.
+def open_model(folder: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
+    """A language model, "text" alone, with its tokenizer; of the weights, only headers are read.
+
+    Args:
+      folder: for which `recognises` holds.
+      image_size: not used: there are no images.
 
     Raises:
       CheckpointError: a file is damaged or missing, the config is of a model that mammut does not
@@ -72,18 +86,20 @@ def open_model(folder: pathlib.Path) -> OpenedModel:
 
 
 def model_config(text: DecoderConfig) -> ModelConfig:
-    """A model with that decoder; of what is beside it nothing is read."""
+    """The config of a model with that decoder; its other parts mean nothing."""
     return ModelConfig(
         vision=_NO_VISION,
         text=text,
-        conditioning="prefix",
         image_projection="decoder",
         prefix_tokens=1,
     )
 
 
 def _compared(ours: Tensors, rules: Table, theirs: Tensors) -> LazyTensors:
-    """`ours`; to read the embedding raises CheckpointError where the head that it should be, too, is another matrix."""
+    """`ours`, with a check of the embedding where a file has the tied head as well.
+
+    To read the embedding raises CheckpointError where the two are not the same.
+    """
     names = [entry.theirs for entry in rules.entries if entry.ours == (_EMBEDDING,)]
 
     def read(path: str) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""The tokenizer of a Hugging Face language model: its tokenizer.json, or GPT-2's older pair of files made into one."""
+"""The tokenizer of a Hugging Face language model.
+
+It is read from its tokenizer.json, or from GPT-2's older pair of files, vocab.json and merges.txt.
+"""
 
 import pathlib
 from typing import Any
@@ -11,10 +14,14 @@ _SPECIAL = "bos", "eos", "pad"
 
 
 def open_tokenizer(folder: pathlib.Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """The tokenizer whose files are in `folder`; case is kept.
+    """The tokenizer whose files are in `folder`; it keeps upper and lower case.
 
-    Where there are none, a `MissingTokenizer` that knows the special ids of `config`, a
-    config.json.
+    Without files it is a `MissingTokenizer`, which knows the special ids.
+
+    Args:
+      folder: the folder of the model.
+      config: the values of its config.json, with the special ids.
+      vocab_size: the number of ids of the model.
 
     Raises:
       ValueError: a file is damaged, or the vocabulary has no end token.
@@ -32,16 +39,17 @@ def open_tokenizer(folder: pathlib.Path, config: dict[str, Any], vocab_size: int
 
 
 def _byte_level(folder: pathlib.Path) -> Tokenizer:
-    """GPT-2's byte-level BPE of vocab.json and merges.txt, with what added_tokens.json adds to it."""
+    """GPT-2's byte-level BPE from vocab.json and merges.txt, with the ids of added_tokens.json."""
     from tokenizers import Tokenizer as Pipeline
     from tokenizers import decoders, models, pre_tokenizers
 
-    files = [
-        folder / name
-        for name in ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
-    ]
-    *told, added = (read_json_object(file) if file.exists() else {} for file in files)
-    named = told[0] | told[1]
+    def read(name: str) -> dict[str, Any]:
+        if not (folder / name).exists():
+            return {}
+        return read_json_object(folder / name)
+
+    named = read("special_tokens_map.json") | read("tokenizer_config.json")
+    added = read("added_tokens.json")
     try:
         pipeline = Pipeline(
             models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
@@ -54,11 +62,12 @@ def _byte_level(folder: pathlib.Path) -> Tokenizer:
         add_prefix_space=named.get("add_prefix_space") is True
     )
     pipeline.decoder = decoders.ByteLevel()
-    # by id, whatever else it may be
+    # In the order of the ids, which may be anything: a stranger wrote them.
     for token in sorted(added, key=lambda token: str(added[token]).zfill(8)):
         pipeline.add_special_tokens([token])
         if pipeline.token_to_id(token) != added[token]:
             raise ValueError(
-                f"{files[-1]} gives {shown(token)} the id {shown(added[token])}, which is not the next one"
+                f"{folder / 'added_tokens.json'} gives {shown(token)} "
+                f"the id {shown(added[token])}, which is not the next one"
             )
     return HuggingFaceTokenizer(pipeline.to_str().encode(), False, named)

@@ -1,4 +1,4 @@
-"""JSON objects that strangers wrote."""
+"""Reads JSON objects that strangers wrote, key by key."""
 
 import json
 from collections.abc import Collection
@@ -6,20 +6,28 @@ from typing import Any
 
 
 class JsonObject:
-    """A JSON object that is read key by key.
+    """A JSON object that is read key by key, so that every problem is found in one go.
 
-    A value that cannot be is added to `problems`, and one that can takes its place: reading goes
-    on.
+    A value that is not allowed is added to the problems, and the reader gets an allowed one in its
+    place.
+
+    Args:
+      name: what the object is called in the problems.
+      values: the object as it was read.
+      problems: the list that problems are added to, in sentences.
     """
 
     def __init__(self, name: str, values: Any, problems: list[str]):
         if not isinstance(values, dict):
             problems.append(f"{name} is {shown(values)}, expected an object")
             values = {}
-        self.name, self._values, self._problems, self._known = name, values, problems, set()
+        self.name = name
+        self._values = values
+        self._problems = problems
+        self._known: set[str] = set()
 
     def value(self, key: str, default: Any = None) -> Any:
-        """As it is."""
+        """The value of a key, unchecked."""
         self._known.add(key)
         return self._values.get(key, default)
 
@@ -30,7 +38,7 @@ class JsonObject:
         )
 
     def whole(self, key: str, default: int | None, low: int = 1, high: int = 2**16) -> int:
-        """A whole number from `low` to `high`; `default` None: it must be there."""
+        """A whole number from `low` to `high`; with `default` None, the key must be there."""
         value = self.value(key, default)
         if type(value) is int and low <= value <= high:
             return value
@@ -38,7 +46,7 @@ class JsonObject:
         return low
 
     def side(self, key: str, default: int) -> int:
-        """Pixels, once or for both sides."""
+        """A number of pixels, given once or as an equal pair for both sides."""
         value = self.value(key, default)
         if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
@@ -56,14 +64,14 @@ class JsonObject:
         return low
 
     def flag(self, key: str, default: bool | None = False) -> bool:
-        """With `default` None, null is a value, too: off."""
+        """True or False; with `default` None, null is allowed, too, and means False."""
         value = self.value(key, default)
         if type(value) is not bool and value is not default:
             self.refuse(key, "true or false")
         return value is True
 
     def choice(self, key: str, default: Any, choices: dict[Any, Any]) -> Any:
-        """What `choices` has for the value."""
+        """The entry of `choices` for the value."""
         value = self.value(key, default)
         if isinstance(value, str | None) and value in choices:
             return choices[value]
@@ -71,18 +79,21 @@ class JsonObject:
         return next(iter(choices.values()))
 
     def only(self, key: str, *values: Any) -> None:
-        """Refuses what is none of `values`, for which there is nothing in our model; a key left out is the first."""
+        """Refuses a value other than `values`, since our model has nothing for it.
+
+        A key that is left out has the first of them.
+        """
         if self.value(key, values[0]) not in values:
             self.refuse(key, " or ".join(map(shown, values)))
 
     def close(self, without_effect: Collection[str] = ()) -> None:
-        """Refuses the keys that were not asked for."""
+        """Refuses the keys that were not read and are not in `without_effect`."""
         unknown = sorted(self._values.keys() - self._known - set(without_effect))
         self._problems += [f"{self.name}.{shown(key)[1:-1]} is not known" for key in unknown]
 
 
 def shown(value: Any) -> str:
-    """A JSON value for an error, cut short."""
-    if isinstance(value, dict | list):  # nested without end, perhaps
+    """A JSON value as text for an error, cut to 60 characters."""
+    if isinstance(value, dict | list):  # it may be nested without end
         return "an object" if isinstance(value, dict) else "a list"
     return f"{json.dumps(value):.60}"

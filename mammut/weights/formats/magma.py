@@ -1,18 +1,27 @@
-"""MAGMA's checkpoint (arXiv 2112.05253), the DeepSpeed file mp_rank_00_model_states.pt, or the tensors of it alone.
+"""MAGMA's checkpoint (arXiv 2112.05253): its DeepSpeed file, or the tensors of it alone.
 
-Names are those of its public code, Aleph-Alpha-Research/magma; of a layer i, `h.i` standing for
-`lm.transformer.h.i`:
+The file is mp_rank_00_model_states.pt. Names are those of its public code,
+Aleph-Alpha-Research/magma; of a layer i, `h.i` stands for `lm.transformer.h.i`:
 
-    lm.transformer.wte.weight lm.transformer.ln_f.weight lm.lm_head.weight   GPT-J, by the names of GPT-Neo
-    h.i.attn.attention.q_proj.weight h.i.mlp.c_fc.weight                     maps of a layer without adapters
-    h.i.attn.attn_block.attention.q_proj.weight h.i.attn.adapter.0.weight    behind attention, a sequential adapter
-    h.i.mlp.0.c_fc.weight h.i.mlp.1.adapter.0.weight                         the same behind an MLP
-    h.i.mlp.module.c_fc.weight h.i.mlp.adapter.0.weight                      beside either, a parallel one, with
-    h.i.mlp.adapter_scale                                                    a factor where it is scaled
-    image_prefix.enc.conv1.weight image_prefix.proj.weight image_prefix.ln.weight   CLIP's ResNet, projection and norm
-    word_embedding.weight transformer.i.ln_1.weight                          embedding and layers under a second name
+    lm.transformer.wte.weight                  GPT-J, by the names of GPT-Neo
+    lm.transformer.ln_f.weight
+    lm.lm_head.weight
+    h.i.attn.attention.q_proj.weight           a layer without adapters
+    h.i.mlp.c_fc.weight
+    h.i.attn.attn_block.attention.q_proj.weight    attention with a sequential adapter behind it
+    h.i.attn.adapter.0.weight
+    h.i.mlp.0.c_fc.weight                      an MLP with a sequential adapter behind it
+    h.i.mlp.1.adapter.0.weight
+    h.i.mlp.module.c_fc.weight                 either of them with a parallel adapter beside it,
+    h.i.mlp.adapter.0.weight                   with a factor where the adapter is scaled
+    h.i.mlp.adapter_scale
+    image_prefix.enc.conv1.weight              CLIP's ResNet, the projection and its norm
+    image_prefix.proj.weight
+    image_prefix.ln.weight
+    word_embedding.weight                      embedding and layers, by a second name
+    transformer.i.ln_1.weight
 
-The shapes tell the sizes. What they do not tell is that of GPT-J 6B and of the published training.
+The shapes tell the sizes. What they do not tell is taken from GPT-J 6B and the published training.
 """
 
 import dataclasses
@@ -28,18 +37,24 @@ from mammut.models.adapter_modules import AdapterConfig
 from mammut.models.decoder import DecoderConfig
 from mammut.models.mammut import ModelConfig
 from mammut.models.resnet import ResNetConfig
-from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
+from mammut.weights.files.tensor_file import (
+    CheckpointError,
+    TensorSpec,
+    open_tensors,
+    stored_specs,
+)
 from mammut.weights.formats.huggingface_tokenizer import open_tokenizer
 from mammut.weights.formats.resnets import clip_entries, stages
 from mammut.weights.opened import LazyTensors, OpenedModel, Tensors, model_specs
 from mammut.weights.tables import Entry, Layout, Reshaped, Shape, Table, Transposed, unused_notes
 
-_BLOCKS, _TOWER = "lm.transformer.h.", "image_prefix.enc."
+KIND = "file of MAGMA's weights"
+_BLOCKS = "lm.transformer.h."
+_TOWER = "image_prefix.enc."
 _SECOND_NAMES = {"word_embedding.": "lm.transformer.wte.", "transformer.": _BLOCKS}
-_IMAGE_SIZES = {96: 384, 80: 288}  # pixels, by the stem of CLIP's RN50x16 and RN50x4; others: 224
-_PREFIX_DROPOUT = 0.1
-# What stands in the place of an attention or MLP with an adapter: the module itself, and its
-# adapter.
+# Pixels by the width of the stem: of CLIP's RN50x16 and RN50x4. Other ResNets have 224.
+_IMAGE_SIZES = {96: 384, 80: 288}
+# The names of an attention or MLP that has an adapter: of the module itself and of its adapter.
 _WRAPPED = {
     "mlp": {"sequential": ("mlp.0", "mlp.1.adapter"), "parallel": ("mlp.module", "mlp.adapter")},
     "attn": {
@@ -58,25 +73,45 @@ _NOT_LEARNED = {
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """An attention or MLP of every layer: what its names start with, and those of its adapter, if there is one."""
+    """The attention or the MLP of every layer, and its adapter if it has one."""
 
-    inner: str
-    adapter: str | None = None
-    kind: str | None = None
-    norm: bool = False
+    inner: str  # what the names of the module begin with
+    adapter: str | None = None  # what the names of the adapter begin with
+    kind: str | None = None  # the kind of the adapter, as in `AdapterConfig`
+    norm: bool = False  # whether the adapter begins with a norm
 
     @property
     def maps(self) -> tuple[str, str]:
-        """The adapter's two linear maps, children of a torch.nn.Sequential: a norm comes before, a ReLU between."""
+        """The names of the adapter's two linear maps.
+
+        They are children of a torch.nn.Sequential, with a norm before and a ReLU between them.
+        """
         return f"{self.adapter}.{int(self.norm)}", f"{self.adapter}.{2 + self.norm}"
 
 
-def is_magma(specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether these are tensors of such a model."""
-    return all(
-        any(name.startswith(part) for name in specs)
-        for part in ("lm.transformer.", "image_prefix.")
-    )
+def recognises(path: pathlib.Path) -> bool:
+    """Whether `path` is a file with the language model and the image prefix of such a model.
+
+    Raises:
+      CheckpointError: the file is damaged.
+    """
+    specs = stored_specs(path)
+    has_text = any(name.startswith("lm.transformer.") for name in specs)
+    has_image = any(name.startswith("image_prefix.") for name in specs)
+    return has_text and has_image
+
+
+def open_model(path: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
+    """The whole model, with its processor: `open_magma` of a file.
+
+    Args:
+      path: for which `recognises` holds. A tokenizer may lie beside it.
+      image_size: not used: the image encoder tells it.
+
+    Raises:
+      CheckpointError: as for `open_magma`.
+    """
+    return open_magma(open_tensors(path), path.parent, str(path))
 
 
 def open_magma(
@@ -88,39 +123,36 @@ def open_magma(
     rope_dims: int = 64,
     max_length: int = 2048,
 ) -> OpenedModel:
-    """The whole model, with its processor; nothing but headers has been read of the weights.
+    """The whole model, with its processor; of the weights, only headers are read.
 
-    To read a tensor that has a second name raises CheckpointError where the two are not the same.
+    To read a tensor that has two names raises CheckpointError where their values differ.
 
     Args:
-      theirs: for which `is_magma` holds.
-      folder: where GPT-2's tokenizer.json, or its vocab.json and merges.txt, may lie.
+      theirs: the tensors of the file.
+      folder: the folder that may hold GPT-2's tokenizer.json, or its vocab.json and merges.txt.
       where: the file, for errors.
-      num_heads: of a layer. This and the two below are GPT-J's: the tensors do not tell them.
-      rope_dims: how many of a head's numbers are turned by their position.
+      num_heads: heads of a layer. The tensors do not tell this number and the next two; they are
+        GPT-J's.
+      rope_dims: how many numbers of a head are turned by their position.
       max_length: the positions of image and text together.
 
     Raises:
-      CheckpointError: the tensors are not those of one such model; every mismatch is named. Or the
-        tokenizer does not fit them.
+      CheckpointError: the tensors are not those of one such model, or the tokenizer does not fit
+        them. Every mismatch is named.
     """
     config, sites = _config(
         theirs.specs, where, num_heads=num_heads, rope_dims=rope_dims, max_length=max_length
     )
     second = _second_names(theirs.specs)
-    rules = Table(
-        list(_entries(config, sites)),
-        _not_learned(theirs.specs)
-        | dict.fromkeys(second.values(), "a second name of a tensor that is used"),
-        dict.fromkeys(("logit_scale", "logit_bias"), (0.0, "there is no contrastive pass")),
-    )
+    unused = _not_learned(theirs.specs)
+    unused |= dict.fromkeys(second.values(), "a second name of a tensor that is used")
+    constant = dict.fromkeys(("logit_scale", "logit_bias"), (0.0, "there is no contrastive pass"))
+    rules = Table(list(_entries(config, sites)), unused, constant)
     tensors = rules.to_ours(_compared(theirs, second, where), model_specs(config), where)
-    vocab_size = config.text.vocab_size - 1  # the last is <|image|>, which no text has
-    roles = ("bos", "eos", "pad")
+    vocab_size = config.text.vocab_size - 1  # the last id is <|image|>, which no text has
+    special_ids = {f"{role}_token_id": vocab_size - 1 for role in ("bos", "eos", "pad")}
     try:
-        tokenizer = open_tokenizer(
-            folder, {f"{role}_token_id": vocab_size - 1 for role in roles}, vocab_size
-        )
+        tokenizer = open_tokenizer(folder, special_ids, vocab_size)
         transform = ImageTransform(config.vision.image_size, "shortest")
         processor = Processor(tokenizer, transform, config.text_length)
     except ValueError as error:
@@ -132,9 +164,13 @@ def open_magma(
 
 
 def _config(
-    specs: Mapping[str, TensorSpec], where: str, **told: int
+    specs: Mapping[str, TensorSpec], where: str, **text_fields: int
 ) -> tuple[ModelConfig, dict[str, _Site]]:
-    """What the shapes tell; that they fit each other is checked later, tensor by tensor."""
+    """The config that the shapes tell, and the sites of the adapters.
+
+    The table checks later, tensor by tensor, that the shapes fit each other. `text_fields` are
+    those that no shape tells.
+    """
 
     def shape(name: str, axes: int) -> Shape:
         if name not in specs:
@@ -178,14 +214,12 @@ def _config(
             tie_embeddings=False,
             vocab_bias=True,
             pooling="none",
-            **told,
+            **text_fields,
         )
         config = ModelConfig(
             vision=vision,
             text=text,
             image_projection="decoder",
-            conditioning="prefix",
-            prefix_dropout=_PREFIX_DROPOUT,
             prefix_norm="image_prefix.ln.weight" in specs,
             adapters=tuple(
                 dataclasses.replace(adapter, sites=tuple(at)) for adapter, at in adapters.items()
@@ -201,23 +235,26 @@ def _config(
 
 
 def _site(specs: Mapping[str, TensorSpec], site: str) -> _Site:
+    """The site "mlp" or "attn", as the names of the first layer tell it."""
     for kind, (inner, adapter) in _WRAPPED[site].items():
         if any(name.startswith(f"{_BLOCKS}0.{inner}.") for name in specs):
-            scaled = "scaled_" if f"{_BLOCKS}0.{site}.adapter_scale" in specs else ""
-            return _Site(
-                inner, adapter, scaled + kind, norm=f"{_BLOCKS}0.{adapter}.1.weight" in specs
-            )
+            if f"{_BLOCKS}0.{site}.adapter_scale" in specs:
+                kind = f"scaled_{kind}"
+            # Without a norm, the second child of the adapter is a ReLU, which has no weight.
+            norm = f"{_BLOCKS}0.{adapter}.1.weight" in specs
+            return _Site(inner, adapter, kind, norm)
     return _Site(site)
 
 
 def _not_learned(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """The tensors that are no parameters, each with the reason."""
     return {
         name: why for name in specs for end, why in _NOT_LEARNED.items() if name.endswith(f".{end}")
     }
 
 
 def _second_names(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The second name of each tensor that is there twice."""
+    """The second name of each tensor that has two, by its first."""
     second = {}
     for name, spec in specs.items():
         for start, first in _SECOND_NAMES.items():
@@ -228,15 +265,18 @@ def _second_names(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
 
 
 def _compared(theirs: Tensors, second: Mapping[str, str], where: str) -> LazyTensors:
-    """`theirs`; to read a tensor whose `second` name holds others raises CheckpointError."""
+    """`theirs`, with a check that both names of a tensor hold the same numbers.
+
+    To read a tensor whose second name holds other numbers raises CheckpointError.
+    """
 
     def read(name: str) -> np.ndarray:
         tensor = theirs.read(name)
         if name in second:
             other = theirs.read(second[name])
-            # Where PyTorch saved both they are one place of the file, which is not read twice.
-            one = tensor.__array_interface__ == other.__array_interface__
-            if not one and tensor.tobytes() != other.tobytes():
+            # Where PyTorch saved both, they are the same bytes of the file: no need to read them.
+            same_bytes = tensor.__array_interface__ == other.__array_interface__
+            if not same_bytes and tensor.tobytes() != other.tobytes():
                 raise CheckpointError(
                     f"{where}: {name} and {second[name]} differ, expected one tensor by two names"
                 )
@@ -275,7 +315,8 @@ def _entries(config: ModelConfig, sites: Mapping[str, _Site]) -> Iterable[Entry]
     yield Entry("lm.lm_head.bias", ("text.vocab_head_bias",))
     for i in range(config.text.depth):
         block = f"{_BLOCKS}{i}"
-        attention, mlp = f"{block}.{sites['attn'].inner}.attention", f"{block}.{sites['mlp'].inner}"
+        attention = f"{block}.{sites['attn'].inner}.attention"
+        mlp = f"{block}.{sites['mlp'].inner}"
         yield from _norm(f"{block}.ln_1", "text.layers.attn_norm", i)
         for name in ("query", "key", "value"):
             yield from _affine(

@@ -1,4 +1,4 @@
-"""The tokenizer that open_clip would make for a model, from files that are here: nothing is downloaded."""
+"""The tokenizer that open_clip would make for a model, from local files: nothing is downloaded."""
 
 import gzip
 import importlib.util
@@ -19,34 +19,41 @@ _SPECIAL = "bos", "eos", "pad"
 
 
 def open_tokenizer(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """The tokenizer of a `text_cfg` or `multimodal_cfg` whose files are in `folder`.
+    """The tokenizer of a `text_cfg` or `multimodal_cfg`.
 
-    Where the vocabulary is not there, its ids may still be known: a `MissingTokenizer`, which
-    refuses texts.
+    Without its vocabulary, the special ids may still be known: it is then a `MissingTokenizer`,
+    which refuses texts.
+
+    Args:
+      folder: the folder with the files of the tokenizer.
+      text_cfg: the object of `open_clip_config.json`.
+      vocab_size: the number of ids of the model.
 
     Raises:
-      ValueError: a file is damaged, or the texts would not become `[start] ids [end]`, which all
-        models of ours take.
+      ValueError: a file is damaged, or texts would not become `[start] ids [end]`, as our models
+        take them.
     """
-    kind, name = text_cfg.get("tokenizer_type"), text_cfg.get("hf_tokenizer_name")
+    kind = text_cfg.get("tokenizer_type")
+    name = text_cfg.get("hf_tokenizer_name")
+    mode = text_cfg.get("tokenizer_mode")
     options = text_cfg.get("tokenizer_kwargs") or {}
     if not isinstance(options, dict):
         raise ValueError(f"its tokenizer_kwargs are {shown(options)}, expected an object")
-    default = None if kind == "tiktoken" else "whitespace" if name else "lower"
-    clean, mode = options.get("clean", default), text_cfg.get("tokenizer_mode")
+    default = "lower"
+    if kind == "tiktoken":
+        default = None
+    elif name:
+        default = "whitespace"
+    clean = options.get("clean", default)
     if kind not in (None, "", "tiktoken") or clean not in (None, "whitespace", "lower") or mode:
         raise ValueError(
-            f"its tokenizer has tokenizer_type {shown(kind)}, tokenizer_mode {shown(mode)} and clean {shown(clean)}, "
+            f"its tokenizer has tokenizer_type {shown(kind)}, tokenizer_mode {shown(mode)} "
+            f"and clean {shown(clean)}, "
             'expected "tiktoken" or null, no mode, and "whitespace", "lower" or null'
         )
-    if (
-        odd := options.keys()
-        - {"clean"}
-        - {key for key in ("add_bos", "add_eos") if options.get(key) is True}
-    ):
-        raise ValueError(
-            f"its tokenizer_kwargs have {', '.join(sorted(odd))}, which mammut cannot do"
-        )
+    known = {"clean", *(key for key in ("add_bos", "add_eos") if options.get(key) is True)}
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(f"its tokenizer_kwargs have {', '.join(unknown)}, which mammut cannot do")
     if kind or name:
         return _named(folder, text_cfg, vocab_size, clean)
     if clean != "lower":
@@ -55,7 +62,10 @@ def open_tokenizer(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: i
 
 
 def _clip(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """CLIP's byte-pair encoding; or the SentencePiece model that somebody put there, for texts as they are."""
+    """CLIP's byte-pair encoding, or a SentencePiece model that somebody put into the folder.
+
+    The latter takes texts as they are.
+    """
     if files := [*sorted(folder.glob("*.txt.gz")), *sorted(folder.glob("*.model"))]:
         return load_tokenizer(files[0], lowercase=False)
     path = folder / "tokenizer.json"
@@ -65,17 +75,25 @@ def _clip(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int) -> To
         except Exception as error:  # the library raises its own kinds
             raise ValueError(f"{path} has merges that are not CLIP's: {error}") from error
     if vocab_size < _CLIP_VOCAB:
-        needs = f"its {vocab_size} ids are too few for CLIP's: put its *.model or *.txt.gz into {folder}"
+        needs = (
+            f"its {vocab_size} ids are too few for CLIP's: "
+            f"put its *.model or *.txt.gz into {folder}"
+        )
         return MissingTokenizer(_special_ids(text_cfg, vocab_size), vocab_size, needs)
-    found = importlib.util.find_spec("open_clip")
-    for place in found.submodule_search_locations or () if found else ():
-        if (pathlib.Path(place) / _CLIP_FILE).exists():
-            return load_tokenizer(pathlib.Path(place) / _CLIP_FILE, lowercase=True)
+    package = importlib.util.find_spec("open_clip")
+    if package is not None:
+        for location in package.submodule_search_locations or ():
+            vocabulary = pathlib.Path(location) / _CLIP_FILE
+            if vocabulary.exists():
+                return load_tokenizer(vocabulary, lowercase=True)
     return MissingTokenizer(_CLIP_IDS, _CLIP_VOCAB, f"put open_clip's {_CLIP_FILE} into {folder}")
 
 
 def _merges(path: pathlib.Path) -> bytes | None:
-    """CLIP's merges in a Hugging Face `tokenizer.json`, as the file that `ClipTokenizer` reads; None: of another."""
+    """CLIP's merges in a Hugging Face `tokenizer.json`, as the file that `ClipTokenizer` reads.
+
+    None: the merges are not CLIP's.
+    """
     model = read_json_object(path, MAX_HEADER).get("model")
     merges = model.get("merges") if isinstance(model, dict) else None
     if not isinstance(merges, list) or len(merges) != _CLIP_MERGES:
@@ -87,13 +105,15 @@ def _merges(path: pathlib.Path) -> bytes | None:
 def _named(
     folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int, clean: str | None
 ) -> Tokenizer:
-    """One of tiktoken or of Hugging Face, from a `tokenizer.json`."""
-    path, ids = folder / "tokenizer.json", _special_ids(text_cfg, vocab_size)
+    """A tokenizer of tiktoken or of Hugging Face, from a `tokenizer.json`."""
+    path = folder / "tokenizer.json"
+    ids = _special_ids(text_cfg, vocab_size)
     if not path.exists():
         return MissingTokenizer(ids, vocab_size, f"put its tokenizer.json into {folder}")
-    told = dict(zip(_SPECIAL, ids, strict=True))
     named: dict[str, Any] = {
-        f"{role}_token_id": token for role, token in told.items() if token is not None
+        f"{role}_token_id": token
+        for role, token in zip(_SPECIAL, ids, strict=True)
+        if token is not None
     }
     if clean:
         named["fix_text"] = True
@@ -106,7 +126,7 @@ def _named(
 def _special_ids(
     text_cfg: dict[str, Any], vocab_size: int
 ) -> tuple[int | None, int | None, int | None]:
-    """Start, end and pad, as far as the config tells them."""
+    """Start, end and pad; None for each that the config does not tell."""
     ids = [text_cfg.get(f"{role}_id") for role in _SPECIAL]
     for role, token in zip(_SPECIAL, ids, strict=True):
         if token is not None and not (type(token) is int and 0 <= token < vocab_size):
@@ -117,10 +137,12 @@ def _special_ids(
 
 
 def _check_template(path: pathlib.Path, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where a `tokenizer.json` adds other ids to a text than start and end."""
     from tokenizers import Tokenizer as Pipeline
 
     ids = Pipeline.from_str(path.read_text("utf-8")).encode("a dog").ids
     if ids != [tokenizer.bos_id, *tokenizer.encode("a dog"), tokenizer.eos_id]:
         raise ValueError(
-            f"{path} makes {json.dumps(ids)} of 'a dog', expected its ids between a start and an end"
+            f"{path} makes {json.dumps(ids)} of 'a dog', "
+            "expected its ids between a start and an end"
         )

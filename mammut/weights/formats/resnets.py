@@ -1,11 +1,11 @@
-"""ResNet image encoders of others: CLIP's from open_clip's checkpoints, the norm-free one from timm's.
+"""ResNet image encoders: CLIP's from open_clip's checkpoints, the norm-free one from timm's.
 
-Only the image encoder is taken, up to the grid of its last stage: of CLIP's not the attention pool,
-of timm's not the classifier. The weights tell the architecture.
+Only the image encoder is read, up to the grid of its last stage: not CLIP's attention pool, not
+timm's classifier. The weights tell the architecture.
 
-    visual.conv1.weight visual.layer1.0.conv1.weight ...   CLIP (RN50, RN101, RN50x4, RN50x16, RN50x64)
-    conv1.weight layer1.0.conv1.weight ...                 its `visual` alone
-    stem.conv.weight stages.0.0.conv1.gain ...             timm's nf_resnet26, nf_resnet50 and nf_resnet101
+    visual.conv1.weight visual.layer1.0.conv1.weight   CLIP: RN50, RN101, RN50x4, RN50x16, RN50x64
+    conv1.weight layer1.0.conv1.weight                 its `visual` alone
+    stem.conv.weight stages.0.0.conv1.gain             timm's nf_resnet26, nf_resnet50, nf_resnet101
 """
 
 import dataclasses
@@ -24,86 +24,126 @@ from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer
 from mammut.models.mammut import ModelConfig
 from mammut.models.resnet import ResNetConfig
-from mammut.weights.files.tensor_file import CheckpointError, TensorFile, TensorSpec
+from mammut.weights.files.tensor_file import (
+    CheckpointError,
+    TensorFile,
+    TensorSpec,
+    open_tensors,
+    stored_specs,
+)
+from mammut.weights.formats import open_clip_folder
 from mammut.weights.formats.json_object import JsonObject, shown
 from mammut.weights.formats.open_clip_config import read_preprocess
 from mammut.weights.opened import OpenedModel, model_specs
 from mammut.weights.tables import Entry, Reshaped, Same, Shape, Table, unused_notes
 
-# mean and deviation of its pixels, as timm has them
-_IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-_NF_SIZE = 256  # pixels that timm's nf_resnet50 was trained on
+KIND = "ResNet of CLIP's or of timm's"
+# Mean and deviation of the pixels of ImageNet, timm's defaults.
+_IMAGENET_MEAN = [0.485, 0.456, 0.406]
+_IMAGENET_STD = [0.229, 0.224, 0.225]
+_NF_SIZE = 256  # pixels of the images that timm's nf_resnet50 was trained on
 
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """The weight of a torch.nn.Conv2d, [outputs, inputs, height, width]; ours is [height, width, inputs, outputs]."""
+    """The weight [outputs, inputs, height, width] of a torch.nn.Conv2d.
+
+    Our kernel is [height, width, inputs, outputs].
+    """
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """[outputs, inputs, height, width]."""
+        """The shape [outputs, inputs, height, width]."""
         height, width, inputs, outputs = ours[0]
         return outputs, inputs, height, width
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
-        """Ours."""
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
+        """Their weight with the axes in our order."""
         return theirs.transpose(2, 3, 1, 0)
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Theirs."""
+        """Our kernel with the axes in their order."""
         return ours[0].transpose(3, 2, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Variances(Same):
-    """Numbers of which none is below zero."""
+    """Numbers of which none may be below zero."""
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
-        """Ours.
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
+        """The same numbers.
 
         Raises:
-          CheckpointError: there is a negative one.
+          CheckpointError: one of them is negative.
         """
         if not (theirs >= 0).all():
             raise CheckpointError(
                 f"a batch norm's running_var holds {theirs.min()}, expected numbers of 0 or more"
             )
-        return super().load(theirs, ours, place)
+        return super().load(theirs, ours, index)
 
 
-def is_timm(path: pathlib.Path) -> bool:
-    """Whether `path` is a folder of timm's with a norm-free ResNet, as on the Hugging Face hub."""
-    path = pathlib.Path(path)
-    config = _timm_config(path) if os.path.isdir(path) else {}
-    return str(config.get("architecture", "")).startswith("nf_resnet")
+def recognises(path: pathlib.Path) -> bool:
+    """Whether `path` is a folder or a file with the weights of such an image encoder.
+
+    A folder is one of timm's, by the architecture in its `config.json`, or one of open_clip's.
+
+    Raises:
+      CheckpointError: the weights are missing or damaged.
+    """
+    if not os.path.isdir(path):
+        return is_resnet(stored_specs(path))
+    if os.path.exists(path / open_clip_folder.CONFIG_FILE):
+        return is_resnet(stored_specs(open_clip_folder.find_weights(path)))
+    return str(_timm_config(path).get("architecture", "")).startswith("nf_resnet")
+
+
+def open_model(path: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
+    """The image encoder of a folder or a file, and its image transform.
+
+    Args:
+      path: for which `recognises` holds.
+      image_size: not used: the files tell it, or it is the size of the published models.
+
+    Raises:
+      CheckpointError: a file is missing or damaged, the tensors are not those of one ResNet, or a
+        config beside them is of another. Every mismatch is named.
+    """
+    weights = open_clip_folder.find_weights(path)
+    theirs = open_tensors(weights)
+    if not is_resnet(theirs.specs):
+        raise CheckpointError(
+            f"{weights} holds other tensors than a ResNet of CLIP's or a norm-free one of timm's"
+        )
+    return open_resnet(theirs, weights.parent, open_clip_folder.read_config(path), str(path))
 
 
 def is_resnet(specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether these are tensors of such an image encoder, with or without others beside."""
+    """Whether the tensors of such an image encoder are among these."""
     return _clip_prefix(specs) is not None or _is_norm_free(specs)
 
 
 def open_resnet(
     theirs: TensorFile, folder: pathlib.Path, config: Mapping[str, Any] | None, where: str
 ) -> OpenedModel:
-    """The image encoder in a file of weights, and how it takes images.
+    """The image encoder in a file of weights, and its image transform.
 
     Args:
-      theirs: for which `is_resnet` holds.
-      folder: what the file is in; of timm's, its config.json is read.
-      config: what `open_clip_config.json` holds, if there is one.
+      theirs: tensors for which `is_resnet` holds.
+      folder: the folder of the file; of timm's models, its config.json is read.
+      config: the values of `open_clip_config.json`; None: there is none.
       where: the file or folder, for errors.
 
     Raises:
       CheckpointError: the tensors are not those of one ResNet, or a config beside them is of
         another. Every mismatch is named.
     """
-    specs, prefix = theirs.specs, _clip_prefix(theirs.specs)
+    specs = theirs.specs
+    prefix = _clip_prefix(specs)
     if prefix is not None:
         vision, transform, notes = _clip(specs, prefix, config or {}, where)
-        unused = {name: _why_unused(name, prefix) for name in specs}
-        rules = Table(
-            list(clip_entries(vision, prefix)), {name: why for name, why in unused.items() if why}
-        )
+        reasons = {name: _why_unused(name, prefix) for name in specs}
+        unused = {name: why for name, why in reasons.items() if why}
+        rules = Table(list(clip_entries(vision, prefix)), unused)
     else:
         vision, transform, notes = _norm_free(specs, folder, where)
         unused = {name: "the classifier" for name in specs if name.startswith("head.")}
@@ -111,7 +151,7 @@ def open_resnet(
     model = ModelConfig(vision=vision)
     ours = {name: spec for name, spec in model_specs(model).items() if name.startswith("vision.")}
     tensors = rules.to_ours(theirs, ours, where)
-    # What is read of such a model is the image encoder and this transform.
+    # Only the image encoder and its transform are used: texts are refused.
     tokenizer = MissingTokenizer(
         (None, None, None), model.text.vocab_size, f"{where} is an image encoder"
     )
@@ -122,7 +162,11 @@ def open_resnet(
 
 
 def _clip_prefix(specs: Mapping[str, TensorSpec]) -> str | None:
-    for prefix in ("visual.", ""):  # the third convolution of its stem tells it from other ResNets
+    """What the names of CLIP's ResNet begin with; None: there is none.
+
+    The third convolution of its stem tells it from other ResNets.
+    """
+    for prefix in ("visual.", ""):
         if f"{prefix}conv3.weight" in specs and f"{prefix}layer1.0.conv1.weight" in specs:
             return prefix
     return None
@@ -133,15 +177,28 @@ def _is_norm_free(specs: Mapping[str, TensorSpec]) -> bool:
 
 
 def _why_unused(name: str, prefix: str) -> str:
+    """Why a tensor of CLIP's is not read; "": it is read."""
     if not name.startswith(prefix):
         return "of no image encoder"
     if name.startswith(f"{prefix}attnpool."):
         return "of the attention pool: the image tokens are what goes into it"
-    return "how many batches its statistics are of" if name.endswith(".num_batches_tracked") else ""
+    if name.endswith(".num_batches_tracked"):
+        return "how many batches its statistics are of"
+    return ""
 
 
 def stages(specs: Mapping[str, TensorSpec], pattern: str, where: str) -> tuple[int, int, int, int]:
-    """How many bottlenecks each stage has; `pattern` finds the stage and the bottleneck in a name."""
+    """Counts the bottlenecks of each stage.
+
+    Args:
+      specs: the tensors of a ResNet, and others.
+      pattern: a regular expression for the start of a name, whose groups are the numbers of the
+        stage and of the bottleneck.
+      where: the file, for errors.
+
+    Raises:
+      CheckpointError: there are other than four stages.
+    """
     blocks: dict[str, set[str]] = {}
     for match in filter(None, map(re.compile(pattern).match, specs)):
         blocks.setdefault(match[1], set()).add(match[2])
@@ -162,20 +219,21 @@ def _config(where: str, **fields: Any) -> ResNetConfig:
 def _clip(
     specs: Mapping[str, TensorSpec], prefix: str, config: Mapping[str, Any], where: str
 ) -> tuple[ResNetConfig, ImageTransform, list[str]]:
+    """Config, image transform and notes of CLIP's ResNet."""
     problems: list[str] = []
-    image, notes = read_preprocess(config.get("preprocess_cfg"), problems), []
-    model_cfg = config.get("model_cfg") if isinstance(config.get("model_cfg"), dict) else {}
-    vision_cfg = (
-        model_cfg.get("vision_cfg") if isinstance(model_cfg.get("vision_cfg"), dict) else {}
-    )
-    told = vision_cfg.get("image_size")
+    notes: list[str] = []
+    image = read_preprocess(config.get("preprocess_cfg"), problems)
+    model_cfg = _object(config, "model_cfg")
+    config_size = _object(model_cfg, "vision_cfg").get("image_size")
     pool = specs.get(f"{prefix}attnpool.positional_embedding")
-    if pool is not None:  # a position for each image token, and one for their mean
+    if pool is not None:  # it has a position for each image token, and one for their mean
         size = 32 * math.isqrt(max(pool.shape[0] - 1, 0))
-        if told not in (None, size):
-            problems.append(f"vision_cfg.image_size is {told}, the weights are of {size} pixels")
-    elif told is not None:
-        size = told
+        if config_size not in (None, size):
+            problems.append(
+                f"vision_cfg.image_size is {config_size}, the weights are of {size} pixels"
+            )
+    elif config_size is not None:
+        size = config_size
     else:
         size = ResNetConfig().image_size
         notes.append(f"vision.image_size is {size}: the file does not tell it")
@@ -186,10 +244,18 @@ def _clip(
         stages=stages(specs, rf"{re.escape(prefix)}layer(\d+)\.(\d+)\.", where),
         image_size=size, image_mean=image["mean"], image_std=image["std"],
     )  # fmt: skip
-    return vision, ImageTransform(size, image["mode"], image["interpolation"], image["fill"]), notes
+    transform = ImageTransform(size, image["mode"], image["interpolation"], image["fill"])
+    return vision, transform, notes
+
+
+def _object(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object at a key; an empty one where there is none."""
+    value = values.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _timm_config(folder: pathlib.Path) -> dict[str, Any]:
+    """The values of timm's `config.json`; none where it is missing or damaged."""
     path = folder / "config.json"
     try:
         return read_json_object(path) if path.exists() else {}
@@ -200,57 +266,58 @@ def _timm_config(folder: pathlib.Path) -> dict[str, Any]:
 def _norm_free(
     specs: Mapping[str, TensorSpec], folder: pathlib.Path, where: str
 ) -> tuple[ResNetConfig, ImageTransform, list[str]]:
-    trained = _timm_config(folder).get("pretrained_cfg")
-    notes = (
-        []
-        if trained
-        else [f"vision.image_size is {_NF_SIZE}: there is no config.json of timm's that tells it"]
-    )
+    """Config, image transform and notes of timm's norm-free ResNet."""
     problems: list[str] = []
-    cfg = JsonObject("pretrained_cfg", trained or {}, problems)
-    image = dict(zip(("mean", "std"), _IMAGENET)) | {
-        key: cfg.value(key)
-        for key in ("mean", "std", "interpolation")
-        if cfg.value(key) is not None
-    }
-    image = read_preprocess(image, problems, "pretrained_cfg")
+    notes: list[str] = []
+    pretrained_cfg = _timm_config(folder).get("pretrained_cfg")
+    if not pretrained_cfg:
+        notes.append(
+            f"vision.image_size is {_NF_SIZE}: there is no config.json of timm's that tells it"
+        )
+    cfg = JsonObject("pretrained_cfg", pretrained_cfg or {}, problems)
+    preprocess = {"mean": _IMAGENET_MEAN, "std": _IMAGENET_STD}
+    for key in ("mean", "std", "interpolation"):
+        if cfg.value(key) is not None:
+            preprocess[key] = cfg.value(key)
+    image = read_preprocess(preprocess, problems, "pretrained_cfg")
+
     sides = cfg.value("input_size", [3, _NF_SIZE, _NF_SIZE])
-    if (
-        not isinstance(sides, list)
-        or sides[:1] != [3]
-        or sides[1:] != 2 * sides[1:2]
-        or type(sides[-1]) is not int
-    ):
-        cfg.refuse("input_size", "[3, N, N]")
+    match sides:
+        case [3, int(height), int(width)] if height == width and type(width) is int:
+            pass
+        case _:
+            cfg.refuse("input_size", "[3, N, N]")
     if problems:
         raise CheckpointError(f"{folder / 'config.json'}: {'; '.join(problems)}")
     if cfg.value("crop_pct") not in (None, 1, 1.0):
-        share = shown(cfg.value("crop_pct"))
         notes.append(
-            f"pretrained_cfg.crop_pct is {share}, which is not used: images are cropped along one side alone"
+            f"pretrained_cfg.crop_pct is {shown(cfg.value('crop_pct'))}, which is not used: "
+            "images are cropped along one side alone"
         )
     vision = _config(
         where, kind="nf", stem_width=specs["stem.conv.gain"].shape[0],
         stages=stages(specs, r"stages\.(\d+)\.(\d+)\.", where),
         image_size=sides[-1], image_mean=image["mean"], image_std=image["std"],
     )  # fmt: skip
-    return (
-        vision,
-        ImageTransform(sides[-1], image["mode"], image["interpolation"], image["fill"]),
-        notes,
-    )
+    transform = ImageTransform(sides[-1], image["mode"], image["interpolation"], image["fill"])
+    return vision, transform, notes
 
 
 def _bottlenecks(config: ResNetConfig) -> Iterable[tuple[int, int, str, int | None]]:
-    """Every bottleneck: its stage, its place there, where ours is, its layer where ours is a stack."""
+    """Every bottleneck: its stage, its number there, our path, and its layer in our stack."""
     for stage, depth in enumerate(config.stages):
         ours = f"vision.stage{stage + 1}"
         yield stage, 0, f"{ours}.first", None
-        yield from ((stage, place, f"{ours}.others", place - 1) for place in range(1, depth))
+        yield from ((stage, number, f"{ours}.others", number - 1) for number in range(1, depth))
 
 
 def clip_entries(config: ResNetConfig, prefix: str) -> Iterable[Entry]:
-    """Every tensor of CLIP's ResNet up to the grid of its last stage; `prefix` is what their names start with."""
+    """The entries of CLIP's ResNet up to the grid of its last stage.
+
+    Args:
+      config: its config.
+      prefix: what the names of its tensors begin with.
+    """
 
     def normed(convolution, norm, ours, layer=None):
         yield Entry(f"{convolution}.weight", (f"{ours}.kernel",), Convolution(), layer)
@@ -261,11 +328,11 @@ def clip_entries(config: ResNetConfig, prefix: str) -> Iterable[Entry]:
 
     for i in (1, 2, 3):
         yield from normed(f"{prefix}conv{i}", f"{prefix}bn{i}", f"vision.stem.conv{i}")
-    for stage, place, ours, layer in _bottlenecks(config):
-        theirs = f"{prefix}layer{stage + 1}.{place}"
+    for stage, number, ours, layer in _bottlenecks(config):
+        theirs = f"{prefix}layer{stage + 1}.{number}"
         for i in (1, 2, 3):
             yield from normed(f"{theirs}.conv{i}", f"{theirs}.bn{i}", f"{ours}.conv{i}", layer)
-        if place == 0:
+        if number == 0:
             yield from normed(
                 f"{theirs}.downsample.0", f"{theirs}.downsample.1", f"{ours}.shortcut"
             )
@@ -278,9 +345,10 @@ def _norm_free_entries(config: ResNetConfig) -> Iterable[Entry]:
         yield Entry(f"{theirs}.gain", (f"{ours}.gain",), Reshaped((outputs, 1, 1, 1)), layer)
 
     yield from standardised("stem.conv", "vision.stem.conv", config.stem_width)
-    for stage, place, ours, layer in _bottlenecks(config):
-        theirs, width = f"stages.{stage}.{place}", config.stem_width * 2**stage
+    for stage, number, ours, layer in _bottlenecks(config):
+        theirs = f"stages.{stage}.{number}"
+        width = config.stem_width * 2**stage
         for i, outputs in ((1, width), (2, width), (3, 4 * width)):
             yield from standardised(f"{theirs}.conv{i}", f"{ours}.conv{i}", outputs, layer)
-        if place == 0:
+        if number == 0:
             yield from standardised(f"{theirs}.downsample.conv", f"{ours}.shortcut", 4 * width)

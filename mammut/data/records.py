@@ -1,0 +1,121 @@
+"""From the fields of a set's record, in JSON's types, to an `Example`: every value is checked.
+
+A record that cannot be used raises BadExample. `where` names its place in messages, such as
+"set.jsonl, line 7".
+"""
+
+import json
+import reprlib
+from typing import Any
+
+from mammut.data.config import Field
+from mammut.data.examples import BadExample, Example, Question
+
+# The cause under which an example without the field is counted.
+ABSENT: dict[Field, str] = {"captions": "no caption", "qa": "no question", "name": "no name"}
+
+
+def parse_object(content: bytes, where: str) -> dict[str, Any]:
+    """Parses a JSON object; raises BadExample where it is none."""
+    text = decode_text(content, where)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadExample(f"{where} is not JSON", "not JSON") from error
+    if not isinstance(record, dict):
+        raise BadExample(f"{where} is not a JSON object", "not an object")
+    return record
+
+
+def decode_text(content: bytes, where: str) -> str:
+    """Decodes UTF-8, with or without a byte order mark; raises BadExample where it is not."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadExample(f"{where} is not UTF-8", "not UTF-8") from error
+
+
+def make_example(
+    image: Any, key: str, field: Field, value: Any, where: str, questions: str | None = None
+) -> Example:
+    """Makes an example of an image and the value of its field, as JSON lines have it.
+
+    Args:
+      image: what `Example.image` may be.
+      key: names the example.
+      field: the field that `value` is of.
+      value: a list of captions, a list of questions, or a name.
+      where: the place of the record, for messages.
+      questions: the start of the ids of questions that have none; None: `key`.
+
+    Raises:
+      BadExample: the value cannot be used.
+    """
+    # as opposed to a field that is not there: the set has it, this image was not annotated
+    if value is None:
+        raise BadExample(f'{where} is not annotated: its "{field}" is null', ABSENT[field])
+    if field == "captions":
+        return Example(image, _captions(value, where), key)
+    if field == "name":
+        return Example(image, [], key, name=_text(value, where, "its name"))
+    return Example(image, [], key, _questions(value, where, questions or key))
+
+
+def _text(value: Any, where: str, what: str, blank: bool = False) -> str:
+    """A text of the set, checked; `what` says in messages what it is."""
+    if not isinstance(value, str) or not (blank or value.strip()):
+        raise BadExample(
+            f"{where} has {reprlib.repr(value)} for {what}, expected a text", "missing field"
+        )
+    try:
+        value.encode()
+    # JSON can spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        raise BadExample(f"{where} has a text that is not UTF-8", "not UTF-8") from error
+    return value
+
+
+def _captions(values: Any, where: str) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(caption, str) for caption in values):
+        raise BadExample(f'{where} has no "captions", a list of texts', "missing field")
+    captions = [_text(caption, where, "a caption") for caption in values if caption.strip()]
+    if not captions:
+        raise BadExample(f"{where} has no caption", "no caption")
+    return captions
+
+
+def _questions(values: Any, where: str, prefix: str) -> list[Question]:
+    if not isinstance(values, list) or not all(isinstance(question, dict) for question in values):
+        raise BadExample(
+            f'{where} has no "qa", a list of objects with a question and answers', "missing field"
+        )
+    questions = {}
+    for number, value in enumerate(values):
+        value = {name: item for name, item in value.items() if item is not None}
+        answers = value.get("answers", [])
+        identity = value.get("question_id", f"{prefix}#{number}")
+        if not isinstance(answers, list):
+            raise BadExample(
+                f"{where} has answers {reprlib.repr(answers)}, expected a list of texts",
+                "missing field",
+            )
+        if not isinstance(identity, int | str):
+            raise BadExample(
+                f"{where} has question_id {reprlib.repr(identity)}, expected a text",
+                "missing field",
+            )
+        if str(identity) in questions:
+            raise BadExample(f"{where} has the question_id {identity!r} twice", "duplicate id")
+
+        question = _text(value.get("question"), where, "a question")
+        # A blank answer stays: one who said nothing counts among the people asked.
+        answers = [_text(answer, where, "an answer", blank=True) for answer in answers]
+        types = {
+            name: _text(value[name], where, name)
+            for name in ("answer_type", "question_type")
+            if name in value
+        }
+        questions[str(identity)] = Question(question, answers, str(identity), **types)
+    if not questions:
+        raise BadExample(f"{where} has no question", "no question")
+    return list(questions.values())

@@ -1,0 +1,155 @@
+"""Reads the headers of a plain tar file: which files it has, and where their bytes are.
+
+The tar format: POSIX.1-2017, pax, "EXTENDED DESCRIPTION", and GNU's long names and large numbers
+(GNU tar manual, "Basic Tar Format").
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+_BLOCK = 512
+_MAX_EXTENSION = 2**20  # bytes of a long name or of pax records
+
+
+class Damage(Exception):
+    """A tar file that cannot be used; the message continues after the name of the file."""
+
+
+class TarFile(NamedTuple):
+    """A file inside of a tar: its name, and where it lies, in bytes."""
+
+    name: bytes
+    start: int  # offset of its first header
+    data: int  # offset of its content
+    size: int  # bytes of its content
+
+
+def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile]:
+    """Finds the regular files of a tar, or of several tars joined one after the other.
+
+    Args:
+      read: `read(offset, size)` returns some bytes of the tar; fewer at its end.
+      size: bytes of the tar.
+
+    Raises:
+      Damage: the tar is cut short, damaged, or has a sparse file.
+    """
+    offset = start = 0
+    ended = False
+    name = None  # of the file that follows, from GNU's header for long names
+    pax: dict[bytes, bytes] = {}  # records of the file that follows
+    while offset < size:
+        block = read(offset, _BLOCK)
+        # A block of zeros is the end; it may be incomplete, as the last block of the tar.
+        if block.count(0) == len(block):
+            ended = not pax and name is None
+            offset += _BLOCK
+            start = offset
+            continue
+        ended = False
+        kind, plain_name, length = _header(block, offset)
+        data = offset + _BLOCK
+        if kind in b"LKxXg":  # a header about the file that follows
+            content = _extension(read, offset, length)
+            if len(content) < length:
+                break
+            if kind == b"L":
+                name = content.partition(b"\0")[0]
+            elif kind in b"xX":
+                pax = _pax_records(content, data)
+            offset = data + _padded(length)
+            continue
+
+        name = pax.get(b"path", name or plain_name)
+        length = _decimal(pax.get(b"size"), length, offset)
+        if kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in pax):
+            raise Damage(f"has {shown(name)} as a sparse file: pack it again without --sparse")
+        # Folders, links and devices have no content, whatever their size says.
+        if kind in b"123456" or (kind == b"\0" and name.endswith(b"/")):
+            length = 0
+        elif data + length > size:
+            raise Damage(
+                f"is cut short or damaged: its file {shown(name)} should end at byte "
+                f"{data + length:,} of {size:,}; get it again, or leave it out by a narrower "
+                "pattern"
+            )
+        elif kind in b"07\0":
+            yield TarFile(name, start, data, length)
+        offset = start = data + _padded(length)
+        name = None
+        pax = {}
+    if not ended:
+        raise Damage(
+            "is cut short: it has no end mark, so files may be missing; get it again, or leave it "
+            "out by a narrower pattern"
+        )
+
+
+def _padded(length: int) -> int:
+    """Bytes that a content takes, in whole blocks."""
+    return -(-length // _BLOCK) * _BLOCK
+
+
+def _extension(read: Callable[[int, int], bytes], offset: int, length: int) -> bytes:
+    """The content of a header about the file that follows."""
+    if length > _MAX_EXTENSION:
+        raise Damage(f"has a header of {length:,} bytes at byte {offset:,}, expected at most 1 MiB")
+    return read(offset + _BLOCK, length)
+
+
+def _header(block: bytes, offset: int) -> tuple[bytes, bytes, int]:
+    """Reads a header: the kind of what follows, its name, and its size in bytes."""
+    # The checksum is the sum of all bytes, with spaces in its own place.
+    checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    if len(block) < _BLOCK or checksum != _number(block[148:156], offset):
+        raise Damage(
+            f"is damaged at byte {offset:,}, where the header of a file should be, or no tar file; "
+            "get it again, or leave it out by a narrower pattern"
+        )
+    name = block[:100].partition(b"\0")[0]
+    if block[257:263] == b"ustar\0" and block[345]:  # GNU's own format has other things there
+        name = block[345:500].partition(b"\0")[0] + b"/" + name
+    return block[156:157], name, _number(block[124:136], offset)
+
+
+def _number(field: bytes, offset: int) -> int:
+    """A number in a header, in octal digits."""
+    if field[0] == 0x80:  # GNU's form of a number too large for octal digits
+        return int.from_bytes(field[1:], "big")
+    digits = field.partition(b"\0")[0].strip(b" ")
+    if digits.strip(b"01234567"):
+        raise Damage(
+            f"is damaged at byte {offset:,}, where a header has {digits!r} for a number, "
+            "or no tar file"
+        )
+    return int(digits or b"0", 8)
+
+
+def _pax_records(content: bytes, offset: int) -> dict[bytes, bytes]:
+    """The values by name of pax records, lines "length name=value"."""
+    records = {}
+    while content:
+        length = _decimal(content[:20].partition(b" ")[0], 0, offset)
+        line = content[:length]
+        content = content[length:]
+        name, equals, value = line.partition(b" ")[2].partition(b"=")
+        if len(line) != length or not equals or not value.endswith(b"\n"):
+            raise Damage(f"is damaged at byte {offset:,}, where pax records should be")
+        records[name] = value[:-1]
+    return records
+
+
+def _decimal(digits: bytes | None, default: int, offset: int) -> int:
+    """A number in a pax record; None: `default`."""
+    if digits is None:
+        return default
+    if not digits.isdigit() or len(digits) > 20:
+        raise Damage(
+            f"is damaged before byte {offset:,}: a pax record has {digits[:20]!r} for a number"
+        )
+    return int(digits)
+
+
+def shown(name: bytes) -> str:
+    """The name of a file in a tar, for messages."""
+    return repr(name.decode(errors="replace"))

@@ -1,0 +1,139 @@
+"""Prepared sets of tensorflow-datasets as a source of examples."""
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from mammut.data.config import Field
+from mammut.data.examples import BadExample, Example, Source, SourceOptions
+from mammut.data.records import make_example
+
+_QUESTION = ("question", "answers", "answer", "question_id", "answer_type", "question_type")
+
+# Where a prepared set has a field: the first of these features that is of one of these types.
+_FEATURES: dict[Field, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "captions": (("captions", "caption", "text"), ("Sequence", "Text")),
+    "qa": (("qa", "qas", "question_answer", "question"), ("Sequence", "Text")),
+    "name": (("label", "name"), ("ClassLabel", "Text")),
+}
+
+
+class TfdsSource(Source):
+    """A split of a prepared set, `NAME/SPLIT`, read at random from its ArrayRecord files."""
+
+    def __init__(self, options: SourceOptions):
+        import tensorflow_datasets as tfds
+
+        self._spec = options.spec
+        self._field = options.field
+        name, _, split = os.path.expanduser(options.name).rpartition("/")
+        builder = self._builder(name, options.tfds_dir)
+        features = builder.info.features
+        if split not in builder.info.splits:
+            splits = ", ".join(builder.info.splits)
+            raise ValueError(
+                f"data source {self._spec!r} has no such split, expected one of {splits}"
+            )
+
+        self._feature = self._find_feature(features)
+        self._class_name = None
+        if type(features[self._feature]).__name__ == "ClassLabel":
+            self._class_name = features[self._feature].int2str
+        images = [
+            name for name, feature in features.items() if isinstance(feature, tfds.features.Image)
+        ]
+        decoders = dict.fromkeys(images, tfds.decode.SkipDecoding())
+        try:
+            self._records = builder.as_data_source(split, decoders=decoders)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"data source {self._spec!r} is prepared as {builder.info.file_format.value}, "
+                "expected array_record: prepare it again with file_format='array_record'"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        where = f"{self._spec}, example {index}"
+        try:
+            value = self._value(record)
+        except UnicodeDecodeError as error:
+            raise BadExample(f"{where} is not UTF-8", "not UTF-8") from error
+        file = record.get("image/filename", b"").decode(errors="replace")
+        # Questions are not named by the file: in some sets every question comes with its image
+        # anew.
+        return make_example(
+            record["image"], file or where, self._field, value, where, questions=where
+        )
+
+    def _builder(self, name: str, tfds_dir: str | None) -> Any:
+        """The builder of a prepared set, by its name or its folder.
+
+        It is made from files, never from tensorflow-datasets' code for the set: that may reach for
+        the network.
+        """
+        from tensorflow_datasets.core import read_only_builder
+
+        try:
+            if pathlib.Path(name, "features.json").exists():
+                return read_only_builder.builder_from_directory(name)
+            data_dir = tfds_dir and os.path.expanduser(tfds_dir)
+            return read_only_builder.builder_from_files(name, data_dir=data_dir)
+        except ValueError as error:  # its own messages run over many lines
+            raise ValueError(
+                f"data source {self._spec!r} is not prepared in "
+                f"{tfds_dir or 'the default data_dir'} (data.tfds_dir); prepare it once with "
+                "`python -m mammut.prepare jsonl:PATH --data-dir DIR --name NAME` or "
+                "tfds.builder(NAME, data_dir=DIR, file_format='array_record')"
+                ".download_and_prepare()"
+            ) from error
+
+    def _find_feature(self, features: Any) -> str:
+        """The name of the feature that holds the field."""
+        types = {name: type(feature).__name__ for name, feature in features.items()}
+        names, expected = _FEATURES[self._field]
+        feature = next((name for name in names if types.get(name) in expected), None)
+        if feature is None or "image" not in features:
+            fields = ", ".join(f"{name} ({types[name]})" for name in sorted(types))
+            raise ValueError(
+                f"data source {self._spec!r} has the fields {fields}, "
+                f"expected image and one of {', '.join(names)} ({' or '.join(expected)})"
+            )
+        return feature
+
+    def _value(self, record: dict[str, Any]) -> Any:
+        """The field of a record as JSON lines have it."""
+        value = _plain(record[self._feature])
+        if self._field == "name":
+            if self._class_name is None:
+                return value
+            return self._class_name(value) if value >= 0 else None  # -1: not annotated
+        if self._field == "captions":
+            if isinstance(value, str):
+                return [value]
+            return value.get("text", []) if isinstance(value, dict) else value
+
+        if self._feature == "question":
+            value = {name: [_plain(column)] for name, column in record.items() if name in _QUESTION}
+        columns = {}
+        if isinstance(value, dict):
+            columns = {name: value[name] for name in _QUESTION if name in value}
+        questions = [
+            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+        ]
+        return [{"answers": [q["answer"]]} | q if "answer" in q else q for q in questions]
+
+
+def _plain(value: Any) -> Any:
+    """A value of tensorflow-datasets in the types of JSON."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, dict):
+        return {name: _plain(column) for name, column in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,83 @@
+"""Prompts in, texts out, in batches of one shape: pad, run, cut and decode.
+
+The one loop behind `generate_text`, `generate_prompts` and the evaluations of captions and answers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Key
+
+from mammut.core.typing import Array
+from mammut.data.processor import Processor
+from mammut.generation.search import GenerateConfig, Generation
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One prompt of a batch."""
+
+    prompt: Any
+    length: int  # columns of the prompt in what is generated; the text begins after them
+    number: int = 0  # position in the caller's list; the random key of a sample depends on it
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedRow:
+    """The best text after one prompt."""
+
+    text: str  # as the tokenizer decodes it, with the spaces around it
+    logprobs: Float[np.ndarray, " L"]  # of each generated token, 0 in all other columns
+    token_logprobs: Float[np.ndarray, " n"]  # of the generated tokens alone, the end token included
+    is_finite: bool  # False: the model's logits were not numbers
+
+
+def generate_rows(
+    rows: Iterable[Row],
+    run: Callable[[list[Row]], Generation],
+    processor: Processor,
+    *,
+    batch_size: int,
+) -> Iterator[GeneratedRow]:
+    """The best text of each row, in order; `run` is always given `batch_size` rows.
+
+    Rows are taken from the iterable one batch at a time.
+    """
+    for batch in batched(rows, batch_size):
+        # Copies of the last row fill the batch up: they end when it does and cost no further step.
+        padding = batch[-1:] * (batch_size - len(batch))
+        out = jax.device_get(run(batch + padding))
+
+        for position, row in enumerate(batch):
+            tokens = out.tokens[position, 0, row.length :].tolist()
+            logprobs = out.logprobs[position, 0]
+            end = row.length + out.num_tokens[position, 0]
+            yield GeneratedRow(
+                text=processor.tokenizer.decode(tokens),
+                logprobs=logprobs,
+                token_logprobs=logprobs[row.length : end],
+                is_finite=bool(np.isfinite(out.scores[position, 0])),
+            )
+
+
+def row_keys(rows: list[Row], config: GenerateConfig, seed: int) -> Key[Array, " B"] | None:
+    """A random key for each row, from `seed` and its number; None if nothing is drawn."""
+    if config.temperature == 0:
+        return None
+    numbers = np.array([row.number for row in rows])
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items in order; the last list may be shorter."""
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

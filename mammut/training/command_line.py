@@ -1,0 +1,191 @@
+"""The command line of `train.py`: what the program does, and the settings of the run.
+
+Both are options of one parser, tyro's: `--workdir DIR` and `--optimizer.learning-rate 1e-3` stand
+in one help, and a misspelt option of either kind is refused with the nearest that exists. The
+program's own options are read first, since they say which recipe gives the others their defaults.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+from typing import Annotated, Any
+
+from mammut.core.fields import field_texts
+from mammut.training.config import TrainConfig
+from mammut.weights.old_configs import DERIVED, MOVED
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What `train.py` is to do, beside the settings of the run."""
+
+    # Folder of the run; default: runs/RECIPE, or runs/RECIPE-2, -3 ... where that is used.
+    workdir: pathlib.Path | None = None
+    # Continue the run in the folder, bit for bit.
+    resume: bool = False
+    # Compile the step and report its memory, FLOPs and traffic; nothing is trained or written.
+    compile_only: bool = False
+    # TPU slice to compile for with --compile-only, such as v5e:8x8; no TPU is needed.
+    topology: str | None = None
+    # One of the processes that a TPU pod, Slurm or Open MPI has started.
+    distributed: bool = False
+    # Address HOST:PORT of process 0, for processes started by hand.
+    coordinator: str | None = None
+    # Number of processes, for processes started by hand.
+    num_processes: int | None = None
+    # Number of this process, from 0, for processes started by hand.
+    process_id: int | None = None
+    # Seconds after which a process that is not heard of ends all others.
+    peer_timeout: float = 100.0
+
+
+def parse(argv: list[str]) -> tuple[pathlib.Path | None, Program, list[str]]:
+    """Splits a command line into the recipe, the program's options, and those of the run.
+
+    The recipe comes first: later on, a bare word is the value of an option.
+    """
+    import tyro
+
+    recipe = None
+    if argv and not argv[0].startswith("-"):
+        recipe = pathlib.Path(argv[0])
+        argv = argv[1:]
+    known, overrides = tyro.cli(
+        Program,
+        args=[arg for arg in argv if arg not in ("-h", "--help")],
+        prog="train.py",
+        return_unknown_args=True,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return recipe, known, overrides
+
+
+def print_help(config: TrainConfig, description: str) -> None:
+    """Prints every option with its text and its default, those of `config`; ends the program."""
+    _cli(config, ["--help"], description=description)
+
+
+def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
+    """Applies `--dotted.name VALUE` overrides to a config.
+
+    A name of version 0.1 is taken for today's. An unknown name is refused, with the nearest that
+    exists: the program ends with status 2.
+    """
+    return _cli(config, _in_todays_names(overrides))
+
+
+def _cli(config: TrainConfig, args: list[str], description: str | None = None) -> TrainConfig:
+    import tyro
+
+    # Every setting has a value, booleans too; of which kind the image encoder is, the recipe says.
+    settings = Annotated[
+        TrainConfig,
+        tyro.conf.arg(name=""),
+        tyro.conf.FlagConversionOff,
+        tyro.conf.AvoidSubcommands,
+    ]
+    program = Annotated[Program, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
+    both = dataclasses.make_dataclass(
+        "Options", [("program", program, Program()), ("run", settings, config)]
+    )
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.struct_rule(_hidden if "--help" in args else _shown)
+    return tyro.cli(
+        both, args=args, prog="train.py", description=description or "", registry=registry
+    ).run
+
+
+def _shown(info: Any) -> Any:
+    return _fields(info, hide=False)
+
+
+def _hidden(info: Any) -> Any:
+    return _fields(info, hide=True)
+
+
+def _fields(info: Any, hide: bool) -> Any:
+    """Says which fields of a config are options, and their texts; for tyro.
+
+    With `hide`, those that only other people's weights set (`OF_WEIGHTS`) are left out of the help.
+    """
+    import tyro
+
+    if not dataclasses.is_dataclass(info.type) or not info.type.__module__.startswith("mammut."):
+        return None
+    texts = field_texts(info.type)
+    of_weights = getattr(info.type, "OF_WEIGHTS", ())
+    fields = []
+    for field in dataclasses.fields(info.type):
+        default = getattr(info.default, field.name, field.default)
+        kind = field.type
+        if hide and field.name in of_weights:
+            kind = tyro.conf.Suppress[kind]
+        spec = tyro.constructors.StructFieldSpec(
+            name=field.name, type=kind, default=default, helptext=texts.get(field.name)
+        )
+        fields.append(spec)
+    return tyro.constructors.StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
+
+
+def _in_todays_names(overrides: list[str]) -> list[str]:
+    """Replaces option names of version 0.1, and drops fields that follow from others today."""
+    todays = []
+    skip = False
+    for arg in overrides:
+        if arg.startswith("--"):
+            name, equals, value = arg[2:].partition("=")
+            old = name.replace("-", "_")
+            skip = old in DERIVED
+            if old in MOVED:
+                arg = f"--{MOVED[old]}{equals}{value}"
+        if not skip:
+            todays.append(arg)
+    return todays
+
+
+def without(overrides: list[str], names: set[str]) -> list[str]:
+    """Leaves out the options `names` and their values."""
+    kept = []
+    skip = False
+    for arg in overrides:
+        if arg.startswith("--"):
+            skip = arg[2:].partition("=")[0].replace("-", "_") in names
+        if not skip:
+            kept.append(arg)
+    return kept
+
+
+def load_recipe(path: pathlib.Path) -> TrainConfig:
+    """Runs a recipe file and returns the config that its `get_config()` makes.
+
+    Raises:
+      ValueError: there is no such file, or it has no `get_config()` that returns a `TrainConfig`.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"there is no recipe {path}, expected a Python file with get_config() -> TrainConfig"
+        )
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(
+            f"the recipe {path} has no get_config(), expected one that returns a TrainConfig"
+        )
+    config = module.get_config()
+    if not isinstance(config, TrainConfig):
+        raise ValueError(
+            f"get_config() of {path} returns a {type(config).__name__}, expected a TrainConfig"
+        )
+    return config
+
+
+def default_workdir(recipe: str, resume: bool) -> pathlib.Path:
+    """Chooses runs/RECIPE, or -2, -3 ...: the newest to resume, else the first free one."""
+    newest = workdir = pathlib.Path("runs") / recipe
+    number = 1
+    while workdir.exists():
+        newest = workdir
+        number += 1
+        workdir = pathlib.Path("runs") / f"{recipe}-{number}"
+    return newest if resume else workdir

@@ -1,0 +1,61 @@
+"""The folder of a run that has not ended: the model of its newest good checkpoint.
+
+A run that has ended is a model folder (`mammut_folder`).
+"""
+
+import os
+import pathlib
+
+from mammut.core.files import read_json_object
+from mammut.models.compute import ComputeConfig
+from mammut.models.mammut import ModelConfig
+from mammut.weights.checkpoints import Checkpoints
+from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
+from mammut.weights.formats import mammut_folder
+from mammut.weights.opened import LazyTensors, OpenedModel, model_specs, read_model
+
+KIND = "run (no checkpoints)"
+RUN_FILE = "run.json"
+
+
+def recognises(path: pathlib.Path) -> bool:
+    """Whether `path` is the folder of a run with checkpoints and without a manifest."""
+    return os.path.isdir(path / "checkpoints") and not mammut_folder.recognises(path)
+
+
+def open_model(folder: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
+    """The model of the newest good checkpoint; its parameters are read.
+
+    Args:
+      folder: for which `recognises` holds.
+      image_size: not used: the run's config has it.
+
+    Raises:
+      CheckpointError: there is no good checkpoint, `run.json` or the processor cannot be read, or
+        they do not fit each other.
+    """
+    config, compute, without_norm_bias = read_configs(folder)
+    with Checkpoints(folder, keep=None) as checkpoints:
+        arrays = checkpoints.restore_params()
+    specs = {name: TensorSpec(array.shape, array.dtype) for name, array in arrays.items()}
+    tensors = mammut_folder.with_norm_biases(
+        LazyTensors(specs, arrays.__getitem__), model_specs(config, compute), without_norm_bias
+    )
+    mammut_folder.require_fit(config, compute, tensors.specs, str(folder / "checkpoints"))
+    processor = mammut_folder.read_processor(folder)
+    return OpenedModel(config, tensors, processor, str(folder), compute=compute)
+
+
+def read_configs(folder: pathlib.Path) -> tuple[ModelConfig, ComputeConfig, tuple[str, ...]]:
+    """The model in `run.json`, and how it is computed; nothing else of the run's config is read.
+
+    Raises:
+      CheckpointError: the file is missing, or holds no `ModelConfig` there.
+    """
+    path = folder / RUN_FILE
+    config = read_json_object(path).get("config")
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{path} is not a run's config, expected the key config with an object"
+        )
+    return read_model(config, path)

@@ -1,0 +1,112 @@
+"""Configs as version 0.1 wrote them, in the fields of today.
+
+Version 0.1 kept in a model's config how a run computes it, what a run draws at random, and how its
+loss starts. These are configs of their own now; fields that follow from others are properties.
+"""
+
+import dataclasses
+from typing import Any
+
+_COMPUTE = ("dtype", "param_dtype", "remat", "unroll", "passes", "image_attention")
+_LOSS = ("logit_scale_init", "logit_bias_init")
+# Where a field of version 0.1 is today, by its dotted name in a run's config.
+MOVED = {
+    **{f"model.{name}": f"compute.{name}" for name in _COMPUTE},
+    **{f"model.{name}": f"loss.{name}" for name in _LOSS},
+    "model.text.param_dtype": "compute.text_param_dtype",
+    "model.prefix_dropout": "augment.prefix_dropout",
+    "model.vision.patch_drop": "augment.patch_drop",
+    "model.vision.cropped_pos_embed": "augment.crop_positions",
+}
+# Fields that follow from others today.
+DERIVED = ("model.conditioning", "model.text.class_token")
+# Scale and bias that a run starts with today unless it sets them, by `LossConfig.contrastive`.
+# Version 0.1 wrote them into every config, also where the recipe of today sets none.
+_LOSS_STARTS = {
+    "softmax": {"logit_scale_init": 1 / 0.07, "logit_bias_init": 0.0},
+    "sigmoid": {"logit_scale_init": 10.0, "logit_bias_init": -10.0},
+    "focal": {"logit_scale_init": 10.0, "logit_bias_init": -10.0},
+}
+
+_ABSENT = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Upgraded:
+    """A run's config in the fields of today, and what no field says any more."""
+
+    config: dict[str, Any]
+    # Towers, "vision" or "text", whose layer norms have no bias: it is zero.
+    without_norm_bias: tuple[str, ...] = ()
+
+
+def upgraded(config: dict[str, Any]) -> Upgraded:
+    """Brings the config of a run, or {"model": ...} of a model, to the fields of today.
+
+    A config in today's fields comes back as it is. Values that are no objects, names that no
+    version had, and old fields that do not go with the others are left for `from_dict` to refuse.
+    """
+    config = _copied(config)
+    for old, new in MOVED.items():
+        _move(config, old, new)
+
+    text = _section(config, "model.text")
+    conditioning = "cross_attention" if text.get("cross_attn_every", 2) else "prefix"
+    _taken(config, "model.conditioning", conditioning)
+    _taken(config, "model.text.class_token", text.get("pooling", "mean") == "class")
+
+    without = []
+    for tower in ("vision", "text"):
+        _taken(config, f"model.{tower}.norm_bias", True)
+        if _taken(config, f"model.{tower}.norm_bias", False) is False:
+            without.append(tower)
+    _taken(config, "model.text.mlp_before_cross_attn", True)
+    if _taken(config, "model.text.mlp_before_cross_attn", False) is False:
+        text["cross_attn_position"] = f"{text.get('cross_attn_position', 'last')}_bare"
+    return Upgraded(config, tuple(without))
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _copied(item) for name, item in value.items()}
+    return value
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Finds a part of a config by its dotted name; {}: it is not there, or no object."""
+    part = config
+    for key in name.split("."):
+        part = part.get(key)
+        if not isinstance(part, dict):
+            return {}
+    return part
+
+
+def _move(config: dict[str, Any], old: str, new: str) -> None:
+    """Moves a field from one dotted name to another, if it is there."""
+    section, name = new.split(".")
+    if not isinstance(config.get(section, {}), dict):
+        return
+    value = _taken(config, old)
+    if value is _ABSENT:
+        return
+    if section == "loss":
+        loss = _section(config, "loss").get("contrastive", "softmax")
+        own = _LOSS_STARTS.get(loss, {}) if isinstance(loss, str) else {}
+        if value == own.get(name):
+            return
+    config.setdefault(section, {})[name] = value
+
+
+def _taken(config: dict[str, Any], name: str, only: Any = _ABSENT) -> Any:
+    """Takes a field out by its dotted name, and returns its value.
+
+    With `only`, a field of another value stays. `_ABSENT`: nothing was taken out.
+    """
+    section, _, field = name.rpartition(".")
+    part = _section(config, section)
+    value = part.get(field, _ABSENT)
+    if only is not _ABSENT and (type(value) is not type(only) or value != only):
+        return _ABSENT
+    part.pop(field, None)
+    return value

@@ -1,0 +1,110 @@
+"""The command line of `train.py`: its help, names of version 0.1, and what is refused."""
+
+import dataclasses
+import pathlib
+import re
+
+import pytest
+
+import mammut
+from mammut.config import ComputeConfig, ResNetConfig, TrainConfig
+from mammut.training import command_line
+
+PROGRAM = {"--workdir", "--resume", "--compile-only", "--topology", "--distributed"}
+PROGRAM |= {"--coordinator", "--num-processes", "--process-id", "--peer-timeout"}
+RESNET = TrainConfig(
+    task="caption",
+    model=dataclasses.replace(mammut.presets.limber(), vision=ResNetConfig()),
+)
+
+
+def shown(config: TrainConfig, capsys, monkeypatch) -> dict[str, str]:
+    """Every option of the help, with its text."""
+    monkeypatch.setenv("COLUMNS", "100")  # one column of boxes
+    with pytest.raises(SystemExit) as ended:
+        command_line.print_help(config, "What it does.")
+    assert ended.value.code == 0
+    options: dict[str, str] = {}
+    name = None
+    for line in capsys.readouterr().out.splitlines():
+        text = line.strip("│ ").rstrip()
+        if line.startswith(("╭", "╰")):
+            name = None  # a box ends or begins, with its title
+        elif match := re.match(r"(--\w[\w.-]*)", text):
+            name = match[1]
+            options[name] = ""
+        elif name is not None:
+            options[name] = f"{options[name]} {text}"
+    return {name: re.sub(r"\(default: .*\)$", "", text).strip() for name, text in options.items()}
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), RESNET], ids=["vit", "resnet"])
+def test_every_option_is_shown_with_a_text_of_its_own(config, capsys, monkeypatch):
+    options = shown(config, capsys, monkeypatch)
+    assert PROGRAM < options.keys() and len(options) > 80
+    assert [name for name, text in options.items() if len(text) < 10] == []
+    texts = list(options.values())
+    assert [name for name, text in options.items() if texts.count(text) > 1] == []
+
+
+def test_what_only_the_weights_of_others_set_is_not_shown_and_can_be_set(capsys, monkeypatch):
+    options = shown(TrainConfig(), capsys, monkeypatch)
+    hidden = ["--model.text.norm", "--model.vision.input-norm", "--model.text.pad-id"]
+    assert not options.keys() & set(hidden)
+    config = command_line.parse_overrides(TrainConfig(), ["--model.text.norm", "rms"])
+    assert config.model.text.norm == "rms"
+
+
+def test_the_recipe_comes_first_and_what_the_program_knows_is_taken_out():
+    argv = ["configs/tiny.py", "--steps", "10", "--workdir", "runs/a", "--resume", "--seed", "3"]
+    recipe, program, overrides = command_line.parse(argv)
+    assert recipe == pathlib.Path("configs/tiny.py")
+    assert program == command_line.Program(workdir=pathlib.Path("runs/a"), resume=True)
+    assert overrides == ["--steps", "10", "--seed", "3"]
+    assert command_line.parse([]) == (None, command_line.Program(), [])
+
+
+@pytest.mark.parametrize(
+    ("argv", "nearest"),
+    [
+        (["--optimizer.learning-rat", "1"], "--optimizer.learning-rate"),
+        (["--workdr", "a"], "--workdir"),
+    ],
+)
+def test_a_misspelt_option_is_refused_with_the_nearest(argv, nearest, capsys):
+    _, _, overrides = command_line.parse(argv)
+    with pytest.raises(SystemExit) as ended:
+        command_line.parse_overrides(TrainConfig(), overrides)
+    assert ended.value.code == 2
+    assert nearest in capsys.readouterr().err
+
+
+def test_names_of_version_0_1_are_taken_for_todays():
+    old = ["--model.dtype", "bfloat16", "--model.vision.patch-drop=0.5", "--model.passes", "fused"]
+    old += ["--model.text.param_dtype", "bfloat16", "--model.conditioning", "cross_attention"]
+    config = command_line.parse_overrides(TrainConfig(), [*old, "--steps", "7"])
+    assert config.compute == ComputeConfig("bfloat16", text_param_dtype="bfloat16", passes="fused")
+    assert config.augment.patch_drop == 0.5 and config.steps == 7
+
+
+def test_options_are_left_out_with_their_values():
+    overrides = [
+        "--model.text.max-length",
+        "9",
+        "--steps=3",
+        "--model.vision.image_size=5",
+        "--seed",
+        "1",
+    ]
+    names = {"model.text.max_length", "model.vision.image_size"}
+    assert command_line.without(overrides, names) == ["--steps=3", "--seed", "1"]
+
+
+def test_a_new_run_gets_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(command_line.default_workdir("small", resume=False)) == "runs/small"
+    assert str(command_line.default_workdir("small", resume=True)) == "runs/small"
+    (tmp_path / "runs" / "small").mkdir(parents=True)
+    (tmp_path / "runs" / "small-2").mkdir()
+    assert str(command_line.default_workdir("small", resume=False)) == "runs/small-3"
+    assert str(command_line.default_workdir("small", resume=True)) == "runs/small-2"
