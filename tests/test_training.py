@@ -425,18 +425,17 @@ def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
         return nnx.merge(graphdef, params)
 
     def direct(params, batch, key):
-        model, embeds, caption = merge(params), [], 0.0
+        model = merge(params)
+
+        def forward(micro):
+            micro_key, rows = micro
+            return task.embed_and_caption(model, rows, Augment(micro_key, drawn))
+
         # rows go to the micro-batches in turn
-        for i, micro_key in enumerate(jax.random.split(key, 4)):
-            out, caption_sum = task.embed_and_caption(
-                model, {k: x[i::4] for k, x in batch.items()}, Augment(micro_key, drawn)
-            )
-            embeds.append(out)
-            caption += caption_sum
-        contrastive = task.contrastive(
-            model, *(jnp.concatenate(x) for x in zip(*embeds, strict=True))
-        )
-        return task.total(contrastive, caption / task.caption_tokens(model, batch))
+        rows = {k: jnp.stack([x[i::4] for i in range(4)]) for k, x in batch.items()}
+        embeds, captions = jax.lax.map(forward, (jax.random.split(key, 4), rows))
+        contrastive = task.contrastive(model, *(jnp.concatenate(x) for x in embeds))
+        return task.total(contrastive, captions.sum() / task.caption_tokens(model, batch))
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradients(params, batch, key):
