@@ -36,7 +36,6 @@ CONFIG = TrainConfig(
 )
 STEPS = 4
 # compiles in half the time; the partitioning is as ever
-QUICK = {"xla_backend_optimization_level": 0}
 MESHES = {
     "one device": MeshConfig(),
     "data 8": MeshConfig(data=8),
@@ -91,7 +90,7 @@ def run(name: str) -> Run:
             sharding.device_batch(tiny_batch(batch_size=16, seed=seed), mesh)
             for seed in range(STEPS)
         ]
-        step = trainer.step.lower(place(), batches[0]).compile(compiler_options=QUICK)
+        step = trainer.step.lower(place(), batches[0]).compile()
         uneven = jax.device_get(step(place(), sharding.device_batch(uneven_batch(), mesh))[1])
         state, metrics = place(), []
         for batch in batches:
@@ -138,7 +137,7 @@ def test_the_caption_loss_is_a_mean_over_tokens_not_over_devices(name):
     batch = uneven_batch()
     graphdef, params = nnx.split(tiny_model())
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def logits(params):
         return nnx.merge(graphdef, params).caption_logits(*map(jax.numpy.asarray, batch.values()))
 
@@ -212,11 +211,7 @@ def fsdp_program(passes: str = "two_calls", accumulation: int = 1) -> Program:
     trainer = make_trainer(config, ImageTextTask(config.loss), mesh)
     with jax.set_mesh(mesh):
         batch = sharding.device_batch(tiny_batch(batch_size=16), mesh)
-        return Program(
-            trainer.step.lower(trainer.abstract_state, batch)
-            .compile(compiler_options=QUICK)
-            .as_text()
-        )
+        return Program(trainer.step.lower(trainer.abstract_state, batch).compile().as_text())
 
 
 @pytest.mark.parametrize("passes, accumulation", [("two_calls", 1), ("fused", 1), ("two_calls", 2)])
@@ -276,7 +271,7 @@ def test_a_vocabulary_split_over_the_model_axis_is_never_gathered_and_its_gradie
             jax.value_and_grad(loss, argnums=(0, 1)), in_shardings=(table, rows, rows, rows),
             out_shardings=(None, (table, rows)),
         )  # fmt: skip
-        program = Program(step.lower(*args).compile(compiler_options=QUICK).as_text())
+        program = Program(step.lower(*args).compile().as_text())
     sizes = [
         (c, max(size for s in c.shapes for size in (*s.dims, 0))) for c in program.collectives()
     ]

@@ -1,7 +1,6 @@
 """The train step: schedule, optimizer, what a NaN does, and that micro-batches change nothing."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 
@@ -24,7 +23,6 @@ from mammut.training.step import Trainer, TrainState, make_trainer
 from mammut.training.tasks import ImageTextTask
 
 BATCH = jax.tree.map(jnp.asarray, tiny_batch(batch_size=8))
-QUICK = {"xla_backend_optimization_level": 0}  # what runs once or twice compiles in half the time
 CONFIG = TrainConfig(
     model=tiny_config(),
     data=DataConfig(batch_size=8),
@@ -66,7 +64,7 @@ def place(state: TrainState, trainer: Trainer) -> TrainState:
 def embeds(trainer) -> Callable:
     """Of parameters: the image and text embeddings of the batch."""
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def embed(params):
         model = trainer.model(params)
         return model.encode_image(BATCH["image"]), model.encode_text(
@@ -322,7 +320,7 @@ def test_two_micro_batches_are_the_same_training_as_one_batch(trainer):
     halves = one_device_trainer(dataclasses.replace(CONFIG, accumulation=2))
     with jax.set_mesh(trainer.mesh):
         whole, split = random_state(trainer), random_state(trainer)
-        step = halves.step.lower(split, BATCH).compile(compiler_options=QUICK)
+        step = halves.step.lower(split, BATCH).compile()
         for _ in range(3):
             whole, expected = trainer.step(whole, BATCH)
             split, metrics = step(split, BATCH)
@@ -374,7 +372,7 @@ def whole_batch():
     task, (graphdef, state) = AllContrastive(loss), nnx.split(tiny_model())
     params = nnx.to_pure_dict(state)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def gradient(params, batch):
         return jax.grad(
             lambda p: task.loss(nnx.merge(graphdef, p), batch, Augment()), has_aux=True
@@ -391,7 +389,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumul
         dataclasses.replace(task.config, contrastive_form=form, contrastive_chunk=3)
     )
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def gradient(params, batch):
         augment = Augment(jax.random.key(0))
         return task.gradients(
@@ -437,7 +435,7 @@ def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
         contrastive = task.contrastive(model, *(jnp.concatenate(x) for x in embeds))
         return task.total(contrastive, captions.sum() / task.caption_tokens(model, batch))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def gradients(params, batch, key):
         expected = jax.grad(direct, has_aux=True)(params, batch, key)
         return expected, task.gradients(merge, params, batch, Augment(key, drawn), 4)
@@ -467,7 +465,7 @@ def test_one_device_takes_a_step_of_32768_pairs_without_their_matrix():
         tiny_batch(config.model, 1),
     )
     with jax.set_mesh(trainer.mesh):
-        step = trainer.step.lower(trainer.abstract_state, batch).compile(compiler_options=QUICK)
+        step = trainer.step.lower(trainer.abstract_state, batch).compile()
     assert step.memory_analysis().temp_size_in_bytes < batch_size**2 / 4
 
 
