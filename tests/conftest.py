@@ -24,7 +24,6 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook("mammut", "beartype.beartype")
 
 import collections  # noqa: E402
-import gc  # noqa: E402
 import pathlib  # noqa: E402
 
 import pytest  # noqa: E402
@@ -45,12 +44,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Leaves the order of files to `pytest_collection_modifyitems`."""
     config.option.loadscopereorder = False
-
-
-def pytest_collection_finish() -> None:
-    """Keeps the garbage collector from going through what was imported, again and again."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

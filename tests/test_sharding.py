@@ -35,7 +35,6 @@ CONFIG = TrainConfig(
     steps=10,
 )
 STEPS = 4
-# compiles in half the time; the partitioning is as ever
 MESHES = {
     "one device": MeshConfig(),
     "data 8": MeshConfig(data=8),
