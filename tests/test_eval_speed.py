@@ -1,4 +1,7 @@
-"""The program that times: its numbers fit together, what it compares does the same work, and its fits are right."""
+"""Tests of the program that measures speed.
+
+Its numbers fit together, what it compares does the same work, and its fits are right.
+"""
 
 import dataclasses
 import json
@@ -117,7 +120,10 @@ def test_the_table_of_generation_has_a_line_for_each_loop(result):
 
 
 def test_the_rate_and_the_utilisation_of_a_step_follow_from_its_time(training):
-    """By hand: three forward passes of the FLOPs that `forward_flops` counts, over the time and eight peaks."""
+    """Compute the rate and the utilisation by hand.
+
+    Three forward passes of the FLOPs that `forward_flops` counts, over the time and eight peaks.
+    """
     row = training["train"]
     assert row["per_s"] == pytest.approx(8 / row["seconds"])
     assert (
@@ -225,8 +231,12 @@ def test_turns_alternate_and_their_first_calls_are_not_counted():
 def test_a_summary_is_of_the_single_times():
     found = summary([4.0, 1.0, 2.0, 3.0], per_call=10)
     assert found == {
-        "seconds": 2.5, "seconds_iqr": 1.5, "per_s": 4.0, "calls": 4, "all_seconds": [4.0, 1.0, 2.0, 3.0]
-    }  # fmt: skip
+        "seconds": 2.5,
+        "seconds_iqr": 1.5,
+        "per_s": 4.0,
+        "calls": 4,
+        "all_seconds": [4.0, 1.0, 2.0, 3.0],
+    }
 
 
 def test_a_fresh_process_tells_its_stages_and_leaves_a_cache_for_the_next(tmp_path, monkeypatch):
@@ -347,12 +357,16 @@ def test_another_compute_type_changes_no_weight(checkpoint):
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    ("--preset nope", "--preset is 'nope', expected a function of mammut.presets such as tiny or mammut_b16"),
+    ("--preset nope",
+     "--preset is 'nope', expected a function of mammut.presets such as tiny or mammut_b16"),
     ("--preset VisionConfig", "--preset is 'VisionConfig', expected a function"),
     ("--preset _vit", "--preset is '_vit', expected a function"),
-    ("CHECKPOINT --what generate --new-tokens 12", "--new-tokens is 12, expected fewer than the 12 of DecoderConfig."),
-    ("CHECKPOINT --what generate --new-tokens 3 --beams 60", "num_beams is 60, expected fewer than the 60 of the voc"),
-    ("CHECKPOINT --what train --batch-size 12", "data.batch_size / accumulation 12 does not divide over the 8"),
+    ("CHECKPOINT --what generate --new-tokens 12",
+     "--new-tokens is 12, expected fewer than the 12 of DecoderConfig."),
+    ("CHECKPOINT --what generate --new-tokens 3 --beams 60",
+     "num_beams is 60, expected fewer than the 60 of the voc"),
+    ("CHECKPOINT --what train --batch-size 12",
+     "data.batch_size / accumulation 12 does not divide over the 8"),
     ("/nowhere", "there is no /nowhere"),
 ])  # fmt: skip
 def test_what_cannot_be_timed_is_refused_in_one_sentence(checkpoint, arguments, expected):
@@ -371,7 +385,8 @@ def test_what_cannot_be_timed_is_refused_in_one_sentence(checkpoint, arguments, 
     ("--steps 0", "--steps is 0, expected at least 1"),
     ("--what data", "--what has data, expected --data"),
     ("--grow batch length --grow-sizes 4 8", "--grow-sizes is given for 2 of --grow, expected one"),
-    ("somewhere --preset tiny", "both CHECKPOINT somewhere and --preset tiny are given, expected one"),
+    ("somewhere --preset tiny",
+     "both CHECKPOINT somewhere and --preset tiny are given, expected one"),
     ("--peer open_clip --preset tiny", "--peer is given with a model"),
     ("--out times.txt", "--out is times.txt, expected a name that ends in .json"),
     ("--dtype float16", "float16"),

@@ -1,4 +1,7 @@
-"""The HTML page of a run or predictions file: what it shows, that it is closed to the outside, its attention maps."""
+"""The HTML page of a run or of a predictions file.
+
+What it shows, that it is closed to the outside, and its attention maps.
+"""
 
 import base64
 import functools
@@ -469,7 +472,7 @@ def test_the_program_prints_the_page_and_ends_in_one_sentence(run, tmp_path):
 
 
 # Attention
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +488,10 @@ def attention(model):
 
 
 def test_cross_attention_weights_reproduce_the_caption_pass(model, attention):
-    """Each cross-attention layer done again in NumPy, and the whole pass from the weights in its place."""
+    """Compute each cross-attention layer again in NumPy.
+
+    The whole caption pass is computed too, from the weights that the report shows.
+    """
     text, batch = model.text, testing.tiny_batch()
     tokens, valid = jnp.asarray(batch["tokens"]), jnp.asarray(batch["text_valid"])
     image_tokens = jax.jit(model.image_tokens)(batch["image"]).tokens
@@ -606,11 +612,12 @@ def test_the_same_curves_give_the_same_bytes_and_leave_gaps():
 
 
 # In a browser
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # Frames are as narrow as they are told to be; a browser's window is not.
 CONTROL = "http://control.invalid/"
-WRAPPER = """<!DOCTYPE html><img src="%s"><iframe id="phone" width="360" height="800" src="report.html"></iframe>
+WRAPPER = """<!DOCTYPE html><img src="%s">\
+<iframe id="phone" width="360" height="800" src="report.html"></iframe>
 <iframe id="desk" width="1200" height="800" src="report.html"></iframe><pre id="found"></pre>
 <script>onload = () => {
   const found = {};
@@ -618,11 +625,15 @@ WRAPPER = """<!DOCTYPE html><img src="%s"><iframe id="phone" width="360" height=
     const page = document.getElementById(id).contentDocument, root = page.documentElement;
     const images = [...page.images];
     found[id] = {
-      inner: page.defaultView.innerWidth, scroll: root.scrollWidth, images: images.length, title: page.title,
-      loaded: images.filter(i => i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width > 0).length,
-      text: page.body.innerText.includes("<script>alert(1)</" + "script>"), scripts: page.scripts.length,
+      inner: page.defaultView.innerWidth, scroll: root.scrollWidth,
+      images: images.length, title: page.title,
+      loaded: images.filter(
+        i => i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width > 0).length,
+      text: page.body.innerText.includes("<script>alert(1)</" + "script>"),
+      scripts: page.scripts.length,
       outside: [...page.querySelectorAll("body *")].filter(
-        e => !e.closest(".scroll") && e.getBoundingClientRect().right > root.clientWidth + 1).length};
+        e => !e.closest(".scroll") &&
+          e.getBoundingClientRect().right > root.clientWidth + 1).length};
   }
   document.getElementById("found").textContent = JSON.stringify(found);
 }</script>""".replace("%s", CONTROL)
