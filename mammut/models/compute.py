@@ -136,6 +136,8 @@ class Augment:
 
     def split(self, count: int) -> "Augment":
         """Splits the draws for `count` micro-batches: keys on a leading axis, for a scan."""
+        if self.key is None:
+            return self
         return self.replace(key=jax.random.split(self.key, count))
 
 
