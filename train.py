@@ -293,7 +293,8 @@ def main(argv: list[str]) -> None:
             )
         if args.compile_only and (asked.cluster or asked.count is not None):
             raise ValueError(
-                "--compile-only is given with several processes, expected one process for all devices"
+                "--compile-only is given with several processes, expected one process for all "
+                "devices"
             )
         if args.compile_only:
             run = resolve(recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)

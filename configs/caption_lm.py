@@ -1,4 +1,6 @@
-"""A small language model from the captions of Flickr8k alone, no photo seen: what `configs/flickr8k_magma.py` freezes.
+"""A small language model from the captions of Flickr8k alone.
+
+It sees no photo; `configs/flickr8k_magma.py` freezes it.
 
 Its layers are GPT-J's: attention and MLP side by side on one norm, rotary positions, a vocabulary
 head of its own. The captions of the first 1,000 photos are kept for validation.

@@ -1,4 +1,6 @@
-"""Visual question answering: human questions about indoor photos (DAQUAR), answered in words, from scratch on a CPU.
+"""Visual question answering on a CPU: human questions about indoor photos (DAQUAR).
+
+Answers are words, and the model starts from random weights.
 
 The question is the prompt, the answer is generated, and the loss is the answer's alone.
 `--data.blind True` trains the model that sees no image, to compare with; `--init runs/flickr8k`

@@ -1,4 +1,6 @@
-"""Visual question answering on a CPU: templated questions about drawn shapes (easy-VQA), from scratch.
+"""Visual question answering on a CPU: questions about drawn shapes (easy-VQA).
+
+The model starts from random weights.
 
 The question is the prompt, the answer is generated, and the loss is the answer's alone. 200 of the
 1,500 pictures are kept for validation. Score it with `python -m eval.vqa runs/easy_vqa --data

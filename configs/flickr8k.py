@@ -1,4 +1,6 @@
-"""Flickr8k from scratch on a CPU: 5,000 photos with five captions each to learn from, 1,000 to be judged by.
+"""Flickr8k from scratch on a CPU: 5,000 photos with five captions each.
+
+1,000 more photos are kept for validation.
 
 The photos are read from `flickr8k/captions.jsonl` under the folder of data sets that
 `MAMMUT_SHARED` names (by default `shared` beside the checkout); `--data.train jsonl:PATH[1000:]

@@ -1,14 +1,18 @@
-"""MAGMA in miniature: a frozen language model that only ever read captions learns to see, from adapters and a prefix.
+"""MAGMA in miniature: a frozen language model learns to see, by adapters and a prefix.
+
+The language model has only ever read captions.
 
 Run `python train.py configs/caption_lm.py` and `python train.py configs/flickr8k.py` first: the
 language model and the image encoder are theirs, both frozen; `--init-text` and `--init-vision` name
 others. Trained are the image prefix (a linear map and a norm) and one bottleneck behind every MLP
 of the decoder. Others to compare with:
 
-    attention too    --model.adapters.0.sites text.layers.mlp text.layers.attn --model.adapters.0.reduction 8
+    attention too    --model.adapters.0.sites text.layers.mlp text.layers.attn
+                     --model.adapters.0.reduction 8
     LoRA             --model.adapters.0.kind lora --model.adapters.0.sites 'text.layers.attn.*'
     prefix alone     --model.adapters.0.init zero --trainable 'image_projection.*' 'prefix_norm.*'
-    full tuning      --model.adapters.0.init zero --trainable 'image_projection.*' 'prefix_norm.*' 'text.*'
+    full tuning      --model.adapters.0.init zero
+                     --trainable 'image_projection.*' 'prefix_norm.*' 'text.*'
                      --optimizer.learning-rate 1e-3
     no image         --data.blind True
 

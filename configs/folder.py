@@ -1,6 +1,6 @@
-"""Your own pictures: a JSONL beside them, and nothing else to write.
+r"""Your own pictures: a JSONL beside them, and nothing else to write.
 
-    python train.py configs/folder.py --data.train 'jsonl:photos/photos.jsonl[200:]' \\
+    python train.py configs/folder.py --data.train 'jsonl:photos/photos.jsonl[200:]' \
         --data.val 'jsonl:photos/photos.jsonl[:200]' [--task vqa] [--init MODEL]
 
 `--task` says what is learnt: `caption` (the default here), `vqa`, `classify`, or `image_text` for

@@ -1,4 +1,6 @@
-"""Frozen (arXiv 2106.13884) as MAGMA's authors rebuilt it: an image encoder learns to speak to a language model.
+"""Frozen (arXiv 2106.13884) as MAGMA's authors rebuilt it.
+
+An image encoder learns to speak to a frozen language model.
 
     python train.py configs/frozen.py --init-text GPT_J --init-vision NF_RESNET50
 

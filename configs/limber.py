@@ -1,4 +1,6 @@
-"""LiMBeR (arXiv 2209.15162): all that is learnt is one linear map from an image encoder to a language model.
+"""LiMBeR (arXiv 2209.15162): one linear map from an image encoder to a language model.
+
+Nothing else is trained.
 
     python train.py configs/limber.py --init-text GPT_J --init-vision RN50x16
 

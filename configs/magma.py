@@ -1,6 +1,8 @@
-"""MAGMA on your own pictures, in one command: a frozen language model learns to see. It wants a JSONL beside them.
+r"""MAGMA on your own pictures: a frozen language model learns to see, in one command.
 
-    python train.py configs/magma.py --data.train 'jsonl:photos/photos.jsonl[200:]' \\
+It wants a JSONL file beside the pictures.
+
+    python train.py configs/magma.py --data.train 'jsonl:photos/photos.jsonl[200:]' \
         --data.val 'jsonl:photos/photos.jsonl[:200]' [--init-text GPT] [--init-vision TOWER]
 
 Without `--init-text` a small language model is trained first, for `text_steps` steps on the

@@ -1,4 +1,4 @@
-"""MAGMA (arXiv 2112.05253) at its own size and settings, with the adapters of its public checkpoint.
+"""MAGMA (arXiv 2112.05253) at its own size, with the adapters of its public checkpoint.
 
     python train.py configs/magma_v1.py --init-text GPT_J --init-vision RN50x16
 

@@ -1,4 +1,6 @@
-"""MAGMA (arXiv 2112.05253) with the adapters of its largest run: behind every MLP and every attention.
+"""MAGMA (arXiv 2112.05253) with the adapters of its largest run.
+
+There is one behind every MLP and every attention.
 
     python train.py configs/magma_v2.py --init-text GPT_J --init-vision RN50x16
 

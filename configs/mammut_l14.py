@@ -1,4 +1,6 @@
-"""Pretraining at ViT-L/14 size, for 64 accelerators or more: parameters split over all of them, bfloat16.
+"""Pretraining at ViT-L/14 size in bfloat16, for 64 accelerators or more.
+
+Parameters are split over all of them.
 
 The data are yours to name: `--data.train tfds:NAME/SPLIT` (or any other source) with
 `--tokenizer.path`; what stands here is a public set of the right kind, to be prepared by

@@ -1,4 +1,6 @@
-"""The paper's main model and pretraining (MaMMUT, arXiv 2303.16839, section 4.1): 2B parameters, batches of 16,384.
+"""The paper's main model and pretraining: 2B parameters, batches of 16,384.
+
+MaMMUT, arXiv 2303.16839, section 4.1.
 
 From the paper: 500,000 steps of AdamW with weight decay 0.01, a learning rate of 1e-3 after 10,000
 steps and falling linearly, the focal loss, weights 1 and 1, 224-pixel crops of 272-pixel images.

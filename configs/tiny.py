@@ -1,4 +1,4 @@
-"""The default run: 0.4M parameters learn drawn scenes of coloured shapes on a CPU in minutes, offline."""
+"""The default run: 0.4M parameters learn drawn scenes on a CPU in minutes, offline."""
 
 from mammut import presets
 from mammut.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig

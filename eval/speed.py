@@ -1,4 +1,4 @@
-"""Times a model: its training step, its generation, its data, its start; how they grow; and a peer beside it.
+"""Times a model: its training step, generation, data and start, alone or beside a peer.
 
     python -m eval.speed [CHECKPOINT] [--preset NAME] [--what train parts ...] [--out FILE.json]
     python -m eval.speed --peer open_clip [--peer-family coca] [--peer-size tiny] [--out FILE.json]
@@ -6,17 +6,17 @@
 | --what   | measures |
 |---|---|
 | train    | images/s of the real training step on noise, TFLOP/s, MFU, memory |
-| parts    | the same step in parts, each compiled alone; the second text pass in time and in FLOPs |
-| generate | captions/s of `mammut.generation.text.generate` beside the same search without its cache |
-| growth   | the step over batch, resolution and text length, with the exponent of each, and over devices |
-| startup  | seconds to the end of a first step in a fresh process: cold, then with the compilation cache |
+| parts    | the parts of that step, each compiled alone, in time and in FLOPs |
+| generate | captions/s of `mammut.generation.text.generate`, and of the same search without cache |
+| growth   | how the step grows with batch, resolution and text length, and over devices |
+| startup  | seconds to the end of a first step in a fresh process: cold, then with a warm cache |
 | data     | images/s of --data |
 
-The uncached search runs the caption pass over all places of the text for each new token, and so
-makes the image's keys and values again each time, and for every beam. Texts have --new-tokens
-tokens after a start token: nothing ends early. Times are medians of batches that are waited for; an
-IQR is that of the single times. With --peer the two run the same work on the same weights in turn,
-A-B-B-A, which is checked first: see `mammut.performance.peers`.
+The search without cache runs the caption pass over the whole text for each new token, and so makes
+the image's keys and values again each time, for every beam. Texts have --new-tokens tokens after a
+start token: none ends early. Times are medians of batches, each waited for; the IQR is that of the
+single times. With --peer both run the same work on the same weights, which is checked first, in
+turns A-B-B-A: see `mammut.performance.peers`.
 """
 
 import dataclasses
@@ -62,30 +62,45 @@ class Options:
     checkpoint: Annotated[str | None, tyro.conf.Positional] = None
     # A function of mammut.presets, for random weights. By default: tiny.
     preset: str | None = None
+    # What to measure.
     what: tuple[What, ...] = ("train", "parts", "generate", "growth", "startup")
     run: Annotated[RunSettings, tyro.conf.arg(name="")] = RunSettings()
-    batch_size: int = 32  # of the training step
-    steps: int | None = None  # that are timed; None: 20, on a CPU 10
-    warmup: int = 5  # steps before them
+    # Examples of a training step.
+    batch_size: int = 32
+    # Training steps that are timed. By default 20, on a CPU 10.
+    steps: int | None = None
+    # Training steps before those that are timed.
+    warmup: int = 5
+    # What the training step grows over.
     grow: tuple[Axis, ...] = ("batch", "image_size", "length", "devices")
-    # Sizes to grow over, by default 0.5, 1 and 2 (images: 1.5) times the model's; devices: 1, 2, 4,
-    # 8.
+    # Sizes to grow over. By default 0.5, 1 and 2 times the model's (images: 1.5 times); devices: 1,
+    # 2, 4, 8.
     grow_sizes: tuple[int, ...] | None = None
-    batch_sizes: tuple[int, ...] = (1, 16, 64)  # of generation
-    beams: tuple[int, ...] = (1, 4)  # 1: greedy
-    new_tokens: int = 20  # of every text
-    rounds: int = 3  # of turns: first to last and back
-    data: str | None = None  # what to read, as in an evaluation's --data
-    threads: int = 4  # that read and decode it
+    # Images of a batch in generation.
+    batch_sizes: tuple[int, ...] = (1, 16, 64)
+    # Beams in generation; 1 is greedy search.
+    beams: tuple[int, ...] = (1, 4)
+    # Tokens of every generated text, after its start.
+    new_tokens: int = 20
+    # Rounds of turns, each from the first contestant to the last and back.
+    rounds: int = 3
+    # A set to read, as in an evaluation's --data.
+    data: str | None = None
+    # Threads that read and decode it.
+    threads: int = 4
     # open_clip to compare with: "open_clip", or a folder that holds the package or its src.
     peer: str | None = None
+    # The kind of model that both sides build.
     peer_family: Family = "coca"
+    # The size of the model that both sides build.
     peer_size: Literal["tiny", "small"] = "tiny"
-    # A model of open_clip's instead: the name of one of its configs, or a JSON file; the batch is
-    # --batch-size.
+    # A model of open_clip's in place of family and size: the name of one of its configs, or a JSON
+    # file. The batch is --batch-size.
     peer_config: str | None = None
-    vocab_size: int = 49_408  # of a model of --peer-size
-    peer_modes: tuple[Mode, ...] = ("eager",)  # of PyTorch
+    # Vocabulary of a model of --peer-size.
+    vocab_size: int = 49_408
+    # Modes of PyTorch to compare with.
+    peer_modes: tuple[Mode, ...] = ("eager",)
     # A JSON file for all numbers, single times included.
     out: pathlib.Path | None = None
 
@@ -94,9 +109,9 @@ class Options:
             values = getattr(self, name)
             if not values or type(values[0]) is int and min(values) < 1:
                 given = " ".join(map(str, values)) or "empty"
-                expected = (
-                    "numbers of at least 1" if name in ("batch_sizes", "beams") else "one or more"
-                )
+                expected = "one or more"
+                if name in ("batch_sizes", "beams"):
+                    expected = "numbers of at least 1"
                 raise ValueError(f"--{name.replace('_', '-')} is {given}, expected {expected}")
         for name, low in (
             ("new_tokens", 1),
@@ -113,15 +128,18 @@ class Options:
             )
         if self.checkpoint is not None and self.preset is not None:
             raise ValueError(
-                f"both CHECKPOINT {self.checkpoint} and --preset {self.preset} are given, expected one"
+                f"both CHECKPOINT {self.checkpoint} and --preset {self.preset} are given, "
+                "expected one"
             )
         if self.peer is not None and (self.checkpoint or self.preset):
             raise ValueError(
-                "--peer is given with a model, expected --peer-size or --peer-config: both sides build it"
+                "--peer is given with a model, expected --peer-size or --peer-config: "
+                "both sides build it"
             )
         if "data" in self.what and self.data is None:
             raise ValueError(
-                "--what has data, expected --data with what to read: jsonl:PATH, tfds:NAME/SPLIT, ..."
+                "--what has data, expected --data with what to read: "
+                "jsonl:PATH, tfds:NAME/SPLIT, ..."
             )
         if self.grow_sizes is not None and len(self.grow) != 1:
             raise ValueError(f"--grow-sizes is given for {len(self.grow)} of --grow, expected one")
@@ -130,29 +148,33 @@ class Options:
 
 
 def load_model(options: Options) -> tuple[mammut.MaMMUT, mammut.Processor | None, str]:
-    """The model to time as it is stored, its processor if it has one, and where it is from, in words."""
+    """Loads the model to time as it is stored, its processor if it has one, and its source."""
     if options.checkpoint is not None:
         model, processor = mammut.load(options.checkpoint)
         return model, processor, options.checkpoint
     name = options.preset or "tiny"
     preset = vars(mammut.presets).get(name)
-    # Beside the presets, the module holds the classes and helpers that they are made of.
+    # The module has classes and helpers beside the presets.
     if name.startswith("_") or isinstance(preset, type) or not callable(preset):
         raise ValueError(
-            f"--preset is {name!r}, expected a function of mammut.presets such as tiny or mammut_b16"
+            f"--preset is {name!r}, "
+            "expected a function of mammut.presets such as tiny or mammut_b16"
         )
     return mammut.MaMMUT(preset(), rngs=nnx.Rngs(0)), None, f"preset {name} with random weights"
 
 
 def generation_rows(options: Options, model: mammut.MaMMUT, bos_id: int) -> list[dict[str, Any]]:
-    """Every batch size with every number of beams; each is printed as it is done."""
-    places, side = model.config.text_length, model.config.vision.image_size
-    if options.new_tokens >= places:
+    """Measures and prints every batch size with every number of beams."""
+    longest = model.config.text_length
+    side = model.config.vision.image_size
+    if options.new_tokens >= longest:
         raise ValueError(
-            f"--new-tokens is {options.new_tokens}, expected fewer than the {places} of DecoderConfig.max_length"
+            f"--new-tokens is {options.new_tokens}, "
+            f"expected fewer than the {longest} of DecoderConfig.max_length"
         )
     print(tables.GENERATION, flush=True)
-    noise, rows = np.random.default_rng(0), []
+    noise = np.random.default_rng(0)
+    rows = []
     for batch_size in options.batch_sizes:
         image = jax.device_put(noise.integers(0, 256, (batch_size, side, side, 3), np.uint8))
         start = jax.device_put(np.full((batch_size, 1), bos_id, np.int32))
@@ -166,30 +188,28 @@ def generation_rows(options: Options, model: mammut.MaMMUT, bos_id: int) -> list
 def growth_rows(
     options: Options, model: ModelConfig, steps: int, peak: float
 ) -> list[dict[str, Any]]:
-    """The step over all that --grow names; each is printed as it is done."""
-    found = []
+    """Measures and prints the step over everything that --grow names."""
+    measured = []
     for axis in options.grow:
         if axis == "devices":
-            counts = list(
-                options.grow_sizes or [n for n in (1, 2, 4, 8) if options.batch_size % n == 0]
-            )
-            found.append(
-                child.over_devices(options.run.train_config(model, options.batch_size), counts)
-            )
+            counts = options.grow_sizes
+            counts = counts or [n for n in (1, 2, 4, 8) if options.batch_size % n == 0]
+            config = options.run.train_config(model, options.batch_size)
+            measured.append(child.over_devices(config, list(counts)))
         else:
             sizes = options.grow_sizes or growth.default_sizes(axis, model, options.batch_size)
             timed = {"steps": steps, "warmup": options.warmup, "peak": peak}
-            found.append(
+            measured.append(
                 growth.measure_growth(axis, sizes, model, options.batch_size, options.run, **timed)
             )
-        print(tables.grown(found[-1]), flush=True)
-    return found
+        print(tables.grown(measured[-1]), flush=True)
+    return measured
 
 
 def reading(
     options: Options, model: ModelConfig, processor: mammut.Processor | None
 ) -> dict[str, float]:
-    """Images/s of --data, decoded and cropped as in training."""
+    """Measures images/s of --data, decoded and cropped as in training."""
     from mammut import testing
     from mammut.data import sources
     from mammut.data.batches import TrainBatches
@@ -202,7 +222,7 @@ def reading(
 
 
 def measure_model(options: Options) -> dict[str, Any]:
-    """All that --what names, printed part by part."""
+    """Measures everything that --what names, and prints it part by part."""
     model, processor, source = load_model(options)
     compute = options.run.compute(model.config)
     bos_id = processor.bos_id if processor else 1
@@ -216,9 +236,8 @@ def measure_model(options: Options) -> dict[str, Any]:
     steps = options.steps or (10 if jax.default_backend() == "cpu" else 20)
     if {"train", "parts", "growth"} & {*options.what}:
         result["peak_flops"] = peak = measured_peak(compute.dtype)
-        print(
-            f"peak: {peak / 1e12:.3g} TFLOP/s, measured in {compute.dtype} products\nTFLOP/s: {FORMULA}"
-        )
+        print(f"peak: {peak / 1e12:.3g} TFLOP/s, measured in {compute.dtype} products")
+        print(f"TFLOP/s: {FORMULA}")
     if {"train", "parts"} & {*options.what}:
         step = make_step(options.run.train_config(model.config, options.batch_size), model)
     if "train" in options.what:
@@ -227,9 +246,10 @@ def measure_model(options: Options) -> dict[str, Any]:
     if "parts" in options.what:
         result["parts"] = measure_parts(step, options.rounds)
         print(tables.parts(result["parts"]), flush=True)
-    step = None  # its memory is that of the next
+    step = None  # frees its memory for the next ones
     if "generate" in options.what:
-        result["new_tokens"], result["rounds"] = options.new_tokens, options.rounds
+        result["new_tokens"] = options.new_tokens
+        result["rounds"] = options.rounds
         result["generate"] = generation_rows(options, computed(model, options.run), bos_id)
     if "growth" in options.what:
         result["growth"] = growth_rows(options, model.config, steps, peak)
@@ -245,12 +265,14 @@ def measure_model(options: Options) -> dict[str, Any]:
 
 
 def measure_peer(options: Options) -> dict[str, Any]:
-    """The training step and the generator of both, on one set of weights."""
+    """Measures the training step and the generation of both sides, on one set of weights."""
     if options.peer_config is None:
         size = SIZES[options.peer_size]
-        model_cfg, rows = peer_config(size, options.peer_family, options.vocab_size), size.batch
+        model_cfg = peer_config(size, options.peer_family, options.vocab_size)
+        rows = size.batch
     else:
-        model_cfg, rows = options.peer_config, options.batch_size
+        model_cfg = options.peer_config
+        rows = options.batch_size
     peer = OpenClip(options.peer, model_cfg, options.peer_family, rows)
     ours = beside_peer.load_ours(peer)
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(ours)))
@@ -278,8 +300,8 @@ def measure_peer(options: Options) -> dict[str, Any]:
         )
         print(tables.beside(result["train"]), flush=True)
     if "generate" in options.what:
-        # training has moved the peer's weights
-        result["generate"], ours = [], beside_peer.load_ours(peer)
+        ours = beside_peer.load_ours(peer)  # again: training has changed the peer's weights
+        result["generate"] = []
         for images in options.batch_sizes:
             for beams in options.beams:
                 case = images, beams, options.new_tokens
@@ -290,14 +312,14 @@ def measure_peer(options: Options) -> dict[str, Any]:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Times, prints, and writes the file."""
+    """Measures, prints, and writes the file."""
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
-    place = (
-        f"{jax.device_count()} {device.device_kind} ({device.platform}), {num_cores()} CPU cores"
+    print(
+        f"{jax.device_count()} {device.device_kind} ({device.platform}), {num_cores()} CPU cores, "
+        f"jax {jax.__version__}, jaxlib {jaxlib.__version__}"
     )
-    print(f"{place}, jax {jax.__version__}, jaxlib {jaxlib.__version__}")
     machine = {
         "platform": device.platform,
         "device": device.device_kind,
@@ -306,8 +328,9 @@ def run(options: Options) -> dict[str, Any]:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
     versions = {"mammut": mammut.__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    told = {"machine": machine, "versions": versions | {"python": platform.python_version()}}
-    result = told | (measure_model(options) if options.peer is None else measure_peer(options))
+    versions["python"] = platform.python_version()
+    result = {"machine": machine, "versions": versions}
+    result |= measure_model(options) if options.peer is None else measure_peer(options)
     if options.out is not None:
         write_json(options.out, result)
         print(f"times: {options.out}")

@@ -1,4 +1,7 @@
-"""Named architectures. Each function returns a `ModelConfig`; `dataclasses.replace` changes what a run needs changed.
+"""Named architectures: each function returns a `ModelConfig`.
+
+`dataclasses.replace` changes a field of one. How it is computed, such as in bfloat16, is a
+`ComputeConfig` of the run.
 
 S, B and L are the ViT sizes of the field, each with a decoder of the same width and depth. The two
 `paper_*` presets are the models of the MaMMUT paper (arXiv 2303.16839): sizes from its text and
@@ -83,7 +86,10 @@ def paper_ablation() -> ModelConfig:
 
 
 def paper_2b() -> ModelConfig:
-    """The paper's main model (section 4.1): ViT-H and a decoder of 18 x 1536, cross-attention every second layer."""
+    """The paper's main model (section 4.1): ViT-H and a decoder of 18 x 1536.
+
+    Every second layer of the decoder has cross-attention.
+    """
     vision = VisionConfig(patch_size=16, width=1280, depth=32, num_heads=16, mlp_dim=5120)
     return ModelConfig(vision=vision, text=_decoder(1536, 18, mlp_dim=12_288))
 
@@ -91,10 +97,22 @@ def paper_2b() -> ModelConfig:
 def _gpt_j() -> DecoderConfig:
     """GPT-J 6B."""
     return DecoderConfig(
-        vocab_size=50_400, max_length=2_048, width=4096, depth=28, num_heads=16, mlp_dim=16_384, norm_eps=1e-5,
-        layout="parallel", attn_bias=False, positions="rope", rope_dims=64, cross_attn_every=0, tie_embeddings=False,
-        vocab_bias=True, pooling="none",
-    )  # fmt: skip
+        vocab_size=50_400,
+        max_length=2_048,
+        width=4096,
+        depth=28,
+        num_heads=16,
+        mlp_dim=16_384,
+        norm_eps=1e-5,
+        layout="parallel",
+        attn_bias=False,
+        positions="rope",
+        rope_dims=64,
+        cross_attn_every=0,
+        tie_embeddings=False,
+        vocab_bias=True,
+        pooling="none",
+    )
 
 
 def _on_gpt_j(vision: ResNetConfig, **settings) -> ModelConfig:
@@ -111,18 +129,27 @@ def _rn50x16() -> ResNetConfig:
 
 
 def magma_v1() -> ModelConfig:
-    """MAGMA as its public checkpoint: CLIP's RN50x16, an adapter of a quarter of the width behind every MLP."""
+    """MAGMA as in its public checkpoint: CLIP's RN50x16, an adapter behind every MLP.
+
+    The hidden size of an adapter is a quarter of the width.
+    """
     return _on_gpt_j(_rn50x16(), prefix_norm=True, adapters=(AdapterConfig(reduction=4),))
 
 
 def magma_v2() -> ModelConfig:
-    """MAGMA as trained on the large mix: adapters of an eighth of the width behind every MLP and every attention."""
+    """MAGMA as trained on the large mix: an adapter behind every MLP and every attention.
+
+    The hidden size of an adapter is an eighth of the width.
+    """
     adapters = (AdapterConfig(sites=("text.layers.mlp", "text.layers.attn"), reduction=8),)
     return _on_gpt_j(_rn50x16(), prefix_norm=True, adapters=adapters)
 
 
 def frozen() -> ModelConfig:
-    """Frozen (arXiv 2106.13884) as MAGMA's authors rebuilt it: two tokens of a norm-free ResNet-50, no adapters."""
+    """Frozen (arXiv 2106.13884) as MAGMA's authors rebuilt it.
+
+    A norm-free ResNet-50 gives two prefix tokens; there are no adapters.
+    """
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
     vision = ResNetConfig(kind="nf", image_size=256, image_mean=mean, image_std=std)
     return _on_gpt_j(vision, prefix_tokens=2)
@@ -134,15 +161,31 @@ def limber() -> ModelConfig:
 
 
 def magma_tiny() -> ModelConfig:
-    """MAGMA in 4.3M parameters, for 64-pixel images: trains on a CPU in minutes. A prompt may hold seven of them."""
+    """MAGMA in 4.3M parameters, for 64-pixel images: trains on a CPU in minutes.
+
+    A prompt may hold seven images.
+    """
     return ModelConfig(
-        vision=VisionConfig(image_size=64, patch_size=8, width=192, depth=6, num_heads=3, mlp_dim=768),
+        vision=VisionConfig(
+            image_size=64, patch_size=8, width=192, depth=6, num_heads=3, mlp_dim=768
+        ),
         text=DecoderConfig(
-            vocab_size=3_000, max_length=512, width=128, depth=4, num_heads=4, mlp_dim=512, norm_eps=1e-5,
-            layout="parallel", attn_bias=False, positions="rope", tie_embeddings=False, vocab_bias=True,
-            cross_attn_every=0, pooling="none",
+            vocab_size=3_000,
+            max_length=512,
+            width=128,
+            depth=4,
+            num_heads=4,
+            mlp_dim=512,
+            norm_eps=1e-5,
+            layout="parallel",
+            attn_bias=False,
+            positions="rope",
+            tie_embeddings=False,
+            vocab_bias=True,
+            cross_attn_every=0,
+            pooling="none",
         ),
         image_projection="decoder",
         prefix_norm=True,
         adapters=(AdapterConfig(reduction=4),),
-    )  # fmt: skip
+    )

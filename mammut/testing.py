@@ -1,4 +1,4 @@
-"""Help for tests of code that uses mammut: a tiny model, processor and batch, and the place of the shared data."""
+"""For tests of code that uses mammut: a tiny model, processor and batch, and the shared data."""
 
 import os
 import pathlib
@@ -19,9 +19,10 @@ from mammut.models.vit import VisionConfig
 
 
 def tiny_config() -> ModelConfig:
-    """The smallest model that has everything: 16-pixel images in 4 patches, 12 tokens, two cross-attention layers.
+    """The smallest model with all parts: 4 patches, 12 tokens, two cross-attention layers.
 
-    Sizes that could be mixed up differ. It compiles fast; to train, `presets.tiny()` is better.
+    Images have 16 pixels a side. Sizes that could be mixed up differ. It compiles fast; for
+    training, `presets.tiny()` is better.
     """
     return ModelConfig(
         vision=VisionConfig(
@@ -38,8 +39,18 @@ def tiny_model(
 ) -> MaMMUT:
     """A model with random numbers in every parameter: biases of 0 and norms of 1 would hide errors.
 
-    Nothing is compiled. A parameter is the same in two configs that give it the same name and
+    Nothing is compiled. A parameter is the same in all configs where it has the same name and
     shape.
+
+    Args:
+      config: the model's config; None: `tiny_config()`.
+      seed: random seed of the numbers.
+
+    Example:
+      >>> model = testing.tiny_model()
+      >>> batch = testing.tiny_batch()
+      >>> model.encode_image(batch["image"]).shape
+      (4, 48)
     """
 
     def make() -> MaMMUT:
@@ -49,11 +60,12 @@ def tiny_model(
 
     def draw(path, leaf):
         name = jax.tree_util.keystr(path)
-        values = 0.2 * np.random.default_rng([seed, zlib.crc32(name.encode())]).normal(
-            size=leaf.shape
-        )
-        if any(f"['{leaf}']" in name for leaf in ("scale", "gain", "variance")):
-            values = 1 + np.abs(values) if "variance" in name else 1 + values
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        values = 0.2 * rng.normal(size=leaf.shape)
+        if "['variance']" in name:
+            values = 1 + np.abs(values)
+        elif "['scale']" in name or "['gain']" in name:
+            values = 1 + values
         return jnp.asarray(values, leaf.dtype)
 
     graphdef, params = nnx.split(abstract)
@@ -61,9 +73,13 @@ def tiny_model(
 
 
 def tiny_processor(config: ModelConfig | None = None) -> Processor:
-    """A processor for `config` (default: `tiny_config()`) that knows a few words: pad 0, start 1, end 2, unknown 3."""
+    """A processor that knows a few words: pad 0, start 1, end 2, unknown 3.
+
+    It fits `config`; None: `tiny_config()`.
+    """
     config = config or tiny_config()
-    colours, shapes = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
+    colours = ("red", "green", "blue", "yellow")
+    shapes = ("circle", "square", "triangle")
     captions = [
         f"one {colour} {shape} on the left or right" for colour in colours for shape in shapes
     ]
@@ -74,10 +90,20 @@ def tiny_processor(config: ModelConfig | None = None) -> Processor:
 def tiny_batch(
     config: ModelConfig | None = None, batch_size: int = 4, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """A random `image`, `tokens`, `text_valid` for `config` (default: `tiny_config()`); the first text has no pads."""
+    """A random batch for `config`; the first text has no pads.
+
+    Args:
+      config: the model's config; None: `tiny_config()`.
+      batch_size: B.
+      seed: random seed of the numbers.
+
+    Returns:
+      `image` uint8[B, height, width, 3], `tokens` int32[B, L], `text_valid` bool[B, L].
+    """
     config = config or tiny_config()
     rng = np.random.default_rng(seed)
-    size, longest = config.vision.image_size, config.text_length
+    size = config.vision.image_size
+    longest = config.text_length
     lengths = rng.integers(min(3, longest), longest + 1, batch_size)
     lengths[:1] = longest
     tokens = rng.integers(3, config.text.vocab_size, (batch_size, longest), np.int32)
@@ -89,9 +115,9 @@ def tiny_batch(
 
 
 def shared_dir() -> pathlib.Path | None:
-    """The folder with data sets, fixtures and vocabularies that the repository does not contain; None if absent.
+    """The folder of data sets, fixtures and vocabularies outside the repository; None if absent.
 
-    `MAMMUT_SHARED` names it; without that it is `shared` beside the checkout.
+    `MAMMUT_SHARED` names it; by default it is `shared` beside the checkout.
     """
     default = pathlib.Path(__file__).resolve().parents[2] / "shared"
     path = pathlib.Path(os.environ.get("MAMMUT_SHARED", default))

@@ -26,8 +26,6 @@ from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 from mammut.weights.adapter_folder import base_hash
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BOTTLENECKS = ("sequential", "parallel", "scaled_parallel")
 # Half as deep as `tiny_config`, which compiles faster.
 CONFIG = dataclasses.replace(

@@ -27,8 +27,6 @@ torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 peft = pytest.importorskip("peft", reason=REASON)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9))
 SIZES = {"vocab_size": 61, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 16}
 # Our maps of a layer and those of transformers' GPT-J.

@@ -24,8 +24,6 @@ from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_batch, tiny_model
 from mammut.training.tasks import ImageTextTask, TextTask
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LENGTH, VOCAB, WIDTH = 8, 50, 24
 VISION = VisionConfig(image_size=16, patch_size=8, width=32, depth=2, num_heads=2, mlp_dim=48)
 TEXT = DecoderConfig(

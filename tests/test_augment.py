@@ -17,8 +17,6 @@ from mammut.models.compute import Augment
 from mammut.models.mammut import MaMMUT, require_computable
 from mammut.testing import tiny_config, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(5)
 # Without its norm, which would hide what the dropout drops.
 PREFIX = dataclasses.replace(prefix_config(), prefix_norm=False)

@@ -23,8 +23,6 @@ from mammut.weights.model_folder import save
 from mammut.weights.opened import model_specs
 from mammut.weights.resample import resample_positions
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = tiny_config()
 FIELDS = to_dict(CONFIG)
 SIZE, LENGTH, VOCAB = CONFIG.vision.image_size, CONFIG.text.max_length, CONFIG.text.vocab_size

@@ -17,12 +17,11 @@ from mammut.models.image_encoder import EncoderOutput
 from mammut.models.mammut import MaMMUT
 from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
 from mammut.weights.formats.big_vision import open_model
-from mammut.weights.formats.big_vision_tables import Found, cappa, two_towers
+from mammut.weights.formats.big_vision_arrays import Arrays
+from mammut.weights.formats.big_vision_tables import cappa, two_towers
 from mammut.weights.model_folder import load, place, save
 from mammut.weights.opened import OpenedModel
 from mammut.weights.tables import Table
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SIZE, PATCH, WIDTH, TEXT_WIDTH, LENGTH, VOCAB = 24, 8, 32, 24, 10, 61
 DECODER_WIDTH = 40  # of captions
@@ -545,7 +544,7 @@ def test_the_table_read_the_other_way_gives_the_file(module, tmp_path):
         arrays = scanned(arrays, name, int(name == "EncDecBlock"))
     path = written(tmp_path, arrays)
     opened = open_model(path)
-    found = Found(
+    found = Arrays(
         str(path),
         {name: TensorSpec(array.shape, array.dtype) for name, array in arrays.items()},
         "",

@@ -20,16 +20,22 @@ RESNET = TrainConfig(
 
 def shown(config: TrainConfig, capsys, monkeypatch) -> dict[str, str]:
     """Every option of the help, with its text."""
-    monkeypatch.setenv("COLUMNS", "2000")  # one line a text
+    monkeypatch.setenv("COLUMNS", "100")  # one column of boxes
     with pytest.raises(SystemExit) as ended:
         command_line.print_help(config, "What it does.")
     assert ended.value.code == 0
-    lines = [line.strip("│ ").rstrip() for line in capsys.readouterr().out.splitlines()]
-    options = {}
-    for line, text in zip(lines, lines[1:], strict=False):
-        if match := re.match(r"(--[\w.-]+)", line):
-            options[match[1]] = re.sub(r"\(default: .*\)$", "", text).strip()
-    return options
+    options: dict[str, str] = {}
+    name = None
+    for line in capsys.readouterr().out.splitlines():
+        text = line.strip("│ ").rstrip()
+        if line.startswith(("╭", "╰")):
+            name = None  # a box ends or begins, with its title
+        elif match := re.match(r"(--\w[\w.-]*)", text):
+            name = match[1]
+            options[name] = ""
+        elif name is not None:
+            options[name] = f"{options[name]} {text}"
+    return {name: re.sub(r"\(default: .*\)$", "", text).strip() for name, text in options.items()}
 
 
 @pytest.mark.parametrize("config", [TrainConfig(), RESNET], ids=["vit", "resnet"])

@@ -31,8 +31,6 @@ from mammut.performance.chips import Chip, find_chip
 from mammut.performance.compile_report import compile_report, estimate, step_flops, topology_devices
 from mammut.performance.hlo import Collective, Program
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = TrainConfig(
     model=ModelConfig(
         vision=VisionConfig(
@@ -86,26 +84,31 @@ TPU_TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 %start (p.0: bf16[2,64]) -> bf16[16,64] {
   %p.0 = bf16[2,64]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %all-gather.1 = bf16[16,64]{1,0:T(8,128)(2,1)} all-gather(%p.0), channel_id=7, replica_groups=mesh['a'=8] {'a'}
+  ROOT %all-gather.1 = bf16[16,64]{1,0:T(8,128)(2,1)} all-gather(%p.0), channel_id=7, \
+replica_groups=mesh['a'=8] {'a'}
 }
 
 %meanwhile (p.1: bf16[2,64]) -> bf16[16,64] {
   %p.1 = bf16[2,64]{1,0} parameter(0)
-  ROOT %all-gather.2 = bf16[16,64]{1,0} all-gather(%p.1), channel_id=7, replica_groups=mesh['a'=8] {'a'}
+  ROOT %all-gather.2 = bf16[16,64]{1,0} all-gather(%p.1), channel_id=7, \
+replica_groups=mesh['a'=8] {'a'}
 }
 
 %all-reduce-scatter.5 (p.2: f32[64,64]) -> f32[16,64] {
   %p.2 = f32[64,64]{1,0} parameter(0)
-  %all-reduce.5 = f32[64,64]{1,0} all-reduce(%p.2), channel_id=9, replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
+  %all-reduce.5 = f32[64,64]{1,0} all-reduce(%p.2), channel_id=9, \
+replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
   %offset = s32[]{:S(4)} constant(0)
-  ROOT %cut = f32[16,64]{1,0:S(1)} dynamic-slice(%all-reduce.5, %offset, %offset), dynamic_slice_sizes={16,64}
+  ROOT %cut = f32[16,64]{1,0:S(1)} dynamic-slice(%all-reduce.5, %offset, %offset), \
+dynamic_slice_sizes={16,64}
 }
 
 %windowed_dot_general_body.3 (t.3: (bf16[16,64], u32[])) -> (bf16[16,64], u32[]) {
   %t.3 = (bf16[16,64]{1,0}, u32[]) parameter(0)
   %x.3 = bf16[16,64]{1,0} get-tuple-element(%t.3), index=0
   %i.3 = u32[] get-tuple-element(%t.3), index=1
-  %collective-permute-start = (bf16[16,64]{1,0}, bf16[16,64]{1,0}, u32[]) collective-permute-start(%x.3), \
+  %collective-permute-start = (bf16[16,64]{1,0}, bf16[16,64]{1,0}, u32[]) \
+collective-permute-start(%x.3), \
 channel_id=11, source_target_pairs={{0,7},{1,0},{2,1}}
   %collective-permute-done = bf16[16,64]{1,0} collective-permute-done(%collective-permute-start)
   ROOT %r.3 = (bf16[16,64]{1,0}, u32[]) tuple(%collective-permute-done, %i.3)
@@ -124,7 +127,8 @@ channel_id=11, source_target_pairs={{0,7},{1,0},{2,1}}
   %i.5 = u32[] get-tuple-element(%t.5), index=1
   %under-way = bf16[16,64]{1,0} fusion(%x.5), kind=kCustom, calls=%meanwhile
   %inner = (bf16[16,64]{1,0}, u32[]) tuple(%under-way, %i.5)
-  %loop.2 = (bf16[16,64]{1,0}, u32[]) while(%inner), condition=%condition, body=%windowed_dot_general_body.3
+  %loop.2 = (bf16[16,64]{1,0}, u32[]) while(%inner), condition=%condition, \
+body=%windowed_dot_general_body.3
   ROOT %r.5 = (bf16[2,64]{1,0}, u32[]) tuple(%x.5, %i.5)
 }
 
@@ -137,8 +141,10 @@ ENTRY %main (x: bf16[2,64], y: f32[64,64], i: u32[]) -> f32[16,64] {
   %loop.1 = (bf16[2,64]{1,0}, u32[]) while(%outer), condition=%condition, body=%body, \
 backend_config={"known_trip_count":{"n":"3"}}
   %token = token[] after-all()
-  %send = (f32[64,64]{1,0}, u32[], token[]) send(%y, %token), channel_id=13, is_host_transfer=true, \
-frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_GATHER"}
+  %send = (f32[64,64]{1,0}, u32[], token[]) send(%y, %token), channel_id=13, \
+is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_megascale_transfer_type="ALL_GATHER"}
   ROOT %fusion = f32[16,64]{1,0:S(1)} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.5
 }
 """
@@ -251,7 +257,8 @@ ENTRY %main (x: f32[64,64], s: f32[4,64]) -> f32[64,64] {
   %s = f32[4,64]{1,0} parameter(1)
   %product = f32[64,64]{1,0} custom-call(%x, %x), custom_call_target="__cublas$gemm"
   %mark = f32[64,64]{1,0} custom-call(%product), custom_call_target="Sharding"
-  %begun = (f32[4,64]{1,0}, f32[64,64]{1,0}) all-gather-start(%s), channel_id=1, replica_groups=[1,16]<=[16], \
+  %begun = (f32[4,64]{1,0}, f32[64,64]{1,0}) all-gather-start(%s), channel_id=1, \
+replica_groups=[1,16]<=[16], \
 dimensions={0}
   ROOT %done = f32[64,64]{1,0} all-gather-done(%begun)
 }
@@ -360,7 +367,7 @@ def test_what_is_no_topology_is_refused_by_its_name(topology):
 
 
 def in_a_process(code: str) -> dict:
-    """What a Python process of its own prints as JSON: it compiles for other devices than the tests run on."""
+    """The JSON that a fresh process prints: it compiles for devices other than the tests'."""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
@@ -376,7 +383,9 @@ model = ModelConfig(
     vision=VisionConfig(image_size=16, patch_size=8, width=128, depth=2, num_heads=2, mlp_dim=128),
     text=DecoderConfig(vocab_size=256, max_length=8, width=128, depth=2, num_heads=2, mlp_dim=128))
 compute = ComputeConfig(dtype="bfloat16")
-config = TrainConfig(model=model, compute=compute, data=DataConfig(batch_size=16), mesh=MeshConfig(data=1, fsdp=-1), steps=10)
+mesh = MeshConfig(data=1, fsdp=-1)
+data = DataConfig(batch_size=16)
+config = TrainConfig(model=model, compute=compute, data=data, mesh=mesh, steps=10)
 print(json.dumps({"report": compile_report(config, "v5e:2x2")}))
 """
     report = in_a_process(code)["report"]
@@ -395,7 +404,8 @@ from mammut.performance.compile_report import topology_devices
 from mammut.config import MeshConfig
 from mammut.core.sharding import make_mesh
 mesh = make_mesh(MeshConfig(data=-1, fsdp=8), topology_devices("2*v5e:4x4"))
-said = {"shape": dict(mesh.shape), "slices": [[d.slice_index for d in row.flat] for row in mesh.devices]}
+slices = [[d.slice_index for d in row.flat] for row in mesh.devices]
+said = {"shape": dict(mesh.shape), "slices": slices}
 for name in ("v9:2x2", "v5e:5x7"):
     try:
         topology_devices(name)
@@ -417,7 +427,9 @@ print(json.dumps(said))
 
 
 @pytest.mark.parametrize("recipe, preset", [
-    ("mammut_b16", presets.mammut_b16), ("mammut_l14", presets.mammut_l14), ("paper_2b", presets.paper_2b),
+    ("mammut_b16", presets.mammut_b16),
+    ("mammut_l14", presets.mammut_l14),
+    ("paper_2b", presets.paper_2b),
 ])  # fmt: skip
 def test_the_recipes_of_full_size_train_their_preset(recipe, preset, request):
     from mammut.training.run import load_recipe

@@ -1,4 +1,4 @@
-"""Sources and batches: what is read, in which order, from where a run goes on, and what bad data does."""
+"""Sources and batches: what is read, in which order, how a run goes on, what bad data does."""
 
 import collections
 import dataclasses
@@ -649,8 +649,10 @@ from mammut.config import DataConfig
 from mammut.data.processor import ImageTransform, Processor
 from mammut.data.tokenizer import train_sentencepiece
 source = sources.open_source("synthetic:train", image_size=16)
-processor = Processor(train_sentencepiece(["a b", "b a"], 40, True), ImageTransform(16), max_length=8)
-ahead = data.prefetch(data.TrainBatches(source, processor, DataConfig(batch_size=64), seed=0), lambda batch: batch)
+tokenizer = train_sentencepiece(["a b", "b a"], 40, True)
+processor = Processor(tokenizer, ImageTransform(16), max_length=8)
+batches = data.TrainBatches(source, processor, DataConfig(batch_size=64), seed=0)
+ahead = data.prefetch(batches, lambda batch: batch)
 next(ahead)
 raise SystemExit(7)
 """
@@ -700,7 +702,7 @@ def test_processes_evaluate_parts_of_the_same_batches(tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A JSONL set with bad lines, prepared by the command: its spec, data_dir and what the command printed."""
+    """A JSONL set with bad lines, prepared by the command: spec, data_dir and its output."""
     folder = tmp_path_factory.mktemp("prepared")
     spec = write_set_with_bad(folder / "set", 20)
     command = [
@@ -751,7 +753,8 @@ def test_a_prepared_set_is_an_ordinary_tfds_set(prepared):
 import sys
 import tensorflow_datasets as tfds
 records = tfds.builder("greys", data_dir={prepared[1]!r}).as_data_source("train")
-print(len(records), records[3]["image"].shape, records[3]["image"][0, 0], records[3]["captions"][0].decode())
+record = records[3]
+print(len(records), record["image"].shape, record["image"][0, 0], record["captions"][0].decode())
 assert "tensorflow" not in sys.modules
 """
     shown = subprocess.run(

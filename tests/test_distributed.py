@@ -46,19 +46,19 @@ def get_config():
             vision=VisionConfig(image_size=16, patch_size=8, **size),
             text=DecoderConfig(vocab_size=64, max_length=16, cross_attn_every=1, **size),
         ),
-        data=DataConfig(train="jsonl:set.jsonl[4:]", val="jsonl:set.jsonl[4:]", batch_size={BATCH}, eval_batch_size=8,
+        data=DataConfig(train="jsonl:set.jsonl[4:]", val="jsonl:set.jsonl[4:]",
+                        batch_size={BATCH}, eval_batch_size=8,
                         threads=1, val_examples=8, max_bad_share=0.5),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
         mesh=MeshConfig(data=2, fsdp=2),
         steps={STEPS}, log_every=1, eval_every=0, checkpoint_every={EVERY},
     )
 """
-ENVIRONMENT = {
-    name: value
-    for name, value in os.environ.items()
-    if name not in ("XLA_FLAGS", "SLURM_STEP_NUM_TASKS")
-}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "SLURM_STEP_NUM_TASKS"}
 ENVIRONMENT |= {
+    "XLA_FLAGS": " ".join(
+        flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag
+    ),
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "PYTHONPATH": str(ROOT),
@@ -173,7 +173,7 @@ def restore(workdir: pathlib.Path) -> Restored:
 
 
 def assert_same_run(workdir: pathlib.Path, expected: pathlib.Path) -> None:
-    """The same losses at every step, scores, parameters and place in the data, up to the order of sums."""
+    """The same losses, scores, parameters and position in the data, up to the order of sums."""
     got, want = restore(workdir), restore(expected)
     assert got.step == want.step == STEPS and got.data == want.data  # bad examples are counted once
     for (path, x), y in zip(
@@ -212,7 +212,7 @@ def assert_same_run(workdir: pathlib.Path, expected: pathlib.Path) -> None:
 
 
 def test_two_processes_lose_one_are_terminated_and_one_process_ends_what_they_began(runs, by_one):
-    """kill -9 of one, SIGTERM to one, then a resume by one process of as many devices: the undisturbed run."""
+    """kill -9, SIGTERM, then a resume by one process of as many devices: the undisturbed run."""
     workdir = runs.folder / "by_two"
     pair = runs.two("by_two")
     until(lambda: any(row["step"] > EVERY for row in rows(workdir)), pair)
@@ -268,9 +268,9 @@ def test_processes_that_are_asked_for_different_runs_all_end_before_anything_is_
     ]
     (code, _, err), (other, _, other_err) = ended(pair)
     assert code == other == 1
-    assert (
-        other_err
-        == "train.py: this process was asked for another run than process 0: seed is 1, it was 0 there\n"
+    assert other_err == (
+        "train.py: this process was asked for another run than process 0: "
+        "seed is 1, it was 0 there\n"
     )
     assert err.startswith(
         "train.py: process 1 has ended: this process was asked for another run than process 0"
@@ -279,8 +279,10 @@ def test_processes_that_are_asked_for_different_runs_all_end_before_anything_is_
 
 
 @pytest.mark.parametrize("override, message", [
-    (["--mesh.data", "3"], "mesh.data x fsdp x model is 3 x 2 x 1, expected a product of 4 devices"),
-    (["--data.batch-size", "6"], "data.batch_size / accumulation 6 does not divide over the 4 devices"),
+    (["--mesh.data", "3"],
+     "mesh.data x fsdp x model is 3 x 2 x 1, expected a product of 4 devices"),
+    (["--data.batch-size", "6"],
+     "data.batch_size / accumulation 6 does not divide over the 4 devices"),
 ])  # fmt: skip
 def test_what_does_not_divide_ends_all_processes_in_one_sentence(runs, override, message):
     for code, _, err in ended(runs.two("undivided", *override)):
@@ -299,9 +301,9 @@ def test_a_step_that_gets_no_data_ends_the_run_with_all_stacks(runs):
     ((code, _, err),) = ended([start(runs.folder, *argv, devices=4)])
     assert code == 1
     last = err.strip().splitlines()[-1]
-    assert (
-        last
-        == "train.py: waiting for the batch of step 1: no progress for 15 s, the limit that step_timeout sets"
+    assert last == (
+        "train.py: waiting for the batch of step 1: no progress for 15 s, "
+        "the limit that step_timeout sets"
     )
     assert err.count("Thread 0x") > 1 and "batches.py" in err and "in loop" in err
 
@@ -311,10 +313,11 @@ def test_a_step_that_gets_no_data_ends_the_run_with_all_stacks(runs):
 PROGRAM = """
 import os, signal, sys, time
 from mammut.core import distributed
-place = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-index = int(place["--process-id"])
-asked = distributed.Processes(False, place["--coordinator"], int(place["--num-processes"]), index, TIMEOUT)
-with distributed.processes(asked, "program"):
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+index = int(options["--process-id"])
+count = int(options["--num-processes"])
+settings = distributed.Processes(False, options["--coordinator"], count, index, TIMEOUT)
+with distributed.processes(settings, "program"):
     BODY
 print("done")
 """
@@ -363,7 +366,7 @@ distributed.say("once")"""
 
 
 def test_each_process_reads_the_rows_that_its_devices_hold(tmp_path):
-    """Where the axis `model` goes across processes, all of them; summed over the devices, every row is there once."""
+    """Where the axis `model` goes across processes, all rows; over the devices each row once."""
     body = """
 import jax, numpy as np
 from mammut.core import sharding
@@ -407,7 +410,8 @@ def test_processes_that_do_not_come_together_are_waited_for_so_long_and_no_longe
     for (code, _, err), where in zip(ended(pair, 60), (nobody[1], alone[1]), strict=True):
         assert code == 1 and err.count("\n") == 1
         assert err.startswith(
-            f"program: not all processes came together at {where} within 3 s (three times --peer-tim"
+            f"program: not all processes came together at {where} within 3 s (three times "
+            f"--peer-tim"
         )
 
 
@@ -460,14 +464,21 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("asked, message", [
-    ({"cluster": True, "index": 0}, "--distributed is given with --coordinator, --num-processes or --process-id"),
-    ({"coordinator": "a:1", "count": 2}, "--coordinator, --num-processes and --process-id go together"),
+    ({"cluster": True, "index": 0},
+     "--distributed is given with --coordinator, --num-processes or --process-id"),
+    ({"coordinator": "a:1", "count": 2},
+     "--coordinator, --num-processes and --process-id go together"),
     ({"count": 2}, "--coordinator, --num-processes and --process-id go together"),
-    ({"coordinator": "a", "count": 2, "index": 0}, "--coordinator is 'a', expected HOST:PORT of process 0"),
-    ({"coordinator": "a:x", "count": 2, "index": 0}, "--coordinator is 'a:x', expected HOST:PORT of process 0"),
-    ({"coordinator": "a:70000", "count": 2, "index": 0}, "--coordinator is 'a:70000', expected HOST:PORT"),
-    ({"coordinator": "a:1", "count": 2, "index": 2}, "--process-id is 2 of --num-processes 2, expected 0 to 1"),
-    ({"coordinator": "a:1", "count": 2, "index": -1}, "--process-id is -1 of --num-processes 2, expected 0 to 1"),
+    ({"coordinator": "a", "count": 2, "index": 0},
+     "--coordinator is 'a', expected HOST:PORT of process 0"),
+    ({"coordinator": "a:x", "count": 2, "index": 0},
+     "--coordinator is 'a:x', expected HOST:PORT of process 0"),
+    ({"coordinator": "a:70000", "count": 2, "index": 0},
+     "--coordinator is 'a:70000', expected HOST:PORT"),
+    ({"coordinator": "a:1", "count": 2, "index": 2},
+     "--process-id is 2 of --num-processes 2, expected 0 to 1"),
+    ({"coordinator": "a:1", "count": 2, "index": -1},
+     "--process-id is -1 of --num-processes 2, expected 0 to 1"),
     ({"timeout": 0.0}, "--peer-timeout is 0, expected 1 to 86400 seconds"),
     ({"timeout": float("nan")}, "--peer-timeout is nan, expected 1 to 86400 seconds"),
 ])  # fmt: skip
@@ -479,7 +490,8 @@ def test_processes_that_cannot_be_are_refused(asked, message):
 @pytest.mark.parametrize("variable, value, launcher", [
     ("SLURM_STEP_NUM_TASKS", "8", "Slurm (SLURM_STEP_NUM_TASKS) has started 8 processes"),
     ("OMPI_COMM_WORLD_SIZE", "2", "Open MPI (OMPI_COMM_WORLD_SIZE) has started 2 processes"),
-    ("TPU_WORKER_HOSTNAMES", "a,b,c,d", "the TPU pod (TPU_WORKER_HOSTNAMES) has started 4 processes"),
+    ("TPU_WORKER_HOSTNAMES", "a,b,c,d",
+     "the TPU pod (TPU_WORKER_HOSTNAMES) has started 4 processes"),
 ])  # fmt: skip
 def test_what_a_launcher_has_started_several_times_is_not_run_several_times_by_accident(
     monkeypatch, variable, value, launcher
@@ -499,7 +511,8 @@ def test_what_a_launcher_has_started_several_times_is_not_run_several_times_by_a
 
 
 @pytest.mark.parametrize("variable, value", [
-    ("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_NTASKS", "8"), ("TPU_WORKER_HOSTNAMES", "localhost"), ("PATH", "/bin"),
+    ("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_NTASKS", "8"),
+    ("TPU_WORKER_HOSTNAMES", "localhost"), ("PATH", "/bin"),
 ])  # fmt: skip
 def test_one_process_is_asked_for_nothing(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
@@ -509,7 +522,10 @@ def test_one_process_is_asked_for_nothing(monkeypatch, variable, value):
 
 
 def test_a_cluster_that_is_none_is_an_error_that_says_what_else_to_give(tmp_path):
-    code = "from mammut.core.distributed import *\nwith processes(Processes(cluster=True), 'program'): pass"
+    code = (
+        "from mammut.core.distributed import *\n"
+        "with processes(Processes(cluster=True), 'program'): pass"
+    )
     ((code, _, err),) = ended([start(tmp_path, "-c", code)], 60)
     assert (
         code == 1

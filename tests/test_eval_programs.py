@@ -17,8 +17,6 @@ from mammut.weights.files.tensor_file import open_tensors, write_sharded
 from mammut.weights.formats import open_clip
 from mammut.weights.model_folder import open_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 COLOURS = ("red", "green", "blue", "yellow")
 PROGRAMS = {
     "caption": ["--num-beams", "2"],

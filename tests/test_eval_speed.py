@@ -1,4 +1,4 @@
-"""The program that times: its numbers fit together, what it compares does the same work, and its fits are right."""
+"""eval.speed: its numbers fit together, both sides do the same work, its fits are right."""
 
 import dataclasses
 import json
@@ -20,13 +20,14 @@ from mammut.config import (
     TrainConfig,
     VisionConfig,
 )
+from mammut.models.flops import forward_flops, num_params
 from mammut.performance import beside_peer, child, growth, peers, tables
 from mammut.performance import step_time as train_step
 from mammut.performance.chips import CHIPS
 from mammut.performance.timing import exponent, in_turns, ratio, summary
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.long]
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,8 @@ def training(checkpoint, tmp_path_factory):
     return run(
         checkpoint,
         tmp_path_factory,
-        "--what train parts growth --grow batch --grow-sizes 8 16 --batch-size 8 --steps 3 --warmup 1",
+        "--what train parts growth --grow batch --grow-sizes 8 16 --batch-size 8 --steps 3 "
+        "--warmup 1",
     )
 
 
@@ -94,7 +96,7 @@ def test_rates_follow_from_the_median_of_the_times(result):
 
 def test_the_file_says_what_was_timed_and_where(result, checkpoint):
     assert result["model"] == checkpoint
-    assert result["parameters"] == mammut.models.flops.num_params(tiny_config())["total"]
+    assert result["parameters"] == num_params(tiny_config())["total"]
     assert result["config"]["text"]["vocab_size"] == 60 and result["compute"]["dtype"] == "float32"
     assert result["versions"]["jax"] == jax.__version__ and result["machine"]["platform"] == "cpu"
     assert (result["new_tokens"], result["rounds"]) == (4, 3)
@@ -115,13 +117,13 @@ def test_the_table_of_generation_has_a_line_for_each_loop(result):
 
 
 def test_the_rate_and_the_utilisation_of_a_step_follow_from_its_time(training):
-    """By hand: three forward passes of the FLOPs that `forward_flops` counts, over the time and eight peaks."""
+    """By hand: three forward passes of `forward_flops`, over the time and eight peaks."""
     row = training["train"]
     assert row["per_s"] == pytest.approx(8 / row["seconds"])
     assert (
         row["seconds"] == pytest.approx(float(np.median(row["all_seconds"]))) and row["calls"] == 3
     )
-    flops = 3 * 8 * sum(mammut.models.flops.forward_flops(tiny_config()).values())
+    flops = 3 * 8 * sum(forward_flops(tiny_config()).values())
     assert row["tflops"] == pytest.approx(flops / row["seconds"] / 1e12)
     assert row["mfu"] == pytest.approx(flops / row["seconds"] / (8 * training["peak_flops"]))
 
@@ -157,7 +159,7 @@ def test_the_parts_of_a_step_and_the_rest_are_the_step(training):
     assert sum(row["seconds"] for row in own) == pytest.approx(parts["step"]["seconds"])
     assert sum(row["share"] for row in own) == pytest.approx(1)
     assert sum(row.get("flops_share", 0) for row in own) == pytest.approx(1)
-    counted = mammut.models.flops.forward_flops(tiny_config())
+    counted = forward_flops(tiny_config())
     assert parts["contrastive pass"]["flops_share"] == counted["contrastive_pass"] / sum(
         counted.values()
     )
@@ -223,8 +225,12 @@ def test_turns_alternate_and_their_first_calls_are_not_counted():
 def test_a_summary_is_of_the_single_times():
     found = summary([4.0, 1.0, 2.0, 3.0], per_call=10)
     assert found == {
-        "seconds": 2.5, "seconds_iqr": 1.5, "per_s": 4.0, "calls": 4, "all_seconds": [4.0, 1.0, 2.0, 3.0]
-    }  # fmt: skip
+        "seconds": 2.5,
+        "seconds_iqr": 1.5,
+        "per_s": 4.0,
+        "calls": 4,
+        "all_seconds": [4.0, 1.0, 2.0, 3.0],
+    }
 
 
 def test_a_fresh_process_tells_its_stages_and_leaves_a_cache_for_the_next(tmp_path, monkeypatch):
@@ -345,12 +351,16 @@ def test_another_compute_type_changes_no_weight(checkpoint):
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    ("--preset nope", "--preset is 'nope', expected a function of mammut.presets such as tiny or mammut_b16"),
+    ("--preset nope", "--preset is 'nope', "
+     "expected a function of mammut.presets such as tiny or mammut_b16"),
     ("--preset VisionConfig", "--preset is 'VisionConfig', expected a function"),
     ("--preset _vit", "--preset is '_vit', expected a function"),
-    ("CHECKPOINT --what generate --new-tokens 12", "--new-tokens is 12, expected fewer than the 12 of DecoderConfig."),
-    ("CHECKPOINT --what generate --new-tokens 3 --beams 60", "num_beams is 60, expected fewer than the 60 of the voc"),
-    ("CHECKPOINT --what train --batch-size 12", "data.batch_size / accumulation 12 does not divide over the 8"),
+    ("CHECKPOINT --what generate --new-tokens 12",
+     "--new-tokens is 12, expected fewer than the 12 of DecoderConfig."),
+    ("CHECKPOINT --what generate --new-tokens 3 --beams 60",
+     "num_beams is 60, expected fewer than the 60 of the voc"),
+    ("CHECKPOINT --what train --batch-size 12",
+     "data.batch_size / accumulation 12 does not divide over the 8"),
     ("/nowhere", "there is no /nowhere"),
 ])  # fmt: skip
 def test_what_cannot_be_timed_is_refused_in_one_sentence(checkpoint, arguments, expected):
@@ -369,7 +379,8 @@ def test_what_cannot_be_timed_is_refused_in_one_sentence(checkpoint, arguments, 
     ("--steps 0", "--steps is 0, expected at least 1"),
     ("--what data", "--what has data, expected --data"),
     ("--grow batch length --grow-sizes 4 8", "--grow-sizes is given for 2 of --grow, expected one"),
-    ("somewhere --preset tiny", "both CHECKPOINT somewhere and --preset tiny are given, expected one"),
+    ("somewhere --preset tiny",
+     "both CHECKPOINT somewhere and --preset tiny are given, expected one"),
     ("--peer open_clip --preset tiny", "--peer is given with a model"),
     ("--out times.txt", "--out is times.txt, expected a name that ends in .json"),
     ("--dtype float16", "float16"),

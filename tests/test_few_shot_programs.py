@@ -15,8 +15,6 @@ from mammut.evaluation.predictions import Predictions
 from mammut.generation.search import GenerateConfig
 from mammut.testing import tiny_model, tiny_processor
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 QUESTIONS = "what?", "where?"
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: a write that fails leaves what was there, and nothing beside it."""
+"""Files that are whole or absent: a failed write leaves the old file, and nothing beside it."""
 
 import dataclasses
 import json

@@ -48,14 +48,12 @@ CONFIGS = ARCHITECTURES | {
             TEXT, cross_attn_every=0, positions="rope", layout="parallel", pooling="none"
         ),
         image_projection="decoder",
-        conditioning="prefix",
         prefix_norm=True,
     ),
     "prefix_of_pooled": ModelConfig(
         RESNET,
         dataclasses.replace(TEXT, cross_attn_every=0, layout="parallel_two_norms"),
         image_projection="separate",
-        conditioning="prefix",
         prefix_tokens=3,
     ),
     "norm_free": ModelConfig(dataclasses.replace(RESNET, kind="nf"), TEXT),

@@ -34,8 +34,6 @@ from mammut.training.step import Trainer, TrainState, make_trainer
 from mammut.training.tasks import TASKS
 from mammut.weights.checkpoints import CheckpointError, Checkpoints
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TRAINABLE = ("image_projection.*", "text.layers.mlp.*")
 CONFIG = TrainConfig(
     task="caption",

@@ -23,8 +23,6 @@ from mammut.models.mammut import MaMMUT, require_computable
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 from mammut.training.tasks import ImageTextTask
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 OWN = tiny_config()
 CAUSAL = dataclasses.replace(OWN, text=dataclasses.replace(OWN.text, causal_contrastive=True))
 FUSABLE = {

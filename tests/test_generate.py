@@ -21,8 +21,6 @@ from mammut.generation.text import _generate, generate, generate_text
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 
 # What is here is compiled more than it is run.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = dataclasses.replace(
     tiny_config(), text=dataclasses.replace(tiny_config().text, tie_embeddings=False, max_length=8)
 )

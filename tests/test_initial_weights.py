@@ -18,8 +18,6 @@ from mammut.models.layers import Constant
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BASE = tiny_config()
 ADAPTERS = (AdapterConfig(), AdapterConfig(name="low", kind="lora", sites=("*.query",)))
 
@@ -99,7 +97,7 @@ def test_parameters_of_one_shape_and_different_paths_differ(config):
         for one, other in itertools.combinations(drawn, 2)
         if values[one].shape == values[other].shape
     ]
-    assert len(pairs) > 10
+    assert len(pairs) >= 9  # queries, keys and values of three stacks of layers
     for one, other in pairs:
         assert (values[one] != values[other]).mean() > 0.9, f"{one} and {other}"
 

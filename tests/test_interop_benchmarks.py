@@ -28,8 +28,6 @@ torch = pytest.importorskip("torch", reason="the adapters speak torch, which is 
 from mammut.interop import clip_benchmark as adapter  # noqa: E402
 
 # What is here is compiled more than it is run.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TEXTS = [
     "one red circle",
     "a",

@@ -152,7 +152,7 @@ def gpt2(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(autouse=True)
-def full_precision(quick_compilation):
+def full_precision():
     with jax.default_matmul_precision("highest"), torch.no_grad():
         yield
 

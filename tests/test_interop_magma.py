@@ -34,7 +34,6 @@ from mammut.weights.opened import LazyTensors, model_specs
 
 torch = pytest.importorskip("torch", reason="MAGMA is a PyTorch model")
 nn = torch.nn
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOWER = ResNetConfig(stem_width=8, stages=(1, 2, 1, 1))

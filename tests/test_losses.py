@@ -31,8 +31,6 @@ from mammut.training.step import random_params
 from mammut.training.tasks import ImageTextTask
 
 # What is here is compiled more than it is run.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 # Worked by hand: rows are images, columns texts. softplus(-3 -2 -1 0 1) = .048587 .126928 .313262
 # .693147 1.313262

@@ -26,8 +26,6 @@ from mammut.testing import tiny_batch, tiny_config, tiny_model
 from mammut.training.tasks import ImageTextTask
 
 # What is here is compiled more than it is run.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = tiny_config()
 LENGTH, VOCAB, WIDTH = CONFIG.text.max_length, CONFIG.text.vocab_size, CONFIG.text.width
 FLOAT32 = Dtypes(jnp.dtype("float32"), jnp.dtype("float32"))

@@ -74,7 +74,7 @@ def model_of(opened: OpenedModel) -> MaMMUT:
 
 
 @pytest.fixture(scope="module", params=FIXTURES)
-def reference(request, shared, tmp_path_factory, quick_compilation):
+def reference(request, shared, tmp_path_factory):
     """A PyTorch model's inputs and outputs, and the model opened from a folder as on the hub."""
     folder = shared / "fixtures" / "open_clip"
     spec = importlib.util.spec_from_file_location(
@@ -205,7 +205,7 @@ def test_what_was_read_is_written_back_bit_for_bit(reference, tmp_path):
     assert type(again.processor.tokenizer) is type(opened.processor.tokenizer)
 
 
-def test_layers_without_an_mlp_are_those_whose_mlp_says_nothing(tmp_path, quick_compilation):
+def test_layers_without_an_mlp_are_those_whose_mlp_says_nothing(tmp_path):
     """The layout of the small openMaMMUT sizes beside that of the others, which PyTorch has answered for above."""
     full = random_arrays(CONFIGS["fork"])
     bare = dict(full)

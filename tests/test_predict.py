@@ -17,8 +17,6 @@ from mammut.evaluation.retrieval import predict_rankings
 from mammut.generation.search import GenerateConfig
 from mammut.testing import tiny_model, tiny_processor
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 EVALUATIONS = {
     "captions": predict_captions,
     "answers": predict_answers,

@@ -17,9 +17,6 @@ from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 from mammut.training.new_processor import make_processor
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 BARE = dataclasses.replace(prefix_config(), prefix_norm=False)
 DROPOUT = AugmentConfig(prefix_dropout=0.25)
 

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from mammut import presets
-from mammut.config import ModelConfig
+from mammut.config import ComputeConfig, ModelConfig
 from mammut.models.flops import forward_flops, num_params
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config, tiny_model
@@ -207,7 +207,10 @@ def test_flops_are_two_a_parameter_and_token_plus_attention():
 def test_flops_are_those_that_the_compiler_counts():
     """XLA counts the body of a loop once, so all layers of the tiny model are unrolled."""
     config = presets.tiny()
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
+    compute = ComputeConfig(unroll=config.vision.depth)
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: MaMMUT(config, compute=compute, rngs=nnx.Rngs(0)))
+    )
     size = config.vision.image_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
     lowered = jax.jit(lambda p, x: nnx.merge(graphdef, p).encode_image(x)).lower(params, image)

@@ -109,7 +109,7 @@ def test_interpolation_is_used():
 
 
 def test_aliased_bilinear_looks_at_two_pixels_a_side_and_cuts_fractions_off():
-    """Enlarged, the outermost new pixels are those of the edge; reduced, what lies between is not seen."""
+    """Enlarged, the outermost new pixels are the edge's; reduced, pixels between are not seen."""
     row = np.array([0, 10, 21, 255, 9, 100, 201, 7], np.uint8)
 
     def resized(row, size):

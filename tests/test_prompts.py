@@ -19,8 +19,6 @@ from mammut.generation.interleaved import (
 from mammut.generation.search import GenerateConfig
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TEN = GenerateConfig(max_new_tokens=10)
 # The first two share a batch, with one image and two, and 24 and 21 tokens; the others have none
 # and one.

@@ -1,4 +1,4 @@
-"""The HTML page of a run or predictions file: what it shows, that it is closed to the outside, its attention maps."""
+"""The HTML page of a run or predictions file: its content, its isolation, its attention maps."""
 
 import base64
 import functools
@@ -30,8 +30,6 @@ from mammut.pages.report_pictures import curves
 from mammut.pages.word_maps import overlay, split_words, word_maps
 from mammut.training.run_folder import write_run
 from mammut.weights import model_folder
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 HOSTILE = "<script>alert(1)</script> \"><img src=http://x> \u202etxet\u202c nul\x00 & 'quoted'"
 WORDS = ("one red circle", "one blue square on the left", "one green triangle on the right")
@@ -292,7 +290,8 @@ def test_everything_quoted_is_escaped(page):
     assert "<script>alert(1)</script>" in page.text  # as text
     assert not page.all("script")
     assert {name for name, _ in page.elements} <= set(
-        "html head meta title style body header h1 h2 h3 dl div dt dd p nav ul ol li a main section article figure "
+        "html head meta title style body header h1 h2 h3 dl div dt dd p nav ul ol li a main "
+        "section article figure "
         "figcaption img span table caption thead tbody tr th td details summary".split()
     )
     assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
@@ -470,7 +469,6 @@ def test_the_program_prints_the_page_and_ends_in_one_sentence(run, tmp_path):
 
 
 # Attention
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -486,7 +484,7 @@ def attention(model):
 
 
 def test_cross_attention_weights_reproduce_the_caption_pass(model, attention):
-    """Each cross-attention layer done again in NumPy, and the whole pass from the weights in its place."""
+    """Each cross-attention layer again in NumPy, and the whole pass with those weights."""
     text, batch = model.text, testing.tiny_batch()
     tokens, valid = jnp.asarray(batch["tokens"]), jnp.asarray(batch["text_valid"])
     image_tokens = jax.jit(model.image_tokens)(batch["image"]).tokens
@@ -607,11 +605,11 @@ def test_the_same_curves_give_the_same_bytes_and_leave_gaps():
 
 
 # In a browser
-# ----------------------------------------------------------------------------------------------------
 
 # Frames are as narrow as they are told to be; a browser's window is not.
 CONTROL = "http://control.invalid/"
-WRAPPER = """<!DOCTYPE html><img src="%s"><iframe id="phone" width="360" height="800" src="report.html"></iframe>
+WRAPPER = """<!DOCTYPE html><img src="%s">
+<iframe id="phone" width="360" height="800" src="report.html"></iframe>
 <iframe id="desk" width="1200" height="800" src="report.html"></iframe><pre id="found"></pre>
 <script>onload = () => {
   const found = {};
@@ -619,11 +617,15 @@ WRAPPER = """<!DOCTYPE html><img src="%s"><iframe id="phone" width="360" height=
     const page = document.getElementById(id).contentDocument, root = page.documentElement;
     const images = [...page.images];
     found[id] = {
-      inner: page.defaultView.innerWidth, scroll: root.scrollWidth, images: images.length, title: page.title,
-      loaded: images.filter(i => i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width > 0).length,
-      text: page.body.innerText.includes("<script>alert(1)</" + "script>"), scripts: page.scripts.length,
+      inner: page.defaultView.innerWidth, scroll: root.scrollWidth,
+      images: images.length, title: page.title,
+      loaded: images.filter(
+        i => i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width > 0).length,
+      text: page.body.innerText.includes("<script>alert(1)</" + "script>"),
+      scripts: page.scripts.length,
       outside: [...page.querySelectorAll("body *")].filter(
-        e => !e.closest(".scroll") && e.getBoundingClientRect().right > root.clientWidth + 1).length};
+        e => !e.closest(".scroll")
+          && e.getBoundingClientRect().right > root.clientWidth + 1).length};
   }
   document.getElementById("found").textContent = JSON.stringify(found);
 }</script>""".replace("%s", CONTROL)
@@ -635,8 +637,10 @@ def test_in_a_browser_everything_shows_fits_a_phone_and_nothing_is_requested(pag
     (tmp_path / "wrapper.html").write_text(WRAPPER)
     log = tmp_path / "net.json"
     flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --allow-file-access-from-files --virtual-time-budget=10000"
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking "
+        "--disable-component-update --disable-sync --allow-file-access-from-files "
+        "--virtual-time-budget=10000"
     ).split()
     flags.append("--host-resolver-rules=MAP * ~NOTFOUND")
     command = [

@@ -44,7 +44,6 @@ from mammut.weights.opened import model_specs
 
 CLIP = ResNetConfig(stem_width=8, stages=(1, 2, 1, 1), image_size=64)
 NORM_FREE = ResNetConfig(kind="nf", stem_width=8, stages=(1, 3, 1, 1), image_size=64)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 BOTH = pytest.mark.parametrize("vision", [CLIP, NORM_FREE], ids=["clip", "nf"])
 RN50X16 = ResNetConfig(stem_width=96, stages=(6, 8, 18, 8), image_size=384)
 STATISTICS = "mean", "variance"

@@ -29,7 +29,6 @@ from mammut.weights.opened import OpenedModel
 from mammut.weights.resample import at_image_size
 from mammut.weights.warm_start import warm_start
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CLIP = ResNetConfig(stem_width=8, stages=(1, 2, 1, 1), image_size=64)
 NORM_FREE = ResNetConfig(
     kind="nf", stem_width=8, stages=(1, 3, 1, 2), image_size=64,

@@ -25,8 +25,6 @@ from mammut.testing import tiny_model
 from mammut.training.tasks import ImageTextTask
 
 # What is here is compiled more than it is run.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FOCAL = {"gamma": 1.5, "alpha": 0.3}
 MATRIX = {
     "softmax": softmax_contrastive,

@@ -259,7 +259,8 @@ def test_a_vocabulary_split_over_the_model_axis_is_never_gathered_and_its_gradie
 
     def loss(table, features, labels, mask):
         # in four chunks
-        return caption_sum(LossConfig(vocab_chunk=4), features, table.T, None, labels, mask)
+        options = LossConfig(vocab_chunk=4).caption_options
+        return caption_sum(features, table.T, None, labels, mask, **options)
 
     args = [
         jax.ShapeDtypeStruct(shape, dtype)

@@ -608,7 +608,7 @@ def test_a_line_without_the_field_says_what_is_wrong(tmp_path, field, line, caus
 
 @pytest.fixture
 def prepared(tmp_path):
-    """Writes images with these features as a set and opens it for a field; its files say `nested` in their place."""
+    """Writes images with these features as a set and opens it; its files hold `nested`, if any."""
     import tensorflow_datasets as tfds
 
     pixels = picture(tmp_path / "nine.png").read_bytes()
@@ -751,7 +751,8 @@ def test_a_prepared_set_without_the_field_is_told_what_was_looked_for(prepared, 
     text, _, _ = tfds_features()
     prepared({"caption": text, "label": np.int64}, [{"caption": "a cat", "label": 1}], "captions")
     looked_for = {
-        "name": "has the fields caption (Text), image (Image), label (Tensor), expected image and one of label, name (",
+        "name": "has the fields caption (Text), image (Image), label (Tensor), "
+        "expected image and one of label, name (",
         "qa": "expected image and one of qa, qas, question_answer, question (Sequence or Text)",
     }
     for field, expected in looked_for.items():

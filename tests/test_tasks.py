@@ -21,8 +21,6 @@ from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 from mammut.training.step import make_trainer
 from mammut.training.tasks import TASKS, TextTask
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TASK = TextTask(LossConfig(vocab_chunk=5), "qa")
 
 

@@ -74,7 +74,8 @@ def state_dict(torch):
     torch.manual_seed(0)
     weight = torch.randn(4, 6)
     kinds = (
-        "float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128 uint16 uint32 uint64 "
+        "float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128 uint16 "
+        "uint32 uint64 "
         "float8_e4m3fn float8_e5m2"
     ).split()
     return collections.OrderedDict(

@@ -22,8 +22,6 @@ from mammut.models.mammut import MaMMUT
 from mammut.performance.step_time import image_attention_kernel
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def with_vision(config: ModelConfig, **changes) -> ModelConfig:
     return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **changes))

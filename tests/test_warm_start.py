@@ -422,8 +422,8 @@ def test_the_table_accounts_for_every_number():
     lines = printed.splitlines()
     assert lines[0].split() == ["warm", "start", "numbers"]
     assert (
-        f"{'vision.pos_embed':<34}{9 * 32:>14,}  resampled init_vision vit.npz, 2 x 2 -> 3 x 3, bilinear"
-        in lines
+        f"{'vision.pos_embed':<34}{9 * 32:>14,}  resampled init_vision vit.npz, 2 x 2 -> 3 x 3, "
+        f"bilinear" in lines
     )
     assert (
         f"{'vision.patch_embed':<34}{(192 + 1) * 32:>14,}  loaded    init_vision vit.npz" in lines
@@ -446,7 +446,7 @@ def test_the_table_accounts_for_every_number():
 # --- on the devices
 
 
-def test_parameters_go_to_their_places_and_random_ones_are_those_of_the_seed(quick_compilation):
+def test_parameters_go_to_their_places_and_random_ones_are_those_of_the_seed():
     config = TrainConfig(model=text(max_length=20), data=DataConfig(batch_size=8), steps=10)
     warm = warm_start(config.model, {"init_text": opened()})
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, model=2), jax.devices()[:4])

@@ -1,1 +1,1 @@
-"""What every floor stands on: axes on a mesh, processes, parameters by name, checked dataclasses, files that are whole or absent."""
+"""The base of all folders: mesh axes, processes, named parameters, checked configs, whole files."""

@@ -1,6 +1,10 @@
-"""`Array` for shape annotations: a JAX array or a NumPy array."""
+"""Types of arrays: one for shape annotations, and dicts of them."""
 
 import jax
 import numpy as np
 
 Array = jax.Array | np.ndarray
+
+# The arrays of a training step, by name.
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]

@@ -11,7 +11,12 @@ Field = Literal["captions", "qa", "name"]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the examples come from and how an image becomes an array."""
+    """Where the examples come from and how an image becomes an array.
+
+    Example:
+      >>> data = mammut.DataConfig(train="jsonl:photos[1000:]", val="jsonl:photos[:1000]")
+      >>> config = mammut.TrainConfig(model=mammut.presets.tiny(), data=data)
+    """
 
     # The training set: a spec of mammut.data.sources, such as jsonl:PATH[1000:].
     train: str = "synthetic:train"
@@ -68,7 +73,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """How text becomes ids. The vocabulary must not be larger than `DecoderConfig.vocab_size`."""
+    """How text becomes ids; the vocabulary must not exceed `DecoderConfig.vocab_size`.
+
+    Example:
+      >>> tokenizer = mammut.TokenizerConfig(path="bpe_simple_vocab_16e6.txt.gz")
+    """
 
     # The vocabulary: CLIP's bpe*.txt.gz, a SentencePiece .model or a Hugging Face tokenizer.json.
     # None: a SentencePiece vocabulary of at most DecoderConfig.vocab_size pieces is trained on the

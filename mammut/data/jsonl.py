@@ -1,4 +1,4 @@
-"""JSON lines as a source of examples: one object a line, read when its example is asked for."""
+"""JSON lines as a source of examples: one object a line, read when it is needed."""
 
 import array
 import os

@@ -13,7 +13,7 @@ A spec is a kind and what follows it:
     "answer_type" and "question_type"; or "name". Only the place of each line is kept in memory.
 
   `tar:PATTERN`: plain tar files as webdataset has them, such as `tar:data/{00000..00127}.tar`.
-    Wildcards go, too, and several patterns joined by `::`. Files that share a key are an
+    Wildcards work too, and several patterns joined by `::`. Files that share a key are an
     example: an image (jpg, jpeg, png, webp) and either a caption in a `txt`, or a `json` that
     has the field asked for as a JSON line has it, or one "caption", as img2dataset writes it.
     The shards' headers are read once; see `mammut.data.tar_shards`.

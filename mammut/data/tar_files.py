@@ -16,11 +16,11 @@ class Damage(Exception):
 
 
 class TarFile(NamedTuple):
-    """A file inside of a tar: its name, and its place in bytes."""
+    """A file inside of a tar: its name, and where it lies, in bytes."""
 
     name: bytes
-    start: int  # place of its first header
-    data: int  # place of its content
+    start: int  # offset of its first header
+    data: int  # offset of its content
     size: int  # bytes of its content
 
 
@@ -28,40 +28,40 @@ def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile
     """Finds the regular files of a tar, or of several tars joined one after the other.
 
     Args:
-      read: `read(place, size)` returns some bytes of the tar; fewer at its end.
+      read: `read(offset, size)` returns some bytes of the tar; fewer at its end.
       size: bytes of the tar.
 
     Raises:
       Damage: the tar is cut short, damaged, or has a sparse file.
     """
-    place = start = 0
+    offset = start = 0
     ended = False
     name = None  # of the file that follows, from GNU's header for long names
     pax: dict[bytes, bytes] = {}  # records of the file that follows
-    while place < size:
-        block = read(place, _BLOCK)
+    while offset < size:
+        block = read(offset, _BLOCK)
         # A block of zeros is the end; it may be incomplete, as the last block of the tar.
         if block.count(0) == len(block):
             ended = not pax and name is None
-            place += _BLOCK
-            start = place
+            offset += _BLOCK
+            start = offset
             continue
         ended = False
-        kind, plain_name, length = _header(block, place)
-        data = place + _BLOCK
+        kind, plain_name, length = _header(block, offset)
+        data = offset + _BLOCK
         if kind in b"LKxXg":  # a header about the file that follows
-            content = _extension(read, place, length)
+            content = _extension(read, offset, length)
             if len(content) < length:
                 break
             if kind == b"L":
                 name = content.partition(b"\0")[0]
             elif kind in b"xX":
                 pax = _pax_records(content, data)
-            place = data + _padded(length)
+            offset = data + _padded(length)
             continue
 
         name = pax.get(b"path", name or plain_name)
-        length = _decimal(pax.get(b"size"), length, place)
+        length = _decimal(pax.get(b"size"), length, offset)
         if kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in pax):
             raise Damage(f"has {shown(name)} as a sparse file: pack it again without --sparse")
         # Folders, links and devices have no content, whatever their size says.
@@ -75,7 +75,7 @@ def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile
             )
         elif kind in b"07\0":
             yield TarFile(name, start, data, length)
-        place = start = data + _padded(length)
+        offset = start = data + _padded(length)
         name = None
         pax = {}
     if not ended:
@@ -90,62 +90,62 @@ def _padded(length: int) -> int:
     return -(-length // _BLOCK) * _BLOCK
 
 
-def _extension(read: Callable[[int, int], bytes], place: int, length: int) -> bytes:
+def _extension(read: Callable[[int, int], bytes], offset: int, length: int) -> bytes:
     """The content of a header about the file that follows."""
     if length > _MAX_EXTENSION:
-        raise Damage(f"has a header of {length:,} bytes at byte {place:,}, expected at most 1 MiB")
-    return read(place + _BLOCK, length)
+        raise Damage(f"has a header of {length:,} bytes at byte {offset:,}, expected at most 1 MiB")
+    return read(offset + _BLOCK, length)
 
 
-def _header(block: bytes, place: int) -> tuple[bytes, bytes, int]:
+def _header(block: bytes, offset: int) -> tuple[bytes, bytes, int]:
     """Reads a header: the kind of what follows, its name, and its size in bytes."""
     # The checksum is the sum of all bytes, with spaces in its own place.
     checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
-    if len(block) < _BLOCK or checksum != _number(block[148:156], place):
+    if len(block) < _BLOCK or checksum != _number(block[148:156], offset):
         raise Damage(
-            f"is damaged at byte {place:,}, where the header of a file should be, or no tar file; "
+            f"is damaged at byte {offset:,}, where the header of a file should be, or no tar file; "
             "get it again, or leave it out by a narrower pattern"
         )
     name = block[:100].partition(b"\0")[0]
     if block[257:263] == b"ustar\0" and block[345]:  # GNU's own format has other things there
         name = block[345:500].partition(b"\0")[0] + b"/" + name
-    return block[156:157], name, _number(block[124:136], place)
+    return block[156:157], name, _number(block[124:136], offset)
 
 
-def _number(field: bytes, place: int) -> int:
+def _number(field: bytes, offset: int) -> int:
     """A number in a header, in octal digits."""
     if field[0] == 0x80:  # GNU's form of a number too large for octal digits
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip(b" ")
     if digits.strip(b"01234567"):
         raise Damage(
-            f"is damaged at byte {place:,}, where a header has {digits!r} for a number, "
+            f"is damaged at byte {offset:,}, where a header has {digits!r} for a number, "
             "or no tar file"
         )
     return int(digits or b"0", 8)
 
 
-def _pax_records(content: bytes, place: int) -> dict[bytes, bytes]:
+def _pax_records(content: bytes, offset: int) -> dict[bytes, bytes]:
     """The values by name of pax records, lines "length name=value"."""
     records = {}
     while content:
-        length = _decimal(content[:20].partition(b" ")[0], 0, place)
+        length = _decimal(content[:20].partition(b" ")[0], 0, offset)
         line = content[:length]
         content = content[length:]
         name, equals, value = line.partition(b" ")[2].partition(b"=")
         if len(line) != length or not equals or not value.endswith(b"\n"):
-            raise Damage(f"is damaged at byte {place:,}, where pax records should be")
+            raise Damage(f"is damaged at byte {offset:,}, where pax records should be")
         records[name] = value[:-1]
     return records
 
 
-def _decimal(digits: bytes | None, default: int, place: int) -> int:
+def _decimal(digits: bytes | None, default: int, offset: int) -> int:
     """A number in a pax record; None: `default`."""
     if digits is None:
         return default
     if not digits.isdigit() or len(digits) > 20:
         raise Damage(
-            f"is damaged before byte {place:,}: a pax record has {digits[:20]!r} for a number"
+            f"is damaged before byte {offset:,}: a pax record has {digits[:20]!r} for a number"
         )
     return int(digits)
 

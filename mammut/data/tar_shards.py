@@ -147,7 +147,7 @@ class TarShards:
         except OSError as error:
             raise ValueError(f"shard {path} cannot be read any more: {error.strerror}") from error
         try:
-            file = next(read_files(lambda place, size: content[place : place + size], length))
+            file = next(read_files(lambda offset, size: content[offset : offset + size], length))
             if len(content) == length == file.data + file.size:
                 return file.name.decode(errors="replace"), content[file.data :]
         except (Damage, StopIteration):
@@ -305,8 +305,8 @@ def open_index(path: pathlib.Path) -> Index:
             if kept is not None:
                 return kept
 
-            def read(place: int, size: int) -> bytes:
-                file.seek(place)
+            def read(offset: int, size: int) -> bytes:
+                file.seek(offset)
                 return file.read(size)
 
             index = _make_index(read, before.st_size)
@@ -355,7 +355,7 @@ def _store(folder: pathlib.Path, name: str, identity: dict[str, str | int], inde
 
 
 def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
-    """Makes the index of a shard of `size` bytes; `read(place, size)` returns some of them."""
+    """Makes the index of a shard of `size` bytes; `read(offset, size)` returns some of them."""
     head = read(0, 6)
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
@@ -386,7 +386,9 @@ def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
         cell = 3 * row + _COLUMNS[extension]
         rank = _RANKS[extension]
         if rank < ranks[cell]:
-            starts[cell], lengths[cell], ranks[cell] = file.start, length, rank
+            starts[cell] = file.start
+            lengths[cell] = length
+            ranks[cell] = rank
         elif rank == ranks[cell]:
             starts[cell] = min(starts[cell], -2 - starts[cell])
     return Index(

@@ -131,8 +131,8 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int, lowercase: boo
     except (RuntimeError, OSError) as error:
         reason = str(error).rpartition("] ")[2]  # without the line of SentencePiece's source
         raise ValueError(
-            f"no vocabulary of vocab_size {vocab_size} (model.text.vocab_size) fits these captions: "
-            f"{reason}"
+            f"no vocabulary of vocab_size {vocab_size} (model.text.vocab_size) "
+            f"fits these captions: {reason}"
         ) from error
     return SentencePieceTokenizer(model.getvalue(), lowercase)
 

@@ -126,7 +126,6 @@ def generate_after(
 
 def _take_beams(images: int, cache: DecodeCache, beam: Int[Array, "B n"]) -> DecodeCache:
     """The cache of beams [B, n] of each of B images. The image's keys and values have no beams."""
-
     # Image by image, so that no row leaves its device on a mesh.
     take = jax.vmap(lambda rows, beam: rows[:, :, beam], in_axes=(2, 0), out_axes=2)
 

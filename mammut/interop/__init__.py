@@ -1,1 +1,4 @@
-"""Doors to other people's programs; each module needs the package that it is named after, and `mammut` none of them."""
+"""Adapters to other libraries.
+
+Each module needs the package it is named after; the rest of mammut does not.
+"""

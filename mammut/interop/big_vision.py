@@ -1,6 +1,7 @@
-"""Our model under big_vision's model contract: its trainers and evaluators drive it (proj/image_text, proj/cappa).
+"""Our model under big_vision's model contract, for its trainers and evaluators.
 
-They import a model by its name in `big_vision.models`. In a config file:
+These are proj/image_text and proj/cappa. They import a model by its name in
+`big_vision.models`. In a config file:
 
     import sys
     import mammut.interop.big_vision
@@ -22,7 +23,7 @@ import inspect
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -41,7 +42,7 @@ from mammut.weights.formats import big_vision as big_vision_weights
 from mammut.weights.model_folder import open_model
 from mammut.weights.old_configs import upgraded
 from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
-from mammut.weights.warm_start import Start, warm_start
+from mammut.weights.warm_start import Start, WarmStart, warm_start
 
 # What a part of a model is called: by us, by two towers, by CapPa.
 _PARTS: dict[str, Start] = dict.fromkeys(("vision", "image", "img", "encoder"), "init_vision")
@@ -70,7 +71,9 @@ class _Starts:
 
 
 class Model:
-    """What big_vision calls a model: `init` and `apply` on a nested dict of parameters, by their paths in `MaMMUT`.
+    """A model in big_vision's terms: `init` and `apply` on a nested dict of parameters.
+
+    Parameters are named by their paths in `MaMMUT`.
 
     Images are float, normalised already (`value_range(-1, 1)`, for mean and deviation 0.5), or
     uint8. Texts are ids without a start and without a mask: pads are what `text.pad_id` says, if
@@ -127,7 +130,9 @@ class Model:
         return model
 
     def init(self, rng: jax.Array, image: Any, text: Any = None) -> dict[str, Any]:
-        """Random parameters, `{"params": ...}`; `image` and `text` are examples of what `apply` will be given.
+        """Makes random parameters, `{"params": ...}`.
+
+        `image` and `text` are examples of the inputs of `apply`.
 
         Raises:
           ValueError: the images are of another size than `vision.image_size`, or the texts longer
@@ -136,11 +141,13 @@ class Model:
         size, longest = self.config.vision.image_size, self.config.text_length
         if tuple(image.shape[1:]) != (size, size, 3):
             raise ValueError(
-                f"images are {list(image.shape)}, expected [B, {size}, {size}, 3] by vision.image_size"
+                f"images are {list(image.shape)}, expected [B, {size}, {size}, 3] by "
+                f"vision.image_size"
             )
         if text is not None and text.shape[1] > longest:
             raise ValueError(
-                f"texts are {list(text.shape)}, expected {longest} tokens at most by text.max_length"
+                f"texts are {list(text.shape)}, expected {longest} tokens at most by "
+                f"text.max_length"
             )
         return {"params": nnx.to_pure_dict(nnx.state(self._make(rng), nnx.Param))}
 
@@ -207,7 +214,7 @@ class Model:
         return self._merge(variables).image_tokens(image).tokens
 
     def decode(self, variables: Mapping[str, Any], encoded: jax.Array, text: Any) -> jax.Array:
-        """The logits float32[B, L, V] of every token of `text` given those before it and what `encode` gave."""
+        """Scores every token of `text` given those before it and `encoded`, float32[B, L, V]."""
         return self._logits(self._merge(variables), encoded, text)
 
     def _merge(self, variables: Mapping[str, Any]) -> MaMMUT:
@@ -283,7 +290,9 @@ def load(
     model_cfg: Mapping[str, Any] | None = None,
     dont_load: str | Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The parameters that a model starts from; big_vision calls it with `config.model_init` and `config.model_load`.
+    """Loads the parameters that a model starts from.
+
+    big_vision calls it with `config.model_init` and `config.model_load`.
 
     Other sizes of image, patch and text follow the rules of `mammut.weights.warm_start`. Whatever
     else does not fit is an error, but for what `dont_load` names.
@@ -310,7 +319,8 @@ def load(
     parts = {"": init_files} if isinstance(init_files, str) else dict(init_files)
     if unknown := sorted(parts.keys() - {"", *_PARTS}):
         raise ValueError(
-            f"model_init names {', '.join(unknown)}, expected a path, or some of {', '.join(_PARTS)}"
+            f"model_init names {', '.join(unknown)}, expected a path, or some of "
+            f"{', '.join(_PARTS)}"
         )
     starts = {_PARTS.get(part, "init"): _open(path, config) for part, path in parts.items()}
     if config is None:
@@ -320,24 +330,41 @@ def load(
             )
         config = starts["init"].config
         compute = starts["init"].compute
-    specs, random = (
-        model_specs(config, compute),
-        {} if init_params is None else flatten_dict(init_params, sep="."),
-    )
-    patterns = [
-        re.compile(pattern)
-        for pattern in ([dont_load] if isinstance(dont_load, str) else dont_load)
-    ]
-    kept = {
-        name
-        for name in specs
-        if any(pattern.fullmatch(name.replace(".", "/")) for pattern in patterns)
-    }
+    specs = model_specs(config, compute)
+    random = {} if init_params is None else flatten_dict(init_params, sep=".")
+    kept = _matching(specs, dont_load)
     vocabulary = {
         name for name in specs if name.startswith(("text.token_embed.", "text.vocab_head"))
     }
     new_vocabulary = vocabulary <= kept
     plan = warm_start(config, starts, compute=compute, new_vocabulary=new_vocabulary)
+    if problems := _unfit(specs, random, kept, plan, starts):
+        raise ValueError(f"the model does not fit model_init {init_files}: {'; '.join(problems)}")
+    values = {
+        name: random[name] if name in kept else plan.read(name, random.get(name)) for name in specs
+    }
+    return unflatten_dict(values, sep=".")
+
+
+def _matching(names: Collection[str], patterns: str | Sequence[str]) -> set[str]:
+    """The names that a regular expression fits, written with slashes as big_vision does."""
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    return {
+        name
+        for name in names
+        if any(re.fullmatch(pattern, name.replace(".", "/")) for pattern in patterns)
+    }
+
+
+def _unfit(
+    specs: Mapping[str, TensorSpec],
+    random: Mapping[str, Any],
+    kept: Collection[str],
+    plan: WarmStart,
+    starts: Collection[Start],
+) -> list[str]:
+    """Lists what is missing, left over or of another shape, in words."""
     problems = [
         f"{name} of init_params is not one of its parameters"
         for name in sorted(random.keys() - specs.keys())
@@ -352,12 +379,7 @@ def load(
             problems.append(f"{name} is in no file, wholly or in part, and not in dont_load")
         elif name in plan.random | kept and name not in random:
             problems.append(f"{name} is neither loaded nor in init_params")
-    if problems:
-        raise ValueError(f"the model does not fit model_init {init_files}: {'; '.join(problems)}")
-    values = {
-        name: random[name] if name in kept else plan.read(name, random.get(name)) for name in specs
-    }
-    return unflatten_dict(values, sep=".")
+    return problems
 
 
 def _open(path: str, config: ModelConfig | None) -> OpenedModel:

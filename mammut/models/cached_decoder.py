@@ -188,8 +188,8 @@ def cached_step(
 
 
 def _next_input(
-    decoder: TextDecoder, tokens: jax.Array, position: jax.Array, prefix: Prefix | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    decoder: TextDecoder, tokens: Int[Array, "R"], position: Int[Array, ""], prefix: Prefix | None
+) -> tuple[jax.Array, Int[Array, ""], Int[Array, "*R 1"]]:
     """Embeds the tokens of a step; returns also their cache slot and positions.
 
     Pads of a prefix have slots but no positions.

@@ -56,12 +56,8 @@ class DecoderConfig(TextTowerConfig):
     """
 
     NOUN: ClassVar[str] = "Text decoder"
-    OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
-        *TextTowerConfig.OF_WEIGHTS,
-        "cross_attn_position",
-        "image_norm",
-        "local_windows",
-        "vocab_bias",
+    OF_WEIGHTS: ClassVar[tuple[str, ...]] = TextTowerConfig.OF_WEIGHTS + (
+        *("cross_attn_position", "image_norm", "local_windows", "vocab_bias"),
     )
 
     # Number of self-attention layers for each cross-attention layer; 0: there is none, the image is
@@ -155,10 +151,7 @@ class TextDecoder(TextTower):
     it counts. It does not say where they stand. Here each follows its group of self-attention
     layers; `DecoderConfig` moves them for the models of others.
 
-    Args:
-      config: the architecture.
-      compute: how it is computed.
-      image_width: the size of the image tokens that cross-attention sees.
+    `image_width` is the size of the image tokens that cross-attention sees.
     """
 
     def __init__(self, config: DecoderConfig, compute: ComputeConfig, *, image_width: int):
@@ -395,8 +388,7 @@ class TextDecoder(TextTower):
         """Runs one group of layers of the caption pass.
 
         Args:
-          stacks: the layers of the group, as a scan over `groups` gives them.
-          x: the embeddings that go in.
+          stacks: the layers of the group, as a scan over `groups` gives them; `x` goes in.
           attend_text: `(layer, x, window)`, runs the self-attention of a layer.
           see_image: `(layer, x)`, runs a whole cross-attention layer.
           feed_forward: `(layer, x)`, runs the MLP of a layer.

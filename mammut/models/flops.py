@@ -217,8 +217,10 @@ def _attention(
     width: int | None = None,
     kv_width: int | None = None,
 ) -> int:
-    """Attention with its maps; `width` is that of the queries (None: the tower's), `kv_width` that
-    of the tokens attended to (None: as `width`).
+    """Counts attention with its maps.
+
+    `width` is the width of the queries (None: the tower's), `kv_width` that of the tokens attended
+    to (None: as `width`).
     """
     width = tower.width if width is None else width
     kv_width = width if kv_width is None else kv_width

@@ -31,9 +31,6 @@ _DROPOUT_STREAM = 5
 # Number added to the variance in the norm of a prefix: PyTorch's default, as in MAGMA.
 _PREFIX_NORM_EPS = 1e-5
 
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -373,16 +370,13 @@ class MaMMUT(nnx.Module):
     ) -> Float[Array, "B E"]:
         """Computes the embedding of texts before normalisation, float32[B, E] of any length."""
         features = self.decoder.contrastive_pass(tokens, text_valid)
-        return self._embedded_text(features, tokens, text_valid)
+        return self._projected_text(self.text.pooled(features, tokens, text_valid))
 
-    def _embedded_text(
-        self, features: jax.Array, tokens: jax.Array, text_valid: jax.Array
-    ) -> Float[Array, "B E"]:
-        """Makes the embedding of texts from features of the contrastive pass."""
-        vector = self.text.pooled(features, tokens, text_valid)
+    def _projected_text(self, pooled: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        """Makes the embedding of texts from their pooled features."""
         if self.text_embed_projection is not None:
-            vector = self.text_embed_projection(vector.astype(self.text.dtype))
-        return vector.astype(jnp.float32)
+            pooled = self.text_embed_projection(pooled.astype(self.text.dtype))
+        return pooled.astype(jnp.float32)
 
     def caption_logits(
         self, image: Image, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"] | None = None
@@ -447,8 +441,9 @@ class MaMMUT(nnx.Module):
         else:
             contrastive = decoder.contrastive_pass(tokens, text_valid)
             caption = decoder.caption_pass(tokens, text_valid, encoded.tokens)
+        pooled_text = self.text.pooled(contrastive, tokens, text_valid)
         return TwoPassOutput(
             image_embed=unit(encoded.vector),
-            text_embed=unit(self._embedded_text(contrastive, tokens, text_valid)),
+            text_embed=unit(self._projected_text(pooled_text)),
             features=caption,
         )

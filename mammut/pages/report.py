@@ -58,12 +58,11 @@ def write_report(
         raise ValueError(f"items is {items}, expected at least 1 of each kind to show")
     target = pathlib.Path(target)
     if (target / "run.json").is_file():
-        page, default = _of_run(target, items), target / "report.html"
+        page = _of_run(target, items)
+        default = target / "report.html"
     elif target.is_file():
-        page, default = (
-            _of_predictions(target, items),
-            target.with_name(f"{_name(target)}.report.html"),
-        )
+        page = _of_predictions(target, items)
+        default = target.with_name(f"{_name(target)}.report.html")
     else:
         raise ValueError(
             f"{target} is neither a run, a folder with run.json, nor a predictions file"
@@ -229,7 +228,8 @@ def _classes(records: list[dict[str, Any]], pictures: Pictures, items: int) -> d
     wrong = [record for record, hit in zip(records, right) if record["ranked"] and not hit]
     pairs = collections.Counter((record["label"], record["ranked"][0]) for record in wrong)
     confused = [
-        (label, said, count, sizes[label]) for (label, said), count in pairs.most_common(items)
+        (label, predicted, count, sizes[label])
+        for (label, predicted), count in pairs.most_common(items)
     ]
     shown = []
     for row in _mix(right, items):
@@ -372,8 +372,9 @@ def _render(page: dict[str, Any]) -> str:
 
 
 def _visible(value: Any) -> Any:
-    """Replaces what a page cannot show by U+FFFD: control characters, lone surrogates and marks
-    that reorder text.
+    """Replaces what a page cannot show by U+FFFD.
+
+    These are control characters, lone surrogates and marks that reorder text.
     """
     if not isinstance(value, str):
         return value

@@ -136,7 +136,7 @@ class Pictures:
             maps = word_maps(model, processor, images, texts)
         except Exception as error:  # Orbax and XLA have errors of their own
             self._problems.append(
-                f"There are no heat maps, because the model cannot be asked: {error}."
+                f"There are no heat maps, because the model cannot be used: {error}."
             )
             return words
         # What the model sees, at the size of the page.
@@ -166,7 +166,8 @@ class Pictures:
         return self._thumbnails[index]
 
     def _image(self, record: Mapping[str, Any]) -> Any:
-        index, key = record["index"], record["key"]
+        index = record["index"]
+        key = record["key"]
         if not 0 <= index < len(self._source):
             raise ValueError(f"{self._source.spec} has no example {index}")
         example = self._source[index]

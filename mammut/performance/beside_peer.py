@@ -1,4 +1,4 @@
-"""Ours and the peer's in turn, in one process, on the same weights."""
+"""Times mammut and a peer in turn, in one process, on the same weights."""
 
 import dataclasses
 import functools
@@ -28,22 +28,22 @@ from mammut.performance.timing import in_turns, ratio, summary
 from mammut.training.config import OptimizerConfig
 from mammut.weights.model_folder import load
 
-# Relative, in float32; sums in another order differ by about 1e-6.
+# Relative differences in float32; sums in another order differ by about 1e-6.
 TOLERANCES = {"contrastive_loss": 1e-4, "caption_loss": 1e-4, "grad_norm": 1e-3}
 
 
 def load_ours(peer: OpenClip) -> MaMMUT:
-    """Our model with the peer's weights, by way of the files that it would publish."""
+    """Loads our model with the peer's weights, through the files that it would publish."""
     with tempfile.TemporaryDirectory() as folder:
         peer.save(pathlib.Path(folder))
         return load(folder)[0]
 
 
 def require_equal(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
-    """The relative differences of both losses and of the gradient's norm.
+    """Computes the relative differences of both losses and of the gradient's norm.
 
     Raises:
-      PeerError: one is above its tolerance: the two do not compute the same, and their times say
+      PeerError: one is above its tolerance: the two do not compute the same, so their times mean
         nothing.
     """
     differences = {name: abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in TOLERANCES}
@@ -55,7 +55,8 @@ def require_equal(ours: dict[str, float], theirs: dict[str, float]) -> dict[str,
     ]
     if wrong:
         raise PeerError(
-            f"on the same weights and batch {'; '.join(wrong)}: what is not the same work is not timed"
+            f"on the same weights and batch {'; '.join(wrong)}: "
+            "what is not the same work is not timed"
         )
     return differences
 
@@ -69,10 +70,18 @@ def train(
     per_turn: int,
     modes: tuple[Mode, ...] = ("eager",),
 ) -> dict[str, Any]:
-    """Full training steps of both: forward, both losses, backward, AdamW; `modes` are PyTorch's.
+    """Times full training steps of both: forward, both losses, backward, AdamW.
 
-    Losses are compared in float32; in bfloat16, which rounds otherwise in every order of sums,
-    steps are only timed: theirs is that of `torch.autocast`, open_clip's own `amp_bf16`.
+    Losses are compared in float32. In bfloat16, where every order of sums rounds differently, steps
+    are only timed; the peer's bfloat16 is that of `torch.autocast`, open_clip's own `amp_bf16`.
+
+    Args:
+      peer: the peer, with its batch.
+      ours: our model with the same weights.
+      settings: how our step is computed.
+      rounds: rounds of turns; see `in_turns`.
+      per_turn: steps of a turn.
+      modes: PyTorch's modes.
 
     Raises:
       PeerError: the losses or gradients differ.
@@ -98,17 +107,16 @@ def train(
         with exact_float32(dtype):
             return make_step(config, ours, batch)
 
-    step, dtype = our_step("float32"), settings.dtype or "float32"
+    step = our_step("float32")
     names = {
         "contrastive_loss": "loss_contrastive",
         "caption_loss": "loss_caption",
         "grad_norm": "grad_norm",
     }
-    mine, theirs = (
-        {name: step.metrics[own] for name, own in names.items()},
-        peer.losses_and_gradient(),
-    )
+    mine = {name: step.metrics[own] for name, own in names.items()}
+    theirs = peer.losses_and_gradient()
     differences = require_equal(mine, theirs)
+    dtype = settings.dtype or "float32"
     if dtype != "float32":
         step = our_step(dtype)
     calls = {"mammut": step, **{mode: peer.stepper(mode, dtype) for mode in modes}}
@@ -134,12 +142,21 @@ def generation(
     rounds: int,
     per_turn: int = 1,
 ) -> dict[str, Any]:
-    """Texts of exactly `new_tokens` tokens for the first images of the batch: greedy, or `beams` beams.
+    """Times generation of exactly `new_tokens` tokens for the first images of the batch.
 
-    Nothing ends early: the end token is forbidden there until the last place, and is no token here.
-    Greedy texts are
-    compared, in float32. Beams are not: released open_clip ranks them by sums of logits that are no
-    log-probabilities.
+    No text ends early: the peer forbids the end token up to the last position, and here no token is
+    the end. Greedy texts are compared, in float32. Beams are not: released open_clip ranks them by
+    sums of logits that are no log-probabilities.
+
+    Args:
+      peer: the peer, with its batch.
+      ours: our model with the same weights.
+      settings: how our model is computed.
+      images: how many images.
+      beams: how many beams; 1: greedy.
+      new_tokens: tokens of each text.
+      rounds: rounds of turns; see `in_turns`.
+      per_turn: batches of a turn.
 
     Returns:
       The row; where the peer cannot generate, with `not_run` in place of times.
@@ -159,28 +176,25 @@ def generation(
     except PeerError as error:
         return row | {"not_run": str(error)}
     row["peer_images_at_once"] = peer.at_once
-    start, image = (
-        jnp.full((images, 1), START, jnp.int32),
-        jnp.asarray(peer.batch["image"][:images]),
-    )
+    start = jnp.full((images, 1), START, jnp.int32)
+    image = jnp.asarray(peer.batch["image"][:images])
     config = GenerateConfig(max_new_tokens=new_tokens, num_beams=beams)
 
     def our_loop(dtype):
         model = computed(ours, dataclasses.replace(settings, dtype=dtype))
-        return compiled_loop(
-            functools.partial(cached, vocab_size=peer.end_id), model, image, start, config
-        )
+        loop = functools.partial(cached, vocab_size=peer.end_id)
+        return compiled_loop(loop, model, image, start, config)
 
-    if beams == 1:  # the last token of theirs is the end
+    if beams == 1:  # the last token of the peer's texts is the end
         mine = np.asarray(our_loop("float32")[0]().tokens)[:, 0]
         row["texts_equal"] = int((mine[:, :new_tokens] == theirs[:, :new_tokens]).all(1).sum())
         if row["texts_equal"] < images:
             raise PeerError(
-                f"greedy texts of {images - row['texts_equal']} of {images} images differ on the same weights: what is "
-                "not the same work is not timed"
+                f"greedy texts of {images - row['texts_equal']} of {images} images differ on the "
+                "same weights: what is not the same work is not timed"
             )
     call, row["compile_s"] = our_loop(dtype)
     calls = {"mammut": call, "peer": lambda: peer.generate(images, beams, new_tokens, dtype)}
     turns = in_turns(calls, rounds, per_turn)
-    times = {name: rates(found, images, new_tokens) for name, found in turns.items()}
+    times = {name: rates(own, images, new_tokens) for name, own in turns.items()}
     return row | {"times": times, "speedup": ratio(turns["peer"], turns["mammut"])}

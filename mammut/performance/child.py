@@ -1,4 +1,4 @@
-"""A fresh process that makes a training step and says how long each stage took: what a run waits for before it trains.
+"""Times the start of a run, stage by stage, in a fresh process that makes one training step.
 
 python -m mammut.performance.child < REQUEST.json > ANSWER.json
 """
@@ -19,16 +19,21 @@ from mammut.training.config import TrainConfig
 def ask(
     config: TrainConfig, *, cache: str | None = None, fake_devices: int | None = None
 ) -> dict[str, Any]:
-    """Stages of the first step of `config` in a process of its own: seconds `import`, `trace`, `compile`, `run`.
+    """Times the first step of a run in a process of its own.
 
     Args:
-      cache: folder of the compilation cache. None: there is none.
-      fake_devices: so many devices of the CPU, which share its cores.
+      config: the run.
+      cache: folder of the compilation cache; None: no cache.
+      fake_devices: how many devices the CPU is divided into; they share its cores.
+
+    Returns:
+      `seconds` of the stages `import`, `trace`, `compile`, `run` and their `total`; `devices`;
+      `memory_gib` of the step.
 
     Raises:
-      RuntimeError: the process failed; its last words are told.
+      RuntimeError: the process failed; the message ends with its last words.
     """
-    # The process that asks may hold most of a GPU's memory.
+    # The calling process may hold most of a GPU's memory.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
     if fake_devices is not None:
         environment["JAX_PLATFORMS"] = "cpu"
@@ -51,7 +56,10 @@ def ask(
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The stages, and the memory of the step. The first begins when the process was asked for: Python starts, too."""
+    """Times the stages in this process, for `ask`.
+
+    The first stage begins when `ask` was called, so it includes the start of Python.
+    """
     import jax
 
     from mammut.core import sharding
@@ -72,29 +80,30 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
         def stage(name, call):
             started = time.perf_counter()
-            found = call()
+            result = call()
             seconds[name] = seconds.get(name, 0) + time.perf_counter() - started
-            return found
+            return result
 
         trainer = stage("trace", lambda: make_trainer(config, ImageTextTask(config.loss), mesh))
         init = stage("trace", lambda: trainer.init.lower(config.seed))
         lowered = stage("trace", lambda: trainer.step.lower(trainer.abstract_state, batch))
-        init, compiled = stage("compile", init.compile), stage("compile", lowered.compile)
+        init = stage("compile", init.compile)
+        compiled = stage("compile", lowered.compile)
         stage("run", lambda: jax.block_until_ready(compiled(init(config.seed), batch)[1]))
     seconds["total"] = sum(seconds.values())
     return {"seconds": seconds, "devices": jax.device_count(), "memory_gib": memory(compiled)}
 
 
 def startup(config: TrainConfig, cache: str) -> dict[str, Any]:
-    """Stages of a first step with an empty compilation cache in the folder `cache`, then with what that one left."""
+    """Times a first step `cold`, with the empty folder `cache` to compile into, then `warm`."""
     return {name: ask(config, cache=cache)["seconds"] for name in ("cold", "warm")}
 
 
 def over_devices(config: TrainConfig, counts: list[int]) -> dict[str, Any]:
-    """The step with its batch and parameters split over 1, 2, ... fake devices of the CPU: the memory of one.
+    """Measures the memory of one device with batch and parameters split over fake CPU devices.
 
-    Fake devices share the cores, so that time says nothing of real ones. Not for an accelerator:
-    there a run with another `mesh` is timed by itself.
+    Fake devices share the cores, so their times mean nothing for real ones. On an accelerator, time
+    a run with another `mesh` instead.
 
     Raises:
       ValueError: there are not two counts.
@@ -104,8 +113,8 @@ def over_devices(config: TrainConfig, counts: list[int]) -> dict[str, Any]:
     rows = []
     for count in counts:
         mesh = dataclasses.replace(config.mesh, data=1, fsdp=count, model=1)
-        found = ask(dataclasses.replace(config, mesh=mesh), fake_devices=count)
-        rows.append({"devices": count, "memory_gib": found["memory_gib"]})
+        measured = ask(dataclasses.replace(config, mesh=mesh), fake_devices=count)
+        rows.append({"devices": count, "memory_gib": measured["memory_gib"]})
     exponents = {
         name: exponent(counts, [row["memory_gib"][name] for row in rows])
         for name in ("state_and_batch", "temporaries")

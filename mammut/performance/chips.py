@@ -1,27 +1,36 @@
-"""What makers state of the devices that a model trains on: the ceilings of a measurement or an estimate."""
+"""The figures that makers state for their devices: limits of a measurement or an estimate."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """The figures of one device, as JAX counts devices."""
+    """The figures of one device, as JAX counts devices.
 
-    flops: float  # of bfloat16 products, a second, without sparsity
-    memory: float  # bytes
-    memory_bandwidth: float  # bytes a second
-    link: float  # bytes a second, one way, to one neighbour (of a GPU: to all others in the box)
-    network: float  # bytes a second, one way, to devices of other slices (of a GPU: of other boxes)
-    # an axis of a slice closes into a ring where its length is a multiple of this
+    Attributes:
+      flops: FLOP/s of bfloat16 products, without sparsity.
+      memory: bytes.
+      memory_bandwidth: bytes a second.
+      link: bytes a second, one way, to one neighbour; of a GPU, to all others in its box.
+      network: bytes a second, one way, to devices of other slices; of a GPU, of other boxes.
+      ring: an axis of a slice closes into a ring where its length is a multiple of this.
+    """
+
+    flops: float
+    memory: float
+    memory_bandwidth: float
+    link: float
+    network: float
     ring: int | None = None
 
 
 GIB = 2.0**30
-# By `jax.Device.device_kind`, to the letter: an A100 of 40 GB is not one of 80. TPU:
-# docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x ("bidirectional ICI bandwidth per chip" over
-# both ways and 4 or 6 ports; network: that of a host's cards over its chips); a TPU7x chip is two
-# devices. GPU: NVIDIA's data sheets of A100, H100 and H200, all SXM (NVLink one way; one 400 Gbit/s
-# card a GPU, an A100 200).
+# By `jax.Device.device_kind`, to the letter: an A100 of 40 GB is not one of 80 GB.
+# TPU: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x. `link` is the "bidirectional ICI
+# bandwidth per chip" divided by both ways and 4 or 6 ports; `network` is the bandwidth of a host's
+# cards divided by its chips. A TPU7x chip is two devices.
+# GPU: NVIDIA's data sheets of A100, H100 and H200, all SXM. `link` is NVLink one way; `network` is
+# one 400 Gbit/s card for each GPU, 200 for an A100.
 _V5E = Chip(197e12, 16 * GIB, 819e9, 50e9, 3.125e9, ring=16)
 _V5P = Chip(459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, ring=4)
 _V6E = Chip(918e12, 32 * GIB, 1638e9, 100e9, 12.5e9, ring=16)
@@ -40,5 +49,5 @@ CHIPS = {
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The figures of a device by `jax.Device.device_kind`; None for one that is not in the table, such as a CPU."""
+    """The figures of a device by `jax.Device.device_kind`; None where the table has none."""
     return CHIPS.get(device_kind)

@@ -1,7 +1,7 @@
-"""What the train step takes of each device, found out by compiling it: nothing runs, and no data are needed.
+"""The costs of a train step on each device, from compiling it: nothing runs, no data is needed.
 
-With a topology the devices are those of a TPU slice that need not be there: libtpu compiles for it
-on any machine.
+With a topology the devices are those of a TPU slice that need not exist: libtpu compiles for it on
+any machine.
 """
 
 import collections
@@ -28,10 +28,12 @@ from mammut.training.tasks import TASKS
 
 
 def compile_report(config: TrainConfig, topology: str | None = None) -> str:
-    """Compiles the step of a run and says, for one device: memory, FLOPs, collectives, and an estimate of the time.
+    """Compiles the step of a run and reports on one device: memory, FLOPs, collectives, time.
+
+    The time is an estimate, by the roofline.
 
     Args:
-      config: of the run.
+      config: the run.
       topology: a TPU slice such as "v5e:8x8", or several as in "2*v5e:8x8"; None: the devices here.
 
     Raises:
@@ -41,28 +43,30 @@ def compile_report(config: TrainConfig, topology: str | None = None) -> str:
     devices = jax.devices() if topology is None else topology_devices(topology)
     mesh = sharding.make_mesh(config.mesh, devices)
     start = time.perf_counter()
+    chip = find_chip(devices[0].device_kind)
     with jax.set_mesh(mesh):
         compiled = compile_step(config, make_trainer(config, TASKS[config.task](config.loss), mesh))
         seconds = time.perf_counter() - start
-        memory = _memory_lines(
-            config, compiled.memory_analysis(), chip := find_chip(devices[0].device_kind)
-        )
+        memory = _memory_lines(config, compiled.memory_analysis(), chip)
     program = Program(compiled.as_text())
     collectives = program.collectives()
-    return "\n".join([
-        f"compiled in {seconds:.0f} s for {topology or 'the devices here'}: {len(devices)} x {devices[0].device_kind}, "
-        f"mesh {' x '.join(f'{name} {size}' for name, size in mesh.shape.items())}; "
-        f"{config.data.batch_size // len(devices):,} examples a device, remat {config.compute.remat}",
+    mesh_sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    lines = [
+        f"compiled in {seconds:.0f} s for {topology or 'the devices here'}: "
+        f"{len(devices)} x {devices[0].device_kind}, mesh {mesh_sizes}; "
+        f"{config.data.batch_size // len(devices):,} examples a device, "
+        f"remat {config.compute.remat}",
         *memory,
         *_flops_lines(config, len(devices)),
         *_collective_lines(collectives, mesh),
         *_loop_lines(program),
         *_estimate_lines(config, program, collectives, mesh, chip),
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """The devices of a TPU slice to compile for: "v5e:8x8", or "2*v5e:8x8" of two slices.
+    """The devices of a TPU slice to compile for: "v5e:8x8", or "2*v5e:8x8" for two slices.
 
     Raises:
       ValueError: libtpu is not installed, or does not know the topology.
@@ -75,11 +79,11 @@ def topology_devices(topology: str) -> list[Any]:
     slices = int(parts[1] or 1)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            f"--topology {topology} needs libtpu, which is not installed (pip install 'mammut[tpu]')"
+            f"--topology {topology} needs libtpu, which is not installed "
+            "(pip install 'mammut[tpu]')"
         )
-    # There may be no TPU here: libtpu is not to look for one, nor to claim it, and what is computed
-    # here is on the CPU. The last two only keep it from complaining that it does not know where it
-    # is.
+    # There may be no TPU here: libtpu must not look for one, nor claim it, and JAX computes on the
+    # CPU. The last two variables only keep libtpu from warning that it does not know its host.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     jax.config.update("jax_platforms", "cpu")
@@ -91,14 +95,15 @@ def topology_devices(topology: str) -> list[Any]:
 
 
 def compile_step(config: TrainConfig, trainer: Trainer) -> Any:
-    """The compiled step of a run: a `jax.stages.Compiled`.
+    """Compiles the step of a run; returns a `jax.stages.Compiled`.
 
     Raises:
-      ValueError: the step does not fit into the memory of the devices, with the settings that help.
+      ValueError: the step does not fit into the memory of the devices; the message says which
+        settings help.
     """
-    rows = sharding.batch_sharding(trainer.mesh)
+    split = sharding.batch_sharding(trainer.mesh)
     batch = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
         for name, x in trainer.task.abstract_batch(config).items()
     }
     try:
@@ -131,6 +136,7 @@ def step_flops(config: TrainConfig) -> tuple[int, int]:
 
 
 def _memory_lines(config: TrainConfig, memory: Any, chip: Chip | None) -> list[str]:
+    """The memory of one device; raises ValueError where it is more than the chip has."""
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     sizes = {
         "arguments": memory.argument_size_in_bytes,
@@ -139,27 +145,24 @@ def _memory_lines(config: TrainConfig, memory: Any, chip: Chip | None) -> list[s
         "code": memory.generated_code_size_in_bytes,
     }
     total = sum(sizes.values())
-    if chip and total > chip.memory:  # not every compiler refuses it
+    if chip and total > chip.memory:  # not every compiler refuses such a program
         amount = f"Used {total / GIB:.2f}G of {chip.memory / GIB:.2f}G"
         raise ValueError(out_of_memory_advice(config, MemoryError(amount)))
-    share = f"{total / chip.memory:.0%} of {chip.memory / 1e6:,.0f}" if chip else ""
-    notes = {
-        "arguments": f"state and batch; {memory.alias_size_in_bytes / 1e6:,.1f} of it donated to the output"
-    }
-    return [
-        "memory of a device, MB",
-        *(
-            f"  {name:<12}{size / 1e6:>12,.1f}  {notes.get(name, '')}".rstrip()
-            for name, size in sizes.items()
-        ),
-        f"  {'total':<12}{total / 1e6:>12,.1f}  {share}".rstrip(),
-    ]
+    donated = memory.alias_size_in_bytes / 1e6
+    notes = {"arguments": f"state and batch; {donated:,.1f} of it donated to the output"}
+    if chip:
+        notes["total"] = f"{total / chip.memory:.0%} of {chip.memory / 1e6:,.0f}"
+    lines = ["memory of a device, MB"]
+    for name, size in (sizes | {"total": total}).items():
+        lines.append(f"  {name:<12}{size / 1e6:>12,.1f}  {notes.get(name, '')}".rstrip())
+    return lines
 
 
 def _flops_lines(config: TrainConfig, devices: int) -> list[str]:
     model, run = step_flops(config)
     return [
-        f"GFLOP of a step: {model / 1e9:,.1f} (3 x forward), {model / devices / 1e9:,.1f} a device; "
+        f"GFLOP of a step: {model / 1e9:,.1f} (3 x forward), "
+        f"{model / devices / 1e9:,.1f} a device; "
         f"{run / devices / 1e9:,.1f} with what is computed again"
     ]
 
@@ -168,20 +171,25 @@ def _axes(collective: Collective, mesh: Mesh) -> str:
     """The mesh axes that a collective goes over."""
     if collective.kind == "send":
         return "other slices"
-    places = np.array(np.unravel_index(collective.group, mesh.devices.shape))
+    # Of each axis, the coordinates of the devices that take part.
+    coordinates = np.array(np.unravel_index(collective.group, mesh.devices.shape))
     names = [
-        name for name, along in zip(mesh.axis_names, places, strict=True) if len(set(along)) > 1
+        name
+        for name, along in zip(mesh.axis_names, coordinates, strict=True)
+        if len(set(along)) > 1
     ]
     return " x ".join(names) or "-"
 
 
 def _collective_lines(collectives: list[Collective], mesh: Mesh) -> list[str]:
+    if not collectives:
+        return ["collectives of a step: none"]
     rows: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0, 0])
     for collective in collectives:
         kind = collective.kind + " *" * collective.in_product
         row = rows[kind, _axes(collective, mesh)]
-        for i, value in enumerate((1, collective.bytes, collective.sent)):
-            row[i] += collective.runs * value
+        for column, value in enumerate((1, collective.bytes, collective.sent)):
+            row[column] += collective.runs * value
     lines = [
         f"{'collectives of a step':<24}{'over':<16}{'count':>8}{'MB':>12}{'MB sent a device':>18}"
     ]
@@ -191,20 +199,21 @@ def _collective_lines(collectives: list[Collective], mesh: Mesh) -> list[str]:
         lines.append(
             "  * pieces of gathers and reductions, which the compiler passes on while it multiplies"
         )
-    return lines if rows else ["collectives of a step: none"]
+    return lines
 
 
 def _loop_lines(program: Program) -> list[str]:
     if not program.unknown_loops:
         return []
     return [
-        f"  {program.unknown_loops} loops do not say how often they run: what is in them is counted once"
+        f"  {program.unknown_loops} loops do not say how often they run: "
+        "what is in them is counted once"
     ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The least seconds of a step that each part of a device alone would take."""
+    """The least seconds of a step for each part of a device alone."""
 
     compute: float
     memory: float
@@ -212,12 +221,12 @@ class Estimate:
 
     @property
     def best(self) -> float:
-        """With all three at the same time."""
+        """Seconds of a step where all three work at the same time."""
         return max(self.compute, self.memory, self.links)
 
     @property
     def worst(self) -> float:
-        """With one after the other."""
+        """Seconds of a step where they work one after the other."""
         return self.compute + self.memory + self.links
 
 
@@ -228,12 +237,13 @@ def estimate(
     devices: list[Any],
     chip: Chip,
 ) -> Estimate:
-    """The roofline of a step on `devices`, in the order of the mesh.
+    """Estimates a step on `devices`, in the order of the mesh, by the roofline.
 
-    compute: FLOPs that run on a device / its peak. memory: bytes that its operations read and write
-      / its bandwidth.
-    links: bytes that it sends in its collectives, each as a ring, / the sum of its links; what
-    leaves the slice / the bandwidth of the network.
+    Returns:
+      compute: the FLOPs that run on a device, divided by its peak.
+      memory: the bytes that its operations read and write, divided by its bandwidth.
+      links: the bytes that it sends in its collectives, each as a ring, divided by the sum of its
+        links; and those that leave the slice, divided by the bandwidth of the network.
     """
     of_slice = [getattr(device, "slice_index", 0) for device in devices]
     inside = outside = 0.0
@@ -241,8 +251,8 @@ def estimate(
         slices = len({of_slice[i] for i in collective.group})
         if collective.kind == "send":
             outside += collective.runs * collective.sent
-        # first within the slices, so that a device takes only its share of the tensor outside
         elif slices > 1:
+            # First inside of the slices, so that a device sends only its share of the tensor out.
             share = len(collective.group) // slices
             outside += collective.runs * collective.ring_bytes(slices) / share
             inside += collective.runs * collective.ring_bytes(share)
@@ -256,7 +266,10 @@ def estimate(
 
 
 def _links(devices: list[Any], chip: Chip) -> int:
-    """To how many neighbours a device sends at a time: two along an axis of its slice that is a ring, else one."""
+    """Counts the neighbours that a device sends to at a time.
+
+    Along each axis of its slice it is two where the axis is a ring, else one.
+    """
     if chip.ring is None:
         return 1
     lengths = np.array([device.coords for device in devices]).max(0) + 1
@@ -271,20 +284,19 @@ def _estimate_lines(
     chip: Chip | None,
 ) -> list[str]:
     if chip is None:
-        return [
-            f"no estimate of the time: mammut.performance.chips has no figures of {mesh.devices.flat[0].device_kind!r}"
-        ]
-    times, model = (
-        estimate(config, program, collectives, list(mesh.devices.flat), chip),
-        step_flops(config)[0],
-    )
-    peak, rows = mesh.size * chip.flops, config.data.batch_size
+        kind = mesh.devices.flat[0].device_kind
+        return [f"no estimate of the time: mammut.performance.chips has no figures of {kind!r}"]
+    times = estimate(config, program, collectives, list(mesh.devices.flat), chip)
     parts = {"compute": times.compute, "memory": times.memory, "links": times.links}
     bound = max(parts, key=parts.get)
+    # Seconds of the model's FLOPs at the peak of all devices: MFU is their share of the time.
+    ideal = step_flops(config)[0] / (mesh.size * chip.flops)
+    rows = config.data.batch_size
     return [
         "estimate by the roofline, no measurement: "
-        + ", ".join(f"{k} {v * 1e3:,.1f} ms" for k, v in parts.items()),
-        f"  a step takes {times.best * 1e3:,.1f} ms if all overlap ({bound} is what it waits for) to "
-        f"{times.worst * 1e3:,.1f} ms if nothing does: MFU {model / peak / times.best:.0%} to "
-        f"{model / peak / times.worst:.0%}, {rows / times.best:,.0f} to {rows / times.worst:,.0f} images/s",
+        + ", ".join(f"{name} {seconds * 1e3:,.1f} ms" for name, seconds in parts.items()),
+        f"  a step takes {times.best * 1e3:,.1f} ms if all overlap ({bound} is what it waits for) "
+        f"to {times.worst * 1e3:,.1f} ms if nothing does: MFU {ideal / times.best:.0%} "
+        f"to {ideal / times.worst:.0%}, {rows / times.best:,.0f} to {rows / times.worst:,.0f} "
+        "images/s",
     ]

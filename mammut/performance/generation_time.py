@@ -1,4 +1,4 @@
-"""Generation, with the cache and without: the same images, the same search, the same run."""
+"""Times generation with the cache and without: the same images, the same search."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from mammut.models.mammut import MaMMUT
 from mammut.performance.step_time import exact_float32
 from mammut.performance.timing import in_turns, summary
 
-_NO_END = -1  # an id that no token has
+_NO_END = -1  # no token has this id, so no text ends early
 
 
 def cached(
@@ -24,7 +24,7 @@ def cached(
     config: GenerateConfig,
     vocab_size: int | None = None,
 ) -> Generation:
-    """`generate` from start tokens int[B, 1], without an end, of ids below `vocab_size`."""
+    """Calls `generate` with start tokens int[B, 1], without an end, with ids below `vocab_size`."""
     valid = jnp.ones(start.shape, bool)
     return generate(model, image, start, valid, config, eos_id=_NO_END, vocab_size=vocab_size)
 
@@ -32,14 +32,14 @@ def cached(
 def uncached(
     model: MaMMUT, image: jax.Array, start: jax.Array, config: GenerateConfig
 ) -> Generation:
-    """The same by the caption pass over the whole text at every step."""
+    """Generates the same texts by a caption pass over the whole text at every step."""
 
     def step(text, position, image_tokens):
         features = model.decoder.caption_pass(text, jnp.ones(text.shape, bool), image_tokens)
         return model.text.logits(features[:, position]), image_tokens
 
     def take(image_tokens, beam):
-        # The rows of an image see the same image tokens: what matters is how many there are.
+        # The rows of an image see the same image tokens, so only their number matters.
         rows_now = len(image_tokens) // len(beam)
         return jnp.repeat(image_tokens, beam.shape[1] // rows_now, axis=0)
 
@@ -51,7 +51,7 @@ def uncached(
 def compiled_loop(
     loop: Callable, model: MaMMUT, image: jax.Array, start: jax.Array, config: GenerateConfig
 ) -> tuple[Callable[[], Generation], float]:
-    """A call of `cached` or `uncached` that waits for its end, and the seconds that compiling it took."""
+    """Compiles `cached` or `uncached`; returns a call that waits for its end, and the seconds."""
     graphdef, params = nnx.split(model)
 
     def run(params, image, start):
@@ -65,10 +65,10 @@ def compiled_loop(
 
 
 def rates(turns: list[list[float]], rows: int, new_tokens: int) -> dict[str, Any]:
-    """The times of a loop for `rows` images, as rates."""
-    found = summary([x for turn in turns for x in turn])
-    median = found["seconds"]
-    return found | {
+    """The times of a loop for `rows` images, with their rates."""
+    times = summary(sum(turns, []))
+    median = times["seconds"]
+    return times | {
         "captions_per_s": rows / median,
         "new_tokens_per_s": rows * new_tokens / median,
         "ms_per_token": 1000 * median / new_tokens,
@@ -78,18 +78,20 @@ def rates(turns: list[list[float]], rows: int, new_tokens: int) -> dict[str, Any
 def measure_generation(
     model: MaMMUT, image: jax.Array, start: jax.Array, config: GenerateConfig, rounds: int
 ) -> dict[str, Any]:
-    """Both loops for one batch: first whether they give the same texts, then their times."""
+    """Measures both loops on one batch: whether they give the same texts, then their times."""
     row: dict[str, Any] = {"batch": len(image), "beams": config.num_beams}
-    calls, found = {}, {}
+    calls = {}
+    results = {}
     for name, loop in (("cached", cached), ("uncached", uncached)):
         calls[name], compile_s = compiled_loop(loop, model, image, start, config)
-        row[name], found[name] = {"compile_s": compile_s}, jax.device_get(calls[name]())
-    of_cached, of_uncached = found.values()
-    row["steps"] = [int(of_cached.steps), int(of_uncached.steps)]
-    row["texts_equal"] = int((of_cached.tokens[:, 0] == of_uncached.tokens[:, 0]).all(1).sum())
-    row["max_score_difference"] = float(
-        abs(of_cached.scores[:, 0] - of_uncached.scores[:, 0]).max()
-    )
+        row[name] = {"compile_s": compile_s}
+        results[name] = jax.device_get(calls[name]())
+
+    with_cache = results["cached"]
+    without = results["uncached"]
+    row["steps"] = [int(with_cache.steps), int(without.steps)]
+    row["texts_equal"] = int((with_cache.tokens[:, 0] == without.tokens[:, 0]).all(1).sum())
+    row["max_score_difference"] = float(abs(with_cache.scores[:, 0] - without.scores[:, 0]).max())
     for name, turns in in_turns(calls, rounds, per_turn=1).items():
         row[name] |= rates(turns, len(image), config.max_new_tokens)
     row["speedup"] = row["uncached"]["seconds"] / row["cached"]["seconds"]

@@ -1,4 +1,4 @@
-"""How the step grows: the same step at several batches, resolutions, text lengths, with the exponent of growth."""
+"""How a step grows with the batch, the resolution or the text length, with the exponent."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ Axis = Literal["batch", "image_size", "length"]
 
 
 def default_sizes(axis: Axis, model: ModelConfig, batch_size: int) -> tuple[int, ...]:
-    """Half, once and twice what the model or the batch has, of images 0.5, 1 and 1.5 times."""
+    """Half, once and twice the size of the model or the batch; of images 0.5, 1 and 1.5 times."""
     if axis == "image_size":
         side = model.vision.grid[0]
-        pixels = model.vision.image_size // side  # of an image token
+        pixels = model.vision.image_size // side  # of one image token
         return tuple(sorted({pixels * max(1, round(side * share)) for share in (0.5, 1, 1.5)}))
     whole = batch_size if axis == "batch" else model.text_length
     return tuple(sorted({max(2, whole // 2), whole, 2 * whole}))
 
 
 def grown(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
-    """`model` for images or texts of another size."""
+    """The config of `model` for images or texts of another size."""
     if axis == "image_size":
         vision = dataclasses.replace(model.vision, image_size=size, low_image_size=None)
         return dataclasses.replace(model, vision=vision)
@@ -43,7 +43,20 @@ def measure_growth(
     warmup: int,
     peak: float,
 ) -> dict[str, Any]:
-    """A row for each size, and the exponents of time, FLOPs and temporary memory in it.
+    """Measures the step at each size: a row each, and how time, FLOPs and memory grow.
+
+    Args:
+      axis: what grows.
+      sizes: its values.
+      model: the model at its own size.
+      batch_size: examples of a step, where the batch does not grow.
+      settings: how the step is computed.
+      steps: steps that are timed at each size.
+      warmup: steps before them.
+      peak: FLOP/s of one device.
+
+    Returns:
+      `axis`, `sizes`, `exponents` of `seconds`, `flops` and (temporary) `memory`, and `rows`.
 
     Raises:
       ValueError: there are not two sizes, or one does not suit the model or the devices.
@@ -52,16 +65,15 @@ def measure_growth(
         raise ValueError(f"{axis} grows over {list(sizes)}, expected two sizes or more")
     rows = []
     for size in sizes:
-        config = settings.train_config(
-            grown(model, axis, size), size if axis == "batch" else batch_size
-        )
+        examples = size if axis == "batch" else batch_size
+        config = settings.train_config(grown(model, axis, size), examples)
         rows.append(measure(make_step(config), steps, warmup, peak))
     seconds = [row["seconds"] for row in rows]
-    work = [row["tflops"] * row["seconds"] for row in rows]
-    held = [row["memory_gib"]["temporaries"] for row in rows]
+    tflop = [row["tflops"] * row["seconds"] for row in rows]
+    temporaries = [row["memory_gib"]["temporaries"] for row in rows]
     exponents = {
         "seconds": exponent(sizes, seconds),
-        "flops": exponent(sizes, work),
-        "memory": exponent(sizes, held),
+        "flops": exponent(sizes, tflop),
+        "memory": exponent(sizes, temporaries),
     }
     return {"axis": axis, "sizes": list(sizes), "exponents": exponents, "rows": rows}

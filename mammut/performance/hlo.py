@@ -1,6 +1,6 @@
-"""What a compiled program does, read from its text (XLA's HLO): its collectives and its traffic to memory.
+"""Reads a compiled program's text (XLA's HLO): its collectives and its traffic to memory.
 
-Loops count as often as they run: XLA's own cost analysis counts the body of a loop once, and a
+Loops count as often as they run. XLA's own cost analysis counts the body of a loop once, and a
 scanned tower is a loop.
 """
 
@@ -22,10 +22,10 @@ KINDS = (
 )
 
 _BYTES = {"pred": 1, "c64": 8, "c128": 16}
-# What moves nothing by itself.
+# Operations that move nothing by themselves.
 _FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "iota", "opt-barrier",
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier",
 }  # fmt: skip
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _PASSED_ON = {"tuple", "parameter", *KINDS}
@@ -38,11 +38,11 @@ class Shape:
 
     dtype: str
     dims: tuple[int, ...]
-    in_hbm: bool = True  # False: in another memory of the chip
+    in_hbm: bool = True  # False: it lies in another memory of the chip
 
     @property
     def bytes(self) -> int:
-        """Its size; types below a byte, and those that are no data, count as nothing."""
+        """Its size in bytes; types below a byte, and those without data, count as nothing."""
         bits = re.search(r"\d+", self.dtype)
         return math.prod(self.dims) * _BYTES.get(self.dtype, int(bits[0]) // 8 if bits else 0)
 
@@ -53,43 +53,53 @@ class Instruction:
 
     name: str
     opcode: str
-    shapes: tuple[Shape, ...]  # of the result; several of a tuple
+    shapes: tuple[Shape, ...]  # of the result; a tuple has several
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
 
     @property
     def called(self) -> tuple[str, ...]:
-        """The computations that it runs."""
+        """The names of the computations that it runs."""
         if self.opcode.endswith(("-done", "-update")):  # they name what their start runs
             return ()
-        found = re.findall(
+        names = re.findall(
             r"(?:calls|to_apply|body|called_computation)=%?([\w.-]+)", self.attributes
         )
-        for several in re.findall(
+        lists = re.findall(
             r"(?:branch_computations|called_computations)=\{([^}]*)\}", self.attributes
-        ):
-            found += re.findall(r"[\w.-]+", several)
-        return tuple(found)
+        )
+        for listed in lists:
+            names += re.findall(r"[\w.-]+", listed)
+        return tuple(names)
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective of a program, as one device sees it."""
+    """A collective of a program, as one device sees it.
 
-    kind: str  # one of KINDS, or "send": what a TPU gives its host for other slices
-    runs: int  # in one run of the program
-    # the devices that take part, by their position in the mesh; one such group
+    Attributes:
+      kind: one of KINDS, or "send": what a TPU gives its host for other slices.
+      runs: how often it runs in one run of the program.
+      group: one group of devices that take part, by their position in the mesh.
+      local: the bytes that a device brings.
+      shapes: the shapes of its result.
+      in_product: whether it is a piece of a larger one, which the compiler interleaves with the
+        matrix product that needs it.
+      source: the operation that it comes from, as JAX names it.
+    """
+
+    kind: str
+    runs: int
     group: tuple[int, ...]
-    local: int  # bytes that a device brings
-    shapes: tuple[Shape, ...]  # of its result
-    # a piece of a larger one, which the compiler interleaves with the matrix product that needs it
+    local: int
+    shapes: tuple[Shape, ...]
     in_product: bool
-    source: str  # the operation that it comes from, as JAX names it
+    source: str
 
     @property
     def bytes(self) -> int:
-        """The size of what is gathered, reduced or moved, in one run."""
+        """Bytes of the tensor that is gathered, reduced or moved, in one run."""
         return self.local * len(self.group) if self.kind == "all-gather" else self.local
 
     @property
@@ -98,14 +108,13 @@ class Collective:
         return self.ring_bytes(len(self.group))
 
     def ring_bytes(self, devices: int) -> int:
-        """What each of so many devices in a ring sends of a tensor of this size."""
-        if (
-            self.kind == "send"
-            or self.kind in ("collective-permute", "collective-broadcast")
-            and devices > 1
-        ):
+        """Bytes that each of `devices` devices in a ring sends in one run."""
+        if self.kind == "send":
             return self.local
-        return (2 if self.kind == "all-reduce" else 1) * self.bytes * (devices - 1) // devices
+        if self.kind in ("collective-permute", "collective-broadcast") and devices > 1:
+            return self.local
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return rounds * self.bytes * (devices - 1) // devices
 
 
 class Program:
@@ -122,8 +131,8 @@ class Program:
                 self._entry = header[2] if header[1] else self._entry
             elif " = " in line and self.computations and (instruction := _instruction(line)):
                 current[instruction.name] = instruction
-        # What runs, in order: a computation, how often, and the loop body (or the entry) that it is
-        # part of.
+        # The computations that run, in order: the name, how often it runs, and the loop body (or
+        # the entry) that it is part of.
         self._running = list(self._run(self._entry, 1, self._entry)) if self._entry else []
         self.unknown_loops = sum(
             i.opcode == "while" and self._trips(i) is None
@@ -134,11 +143,11 @@ class Program:
     def collectives(self) -> list[Collective]:
         """Every collective once, with how often it runs.
 
-        A TPU program spreads one over several fused computations, to compute while it is under way,
-        through loops even: they share its channel. What it fuses with the cut that follows is a
-        reduce-scatter, whatever is inside.
+        A TPU program spreads a collective over several fused computations, even through loops, to
+        compute while it is under way: they share its channel. An all-reduce that is fused with the
+        slice that follows is a reduce-scatter.
         """
-        found = {}
+        collectives = {}
         for name, runs, body in self._running:
             for i in self._of(name):
                 kind = i.opcode.removesuffix("-start")
@@ -147,32 +156,36 @@ class Program:
                     continue
                 channel = re.search(r"channel_id=(\d+)", i.attributes)
                 key = (kind, channel[1]) if channel else (body, i.name)
-                if key in found and found[key].runs <= runs:
+                if key in collectives and collectives[key].runs <= runs:
                     continue
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
-                given = i.operands[:1] if is_send else i.operands
-                local = sum(
-                    shape.bytes for operand in given for shape in self._shapes(name, operand)
-                )
+                operands = i.operands
+                group = (0,)
+                if is_send:
+                    operands = operands[:1]
+                else:
+                    group = _group(i.attributes, self.num_devices)
+                shapes = i.shapes
+                if i.opcode != kind and len(shapes) > 1:  # a start has its operand first
+                    shapes = shapes[1:2]
                 source = re.search(r'op_name="([^"]*)"', i.attributes)
-                shapes = i.shapes if i.opcode == kind or len(i.shapes) < 2 else i.shapes[1:2]
-                found[key] = Collective(
+                collectives[key] = Collective(
                     kind,
                     runs,
-                    (0,) if is_send else _group(i.attributes, self.num_devices),
-                    local,
+                    group,
+                    sum(s.bytes for operand in operands for s in self._shapes(name, operand)),
                     shapes,
                     in_product="windowed_dot_general" in body,
                     source=source[1] if source else "",
                 )
-        return list(found.values())
+        return list(collectives.values())
 
     def bytes_accessed(self) -> int:
-        """Bytes read from and written to a device's memory: what each operation takes and gives.
+        """Bytes read from and written to a device's memory, by every operation.
 
-        Of what is only sliced, the slice counts. What stays in the chip's other memories does not
-        count.
+        Where an operand is only sliced, the slice counts. Values in the chip's other memories do
+        not count.
         """
         total = 0
         for name, runs, body in self._running:
@@ -203,17 +216,15 @@ class Program:
                     yield from self._run(called, runs, body)
 
     def _trips(self, loop: Instruction) -> int | None:
-        """How often a loop runs; None where the text does not tell."""
+        """How often a loop runs; None where the text does not say."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(known[1])
-        # Of TPU programs: the one number that the condition compares with the counter, which starts
-        # at 0.
+        # In TPU programs it is the one number in the condition, which compares it with a counter
+        # that starts at 0.
         condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)
-        bounds = (
-            [i.operands[0] for i in self._of(condition[1]) if i.opcode == "constant"]
-            if condition
-            else []
-        )
+        if condition is None:
+            return None
+        bounds = [i.operands[0] for i in self._of(condition[1]) if i.opcode == "constant"]
         return int(bounds[0]) if len(bounds) == 1 and bounds[0].isdigit() else None
 
     def _shapes(self, name: str, operand: str) -> tuple[Shape, ...]:
@@ -223,16 +234,16 @@ class Program:
     def _accessed(self, name: str, i: Instruction) -> int:
         if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")):
             return 0
-        # Calls of a library, cuBLAS say, begin so; the others are marks, of shardings or of memory
-        # set aside.
+        # Calls of a library, such as cuBLAS, begin with "__"; the others mark shardings or reserved
+        # memory.
         if i.opcode == "custom-call" and 'custom_call_target="__' not in i.attributes:
             return 0
         if i.opcode == "fusion":
             return self._fusion(name, i)
         given = [shape for operand in i.operands for shape in self._shapes(name, operand)]
-        if i.opcode == "all-gather-start":  # its shapes are what it was given and what it gives
+        if i.opcode == "all-gather-start":  # its shapes are those of its operand and its result
             return _hbm(given) + _hbm(i.shapes[-1:])
-        # of a copy or a slice, or of another collective: as much is given as is got
+        # The start of a copy, a slice or another collective reads as much as it writes.
         if i.opcode.endswith("-start"):
             moved = min((shape.bytes for shape in i.shapes if len(shape.dims)), default=0)
             return moved * (
@@ -246,6 +257,7 @@ class Program:
         return written + _hbm(given)
 
     def _fusion(self, name: str, i: Instruction) -> int:
+        """Bytes that a fused computation reads and writes."""
         (inner,) = i.called
         parameters = {
             int(j.operands[0]): j.name for j in self._of(inner) if j.opcode == "parameter"
@@ -256,18 +268,16 @@ class Program:
                 if shape.in_hbm:
                     total += min(shape.bytes, self._read(inner, parameters[position], shape.bytes))
         root = next(j for j in self._of(inner) if j.is_root)
-        roots = (
-            [self.computations[inner][o] for o in root.operands]
-            if root.opcode == "tuple"
-            else [root]
-        )
+        roots = [root]
+        if root.opcode == "tuple":
+            roots = [self.computations[inner][operand] for operand in root.operands]
         for shape, result in zip(i.shapes, roots, strict=False):
             if shape.in_hbm:
                 total += self._written(inner, result, shape.bytes)
         return total
 
     def _read(self, name: str, value: str, whole: int) -> int:
-        """Bytes of a value that the instructions of a fused computation need, of `whole`."""
+        """Bytes of a value, `whole` in all, that the instructions of a fused computation read."""
         total = 0
         for i in self._of(name):
             if value not in i.operands:
@@ -297,6 +307,7 @@ class Program:
         return total
 
     def _written(self, name: str, result: Instruction, whole: int) -> int:
+        """Bytes of a result, `whole` in all, that a fused computation writes."""
         while result.opcode in _VIEWS and result.operands[0] in self.computations[name]:
             result = self.computations[name][result.operands[0]]
         if result.opcode in _PASSED_ON:
@@ -307,12 +318,15 @@ class Program:
 
 
 def _hbm(shapes: Iterable[Shape]) -> int:
+    """Bytes in the main memory of a device."""
     return sum(shape.bytes for shape in shapes if shape.in_hbm)
 
 
 def _instruction(line: str) -> Instruction | None:
+    """Parses a line of a computation; None where it is no instruction."""
     left, _, right = line.strip().partition(" = ")
-    is_root, name = left.startswith("ROOT "), left.removeprefix("ROOT ").removeprefix("%")
+    is_root = left.startswith("ROOT ")
+    name = left.removeprefix("ROOT ").removeprefix("%")
     end = _closing(right, 0) if right.startswith("(") else right.find(" ")
     call = re.match(r" ?([\w-]+)\(", right[end:])
     if call is None:
@@ -325,7 +339,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """The end of what the parenthesis at `start` opens."""
+    """The position after the parenthesis that closes the one at `start`."""
     depth = 0
     for end in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[end], 0)
@@ -335,20 +349,16 @@ def _closing(text: str, start: int) -> int:
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
-    found = re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", text)
-    # S(0), or none, is the main memory of a device; S(1) and higher are others.
-    return tuple(
-        Shape(
-            dtype,
-            tuple(map(int, dims.split(","))) if dims else (),
-            not re.search(r"S\([1-9]", layout),
-        )
-        for dtype, dims, layout in found
-    )
+    shapes = []
+    for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", text):
+        sizes = tuple(map(int, dims.split(","))) if dims else ()
+        # S(0), or none, is the main memory of a device; S(1) and higher are others.
+        shapes.append(Shape(dtype, sizes, not re.search(r"S\([1-9]", layout)))
+    return tuple(shapes)
 
 
 def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
-    """The first group of devices that a collective goes over, in any of the ways that HLO has to write them."""
+    """The first group of devices of a collective, in any of the forms of HLO."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         ends = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)", pairs[0])]
         return next((pair for pair in ends if len(set(pair)) > 1), ends[0])
@@ -364,19 +374,26 @@ def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
             np.arange(num_devices).reshape(dims).transpose(order).reshape(groups)[0].tolist()
         )
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
-        axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])]
-        # 'x': all of an axis; 'x':(2)4: the 4 within each of 2.
-        over = {name: (int(outer or 1), int(part or 0)) for name, outer, part in
-                re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[2])}  # fmt: skip
-        along = []
-        for name, size in axes:
-            outer, part = over.get(name, (1, 1))
-            part = part or size
-            along.append(np.arange(part) * (size // outer // part))
-        ids = np.arange(num_devices)
-        if ordered := re.search(r"device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\)", attributes):
-            dims, order = (list(map(int, part.split(","))) for part in ordered.groups())
-            ids = ids.reshape(dims).transpose(order)
-        ids = ids.reshape([size for _, size in axes])
-        return tuple(ids[np.ix_(*along)].flatten().tolist())
+        return _mesh_group(named[1], named[2], attributes, num_devices)
     return tuple(range(num_devices))
+
+
+def _mesh_group(mesh: str, names: str, attributes: str, num_devices: int) -> tuple[int, ...]:
+    """The first group of a collective over named axes: `'data'=2,'fsdp'=4` and `'fsdp'`."""
+    axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)]
+    # 'x': all of an axis; 'x':(2)4: the 4 within each of 2.
+    over = {
+        name: (int(outer or 1), int(part or 0))
+        for name, outer, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", names)
+    }
+    along = []
+    for name, size in axes:
+        outer, part = over.get(name, (1, 1))
+        part = part or size
+        along.append(np.arange(part) * (size // outer // part))
+    ids = np.arange(num_devices)
+    if ordered := re.search(r"device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\)", attributes):
+        dims, order = (list(map(int, part.split(","))) for part in ordered.groups())
+        ids = ids.reshape(dims).transpose(order)
+    ids = ids.reshape([size for _, size in axes])
+    return tuple(ids[np.ix_(*along)].flatten().tolist())

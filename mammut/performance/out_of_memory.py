@@ -1,4 +1,4 @@
-"""What to say when a run does not fit into the memory of a device: how much did not, and what helps."""
+"""The error text of a run that does not fit into the memory of a device, with what helps."""
 
 import contextlib
 import math
@@ -10,7 +10,7 @@ import jax
 from mammut.core.sharding import RULES
 from mammut.training.config import TrainConfig
 
-# What the backends say of the amount: TPU compiler, then allocators.
+# The amount in the backends' messages: the TPU compiler's, then the allocators'.
 _AMOUNTS = (
     r"Used [\d.]+\w* of [\d.]+\w*(?: \w+)?",
     r"[Oo]ut of memory (?:while trying to allocate|allocating|trying to allocate) [\d.,]+ ?\w+",
@@ -19,23 +19,26 @@ _AMOUNTS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of JAX, at compile time or of a step, says that memory did not suffice."""
-    # A step on CPU says INTERNAL of it.
+    """Whether an error of JAX, in compiling or in a step, says that memory did not suffice."""
+    # A step on the CPU fails with INTERNAL and one of the amounts.
     return "RESOURCE_EXHAUSTED" in str(error) or re.search(_AMOUNTS[1], str(error)) is not None
 
 
 def out_of_memory_advice(config: TrainConfig, error: BaseException) -> str:
-    """One sentence: what did not fit, and the settings of `config` that take less memory, the cheapest first.
+    """Says what did not fit, and which settings take less memory, the cheapest first.
 
     Args:
-      config: of the run whose state or step does not fit.
-      error: for which `is_out_of_memory` is True.
+      config: the run whose state or step does not fit.
+      error: an error that `is_out_of_memory` accepts.
     """
-    said = next((found[0] for amount in _AMOUNTS if (found := re.search(amount, str(error)))), None)
-    amount = f" ({said[0].lower()}{said[1:]})" if said else ""
+    amount = ""
+    for pattern in _AMOUNTS:
+        if match := re.search(pattern, str(error)):
+            amount = f" ({match[0][0].lower()}{match[0][1:]})"
+            break
     mesh = jax.sharding.get_abstract_mesh()
     ways = math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
-    # of a device in a micro-batch
+    # Rows of a micro-batch on one device.
     rows, left = divmod(config.data.batch_size, config.accumulation * ways)
     knobs = []
     if rows > 1 and not left:
@@ -49,12 +52,18 @@ def out_of_memory_advice(config: TrainConfig, error: BaseException) -> str:
             f"--loss.vocab-chunk {config.loss.vocab_chunk // 2} (now {config.loss.vocab_chunk})"
         )
     knobs.append(f"a smaller --data.batch-size (now {config.data.batch_size})")
-    return f"the run does not fit into the memory of a device{amount}: what helps is {', '.join(knobs)}"
+    return (
+        f"the run does not fit into the memory of a device{amount}: "
+        f"what helps is {', '.join(knobs)}"
+    )
 
 
 @contextlib.contextmanager
 def enough_memory(config: TrainConfig) -> Iterator[None]:
-    """Raises MemoryError with `out_of_memory_advice` where a program does not fit, as it is compiled or as it runs."""
+    """Raises MemoryError with `out_of_memory_advice` where a program inside does not fit.
+
+    It may fail when it is compiled, or when it runs.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

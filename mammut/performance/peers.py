@@ -1,8 +1,8 @@
-"""open_clip beside mammut in one process: the same sizes, one set of weights, equal losses first, then times in turn.
+"""open_clip as a peer to measure against: the same sizes, weights and batch, in one process.
 
-The peer is a package `open_clip` that the user has: a released one, a checkout's `src`, LAION's
-fork with MaMMUT. Its model is made from a config that both sides read, every weight of it is drawn
-at random, written as open_clip writes weights and read by `mammut.load`; its losses are its own
+The peer is a package `open_clip` that the user has: a released one, a checkout's `src`, or LAION's
+fork with MaMMUT. Its model is made from a config that both sides read. Every weight is drawn at
+random, written as open_clip writes weights, and read by `mammut.load`. Its losses are its own
 `CoCaLoss`.
 """
 
@@ -27,12 +27,15 @@ from mammut.weights.files.tensor_file import TensorSpec, write_safetensors
 
 Family = Literal["coca", "mammut"]
 Mode = Literal["eager", "compile"]
-LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS = 1e-4, 0.2, (0.9, 0.98), 1e-6
+LEARNING_RATE = 1e-4
+WEIGHT_DECAY = 0.2
+BETAS = (0.9, 0.98)
+EPS = 1e-6
 START = 1  # the id that a generated text starts with
 
 
 class PeerError(ValueError):
-    """The peer cannot do what is asked, or does something else than we do."""
+    """The peer cannot do what is needed, or does not compute the same as mammut."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +57,10 @@ SIZES = {
 
 
 def peer_config(size: Size, family: Family, vocab_size: int) -> dict[str, Any]:
-    """A model of this size as open_clip's JSON: CoCa, or MaMMUT as in LAION's fork.
+    """open_clip's JSON of a model of this size: CoCa, or MaMMUT as in LAION's fork.
 
-    CoCa has as many layers before its image attention as after, and one learned query more than
-    there are patches.
+    CoCa has as many text layers without attention to the image as with it, and one learned query
+    more than patches.
     """
     patches = (size.image_size // size.patch_size) ** 2
     vision = {
@@ -95,9 +98,10 @@ def peer_config(size: Size, family: Family, vocab_size: int) -> dict[str, Any]:
 
 
 def noise_batch(model_cfg: dict[str, Any], batch: int) -> dict[str, np.ndarray]:
-    """Images and texts of random numbers: `image` uint8[B, height, width, 3], `tokens` int[B, L], 0 for pads."""
+    """A random batch: `image` uint8[B, height, width, 3] and `tokens` int[B, L], 0 for pads."""
     rng = np.random.default_rng(0)
-    size, text = model_cfg["vision_cfg"]["image_size"], _text_cfg(model_cfg)
+    size = model_cfg["vision_cfg"]["image_size"]
+    text = _text_cfg(model_cfg)
     length = text.get("context_length", 77)
     tokens = rng.integers(1, text.get("vocab_size", 49_408), (batch, length))
     real = rng.integers(max(length // 2, 2), length + 1, (batch, 1))
@@ -113,17 +117,17 @@ class OpenClip:
     """A model of open_clip with random weights, a batch of noise on its device, and its optimizer.
 
     Args:
-      where: the package, see `import_open_clip`.
+      package: the name or folder of the package; see `import_open_clip`.
       model_cfg: open_clip's JSON of a model, or its path, or the name of one that the package has.
-      family: what the name says of a model, which is how the fork knows its class.
-      rows: of the batch.
+      family: a word in the model's name, by which the fork chooses its class.
+      rows: examples of the batch.
 
     Raises:
       PeerError: there is no such package, or it does not have this model.
     """
 
-    def __init__(self, where: str, model_cfg: dict[str, Any] | str, family: Family, rows: int):
-        self.package = import_open_clip(where)
+    def __init__(self, package: str, model_cfg: dict[str, Any] | str, family: Family, rows: int):
+        self.package = import_open_clip(package)
         import torch
 
         self.torch = torch
@@ -141,7 +145,7 @@ class OpenClip:
                 raise PeerError(
                     f"{self.package.__file__} does not make this {family}: {error}"
                 ) from error
-        # all of them: some start as zeros, and CoCa's vocabulary head as whatever memory held
+        # All weights: some start as zeros, and CoCa's vocabulary head is not initialised at all.
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if parameter.ndim > 1:
@@ -158,7 +162,7 @@ class OpenClip:
         self.image = torch.from_numpy(image.transpose(0, 3, 1, 2).copy()).to(self.device)
         self.tokens = torch.from_numpy(self.batch["tokens"].astype(np.int64)).to(self.device)
         self.loss = self.package.loss.CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=1.0)
-        # Fused where it is to be had: the fastest of PyTorch's three forms.
+        # Fused: the fastest of PyTorch's three forms.
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [
@@ -170,25 +174,26 @@ class OpenClip:
         )
 
     def _read(self, name: str) -> dict[str, Any]:
+        """Reads a config by its path, or by its name in the package."""
         path = pathlib.Path(name).expanduser()
-        found = (
-            json.loads(path.read_text("utf-8"))
-            if path.suffix == ".json"
-            else self.package.get_model_config(name)
-        )
-        if not isinstance(found, dict):
+        if path.suffix == ".json":
+            config = json.loads(path.read_text("utf-8"))
+        else:
+            config = self.package.get_model_config(name)
+        if not isinstance(config, dict):
             raise PeerError(
-                f"--peer-config is {name}, expected a .json file or a name of open_clip.list_models()"
+                f"--peer-config is {name}, "
+                "expected a .json file or a name of open_clip.list_models()"
             )
-        return found.get("model_cfg", found)
+        return config.get("model_cfg", config)
 
     @property
     def version(self) -> str:
-        """Of the package, and of PyTorch."""
+        """The versions of the package and of PyTorch."""
         return f"open_clip {self.package.__version__}, torch {self.torch.__version__}"
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes weights and config as open_clip does for the hub, `open_clip_config.json` beside the weights."""
+        """Writes weights and `open_clip_config.json` as open_clip does for the hub."""
         tensors = {name: np.array(x.detach().cpu()) for name, x in self.model.state_dict().items()}
         specs = {name: TensorSpec(array.shape, array.dtype) for name, array in tensors.items()}
         write_safetensors(folder / "open_clip_model.safetensors", specs, tensors.__getitem__)
@@ -197,7 +202,7 @@ class OpenClip:
         )
 
     def losses_and_gradient(self) -> dict[str, float]:
-        """Both losses of the batch and the norm of the whole gradient: what the first step would see."""
+        """Computes both losses of the batch and the norm of the gradient, as in a first step."""
         self.optimizer.zero_grad(set_to_none=True)
         losses = self._losses(self.model)
         sum(losses.values()).backward()
@@ -206,9 +211,10 @@ class OpenClip:
         return {**{name: x.item() for name, x in losses.items()}, "grad_norm": norm.item()}
 
     def stepper(self, mode: Mode, dtype: Dtype = "float32") -> Callable[[], float]:
-        """A training step: forward, both losses, backward, AdamW, the logit scale clamped; it returns the loss.
+        """Makes a training step: forward, both losses, backward, AdamW, logit scale clamped.
 
-        `mode` "compile" runs the model through `torch.compile` as it is by default.
+        The step returns its loss. `mode` "compile" runs the model through `torch.compile` with its
+        defaults.
         """
         model = self.torch.compile(self.model) if mode == "compile" else self.model
 
@@ -227,9 +233,10 @@ class OpenClip:
     def generate(
         self, images: int, beams: int, new_tokens: int, dtype: Dtype = "float32"
     ) -> np.ndarray:
-        """Texts int[images, 1 + new_tokens] of the first images, the start token first: greedy, or by beams.
+        """Generates texts int[images, 1 + new_tokens] of the first images: greedy, or by beams.
 
-        No text ends early: its end, `end_id`, is forbidden up to the last place.
+        A text begins with the start token. None ends early: the end, `end_id`, is forbidden up to
+        the last position.
 
         Raises:
           PeerError: this version of the peer does not generate with what is installed.
@@ -244,21 +251,24 @@ class OpenClip:
         self.model.eval()
         try:
             with self.torch.inference_mode(), self._computing(dtype):
-                found = [
+                texts = [
                     self.model.generate(image, **options)
                     for image in self.image[:images].split(self.at_once)
                 ]
-        # whatever its versions of transformers and of itself raise at one another
+        # Its versions of transformers and of itself may not go together, with any error.
         except Exception as error:
             raise PeerError(
                 f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             ) from error
         finally:
             self.model.train()
-        return self.torch.cat(found).cpu().numpy()
+        return self.torch.cat(texts).cpu().numpy()
 
     def try_generation(self, images: int, beams: int, new_tokens: int) -> np.ndarray:
-        """`generate` as it is to be timed: all images at once, or where that fails one after the other."""
+        """Calls `generate` with all images at once, or where that fails one after the other.
+
+        Later calls of `generate` do the same.
+        """
         self.at_once = images
         try:
             return self.generate(images, beams, new_tokens)
@@ -268,7 +278,7 @@ class OpenClip:
 
     @property
     def end_id(self) -> int:
-        """The last id of the vocabulary, as the end of a text: not 0, which the model takes for a pad."""
+        """The end of a text: the last id of the vocabulary, since the model takes 0 for a pad."""
         return _text_cfg(self.model_cfg).get("vocab_size", 49_408) - 1
 
     def _computing(self, dtype: Dtype) -> Any:
@@ -285,41 +295,42 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def import_open_clip(where: str) -> types.ModuleType:
-    """The package open_clip: `where` is its name, or a folder that holds it or its `src`.
+def import_open_clip(package: str) -> types.ModuleType:
+    """Imports open_clip; `package` is its name, or a folder that holds it or its `src`.
 
     Raises:
-      PeerError: it is not there, or something it needs is not.
+      PeerError: it does not exist, or something that it needs is missing.
     """
-    if where != "open_clip":
-        folder = pathlib.Path(where).expanduser().resolve()
-        folder = next(
-            (path for path in (folder, folder / "src") if (path / "open_clip").is_dir()), None
-        )
-        if folder is None:
+    if package != "open_clip":
+        given = pathlib.Path(package).expanduser().resolve()
+        folders = [path for path in (given, given / "src") if (path / "open_clip").is_dir()]
+        if not folders:
             raise PeerError(
-                f"--peer is {where}, expected open_clip or a folder that holds the package open_clip"
+                f"--peer is {package}, "
+                "expected open_clip or a folder that holds the package open_clip"
             )
+        folder = folders[0]
         sys.path.insert(0, str(folder))
     with _without_torchvision():
         try:
             import open_clip
             import open_clip.loss
         except ImportError as error:
-            raise PeerError(f"--peer {where} does not import: {error}") from error
-    if where != "open_clip" and folder not in pathlib.Path(open_clip.__file__).resolve().parents:
+            raise PeerError(f"--peer {package} does not import: {error}") from error
+    if package != "open_clip" and folder not in pathlib.Path(open_clip.__file__).resolve().parents:
         raise PeerError(
-            f"--peer is {where}, but open_clip of {open_clip.__file__} was imported before"
+            f"--peer is {package}, but open_clip of {open_clip.__file__} was imported before"
         )
     return open_clip
 
 
 class _Anything(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Any module of torchvision, with classes that do nothing under any name."""
+    """Stands in for any module of torchvision: every name in it is a class that does nothing."""
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "torchvision":
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
 
     def create_module(self, spec):
         module = types.ModuleType(spec.name)
@@ -327,16 +338,8 @@ class _Anything(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         def attribute(name):
             if name.startswith("__"):
                 raise AttributeError(name)
-            return type(
-                name,
-                (),
-                {
-                    "__init__": lambda self, *_, **__: None,
-                    "BICUBIC": 0,
-                    "BILINEAR": 1,
-                    "NEAREST": 2,
-                },
-            )
+            modes = {"BICUBIC": 0, "BILINEAR": 1, "NEAREST": 2}
+            return type(name, (), {"__init__": lambda self, *_, **__: None, **modes})
 
         module.__getattr__ = attribute
         return module
@@ -347,7 +350,10 @@ class _Anything(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextlib.contextmanager
 def _without_torchvision():
-    """open_clip imports torchvision for its image transforms, which no model needs: it may be missing or broken."""
+    """Lets open_clip import where torchvision is missing or broken.
+
+    It needs torchvision for its image transforms alone, which no model uses.
+    """
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):
@@ -357,9 +363,8 @@ def _without_torchvision():
             yield
         finally:
             sys.meta_path.remove(finder)
-            for name in [
-                name for name in set(sys.modules) - before if name.split(".")[0] == "torchvision"
-            ]:
-                del sys.modules[name]
+            for name in set(sys.modules) - before:
+                if name.split(".")[0] == "torchvision":
+                    del sys.modules[name]
     else:
         yield

@@ -1,9 +1,9 @@
-"""What a training step spends its time on: its parts, each compiled and timed on its own, forward and backward.
+"""The parts of a training step, each compiled and timed on its own, forward and backward.
 
-A part is given what the parts before it made, and gives the gradients of its parameters and of what
-it was given. Apart they cannot overlap or be fused with each other, so their sum is near the step's
-time, not equal to it; `rest` says how near: the step less its parts. It holds the norm of the
-gradients and their sums too.
+A part takes the outputs of the parts before it, and computes the gradients of its parameters and of
+its inputs. On their own the parts cannot overlap or be fused with each other, so their sum is near
+the step's time, not equal to it. `rest` is the step less its parts; it has the norm and the sums of
+the gradients, too.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from mammut.performance.timing import in_turns, summary
 from mammut.training.optimizer import make_optimizer
 from mammut.training.tasks import ImageTextTask
 
-# Parts that are FLOPs of `forward_flops`.
+# The parts of `forward_flops` that each part of a step has.
 _COUNTED = {
     "image encoder": ("vision",),
     "contrastive pass": ("contrastive_pass",),
@@ -35,11 +35,14 @@ _COUNTED = {
 
 
 def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
-    """The parts of a step as calls that wait for their end. The first calls compile."""
-    config, merge, batch = step.config, step.trainer.model, step.batch
+    """Makes the parts of a step, as calls that wait for their end. The first calls compile."""
+    config = step.config
+    merge = step.trainer.model
+    batch = step.batch
+    tokens = batch["tokens"]
+    valid = batch["text_valid"]
     task = ImageTextTask(config.loss)
     params = jax.tree.map(jnp.copy, step.state.all_params)  # the step's own are donated
-    tokens, valid = batch["tokens"], batch["text_valid"]
 
     def loss_of_captions(model, features):
         head = model.text.vocab_kernel, model.text.vocab_bias
@@ -56,8 +59,8 @@ def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
     vector = jax.jit(lambda params: unit(merge(params).text_vector(tokens, valid)))(params)
 
     def image(model):
-        found = model.image_tokens(batch["image"], augment)
-        return found.tokens, found.vector
+        encoded = model.image_tokens(batch["image"], augment)
+        return encoded.tokens, encoded.vector
 
     functions = {"image encoder": (image, ())}
     if config.compute.passes == "fused":
@@ -78,15 +81,18 @@ def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
 
 
 def _gradients(merge: Callable, params: Any, function: Callable, given: tuple) -> Callable[[], Any]:
-    """A call of the gradients of `function(model, *given)` in what it was given and in the parameters that it uses."""
+    """Makes a call of the gradients of `function(model, *given)`.
+
+    They are taken in `given` and in the parameters that the function uses.
+    """
     leaves, tree = jax.tree.flatten(params)
 
     def value(leaves, given):
-        found = function(merge(jax.tree.unflatten(tree, leaves)), *given)
-        # A loss as it is. Of all else the squares: with a constant cotangent XLA would leave out
-        # products.
+        outputs = function(merge(jax.tree.unflatten(tree, leaves)), *given)
+        # A loss is summed as it is, an array by its squares: with a constant cotangent XLA would
+        # leave out products.
         return sum(
-            (x.astype(jnp.float32) ** 2).sum() if x.ndim else x for x in jax.tree.leaves(found)
+            (x.astype(jnp.float32) ** 2).sum() if x.ndim else x for x in jax.tree.leaves(outputs)
         )
 
     jaxpr = jax.make_jaxpr(value)(leaves, given).jaxpr
@@ -104,7 +110,7 @@ def _gradients(merge: Callable, params: Any, function: Callable, given: tuple) -
 
 
 def _update(step: Step, params: Any) -> Callable[[], Any]:
-    """A call of the optimizer on gradients that are there already."""
+    """Makes a call of the optimizer on gradients that exist already."""
     optimizer = make_optimizer(step.config.optimizer, step.config.steps)
 
     def update(params, opt_state, gradients):
@@ -123,29 +129,19 @@ def _update(step: Step, params: Any) -> Callable[[], Any]:
 
 
 def measure_parts(step: Step, rounds: int = 3, per_turn: int = 3) -> dict[str, Any]:
-    """Seconds of every part, its share of the step, and its share of the FLOPs where they are counted."""
+    """Measures every part: `seconds`, its `share` of the step and, where counted, of the FLOPs."""
     with jax.set_mesh(step.trainer.mesh):
         calls = {"step": step, **make_parts(step)}
         turns = in_turns(calls, rounds, per_turn)
-    times = {
-        name: summary([x for turn in found for x in turn])["seconds"]
-        for name, found in turns.items()
-    }
+    times = {name: summary(sum(turn, []))["seconds"] for name, turn in turns.items()}
     whole = times.pop("step")
     flops = forward_flops(step.config.model, step.config.augment.patch_drop)
-    rows = {
-        name: {
-            "seconds": seconds,
-            "share": seconds / whole,
-            **(
-                {"flops_share": sum(flops[x] for x in counted) / sum(flops.values())}
-                if counted
-                else {}
-            ),
-        }
-        for name, seconds in times.items()
-        for counted in [_COUNTED.get(name, ())]
-    }
+    rows = {}
+    for name, seconds in times.items():
+        rows[name] = {"seconds": seconds, "share": seconds / whole}
+        if name in _COUNTED:
+            own = sum(flops[part] for part in _COUNTED[name])
+            rows[name]["flops_share"] = own / sum(flops.values())
     rest = whole - sum(times.values())
     return {
         "step": {"seconds": whole, "share": 1.0},

@@ -1,4 +1,4 @@
-"""The training step: its time and rate, the share of the device's arithmetic that it uses, the memory it wants."""
+"""The time of a training step, its share of the device's peak FLOP/s, and its memory."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from mammut.models.attention_kernels import Kernel, attention_kernel
 from mammut.models.compute import ComputeConfig, Dtype, Remat
 from mammut.models.mammut import MaMMUT, ModelConfig
 from mammut.models.resnet import ResNetConfig
-from mammut.performance.chips import find_chip
+from mammut.performance.chips import GIB, find_chip
 from mammut.performance.compile_report import step_flops
 from mammut.performance.out_of_memory import enough_memory
 from mammut.performance.timing import summary, timed
@@ -26,29 +26,37 @@ from mammut.training.step import Trainer, make_trainer
 from mammut.training.tasks import ImageTextTask
 
 FORMULA = (
-    "3 x forward FLOPs x batch / seconds; 2 a multiply-add, attention half where it is causal, nothing for what is "
-    "computed again; MFU divides by the peak x devices"
+    "3 x forward FLOPs x batch / seconds; 2 a multiply-add, attention half where it is causal, "
+    "nothing for what is computed again; MFU divides by the peak x devices"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """How the step computes what it computes.
+    """How a training step is computed.
 
-    None: float32 without remat on a CPU, elsewhere bfloat16 with remat "dots".
+    A field that is None has its usual value: on a CPU float32 without remat and all layers
+    unrolled, elsewhere bfloat16 with remat "dots".
     """
 
+    # Number type of the computation.
     dtype: Dtype | None = None
+    # What the backward pass computes again.
     remat: Remat | None = None
-    unroll: int | None = None  # None: on a CPU, all layers
+    # Layers unrolled in each turn of the loop over layers.
+    unroll: int | None = None
+    # Whether the decoder runs twice, or once with both passes stacked.
     passes: Literal["two_calls", "fused"] | None = None
+    # The kernel of image attention.
     image_attention: Literal["auto", "xla"] | None = None
+    # Tokens of a chunk of the vocabulary loss.
     vocab_chunk: int = LossConfig.vocab_chunk
+    # Micro-batches of a step.
     accumulation: int = 1
     mesh: MeshConfig = MeshConfig()
 
     def compute(self, model: ModelConfig) -> ComputeConfig:
-        """How `model` is computed this way."""
+        """The way to compute `model` with these settings."""
         if jax.default_backend() == "cpu":
             depths = (model.vision.depth, model.text.depth, model.text.text_only_depth)
             usual = ComputeConfig(unroll=max(depths))
@@ -59,7 +67,7 @@ class RunSettings:
         return dataclasses.replace(usual, **given)
 
     def train_config(self, model: ModelConfig, batch_size: int, **others: Any) -> TrainConfig:
-        """A run that trains `model` this way; `others` are fields of `TrainConfig`."""
+        """A run that trains `model` with these settings; `others` are fields of `TrainConfig`."""
         return TrainConfig(
             model=model,
             compute=self.compute(model),
@@ -72,7 +80,7 @@ class RunSettings:
 
 
 def computed(model: MaMMUT, settings: RunSettings) -> MaMMUT:
-    """The same weights in a model that computes as `settings` say."""
+    """A model with the same weights that computes as `settings` say."""
     compute = settings.compute(model.config)
 
     def make() -> MaMMUT:
@@ -83,12 +91,12 @@ def computed(model: MaMMUT, settings: RunSettings) -> MaMMUT:
 
 
 def exact_float32(dtype: Dtype) -> Any:
-    """A context in which products in float32 are that: a GPU's would have 10 bits otherwise, and results come apart."""
+    """A context for exact products in float32; a GPU would round them to TF32's 10 bits."""
     return jax.default_matmul_precision("highest" if dtype == "float32" else None)
 
 
 def noise_batch(config: TrainConfig) -> dict[str, np.ndarray]:
-    """Random pixels and tokens for `ImageTextTask`; at least half of each text is real."""
+    """A batch of random pixels and tokens for `ImageTextTask`; half of a text or more is real."""
     arrays = ImageTextTask(config.loss).abstract_batch(config)
     rows, length = arrays["tokens"].shape
     rng = np.random.default_rng(0)
@@ -102,7 +110,7 @@ def noise_batch(config: TrainConfig) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass
 class Step:
-    """The real training step of a run, compiled, with its batch on its devices already."""
+    """The real training step of a run, compiled, with a batch that is on the devices already."""
 
     config: TrainConfig
     trainer: Trainer
@@ -113,7 +121,7 @@ class Step:
     metrics: dict[str, float]  # of the first call
 
     def __call__(self) -> None:
-        """One step, waited for; the state goes from call to call, donated."""
+        """Runs one step and waits for it; the state is donated from call to call."""
         self.state, metrics = self.compiled(self.state, self.batch)
         jax.block_until_ready(metrics)
 
@@ -124,12 +132,13 @@ def make_step(
     """Builds, compiles and calls the step of `config` once.
 
     Args:
-      model: whose weights to start from. None: random ones.
-      batch: what to train on. None: noise of `config.data.batch_size` examples.
+      config: the run.
+      model: a model whose weights to start from; None: random weights.
+      batch: the batch to train on; None: noise of `config.data.batch_size` examples.
 
     Raises:
       ValueError: the batch or the mesh do not divide over the devices.
-      MemoryError: it does not fit.
+      MemoryError: the step does not fit into the memory of a device.
     """
     mesh = sharding.make_mesh(config.mesh)
     batch = noise_batch(config) if batch is None else batch
@@ -137,34 +146,41 @@ def make_step(
     with jax.set_mesh(mesh), enough_memory(config):
         if model is None:
             state = trainer.init(config.seed)
-        else:  # copies: the step takes over what it is given
-            state = trainer.init_from(
-                jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-            )
+        else:
+            params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+            # Copies: the step takes over what it is given.
+            state = trainer.init_from(jax.tree.map(np.array, params))
         batch = sharding.device_batch(batch, mesh)
         began = time.perf_counter()
         compiled = trainer.step.lower(state, batch).compile()
         compile_s = time.perf_counter() - began
         state, metrics = compiled(state, batch)
-        found = {name: float(x) for name, x in jax.device_get(metrics).items()}
-    return Step(config, trainer, batch, state, compiled, compile_s, found)
+        metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    return Step(config, trainer, batch, state, compiled, compile_s, metrics)
 
 
 def memory(compiled: Any) -> dict[str, float]:
-    """GiB of one device that a compiled program takes; `peak`: the most that this process has held, where known."""
-    told, stats = compiled.memory_analysis(), jax.devices()[0].memory_stats() or {}
-    output = told.output_size_in_bytes - told.alias_size_in_bytes
-    sizes = {
-        "state_and_batch": told.argument_size_in_bytes,
-        "temporaries": told.temp_size_in_bytes,
-        "total": told.argument_size_in_bytes + told.temp_size_in_bytes + output,
-        **({"peak": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}),
+    """GiB of one device that a compiled program takes.
+
+    Returns:
+      `state_and_batch`, `temporaries`, `total`, and `peak`, the most that this process has held,
+      where the device counts it.
+    """
+    sizes = compiled.memory_analysis()
+    output = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    amounts = {
+        "state_and_batch": sizes.argument_size_in_bytes,
+        "temporaries": sizes.temp_size_in_bytes,
+        "total": sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + output,
     }
-    return {name: size / 2**30 for name, size in sizes.items()}
+    counters = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in counters:
+        amounts["peak"] = counters["peak_bytes_in_use"]
+    return {name: amount / GIB for name, amount in amounts.items()}
 
 
 def measured_peak(dtype: Dtype, calls: int = 5) -> float:
-    """FLOP/s of one device in the product of two square matrices: the fastest of a few calls."""
+    """Measures FLOP/s of one device in products of two square matrices: the fastest of `calls`."""
     side = 2_048 if jax.default_backend() == "cpu" else 8_192
     # Noise: zeros take less power, and on some devices less time.
     left, right = (jax.random.normal(jax.random.key(i), (side, side), dtype) for i in range(2))
@@ -173,20 +189,23 @@ def measured_peak(dtype: Dtype, calls: int = 5) -> float:
 
 
 def utilisation(config: TrainConfig, seconds: float, peak: float) -> dict[str, float]:
-    """TFLOP/s of all devices together, and MFU against `peak` FLOP/s a device and the maker's figure: see `FORMULA`."""
-    devices = config.mesh.sizes(jax.device_count())
-    count, chip = int(np.prod(devices)), find_chip(jax.devices()[0].device_kind)
+    """The rate of a step of `seconds` by `FORMULA`; `peak` is the FLOP/s of one device.
+
+    Returns:
+      `tflops` of all devices together, `mfu` against `peak`, and for bfloat16 on a known chip
+      `mfu_stated`, against the maker's figure.
+    """
+    devices = int(np.prod(config.mesh.sizes(jax.device_count())))
     rate = step_flops(config)[0] / seconds
-    stated = (
-        {"mfu_stated": rate / (chip.flops * count)}
-        if chip and config.compute.dtype == "bfloat16"
-        else {}
-    )
-    return {"tflops": rate / 1e12, "mfu": rate / (peak * count), **stated}
+    shares = {"tflops": rate / 1e12, "mfu": rate / (peak * devices)}
+    chip = find_chip(jax.devices()[0].device_kind)
+    if chip and config.compute.dtype == "bfloat16":
+        shares["mfu_stated"] = rate / (chip.flops * devices)
+    return shares
 
 
 def measure(step: Step, steps: int, warmup: int, peak: float) -> dict[str, Any]:
-    """Time, rate, utilisation and memory of a step, and what it was."""
+    """Measures a step: time, rate, utilisation and memory, with the sizes that it had."""
     config = step.config
     with jax.set_mesh(step.trainer.mesh):
         times = summary(timed(step, steps, warmup), config.data.batch_size)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from mammut.core import sharding
 from mammut.core.params import Params
+from mammut.core.typing import Batch
 from mammut.models.compute import Augment
-from mammut.models.mammut import Batch
 
 
 def micro_batches(batch: Batch, augment: Augment, accumulation: int) -> tuple[Batch, Augment]:

@@ -181,7 +181,7 @@ def load_recipe(path: pathlib.Path) -> TrainConfig:
 
 
 def default_workdir(recipe: str, resume: bool) -> pathlib.Path:
-    """Chooses runs/RECIPE, or -2, -3 ...: the newest used one to resume, else the first free one."""
+    """Chooses runs/RECIPE, or -2, -3 ...: the newest to resume, else the first free one."""
     newest = workdir = pathlib.Path("runs") / recipe
     number = 1
     while workdir.exists():

@@ -1,4 +1,4 @@
-"""The processor of a fresh run: that of what it starts from, or one with a given or a newly trained vocabulary."""
+"""The processor of a fresh run: a start's own, or one with a given or a new vocabulary."""
 
 import base64
 import dataclasses
@@ -43,7 +43,10 @@ def shared_processor(
 def make_processor(
     config: TrainConfig, source: sources.Source, starts: dict[Start, OpenedModel]
 ) -> Processor:
-    """The processor of a fresh run: of what it starts from, or with a given or a newly trained vocabulary."""
+    """Makes the processor of a fresh run.
+
+    It is that of the model the run starts from, or it has a given or a newly trained vocabulary.
+    """
     of = {name: opened.processor for name, opened in starts.items()}
     text, settings = config.model.text, config.tokenizer
     decoder = next((name for name in ("init_text", "init") if name in starts), None)
@@ -54,11 +57,13 @@ def make_processor(
             tokenizer, missing = None, tokenizer
         if tokenizer and settings.path and not config.makes_language_model:
             raise ValueError(
-                f"tokenizer.path and {decoder} are given: tokenizer.replace True takes another vocabulary"
+                f"tokenizer.path and {decoder} are given: tokenizer.replace True takes another "
+                f"vocabulary"
             )
         if not (tokenizer or settings.path):
             raise ValueError(
-                f"{decoder} {starts[decoder].where} comes without a tokenizer: tokenizer.path says where it is, "
+                f"{decoder} {starts[decoder].where} comes without a tokenizer: tokenizer.path says "
+                f"where it is, "
                 "tokenizer.replace True takes another"
             )
     if tokenizer is None and settings.path:
@@ -67,7 +72,8 @@ def make_processor(
         tokenizer = train_sentencepiece(sources.texts(source), text.vocab_size, settings.lowercase)
     if tokenizer.vocab_size > text.vocab_size:
         raise ValueError(
-            f"tokenizer.path {settings.path} has {tokenizer.vocab_size} pieces, more than the {text.vocab_size} of "
+            f"tokenizer.path {settings.path} has {tokenizer.vocab_size} pieces, more than the "
+            f"{text.vocab_size} of "
             "model.text.vocab_size"
         )
     size = config.model.vision.image_size
@@ -83,6 +89,7 @@ def make_processor(
         missing.require_same_ids(tokenizer)
     if settings.replace and text.pad_id not in (None, processor.pad_id):
         raise ValueError(
-            f"model.text.pad_id is {text.pad_id}, the pad of the new vocabulary is {processor.pad_id}"
+            f"model.text.pad_id is {text.pad_id}, the pad of the new vocabulary is "
+            f"{processor.pad_id}"
         )
     return processor

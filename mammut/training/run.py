@@ -1,4 +1,4 @@
-"""From a command line to a run: its recipe, the overrides of it, its folder, and what a resumed run may change."""
+"""From a command line to a run: recipe, overrides, folder, and what a resumed run may change."""
 
 import dataclasses
 import json
@@ -25,12 +25,26 @@ from mammut.weights.warm_start import SIZES, VOCABULARY, Start, start_config
 # What a resumed run may change: how it is watched, placed and fed, what memory it takes, and how
 # long it goes on (the learning rate follows the new length from there); nothing else.
 RESUMABLE = {
-    "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps", "step_timeout",
-    "mesh", "compute.remat", "loss.vocab_chunk", "compilation_cache", "data.val", "data.eval_batch_size",
-    "data.val_examples", "data.threads", "data.max_bad_share", "data.tfds_dir",
-}  # fmt: skip
+    "steps",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_nonfinite_steps",
+    "step_timeout",
+    "mesh",
+    "compute.remat",
+    "loss.vocab_chunk",
+    "compilation_cache",
+    "data.val",
+    "data.eval_batch_size",
+    "data.val_examples",
+    "data.threads",
+    "data.max_bad_share",
+    "data.tfds_dir",
+}
 
-# what each process may have of its own
+# Fields in which the processes of one run may differ.
 PER_PROCESS = {"compilation_cache", "data.threads", "data.tfds_dir"}
 
 
@@ -40,16 +54,20 @@ class Run:
 
     config: TrainConfig
     workdir: pathlib.Path
-    overrides: list[str]  # all that made the config, those of the run to resume included
-    # what a run without checkpoints starts from, by the field that names it
+    overrides: list[str]  # all that made the config, those of a resumed run included
+    # The models that a run without checkpoints starts from, by the field that names each.
     starts: dict[Start, OpenedModel]
 
 
 def resolve(
-    recipe: pathlib.Path | None, default_recipe: pathlib.Path, workdir: pathlib.Path | None, overrides: list[str], *,
+    recipe: pathlib.Path | None,
+    default_recipe: pathlib.Path,
+    workdir: pathlib.Path | None,
+    overrides: list[str],
+    *,
     resume: bool,
-) -> Run:  # fmt: skip
-    """The run that a command line asks for.
+) -> Run:
+    """Finds the run that a command line asks for.
 
     Raises:
       ValueError: the folder is used, or the config does not fit the run to resume.
@@ -62,7 +80,8 @@ def resolve(
         raise ValueError(f"there is no run to resume in {workdir}: run.json is missing")
     if used and not resume:
         raise ValueError(
-            f"--workdir {workdir} is not empty (it holds {used[0]}): give another, or --resume its run"
+            f"--workdir {workdir} is not empty (it holds {used[0]}): give another, or --resume its "
+            f"run"
         )
     if not resume:
         config, starts = with_overrides(load_recipe(recipe or default_recipe), overrides)
@@ -78,16 +97,18 @@ def resolve(
     config = parse_overrides(base, overrides)
     if changed := differences(to_dict(saved), to_dict(config), RESUMABLE):
         raise ValueError(
-            f"the run in {workdir} cannot go on with another config: {'; '.join(changed)} in its run.json"
+            f"the run in {workdir} cannot go on with another config: {'; '.join(changed)} in its "
+            f"run.json"
         )
     starts = {} if _has_checkpoints(workdir) else _opened(config)
     return Run(config, workdir, saved_overrides + overrides, starts)
 
 
 def stages(run: Run) -> Iterator[Run]:
-    """The runs that make up a run, in order: that of its language model, where `text_steps` asks for one, and itself.
+    """Yields the runs that make up a run: that of its language model, if any, then itself.
 
-    What comes later is opened when it is asked for: the former has to be done by then.
+    `text_steps` asks for a language model. The second run is opened when it is asked for: the first
+    has to be done by then.
 
     Raises:
       ValueError: there are several processes, which could not agree on two runs one after the
@@ -97,12 +118,14 @@ def stages(run: Run) -> Iterator[Run]:
     if config.makes_language_model and not _has_checkpoints(run.workdir):
         if jax.process_count() > 1:
             raise ValueError(
-                f"text_steps is {config.text_steps} with several processes, expected --init-text, or a run of "
+                f"text_steps is {config.text_steps} with several processes, expected --init-text, "
+                f"or a run of "
                 "--task text before"
             )
         if config.tokenizer.replace:
             raise ValueError(
-                "tokenizer.replace is True with text_steps, whose language model would lose its words"
+                "tokenizer.replace is True with text_steps, whose language model would lose its "
+                "words"
             )
         language_config = _language_config(config)
         # What could be refused later is refused before the language model takes its time.
@@ -146,7 +169,7 @@ def _opened(config: TrainConfig) -> dict[Start, OpenedModel]:
 
 
 def require_same(run: Run) -> None:
-    """Raises ValueError on the processes that were asked for another run than process 0."""
+    """Raises ValueError on a process whose command line asks for another run than process 0's."""
     asked = json.loads(json.dumps(to_dict(run.config) | {"workdir": str(run.workdir)}))
     of_first = json.loads(distributed.from_first("run", lambda: json.dumps(asked).encode()))
     if changed := differences(of_first, asked, PER_PROCESS):
@@ -158,7 +181,9 @@ def require_same(run: Run) -> None:
 def with_overrides(
     config: TrainConfig, overrides: list[str]
 ) -> tuple[TrainConfig, dict[Start, OpenedModel]]:
-    """The config with its overrides and with the architecture of the models it starts from; and these, opened.
+    """Applies overrides, and the architecture of the models that the run starts from.
+
+    Gives the config, and these models, opened.
 
     Raises:
       ValueError: a model to start from cannot be opened, or does not go with the rest.

@@ -28,8 +28,9 @@ from mammut.core.params import (
     split,
     trained_names,
 )
+from mammut.core.typing import Batch, Metrics
 from mammut.models.compute import Augment
-from mammut.models.mammut import MAX_LOGIT_SCALE, Batch, MaMMUT, Metrics
+from mammut.models.mammut import MAX_LOGIT_SCALE, MaMMUT
 from mammut.training.config import TrainConfig
 from mammut.training.optimizer import learning_rate_schedule, make_optimizer
 from mammut.training.tasks import Task

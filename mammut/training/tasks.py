@@ -16,11 +16,12 @@ import jax.numpy as jnp
 
 from mammut.core.params import Params
 from mammut.core.sharding import constrain
+from mammut.core.typing import Batch, Metrics
 from mammut.data.config import Field
 from mammut.models.compute import Augment
 from mammut.models.flops import forward_flops
 from mammut.models.losses import CONTRASTIVE, caption_sum, contrastive_logits
-from mammut.models.mammut import Batch, MaMMUT, Metrics
+from mammut.models.mammut import MaMMUT
 from mammut.training.accumulation import (
     joined_rows,
     micro_batches,

@@ -243,7 +243,8 @@ def mismatches(found: Mapping[str, Any], expected: Mapping[str, Any], left_over:
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     problems += [f"{name} {left_over}" for name in sorted(found.keys() - expected.keys())]
     for name in sorted(found.keys() & expected.keys()):
-        got, want = found[name], expected[name]
+        got = found[name]
+        want = expected[name]
         if tuple(got.shape) != tuple(want.shape) or got.dtype != want.dtype:
             problems.append(
                 f"{name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}"

@@ -31,13 +31,13 @@ class Layout(Protocol):
     def shape(self, ours: Sequence[Shape]) -> Shape:
         """Computes their shape from the shapes of our parameters."""
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
         """Takes one of our parameters out of their tensor.
 
         Args:
           theirs: the tensor, of the shape that `shape` computes.
           ours: the shapes of all our parameters in it.
-          place: the index in `ours` of the parameter.
+          index: which of `ours` the parameter is.
         """
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
@@ -47,9 +47,9 @@ class Layout(Protocol):
 class _InOrder:
     """The same numbers in the same order; only the shape differs."""
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
         """Their tensor in our shape."""
-        return theirs.reshape(ours[place])
+        return theirs.reshape(ours[index])
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
         """Our parameter in their shape."""
@@ -122,9 +122,9 @@ class Transposed:
         """The shape [outputs, inputs]."""
         return math.prod(ours[0][self.inputs :]), math.prod(ours[0][: self.inputs])
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
         """Their weight, transposed, in our shape."""
-        return theirs.T.reshape(ours[place])
+        return theirs.T.reshape(ours[index])
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
         """Our kernel as a matrix, transposed."""
@@ -141,9 +141,9 @@ class Patches:
         """The shape [D, 3, patch, patch]."""
         return ours[0][1], 3, self.patch_size, self.patch_size
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
         """Their weight with pixels row by row, the three colours of a pixel together."""
-        return theirs.transpose(2, 3, 1, 0).reshape(ours[place])
+        return theirs.transpose(2, 3, 1, 0).reshape(ours[index])
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
         """Our kernel with colours before pixels."""
@@ -163,11 +163,11 @@ class Joined:
         size = sum(shape[self.axis] for shape in shapes)
         return *shapes[0][: self.axis], size, *shapes[0][self.axis + 1 :]
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
-        """The part of their tensor at `place`, in its layout."""
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
+        """The part of their tensor at `index`, in its layout."""
         ends = np.cumsum([self.layout.shape([shape])[self.axis] for shape in ours])
-        part = np.split(theirs, ends[:-1], axis=self.axis)[place]
-        return self.layout.load(part, ours[place : place + 1], 0)
+        part = np.split(theirs, ends[:-1], axis=self.axis)[index]
+        return self.layout.load(part, ours[index : index + 1], 0)
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
         """Our parameters in their layouts, joined."""
@@ -232,19 +232,19 @@ class Table:
                 problems.append(f"{key} is not a tensor of this model")
         if problems:
             raise CheckpointError(f"{where} does not fit its config: {'; '.join(problems)}")
-        places: dict[str, list[tuple[Entry, int]]] = {}
+        holders: dict[str, list[tuple[Entry, int]]] = {}
         for entry in self.entries:
-            for place, path in enumerate(entry.ours):
-                places.setdefault(path, []).append((entry, place))
+            for index, path in enumerate(entry.ours):
+                holders.setdefault(path, []).append((entry, index))
 
         def read(path: str) -> np.ndarray:
             spec = ours[path]
             if path in self.constant:
                 return np.full(spec.shape, self.constant[path][0], spec.dtype)
             out = np.empty(spec.shape, spec.dtype)
-            for entry, place in places[path]:
+            for entry, index in holders[path]:
                 shapes = self._our_shapes(entry, ours)
-                value = entry.layout.load(theirs.read(entry.theirs), shapes, place)
+                value = entry.layout.load(theirs.read(entry.theirs), shapes, index)
                 value = rounded(value, spec.dtype, f"{where}: {entry.theirs}")
                 if entry.layer is None:
                     out[...] = value

@@ -1,20 +1,22 @@
-"""Starting a model from others: which parameters come from where, and what happens where sizes differ.
+"""Starts a model from others: where each parameter comes from, and what happens to other sizes.
 
-A run starts from a whole model (`TrainConfig.init`), from an image encoder (`init_vision`), a text
-decoder (`init_text`), or from a whole model one or both of whose towers another replaces. The
-rules:
+A run starts from a whole model (`TrainConfig.init`), from an image encoder (`init_vision`), from a
+text decoder (`init_text`), or from a whole model one or both of whose towers come from elsewhere.
+The rules:
 
-  image size        the position grid is resampled as the model's makers do it; a class token keeps its position. A
-                    ResNet needs nothing
-  patch size        the patch kernel is resized by pseudo-inverse (FlexiViT), the position grid as above
-  text length       shorter: the first positions; longer: those there are, the new ones random. A class token keeps its
-                    own; rotary positions need nothing
-  vocabulary        (`tokenizer.replace`) the token embedding and the vocabulary head are random
-  image pooling     (a tower alone) its pool, and the norm where one pools by queries and the other not, are random
-  number type       rounded or widened
-  other towers      (a tower alone) random; what a model has beside its towers counts to none of them
+  image size     the position grid is resampled as the makers of the model do it; a class token
+                 keeps its position. A ResNet needs nothing
+  patch size     the patch kernel is resized by pseudo-inverse (FlexiViT), the position grid as
+                 above
+  text length    shorter: the first positions are kept; longer: the additional ones are random. A
+                 class token keeps its own; rotary positions need nothing
+  vocabulary     (`tokenizer.replace`) the token embedding and the vocabulary head are random
+  image pooling  (a tower alone) the pool is random, and so is the norm where only one of the two
+                 pools by queries
+  number type    numbers are rounded or widened
+  other towers   (a tower alone) random; parameters beside the towers belong to none of them
 
-Anything else that differs is refused. `WarmStart` prints what became of every parameter.
+Any other difference is refused. `WarmStart` prints what happens to every parameter.
 """
 
 import dataclasses
@@ -31,12 +33,12 @@ from mammut.models.mammut import ModelConfig
 from mammut.models.resnet import ResNetConfig
 from mammut.models.vit import VisionConfig
 from mammut.weights.opened import OpenedModel, Tensors, model_specs
-from mammut.weights.resample import Tower, _resampling
+from mammut.weights.resample import _resampling
 
-Start = Literal["init", "init_vision", "init_text"]  # fields of `TrainConfig`
+Start = Literal["init", "init_vision", "init_text"]  # the fields of `TrainConfig`
 What = Literal["loaded", "resampled", "cut", "in part", "random", "left out"]
 
-# Of an image encoder: how a model uses it, not what it is.
+# Fields of an image encoder that say how a model uses it, not what it is.
 _USE = ("pooling", "pool_queries", "pool_heads", "norm_after_pooling")
 # Fields that may differ from those of the models to start from: what a rule above is about.
 SIZES = {"model.vision.image_size", "model.vision.patch_size", "model.text.max_length"}
@@ -46,21 +48,24 @@ _OF_VOCABULARY = {"text.token_embed.embedding", "text.vocab_head.kernel", "text.
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What became of one parameter, of the model's or (left out) of one it starts from."""
+    """What happens to one parameter, of the model or, left out, of a model that it starts from."""
 
     path: str
-    count: int  # its numbers
+    count: int  # how many numbers it has
     what: What
-    source: str  # such as "init_vision vit.npz"; "": none
+    source: str  # where it comes from, such as "init_vision vit.npz"; "": from no file
     why: str
 
 
 @dataclasses.dataclass(frozen=True)
 class WarmStart:
-    """Where every parameter of a model starts. Nothing has been read yet; printed, it is a table."""
+    """Where every parameter of a model starts; printed, it is a table.
+
+    Nothing is read before `read`.
+    """
 
     rows: tuple[Row, ...]
-    notes: tuple[str, ...]  # what the files hold beside a model of ours, and what of it they lack
+    notes: tuple[str, ...]  # the notes of the opened models, each with its file
     _reads: Mapping[str, Callable[[Any], np.ndarray]]
 
     @property
@@ -69,12 +74,18 @@ class WarmStart:
         return frozenset(row.path for row in self.rows if row.what in ("random", "in part"))
 
     def read(self, path: str, value: Any = None) -> Any:
-        """The value that a parameter starts with; `value` is the random one of a parameter in `random`.
+        """Reads the value that a parameter starts with.
+
+        Args:
+          path: the parameter.
+          value: its random value, for a parameter in `random`.
 
         Raises:
           CheckpointError: the file is damaged.
         """
-        return value if path not in self._reads else self._reads[path](value)
+        if path not in self._reads:
+            return value
+        return self._reads[path](value)
 
     def __str__(self) -> str:
         lines = [f"{'warm start':<34}{'numbers':>14}  "]
@@ -104,8 +115,10 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
     for name, opened in starts.items():
         if missing := sorted(needs[name] - set(opened.parts)):
             raise ValueError(
-                f"{name} {opened.where} holds {' and '.join(opened.parts)} alone, expected {' and '.join(missing)} "
-                "as well: init_vision takes an image encoder, init_text a text decoder, init a whole model"
+                f"{name} {opened.where} holds {' and '.join(opened.parts)} alone, expected "
+                f"{' and '.join(missing)} "
+                "as well: init_vision takes an image encoder, init_text a text decoder, init a "
+                "whole model"
             )
     asked = config
     vision, text = config.vision, config.text
@@ -146,26 +159,31 @@ def warm_start(
     compute: ComputeConfig = ComputeConfig(),
     new_vocabulary: bool = False,
 ) -> WarmStart:
-    """Where the parameters of a model start from, by the rules at the top of this module.
+    """Finds where each parameter of a model starts, by the rules at the top of this module.
 
     Args:
-      config: of the model; without overrides, `start_config`.
+      config: the config of the model; `start_config`, perhaps with other sizes.
       starts: at least one opened model, by the field of `TrainConfig` that names it.
       compute: says the number types of the model's parameters.
-      new_vocabulary: ids mean other tokens than in the model to start from.
+      new_vocabulary: whether ids mean other tokens than in the model to start from.
 
     Raises:
-      ValueError: the model differs in something that has no rule; every difference is named.
+      ValueError: the model differs in a way that has no rule. Every difference is named.
     """
     names = {name: f"{name} {opened.where}" for name, opened in starts.items()}
-    free = SIZES | {"model.vision.low_image_size"} | (VOCABULARY if new_vocabulary else set())
-    if changed := differences(
-        to_dict(start_config(config, starts)), to_dict(config), free, "model."
-    ):
+    free = SIZES | {"model.vision.low_image_size"}
+    if new_vocabulary:
+        free = free | VOCABULARY
+    expected = to_dict(start_config(config, starts))
+    if changed := differences(expected, to_dict(config), free, "model."):
         raise ValueError(
-            f"the model to start from, {', '.join(names.values())}, is another one: {'; '.join(changed)}"
+            f"the model to start from, {', '.join(names.values())}, is another one: "
+            f"{'; '.join(changed)}"
         )
-    rows, reads, problems = [], {}, []
+
+    rows: list[Row] = []
+    reads: dict[str, Callable[[Any], np.ndarray]] = {}
+    problems: list[str] = []
     taken = {name: set() for name in starts}
     for path, spec in model_specs(config, compute).items():
         name, why = _start_of(path, config, starts, new_vocabulary)
@@ -173,7 +191,8 @@ def warm_start(
             rows.append(Row(path, math.prod(spec.shape), "random", "", why))
             continue
         taken[name].add(path)
-        theirs, (what, why, rule) = starts[name].tensors, _rule(path, starts[name], config)
+        theirs = starts[name].tensors
+        what, why, rule = _rule(path, starts[name], config)
         got = theirs.specs.get(path)
         if got is None:
             problems.append(f"{path} is not in {names[name]}")
@@ -183,6 +202,7 @@ def warm_start(
             why = f"{why}; {got.dtype} -> {spec.dtype}".removeprefix("; ")
         rows.append(Row(path, math.prod(spec.shape), what, names[name], why))
         reads[path] = functools.partial(_read, theirs, path, rule, spec.dtype)
+
     for name, opened in starts.items():
         for path, spec in opened.tensors.specs.items():
             if path in taken[name]:
@@ -193,8 +213,8 @@ def warm_start(
             rows.append(Row(path, math.prod(spec.shape), "left out", names[name], why))
     if problems:
         raise ValueError(
-            f"the model does not fit what it starts from, by model.vision.width, model.text.width, model.embed_dim or "
-            f"model.vision.pool_*: {'; '.join(problems)}"
+            "the model does not fit what it starts from, by model.vision.width, "
+            f"model.text.width, model.embed_dim or model.vision.pool_*: {'; '.join(problems)}"
         )
     notes = (f"{names[name]}: {note}" for name, opened in starts.items() for note in opened.notes)
     return WarmStart(tuple(rows), tuple(notes), reads)
@@ -203,7 +223,7 @@ def warm_start(
 def _start_of(
     path: str, config: ModelConfig, starts: Mapping[Start, OpenedModel], new_vocabulary: bool
 ) -> tuple[Start | None, str]:
-    """The start that a parameter comes from; or None, and why."""
+    """The start that a parameter comes from, and ""; or None, and the reason."""
     tower = f"init_{path.partition('.')[0]}"
     name = tower if tower in starts else "init"
     if name not in starts:
@@ -212,10 +232,12 @@ def _start_of(
         return None, "another vocabulary"
     if path.startswith("adapters.") and not starts[name].config.adapters:
         return None, "a new adapter"
-    old, new = starts[name].config.vision.pooling, config.vision.pooling
-    pool, norm = path.startswith("vision.pool."), path.startswith("vision.norm.")
-    # The norm is of the tokens, or of the queries that stand for them.
-    if pool and old != new or norm and (old == "queries") != (new == "queries"):
+    old = starts[name].config.vision.pooling
+    new = config.vision.pooling
+    other_pool = path.startswith("vision.pool.") and old != new
+    # The norm is one of the tokens, or one of the queries that stand for them.
+    other_norm = path.startswith("vision.norm.") and (old == "queries") != (new == "queries")
+    if other_pool or other_norm:
         return None, f"pooling is {new!r}, there {old!r}"
     return name, ""
 
@@ -227,7 +249,7 @@ def _why_left_out(
     starts: Mapping[Start, OpenedModel],
     new_vocabulary: bool,
 ) -> str:
-    """Why a parameter of a start has no place in the model; "": it should have one."""
+    """Why a parameter of a start has no place in the model; "" where it should have one."""
     tower = f"init_{path.partition('.')[0]}"
     if name == "init" and tower in starts:
         return f"{tower} takes its place"
@@ -239,25 +261,39 @@ def _why_left_out(
 def _rule(
     path: str, opened: OpenedModel, config: ModelConfig
 ) -> tuple[What, str, Callable[[np.ndarray, Any], np.ndarray]]:
-    """What becomes of a parameter of `opened`, why, and how: a function of its value and of a random one."""
-    if resampling := _resampling(path, opened, config.vision):
-        return "resampled", resampling[0], lambda value, _: resampling[1](value)
-    old, new = opened.config.text.max_length, config.text.max_length
-    if path == "text.pos_embed" and new < old:
-        why = f"the first {new} of {old} positions"
-        return "cut", why, lambda value, _: np.concatenate([value[:new], value[old:]])
-    if path == "text.pos_embed" and new > old:
-        why = f"{old} of {new} positions, the others random"
-        return (
-            "in part",
-            why,
-            lambda value, random: np.concatenate([value[:old], random[old:new], value[old:]]),
-        )
-    pooled, here = opened.config.vision.norm_after_pooling, config.vision.norm_after_pooling
-    moved = path.startswith("vision.norm.") and pooled != here
-    why = f"there of {'the pooled image' if pooled else 'the tokens'}, here not" if moved else ""
-    return "loaded", why, lambda value, _: value
+    """What happens to a parameter of `opened`.
+
+    Returns:
+      What, why, and a function that makes the new value from the stored one and a random one.
+    """
+    resampling = _resampling(path, opened, config.vision)
+    if resampling is not None:
+        why, resample = resampling
+        return "resampled", why, lambda value, random: resample(value)
+
+    if path == "text.pos_embed":
+        old = opened.config.text.max_length
+        new = config.text.max_length
+        # Behind the positions of the tokens, a class token may have one.
+        if new < old:
+            why = f"the first {new} of {old} positions"
+            return "cut", why, lambda value, random: np.concatenate([value[:new], value[old:]])
+        if new > old:
+            why = f"{old} of {new} positions, the others random"
+
+            def lengthen(value: np.ndarray, random: np.ndarray) -> np.ndarray:
+                return np.concatenate([value[:old], random[old:new], value[old:]])
+
+            return "in part", why, lengthen
+
+    why = ""
+    after_pooling = opened.config.vision.norm_after_pooling
+    if path.startswith("vision.norm.") and after_pooling != config.vision.norm_after_pooling:
+        normed = "the pooled image" if after_pooling else "the tokens"
+        why = f"there of {normed}, here not"
+    return "loaded", why, lambda value, random: value
 
 
 def _read(theirs: Tensors, path: str, rule: Callable, dtype: np.dtype, random: Any) -> np.ndarray:
+    """The stored value after its rule, in the type of the model."""
     return rule(theirs.read(path), random).astype(dtype, copy=False)

@@ -152,7 +152,7 @@ def _bleu(
     for counts, captions in zip(candidates, references, strict=True):
         length = counts[0].total()
         lengths = [caption[0].total() for caption in captions]
-        closest = min(lengths, key=lambda own: (abs(own - length), own))  # noqa: B023
+        closest = min(lengths, key=lambda own: (abs(own - length), own))
         correct = []
         for n, ngrams in enumerate(counts):
             clipped = ngrams & functools.reduce(

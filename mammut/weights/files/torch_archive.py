@@ -257,7 +257,8 @@ _LITERALS = {
 }  # fmt: skip
 
 
-def _unpickle(program: bytes | bytearray, where: str) -> Any:
+# One branch for each kind of opcode: in pieces, nobody could see that none is missing.
+def _unpickle(program: bytes | bytearray, where: str) -> Any:  # noqa: C901, PLR0915
     """Builds the value of a pickle: dicts, lists, tuples, numbers, texts and `_Tensor`s.
 
     Raises:
@@ -271,7 +272,8 @@ def _unpickle(program: bytes | bytearray, where: str) -> Any:
             if count == _MAX_OPCODES:
                 raise ValueError(f"it has more than {_MAX_OPCODES} steps")
             if opcode.name in _MARKED:
-                taken, stack = stack, below.pop()
+                taken = stack
+                stack = below.pop()
             else:
                 kept = len(stack) - _TAKES.get(opcode.name, 0)
                 if kept < 0:

@@ -139,7 +139,7 @@ class ZipArchive:
         fields = _ENTRY.unpack(self.file.bytes(at, at + _ENTRY.size))
         signature, _, _, flags, method, _, _, crc, stored, size = fields[:10]
         name_size, extra_size, comment_size = fields[10:13]
-        place = fields[-1]
+        header_start = fields[-1]
         if signature != b"PK\1\2":
             raise self._refuse(f"there is no member at byte {at} of its directory")
         raw_name = self.file.bytes(at + _ENTRY.size, at + _ENTRY.size + name_size)
@@ -150,8 +150,8 @@ class ZipArchive:
         extra_start = at + _ENTRY.size + name_size
         wide = _zip64_numbers(self.file.bytes(extra_start, extra_start + extra_size))
         # A number that is too large for 4 bytes has all its bits set.
-        size, stored, place = (
-            next(wide, n) if n == 0xFFFFFFFF else n for n in (size, stored, place)
+        size, stored, header_start = (
+            next(wide, n) if n == 0xFFFFFFFF else n for n in (size, stored, header_start)
         )
 
         if flags & _UNREADABLE:
@@ -166,15 +166,17 @@ class ZipArchive:
             possible = size <= _MAX_RATIO * stored
         if not possible:
             raise self._refuse(f"{name!r} is said to hold {size} bytes in {stored}")
-        if place + _LOCAL.size > self.file.size:
-            raise self._refuse(f"{name!r} begins at byte {place} of {self.file.size}")
-        fields = _LOCAL.unpack(self.file.bytes(place, place + _LOCAL.size))
-        start = place + _LOCAL.size + fields[-2] + fields[-1]
-        local_name = self.file.bytes(place + _LOCAL.size, place + _LOCAL.size + fields[-2])
+        if header_start + _LOCAL.size > self.file.size:
+            raise self._refuse(f"{name!r} begins at byte {header_start} of {self.file.size}")
+        fields = _LOCAL.unpack(self.file.bytes(header_start, header_start + _LOCAL.size))
+        start = header_start + _LOCAL.size + fields[-2] + fields[-1]
+        local_name = self.file.bytes(
+            header_start + _LOCAL.size, header_start + _LOCAL.size + fields[-2]
+        )
         if fields[0] != b"PK\3\4" or fields[3] != method or local_name != raw_name:
-            raise self._refuse(f"{name!r} is not at byte {place}, where its directory says")
+            raise self._refuse(f"{name!r} is not at byte {header_start}, where its directory says")
         member = Member(name, start, stored, size, crc, method == _DEFLATED)
-        return place, member, _ENTRY.size + name_size + extra_size + comment_size
+        return header_start, member, _ENTRY.size + name_size + extra_size + comment_size
 
     def check(self, member: Member) -> None:
         """Checks a stored member against its checksum, the first time."""

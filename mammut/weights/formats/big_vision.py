@@ -21,7 +21,8 @@ from mammut.data.images import ImageTransform
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer, Tokenizer, load_tokenizer
 from mammut.weights.files.tensor_file import CheckpointError, open_tensors, stored_specs
-from mammut.weights.formats.big_vision_tables import Found, Model, cappa, image_encoder, two_towers
+from mammut.weights.formats.big_vision_arrays import Arrays
+from mammut.weights.formats.big_vision_tables import Model, cappa, image_encoder, two_towers
 from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
 from mammut.weights.tables import Table, unused_notes
 
@@ -67,24 +68,24 @@ def open_model(
     """
     file, part = _PATH.fullmatch(str(path)).groups()
     theirs = open_tensors(file)
-    found = Found(str(path), theirs.specs, f"{part}/" if part else "")
-    if found.under("img/") and found.under("txt/"):
-        model = two_towers(found)
-    elif found.under("encoder/") and found.under("decoder/"):
-        model = cappa(found, image_size, max_length)
+    arrays = Arrays(str(path), theirs.specs, f"{part}/" if part else "")
+    if arrays.under("img/") and arrays.under("txt/"):
+        model = two_towers(arrays)
+    elif arrays.under("encoder/") and arrays.under("decoder/"):
+        model = cappa(arrays, image_size, max_length)
     else:
-        model = image_encoder(found, image_size)
+        model = image_encoder(arrays, image_size)
     whole = model.text_form is not None
     parts = ("vision", "text", "rest") if whole else ("vision",)
     specs = model_specs(model.config)
     if not whole:
         specs = {name: spec for name, spec in specs.items() if name.startswith("vision.")}
 
-    unused = found.outside | {found.key(name): why for name, why in model.unused.items()}
+    unused = arrays.outside | {arrays.key(name): why for name, why in model.unused.items()}
     constant = {name: (0.0, why) for name, why in model.zero.items()}
-    constant |= {name: (0.0, "computed") for name in model.computed}
+    constant |= dict.fromkeys(model.computed, (0.0, "computed"))
     entries = [
-        dataclasses.replace(entry, theirs=found.key(entry.theirs)) for entry in model.entries
+        dataclasses.replace(entry, theirs=arrays.key(entry.theirs)) for entry in model.entries
     ]
     stored = Table(entries, unused, constant).to_ours(theirs, specs, str(path))
 

@@ -1,4 +1,7 @@
-"""big_vision's arrays and our parameters: what model a file holds, by names and shapes, and the table for it."""
+"""big_vision's arrays and our parameters: finds the model in a file and makes its table.
+
+Names and shapes of the arrays tell what the model is.
+"""
 
 import dataclasses
 import math
@@ -11,174 +14,72 @@ from mammut.data.processor import TextForm
 from mammut.models.decoder import DecoderConfig
 from mammut.models.mammut import ModelConfig
 from mammut.models.vit import VisionConfig
-from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
+from mammut.weights.formats.big_vision_arrays import Arrays
 from mammut.weights.tables import Entry, Joined, Layout, Reshaped, Rows, Same, Shape
 
-# Before Linen, Flax counted the modules of a block together, not by class.
-_OLD_BLOCK = {
-    "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
-    "LayerNorm_2": "LayerNorm_1",
-    "MlpBlock_3": "MlpBlock_0",
-}
-_OLD_POSITIONS = "Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding"
-# once without a module of its own
-_MAP_HEAD = "probe", "MultiHeadDotProductAttention_0", "LayerNorm_0", "MlpBlock_0"
 _ATTENTION = "MultiHeadDotProductAttention_0"
-_KERNEL, _SCALE = ("kernel", "bias"), ("scale", "bias")
-# of SigLIP 2, whose texts are filled up with pads; those of SigLIP, with ends
+_KERNEL = ("kernel", "bias")
+_SCALE = ("scale", "bias")
+# The vocabulary of SigLIP 2, whose texts are filled up with pads; those of SigLIP with ends.
 _GEMMA_VOCAB = 256_000
-
-
-class Found:
-    """The arrays of a file by the names that big_vision has for them today; what is wrong is gathered, then raised.
-
-    Args:
-      where: the file, for errors.
-      specs: its arrays.
-      part: what their names must begin with, behind the `params/` of a train state.
-
-    Attributes:
-      outside: the arrays that are no parameters, or not of `part`, and why.
-    """
-
-    def __init__(self, where: str, specs: Mapping[str, TensorSpec], part: str):
-        self._where, self._specs, self._problems = where, specs, []
-        params = next(
-            (
-                top
-                for top in ("params/", "opt/target/")
-                if any(key.startswith(top) for key in specs)
-            ),
-            "",
-        )
-        self._top = params + part
-        self.outside = {
-            key: f"not of {part}" if key.startswith(params) else "of the training, not of the model"
-            for key in specs
-            if not key.startswith(self._top)
-        }
-        names = [key.removeprefix(self._top) for key in specs if key not in self.outside]
-        self._keys: dict[str, str] = {}
-        for old in names:
-            name = _todays_name(old, "probe" in names)
-            self.require(
-                name not in self._keys,
-                f"{self._top}{old} and {self.key(name)} are names of the same array",
-            )
-            self._keys[name] = self._top + old
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._keys
-
-    def under(self, prefix: str) -> list[str]:
-        """The names that begin with `prefix`."""
-        return [name for name in self._keys if name.startswith(prefix)]
-
-    def key(self, name: str) -> str:
-        """What the file calls it, or would."""
-        return self._keys.get(name, self._top + name)
-
-    def shape(self, name: str, axes: int) -> Shape:
-        """The shape of an array with so many axes; where there is none such, ones, and a problem is noted."""
-        shape = tuple(self._specs[self._keys[name]].shape) if name in self else ()
-        if len(shape) == axes and min(shape) > 0:
-            return shape
-        seen = (
-            f"{list(shape)}, expected {axes} axes, none of them empty"
-            if name in self
-            else "missing"
-        )
-        self._problems.append(f"{self.key(name)} is {seen}")
-        return (1,) * axes
-
-    def require(self, condition: bool, problem: str) -> None:
-        """Notes a problem unless the condition holds."""
-        if not condition:
-            self._problems.append(problem)
-
-    def build(self, make: Callable, *args, **kwargs):
-        """`make(...)`, a config.
-
-        Raises:
-          CheckpointError: something was wrong so far, or there is no such config.
-        """
-        problems = list(dict.fromkeys(self._problems))
-        if not problems:
-            try:
-                return make(*args, **kwargs)
-            except ValueError as error:
-                problems = [str(error)]
-        raise CheckpointError(
-            f"{self._where} is no model of big_vision that mammut can be: {'; '.join(problems)}"
-        )
-
-
-def _todays_name(name: str, inlined_head: bool) -> str:
-    """The name that `fix_old_checkpoints` of models/vit.py gives to an array."""
-    if name in _OLD_POSITIONS:
-        return "pos_embedding"
-    if inlined_head and name.partition("/")[0] in _MAP_HEAD:
-        return f"MAPHead_0/{name}"
-    parts = name.split("/")
-    pairs = zip(["", *parts[:-1]], parts)
-    return "/".join(
-        _OLD_BLOCK.get(part, part) if above.startswith("encoderblock") else part
-        for above, part in pairs
-    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What a file was found to be; names of theirs are those of `Found`."""
+    """The model in a file; names of arrays are those of `Arrays`."""
 
-    config: ModelConfig  # of an image encoder alone, meaningless beyond that
+    config: ModelConfig  # of an image encoder alone, only its `vision` has a meaning
     entries: list[Entry]
-    text_form: TextForm | None  # how texts are made for it; None: it is an image encoder alone
-    unused: Mapping[str, str]  # of theirs, and why
-    zero: Mapping[str, str]  # of ours, and why
-    computed: Mapping[str, Callable[[], np.ndarray]]  # of ours
+    text_form: TextForm | None  # how its texts are made; None: it is an image encoder alone
+    unused: Mapping[str, str]  # arrays that have no place in our model, and why
+    zero: Mapping[str, str]  # our parameters that are 0, and why
+    computed: Mapping[str, Callable[[], np.ndarray]]  # our parameters that are computed
     notes: tuple[str, ...]
 
 
-def image_encoder(found: Found, image_size: int | None) -> Model:
-    """A ViT (models/vit.py), or that of a larger model; `image_size` is for computed positions.
+def image_encoder(arrays: Arrays, image_size: int | None) -> Model:
+    """A ViT (models/vit.py), alone or that of a larger model.
+
+    Args:
+      arrays: the arrays of the file.
+      image_size: pixels, for computed positions.
 
     Raises:
-      CheckpointError: it is none, or one that mammut does not have.
+      CheckpointError: the arrays are not those of a ViT that mammut has.
     """
-    prefix = next((prefix for prefix in ("img/", "encoder/") if found.under(prefix)), "")
-    vision = _vision(found, prefix, image_size)
-    unused = _classifier(found, prefix)
-    unused |= {name: "of a contrastive loss" for name in ("t", "b") if prefix and name in found}
-    config = found.build(ModelConfig, vision.config, image_projection="separate")
+    prefix = next((prefix for prefix in ("img/", "encoder/") if arrays.under(prefix)), "")
+    vision = _vision(arrays, prefix, image_size)
+    unused = _classifier(arrays, prefix)
+    unused |= {name: "of a contrastive loss" for name in ("t", "b") if prefix and name in arrays}
+    config = arrays.build(ModelConfig, vision.config, image_projection="separate")
     notes = *vision.notes, *vision.pooling_note
     return Model(config, vision.entries, None, unused, vision.zero, vision.computed, notes)
 
 
-def two_towers(found: Found) -> Model:
+def two_towers(arrays: Arrays) -> Model:
     """An image and a text encoder (models/proj/image_text/two_towers.py).
 
     Raises:
-      CheckpointError: it is none, or one that mammut does not have.
+      CheckpointError: the arrays are not those of two towers that mammut has.
     """
-    sizes, layers = _encoder(found, "txt/Encoder_0/")
-    vocab_size, _ = found.shape("txt/Embed_0/embedding", 2)
-    _, max_length, _ = found.shape("txt/pos_embedding", 3)
-    found.shape("t", 1)
-    img_head, txt_head = (bool(found.under(f"{tower}/head/")) for tower in ("img", "txt"))
-    embed_dim = found.shape("txt/head/kernel", 2)[1] if txt_head else None
+    sizes, layers = _encoder(arrays, "txt/Encoder_0/")
+    vocab_size, _ = arrays.shape("txt/Embed_0/embedding", 2)
+    _, max_length, _ = arrays.shape("txt/pos_embedding", 3)
+    arrays.shape("t", 1)
+    img_head, txt_head = (bool(arrays.under(f"{tower}/head/")) for tower in ("img", "txt"))
+    embed_dim = arrays.shape("txt/head/kernel", 2)[1] if txt_head else None
     refused = {
         "txt/MAPHead_0/": "texts are pooled by a MAP head, expected their last token",
         "img/pre_logits/": "there is a layer before the image's head, expected none",
     }
     for prefix, why in refused.items():
-        found.require(not found.under(prefix), f"{found.key(prefix)}: {why}")
-    vision = _vision(found, "img/", None)
-    text = found.build(
-        DecoderConfig, vocab_size=vocab_size, max_length=max_length, depth=0, text_only_depth=layers.depth,
-        pooling="last", pad_masking="none", **sizes,
+        arrays.require(not arrays.under(prefix), f"{arrays.key(prefix)}: {why}")
+    vision = _vision(arrays, "img/", None)
+    text = arrays.build(
+        DecoderConfig, vocab_size=vocab_size, max_length=max_length, depth=0,
+        text_only_depth=layers.depth, pooling="last", pad_masking="none", **sizes,
     )  # fmt: skip
-    config = found.build(
+    config = arrays.build(
         ModelConfig, vision.config, text, embed_dim=embed_dim, text_projection=txt_head,
         image_projection="embedding" if img_head else "none",
     )  # fmt: skip
@@ -191,94 +92,81 @@ def two_towers(found: Found) -> Model:
         *(_each("txt/head", "text_embed_projection", _KERNEL) if txt_head else ()),
     ]
     zero = dict(vision.zero)
-    if "b" in found:
+    if "b" in arrays:
         entries.append(Entry("b", ("logit_bias",), Reshaped((1,))))
     else:
         zero["logit_bias"] = "the model was trained without"
-    note = "text.pooling is 'last'; the file does not tell pool_type 'last' from 'first', 'mean' and 'max'"
+    note = (
+        "text.pooling is 'last'; "
+        "the file does not tell pool_type 'last' from 'first', 'mean' and 'max'"
+    )
     form = "end" if vocab_size == _GEMMA_VOCAB else "end_filled"
     return Model(config, entries, form, {}, zero, {}, (*vision.notes, *vision.pooling_note, note))
 
 
-def cappa(found: Found, image_size: int | None, max_length: int | None) -> Model:
-    """An image encoder and a caption decoder (models/proj/cappa/cappa.py); the sizes are for computed positions.
+def cappa(arrays: Arrays, image_size: int | None, max_length: int | None) -> Model:
+    """An image encoder and a caption decoder (models/proj/cappa/cappa.py).
+
+    Args:
+      arrays: the arrays of the file.
+      image_size: pixels, for computed positions of the image encoder.
+      max_length: tokens of a text, for computed positions of the decoder.
 
     Raises:
-      CheckpointError: it is none, or one that mammut does not have.
+      CheckpointError: the arrays are not those of such a model that mammut has.
     """
-    layers, shape = _layers(found, "decoder/EncDecBlock", "LayerNorm1/scale", axis=1)
+    layers, shape = _layers(arrays, "decoder/EncDecBlock", "LayerNorm1/scale", axis=1)
     width, heads, _ = shape("SelfAttn/query/kernel", 3)
     _, mlp_dim = shape("MLP/Dense_0/kernel", 2)
-    _, vocab_size = found.shape("decoder/LogitsDense/kernel", 2)
-    rows, _ = found.shape("decoder/EmbedTargets/embedding", 2)
-    biased = any(name.endswith("/MLP/Dense_0/bias") for name in found.under("decoder/"))
-    found.require(
-        "encoder/cls" not in found,
-        f"{found.key('encoder/cls')}: there is a class token, expected none",
+    _, vocab_size = arrays.shape("decoder/LogitsDense/kernel", 2)
+    rows, _ = arrays.shape("decoder/EmbedTargets/embedding", 2)
+    biased = any(name.endswith("/MLP/Dense_0/bias") for name in arrays.under("decoder/"))
+    arrays.require(
+        "encoder/cls" not in arrays,
+        f"{arrays.key('encoder/cls')}: there is a class token, expected none",
     )
-    if learned := "pos_embedding_decoder" in found:
-        _, max_length, _ = found.shape("pos_embedding_decoder", 3)
+    if learned := "pos_embedding_decoder" in arrays:
+        _, max_length, _ = arrays.shape("pos_embedding_decoder", 3)
     else:
-        _require_computable(found, "pos_embedding_decoder", "max_length", max_length, width)
-    vision = _vision(found, "encoder/", image_size)
-    text = found.build(
-        DecoderConfig, vocab_size=vocab_size, max_length=max_length, width=width, depth=layers.depth, num_heads=heads,
-        mlp_dim=mlp_dim, attn_bias=False, mlp_bias=biased, cross_attn_every=1, cross_attn_position="inside",
-        tie_embeddings=False, vocab_bias=True, pooling="none", pad_masking="none",
+        _require_computable(arrays, "pos_embedding_decoder", "max_length", max_length, width)
+    vision = _vision(arrays, "encoder/", image_size)
+    text = arrays.build(
+        DecoderConfig, vocab_size=vocab_size, max_length=max_length, width=width,
+        depth=layers.depth, num_heads=heads, mlp_dim=mlp_dim, attn_bias=False, mlp_bias=biased,
+        cross_attn_every=1, cross_attn_position="inside", tie_embeddings=False,
+        vocab_bias=True, pooling="none", pad_masking="none",
     )  # fmt: skip
-    config = found.build(ModelConfig, vision.config, text, image_projection="none")
-    # also trained to predict all tokens at once, from one that stands for them
+    config = arrays.build(ModelConfig, vision.config, text, image_projection="none")
+    # A CapPa is also trained to predict all tokens at once: one more row stands for a masked token.
     masked = int(rows == vocab_size + 1)
     notes = list(vision.notes)
     if masked:
-        notes.append(
-            f"the last row of {found.key('decoder/EmbedTargets/embedding')} is not used: of masked tokens"
-        )
-    entries = [*vision.entries]
-    entries.append(
-        Entry(
-            "decoder/EmbedTargets/embedding",
-            ("text.token_embed.embedding",),
-            _Among(Same(), 0, masked),
-        )
-    )
+        embedding = arrays.key("decoder/EmbedTargets/embedding")
+        notes.append(f"the last row of {embedding} is not used: of masked tokens")
+    entries = [*vision.entries, *_caption_entries(layers, biased, masked)]
     computed = dict(vision.computed)
     if learned:
         entries.append(Entry("pos_embedding_decoder", ("text.pos_embed",), _Batched(Same())))
     else:
         computed["text.pos_embed"] = lambda: sincos2d(1, max_length, width)
         notes.append("text.pos_embed is computed: the file has no positions")
-    norms = {
-        "1": "text.layers.attn_norm",
-        "2": "text.cross_layers.attn_norm",
-        "3": "text.layers.mlp_norm",
-    }
-    for name, at in layers.each():
-        for number, ours in norms.items():
-            entries += _each(
-                f"{name}/LayerNorm{number}", ours, _SCALE if biased else ("scale",), at
-            )
-        for theirs, ours in {
-            "SelfAttn": "text.layers.attn",
-            "CrossAttn": "text.cross_layers.attn",
-        }.items():
-            entries += _attention(f"{name}/{theirs}", ours, ("kernel",), at)
-        entries += _mlp(f"{name}/MLP", "text.layers.mlp", _KERNEL if biased else ("kernel",), at)
-    entries += _each("decoder/LayerNorm", "text.norm", _SCALE)
-    entries.append(Entry("decoder/LogitsDense/kernel", ("text.vocab_head.kernel",)))
-    entries.append(Entry("decoder/LogitsDense/bias", ("text.vocab_head_bias",)))
-    zero = vision.zero | dict.fromkeys(
-        ("logit_scale", "logit_bias"), "there is no contrastive pass"
-    )
+    zero = dict(vision.zero)
+    zero |= dict.fromkeys(("logit_scale", "logit_bias"), "there is no contrastive pass")
     if not biased:
-        zero |= {f"{ours}.bias": "the last norm alone has a bias" for ours in norms.values()}
-    return Model(
-        config, entries, "start_end", _classifier(found, "encoder/"), zero, computed, tuple(notes)
-    )
+        norms = _CAPTION_NORMS.values()
+        zero |= {f"{ours}.bias": "the last norm alone has a bias" for ours in norms}
+    unused = _classifier(arrays, "encoder/")
+    return Model(config, entries, "start_end", unused, zero, computed, tuple(notes))
 
 
 def sincos2d(down: int, across: int, width: int) -> Float32[np.ndarray, "positions width"]:
-    """Positions computed of a grid, row by row (`posemb_sincos_2d` of models/vit.py, after MoCo v3)."""
+    """Computes the positions of a grid, row by row.
+
+    Source: `posemb_sincos_2d` of models/vit.py, after MoCo v3.
+
+    Returns:
+      float32[down * across, width].
+    """
     y, x = np.mgrid[:down, :across].reshape(2, -1, 1).astype(np.float32)
     frequencies = np.float32(1) / np.float32(10_000) ** np.linspace(
         0, 1, width // 4, dtype=np.float32
@@ -289,7 +177,7 @@ def sincos2d(down: int, across: int, width: int) -> Float32[np.ndarray, "positio
 
 @dataclasses.dataclass(frozen=True)
 class _Vision:
-    """An image encoder in a file, as `Model` has it."""
+    """An image encoder in a file; the fields are those of `Model`."""
 
     config: VisionConfig
     entries: list[Entry]
@@ -299,7 +187,7 @@ class _Vision:
 
     @property
     def pooling_note(self) -> tuple[str, ...]:
-        """What the file does not tell of how an image is pooled."""
+        """A note on what the file does not tell about pooling, if anything."""
         if self.config.pooling != "mean":
             return ()
         return (
@@ -307,45 +195,57 @@ class _Vision:
         )
 
 
-def _vision(found: Found, prefix: str, image_size: int | None) -> _Vision:
+def _vision(arrays: Arrays, prefix: str, image_size: int | None) -> _Vision:
     """The image encoder whose names begin with `prefix`."""
-    sizes, layers = _encoder(found, f"{prefix}Transformer/")
-    embedding, positions = f"{prefix}embedding/kernel", f"{prefix}pos_embedding"
-    patch, across, channels, width = kernel = found.shape(embedding, 4)
-    found.require(
+    sizes, layers = _encoder(arrays, f"{prefix}Transformer/")
+    embedding = f"{prefix}embedding/kernel"
+    positions = f"{prefix}pos_embedding"
+    patch, across, channels, width = kernel = arrays.shape(embedding, 4)
+    arrays.require(
         (across, channels) == (patch, 3),
-        f"{found.key(embedding)} is {list(kernel)}, expected square patches of 3 channels",
+        f"{arrays.key(embedding)} is {list(kernel)}, expected square patches of 3 channels",
     )
-    class_token, map_head = f"{prefix}cls" in found, bool(found.under(f"{prefix}MAPHead_0/"))
-    ours, layout = ("vision.pos_embed",), Rows()
-    zero = {"vision.class_pos_embed": "the class token has no position"} if class_token else {}
-    computed, notes = {}, []
-    if positions in found:
-        _, count, _ = found.shape(positions, 3)
+    class_token = f"{prefix}cls" in arrays
+    map_head = bool(arrays.under(f"{prefix}MAPHead_0/"))
+    ours: tuple[str, ...] = ("vision.pos_embed",)
+    layout: Layout = Rows()
+    zero = {}
+    if class_token:
+        zero["vision.class_pos_embed"] = "the class token has no position"
+    computed = {}
+    notes = []
+    if positions in arrays:
+        _, count, _ = arrays.shape(positions, 3)
         side = math.isqrt(count)
-        found.require(
+        arrays.require(
             count - side**2 in (0, 1),
-            f"{found.key(positions)} is of {count} positions, expected those of a square",
+            f"{arrays.key(positions)} is of {count} positions, expected those of a square",
         )
         image_size = patch * side
-        if count > side**2 and class_token:  # of the time when the class token had a position
-            ours, layout, zero = ("vision.class_pos_embed", *ours), Joined(Rows()), {}
+        if count > side**2 and class_token:  # a file from when the class token had a position
+            ours = ("vision.class_pos_embed", *ours)
+            layout = Joined(Rows())
+            zero = {}
         elif count > side**2:
             layout = _Among(Rows(), 1, 0)
             notes.append(
-                f"the first row of {found.key(positions)} is not used: of a class token, which is not there"
+                f"the first row of {arrays.key(positions)} is not used: "
+                "of a class token, which is not there"
             )
     else:
-        _require_computable(found, positions, "image_size", image_size, width)
+        _require_computable(arrays, positions, "image_size", image_size, width)
         side = (image_size or 0) // patch
         computed["vision.pos_embed"] = lambda: sincos2d(side, side, width).reshape(
             side, side, width
         )
         notes.append("vision.pos_embed is computed: the file has no positions")
-    # Before the entries, of which there may be too many: the config has a limit.
-    config = found.build(
-        VisionConfig, image_size=image_size, patch_size=patch, class_token=class_token, depth=layers.depth,
-        pooling="map" if map_head else "class" if class_token else "mean", **sizes,
+    pooling = "class" if class_token else "mean"
+    if map_head:
+        pooling = "map"
+    # The config is made before the entries: it limits the number of layers.
+    config = arrays.build(
+        VisionConfig, image_size=image_size, patch_size=patch, class_token=class_token,
+        depth=layers.depth, pooling=pooling, **sizes,
     )  # fmt: skip
     entries = [
         Entry(embedding, ("vision.patch_embed.kernel",), Reshaped(kernel)),
@@ -364,34 +264,38 @@ def _vision(found: Found, prefix: str, image_size: int | None) -> _Vision:
     return _Vision(config, entries, zero, computed, tuple(notes))
 
 
-def _require_computable(found: Found, name: str, field: str, size: int | None, width: int) -> None:
-    found.require(
+def _require_computable(
+    arrays: Arrays, name: str, field: str, size: int | None, width: int
+) -> None:
+    """Notes a problem unless the positions that are not in the file can be computed."""
+    missing = f"{arrays.key(name)} is missing"
+    arrays.require(
         size is not None,
-        f"{found.key(name)} is missing: if positions are computed (sincos2d), say for which {field}",
+        f"{missing}: if positions are computed (sincos2d), say for which {field}",
     )
-    found.require(
+    arrays.require(
         size is None or width % 4 == 0 and width > 4,
-        f"{found.key(name)} is missing, and cannot be computed for a width of {width}, expected 8, 12, 16 or more",
+        f"{missing}, and cannot be computed for a width of {width}, expected 8, 12, 16 or more",
     )
 
 
-def _classifier(found: Found, prefix: str) -> dict[str, str]:
+def _classifier(arrays: Arrays, prefix: str) -> dict[str, str]:
     return dict.fromkeys(
-        found.under(f"{prefix}head/") + found.under(f"{prefix}pre_logits/"), "of a classifier"
+        arrays.under(f"{prefix}head/") + arrays.under(f"{prefix}pre_logits/"), "of a classifier"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Batched:
-    """As `layout`, behind an axis of size 1."""
+    """The layout `layout` behind an axis of size 1."""
 
     layout: Layout
 
     def shape(self, ours):
         return 1, *self.layout.shape(ours)
 
-    def load(self, theirs, ours, place):
-        return self.layout.load(theirs[0], ours, place)
+    def load(self, theirs, ours, index):
+        return self.layout.load(theirs[0], ours, index)
 
     def save(self, ours):
         return self.layout.save(ours)[None]
@@ -399,18 +303,18 @@ class _Batched:
 
 @dataclasses.dataclass(frozen=True)
 class _Among:
-    """As `layout`, among more rows of theirs, so many `before` and `after`, which are zeros when it is written."""
+    """The layout `layout` among rows that our model does not have; they are written as zeros."""
 
     layout: Layout
-    before: int
-    after: int
+    before: int  # how many such rows there are before ours
+    after: int  # and after ours
 
     def shape(self, ours):
         rows, *others = self.layout.shape(ours)
         return self.before + rows + self.after, *others
 
-    def load(self, theirs, ours, place):
-        return self.layout.load(theirs[self.before : len(theirs) - self.after], ours, place)
+    def load(self, theirs, ours, index):
+        return self.layout.load(theirs[self.before : len(theirs) - self.after], ours, index)
 
     def save(self, ours):
         rows = self.layout.save(ours)
@@ -419,34 +323,34 @@ class _Among:
 
 @dataclasses.dataclass(frozen=True)
 class _SecondAxis:
-    """The same numbers with the first axis of ours, that of the layers, in second place."""
+    """The same numbers with our first axis, that of the layers, as their second."""
 
     def shape(self, ours):
         layers, first, *others = ours[0]
         return first, layers, *others
 
-    def load(self, theirs, ours, place):
+    def load(self, theirs, ours, index):
         return theirs.swapaxes(0, 1)
 
     def save(self, ours):
         return ours[0].swapaxes(0, 1)
 
 
-# how an array lies, and which layer of ours it is; None: the whole parameter
+# The layout of an array, and which of our layers it is; None: the whole parameter.
 _At = tuple[Layout, int | None]
 _WHOLE: _At = (Same(), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-    """The layers of a tower: `stem`0, `stem`1, ... each by itself; or all of them stacked, in `layout`."""
+    """The layers of a tower: {stem}0, {stem}1, ... one by one; or all of them stacked."""
 
     stem: str
     depth: int
     layout: Layout | None
 
     def each(self) -> Iterator[tuple[str, _At]]:
-        """The name of each, and where its arrays go."""
+        """The name of each layer, and how and where its arrays are stored."""
         if self.layout is not None:
             yield self.stem, (self.layout, None)
         else:
@@ -454,32 +358,39 @@ class _Layers:
 
 
 def _layers(
-    found: Found, stem: str, scale: str, axis: int
+    arrays: Arrays, stem: str, scale: str, axis: int
 ) -> tuple[_Layers, Callable[[str, int], Shape]]:
-    """The layers whose names begin with `stem`, and the shape of an array of one of them, as a function.
+    """Finds the layers whose names begin with `stem`.
 
-    `scale` is an array with one axis; where layers are stacked (`scan=True`), they are on its
-    `axis`.
+    Args:
+      arrays: the arrays of the file.
+      stem: what the names of the layers begin with.
+      scale: the name of an array that has one axis in each layer.
+      axis: the axis of that array that counts the layers, where they are stacked (`scan=True`).
+
+    Returns:
+      The layers; and a function of a name and a number of axes, the shape of that array in one
+      layer.
     """
     stacked = stem.removesuffix("_")
-    if not found.under(f"{stacked}/"):
-        # Counted, not the largest number: what a number promises need not be there.
-        numbers = {name[len(stem) :].partition("/")[0] for name in found.under(stem)}
-        return _Layers(stem, len(numbers), None), lambda name, axes: found.shape(
+    if not arrays.under(f"{stacked}/"):
+        # The count, not the largest number: a stranger may have left out numbers below it.
+        numbers = {name[len(stem) :].partition("/")[0] for name in arrays.under(stem)}
+        return _Layers(stem, len(numbers), None), lambda name, axes: arrays.shape(
             f"{stem}0/{name}", axes
         )
 
     def shape(name: str, axes: int) -> Shape:
-        sizes = found.shape(f"{stacked}/{name}", axes + 1)
+        sizes = arrays.shape(f"{stacked}/{name}", axes + 1)
         return sizes[:axis] + sizes[axis + 1 :]
 
-    depth = found.shape(f"{stacked}/{scale}", 2)[axis]
+    depth = arrays.shape(f"{stacked}/{scale}", 2)[axis]
     return _Layers(stacked, depth, _SecondAxis() if axis else Same()), shape
 
 
-def _encoder(found: Found, prefix: str) -> tuple[dict[str, int], _Layers]:
+def _encoder(arrays: Arrays, prefix: str) -> tuple[dict[str, int], _Layers]:
     """The sizes of a transformer encoder (class `Encoder` of models/vit.py), and its layers."""
-    layers, shape = _layers(found, f"{prefix}encoderblock_", "LayerNorm_0/scale", axis=0)
+    layers, shape = _layers(arrays, f"{prefix}encoderblock_", "LayerNorm_0/scale", axis=0)
     width, heads, _ = shape(f"{_ATTENTION}/query/kernel", 3)
     _, mlp_dim = shape("MlpBlock_0/Dense_0/kernel", 2)
     return {"width": width, "num_heads": heads, "mlp_dim": mlp_dim}, layers
@@ -492,6 +403,37 @@ def _encoder_entries(prefix: str, layers: _Layers, ours: str, norm: str) -> Iter
         yield from _each(f"{name}/LayerNorm_1", f"{ours}.mlp_norm", _SCALE, at)
         yield from _mlp(f"{name}/MlpBlock_0", f"{ours}.mlp", _KERNEL, at)
     yield from _each(f"{prefix}encoder_norm", norm, _SCALE)
+
+
+_CAPTION_NORMS = {
+    "LayerNorm1": "text.layers.attn_norm",
+    "LayerNorm2": "text.cross_layers.attn_norm",
+    "LayerNorm3": "text.layers.mlp_norm",
+}
+_CAPTION_ATTENTION = {"SelfAttn": "text.layers.attn", "CrossAttn": "text.cross_layers.attn"}
+
+
+def _caption_entries(layers: _Layers, biased: bool, masked: int) -> Iterable[Entry]:
+    """The entries of a CapPa's decoder, except its positions.
+
+    Args:
+      layers: its layers.
+      biased: whether norms and MLPs of the layers have biases.
+      masked: the number of rows behind the embedding, of masked tokens.
+    """
+    embedding = _Among(Same(), 0, masked)
+    yield Entry("decoder/EmbedTargets/embedding", ("text.token_embed.embedding",), embedding)
+    norm_arrays = _SCALE if biased else ("scale",)
+    mlp_arrays = _KERNEL if biased else ("kernel",)
+    for name, at in layers.each():
+        for theirs, ours in _CAPTION_NORMS.items():
+            yield from _each(f"{name}/{theirs}", ours, norm_arrays, at)
+        for theirs, ours in _CAPTION_ATTENTION.items():
+            yield from _attention(f"{name}/{theirs}", ours, ("kernel",), at)
+        yield from _mlp(f"{name}/MLP", "text.layers.mlp", mlp_arrays, at)
+    yield from _each("decoder/LayerNorm", "text.norm", _SCALE)
+    yield Entry("decoder/LogitsDense/kernel", ("text.vocab_head.kernel",))
+    yield Entry("decoder/LogitsDense/bias", ("text.vocab_head_bias",))
 
 
 def _attention(theirs: str, ours: str, names: tuple[str, ...], at: _At = _WHOLE) -> Iterable[Entry]:

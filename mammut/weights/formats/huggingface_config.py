@@ -1,8 +1,8 @@
-"""The config.json of transformers' GPT-2, GPT-Neo, GPT-J and GPT-NeoX as a `DecoderConfig`.
+"""Reads the config.json of transformers' language models as a `DecoderConfig`.
 
-A key is read under the name of transformers 4 or 5, or its general name; what is left out has
-transformers' default. A key that is not known is refused, as is a value that changes what is
-computed in a way that our decoder does not have.
+The models are GPT-2, GPT-Neo, GPT-J and GPT-NeoX. A key is read by its name in transformers 4 or 5,
+or by its general name; a key that is left out has transformers' default. An unknown key is refused,
+and so is a value that our decoder cannot compute.
 """
 
 from collections.abc import Callable
@@ -18,46 +18,48 @@ _ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu2": "relu2",
 }
-# Who saved it and when, and how it is stored: `mammut` goes by the tensors.
+# Keys about who saved the model, when, and as which type: `mammut` goes by the tensors.
 _MAKING = {
-    "_name_or_path", "architectures", "dtype", "model_type", "name_or_path", "tokenizer_class", "torch_dtype",
-    "transformers_version", "transformers_weights",
+    "_name_or_path", "architectures", "dtype", "model_type", "name_or_path", "tokenizer_class",
+    "torch_dtype", "transformers_version", "transformers_weights",
 }  # fmt: skip
 _TRAINING = {
-    "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "embed_dropout",
-    "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "initializer_range", "resid_dropout",
-    "resid_pdrop",
+    "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop",
+    "embed_dropout", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob",
+    "initializer_range", "resid_dropout", "resid_pdrop",
 }  # fmt: skip
-# How and in what form transformers runs it; its attention in float32 is ours always.
+# Keys about how transformers runs it. An attention in float32 is what ours always is.
 _RUNNING = {
-    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation",
-    "chunk_size_feed_forward", "is_decoder", "output_attentions", "output_hidden_states", "output_past",
-    "reorder_and_upcast_attn", "return_dict", "tf_legacy_loss", "tie_last_hidden_states", "torchscript",
-    "use_bfloat16", "use_cache", "use_return_dict",
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+    "attn_implementation", "chunk_size_feed_forward", "is_decoder", "output_attentions",
+    "output_hidden_states", "output_past", "reorder_and_upcast_attn", "return_dict",
+    "tf_legacy_loss", "tie_last_hidden_states", "torchscript", "use_bfloat16", "use_cache",
+    "use_return_dict",
 }  # fmt: skip
-# Other heads on the same decoder, and how text is generated.
+# Keys about other heads on the same decoder, and about the generation of text.
 _OTHER_TASKS = {
-    "_num_labels", "classifier_dropout", "finetuning_task", "id2label", "label2id", "num_labels", "problem_type",
-    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    "task_specific_params",
+    "_num_labels", "classifier_dropout", "finetuning_task", "id2label", "label2id", "num_labels",
+    "problem_type", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj", "task_specific_params",
 }  # fmt: skip
 _GENERATING = {
-    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "diversity_penalty",
-    "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
-    "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
-    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "pad_token_id", "prefix",
-    "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
-    "temperature", "top_k", "top_p", "typical_p",
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "eos_token_id", "exponential_decay_length_penalty", "forced_bos_token_id",
+    "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "pad_token_id",
+    "prefix", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
 }  # fmt: skip
 _WITHOUT_EFFECT = _MAKING | _TRAINING | _RUNNING | _OTHER_TASKS | _GENERATING
 
 
 def decoder_config(values: dict[str, Any], where: str) -> DecoderConfig:
-    """The decoder that a config.json tells of; `where` names the file in errors.
+    """The decoder in the values of a config.json; `where` names the file in errors.
 
     Raises:
-      CheckpointError: it is of another model type, or a key has a value that our decoder cannot
-        have. All such keys are named.
+      CheckpointError: the model is of another type, or a key has a value that our decoder cannot
+        have. Every such key is named.
     """
     kind = values.get("model_type")
     read = _MODELS.get(kind) if isinstance(kind, str) else None
@@ -84,7 +86,7 @@ def decoder_config(values: dict[str, Any], where: str) -> DecoderConfig:
     )
 
 
-# The general name of a size, which transformers takes for that of the model type, and its limit.
+# The general name of each size, which transformers accepts for the name of the type, and its limit.
 _SIZES = {
     "width": ("hidden_size", 2**16),
     "depth": ("num_hidden_layers", 2**10),
@@ -103,14 +105,15 @@ def _shared(
     eps: str = "layer_norm_epsilon",
     tied: bool,
 ) -> dict[str, Any]:
-    """What all model types read.
+    """The fields that all model types have.
 
     Args:
+      config: the values of the file.
       sizes: key and default of each size.
-      inner: those of the MLP's size, None: four times the width.
-      activation: its key and default.
+      inner: key and default of the MLP's size; a default of None is four times the width.
+      activation: key and default of the activation.
       eps: the key of the norms' epsilon.
-      tied: whether the head is the embedding where the file is silent.
+      tied: whether the head is the embedding where the file does not say so.
     """
     read: dict[str, Any] = {}
     for field, (name, default) in sizes.items():
@@ -119,11 +122,13 @@ def _shared(
         read[field] = config.whole(key, default, high=limit)
         if config.value(general) not in (None, read[field]):
             config.refuse(general, f"{read[field]}, as {name}")
-    width, (name, default) = read["width"], inner
-    default = 4 * width if default is None else default
-    read["mlp_dim"] = (
-        default if config.value(name) is None else config.whole(name, default, high=2**18)
-    )
+    width = read["width"]
+    name, default = inner
+    if default is None:
+        default = 4 * width
+    read["mlp_dim"] = default
+    if config.value(name) is not None:
+        read["mlp_dim"] = config.whole(name, default, high=2**18)
     if width % read["num_heads"]:
         config.refuse(sizes["num_heads"][0], f"a divisor of the width {width}")
     return read | {
@@ -161,13 +166,15 @@ def _gpt_neo(config: JsonObject, problems: list[str]) -> dict[str, Any]:
 
 
 def _windows(config: JsonObject, depth: int) -> tuple[int, ...]:
-    """The windows of the layers, cut to their shortest period."""
+    """The windows of the layers, as one period of them."""
     sizes = {"global": 0, "local": config.whole("window_size", 256, high=2**17)}
-    groups, kinds = config.value("attention_types"), config.value("attention_layers")
+    groups = config.value("attention_types")
+    kinds = config.value("attention_layers")
     if groups is None and kinds is None:
         groups = [[["global", "local"], 12]]
     if groups is not None:
-        listed, kinds = kinds, _expanded(groups)
+        listed = kinds
+        kinds = _expanded(groups)
         if listed not in (None, kinds):
             config.refuse("attention_layers", "what attention_types tells")
     key = "attention_layers" if groups is None else "attention_types"
@@ -187,7 +194,7 @@ def _windows(config: JsonObject, depth: int) -> tuple[int, ...]:
 
 
 def _expanded(groups: Any) -> list[Any] | None:
-    """[[["global", "local"], 12]] as 24 kinds; None: it has another form."""
+    """Expands [[["global", "local"], 12]] to 24 kinds; None where the form is another one."""
     kinds: list[Any] = []
     for group in groups if isinstance(groups, list) else [None]:
         match group:
@@ -258,12 +265,12 @@ def _gpt_neox(config: JsonObject, problems: list[str]) -> dict[str, Any]:
 
 
 def _told_once(default: float, low: float, high: float, *places: tuple[JsonObject, str]) -> float:
-    """The number at the first of the places that has one; what another says must be the same."""
-    told = [(config, key) for config, key in places if config.value(key) is not None]
-    numbers = [config.number(key, low, low, high) for config, key in told]
-    for (config, key), number in zip(told, numbers):
+    """A number that may stand under several keys; all keys that are there must have the same."""
+    given = [(config, key) for config, key in places if config.value(key) is not None]
+    numbers = [config.number(key, low, low, high) for config, key in given]
+    for (config, key), number in zip(given, numbers):
         if number != numbers[0]:
-            config.refuse(key, f"{numbers[0]}, as {told[0][1]}")
+            config.refuse(key, f"{numbers[0]}, as {given[0][1]}")
     return numbers[0] if numbers else default
 
 

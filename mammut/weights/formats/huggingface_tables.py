@@ -1,4 +1,7 @@
-"""The tensors of transformers' GPT-2, GPT-Neo, GPT-J and GPT-NeoX and our parameters: one table for each."""
+"""The tensors of transformers' language models and our parameters, a table for each.
+
+The models are GPT-2, GPT-Neo, GPT-J and GPT-NeoX.
+"""
 
 import dataclasses
 import math
@@ -11,6 +14,7 @@ from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.tables import Entry, Joined, Kernel, Layout, Same, Shape, Table, Transposed
 
 _QKV = "query", "key", "value"
+_OURS = "text.layers"
 _HEADS = "lm_head.weight", "embed_out.weight"
 _MASK = "a causal mask, which is no parameter"
 _ANGLES = "rotary angles, which are no parameters"
@@ -18,21 +22,23 @@ _ANGLES = "rotary angles, which are no parameters"
 
 @dataclasses.dataclass(frozen=True)
 class HeadByHead:
-    """Query, key and value of one head after the other: a weight [N * 3 * K, D] of kernels [D, N, K], or a bias."""
+    """Query, key and value of the first head, then of the second, and so on.
+
+    A weight [N * 3 * K, D] holds three kernels [D, N, K], a bias [N * 3 * K] three biases [N, K].
+    """
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """[N * 3 * K, D], or [N * 3 * K]."""
+        """The shape [N * 3 * K, D], or [N * 3 * K]."""
         return len(ours) * math.prod(ours[0][-2:]), *ours[0][:-2]
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
-        """Ours."""
-        heads, size = ours[place][-2:]
-        return np.moveaxis(theirs.reshape(heads, len(ours), size, -1)[:, place], -1, 0).reshape(
-            ours[place]
-        )
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
+        """The query, key or value of every head."""
+        heads, size = ours[index][-2:]
+        part = theirs.reshape(heads, len(ours), size, -1)[:, index]
+        return np.moveaxis(part, -1, 0).reshape(ours[index])
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Theirs."""
+        """The three of them, head by head."""
         shapes = [array.shape for array in ours]
         heads = [np.moveaxis(array.reshape(-1, *array.shape[-2:]), 0, -1) for array in ours]
         return np.stack(heads, axis=1).reshape(self.shape(shapes))
@@ -41,9 +47,14 @@ class HeadByHead:
 def table(model_type: str, text: DecoderConfig, theirs: Mapping[str, TensorSpec]) -> Table:
     """The table for a model and for the tensors in its file.
 
-    Of those it looks at what depends on who wrote the file: whether the names have the prefix of a
-    model with a head, the name of the head, a head that is the embedding and may be there twice,
-    what is no parameter.
+    The tensors tell what depends on who wrote the file: whether names have the prefix of a model
+    with a head, the name of the head, whether a tied head is stored as well, and which tensors are
+    no parameters.
+
+    Args:
+      model_type: the key of config.json.
+      text: the decoder.
+      theirs: the tensors of the file.
     """
     prefix, make = _TABLES[model_type]
     if not any(name.startswith(prefix) for name in theirs):
@@ -91,90 +102,95 @@ def _fused(
         yield Entry(f"{theirs}.bias", biases, vector, layer)
 
 
-# entries, and what files may hold beside parameters, with the reason
+# The entries; and the tensors that files may hold beside parameters, each with the reason.
 _Made = tuple[list[Entry], dict[str, str]]
 
 
 def _gpt2(prefix: str, text: DecoderConfig) -> _Made:
-    entries, buffers, ours = _ends(prefix, "wte", "ln_f"), {}, "text.layers"
+    entries = _ends(prefix, "wte", "ln_f")
+    buffers = {}
     entries.append(Entry(f"{prefix}wpe.weight", ("text.pos_embed",)))
     for i in range(text.depth):
         block = f"{prefix}h.{i}"
-        entries += _norm(f"{block}.ln_1", f"{ours}.attn_norm", i)
+        entries += _norm(f"{block}.ln_1", f"{_OURS}.attn_norm", i)
         entries += _fused(
             f"{block}.attn.c_attn", i, Joined(Kernel(), axis=1), Joined(Same(flat=True))
         )
-        entries += _affine(f"{block}.attn.c_proj", f"{ours}.attn.out", i, Kernel(2))
-        entries += _norm(f"{block}.ln_2", f"{ours}.mlp_norm", i)
-        entries += _affine(f"{block}.mlp.c_fc", f"{ours}.mlp.up", i, Kernel())
-        entries += _affine(f"{block}.mlp.c_proj", f"{ours}.mlp.down", i, Kernel())
+        entries += _affine(f"{block}.attn.c_proj", f"{_OURS}.attn.out", i, Kernel(2))
+        entries += _norm(f"{block}.ln_2", f"{_OURS}.mlp_norm", i)
+        entries += _affine(f"{block}.mlp.c_fc", f"{_OURS}.mlp.up", i, Kernel())
+        entries += _affine(f"{block}.mlp.c_proj", f"{_OURS}.mlp.down", i, Kernel())
         buffers |= {f"{block}.attn.{name}": _MASK for name in ("bias", "masked_bias")}
     return entries, buffers
 
 
 def _gpt_neo(prefix: str, text: DecoderConfig) -> _Made:
-    entries, buffers, ours = _ends(prefix, "wte", "ln_f"), {}, "text.layers"
+    entries = _ends(prefix, "wte", "ln_f")
+    buffers = {}
     entries.append(Entry(f"{prefix}wpe.weight", ("text.pos_embed",)))
     for i in range(text.depth):
         block = f"{prefix}h.{i}"
         attention = f"{block}.attn.attention"
-        entries += _norm(f"{block}.ln_1", f"{ours}.attn_norm", i)
+        entries += _norm(f"{block}.ln_1", f"{_OURS}.attn_norm", i)
         for name in _QKV:
-            entries += _affine(f"{attention}.{name[0]}_proj", f"{ours}.attn.{name}", i, bias=False)
-        entries += _affine(f"{attention}.out_proj", f"{ours}.attn.out", i, Transposed(2))
-        entries += _norm(f"{block}.ln_2", f"{ours}.mlp_norm", i)
-        entries += _affine(f"{block}.mlp.c_fc", f"{ours}.mlp.up", i)
-        entries += _affine(f"{block}.mlp.c_proj", f"{ours}.mlp.down", i)
+            entries += _affine(f"{attention}.{name[0]}_proj", f"{_OURS}.attn.{name}", i, bias=False)
+        entries += _affine(f"{attention}.out_proj", f"{_OURS}.attn.out", i, Transposed(2))
+        entries += _norm(f"{block}.ln_2", f"{_OURS}.mlp_norm", i)
+        entries += _affine(f"{block}.mlp.c_fc", f"{_OURS}.mlp.up", i)
+        entries += _affine(f"{block}.mlp.c_proj", f"{_OURS}.mlp.down", i)
         buffers |= {f"{attention}.{name}": _MASK for name in ("bias", "masked_bias")}
     return entries, buffers
 
 
 def _gptj(prefix: str, text: DecoderConfig) -> _Made:
-    entries, buffers, ours = _ends(prefix, "wte", "ln_f"), {}, "text.layers"
+    entries = _ends(prefix, "wte", "ln_f")
+    buffers = {}
     for i in range(text.depth):
         block = f"{prefix}h.{i}"
-        entries += _norm(f"{block}.ln_1", f"{ours}.attn_norm", i)
+        entries += _norm(f"{block}.ln_1", f"{_OURS}.attn_norm", i)
         for name in _QKV:
-            entries += _affine(f"{block}.attn.{name[0]}_proj", f"{ours}.attn.{name}", i, bias=False)
+            entries += _affine(
+                f"{block}.attn.{name[0]}_proj", f"{_OURS}.attn.{name}", i, bias=False
+            )
         entries += _affine(
-            f"{block}.attn.out_proj", f"{ours}.attn.out", i, Transposed(2), bias=False
+            f"{block}.attn.out_proj", f"{_OURS}.attn.out", i, Transposed(2), bias=False
         )
-        entries += _affine(f"{block}.mlp.fc_in", f"{ours}.mlp.up", i)
-        entries += _affine(f"{block}.mlp.fc_out", f"{ours}.mlp.down", i)
+        entries += _affine(f"{block}.mlp.fc_in", f"{_OURS}.mlp.up", i)
+        entries += _affine(f"{block}.mlp.fc_out", f"{_OURS}.mlp.down", i)
         buffers |= {f"{block}.attn.{name}": _MASK for name in ("bias", "masked_bias")}
         buffers[f"{block}.attn.embed_positions"] = _ANGLES
     return entries, buffers
 
 
 def _gpt_neox(prefix: str, text: DecoderConfig) -> _Made:
-    entries, ours = _ends(prefix, "embed_in", "final_layer_norm"), "text.layers"
+    entries = _ends(prefix, "embed_in", "final_layer_norm")
     buffers = {f"{prefix}rotary_emb.inv_freq": _ANGLES}
     for i in range(text.depth):
         block = f"{prefix}layers.{i}"
-        entries += _norm(f"{block}.input_layernorm", f"{ours}.attn_norm", i)
-        entries += _norm(f"{block}.post_attention_layernorm", f"{ours}.mlp_norm", i)
+        entries += _norm(f"{block}.input_layernorm", f"{_OURS}.attn_norm", i)
+        entries += _norm(f"{block}.post_attention_layernorm", f"{_OURS}.mlp_norm", i)
         fused = f"{block}.attention.query_key_value"
         entries += _fused(fused, i, HeadByHead(), HeadByHead(), bias=text.attn_bias)
         entries += _affine(
-            f"{block}.attention.dense", f"{ours}.attn.out", i, Transposed(2), bias=text.attn_bias
+            f"{block}.attention.dense", f"{_OURS}.attn.out", i, Transposed(2), bias=text.attn_bias
         )
-        entries += _affine(f"{block}.mlp.dense_h_to_4h", f"{ours}.mlp.up", i)
-        entries += _affine(f"{block}.mlp.dense_4h_to_h", f"{ours}.mlp.down", i)
+        entries += _affine(f"{block}.mlp.dense_h_to_4h", f"{_OURS}.mlp.up", i)
+        entries += _affine(f"{block}.mlp.dense_4h_to_h", f"{_OURS}.mlp.down", i)
         buffers |= {f"{block}.attention.{name}": _MASK for name in ("bias", "masked_bias")}
         buffers[f"{block}.attention.rotary_emb.inv_freq"] = _ANGLES
     return entries, buffers
 
 
 def _ends(prefix: str, embedding: str, norm: str) -> list[Entry]:
-    """What stands before and after the layers."""
+    """The entries of the embedding and of the last norm."""
     return [
         Entry(f"{prefix}{embedding}.weight", ("text.token_embed.embedding",)),
         *_norm(f"{prefix}{norm}", "text.norm"),
     ]
 
 
-# By `model_type`: what the names start with in a model with a head, and the table of what is below
-# it.
+# For each `model_type`: what names begin with in a model with a head, and a function that makes the
+# table of all but the head.
 _TABLES: dict[str, tuple[str, Callable[[str, DecoderConfig], _Made]]] = {
     "gpt2": ("transformer.", _gpt2),
     "gpt_neo": ("transformer.", _gpt_neo),

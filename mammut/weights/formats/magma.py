@@ -315,7 +315,8 @@ def _entries(config: ModelConfig, sites: Mapping[str, _Site]) -> Iterable[Entry]
     yield Entry("lm.lm_head.bias", ("text.vocab_head_bias",))
     for i in range(config.text.depth):
         block = f"{_BLOCKS}{i}"
-        attention, mlp = f"{block}.{sites['attn'].inner}.attention", f"{block}.{sites['mlp'].inner}"
+        attention = f"{block}.{sites['attn'].inner}.attention"
+        mlp = f"{block}.{sites['mlp'].inner}"
         yield from _norm(f"{block}.ln_1", "text.layers.attn_norm", i)
         for name in ("query", "key", "value"):
             yield from _affine(

@@ -1,14 +1,15 @@
-"""The JSON of open_clip's models and our `ModelConfig`, each made from the other.
+"""The JSON of open_clip's models as our `ModelConfig`; `open_clip_export` is the way back.
 
-`open_clip_config.json` holds `model_cfg` and `preprocess_cfg`. Four families of `model_cfg` are
-models of ours, too:
+`open_clip_config.json` holds `model_cfg` and `preprocess_cfg`. We have four families of
+`model_cfg`:
 
-    text_cfg with does_full_decoding   openMaMMUT: LAION's fork, github.com/LAION-AI/open_clip_mammut at ed2d1f6
+    text_cfg with does_full_decoding   openMaMMUT: LAION's fork, at ed2d1f6 of
+                                       github.com/LAION-AI/open_clip_mammut
     multimodal_cfg                     mammut_* and mammut2_* of open_clip's main branch
     ... with text_arch "modern"        mammut2-moderntext_*
     multimodal_cfg and text_cfg        CoCa, as in open_clip_torch 3.3.0
 
-A key is read, or has no effect on what a trained model computes and is listed here as such, or is
+A key is read, or is listed here as one without effect on what a trained model computes, or is
 refused.
 """
 
@@ -26,66 +27,34 @@ _OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_EPS = 1e-5  # PyTorch's
 
-# Keys without effect on what a trained model computes: of its making, its training, its tokenizer
-# (read elsewhere), ...
+# Keys without effect on what a trained model computes. They are about how the model is made, how it
+# is trained, and its tokenizer, which is read elsewhere.
 _MAKING = {
-    "custom_text",
-    "cast_dtype",
-    "output_dict",
-    "output_tokens",
-    "nonscalar_logit_scale",
-    "zero_init_residual",
-}
-_MAKING |= {"init_logit_scale", "init_logit_bias", "timm_model_pretrained", "hf_model_pretrained"}
+    "custom_text", "cast_dtype", "output_dict", "output_tokens", "nonscalar_logit_scale",
+    "zero_init_residual", "init_logit_scale", "init_logit_bias", "timm_model_pretrained",
+    "hf_model_pretrained",
+}  # fmt: skip
 _TRAINING = {"patch_dropout", "timm_drop", "timm_drop_path", "freeze_pad_embed"}
 _TOKENIZER = {
-    "hf_tokenizer_name",
-    "tokenizer_type",
-    "tiktoken_name",
-    "tokenizer_mode",
-    "tokenizer_kwargs",
-}
-_TOKENIZER |= {"bos_id", "eos_id", "variable_text"}
-# ... of a tower that timm or Hugging Face would make: `timm_model_name` and `hf_model_name` themselves are refused, ...
+    "hf_tokenizer_name", "tokenizer_type", "tiktoken_name", "tokenizer_mode", "tokenizer_kwargs",
+    "bos_id", "eos_id", "variable_text",
+}  # fmt: skip
+# Keys of towers that timm or Hugging Face would make; `timm_model_name` and `hf_model_name`
+# themselves are refused.
 _TIMM = {"timm_pool", "timm_proj", "timm_proj_bias", "timm_model_kwargs", "image_seq_len"}
 _HF = {"hf_proj_type", "hf_pooler_type", "hf_model_config"}
-# ... and fields of the classes these decoders share that none of them reads, or that only the modern one does.
+# Fields that the classes of these decoders share: none of them reads the first, and only the modern
+# one the second.
 _UNREAD = {
-    "dim_head",
-    "n_queries",
-    "attn_pooler_heads",
-    "final_ln_after_pool",
-    "attention_mode",
-    "token_average_pool",
-}
-_UNREAD |= {
-    "block_type",
-    "scaled_cosine_attn",
-    "scale_heads",
-    "scale_attn_inner",
-    "scale_attn",
-    "scale_fc",
-}
-_UNREAD |= {"is_multimodal_decoder"}
+    "dim_head", "n_queries", "attn_pooler_heads", "final_ln_after_pool", "attention_mode",
+    "token_average_pool", "block_type", "scaled_cosine_attn", "scale_heads", "scale_attn_inner",
+    "scale_attn", "scale_fc", "is_multimodal_decoder",
+}  # fmt: skip
 _MODERN = {
-    "qk_norm",
-    "attn_gated",
-    "pos_embed",
-    "rope_temperature",
-    "mlp_type",
-    "norm_type",
-    "norm_eps",
-    "tie_lm_head",
-}
-_MODERN |= {
-    "pre_norm",
-    "norm_placement",
-    "reg_tokens",
-    "value_residual",
-    "attention_bias",
-    "mlp_bias",
-    "gate_bias",
-}
+    "qk_norm", "attn_gated", "pos_embed", "rope_temperature", "mlp_type", "norm_type", "norm_eps",
+    "tie_lm_head", "pre_norm", "norm_placement", "reg_tokens", "value_residual", "attention_bias",
+    "mlp_bias", "gate_bias",
+}  # fmt: skip
 _OF_TEXT = _MAKING | _TRAINING | _TOKENIZER | _HF | _UNREAD
 _OF_DECODER = _OF_TEXT | {
     "embed_cls",
@@ -108,7 +77,10 @@ OPENMAMMUT_SIZES = {
 
 
 def openmammut(size: str) -> dict[str, Any]:
-    """The `model_cfg` of an openMaMMUT size, one of `OPENMAMMUT_SIZES` (facts of the fork's model_configs)."""
+    """The `model_cfg` of an openMaMMUT size, one of `OPENMAMMUT_SIZES`.
+
+    Source: the fork's model_configs.
+    """
     text_width, width, heads, layers, text_layers, has_mlp = OPENMAMMUT_SIZES[size]
     return {
         "embed_dim": text_width,
@@ -138,11 +110,16 @@ def openmammut(size: str) -> dict[str, Any]:
 
 
 def model_config(model_cfg: Any, preprocess_cfg: Any, where: str) -> ModelConfig:
-    """The architecture that the two objects of `open_clip_config.json` tell; `where` names their file in errors.
+    """The architecture in the two objects of `open_clip_config.json`.
+
+    Args:
+      model_cfg: the object of that key.
+      preprocess_cfg: the object of that key; None: there is none.
+      where: their file, for errors.
 
     Raises:
-      CheckpointError: it is none of the families above, or a key has a value that our model cannot
-        have. All such keys are named.
+      CheckpointError: the model is of none of the families above, or a key has a value that our
+        model cannot have. Every such key is named.
     """
     config, problems = try_model_config(model_cfg, preprocess_cfg)
     if config is None:
@@ -153,7 +130,7 @@ def model_config(model_cfg: Any, preprocess_cfg: Any, where: str) -> ModelConfig
 
 
 def try_model_config(model_cfg: Any, preprocess_cfg: Any) -> tuple[ModelConfig | None, list[str]]:
-    """`model_config`, or None and all that stands in its way."""
+    """`model_config` and no problems; or None and the problems, in sentences."""
     problems: list[str] = []
     fields = _fields(model_cfg, preprocess_cfg, problems)
     if problems:
@@ -188,7 +165,8 @@ def _fields(model_cfg: Any, preprocess_cfg: Any, problems: list[str]) -> dict[st
         text = _fork(JsonObject("model_cfg.text_cfg", text_cfg, problems), quick)
     else:
         problems.append(
-            "neither model_cfg.multimodal_cfg nor model_cfg.text_cfg.does_full_decoding: it has no decoder"
+            "neither model_cfg.multimodal_cfg nor model_cfg.text_cfg.does_full_decoding: "
+            "it has no decoder"
         )
     top.close(_MAKING)
     image = read_preprocess(preprocess_cfg, problems)
@@ -203,7 +181,10 @@ def _fields(model_cfg: Any, preprocess_cfg: Any, problems: list[str]) -> dict[st
 
 
 def image_transform(preprocess_cfg: Any, image_size: int) -> ImageTransform:
-    """The transform of a `preprocess_cfg` that `model_config` has taken; the size is the model's, as in open_clip."""
+    """The transform of a `preprocess_cfg` that `model_config` accepts.
+
+    The size is that of the model, as in open_clip.
+    """
     image = read_preprocess(preprocess_cfg, [])
     return ImageTransform(image_size, image["mode"], image["interpolation"], image["fill"])
 
@@ -211,7 +192,13 @@ def image_transform(preprocess_cfg: Any, image_size: int) -> ImageTransform:
 def read_preprocess(
     values: Any, problems: list[str], name: str = "preprocess_cfg"
 ) -> dict[str, Any]:
-    """Its mode, interpolation, fill, mean and std as `ImageTransform` and the image encoder have them."""
+    """Reads mode, interpolation, fill, mean and std of a `preprocess_cfg`.
+
+    Args:
+      values: the object; None: all defaults.
+      problems: the list that problems are added to.
+      name: what the object is called in the problems.
+    """
     image = JsonObject(name, {} if values is None else values, problems)
     read = {
         "mode": image.choice(

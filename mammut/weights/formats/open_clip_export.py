@@ -1,4 +1,4 @@
-"""Our models as open_clip's: the JSON of a `ModelConfig`, and folders that open_clip loads ("local-dir:FOLDER")."""
+"""Writes our models as open_clip's: folders that open_clip loads ("local-dir:FOLDER")."""
 
 import dataclasses
 import math
@@ -29,19 +29,21 @@ def save(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[str, ...]:
-    """Writes a folder as on the Hugging Face hub, one tensor at a time: config, weights, and our processor's files.
+    """Writes a folder of open_clip's, as on the Hugging Face hub, one tensor at a time.
 
-    open_clip takes CLIP's tokenizer for it; tokens of another vocabulary have to come from our
-    processor. Nothing in the folder changes until all is written.
+    It holds the config, the weights and our processor's files. open_clip takes CLIP's tokenizer for
+    it; tokens of another vocabulary have to come from our processor. Nothing in the folder changes
+    until all is written.
 
     Args:
       folder: made where it is missing.
       opened: a whole model.
-      overwrite: replaces a model of open_clip that is there, never a model folder of ours or a run.
-      progress: called with the bytes of each tensor written.
+      overwrite: whether a model of open_clip that is there is replaced; a model folder of ours or a
+        run never is.
+      progress: called with the number of bytes of each tensor written.
 
     Returns:
-      What open_clip does not do as our processor does, in sentences.
+      Sentences on what open_clip does in another way than our processor.
 
     Raises:
       ValueError: the folder holds a model already or is where `opened` is read from, `opened` is a
@@ -53,7 +55,7 @@ def save(
     model_cfg = to_open_clip(opened.config)
     preprocess_cfg = _preprocess_json(opened.processor, opened.config.vision)
     names = {"logit_scale", "text.lm_head.weight"}
-    # open_clip has none unless the config says so
+    # open_clip has no bias unless the config sets one.
     if bias := float(opened.tensors.read("logit_bias")):
         model_cfg["init_logit_bias"] = bias
         names.add("logit_bias")
@@ -72,14 +74,15 @@ def save(
             metadata={"format": "pt"},
             progress=progress,
         )
-        # else it is looked for again when it is read
+        # A missing tokenizer is not saved: when the folder is read, it is looked for again.
         if not isinstance(opened.processor.tokenizer, MissingTokenizer):
             opened.processor.save(new)
         write_json(new / CONFIG_FILE, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
     if _has_clip_ids(opened.processor.tokenizer):
         return ()
     return (
-        "open_clip takes CLIP's tokenizer for this model: texts must become tokens by mammut's processor instead",
+        "open_clip takes CLIP's tokenizer for this model: "
+        "texts must become tokens by mammut's processor instead",
     )
 
 
@@ -89,7 +92,7 @@ def _has_clip_ids(tokenizer: Tokenizer) -> bool:
 
 
 def _special_ids(processor: Processor) -> dict[str, int]:
-    """Of another vocabulary than CLIP's, whose ids open_clip knows."""
+    """The special ids of a vocabulary; none of CLIP's, which open_clip knows."""
     tokenizer = processor.tokenizer
     if isinstance(tokenizer, ClipTokenizer | MissingTokenizer):
         return {}
@@ -97,10 +100,12 @@ def _special_ids(processor: Processor) -> dict[str, int]:
 
 
 def _preprocess_json(processor: Processor, vision: VisionConfig) -> dict[str, Any]:
-    image, problems = processor.image, []
+    image = processor.image
+    problems = []
     if image.interpolation not in ("bicubic", "bilinear"):
         problems.append(
-            f"ImageTransform.interpolation is {image.interpolation!r}, expected 'bicubic' or 'bilinear'"
+            f"ImageTransform.interpolation is {image.interpolation!r}, "
+            "expected 'bicubic' or 'bilinear'"
         )
     if processor.text_form != "start_end":
         problems.append(f"text_form is {processor.text_form!r}, expected 'start_end'")
@@ -118,14 +123,14 @@ def _preprocess_json(processor: Processor, vision: VisionConfig) -> dict[str, An
 
 
 def to_open_clip(config: ModelConfig) -> dict[str, Any]:
-    """The `model_cfg` of a model: of CoCa, of openMaMMUT's fork where `pad_id` is 0, else of open_clip's main branch.
+    """The `model_cfg` of a model.
 
-    What is about training or arithmetic alone is left out; for the rest, reading it back gives the
-    same config.
+    It is one of CoCa, of openMaMMUT's fork where `pad_id` is 0, or else of open_clip's main branch.
+    Fields about training or arithmetic alone are left out; read back, the rest gives the same
+    config.
 
     Raises:
-      ValueError: the format cannot express the model; all the fields that stand in the way are
-        named.
+      ValueError: the format cannot express the model. Every field that stands in the way is named.
     """
     text = config.text
     if isinstance(config.vision, ResNetConfig):
@@ -170,7 +175,7 @@ def to_open_clip(config: ModelConfig) -> dict[str, Any]:
 
 
 def _ratio(layer: LayerConfig) -> float:
-    """`mlp_dim` as a share of the width that comes back as `mlp_dim`."""
+    """The ratio of `mlp_dim` to the width, from which open_clip computes the same `mlp_dim`."""
     ratio = layer.mlp_dim / layer.width
     return (
         ratio if mlp_dim(layer.width, ratio) == layer.mlp_dim else math.nextafter(ratio, math.inf)
@@ -229,7 +234,7 @@ def _decoder_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _comparable(config: ModelConfig) -> dict[str, Any]:
-    """The fields that decide what a model computes; those that nothing reads in it, as they are by default."""
+    """The fields that decide what a model computes, without those that nothing reads in it."""
     fields = dataclasses.asdict(config)
     vision, text = fields["vision"], fields["text"]
     fields["embed_dim"] = config.embed_size

@@ -1,4 +1,7 @@
-"""open_clip's tensors and our parameters: one table for each family of models (`mammut.weights.formats.open_clip_config`)."""
+"""open_clip's tensors and our parameters, a table for each family of models.
+
+`open_clip_config` has the families.
+"""
 
 from collections.abc import Iterable, Mapping
 
@@ -24,12 +27,16 @@ _MASKS = "attn_mask", "text.attn_mask", "text_decoder.attn_mask"  # older releas
 def table(config: ModelConfig, theirs: Mapping[str, TensorSpec]) -> Table:
     """The table for a model and for the tensors in its file.
 
-    Of those it looks at the few that depend on who wrote the file: the name of the vocabulary head,
-    which LAION's fork calls `text.text_projection`; the scalars of the contrastive loss, which may
-    have shape [1]; the bias among them, which may be absent; a head that is the embedding, which
-    may be there twice.
+    The tensors tell what depends on who wrote the file: the name of the vocabulary head, which
+    LAION's fork calls `text.text_projection`; the shape of the contrastive loss's scalars, [] or
+    [1]; whether it has a bias; and whether a head that is the embedding is stored as well.
+
+    Args:
+      config: the config of the model.
+      theirs: the tensors of the file.
     """
-    coca, modern = config.text.text_only_depth > 0, config.text.cross_attn_position == "inside"
+    coca = config.text.text_only_depth > 0
+    modern = config.text.cross_attn_position == "inside"
     entries = list(_vision(config))
     if not coca:
         entries.append(Entry("map_viz2txt_kv", ("image_projection.kernel",)))
@@ -38,16 +45,17 @@ def table(config: ModelConfig, theirs: Mapping[str, TensorSpec]) -> Table:
     elif modern:
         entries += _modern(config, "text.lm_head.weight" in theirs)
     else:
-        entries += _classic(
-            config, "text.lm_head" if "text.lm_head" in theirs else "text.text_projection"
-        )
+        head = "text.lm_head" if "text.lm_head" in theirs else "text.text_projection"
+        entries += _classic(config, head)
     constant = {}
     for name in ("logit_scale", "logit_bias"):
-        if name in theirs or name == "logit_scale":
-            shape = theirs[name].shape if name in theirs else ()
-            entries.append(Entry(name, (name,), Reshaped(shape if shape in ((), (1,)) else ())))
-        else:
-            constant[name] = 0.0, "the model was trained without"
+        if name == "logit_bias" and name not in theirs:
+            constant[name] = (0.0, "the model was trained without")
+            continue
+        shape = ()
+        if name in theirs and theirs[name].shape == (1,):
+            shape = (1,)
+        entries.append(Entry(name, (name,), Reshaped(shape)))
     unused = {key: "a causal mask, which is no parameter" for key in _MASKS if key in theirs}
     return Table(entries, unused, constant)
 
@@ -81,7 +89,10 @@ def _joined(
     layer: int | None = None,
     dot: str = ".",
 ) -> Iterable[Entry]:
-    """Several maps as one; torch.nn.MultiheadAttention writes `in_proj_weight` where torch.nn.Linear has a dot."""
+    """Several linear maps as one.
+
+    `dot` stands before "weight": torch.nn.MultiheadAttention has "_" there, in `in_proj_weight`.
+    """
     kernels = tuple(f"{ours}.{name}.kernel" for name in names)
     yield Entry(f"{theirs}{dot}weight", kernels, Joined(Transposed()), layer)
     if bias:
@@ -95,7 +106,7 @@ _QKV = "query", "key", "value"
 def _block(
     theirs: str, ours: str, layer: int, *, mlp: bool = True, image: bool = False
 ) -> Iterable[Entry]:
-    """A layer of all but the modern decoder."""
+    """A layer of any tower but the modern decoder."""
     yield from _norm(f"{theirs}.ln_1", f"{ours}.attn_norm", layer=layer)
     if image:
         yield from _norm(f"{theirs}.ln_1_kv", f"{ours}.image_norm", layer=layer)
@@ -127,7 +138,8 @@ def _vision(config: ModelConfig) -> Iterable[Entry]:
 
 
 def _pool(config: ModelConfig) -> Iterable[Entry]:
-    theirs, ours = "visual.attn_pool", "vision.pool"
+    theirs = "visual.attn_pool"
+    ours = "vision.pool"
     yield Entry(f"{theirs}.query", (f"{ours}.query",))
     yield from _norm(f"{theirs}.ln_q", f"{ours}.query_norm")
     yield from _norm(f"{theirs}.ln_k", f"{ours}.token_norm")
@@ -146,23 +158,23 @@ def _pool(config: ModelConfig) -> Iterable[Entry]:
 
 
 def _own_layers(text: DecoderConfig) -> Iterable[tuple[str, int, bool]]:
-    """The self-attention layers in order: where ours is, at which place, whether it has an MLP."""
+    """The self-attention layers in order: our path, the index there, and whether it has an MLP."""
     if not text.has_bare_layers:
         yield from (("text.layers", i, True) for i in range(text.depth))
     else:
         for i in range(text.depth):
-            group, place = divmod(i, text.cross_attn_every)
-            if place == 0:
+            group, index = divmod(i, text.cross_attn_every)
+            if index == 0:
                 yield "text.bare_layers", group, False
             else:
-                yield "text.layers", group * (text.cross_attn_every - 1) + place - 1, True
+                yield "text.layers", group * (text.cross_attn_every - 1) + index - 1, True
 
 
 def _classic(config: ModelConfig, head: str) -> Iterable[Entry]:
     yield Entry("text.token_embedding.weight", ("text.token_embed.embedding",))
     yield Entry("text.positional_embedding", ("text.pos_embed",))
-    for i, (ours, place, mlp) in enumerate(_own_layers(config.text)):
-        yield from _block(f"text.resblocks.{i}", ours, place, mlp=mlp)
+    for i, (ours, index, mlp) in enumerate(_own_layers(config.text)):
+        yield from _block(f"text.resblocks.{i}", ours, index, mlp=mlp)
     for i in range(config.text.num_cross_layers):
         yield from _block(f"text.cross_attn.{i}", "text.cross_layers", i, image=True)
     yield from _norm("text.ln_final", "text.norm")
@@ -188,7 +200,9 @@ def _coca(config: ModelConfig) -> Iterable[Entry]:
 
 
 def _modern(config: ModelConfig, head: bool) -> Iterable[Entry]:
-    text, own, cross = config.text, "text.layers", "text.cross_layers"
+    text = config.text
+    own = "text.layers"
+    cross = "text.cross_layers"
     yield Entry("text.token_embedding.weight", ("text.token_embed.embedding",))
     for i in range(text.depth):
         block = f"text.blocks.{i}"

@@ -56,7 +56,7 @@ class Convolution:
         height, width, inputs, outputs = ours[0]
         return outputs, inputs, height, width
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
         """Their weight with the axes in our order."""
         return theirs.transpose(2, 3, 1, 0)
 
@@ -69,7 +69,7 @@ class Convolution:
 class Variances(Same):
     """Numbers of which none may be below zero."""
 
-    def load(self, theirs: np.ndarray, ours: Sequence[Shape], place: int) -> np.ndarray:
+    def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
         """The same numbers.
 
         Raises:
@@ -79,7 +79,7 @@ class Variances(Same):
             raise CheckpointError(
                 f"a batch norm's running_var holds {theirs.min()}, expected numbers of 0 or more"
             )
-        return super().load(theirs, ours, place)
+        return super().load(theirs, ours, index)
 
 
 def recognises(path: pathlib.Path) -> bool:
@@ -308,7 +308,7 @@ def _bottlenecks(config: ResNetConfig) -> Iterable[tuple[int, int, str, int | No
     for stage, depth in enumerate(config.stages):
         ours = f"vision.stage{stage + 1}"
         yield stage, 0, f"{ours}.first", None
-        yield from ((stage, place, f"{ours}.others", place - 1) for place in range(1, depth))
+        yield from ((stage, number, f"{ours}.others", number - 1) for number in range(1, depth))
 
 
 def clip_entries(config: ResNetConfig, prefix: str) -> Iterable[Entry]:
@@ -328,11 +328,11 @@ def clip_entries(config: ResNetConfig, prefix: str) -> Iterable[Entry]:
 
     for i in (1, 2, 3):
         yield from normed(f"{prefix}conv{i}", f"{prefix}bn{i}", f"vision.stem.conv{i}")
-    for stage, place, ours, layer in _bottlenecks(config):
-        theirs = f"{prefix}layer{stage + 1}.{place}"
+    for stage, number, ours, layer in _bottlenecks(config):
+        theirs = f"{prefix}layer{stage + 1}.{number}"
         for i in (1, 2, 3):
             yield from normed(f"{theirs}.conv{i}", f"{theirs}.bn{i}", f"{ours}.conv{i}", layer)
-        if place == 0:
+        if number == 0:
             yield from normed(
                 f"{theirs}.downsample.0", f"{theirs}.downsample.1", f"{ours}.shortcut"
             )
@@ -345,9 +345,10 @@ def _norm_free_entries(config: ResNetConfig) -> Iterable[Entry]:
         yield Entry(f"{theirs}.gain", (f"{ours}.gain",), Reshaped((outputs, 1, 1, 1)), layer)
 
     yield from standardised("stem.conv", "vision.stem.conv", config.stem_width)
-    for stage, place, ours, layer in _bottlenecks(config):
-        theirs, width = f"stages.{stage}.{place}", config.stem_width * 2**stage
+    for stage, number, ours, layer in _bottlenecks(config):
+        theirs = f"stages.{stage}.{number}"
+        width = config.stem_width * 2**stage
         for i, outputs in ((1, width), (2, width), (3, 4 * width)):
             yield from standardised(f"{theirs}.conv{i}", f"{ours}.conv{i}", outputs, layer)
-        if place == 0:
+        if number == 0:
             yield from standardised(f"{theirs}.downsample.conv", f"{ours}.shortcut", 4 * width)
