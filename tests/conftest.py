@@ -23,11 +23,34 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("mammut", "beartype.beartype")
 
+import collections  # noqa: E402
+import gc  # noqa: E402
 import pathlib  # noqa: E402
 
 import pytest  # noqa: E402
 
 from mammut.testing import shared_dir  # noqa: E402
+
+# The files that take longest. pytest-xdist gives out whole files, those with most tests first: a
+# long file of few tests would start last, and one worker would wait for it.
+LONGEST = ("test_version_0_1.py",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first, then those with most tests."""
+    sizes = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, -sizes[item.path]))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leaves the order of files to `pytest_collection_modifyitems`."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_finish() -> None:
+    """Keeps the garbage collector from going through what was imported, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

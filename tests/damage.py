@@ -1,4 +1,7 @@
-"""For tests of files: trees compared bit for bit, a flipped bit, and errors that are one sentence."""
+"""Helpers for tests of files.
+
+Trees are compared bit for bit, a bit is flipped, and errors are one sentence.
+"""
 
 import pathlib
 

@@ -1,4 +1,7 @@
-"""For tests: a small model of every family of open_clip's, as its JSON and as tensors of random numbers."""
+"""Small models of every family of open_clip, for tests.
+
+Each is given as its JSON and as tensors of random numbers.
+"""
 
 import copy
 import json

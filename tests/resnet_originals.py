@@ -11,7 +11,10 @@ from mammut.config import ResNetConfig
 
 
 def original(config: ResNetConfig) -> Any:
-    """open_clip's ModifiedResNet or timm's NormFreeNet, in inference mode; nothing in it is as it was made."""
+    """Build open_clip's ModifiedResNet or timm's NormFreeNet for inference.
+
+    Every parameter and statistic that starts as a constant is changed at random.
+    """
     torch = pytest.importorskip("torch", reason="the originals are PyTorch modules")
     original_package()  # and with it timm, which needs the same care
     torch.manual_seed(0)
@@ -33,7 +36,10 @@ def original(config: ResNetConfig) -> Any:
 
 
 def features(module: Any, image: np.ndarray) -> np.ndarray:
-    """What the last stage says of every place of normalised images, float32[B, down * across, D]."""
+    """Return the last stage's features of normalised images.
+
+    Shape: float32[B, down * across, D], one row for each place.
+    """
     import torch
 
     x = torch.from_numpy(image).permute(0, 3, 1, 2)

@@ -1,4 +1,7 @@
-"""Our model under big_vision's contract: called as its trainers and evaluators call a model, without big_vision."""
+"""Our model under big_vision's contract.
+
+The tests call it as big_vision's trainers and evaluators call a model, without big_vision.
+"""
 
 import dataclasses
 import re
@@ -59,7 +62,10 @@ def directly(method: str, *args) -> np.ndarray:
 
 
 def test_parameters_are_a_dict_by_their_paths_for_every_way_of_tracing():
-    """Trainers take their shapes first, then make them under jit, and find them by regular expressions."""
+    """Trainers take the shapes first, then make the parameters under jit.
+
+    They find parameters by regular expressions.
+    """
     model = big_vision.Model(**fields())
     image, text = batch()
 

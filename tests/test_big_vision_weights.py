@@ -1,4 +1,8 @@
-"""big_vision's models: their numerics once more, in Flax Linen, whose modules name their parameters as theirs do."""
+"""Weights of big_vision's models.
+
+Their numerics are written once more in Flax Linen, whose modules name their parameters as
+big_vision's do.
+"""
 
 import pathlib
 import re
@@ -476,9 +480,16 @@ def vocabulary(tmp_path_factory) -> bytes:
 
     stem = tmp_path_factory.mktemp("vocabulary") / "v"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red circle on a green square", "two dogs run in the snow"]), model_prefix=str(stem),
-        vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(["a red circle on a green square", "two dogs run in the snow"]),
+        model_prefix=str(stem),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
     return stem.with_suffix(".model").read_bytes()
 
 
@@ -603,15 +614,22 @@ ATTENTION = f"{BLOCK}/MultiHeadDotProductAttention_0"
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        ("img/embedding/kernel", np.ones((8, 6, 3, WIDTH)), r"embedding/kernel is \[8, 6, 3, 32\], expected square"),
+        ("img/embedding/kernel", np.ones((8, 6, 3, WIDTH)),
+         r"embedding/kernel is \[8, 6, 3, 32\], expected square"),
         ("img/embedding/kernel", np.ones((8, 8, WIDTH)), r"is \[8, 8, 32\], expected 4 axes"),
-        ("img/pos_embedding", np.ones((1, 15, WIDTH)), "img/pos_embedding is of 15 positions, expected"),
-        ("img/pos_embedding", np.ones((1, 0, WIDTH)), r"img/pos_embedding is \[1, 0, 32\], expected 3 axes, none"),
-        ("img/pos_embedding", np.ones((1, 40_000**2, 0)), r"img/pos_embedding is \[1, 1600000000, 0\]"),
+        ("img/pos_embedding", np.ones((1, 15, WIDTH)),
+         "img/pos_embedding is of 15 positions, expected"),
+        ("img/pos_embedding", np.ones((1, 0, WIDTH)),
+         r"img/pos_embedding is \[1, 0, 32\], expected 3 axes, none"),
+        ("img/pos_embedding", np.ones((1, 40_000**2, 0)),
+         r"img/pos_embedding is \[1, 1600000000, 0\]"),
         (f"{ATTENTION}/query/kernel", np.ones((WIDTH, 5, 8)), "not a multiple of num_heads 5"),
-        (f"{BLOCK}999/LayerNorm_0/scale", np.ones(WIDTH), "encoderblock_0999/LayerNorm_0/scale is not a tensor"),
-        (f"{BLOCK[:-1]}3/LayerNorm_0/scale", np.ones(WIDTH), "encoderblock_3/LayerNorm_0/bias is missing"),
-        ("img/Transformer/encoderblock/LayerNorm_0/scale", np.ones((3, WIDTH)), "query/kernel is missing"),
+        (f"{BLOCK}999/LayerNorm_0/scale", np.ones(WIDTH),
+         "encoderblock_0999/LayerNorm_0/scale is not a tensor"),
+        (f"{BLOCK[:-1]}3/LayerNorm_0/scale", np.ones(WIDTH),
+         "encoderblock_3/LayerNorm_0/bias is missing"),
+        ("img/Transformer/encoderblock/LayerNorm_0/scale", np.ones((3, WIDTH)),
+         "query/kernel is missing"),
         (f"{BLOCK}/MlpBlock_3/Dense_0/kernel", np.ones((WIDTH, 80)), "are names of the same array"),
         ("txt/MAPHead_0/probe", np.ones((1, 1, TEXT_WIDTH)), "txt/MAPHead_0/: texts are pooled"),
         ("img/pre_logits/kernel", np.ones((WIDTH, WIDTH)), "img/pre_logits/: there is a layer"),

@@ -30,7 +30,10 @@ CONFIG = TrainConfig(model=tiny_config(), data=DataConfig(batch_size=8), steps=1
 
 
 def abstract_state(config: TrainConfig = CONFIG, mesh: MeshConfig | None = None) -> TrainState:
-    """Shapes and placement of a state, on one device unless a mesh is given; nothing is compiled."""
+    """Return the shapes and placement of a state; compile nothing.
+
+    The state is on one device unless a mesh is given.
+    """
     mesh = sharding.make_mesh(mesh or MeshConfig(), jax.devices() if mesh else jax.devices()[:1])
     return make_trainer(config, ImageTextTask(config.loss), mesh).abstract_state
 
@@ -256,9 +259,11 @@ def untied_model() -> TrainConfig:
 
 
 @pytest.mark.parametrize("config, problem", [
-    (other_model(), "params.vision.patch_embed.kernel is float32[192, 32], expected float32[192, 64]"),
+    (other_model(),
+     "params.vision.patch_embed.kernel is float32[192, 32], expected float32[192, 64]"),
     (untied_model(), "params.text.vocab_head.kernel is missing"),
-    (dataclasses.replace(CONFIG, optimizer=OptimizerConfig("adafactor")), "mu.text.token_embed.embedding is left over"),
+    (dataclasses.replace(CONFIG, optimizer=OptimizerConfig("adafactor")),
+     "mu.text.token_embed.embedding is left over"),
 ])  # fmt: skip
 def test_the_state_of_another_model_or_optimizer_is_refused_by_its_leaves(workdir, config, problem):
     with Checkpoints(workdir, keep=2) as checkpoints:

@@ -1,4 +1,7 @@
-"""The converter: what goes in comes out, in either direction, in one type or another, in bounded memory."""
+"""Tests of the converter between model formats.
+
+What goes in comes out, in either direction, in one type or another, in bounded memory.
+"""
 
 import dataclasses
 import json
@@ -23,17 +26,37 @@ from mammut.testing import tiny_batch, tiny_model, tiny_processor
 
 MAMMUT2 = ModelConfig(
     VisionConfig(
-        image_size=16, patch_size=8, width=32, depth=2, num_heads=2, mlp_dim=128, activation="gelu", norm_eps=1e-5,
-        patch_bias=False, class_token=True, input_norm=True, norm_after_pooling=True,
+        image_size=16,
+        patch_size=8,
+        width=32,
+        depth=2,
+        num_heads=2,
+        mlp_dim=128,
+        activation="gelu",
+        norm_eps=1e-5,
+        patch_bias=False,
+        class_token=True,
+        input_norm=True,
+        norm_after_pooling=True,
     ),
     DecoderConfig(
-        vocab_size=60, max_length=12, width=24, depth=4, num_heads=3, mlp_dim=96, activation="gelu", norm_eps=1e-5,
-        cross_attn_position="first", image_norm=True, tie_embeddings=False, pad_masking="contrastive",
+        vocab_size=60,
+        max_length=12,
+        width=24,
+        depth=4,
+        num_heads=3,
+        mlp_dim=96,
+        activation="gelu",
+        norm_eps=1e-5,
+        cross_attn_position="first",
+        image_norm=True,
+        tie_embeddings=False,
+        pad_masking="contrastive",
     ),
     embed_dim=24,
     image_projection="separate",
     projection_bias=False,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +233,10 @@ config = dataclasses.replace(MAMMUT2, text=text, embed_dim=1200)
 specs = model_specs(config)
 jax.block_until_ready(jax.numpy.zeros(3))
 read = lambda name: np.full(specs[name].shape, 0.5, specs[name].dtype)
-save_opened({str(tmp_path / "ours")!r}, OpenedModel(config, LazyTensors(specs, read), testing.tiny_processor(), "it"))
+save_opened(
+    {str(tmp_path / "ours")!r},
+    OpenedModel(config, LazyTensors(specs, read), testing.tiny_processor(), "it"),
+)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
 before = peak()
 import pathlib

@@ -11,7 +11,7 @@ import pytest
 from mammut.core.files import read_json_object, replacing_file, write_json
 from mammut.data import tar_shards
 from mammut.evaluation.predictions import Predictions
-from mammut.evaluation.scoring import Scores, save_scores
+from mammut.evaluation.scores import Scores, save_scores
 from mammut.testing import tiny_processor
 
 

@@ -1,4 +1,8 @@
-"""What importing mammut loads, which module may import which, and that the public names explain themselves."""
+"""Rules for imports and for public names.
+
+What importing mammut loads, which module may import which, and that the public names explain
+themselves.
+"""
 
 import ast
 import functools
@@ -61,7 +65,10 @@ EXCEPTIONS = {("interop/big_vision.py", "mammut"), ("interop/big_vision.py", "ma
 
 
 def imported_by(path: pathlib.Path) -> set[str]:
-    """Every module that a file imports, at its top or inside a function, with the names taken from packages."""
+    """Return every module that a file imports, anywhere in the file.
+
+    Imports at its top and inside functions count, with the names taken from packages.
+    """
     names = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -100,7 +107,10 @@ def test_importing_mammut_loads_no_heavy_package():
 
 
 def test_model_step_and_evaluation_code_import_without_the_packages_they_do_not_need():
-    """A machine without grain, tensorflow-datasets, Pillow or a tokenizer library can still make and train a model."""
+    """A model can be made and trained without the optional packages.
+
+    These are grain, tensorflow-datasets, Pillow and the tokenizer libraries.
+    """
     code = f"""
 import sys
 class Refuse:
@@ -128,7 +138,10 @@ except ImportError as error:
 
 def test_the_refused_packages_would_be_found():
     """Else the two tests above could not fail."""
-    code = f"import importlib.util; print([name for name in {HEAVY} if importlib.util.find_spec(name)])"
+    code = (
+        "import importlib.util; "
+        f"print([name for name in {HEAVY} if importlib.util.find_spec(name)])"
+    )
     assert {"PIL", "grain", "orbax", "sentencepiece", "tensorflow_datasets"} <= set(
         ast.literal_eval(run(code))
     )

@@ -1,4 +1,7 @@
-"""Language models of Hugging Face: each number against transformers, on random weights; configs, tokenizers, files."""
+"""Language models of Hugging Face against transformers.
+
+Each number is compared on random weights; then come configs, tokenizers and files.
+"""
 
 import json
 import pathlib
@@ -92,7 +95,10 @@ STEPS = 10
 
 
 def make(kind: str, settings: dict[str, Any], seed: int = 0):
-    """A model of transformers with noise on every parameter: norms of 1 and biases of 0 would hide errors."""
+    """Make a model of transformers with noise on every parameter.
+
+    Without noise, norms of 1 and biases of 0 would hide errors.
+    """
     shared = {
         "bos_token_id": 0,
         "eos_token_id": 0,
@@ -318,7 +324,11 @@ def test_shards_and_a_pickle_hold_the_same_model(gpt2, tmp_path):
     ],
 )
 def test_names_of_older_files_are_read(name, attention, tmp_path):
-    """Names without the prefix of the model; of GPT-NeoX the head's; masks and angles that are no parameters."""
+    """Older files name some tensors in another way.
+
+    Names lack the prefix of the model, and GPT-NeoX's head has another name. Masks and angles are
+    in the file too, though they are no parameters.
+    """
     kind, settings = MODELS[name]
     theirs = make(kind, settings)
     save(theirs, tmp_path)
@@ -369,42 +379,115 @@ OF_TRANSFORMERS_4 = {
     # As published beside the weights of pythia-70m, gpt-neo-125m (with fewer layers), gpt-j-6b and
     # gpt2.
     "gpt_neox": {
-        "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
-        "hidden_size": 512, "initializer_range": 0.02, "intermediate_size": 2048, "layer_norm_eps": 1e-05,
-        "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 8, "num_hidden_layers": 6,
-        "rotary_emb_base": 20000, "rotary_pct": 0.5, "tie_word_embeddings": False, "torch_dtype": "float16",
-        "transformers_version": "4.24.0", "use_cache": True, "use_parallel_residual": True, "vocab_size": 50304,
+        "architectures": ["GPTNeoXForCausalLM"],
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "hidden_act": "gelu",
+        "hidden_size": 512,
+        "initializer_range": 0.02,
+        "intermediate_size": 2048,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048,
+        "model_type": "gpt_neox",
+        "num_attention_heads": 8,
+        "num_hidden_layers": 6,
+        "rotary_emb_base": 20000,
+        "rotary_pct": 0.5,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.24.0",
+        "use_cache": True,
+        "use_parallel_residual": True,
+        "vocab_size": 50304,
     },
     "gpt_neo": {
-        "activation_function": "gelu_new", "architectures": ["GPTNeoForCausalLM"], "attention_dropout": 0,
-        "attention_layers": ["global", "local", "global", "local"], "attention_types": [[["global", "local"], 2]],
-        "bos_token_id": 50256, "embed_dropout": 0, "eos_token_id": 50256, "gradient_checkpointing": False,
-        "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": None, "layer_norm_epsilon": 1e-05,
-        "max_position_embeddings": 2048, "model_type": "gpt_neo", "num_heads": 12, "num_layers": 4, "resid_dropout": 0,
-        "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
-        "summary_type": "cls_index", "summary_use_proj": True, "transformers_version": "4.9.0.dev0", "use_cache": True,
-        "vocab_size": 50257, "window_size": 256,
+        "activation_function": "gelu_new",
+        "architectures": ["GPTNeoForCausalLM"],
+        "attention_dropout": 0,
+        "attention_layers": ["global", "local", "global", "local"],
+        "attention_types": [[["global", "local"], 2]],
+        "bos_token_id": 50256,
+        "embed_dropout": 0,
+        "eos_token_id": 50256,
+        "gradient_checkpointing": False,
+        "hidden_size": 768,
+        "initializer_range": 0.02,
+        "intermediate_size": None,
+        "layer_norm_epsilon": 1e-05,
+        "max_position_embeddings": 2048,
+        "model_type": "gpt_neo",
+        "num_heads": 12,
+        "num_layers": 4,
+        "resid_dropout": 0,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "transformers_version": "4.9.0.dev0",
+        "use_cache": True,
+        "vocab_size": 50257,
+        "window_size": 256,
     },
     "gptj": {
-        "activation_function": "gelu_new", "architectures": ["GPTJForCausalLM"], "attn_pdrop": 0.0,
-        "bos_token_id": 50256, "embd_pdrop": 0.0, "eos_token_id": 50256, "gradient_checkpointing": False,
-        "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gptj", "n_embd": 4096, "n_head": 16,
-        "n_inner": None, "n_layer": 28, "n_positions": 2048, "resid_pdrop": 0.0, "rotary": True, "rotary_dim": 64,
-        "scale_attn_weights": True, "summary_activation": None, "summary_first_dropout": 0.1,
-        "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True,
-        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50, "temperature": 1.0}},
-        "tie_word_embeddings": False, "tokenizer_class": "GPT2Tokenizer", "transformers_version": "4.18.0.dev0",
-        "use_cache": True, "vocab_size": 50400,
+        "activation_function": "gelu_new",
+        "architectures": ["GPTJForCausalLM"],
+        "attn_pdrop": 0.0,
+        "bos_token_id": 50256,
+        "embd_pdrop": 0.0,
+        "eos_token_id": 50256,
+        "gradient_checkpointing": False,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "model_type": "gptj",
+        "n_embd": 4096,
+        "n_head": 16,
+        "n_inner": None,
+        "n_layer": 28,
+        "n_positions": 2048,
+        "resid_pdrop": 0.0,
+        "rotary": True,
+        "rotary_dim": 64,
+        "scale_attn_weights": True,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "task_specific_params": {
+            "text-generation": {"do_sample": True, "max_length": 50, "temperature": 1.0}
+        },
+        "tie_word_embeddings": False,
+        "tokenizer_class": "GPT2Tokenizer",
+        "transformers_version": "4.18.0.dev0",
+        "use_cache": True,
+        "vocab_size": 50400,
     },
     "gpt2": {
-        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
-        "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
-        "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12,
-        "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1,
-        "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True,
-        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 50257,
+        "activation_function": "gelu_new",
+        "architectures": ["GPT2LMHeadModel"],
+        "attn_pdrop": 0.1,
+        "bos_token_id": 50256,
+        "embd_pdrop": 0.1,
+        "eos_token_id": 50256,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "model_type": "gpt2",
+        "n_ctx": 1024,
+        "n_embd": 768,
+        "n_head": 12,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "resid_pdrop": 0.1,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        "vocab_size": 50257,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", OF_TRANSFORMERS_4)
@@ -422,17 +505,48 @@ def test_a_published_config_becomes_its_decoder():
     shared = {"cross_attn_every": 0, "pooling": "none", "norm_eps": 1e-5}
     read = {kind: decoder_config(values, kind) for kind, values in OF_TRANSFORMERS_4.items()}
     assert read["gptj"] == DecoderConfig(
-        **shared, vocab_size=50400, max_length=2048, width=4096, depth=28, num_heads=16, mlp_dim=16384,
-        layout="parallel", attn_bias=False, positions="rope", rope_dims=64, tie_embeddings=False, vocab_bias=True,
-    )  # fmt: skip
+        **shared,
+        vocab_size=50400,
+        max_length=2048,
+        width=4096,
+        depth=28,
+        num_heads=16,
+        mlp_dim=16384,
+        layout="parallel",
+        attn_bias=False,
+        positions="rope",
+        rope_dims=64,
+        tie_embeddings=False,
+        vocab_bias=True,
+    )
     assert read["gpt_neo"] == DecoderConfig(
-        **shared, vocab_size=50257, max_length=2048, width=768, depth=4, num_heads=12, mlp_dim=3072, attn_bias=False,
-        attn_out_bias=True, attn_scale=False, local_windows=(0, 256),
-    )  # fmt: skip
+        **shared,
+        vocab_size=50257,
+        max_length=2048,
+        width=768,
+        depth=4,
+        num_heads=12,
+        mlp_dim=3072,
+        attn_bias=False,
+        attn_out_bias=True,
+        attn_scale=False,
+        local_windows=(0, 256),
+    )
     assert read["gpt_neox"] == DecoderConfig(
-        **shared, vocab_size=50304, max_length=2048, width=512, depth=6, num_heads=8, mlp_dim=2048, activation="gelu",
-        layout="parallel_two_norms", positions="rope_half", rope_dims=32, rope_theta=2e4, tie_embeddings=False,
-    )  # fmt: skip
+        **shared,
+        vocab_size=50304,
+        max_length=2048,
+        width=512,
+        depth=6,
+        num_heads=8,
+        mlp_dim=2048,
+        activation="gelu",
+        layout="parallel_two_norms",
+        positions="rope_half",
+        rope_dims=32,
+        rope_theta=2e4,
+        tie_embeddings=False,
+    )
     assert read["gpt2"] == DecoderConfig(**shared, vocab_size=50257, max_length=1024)
 
 
@@ -539,7 +653,10 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory) -> pathlib.Path:
-    """A byte-level BPE tokenizer of transformers: 256 bytes, 60 merges, the end; as tokenizer.json and as two files."""
+    """Write a byte-level BPE tokenizer of transformers.
+
+    It has 256 bytes, 60 merges and the end token, as tokenizer.json and as two files.
+    """
     from tokenizers import ByteLevelBPETokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -564,7 +681,10 @@ def tokenizer_folder(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def talking(tokenizer_folder, tmp_path_factory) -> pathlib.Path:
-    """A GPT-J with a padded vocabulary and a tokenizer, whose head prefers the ids that mean nothing."""
+    """Make a GPT-J with a tokenizer and a padded vocabulary.
+
+    Its head prefers the ids that mean nothing.
+    """
     theirs = make("GPTJ", GPT | {"vocab_size": 330, "rotary_dim": 8})
     with torch.no_grad():
         theirs.lm_head.bias[317:] += 50
@@ -698,7 +818,10 @@ def test_a_base_is_held_in_bfloat16_where_the_run_says_so(talking):
 
 
 def test_ids_of_a_padded_vocabulary_are_never_generated(talking):
-    """The head prefers them, but they are no ids of the tokenizer: its `decode` would refuse them."""
+    """Ids that the tokenizer does not know are never generated.
+
+    The head prefers them, but the tokenizer's `decode` would refuse them.
+    """
     config = prefix_model(talking)
     model = tiny_model(config)
     model.text, tokenizer = mammut.load_language_model(talking)

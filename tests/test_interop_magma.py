@@ -1,4 +1,7 @@
-"""MAGMA's checkpoints: the logits against a PyTorch model of the same names, the published sizes, bad files."""
+"""Checkpoints of MAGMA.
+
+The logits against a PyTorch model of the same names, the published sizes, bad files.
+"""
 
 import collections
 import dataclasses
@@ -147,12 +150,25 @@ class Block(nn.Module):
 
 
 class Magma(nn.Module):
-    """The model, by the names of the public code, and where that has a module by two names, by both."""
+    """MAGMA in PyTorch, with the names of the public code.
+
+    Where that code has a module under two names, this model has both.
+    """
 
     def __init__(
-        self, tower: nn.Module, channels: int, adapters: dict[str, tuple], *, vocab=VOCAB, width=WIDTH, depth=2,
-        heads=4, turned=4, inner=48, norm=True,
-    ):  # fmt: skip
+        self,
+        tower: nn.Module,
+        channels: int,
+        adapters: dict[str, tuple],
+        *,
+        vocab=VOCAB,
+        width=WIDTH,
+        depth=2,
+        heads=4,
+        turned=4,
+        inner=48,
+        norm=True,
+    ):
         super().__init__()
         self.lm = nn.Module()
         self.lm.transformer = nn.Module()

@@ -1,4 +1,7 @@
-"""Model folders: exact when whole, refused when damaged, placed parameter by parameter on any mesh."""
+"""Model folders: saved, loaded, checked and placed.
+
+They are exact when whole, refused when damaged, and placed parameter by parameter on any mesh.
+"""
 
 import dataclasses
 import hashlib
@@ -299,8 +302,10 @@ def test_a_config_that_is_no_json_object_is_an_error_that_names_it(folder, conte
     (lambda c: c.pop("model"), "holds NoneType, expected an object"),
     (lambda c: c["model"].update(colour="red"), "has colour, which ModelConfig does not know"),
     (lambda c: c["compute"].update(colour="red"), "has colour, which ComputeConfig does not know"),
-    (lambda c: c["compute"].update(unroll=0), "ComputeConfig.unroll is 0, expected a positive number"),
-    (lambda c: c["model"]["text"].update(depth=5), "depth 5 is not a multiple of cross_attn_every 2"),
+    (lambda c: c["compute"].update(unroll=0),
+     "ComputeConfig.unroll is 0, expected a positive number"),
+    (lambda c: c["model"]["text"].update(depth=5),
+     "depth 5 is not a multiple of cross_attn_every 2"),
 ])  # fmt: skip
 def test_a_config_that_cannot_be_is_refused_by_its_file(folder, change, message):
     rewrite_config(folder, change)
@@ -462,12 +467,16 @@ from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
 from mammut.weights.model_folder import save_opened
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 config = testing.tiny_config()
-config = dataclasses.replace(config, text=dataclasses.replace(config.text, width=1536, num_heads=8, mlp_dim=4096))
+text = dataclasses.replace(config.text, width=1536, num_heads=8, mlp_dim=4096)
+config = dataclasses.replace(config, text=text)
 specs = model_specs(config)
 jax.block_until_ready(jax.numpy.zeros(3))
 before = peak()
 read = lambda name: np.full(specs[name].shape, 0.5, specs[name].dtype)
-save_opened({str(tmp_path / "model")!r}, OpenedModel(config, LazyTensors(specs, read), testing.tiny_processor(), "it"))
+save_opened(
+    {str(tmp_path / "model")!r},
+    OpenedModel(config, LazyTensors(specs, read), testing.tiny_processor(), "it"),
+)
 saved = peak() - before
 model, _ = mammut.load({str(tmp_path / "model")!r})
 print(sum(spec.nbytes for spec in specs.values()) // 2**20, saved, peak() - before)

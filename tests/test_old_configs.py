@@ -1,4 +1,7 @@
-"""Configs of version 0.1: fields that moved, that follow from others or that went; what is refused."""
+"""Configs of version 0.1.
+
+Fields that moved, that follow from others or that went; what is refused.
+"""
 
 import copy
 import dataclasses

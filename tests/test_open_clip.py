@@ -1,4 +1,6 @@
-"""Models of open_clip: the same numbers as the original's, in and out, and files that are refused by name.
+"""Models of open_clip, read and written.
+
+They give the original's numbers, in and out, and bad files are refused by name.
 
 Numbers are those of PyTorch models on random weights (`shared/fixtures/open_clip`), never our own.
 """
@@ -206,7 +208,11 @@ def test_what_was_read_is_written_back_bit_for_bit(reference, tmp_path):
 
 
 def test_layers_without_an_mlp_are_those_whose_mlp_says_nothing(tmp_path):
-    """The layout of the small openMaMMUT sizes beside that of the others, which PyTorch has answered for above."""
+    """Layers without an MLP equal layers whose MLP gives zero.
+
+    The layout of the small openMaMMUT sizes is compared with that of the others, which other tests
+    compare with PyTorch.
+    """
     full = random_arrays(CONFIGS["fork"])
     bare = dict(full)
     for layer in (0, 2):  # those that a cross-attention layer follows
@@ -508,7 +514,10 @@ def test_a_processor_that_open_clip_cannot_express_is_refused_by_name(tmp_path):
     )
     image = ImageTransform(16, interpolation="bilinear_aliased")
     processor = Processor(opened.processor.tokenizer, image, 12, "end_filled")
-    message = "interpolation is 'bilinear_aliased', expected 'bicubic' or 'bilinear'; text_form is 'end_filled'"
+    message = (
+        "interpolation is 'bilinear_aliased', expected 'bicubic' or 'bilinear'; "
+        "text_form is 'end_filled'"
+    )
     with pytest.raises(ValueError, match=message):
         open_clip.save(tmp_path / "out", dataclasses.replace(opened, processor=processor))
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,7 @@
-"""The JSON of open_clip's models: what is read, what has no effect, and what is refused, by name."""
+"""The JSON of open_clip's models.
+
+What is read, what has no effect, and what is refused by name.
+"""
 
 import dataclasses
 

@@ -144,7 +144,10 @@ def test_a_processor_of_another_model_is_refused(tmp_path):
     folder = write_folder(tmp_path, CONFIGS["mammut"], random_arrays(CONFIGS["mammut"]))
     processor = tiny_processor()
     Processor(processor.tokenizer, ImageTransform(48), 5).save(folder)
-    message = "is of another model: images of 48 pixels, expected an image_size of 16; texts of 5 tokens, expected"
+    message = (
+        "is of another model: images of 48 pixels, expected an image_size of 16; "
+        "texts of 5 tokens, expected"
+    )
     with pytest.raises(CheckpointError, match=message):
         open_clip.open_model(folder)
 

@@ -1,4 +1,7 @@
-"""ResNet image encoders from open_clip's and timm's files: the originals' numbers, their pictures, a run from them."""
+"""ResNet image encoders from files of open_clip and timm.
+
+They give the originals' numbers, take pictures as those do, and a run starts from them.
+"""
 
 import dataclasses
 import json
@@ -129,7 +132,11 @@ def test_what_is_left_out_is_named_with_its_reason(weights):
 
 
 def test_pictures_are_taken_as_the_original_takes_them(weights):
-    """At inference: the short side resized by bicubic interpolation, the centre cropped, the original's mean."""
+    """Pictures are prepared as the original prepares them at inference.
+
+    The short side is resized by bicubic interpolation, the centre is cropped, and the mean is the
+    original's.
+    """
     assert open_model(weights).processor.image == ImageTransform(64, "shortest", "bicubic")
 
 

@@ -1,4 +1,7 @@
-"""torch.save and .npz: the numbers are those of torch and NumPy, nothing is run, and what is damaged is refused."""
+"""Archives of tensors: torch.save and .npz.
+
+The numbers are those of torch and NumPy, no code in a file is run, and damage is refused.
+"""
 
 import argparse
 import collections
@@ -172,7 +175,8 @@ class Told:
 
 
 @pytest.mark.parametrize("offset, shape, strides, message", [
-    (0, (7,), (1,), r"'a' is float32\[7\] with strides \[1\] from element 0 on, beyond its storage of 24 bytes"),
+    (0, (7,), (1,),
+     r"'a' is float32\[7\] with strides \[1\] from element 0 on, beyond its storage of 24 bytes"),
     (5, (2,), (1,), r"'a' is float32\[2\] with strides \[1\] from element 5 on, beyond"),
     (0, (2,), (6,), "beyond its storage of 24 bytes"),
     (0, (6,), (0,), r"'a' has strides \[0\], by which its elements share places"),
@@ -198,7 +202,8 @@ def test_a_tensor_that_leaves_its_storage_or_folds_upon_itself_is_refused(
 
 
 @pytest.mark.parametrize("storage, message", [
-    (("FloatStorage", "0", "cpu", 5), "'a' lies in a storage of 5 float32, but 'x/data/0' has 24 bytes"),
+    (("FloatStorage", "0", "cpu", 5),
+     "'a' lies in a storage of 5 float32, but 'x/data/0' has 24 bytes"),
     (("DoubleStorage", "0", "cpu", 6), "'a' lies in a storage of 6 float64, but"),
     (("FloatStorage", "1", "cpu", 6), "'a' lies in the storage '1', which is missing"),
     (("FloatStorage", "../byteorder", "cpu", 6), "which is missing"),
@@ -293,7 +298,8 @@ def test_what_is_harmless_and_rebuilds_no_tensor_is_not_said_to_run_code(torch, 
     (b"\x80\x02})K\1s.", "a dict has a key of type tuple"),
     (b"\x80\x02}q\0X\1\0\0\0ah\0s.", "'a' is not a tensor, expected a state dict"),
     (b"\x80\x02}K\1K\1s.", "has a key that is not text"),
-    (b"\x80\x02}\x8b\x00\x10\x00\x00" + b"\xff" * 4095 + b"\x7fK\1s.", "has a key that is not text"),
+    (b"\x80\x02}\x8b\x00\x10\x00\x00" + b"\xff" * 4095 + b"\x7fK\1s.",
+     "has a key that is not text"),
     (b"\x80\x02K\1.", "does not hold a dict"),
     (b"\x80\x02" + b"(" * 10**5 + b".", "is a damaged pickle"),
     (b"\x80\x02)" + b"\x85" * 10**5 + b".", "does not hold a dict"),
@@ -418,7 +424,8 @@ HEADER = {"descr": "<f4", "fortran_order": False, "shape": (2,)}
     (npy(HEADER | {"shape": (-2,)}), "'a' has no shape"),
     (npy(HEADER | {"shape": (2.0,)}), "'a' has no shape"),
     (npy(HEADER | {"shape": (2**62, 2**62)}), "'a' is said to take more than"),
-    (npy(HEADER | {"shape": [2]}), "'a' has a header that does not give descr, fortran_order and shape"),
+    (npy(HEADER | {"shape": [2]}),
+     "'a' has a header that does not give descr, fortran_order and shape"),
     (npy(HEADER | {"x": 1}), "'a' has a header that does not give"),
     (npy(b"(" * 5000), "'a' has a header that does not give"),
     (npy(b"-" * 5000 + b"1"), "'a' has a header that does not give"),

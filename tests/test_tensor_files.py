@@ -1,4 +1,7 @@
-"""Files of tensors: what others wrote is read as it is, what we write they read, what is damaged is refused."""
+"""Files of tensors, read and written.
+
+What others wrote is read as it is, what we write they read, and damage is refused.
+"""
 
 import json
 import os
@@ -127,7 +130,8 @@ def test_a_link_to_a_file_is_opened(tmp_path):
 
 
 @pytest.mark.parametrize("given, message", [
-    (np.zeros((4, 3), np.float32), r"'text.weight' was read as float32\[4, 3\], expected float32\[3, 4\]"),
+    (np.zeros((4, 3), np.float32),
+     r"'text.weight' was read as float32\[4, 3\], expected float32\[3, 4\]"),
     (np.zeros((3, 4)), r"'text.weight' was read as float64\[3, 4\], expected float32"),
 ])  # fmt: skip
 def test_a_tensor_that_is_not_as_told_is_refused_and_the_old_file_stays(tmp_path, given, message):
@@ -140,7 +144,8 @@ def test_a_tensor_that_is_not_as_told_is_refused_and_the_old_file_stays(tmp_path
 
 
 @pytest.mark.parametrize("specs, metadata, message", [
-    ({"a": TensorSpec((1,), np.dtype(np.complex128))}, None, "'a' is complex128, expected one of bool"),
+    ({"a": TensorSpec((1,), np.dtype(np.complex128))}, None,
+     "'a' is complex128, expected one of bool"),
     ({"a": TensorSpec((1,), np.dtype(">f4"))}, None, "'a' is >f4, expected one of bool"),
     ({"__metadata__": TensorSpec((1,), np.dtype("f4"))}, None, "'__metadata__' cannot be a name"),
     ({"\ud800": TensorSpec((1,), np.dtype("f4"))}, None, "cannot be a name"),
@@ -223,7 +228,8 @@ import numpy as np
 from mammut.weights.files.tensor_file import TensorSpec, open_tensors, write_safetensors
 
 def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024
 
 specs = {f"layer.{i}": TensorSpec((2**18, 10), np.dtype(np.float32)) for i in range(30)}
 before = peak()
@@ -245,12 +251,15 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize("header, size, message", [
     ({"a": ENTRY}, 4, "has 4 bytes of tensors, its header tells of 8"),
     ({"a": ENTRY}, 12, "has 12 bytes of tensors, its header tells of 8"),
-    ({"a": ENTRY, "b": ENTRY}, 8, r"'b' is float32\[2\], expected at bytes 8 to 16, and said to be at 0 to 8"),
-    ({"a": ENTRY | {"data_offsets": [4, 12]}}, 12, "'a' is .* expected at bytes 0 to 8, and said to be at 4 to 12"),
+    ({"a": ENTRY, "b": ENTRY}, 8,
+     r"'b' is float32\[2\], expected at bytes 8 to 16, and said to be at 0 to 8"),
+    ({"a": ENTRY | {"data_offsets": [4, 12]}}, 12,
+     "'a' is .* expected at bytes 0 to 8, and said to be at 4 to 12"),
     ({"a": ENTRY | {"data_offsets": [-8, 0]}}, 0, "'a' is .* said to be at -8 to 0"),
     ({"a": ENTRY | {"data_offsets": [8, 0]}}, 8, "'a' is .* said to be at 8 to 0"),
     ({"a": ENTRY | {"shape": [3]}}, 8, "'a' is .* expected at bytes 0 to 12"),
-    ({"a": ENTRY | {"shape": [-2]}}, 8, "'a' has no shape of at most 32 axes, none of them negative"),
+    ({"a": ENTRY | {"shape": [-2]}}, 8,
+     "'a' has no shape of at most 32 axes, none of them negative"),
     ({"a": ENTRY | {"shape": [2.0]}}, 8, "'a' has no shape"),
     ({"a": ENTRY | {"shape": [True, 2]}}, 8, "'a' has no shape"),
     ({"a": ENTRY | {"shape": [1] * 99}}, 8, "'a' has no shape"),
@@ -267,7 +276,8 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     (b'{"a": ' + b"[" * 10**5, 0, "is not JSON"),
     (b'{"a": ' + b"9" * 10**4 + b"}", 0, "is not JSON"),
     (b'{"a": "\xff"}', 0, "is not JSON"),
-    (b'{"a": [' + b"{}," * 2_000_000 + b"0]}", 0, "has more than 100000000 bytes or 3200000 values"),
+    (b'{"a": [' + b"{}," * 2_000_000 + b"0]}", 0,
+     "has more than 100000000 bytes or 3200000 values"),
     (b"{", 0, "is not JSON"),
 ])  # fmt: skip
 def test_a_safetensors_header_that_lies_is_refused_by_file_and_key(tmp_path, header, size, message):
@@ -278,7 +288,8 @@ def test_a_safetensors_header_that_lies_is_refused_by_file_and_key(tmp_path, hea
 
 
 @pytest.mark.parametrize("length, message", [
-    (3, "is not JSON"), *((n, "is cut short or damaged") for n in (10**6, 10**8 + 1, 2**63, 2**64 - 1)),
+    (3, "is not JSON"),
+    *((n, "is cut short or damaged") for n in (10**6, 10**8 + 1, 2**63, 2**64 - 1)),
 ])  # fmt: skip
 def test_a_header_that_is_not_as_long_as_it_says_is_refused(tmp_path, length, message):
     path = raw_safetensors(tmp_path / "x.safetensors", {"a": ENTRY}, bytes(8), length)
@@ -317,9 +328,13 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     os.mkfifo(tmp_path / "pipe.pt")
     for name, message in {
-        "nothing": "nothing is missing", "empty.pt": "empty.pt is empty", "": "is a folder, a pipe or a device",
-        "pipe.pt": "is a folder, a pipe or a device", "loop": "loop cannot be read", "x" * 300: "cannot be read",
-    }.items():  # fmt: skip
+        "nothing": "nothing is missing",
+        "empty.pt": "empty.pt is empty",
+        "": "is a folder, a pipe or a device",
+        "pipe.pt": "is a folder, a pipe or a device",
+        "loop": "loop cannot be read",
+        "x" * 300: "cannot be read",
+    }.items():
         with pytest.raises(CheckpointError, match=message):
             open_tensors(tmp_path / name)
 
@@ -338,7 +353,10 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content):
 
 @pytest.fixture
 def sharded(tmp_path):
-    """The index of two shards, `a` in the first and `b` in the second, and a way to write another weight_map."""
+    """Write two shards; return their index and a way to rewrite it.
+
+    The first shard holds `a`, the second `b`; the function writes another weight_map.
+    """
     folder = tmp_path / "model"
     arrays = {"a": np.zeros(4), "b": np.ones(4)}
     *_, index = write_sharded(folder, "model", specs_of(arrays), arrays.__getitem__, max_bytes=32)
@@ -358,7 +376,8 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
     ({"a": FIRST, "c": SECOND}, f"has 'b' nowhere, and '{SECOND}' has it"),
     ({"a": FIRST, "b": "copy.safetensors"}, f"has 'a' in '{FIRST}', and 'copy.safetensors' has it"),
     ({"a": "nothing.safetensors"}, "names the shard 'nothing.safetensors', which cannot be found"),
-    ({"a": "../outside.safetensors"}, "names the shard '../outside.safetensors', which is outside its folder"),
+    ({"a": "../outside.safetensors"},
+     "names the shard '../outside.safetensors', which is outside its folder"),
     ({"a": "/etc/passwd"}, "names the shard '/etc/passwd', which is outside its folder"),
     ({"a": "link.safetensors"}, "names the shard 'link.safetensors', which is outside its folder"),
     ({"a": "."}, "is a folder, a pipe or a device"),

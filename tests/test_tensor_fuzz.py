@@ -1,4 +1,7 @@
-"""Files of tensors at random: whatever is done to a file, it is read, or refused by our own error, in little memory."""
+"""Files of tensors, damaged at random.
+
+Whatever is done to a file, it is read, or refused by our own error, in little memory.
+"""
 
 import contextlib
 import io
@@ -34,7 +37,10 @@ _fuzzed = settings(
 
 
 def read_or_refuse(path):
-    """True where every tensor could be read. Nothing but our own error comes out, and at most 64 MB are taken."""
+    """Return True where every tensor could be read.
+
+    Nothing but our own error comes out, and at most 64 MB are taken.
+    """
     tracemalloc.start()
     try:
         file = open_tensors(path)
@@ -54,7 +60,10 @@ def read_or_refuse(path):
 
 @st.composite
 def damaged(draw, data: bytes) -> bytes:
-    """The bytes after a few flips, overwritten or inserted runs, deletions, repetitions and cuts."""
+    """Return the bytes after random damage.
+
+    The damage is a few flips, overwritten or inserted runs, deletions, repetitions and cuts.
+    """
     out = bytearray(data)
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, max(0, len(out) - 1)))

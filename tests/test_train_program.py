@@ -1,4 +1,7 @@
-"""`python train.py`: a run from start to end, killed and resumed bit for bit, and everything it refuses."""
+"""The program `python train.py`.
+
+A run from start to end, killed and resumed bit for bit, and everything it refuses.
+"""
 
 import contextlib
 import dataclasses
@@ -45,17 +48,24 @@ from mammut.weights.resample import resample_positions
 TRAIN = pathlib.Path(__file__).parents[1] / "train.py"
 STEPS, BATCH = 30, 16
 RECIPE = """
-from mammut.config import DataConfig, DecoderConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig, VisionConfig
+from mammut.config import (
+    DataConfig, DecoderConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig, VisionConfig
+)
 
 
 def get_config():
     return TrainConfig(
         model=ModelConfig(
-            vision=VisionConfig(image_size=16, patch_size=8, width=WIDTH, depth=2, num_heads=2, mlp_dim=32),
-            text=DecoderConfig(vocab_size=64, max_length=16, width=16, depth=2, num_heads=2, mlp_dim=32),
+            vision=VisionConfig(
+                image_size=16, patch_size=8, width=WIDTH, depth=2, num_heads=2, mlp_dim=32
+            ),
+            text=DecoderConfig(
+                vocab_size=64, max_length=16, width=16, depth=2, num_heads=2, mlp_dim=32
+            ),
         ),
         data=DataConfig(
-            train="synthetic:train[:200]", val="synthetic:val[:16]", batch_size=16, eval_batch_size=16, threads=2,
+            train="synthetic:train[:200]", val="synthetic:val[:16]",
+            batch_size=16, eval_batch_size=16, threads=2,
             crop_scale=(0.5, 1.0),
         ),
         loss=LossConfig(contrastive_weight=0.5, caption_weight=2.0),
@@ -138,7 +148,11 @@ def abstract_state(config: TrainConfig) -> TrainState:
 
 
 def assert_same_run(workdir: pathlib.Path, expected: pathlib.Path) -> None:
-    """Same parameters, optimizer state, position in the data and model folder; and same losses of every step."""
+    """Assert that two runs give the same results.
+
+    Compared are the parameters, the optimizer state, the position in the data, the model folder and
+    the losses of every step.
+    """
     got, want = restore(workdir), restore(expected)
     assert got.step == want.step == STEPS and got.data == want.data
     for (path, x), y in zip(
@@ -260,7 +274,11 @@ def test_a_run_ends_with_its_predictions_their_scores_and_a_report(straight):
 
 @pytest.mark.long
 def test_a_run_starts_from_the_weights_and_the_processor_of_another(program, straight):
-    """A learning rate next to nothing leaves the weights where they were, whatever the recipe's own architecture."""
+    """A run takes its weights and its processor from another model.
+
+    A learning rate next to nothing leaves the weights where they were, whatever the recipe's own
+    architecture.
+    """
     workdir, still = (
         straight[0],
         ["--optimizer.learning-rate", "1e-9", "--steps", "2", "--optimizer.warmup-steps", "0"],
@@ -370,11 +388,16 @@ def model_folder(tmp_path) -> pathlib.Path:
     (["--init", "model", "--model.vision.width", "64"],
      "the model to start from, init model, is another one: model.vision.width is 64, it was 32"),
     (["--init-vision", "model", "--model.vision.depth", "3", "--model.vision.mlp-dim", "8"],
-     "init_vision model, is another one: model.vision.depth is 3, it was 2; model.vision.mlp_dim is 8, it was 64"),
-    (["--init-text", "model", "--model.text.vocab-size", "50"], "model.text.vocab_size is 50, it was 60"),
-    (["--init", "model", "--tokenizer.path", "x.model"], "tokenizer.path and init are given: tokenizer.replace True"),
-    (["--init-text", "model", "--tokenizer.path", "x.model"], "tokenizer.path and init_text are given"),
-    (["--init", "model", "--tokenizer.replace", "True", "--model.text.pad-id", "7", "--model.text.vocab-size", "64"],
+     "init_vision model, is another one: model.vision.depth is 3, it was 2; "
+     "model.vision.mlp_dim is 8, it was 64"),
+    (["--init-text", "model", "--model.text.vocab-size", "50"],
+     "model.text.vocab_size is 50, it was 60"),
+    (["--init", "model", "--tokenizer.path", "x.model"],
+     "tokenizer.path and init are given: tokenizer.replace True"),
+    (["--init-text", "model", "--tokenizer.path", "x.model"],
+     "tokenizer.path and init_text are given"),
+    (["--init", "model", "--tokenizer.replace", "True", "--model.text.pad-id", "7",
+      "--model.text.vocab-size", "64"],
      "model.text.pad_id is 7, the pad of the new vocabulary is 0"),
 ])  # fmt: skip
 def test_a_run_does_not_start_from_a_model_that_is_not_there_or_another(
@@ -387,7 +410,9 @@ def test_a_run_does_not_start_from_a_model_that_is_not_there_or_another(
     ([], (16, 8, 12, 60)),
     (["--model.vision.image-size", "24"], (24, 8, 12, 60)),
     (["--model.vision.image-size", "20", "--model.vision.patch_size=10"], (20, 10, 12, 60)),
-    (["--model.text.max-length", "30", "--model.text.vocab_size", "7", "--tokenizer.replace", "True"], (16, 8, 30, 7)),
+    (["--model.text.max-length", "30", "--model.text.vocab_size", "7",
+      "--tokenizer.replace", "True"],
+     (16, 8, 30, 7)),
 ])  # fmt: skip
 def test_the_sizes_of_a_model_to_start_from_can_be_overridden(
     model_folder, tmp_path, overrides, sizes
@@ -512,10 +537,21 @@ def test_help_tells_of_the_program_and_of_every_setting(train, capsys):
 
 @pytest.mark.long
 def test_a_run_that_makes_its_language_model_first_is_resumed_in_either_stage(program):
-    """The language model is trained on the captions alone, then frozen; a SIGTERM in both stages changes no bit."""
-    only = [f"--{name}={value}" for name, value in {
-        "task": "caption", "text-steps": 100, "steps": 100, "checkpoint-every": 50, "eval-every": 0, "data.val": "None",
-    }.items()]  # fmt: skip
+    """A SIGTERM in both stages changes no bit.
+
+    The language model is trained on the captions alone, then frozen.
+    """
+    only = [
+        f"--{name}={value}"
+        for name, value in {
+            "task": "caption",
+            "text-steps": 100,
+            "steps": 100,
+            "checkpoint-every": 50,
+            "eval-every": 0,
+            "data.val": "None",
+        }.items()
+    ]
     only += ["--trainable", "vision.*", "image_projection.*"]
     program.run("small.py", "--workdir", "language", *only)
     whole = program.folder / "language"
@@ -654,7 +690,10 @@ def nothing_compiled() -> Iterator[None]:
 
 @pytest.fixture
 def refusal(train, tmp_path, monkeypatch) -> Callable[..., str]:
-    """The one sentence with which `train.py ARGV` ends in a folder with a recipe, having changed nothing there."""
+    """Give a function that returns the one sentence of a refused run.
+
+    `train.py ARGV` ends with it in a folder with a recipe, and changes nothing there.
+    """
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path)
 
@@ -725,7 +764,8 @@ def test_a_run_that_does_not_exist_cannot_be_resumed(refusal, argv):
 @pytest.mark.parametrize("argv, changed", [
     (["--model.vision.width", "32"], "model.vision.width is 32, it was 16"),
     (["--optimizer.learning-rate", "1.0"], "optimizer.learning_rate is 1.0, it was 0.003"),
-    (["--data.train", "synthetic:train[:300]"], "data.train is synthetic:train[:300], it was synthetic:train[:200]"),
+    (["--data.train", "synthetic:train[:300]"],
+     "data.train is synthetic:train[:300], it was synthetic:train[:200]"),
     (["--seed", "1"], "seed is 1, it was 0"),
 ])  # fmt: skip
 def test_a_run_is_not_resumed_with_what_would_make_it_another(
@@ -760,20 +800,25 @@ def test_a_recipe_that_is_missing_or_makes_no_config_is_refused(refusal, tmp_pat
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--data.batch-size", "208"], "'synthetic:train[:200]' has 200 examples, expected at least data.batch_size 208"),
+    (["--data.batch-size", "208"],
+     "'synthetic:train[:200]' has 200 examples, expected at least data.batch_size 208"),
     (["--data.train", "nonsense:here"], "data source 'nonsense:here' is not synthetic:train"),
     (["--data.val", "synthetic:test"], "data source 'synthetic:test' is not synthetic:train"),
     (["--data.train", "jsonl:nowhere.jsonl"], "which does not exist; expected a .jsonl file"),
     (["--data.train", "jsonl:empty.jsonl"], "data source 'jsonl:empty.jsonl' is empty"),
-    (["--data.train", "synthetic:train[200:100]"], "data source 'synthetic:train[200:100]' is empty"),
+    (["--data.train", "synthetic:train[200:100]"],
+     "data source 'synthetic:train[200:100]' is empty"),
     (["--data.batch-size", "12"], "data.batch_size"),
-    (["--data.eval-batch-size", "12"], "data.eval_batch_size 12 does not divide over the 8 devices"),
+    (["--data.eval-batch-size", "12"],
+     "data.eval_batch_size 12 does not divide over the 8 devices"),
     (["--accumulation", "4"], "does not divide over the 8 devices"),
     (["--mesh.data", "3"], "mesh"),
     (["--tokenizer.path", "large/tokenizer.model", "--model.text.vocab-size", "40"],
-     "tokenizer.path large/tokenizer.model has 60 pieces, more than the 40 of model.text.vocab_size"),
+     "tokenizer.path large/tokenizer.model has 60 pieces, more than the 40 of "
+     "model.text.vocab_size"),
     (["--tokenizer.path", "nowhere.model"], "there is no vocabulary file nowhere.model"),
-    (["--model.text.vocab-size", "10"], "no vocabulary of vocab_size 10 (model.text.vocab_size) fits these captions"),
+    (["--model.text.vocab-size", "10"],
+     "no vocabulary of vocab_size 10 (model.text.vocab_size) fits these captions"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_sentence(refusal, tmp_path, argv, message):
     (tmp_path / "empty.jsonl").write_text("\n\n")
@@ -820,8 +865,9 @@ def test_a_model_that_no_memory_holds_ends_in_one_sentence_with_what_helps(
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        train.main(["small.py", "--workdir", "new", *TERABYTES, "--model.remat", "full", "--data.val", "None",
-                    "--task", "caption", "--compilation-cache", "None"])  # fmt: skip
+        train.main(["small.py", "--workdir", "new", *TERABYTES, "--model.remat", "full",
+                    "--data.val", "None", "--task", "caption",
+                    "--compilation-cache", "None"])  # fmt: skip
     message = stopped.value.code
     assert message.startswith(
         "train.py: the run does not fit into the memory of a device (out of memory allocating "
@@ -833,8 +879,10 @@ def test_a_model_that_no_memory_holds_ends_in_one_sentence_with_what_helps(
 
 
 @pytest.mark.parametrize("said, amount", [
-    ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB.", "out of memory while trying to allocate"),
-    ("RESOURCE_EXHAUSTED: Ran out of memory. Used 20.00G of 15.75G hbm. Exceeded by ...", "used 20.00G of 15.75G hbm"),
+    ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB.",
+     "out of memory while trying to allocate"),
+    ("RESOURCE_EXHAUSTED: Ran out of memory. Used 20.00G of 15.75G hbm. Exceeded by ...",
+     "used 20.00G of 15.75G hbm"),
 ])  # fmt: skip
 def test_how_much_memory_is_missing_is_told_in_the_words_of_the_device(said, amount):
     config = TrainConfig(model=tiny_config(), accumulation=128)

@@ -1,4 +1,6 @@
-"""What version 0.1.0 wrote, before the library had folders: it loads to the same numbers, and a run of it goes on.
+"""Files that version 0.1.0 wrote, before the library had folders.
+
+Its models load to the same numbers, and a run of it goes on.
 
 The archive holds three model folders (a MaMMUT, a CoCa, a MAGMA with an adapter), what the version
 itself gave for two pictures and two texts, and a run of six steps as a kill after its third leaves
@@ -50,7 +52,11 @@ def test_a_model_folder_gives_the_numbers_that_it_gave(old, name):
 
 
 def test_a_run_goes_on_as_it_would_have_gone_on(old, monkeypatch):
-    """With its frozen part, learning rates of its own for some layers, and the random crops of its seed."""
+    """A run of version 0.1.0 goes on with the same losses.
+
+    It has a frozen part, learning rates of its own for some layers, and the random crops of its
+    seed.
+    """
     monkeypatch.syspath_prepend(str(ROOT))
     import train
 

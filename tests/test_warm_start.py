@@ -1,4 +1,7 @@
-"""Warm starts: what each parameter starts from, the rules where sizes differ, and everything that has no rule."""
+"""Warm starts of a model from others.
+
+What each parameter starts from, the rules where sizes differ, and everything that has no rule.
+"""
 
 import dataclasses
 import re
@@ -84,9 +87,17 @@ def test_positions_are_resampled_as_the_makers_of_each_format_do(old, new):
     torch = pytest.importorskip("torch")
     ndimage = pytest.importorskip("scipy.ndimage")
     table = np.random.default_rng(0).normal(size=(*old, 5))
-    bicubic = torch.nn.functional.interpolate(
-        torch.tensor(table).permute(2, 0, 1)[None], size=new, mode="bicubic", antialias=True, align_corners=False
-    )[0].permute(1, 2, 0).numpy()  # fmt: skip
+    bicubic = (
+        torch.nn.functional.interpolate(
+            torch.tensor(table).permute(2, 0, 1)[None],
+            size=new,
+            mode="bicubic",
+            antialias=True,
+            align_corners=False,
+        )[0]
+        .permute(1, 2, 0)
+        .numpy()
+    )
     np.testing.assert_allclose(
         resample_positions(table, new, "bicubic"), bicubic, rtol=0, atol=1e-12
     )
@@ -97,7 +108,11 @@ def test_positions_are_resampled_as_the_makers_of_each_format_do(old, new):
 
 
 def test_positions_resampled_by_hand():
-    """Bilinear between corners, and Keys' cubic (a = -0.5) of twice the width where the grid is halved."""
+    """Compare resampled positions with values computed by hand.
+
+    Bilinear between corners, and Keys' cubic (a = -0.5) of twice the width where the grid is
+    halved.
+    """
     ramp = np.array([0, 4.0])[:, None, None] * np.ones((1, 2, 1))
     assert resample_positions(ramp, (3, 2), "bilinear")[:, 0, 0].tolist() == [0, 2, 4]
     # centres 0.5 to 3.5; those of two positions are 1 and 3
@@ -237,8 +252,10 @@ def test_numbers_of_another_type_are_rounded_and_the_table_says_so():
     (vision(activation="gelu"), "model.vision.activation is gelu, it was gelu_tanh"),
     (vision(pooling="mean_all"), "model.vision.pooling is mean_all, it was mean"),
     (text(vocab_size=50), "model.text.vocab_size is 50, it was 60"),
-    (text(positions="rope", norm_eps=1e-5), "model.text.norm_eps is 1e-05, it was 1e-06; model.text.positions is rope"),
-    (dataclasses.replace(CONFIG, text_projection=True), "model.text_projection is True, it was False"),
+    (text(positions="rope", norm_eps=1e-5),
+     "model.text.norm_eps is 1e-05, it was 1e-06; model.text.positions is rope"),
+    (dataclasses.replace(CONFIG, text_projection=True),
+     "model.text_projection is True, it was False"),
 ])  # fmt: skip
 def test_what_has_no_rule_is_refused_by_name(config, message):
     with pytest.raises(
@@ -285,11 +302,19 @@ def test_a_lone_image_encoder_starts_the_tower_and_nothing_else():
     encoder = dataclasses.replace(
         CONFIG,
         vision=VisionConfig(
-            image_size=24, patch_size=8, width=40, depth=3, num_heads=4, mlp_dim=56, class_token=True, pooling="class",
-            input_norm=True, image_mean=(0.1, 0.2, 0.3),
+            image_size=24,
+            patch_size=8,
+            width=40,
+            depth=3,
+            num_heads=4,
+            mlp_dim=56,
+            class_token=True,
+            pooling="class",
+            input_norm=True,
+            image_mean=(0.1, 0.2, 0.3),
         ),
         image_projection="separate",
-    )  # fmt: skip
+    )
     starts = {"init_vision": opened(encoder, parts=("vision",), where="vit.npz")}
     config = start_config(CONFIG, starts)
     assert (
@@ -388,7 +413,9 @@ def test_a_tower_that_does_not_fit_the_whole_model_is_refused():
 
 
 @pytest.mark.parametrize("name, parts, missing", [
-    ("init", ("vision",), "rest and text"), ("init_text", ("vision",), "text"), ("init_vision", ("text",), "vision"),
+    ("init", ("vision",), "rest and text"),
+    ("init_text", ("vision",), "text"),
+    ("init_vision", ("text",), "vision"),
 ])  # fmt: skip
 def test_a_start_without_the_part_that_is_asked_of_it_is_refused(name, parts, missing):
     with pytest.raises(
@@ -429,8 +456,8 @@ def test_the_table_accounts_for_every_number():
         f"{'vision.patch_embed':<34}{(192 + 1) * 32:>14,}  loaded    init_vision vit.npz" in lines
     )
     assert f"{'text.token_embed':<34}{60 * 48:>14,}  random    in nothing it starts from" in lines
-    assert any(re.fullmatch(r"vision.pool .* left out  init_vision vit.npz, pooling is 'mean', there 'map'", line)
-               for line in lines)  # fmt: skip
+    left_out = r"vision.pool .* left out  init_vision vit.npz, pooling is 'mean', there 'map'"
+    assert any(re.fullmatch(left_out, line) for line in lines)
     counts = {"model": 0, "left out": 0}
     for line in lines[1:]:
         _, count, what = re.fullmatch(r"(\S+) +([\d,]+)  (left out|\w+).*", line).groups()

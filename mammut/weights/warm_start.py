@@ -281,7 +281,7 @@ def _rule(
         if new > old:
             why = f"{old} of {new} positions, the others random"
 
-            def lengthen(value: np.ndarray, random: np.ndarray) -> np.ndarray:
+            def lengthen(value: np.ndarray, random: Any) -> np.ndarray:
                 return np.concatenate([value[:old], random[old:new], value[old:]])
 
             return "in part", why, lengthen
