@@ -1,4 +1,4 @@
-"""Adapter modules: small additions to the maps, attentions and MLPs of a model.
+"""Adapter modules: small additions to linear maps, attentions and MLPs.
 
     sequential        f(x) + A(f(x))     A: down, ReLU, up, with biases; f: an attention or an MLP
                                          before it joins the residual stream (Houlsby et al.,
@@ -46,7 +46,9 @@ _NORM_EPS = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """An adapter: small modules on a model that stays as it is otherwise.
+    """The description of an adapter: small modules added to a model.
+
+    The other parameters of the model do not change.
 
     Several configs with one `name` make up one adapter, which is saved, loaded and switched on as a
     whole.
@@ -202,7 +204,10 @@ class IA3(nnx.Module):
 
 
 class _Both(nnx.Module):
-    """Two adapters on one site: the second adapts the output of the first."""
+    """Two adapters on one site.
+
+    The second adapts the output of the first.
+    """
 
     def __init__(self, first: nnx.Module, second: nnx.Module):
         self.first = first
@@ -213,7 +218,10 @@ class _Both(nnx.Module):
 
 
 def sites(towers: Mapping[str, nnx.Module]) -> dict[str, nnx.Module]:
-    """Lists the sites of `towers` ("text", "vision"): modules in stacks of layers, by path."""
+    """Lists the sites of `towers` by path.
+
+    `towers` maps "text" and "vision" to modules. A site is a module in a stack of layers.
+    """
     modules: dict[str, nnx.Module] = {}
     for prefix, tower in towers.items():
         for name, layers in vars(tower).items():

@@ -51,7 +51,9 @@ def _platform() -> str:
 
 @functools.cache
 def _works(kernel: Kernel, dtype: Any, tokens: int, head_size: int) -> bool:
-    """Tries whether `kernel` runs here and gives the results and gradients of XLA's attention.
+    """Tests whether `kernel` runs here and agrees with XLA's attention.
+
+    Results and gradients are compared.
 
     Logs one line where it does not.
     """
@@ -88,7 +90,9 @@ def _works(kernel: Kernel, dtype: Any, tokens: int, head_size: int) -> bool:
 def _attention_and_gradients(
     kernel: Kernel, dtype: Any, tokens: int, head_size: int
 ) -> list[np.ndarray]:
-    """Computes attention of random numbers and its gradients, as float32, on the first device.
+    """Computes attention of random numbers, and its gradients.
+
+    The arrays are float32 and on the first device.
 
     There are two images and two heads.
     """

@@ -1,4 +1,4 @@
-"""Counts of a model's parameters and of the floating-point operations (FLOPs) of its passes.
+"""Counts of a model's parameters and floating-point operations (FLOPs).
 
 Every count of FLOPs in mammut is made here. tests/test_flops.py compares them with the matrix
 products and convolutions of the traced program.
@@ -16,7 +16,10 @@ from mammut.models.vit import VisionConfig, patches_kept
 
 
 def num_params(config: ModelConfig) -> dict[str, int]:
-    """Counts the parameters of a MaMMUT without making one: by part, and their `total`."""
+    """Counts the parameters of a MaMMUT by part.
+
+    `total` is their sum. No model is made.
+    """
     abstract = nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0)))
     counts = {"vision": 0, "image_projection": 0, "token_embed": 0, "layers": 0, "cross_layers": 0}
     if config.adapters:
@@ -82,11 +85,11 @@ def forward_flops(
 
 
 def training_flops(parts: Mapping[str, int], recomputed: Iterable[str] = ()) -> int:
-    """Counts the FLOPs of a training step from those of a forward pass, `forward_flops`.
+    """Counts the FLOPs of a training step.
 
-    The step is three times the forward pass: the backward pass of a product y = x W has two
-    products of the same size, one for the gradient of x and one for that of W. Where W is frozen,
-    or x needs no gradient, fewer products run; that is not subtracted.
+    The step costs three times the forward pass (`forward_flops`): the backward pass of a product y
+    = x W has two products of the same size, one for the gradient of x and one for the gradient of
+    W. Where W is frozen, or x needs no gradient, fewer products run; this saving is not subtracted.
 
     Args:
       parts: FLOPs of the forward pass by part.
@@ -96,7 +99,10 @@ def training_flops(parts: Mapping[str, int], recomputed: Iterable[str] = ()) -> 
 
 
 def resnet_flops(config: ResNetConfig) -> int:
-    """Counts the FLOPs of the convolutions for one image, the zeros around it included."""
+    """Counts the FLOPs of a ResNet's convolutions for one image.
+
+    The zeros around the image are included.
+    """
     width = config.stem_width
     half = width // 2
     norm_free = config.kind == "nf"
@@ -129,7 +135,10 @@ def resnet_flops(config: ResNetConfig) -> int:
 
 
 def _vit_flops(config: VisionConfig, patches: int, dropped: int, query_width: int) -> int:
-    """The ViT with its pooling; `dropped` patches are embedded, but not seen by the layers."""
+    """Counts the FLOPs of the ViT with its pooling.
+
+    `dropped` patches are embedded, but the layers do not see them.
+    """
     tokens = patches - dropped + config.class_token
     patch_embed = _product(patches, config.patch_size**2 * 3, config.width)
     layers = config.depth * (_attention(config, tokens, tokens) + _mlp(config, tokens))
@@ -146,7 +155,10 @@ def _vit_flops(config: VisionConfig, patches: int, dropped: int, query_width: in
 
 
 def _projection_flops(config: ModelConfig, seen: int) -> int:
-    """The maps from the image encoder to the decoder's width and to the embedding."""
+    """Counts the FLOPs of the maps after the image encoder.
+
+    The maps lead to the decoder's width and to the embedding.
+    """
     flops = 0
     if config.image_projection in ("shared", "separate", "decoder"):
         # Prefix tokens are made of the pooled image.
@@ -174,7 +186,10 @@ def _contrastive_flops(config: ModelConfig, length: int) -> int:
 
 
 def _caption_flops(config: ModelConfig, length: int, seen: int, sees_image: bool) -> int:
-    """The caption pass over `seen` image tokens, or the language pass; without the vocabulary."""
+    """Counts the FLOPs of the caption pass without the vocabulary.
+
+    The pass sees `seen` image tokens; without `sees_image` it is the language pass.
+    """
     text = config.text
     if not text.depth:
         return 0

@@ -43,7 +43,10 @@ class EncoderOutput:
 
 @struct.dataclass
 class EncodedImage:
-    """An encoded image: the tokens for the decoder, and the embedding before normalisation."""
+    """An encoded image: its tokens and its unnormalised embedding.
+
+    The decoder reads the tokens.
+    """
 
     tokens: jax.Array  # float[B, P, D]: what the caption pass sees
     vector: jax.Array  # float32[B, E], of any length; `encode_image` gives unit vectors
@@ -53,7 +56,9 @@ class EncodedImage:
 
 
 def normalised(image: Image, config: Any) -> Float[Array, "B height width 3"]:
-    """Normalises pixels for an image encoder; float pixels come back as they are.
+    """Normalises pixels for an image encoder.
+
+    Float pixels are returned unchanged.
 
     Args:
       image: uint8[B, height, width, 3] RGB, or float, taken as normalised already.

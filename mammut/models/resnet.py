@@ -1,4 +1,6 @@
-"""ResNet image encoders of MAGMA: CLIP's without its attention pool, and the norm-free one.
+"""ResNet image encoders of MAGMA.
+
+One is CLIP's ResNet without its attention pool, the other has no norms.
 
 MAGMA (arXiv 2112.05253, section 3.1) uses both. Images and features are laid out [B, height, width,
 channels], kernels [height, width, inputs, outputs]. The bottlenecks of a stage after its first have
@@ -146,7 +148,10 @@ def _vector(size: int, value: float, dtype: Any) -> nnx.Param:
 def _convolved(
     x: Float[Array, "B H W C"], kernel: Float[Array, "K K C E"], stride: int
 ) -> Float[Array, "B h w E"]:
-    """Convolves with zeros around the image, so that stride 1 keeps the size."""
+    """Convolves with zeros around the image.
+
+    With stride 1 the image keeps its size.
+    """
     around = kernel.shape[0] // 2, kernel.shape[0] // 2
     # The batch is split over devices, so each device needs the whole kernel.
     kernel = constrain(kernel.astype(x.dtype), None, None, None, None)
@@ -227,7 +232,9 @@ class StandardisedConvolution(nnx.Module):
 
 
 class ClipBottleneck(nnx.Module):
-    """CLIP's bottleneck: 1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut.
+    """CLIP's bottleneck: three convolutions beside a shortcut.
+
+    The convolutions are 1 x 1, 3 x 3 and 1 x 1.
 
     Where it halves the image, it averages.
     """
@@ -281,7 +288,10 @@ class NormFreeBottleneck(nnx.Module):
 
 
 class ClipStem(nnx.Module):
-    """Three 3 x 3 convolutions and an average: a quarter of the image's sides."""
+    """Three 3 x 3 convolutions and an average.
+
+    The sides of the image shrink to a quarter.
+    """
 
     def __init__(self, width: int, *, dtypes: Dtypes):
         self.conv1 = NormedConvolution(3, 3, width // 2, dtypes=dtypes)
@@ -294,7 +304,10 @@ class ClipStem(nnx.Module):
 
 
 class NormFreeStem(nnx.Module):
-    """A 7 x 7 convolution and a maximum: a quarter of the image's sides."""
+    """A 7 x 7 convolution and a maximum.
+
+    The sides of the image shrink to a quarter.
+    """
 
     def __init__(self, width: int, *, dtypes: Dtypes):
         self.conv = StandardisedConvolution(7, 3, width, dtypes=dtypes)
@@ -307,7 +320,10 @@ class NormFreeStem(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Bottlenecks of one size: the first may halve the image, the others are a stack."""
+    """Bottlenecks of one size.
+
+    The first may halve the image; the others are a stack.
+    """
 
     def __init__(self, config: ResNetConfig, index: int, *, dtypes: Dtypes):
         bottleneck = {"clip": ClipBottleneck, "nf": NormFreeBottleneck}[config.kind]
@@ -350,7 +366,9 @@ class Stage(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """A ResNet: images to image tokens, one for each 32 x 32 pixels.
+    """A ResNet, which turns images into image tokens.
+
+    There is one token for each 32 x 32 pixels.
 
     Pixels are normalised here, on the device.
     """
@@ -366,7 +384,9 @@ class ResNet(nnx.Module):
         self.stage1, self.stage2, self.stage3, self.stage4 = stages
 
     def __call__(self, image: Image, augment: Augment = Augment()) -> EncoderOutput:
-        """Encodes images of `image_size`, or of `low_image_size`; they are pooled by their mean.
+        """Encodes images and pools them by their mean.
+
+        The images have `image_size` or `low_image_size`.
 
         Args:
           image: uint8[B, height, width, 3] RGB, normalised here; or float, taken as normalised

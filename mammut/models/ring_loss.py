@@ -1,4 +1,6 @@
-"""Contrastive losses without the B x B matrix: the values of `mammut.models.losses`, tile by tile.
+"""Contrastive losses in tiles, without the B x B matrix.
+
+The values are the same as in `mammut.models.losses`.
 
 Every device keeps its images. Blocks of texts go round the devices, each with the sums over its
 columns, until they are back where they started. Of the B x B scores a device holds one tile of at
@@ -52,7 +54,9 @@ def ring_pairs(
     *,
     chunk: int,
 ) -> Float[Array, "B"]:
-    """Ring form of a loss over single pairs: the loss of each image, float32[B], over the texts.
+    """Computes the ring form of a loss over single pairs.
+
+    Returns the loss of each image over the texts, float32[B].
 
     `pair_loss(scores, matched)` gives the loss of each pair, float[Q, R], as `losses.sigmoid_pairs`
     and `losses.focal_pairs` do; `matched` is bool[Q, R].
@@ -169,7 +173,10 @@ _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _scores(row: Tree, column: Tree) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scores of a tile, which of its pairs match, and which are real (neither side is padding)."""
+    """Computes the scores of a tile.
+
+    Returns also which pairs match, and which are real (neither side is padding).
+    """
     scores = _product(row["embed"], column["embed"].T)
     if "bias" in row:
         scores += row["bias"][:, None]

@@ -122,7 +122,10 @@ class TextTowerConfig(LayerConfig):
 
     @property
     def whole_length(self) -> bool:
-        """Whether the embedding depends on the last position: texts are padded to `max_length`."""
+        """Whether the embedding depends on the last position.
+
+        If so, texts are padded to `max_length`.
+        """
         return self.pooling in ("mean_all", "last", "class")
 
 
@@ -167,7 +170,9 @@ class TextTower(nnx.Module):
     def contrastive_pass(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
     ) -> Float[Array, "B Lc D"]:
-        """Computes features of the text alone, float[B, L, D]; those at pads mean nothing.
+        """Computes features of the text alone, float[B, L, D].
+
+        Features at pads mean nothing.
 
         The pass is bidirectional unless `DecoderConfig.causal_contrastive`. With pooling "class"
         there is one more position at the end, the class token's.
@@ -190,7 +195,7 @@ class TextTower(nnx.Module):
         tokens: Int[Array, "B L"],
         text_valid: Bool[Array, "B L"],
     ) -> Float[Array, "B D"]:
-        """Pools features of the contrastive pass to one vector a text, float[B, D]."""
+        """Pools contrastive features to one vector a text, float[B, D]."""
         pooling = self.config.pooling
         if pooling == "mean":
             weights = self.valid(tokens, text_valid).astype(jnp.float32)[..., None]

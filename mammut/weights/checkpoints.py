@@ -1,9 +1,9 @@
-"""The checkpoints of a run: each holds all that a step of the run changes.
+"""Checkpoints of a run: everything that a step changes.
 
 The checkpoints are Orbax steps. Each is atomic, and its metadata has the position in the data.
-Orbax restores a flipped bit silently, so each step has a manifest of checksums, too, and `restore`
-falls back to the newest step that passes. The frozen parameters are the same in all of them: they
-are written once, as safetensors with a manifest, to `frozen/`.
+Orbax restores a flipped bit silently. Each step therefore has a manifest of checksums, too, and
+`restore` falls back to the newest step that passes. The frozen parameters are the same in all
+checkpoints: they are written once, as safetensors with a manifest, to `frozen/`.
 """
 
 import dataclasses
@@ -35,7 +35,10 @@ _FROZEN_MANIFEST = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A restored checkpoint: its step, its state, and the position in the data."""
+    """A restored checkpoint.
+
+    It has a step, a state and a position in the data.
+    """
 
     step: int
     state: Any
@@ -226,7 +229,9 @@ class Checkpoints:
         return jax.tree_util.tree_map_with_path(put, abstract)
 
     def restore_params(self) -> dict[str, np.ndarray]:
-        """The parameters of the newest good checkpoint, as arrays on the host by name.
+        """Reads the parameters of the newest good checkpoint.
+
+        They are arrays on the host, by name.
 
         Nothing else of the checkpoint is read. Frozen parameters are views of their file.
 
@@ -281,7 +286,10 @@ def _changing(state: Any) -> dict[str, Any]:
 
 
 def _mismatches(saved: Any, expected: Any) -> list[str]:
-    """The differences of two trees of arrays in path, shape and type, a sentence each."""
+    """Lists the differences of two trees of arrays.
+
+    Each is a sentence on a path, a shape or a type.
+    """
 
     def entry_name(entry: Any) -> str:
         for attribute in ("key", "name", "idx"):  # of a dict, an object, a list

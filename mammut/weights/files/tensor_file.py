@@ -63,7 +63,9 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class TensorFile:
-    """An opened file of tensors, or a set of shards. Only headers have been read.
+    """An opened file of tensors, or a set of shards.
+
+    Only headers have been read.
 
     Attributes:
       path: the file; of a set of shards, their index.
@@ -138,7 +140,9 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
 
 
 def stored_specs(path: pathlib.Path) -> Mapping[str, TensorSpec]:
-    """The specs of the tensors in a file, by which a format recognises it.
+    """Reads the specs of the tensors in a file.
+
+    A format recognises its files by them.
 
     There are none in a folder, or in a file whose name ends with none of `SUFFIXES`. Only headers
     are read.
@@ -211,7 +215,10 @@ def _safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, s
 
 
 def _safetensors_entry(where: str, entry: Any) -> tuple[int, int, TensorSpec]:
-    """First byte, last byte and spec of a tensor, from its entry in the header."""
+    """Reads a tensor's entry in a safetensors header.
+
+    Returns its first byte, last byte and spec.
+    """
     match entry:
         case {
             "dtype": str(kind),
@@ -228,7 +235,10 @@ def _safetensors_entry(where: str, entry: Any) -> tuple[int, int, TensorSpec]:
 
 
 def _shards(index: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of all shards, and the metadata that all of them have."""
+    """Opens the tensors of all shards.
+
+    Returns also the metadata that all shards have.
+    """
     weight_map = json_object(index.bytes(0, MAX_HEADER + 1), f"{index.path}").get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) for name in weight_map.values()
@@ -286,7 +296,9 @@ def write_safetensors(
     metadata: dict[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes a safetensors file, whole or not at all, with one tensor in memory at a time.
+    """Writes a safetensors file, whole or not at all.
+
+    One tensor is in memory at a time.
 
     Tensors of wide numbers come first, and else keep their order: each then lies at a multiple of
     the size of its numbers.

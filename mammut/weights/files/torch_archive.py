@@ -1,4 +1,6 @@
-"""Reads the tensors of a `torch.save` file, without torch and without running anything.
+"""Reads the tensors of a `torch.save` file without torch.
+
+Nothing in the file is executed.
 
 Such a file is a zip archive of a pickle and of the bytes of each storage. A pickle is a program for
 a small stack machine, which may call any function of any module. The machine here can call nothing:
@@ -99,7 +101,9 @@ class _Tensor:
 
 
 def torch_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
-    """The tensors of the state dict in a `torch.save` archive, as views of its storages.
+    """Reads the state dict of a `torch.save` archive.
+
+    The tensors are views of the archive's storages.
 
     The state dict is the saved dict, or its entry "state_dict", "model" or "module" (DeepSpeed).
     Other saved values are ignored. The prefixes "module." and "_orig_mod." of wrapped models are
@@ -175,14 +179,16 @@ def _without_prefixes(tensors: dict[str, StoredTensor]) -> dict[str, StoredTenso
 def _stored(
     archive: ZipArchive, where: str, tensor: _Tensor, member: Member | None, byteorder: str
 ) -> StoredTensor:
-    """A tensor whose elements all lie within its storage, no two of them at one place.
+    """Makes a stored tensor whose elements lie within its storage.
+
+    No two elements lie at the same place.
 
     Args:
       archive: the archive.
       where: file and key, for errors.
-      tensor: the arguments that it is rebuilt from.
+      tensor: the arguments that rebuild the tensor.
       member: its storage in the archive; None: it is missing.
-      byteorder: that of the storage.
+      byteorder: the byte order of the storage.
     """
     storage = tensor.storage
     dtype = tensor.dtype
@@ -222,7 +228,9 @@ def _stored(
 
 
 def _reach(where: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """How many elements of its storage a tensor spans, from its first element to its last.
+    """Counts the elements of storage that a tensor spans.
+
+    They reach from its first element to its last.
 
     Raises:
       CheckpointError: two elements may lie at one place.
@@ -259,7 +267,9 @@ _LITERALS = {
 
 # One branch for each kind of opcode: in pieces, nobody could see that none is missing.
 def _unpickle(program: bytes | bytearray, where: str) -> Any:  # noqa: C901, PLR0915
-    """Builds the value of a pickle: dicts, lists, tuples, numbers, texts and `_Tensor`s.
+    """Builds the value of a pickle.
+
+    The value consists of dicts, lists, tuples, numbers, texts and `_Tensor`s.
 
     Raises:
       CheckpointError: the pickle calls a function that is not known here, or is damaged.

@@ -57,7 +57,9 @@ class Member:
 
 
 class ZipArchive:
-    """The members of an archive, by name, in the order of the directory.
+    """The members of an archive, by name.
+
+    They are in the order of the directory.
 
     Raises:
       CheckpointError: the archive is damaged or encrypted, or its directory does not fit the file.
@@ -99,7 +101,10 @@ class ZipArchive:
         return members
 
     def _find_directory(self) -> tuple[int, int, int]:
-        """First and last byte of the central directory, and the number of its members."""
+        """Finds the first and last byte of the central directory.
+
+        Returns also the number of its members.
+        """
         size = self.file.size
         tail_start = max(0, size - _END.size - 0xFFFF)
         end = tail_start + self.file.bytes(tail_start, size).rfind(b"PK\5\6")
@@ -192,7 +197,10 @@ class ZipArchive:
             )
 
     def head(self, member: Member, size: int) -> bytes:
-        """The first `size` bytes of a member, unchecked; fewer where it is shorter."""
+        """Reads the first `size` bytes of a member, unchecked.
+
+        Fewer are returned where the member is shorter.
+        """
         if not member.deflated:
             return self.file.bytes(member.start, member.start + min(size, member.stored))
         head = b""
@@ -234,7 +242,10 @@ class ZipArchive:
 
 
 def _zip64_numbers(extra: bytes) -> Iterator[int]:
-    """The numbers of 8 bytes, for those of an entry that are too large for 4."""
+    """Reads the 8-byte numbers of an entry.
+
+    They stand for the numbers that are too large for 4 bytes.
+    """
     at = 0
     while at + 4 <= len(extra):
         kind, size = struct.unpack_from("<2H", extra, at)

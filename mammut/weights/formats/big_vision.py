@@ -33,10 +33,10 @@ _SPECIAL_IDS = 0, 1, 0
 
 
 def recognises(path: str | pathlib.Path) -> bool:
-    """Whether `path` is an `.npz` file, or a part of one, "FILE.npz:img", with an image encoder.
+    """Whether `path` is an `.npz` file with an image encoder.
 
-    Every model of big_vision has an image encoder, and every image encoder the kernel of its
-    patches.
+    It may also be a part of a file, such as "FILE.npz:img". Every model of big_vision has an image
+    encoder, and every image encoder has a kernel of its patches.
 
     Raises:
       CheckpointError: the file is missing or damaged.
@@ -51,20 +51,21 @@ def recognises(path: str | pathlib.Path) -> bool:
 def open_model(
     path: str | pathlib.Path, *, image_size: int | None = None, max_length: int | None = None
 ) -> OpenedModel:
-    """A SigLIP or CapPa model with its processor, or an image encoder alone; only headers are read.
+    """Opens a SigLIP, a CapPa or an image encoder alone.
 
-    The one SentencePiece `*.model` beside the file is taken as its vocabulary.
+    SigLIP and CapPa come with their processor. Only headers are read. The one SentencePiece
+    `*.model` beside the file is taken as its vocabulary.
 
     Args:
       path: the file; "FILE.npz:img" is the image encoder of a SigLIP, as in big_vision's own
-        configs.
+      configs.
       image_size: pixels, for a model with computed positions (`posemb="sincos2d"`), whose file does
-        not tell them.
+      not give them.
       max_length: tokens of a text, for a CapPa with computed positions.
 
     Raises:
       CheckpointError: the file is damaged, or of a model that mammut does not have. Every mismatch
-        is named.
+      is named.
     """
     file, part = _PATH.fullmatch(str(path)).groups()
     theirs = open_tensors(file)

@@ -1,4 +1,4 @@
-"""The arrays of a file of big_vision's, by the names that they have today."""
+"""The arrays of a big_vision file, by their current names."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,7 +17,7 @@ _MAP_HEAD = "probe", "MultiHeadDotProductAttention_0", "LayerNorm_0", "MlpBlock_
 
 
 class Arrays:
-    """The arrays of a file, by the names that big_vision has for them today.
+    """The arrays of a file, by big_vision's current names.
 
     Problems are gathered and raised together.
 
@@ -65,7 +65,10 @@ class Arrays:
         return [name for name in self._keys if name.startswith(prefix)]
 
     def key(self, name: str) -> str:
-        """The name of an array in the file, or the one that it would have."""
+        """Finds the name of an array in the file.
+
+        Where the array is missing, this is the name that it would have.
+        """
         return self._keys.get(name, self._top + name)
 
     def shape(self, name: str, axes: int) -> Shape:

@@ -1,6 +1,6 @@
-"""big_vision's arrays and our parameters: finds the model in a file and makes its table.
+"""Tables between big_vision's arrays and our parameters.
 
-Names and shapes of the arrays tell what the model is.
+Names and shapes of the arrays in a file show which model it holds.
 """
 
 import dataclasses
@@ -187,7 +187,10 @@ class _Vision:
 
     @property
     def pooling_note(self) -> tuple[str, ...]:
-        """A note on what the file does not tell about pooling, if anything."""
+        """Notes what the file does not tell about pooling.
+
+        The tuple is empty where the file tells everything.
+        """
         if self.config.pooling != "mean":
             return ()
         return (
@@ -267,7 +270,10 @@ def _vision(arrays: Arrays, prefix: str, image_size: int | None) -> _Vision:
 def _require_computable(
     arrays: Arrays, name: str, field: str, size: int | None, width: int
 ) -> None:
-    """Notes a problem unless the positions that are not in the file can be computed."""
+    """Adds a problem unless the missing positions can be computed.
+
+    The positions are not in the file.
+    """
     missing = f"{arrays.key(name)} is missing"
     arrays.require(
         size is not None,
@@ -303,7 +309,10 @@ class _Batched:
 
 @dataclasses.dataclass(frozen=True)
 class _Among:
-    """The layout `layout` among rows that our model does not have; they are written as zeros."""
+    """The layout `layout` among rows that our model lacks.
+
+    These rows are written as zeros.
+    """
 
     layout: Layout
     before: int  # how many such rows there are before ours
@@ -323,7 +332,10 @@ class _Among:
 
 @dataclasses.dataclass(frozen=True)
 class _SecondAxis:
-    """The same numbers with our first axis, that of the layers, as their second."""
+    """The same numbers with our first axis as the second.
+
+    The first axis is the axis of layers.
+    """
 
     def shape(self, ours):
         layers, first, *others = ours[0]
@@ -343,14 +355,20 @@ _WHOLE: _At = (Same(), None)
 
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-    """The layers of a tower: {stem}0, {stem}1, ... one by one; or all of them stacked."""
+    """The layers of a tower: separate or stacked.
+
+    Separate layers are named {stem}0, {stem}1, ...
+    """
 
     stem: str
     depth: int
     layout: Layout | None
 
     def each(self) -> Iterator[tuple[str, _At]]:
-        """The name of each layer, and how and where its arrays are stored."""
+        """Yields the name of each layer and its storage.
+
+        The storage says how and where its arrays are stored.
+        """
         if self.layout is not None:
             yield self.stem, (self.layout, None)
         else:
@@ -389,7 +407,10 @@ def _layers(
 
 
 def _encoder(arrays: Arrays, prefix: str) -> tuple[dict[str, int], _Layers]:
-    """The sizes of a transformer encoder (class `Encoder` of models/vit.py), and its layers."""
+    """Reads the sizes of a transformer encoder and its layers.
+
+    The encoder is class `Encoder` of models/vit.py.
+    """
     layers, shape = _layers(arrays, f"{prefix}encoderblock_", "LayerNorm_0/scale", axis=0)
     width, heads, _ = shape(f"{_ATTENTION}/query/kernel", 3)
     _, mlp_dim = shape("MlpBlock_0/Dense_0/kernel", 2)

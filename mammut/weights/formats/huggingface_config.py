@@ -55,7 +55,9 @@ _WITHOUT_EFFECT = _MAKING | _TRAINING | _RUNNING | _OTHER_TASKS | _GENERATING
 
 
 def decoder_config(values: dict[str, Any], where: str) -> DecoderConfig:
-    """The decoder in the values of a config.json; `where` names the file in errors.
+    """Makes the decoder config from a config.json's values.
+
+    `where` names the file in errors.
 
     Raises:
       CheckpointError: the model is of another type, or a key has a value that our decoder cannot
@@ -194,7 +196,10 @@ def _windows(config: JsonObject, depth: int) -> tuple[int, ...]:
 
 
 def _expanded(groups: Any) -> list[Any] | None:
-    """Expands [[["global", "local"], 12]] to 24 kinds; None where the form is another one."""
+    """Expands [[["global", "local"], 12]] to 24 kinds.
+
+    Returns None where the form is another one.
+    """
     kinds: list[Any] = []
     for group in groups if isinstance(groups, list) else [None]:
         match group:
@@ -265,7 +270,10 @@ def _gpt_neox(config: JsonObject, problems: list[str]) -> dict[str, Any]:
 
 
 def _told_once(default: float, low: float, high: float, *places: tuple[JsonObject, str]) -> float:
-    """A number that may stand under several keys; all keys that are there must have the same."""
+    """Reads a number that may stand under several keys.
+
+    All keys that are present must have the same value.
+    """
     given = [(config, key) for config, key in places if config.value(key) is not None]
     numbers = [config.number(key, low, low, high) for config, key in given]
     for (config, key), number in zip(given, numbers):

@@ -1,4 +1,6 @@
-"""The tensors of transformers' language models and our parameters, a table for each.
+"""Tables between transformers' language models and our parameters.
+
+There is one table for each model: GPT-2, GPT-Neo, GPT-J and GPT-NeoX.
 
 The models are GPT-2, GPT-Neo, GPT-J and GPT-NeoX.
 """
@@ -22,13 +24,14 @@ _ANGLES = "rotary angles, which are no parameters"
 
 @dataclasses.dataclass(frozen=True)
 class HeadByHead:
-    """Query, key and value of the first head, then of the second, and so on.
+    """A layout in which each head has its query, key and value.
 
-    A weight [N * 3 * K, D] holds three kernels [D, N, K], a bias [N * 3 * K] three biases [N, K].
+    The first head comes first, then the second, and so on. A weight [N * 3 * K, D] holds three
+    kernels [D, N, K], a bias [N * 3 * K] three biases [N, K].
     """
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """The shape [N * 3 * K, D], or [N * 3 * K]."""
+        """Returns the shape [N * 3 * K, D] or [N * 3 * K]."""
         return len(ours) * math.prod(ours[0][-2:]), *ours[0][:-2]
 
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:

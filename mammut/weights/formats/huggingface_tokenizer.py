@@ -14,9 +14,10 @@ _SPECIAL = "bos", "eos", "pad"
 
 
 def open_tokenizer(folder: pathlib.Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """The tokenizer whose files are in `folder`; it keeps upper and lower case.
+    """Opens the tokenizer whose files are in `folder`.
 
-    Without files it is a `MissingTokenizer`, which knows the special ids.
+    It keeps upper and lower case. Without files it is a `MissingTokenizer`, which knows the special
+    ids.
 
     Args:
       folder: the folder of the model.

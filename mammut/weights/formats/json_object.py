@@ -6,13 +6,13 @@ from typing import Any
 
 
 class JsonObject:
-    """A JSON object that is read key by key, so that every problem is found in one go.
+    """A JSON object that is read key by key.
 
-    A value that is not allowed is added to the problems, and the reader gets an allowed one in its
-    place.
+    All problems are collected, so that one error can name every one of them. A value that is not
+    allowed is added to the problems, and the reader gets an allowed value in its place.
 
     Args:
-      name: what the object is called in the problems.
+      name: the name of the object in the problems.
       values: the object as it was read.
       problems: the list that problems are added to, in sentences.
     """
@@ -38,7 +38,10 @@ class JsonObject:
         )
 
     def whole(self, key: str, default: int | None, low: int = 1, high: int = 2**16) -> int:
-        """A whole number from `low` to `high`; with `default` None, the key must be there."""
+        """Reads a whole number from `low` to `high`.
+
+        Where `default` is None, the key must be present.
+        """
         value = self.value(key, default)
         if type(value) is int and low <= value <= high:
             return value
@@ -46,7 +49,10 @@ class JsonObject:
         return low
 
     def side(self, key: str, default: int) -> int:
-        """A number of pixels, given once or as an equal pair for both sides."""
+        """Reads a number of pixels.
+
+        It is given once, or as an equal pair for both sides.
+        """
         value = self.value(key, default)
         if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
@@ -64,7 +70,10 @@ class JsonObject:
         return low
 
     def flag(self, key: str, default: bool | None = False) -> bool:
-        """True or False; with `default` None, null is allowed, too, and means False."""
+        """Reads True or False.
+
+        Where `default` is None, null is allowed, too, and means False.
+        """
         value = self.value(key, default)
         if type(value) is not bool and value is not default:
             self.refuse(key, "true or false")
@@ -79,9 +88,9 @@ class JsonObject:
         return next(iter(choices.values()))
 
     def only(self, key: str, *values: Any) -> None:
-        """Refuses a value other than `values`, since our model has nothing for it.
+        """Refuses a value other than `values`.
 
-        A key that is left out has the first of them.
+        Our model has nothing for other values. A missing key counts as the first of `values`.
         """
         if self.value(key, values[0]) not in values:
             self.refuse(key, " or ".join(map(shown, values)))

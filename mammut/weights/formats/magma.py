@@ -1,6 +1,6 @@
-"""MAGMA's checkpoint (arXiv 2112.05253): its DeepSpeed file, or the tensors of it alone.
+"""MAGMA's checkpoint (arXiv 2112.05253), as published or its tensors alone.
 
-The file is mp_rank_00_model_states.pt. Names are those of its public code,
+The published file is DeepSpeed's mp_rank_00_model_states.pt. Names are those of its public code,
 Aleph-Alpha-Research/magma; of a layer i, `h.i` stands for `lm.transformer.h.i`:
 
     lm.transformer.wte.weight                  GPT-J, by the names of GPT-Neo
@@ -21,7 +21,8 @@ Aleph-Alpha-Research/magma; of a layer i, `h.i` stands for `lm.transformer.h.i`:
     word_embedding.weight                      embedding and layers, by a second name
     transformer.i.ln_1.weight
 
-The shapes tell the sizes. What they do not tell is taken from GPT-J 6B and the published training.
+The sizes are read from the shapes. Numbers that the shapes do not give are taken from GPT-J 6B and
+the published training.
 """
 
 import dataclasses
@@ -73,7 +74,10 @@ _NOT_LEARNED = {
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """The attention or the MLP of every layer, and its adapter if it has one."""
+    """The attention or the MLP of every layer.
+
+    It includes the adapter if there is one.
+    """
 
     inner: str  # what the names of the module begin with
     adapter: str | None = None  # what the names of the adapter begin with
@@ -90,7 +94,9 @@ class _Site:
 
 
 def recognises(path: pathlib.Path) -> bool:
-    """Whether `path` is a file with the language model and the image prefix of such a model.
+    """Whether `path` is a file with a MAGMA model.
+
+    The file has the language model and the image prefix.
 
     Raises:
       CheckpointError: the file is damaged.
@@ -123,22 +129,23 @@ def open_magma(
     rope_dims: int = 64,
     max_length: int = 2048,
 ) -> OpenedModel:
-    """The whole model, with its processor; of the weights, only headers are read.
+    """Opens the whole model with its processor.
 
-    To read a tensor that has two names raises CheckpointError where their values differ.
+    Only the headers of the weights are read. Reading a tensor that has two names raises
+    CheckpointError where their values differ.
 
     Args:
       theirs: the tensors of the file.
       folder: the folder that may hold GPT-2's tokenizer.json, or its vocab.json and merges.txt.
       where: the file, for errors.
-      num_heads: heads of a layer. The tensors do not tell this number and the next two; they are
-        GPT-J's.
-      rope_dims: how many numbers of a head are turned by their position.
+      num_heads: heads of a layer. The tensors do not give this number and the next two; the
+      defaults are GPT-J's.
+      rope_dims: the numbers of a head that are rotated by their position.
       max_length: the positions of image and text together.
 
     Raises:
       CheckpointError: the tensors are not those of one such model, or the tokenizer does not fit
-        them. Every mismatch is named.
+      them. Every mismatch is named.
     """
     config, sites = _config(
         theirs.specs, where, num_heads=num_heads, rope_dims=rope_dims, max_length=max_length
@@ -235,7 +242,10 @@ def _config(
 
 
 def _site(specs: Mapping[str, TensorSpec], site: str) -> _Site:
-    """The site "mlp" or "attn", as the names of the first layer tell it."""
+    """Reads the site "mlp" or "attn".
+
+    It is recognised by the names of the first layer.
+    """
     for kind, (inner, adapter) in _WRAPPED[site].items():
         if any(name.startswith(f"{_BLOCKS}0.{inner}.") for name in specs):
             if f"{_BLOCKS}0.{site}.adapter_scale" in specs:
@@ -265,9 +275,9 @@ def _second_names(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
 
 
 def _compared(theirs: Tensors, second: Mapping[str, str], where: str) -> LazyTensors:
-    """`theirs`, with a check that both names of a tensor hold the same numbers.
+    """Adds a check of second names to `theirs`.
 
-    To read a tensor whose second name holds other numbers raises CheckpointError.
+    Reading a tensor whose second name holds other numbers raises CheckpointError.
     """
 
     def read(name: str) -> np.ndarray:

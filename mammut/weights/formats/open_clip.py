@@ -55,9 +55,10 @@ _VISUAL = (
 
 
 def recognises(path: pathlib.Path) -> bool:
-    """Whether `path` is a folder with open_clip's config, or a file with its image encoder.
+    """Whether `path` is a model of open_clip.
 
-    CLIP's ResNets come in the same folders; they are `resnets`' to open.
+    It is a folder with open_clip's config, or a file with its image encoder. CLIP's ResNets come in
+    the same folders; `resnets` opens them.
 
     Raises:
       CheckpointError: the weights are missing or damaged.
@@ -126,7 +127,10 @@ def _openmammut_of(theirs: TensorFile) -> dict[str, Any]:
 def _processor(
     folder: pathlib.Path, model: ModelConfig, config: Mapping[str, Any], config_source: str
 ) -> Processor:
-    """The processor of a folder that `save` wrote; of others, the one that the config describes."""
+    """Makes the processor of a folder.
+
+    In a folder that `save` wrote it is the saved one; in others, the one that the config describes.
+    """
     text_cfg = config["model_cfg"].get("text_cfg") or config["model_cfg"]["multimodal_cfg"]
     try:
         if (folder / "processor.json").exists():
