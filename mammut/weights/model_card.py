@@ -91,7 +91,10 @@ def write_card(
 
 
 def _training(path: pathlib.Path) -> list[str]:
-    """The rows of the table that say how the model was trained; none without a run."""
+    """Makes the table rows that say how the model was trained.
+
+    There are none without a run.
+    """
     starts = {"init": "model", "init_vision": "image encoder", "init_text": "text decoder"}
     try:
         config = _read(path)["config"]
@@ -132,7 +135,10 @@ def _scores(folder: pathlib.Path) -> list[str]:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is none."""
+    """Reads the object in a JSON file.
+
+    The object is empty where there is no file.
+    """
     try:
         return read_json_object(path)
     except CheckpointError:

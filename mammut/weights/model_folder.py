@@ -69,14 +69,18 @@ class Format(Protocol):
     KIND: str
 
     def recognises(self, path: pathlib.Path) -> bool:
-        """Whether the file or folder is of this format, by its names and headers.
+        """Whether the file or folder is of this format.
+
+        Names and headers decide.
 
         Raises:
           CheckpointError: it is of this format or of one like it, and damaged.
         """
 
     def open_model(self, path: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
-        """The model in it, with nothing but headers read; `image_size` where the files lack it.
+        """Opens the model; only headers are read.
+
+        `image_size` is used where the files lack it.
 
         Raises:
           CheckpointError: it is damaged, or no model that mammut has. Every mismatch is named.
@@ -140,7 +144,9 @@ def save_opened(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[str, ...]:
-    """`save` of an opened model: one tensor is in memory at a time.
+    """Saves an opened model as `save` does.
+
+    One tensor is in memory at a time.
 
     A model that is in the folder stays there until all of the new one is written.
 
@@ -279,7 +285,9 @@ def load_language_model(
 
 
 def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> OpenedModel:
-    """What `load` loads, with nothing but headers read; or a part of a model.
+    """Opens a model, or a part of one; only headers are read.
+
+    `load` loads the same models.
 
     Args:
       path: as for `load`; or a folder or file that holds an image encoder or a text decoder alone.
@@ -375,7 +383,9 @@ def _require_mesh(mesh: Mesh) -> None:
 
 
 def read_model_config(path: str | os.PathLike) -> ModelConfig:
-    """Reads the config of a model folder, of a run or of a foreign model, without its weights.
+    """Reads the config of a model without its weights.
+
+    The model is a model folder, a run or a foreign model.
 
     Raises:
       CheckpointError: there is no model at the path.

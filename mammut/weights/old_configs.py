@@ -33,7 +33,10 @@ _ABSENT = object()
 
 @dataclasses.dataclass(frozen=True)
 class Upgraded:
-    """A run's config in the fields of today, and what no field says any more."""
+    """A run's config, upgraded to the current fields.
+
+    It also says which settings no current field expresses.
+    """
 
     config: dict[str, Any]
     # Towers, "vision" or "text", whose layer norms have no bias: it is zero.
@@ -41,10 +44,11 @@ class Upgraded:
 
 
 def upgraded(config: dict[str, Any]) -> Upgraded:
-    """Brings the config of a run, or {"model": ...} of a model, to the fields of today.
+    """Brings a config to the current fields.
 
-    A config in today's fields comes back as it is. Values that are no objects, names that no
-    version had, and old fields that do not go with the others are left for `from_dict` to refuse.
+    The config is a run's, or {"model": ...} of a model. A config in the current fields is returned
+    unchanged. Values that are not objects, names that no version had, and old fields that do not
+    fit the others are left for `from_dict` to refuse.
     """
     config = _copied(config)
     for old, new in MOVED.items():
@@ -73,7 +77,10 @@ def _copied(value: Any) -> Any:
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Finds a part of a config by its dotted name; {}: it is not there, or no object."""
+    """Finds a part of a config by its dotted name.
+
+    Returns {} where it is missing or not an object.
+    """
     part = config
     for key in name.split("."):
         part = part.get(key)
@@ -83,7 +90,7 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _move(config: dict[str, Any], old: str, new: str) -> None:
-    """Moves a field from one dotted name to another, if it is there."""
+    """Moves a field to another dotted name, if it is present."""
     section, name = new.split(".")
     if not isinstance(config.get(section, {}), dict):
         return

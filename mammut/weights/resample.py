@@ -1,4 +1,7 @@
-"""Resamples position tables and patch kernels for another size of image or patch."""
+"""Resamples position tables and patch kernels.
+
+The target has another size of image or patch.
+"""
 
 import copy
 import dataclasses
@@ -67,7 +70,10 @@ def resample_patches(
 def _along_both(
     weights: Callable[[int, int], np.ndarray], table: np.ndarray, grid: tuple[int, int]
 ) -> np.ndarray:
-    """Multiplies both axes of a table with the matrices [new, old] that `weights` makes."""
+    """Multiplies both axes of a table with matrices.
+
+    `weights` makes the matrices, [new, old].
+    """
     down, across = (weights(old, new) for old, new in zip(table.shape[:2], grid, strict=True))
     moved = np.einsum("Ii,Jj,ijD->IJD", down, across, table.astype(np.float64), optimize=True)
     return moved.astype(table.dtype)
@@ -135,7 +141,9 @@ def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
 def _resampling(
     path: str, opened: OpenedModel, vision: Tower
 ) -> tuple[str, Callable[[np.ndarray], np.ndarray]] | None:
-    """How a parameter gets the sizes of `vision`: in words, and as a function.
+    """Finds how a parameter gets the sizes of `vision`.
+
+    Returns the way in words, and as a function.
 
     None: it has these sizes already.
     """

@@ -1,4 +1,6 @@
-"""Tables: which tensors of a foreign format are which of our parameters, and in what layout.
+"""Tables between foreign tensors and our parameters.
+
+Each table says which tensors are which parameters, and in what layout.
 
 "Ours" are the parameters of a `MaMMUT`, "theirs" the tensors of the format. A table is a list of
 `Entry`, made for one config, so that it names every key. Read in one direction it loads, in the
@@ -133,7 +135,10 @@ class Transposed:
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """The weight [D, 3, patch, patch] of a torch.nn.Conv2d, of our kernel [patch ** 2 * 3, D]."""
+    """The weight [D, 3, patch, patch] of a torch.nn.Conv2d.
+
+    Our kernel is [patch ** 2 * 3, D].
+    """
 
     patch_size: int
 
@@ -142,7 +147,10 @@ class Patches:
         return ours[0][1], 3, self.patch_size, self.patch_size
 
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
-        """Their weight with pixels row by row, the three colours of a pixel together."""
+        """Loads their weight with pixels row by row.
+
+        The three colours of a pixel are together.
+        """
         return theirs.transpose(2, 3, 1, 0).reshape(ours[index])
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
@@ -152,13 +160,16 @@ class Patches:
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Several of our parameters along one axis of theirs, each in `layout`: fused q, k and v."""
+    """Several of our parameters, joined along one of their axes.
+
+    Each is in `layout`. An example is fused q, k and v.
+    """
 
     layout: Layout
     axis: int = 0
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """The shape of one of them, with the sizes along the axis added up."""
+        """Returns their shape, with the sizes along the axis added."""
         shapes = [self.layout.shape([shape]) for shape in ours]
         size = sum(shape[self.axis] for shape in shapes)
         return *shapes[0][: self.axis], size, *shapes[0][self.axis + 1 :]
@@ -289,7 +300,10 @@ class Table:
         return LazyTensors(specs, read)
 
     def _our_shapes(self, entry: Entry, ours: Mapping[str, TensorSpec]) -> list[Shape]:
-        """The shapes of the parameters of an entry; of one layer where the entry is of one."""
+        """Lists the shapes of an entry's parameters.
+
+        Where the entry is of one layer, the shapes are of one layer.
+        """
         shapes = [tuple(ours[path].shape) for path in entry.ours]
         return shapes if entry.layer is None else [shape[1:] for shape in shapes]
 
@@ -302,7 +316,10 @@ class Table:
         }
 
     def _uncovered(self, ours: Mapping[str, TensorSpec]) -> list[str]:
-        """The parameters that the table has and the model not, or the reverse, in sentences."""
+        """Lists parameters that only the table or the model has.
+
+        Each is a sentence.
+        """
         covered: dict[str, set[int | None]] = {path: {None} for path in self.constant}
         for entry in self.entries:
             for path in entry.ours:

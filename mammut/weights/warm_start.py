@@ -1,4 +1,4 @@
-"""Starts a model from others: where each parameter comes from, and what happens to other sizes.
+"""Starts a model from others: the source of each parameter.
 
 A run starts from a whole model (`TrainConfig.init`), from an image encoder (`init_vision`), from a
 text decoder (`init_text`), or from a whole model one or both of whose towers come from elsewhere.
@@ -48,7 +48,10 @@ _OF_VOCABULARY = {"text.token_embed.embedding", "text.vocab_head.kernel", "text.
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What happens to one parameter, of the model or, left out, of a model that it starts from."""
+    """What happens to one parameter.
+
+    It is a parameter of the model, or one left out of a model that it starts from.
+    """
 
     path: str
     count: int  # how many numbers it has
@@ -145,7 +148,10 @@ def _fields(
     names: tuple[str, ...],
     other: VisionConfig | ResNetConfig,
 ) -> dict[str, Any]:
-    """Those of `vision` among `names` that an encoder of the kind of `other` has, too."""
+    """Reads the fields of `vision` in `names` that both kinds have.
+
+    The other kind is the kind of the encoder `other`.
+    """
     known = {field.name for field in dataclasses.fields(vision)} & {
         field.name for field in dataclasses.fields(other)
     }
@@ -159,7 +165,9 @@ def warm_start(
     compute: ComputeConfig = ComputeConfig(),
     new_vocabulary: bool = False,
 ) -> WarmStart:
-    """Finds where each parameter of a model starts, by the rules at the top of this module.
+    """Finds the source of each parameter of a model.
+
+    The rules are at the top of this module.
 
     Args:
       config: the config of the model; `start_config`, perhaps with other sizes.
@@ -223,7 +231,10 @@ def warm_start(
 def _start_of(
     path: str, config: ModelConfig, starts: Mapping[Start, OpenedModel], new_vocabulary: bool
 ) -> tuple[Start | None, str]:
-    """The start that a parameter comes from, and ""; or None, and the reason."""
+    """Finds the start that a parameter comes from.
+
+    Returns the start and "", or None and the reason.
+    """
     tower = f"init_{path.partition('.')[0]}"
     name = tower if tower in starts else "init"
     if name not in starts:
@@ -249,7 +260,10 @@ def _why_left_out(
     starts: Mapping[Start, OpenedModel],
     new_vocabulary: bool,
 ) -> str:
-    """Why a parameter of a start has no place in the model; "" where it should have one."""
+    """Explains why a parameter of a start is left out.
+
+    Returns "" where the parameter should have a place in the model.
+    """
     tower = f"init_{path.partition('.')[0]}"
     if name == "init" and tower in starts:
         return f"{tower} takes its place"

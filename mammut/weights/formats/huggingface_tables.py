@@ -31,7 +31,10 @@ class HeadByHead:
     """
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """Returns the shape [N * 3 * K, D] or [N * 3 * K]."""
+        """Returns the shape of a weight or a bias.
+
+        It is [N * 3 * K, D] or [N * 3 * K].
+        """
         return len(ours) * math.prod(ours[0][-2:]), *ours[0][:-2]
 
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""The JSON of open_clip's models as our `ModelConfig`; `open_clip_export` is the way back.
+"""Reads open_clip's model JSON as our `ModelConfig`.
 
-`open_clip_config.json` holds `model_cfg` and `preprocess_cfg`. We have four families of
-`model_cfg`:
+`open_clip_export` writes the JSON. `open_clip_config.json` holds `model_cfg` and `preprocess_cfg`.
+Four families of `model_cfg` are supported:
 
     text_cfg with does_full_decoding   openMaMMUT: LAION's fork, at ed2d1f6 of
                                        github.com/LAION-AI/open_clip_mammut
@@ -9,7 +9,7 @@
     ... with text_arch "modern"        mammut2-moderntext_*
     multimodal_cfg and text_cfg        CoCa, as in open_clip_torch 3.3.0
 
-A key is read, or is listed here as one without effect on what a trained model computes, or is
+Each key is either read, or listed here as a key without effect on the output of a trained model, or
 refused.
 """
 

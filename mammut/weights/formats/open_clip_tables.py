@@ -158,7 +158,10 @@ def _pool(config: ModelConfig) -> Iterable[Entry]:
 
 
 def _own_layers(text: DecoderConfig) -> Iterable[tuple[str, int, bool]]:
-    """The self-attention layers in order: our path, the index there, and whether it has an MLP."""
+    """Lists the self-attention layers in order.
+
+    Each has our path, its index there, and whether it has an MLP.
+    """
     if not text.has_bare_layers:
         yield from (("text.layers", i, True) for i in range(text.depth))
     else:

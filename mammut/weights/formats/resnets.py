@@ -83,9 +83,10 @@ class Variances(Same):
 
 
 def recognises(path: pathlib.Path) -> bool:
-    """Whether `path` is a folder or a file with the weights of such an image encoder.
+    """Whether `path` holds the weights of such an image encoder.
 
-    A folder is one of timm's, by the architecture in its `config.json`, or one of open_clip's.
+    `path` is a file or a folder. A folder is one of timm's, by the architecture in its
+    `config.json`, or one of open_clip's.
 
     Raises:
       CheckpointError: the weights are missing or damaged.
@@ -98,11 +99,11 @@ def recognises(path: pathlib.Path) -> bool:
 
 
 def open_model(path: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
-    """The image encoder of a folder or a file, and its image transform.
+    """Opens an image encoder and its image transform.
 
     Args:
-      path: for which `recognises` holds.
-      image_size: not used: the files tell it, or it is the size of the published models.
+      path: a file or folder that `recognises` accepts.
+      image_size: not used: the files give it, or it is the size of the published models.
 
     Raises:
       CheckpointError: a file is missing or damaged, the tensors are not those of one ResNet, or a
@@ -304,7 +305,10 @@ def _norm_free(
 
 
 def _bottlenecks(config: ResNetConfig) -> Iterable[tuple[int, int, str, int | None]]:
-    """Every bottleneck: its stage, its number there, our path, and its layer in our stack."""
+    """Lists every bottleneck.
+
+    Each has its stage, its number there, our path, and its layer in our stack.
+    """
     for stage, depth in enumerate(config.stages):
         ours = f"vision.stage{stage + 1}"
         yield stage, 0, f"{ours}.first", None
@@ -312,7 +316,9 @@ def _bottlenecks(config: ResNetConfig) -> Iterable[tuple[int, int, str, int | No
 
 
 def clip_entries(config: ResNetConfig, prefix: str) -> Iterable[Entry]:
-    """The entries of CLIP's ResNet up to the grid of its last stage.
+    """Makes the entries of CLIP's ResNet.
+
+    They end at the grid of the last stage.
 
     Args:
       config: its config.
