@@ -49,7 +49,9 @@ SAMPLES_PRINTED = 10
 
 
 def train(run: Run, watchdog: distributed.Watchdog) -> bool:
-    """Trains the run, or the rest of one; returns False if a SIGTERM ended it early.
+    """Trains the run, or the rest of one.
+
+    Returns False if a SIGTERM ended it early.
 
     What can be refused is refused before anything is compiled and before anything is written. Of
     several processes all come through here. Each reads its share of the data; the first writes and
@@ -137,7 +139,10 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
 
 
 def use_compilation_cache(config: TrainConfig) -> None:
-    """Keeps XLA's compiled programs in the folder that the config names, where that is safe."""
+    """Keeps XLA's compiled programs in the configured folder.
+
+    It does so only where that is safe.
+    """
     if config.compilation_cache:
         folder = pathlib.Path(config.compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -172,7 +177,10 @@ def newest_checkpoint(
 
 
 def fresh_state(config: TrainConfig, trainer: Trainer, warm: WarmStart | None) -> TrainState:
-    """The state at step 0: random weights, or those of what the run starts from."""
+    """Makes the state at step 0.
+
+    The weights are random, or those of the model that the run starts from.
+    """
     with enough_memory(config):
         if warm is None:
             return trainer.init(config.seed)
@@ -188,7 +196,10 @@ def save_model(
     log: RunLog,
     watchdog: distributed.Watchdog,
 ) -> None:
-    """Writes the model of a run that is done, its last evaluation and its card."""
+    """Writes the model of a finished run.
+
+    Its last evaluation and its card are written, too.
+    """
     watchdog.doing("saving the model")
     model = trainer.model(state.all_params)
     model_folder.save(run.workdir, model, processor, overwrite=True)
@@ -215,7 +226,9 @@ def loop(
     log: RunLog,
     watchdog: distributed.Watchdog,
 ) -> tuple[TrainState, bool]:
-    """Steps from `start` to `config.steps`; returns the state, and whether the run is done.
+    """Steps from `start` to `config.steps`.
+
+    Returns the state, and whether the run is done.
 
     It is not done if a SIGTERM ended it early; the state is saved then.
     """
@@ -262,7 +275,9 @@ def loop(
 
 
 def check_finite(metrics: dict[str, jax.Array] | None, config: TrainConfig) -> None:
-    """Stops the run after too many skipped updates in a row; all processes have the same metrics.
+    """Stops the run after too many skipped updates in a row.
+
+    All processes have the same metrics.
 
     Raises:
       FloatingPointError: the last `config.max_nonfinite_steps` updates were skipped.

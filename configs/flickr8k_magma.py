@@ -1,4 +1,6 @@
-"""MAGMA in miniature: a frozen language model learns to see, by adapters and a prefix.
+"""MAGMA in miniature: a frozen language model learns to see.
+
+It learns through adapters and a prefix.
 
 The language model has only ever read captions.
 

@@ -1,6 +1,6 @@
-"""LiMBeR (arXiv 2209.15162): one linear map from an image encoder to a language model.
+"""LiMBeR: a linear map from an image encoder to a language model.
 
-Nothing else is trained.
+Only this map is trained (arXiv 2209.15162).
 
     python train.py configs/limber.py --init-text GPT_J --init-vision RN50x16
 

@@ -1,6 +1,8 @@
-r"""MAGMA on your own pictures: a frozen language model learns to see, in one command.
+r"""MAGMA on your own pictures, in one command.
 
-It wants a JSONL file beside the pictures.
+A frozen language model learns to see.
+
+The recipe needs a JSONL file beside the pictures.
 
     python train.py configs/magma.py --data.train 'jsonl:photos/photos.jsonl[200:]' \
         --data.val 'jsonl:photos/photos.jsonl[:200]' [--init-text GPT] [--init-vision TOWER]

@@ -1,4 +1,6 @@
-"""MAGMA (arXiv 2112.05253) at its own size, with the adapters of its public checkpoint.
+"""MAGMA (arXiv 2112.05253) at its own size.
+
+The adapters are those of its public checkpoint.
 
     python train.py configs/magma_v1.py --init-text GPT_J --init-vision RN50x16
 

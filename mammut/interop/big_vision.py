@@ -71,24 +71,24 @@ class _Starts:
 
 
 class Model:
-    """A model in big_vision's terms: `init` and `apply` on a nested dict of parameters.
+    """A model with big_vision's `init` and `apply`.
 
-    Parameters are named by their paths in `MaMMUT`.
+    Both take a nested dict of parameters. Parameters are named by their paths in `MaMMUT`.
 
     Images are float, normalised already (`value_range(-1, 1)`, for mean and deviation 0.5), or
-    uint8. Texts are ids without a start and without a mask: pads are what `text.pad_id` says, if
-    anything.
+    uint8. Texts are ids without a start and without a mask: pads are the tokens with the id
+    `text.pad_id`, if it is set.
 
     Args:
       preset: a function of `mammut.presets`; the fields below change it. None: they change
-        `ModelConfig()`.
-      outputs: what `apply(variables, image, text)` gives: "embeddings", as two towers do, for
-        SigLIP's and the contrastive trainer; or "logits" of the text, as CapPa does, for its
-        trainer. The model must have that pass.
-      start_id: what stands in front of a text where its logits are asked for. CapPa's is 0.
-      fields: those of `ModelConfig`; `vision` and `text` are dicts of theirs. `compute` and
-        `augment` are dicts of `ComputeConfig` and `AugmentConfig`; `logit_scale_init` and
-        `logit_bias_init` are where the scalars of the loss start.
+      `ModelConfig()`.
+      outputs: the outputs of `apply(variables, image, text)`: "embeddings", as two towers give, for
+      SigLIP's and the contrastive trainer; or "logits" of the text, as CapPa gives, for its
+      trainer. The model must have that pass.
+      start_id: the id in front of a text where its logits are computed. CapPa's is 0.
+      fields: fields of `ModelConfig`; `vision` and `text` are dicts of their fields. `compute` and
+      `augment` are dicts of `ComputeConfig` and `AugmentConfig`; `logit_scale_init` and
+      `logit_bias_init` are the initial scalars of the loss.
 
     Raises:
       ValueError: a field that is not known, or fields or outputs that do not go together.
@@ -214,7 +214,10 @@ class Model:
         return self._merge(variables).image_tokens(image).tokens
 
     def decode(self, variables: Mapping[str, Any], encoded: jax.Array, text: Any) -> jax.Array:
-        """Scores every token of `text` given those before it and `encoded`, float32[B, L, V]."""
+        """Scores every token of `text`, float32[B, L, V].
+
+        The scores depend on the tokens before it and on `encoded`.
+        """
         return self._logits(self._merge(variables), encoded, text)
 
     def _merge(self, variables: Mapping[str, Any]) -> MaMMUT:
@@ -260,7 +263,10 @@ def model_config(preset: str | None = None, **fields: Any) -> ModelConfig:
 def _configs(
     preset: str | None, fields: Mapping[str, Any]
 ) -> tuple[ModelConfig, ComputeConfig, AugmentConfig, dict[str, float]]:
-    """The model, how it is computed, what training draws, and where the loss's scalars start."""
+    """Makes the configs of a model from its fields.
+
+    Returns the model, how it is computed, what training draws, and the initial scalars of the loss.
+    """
     known = {
         name: make
         for name, make in inspect.getmembers(presets, inspect.isfunction)
@@ -347,7 +353,10 @@ def load(
 
 
 def _matching(names: Collection[str], patterns: str | Sequence[str]) -> set[str]:
-    """The names that a regular expression fits, written with slashes as big_vision does."""
+    """Lists the names that a regular expression fits.
+
+    The names are written with slashes, as in big_vision.
+    """
     if isinstance(patterns, str):
         patterns = [patterns]
     return {

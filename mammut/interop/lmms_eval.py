@@ -30,7 +30,9 @@ from mammut.models.mammut import MaMMUT
 
 
 class LmmsEvalModel(lmms):
-    """Answers requests of one image and one question each, in the order of the requests.
+    """Answers requests of one image and one question each.
+
+    The answers are in the order of the requests.
 
     Args:
       batch_size: requests at a time; the last batch is padded to it.
@@ -97,7 +99,9 @@ class LmmsEvalModel(lmms):
         return texts
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """-log P(continuation | image, context) of each request, and whether it is greedy.
+        """Computes -log P(continuation | image, context) of each request.
+
+        Returns also whether the continuation is greedy.
 
         P is the probability of the continuation's tokens, without an end token; the continuation is
         greedy if each of its tokens is the likeliest. In spite of the method's name the number is a
@@ -229,7 +233,10 @@ def _generate_config(kwargs: dict[str, Any]) -> GenerateConfig:
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "vocab_size"))
 def _score(graphdef, params, image, tokens, *, vocab_size):
-    """Log-probability float[B, L-1] of each token after the first, and if it is the likeliest."""
+    """Scores each token after the first, float[B, L-1].
+
+    The score is the log-probability. Returns also whether the token is the likeliest.
+    """
     logits = nnx.merge(graphdef, params).caption_logits(image, tokens[:, :-1])  # pads come last
     logits = logits[..., :vocab_size].astype(jnp.float32)
     own = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]

@@ -1,4 +1,7 @@
-"""Times mammut and a peer in turn, in one process, on the same weights."""
+"""Times mammut and a peer in turn, on the same weights.
+
+Both run in one process.
+"""
 
 import dataclasses
 import functools
@@ -33,7 +36,10 @@ TOLERANCES = {"contrastive_loss": 1e-4, "caption_loss": 1e-4, "grad_norm": 1e-3}
 
 
 def load_ours(peer: OpenClip) -> MaMMUT:
-    """Loads our model with the peer's weights, through the files that it would publish."""
+    """Loads our model with the peer's weights.
+
+    The weights go through the files that the peer would publish.
+    """
     with tempfile.TemporaryDirectory() as folder:
         peer.save(pathlib.Path(folder))
         return load(folder)[0]
@@ -142,7 +148,9 @@ def generation(
     rounds: int,
     per_turn: int = 1,
 ) -> dict[str, Any]:
-    """Times generation of exactly `new_tokens` tokens for the first images of the batch.
+    """Times generation of exactly `new_tokens` tokens.
+
+    The images are the first ones of the batch.
 
     No text ends early: the peer forbids the end token up to the last position, and here no token is
     the end. Greedy texts are compared, in float32. Beams are not: released open_clip ranks them by

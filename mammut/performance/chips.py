@@ -1,4 +1,7 @@
-"""The figures that makers state for their devices: limits of a measurement or an estimate."""
+"""The published figures of devices.
+
+They limit a measurement or an estimate.
+"""
 
 import dataclasses
 
@@ -49,5 +52,8 @@ CHIPS = {
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The figures of a device by `jax.Device.device_kind`; None where the table has none."""
+    """Looks up the figures of a device by `jax.Device.device_kind`.
+
+    Returns None where the table has none.
+    """
     return CHIPS.get(device_kind)

@@ -1,4 +1,7 @@
-"""How a step grows with the batch, the resolution or the text length, with the exponent."""
+"""The growth of a step's cost with one size.
+
+The size is the batch, the resolution or the text length. The growth has an exponent.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +15,10 @@ Axis = Literal["batch", "image_size", "length"]
 
 
 def default_sizes(axis: Axis, model: ModelConfig, batch_size: int) -> tuple[int, ...]:
-    """Half, once and twice the size of the model or the batch; of images 0.5, 1 and 1.5 times."""
+    """Chooses half, once and twice the given size.
+
+    The size is the model's or the batch's. For images the factors are 0.5, 1 and 1.5.
+    """
     if axis == "image_size":
         side = model.vision.grid[0]
         pixels = model.vision.image_size // side  # of one image token
@@ -43,7 +49,9 @@ def measure_growth(
     warmup: int,
     peak: float,
 ) -> dict[str, Any]:
-    """Measures the step at each size: a row each, and how time, FLOPs and memory grow.
+    """Measures the step at each size, and its growth.
+
+    Each size has a row. The growth of time, FLOPs and memory is measured.
 
     Args:
       axis: what grows.

@@ -1,4 +1,6 @@
-"""Reads a compiled program's text (XLA's HLO): its collectives and its traffic to memory.
+"""Reads a compiled program's text (XLA's HLO).
+
+It lists the program's collectives and its traffic to memory.
 
 Loops count as often as they run. XLA's own cost analysis counts the body of a loop once, and a
 scanned tower is a loop.
@@ -42,7 +44,10 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Its size in bytes; types below a byte, and those without data, count as nothing."""
+        """Size in bytes.
+
+        Types below a byte, and types without data, count as nothing.
+        """
         bits = re.search(r"\d+", self.dtype)
         return math.prod(self.dims) * _BYTES.get(self.dtype, int(bits[0]) // 8 if bits else 0)
 
@@ -99,16 +104,22 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tensor that is gathered, reduced or moved, in one run."""
+        """Bytes of the tensor that one run gathers, reduces or moves."""
         return self.local * len(self.group) if self.kind == "all-gather" else self.local
 
     @property
     def sent(self) -> int:
-        """Bytes that a device sends in one run where the devices form a ring."""
+        """Bytes that a device sends in one run, in a ring.
+
+        The devices form the ring.
+        """
         return self.ring_bytes(len(self.group))
 
     def ring_bytes(self, devices: int) -> int:
-        """Bytes that each of `devices` devices in a ring sends in one run."""
+        """Counts the bytes that each device in a ring sends.
+
+        The ring has `devices` devices. The count is for one run.
+        """
         if self.kind == "send":
             return self.local
         if self.kind in ("collective-permute", "collective-broadcast") and devices > 1:
@@ -277,7 +288,10 @@ class Program:
         return total
 
     def _read(self, name: str, value: str, whole: int) -> int:
-        """Bytes of a value, `whole` in all, that the instructions of a fused computation read."""
+        """Counts the bytes that a fused computation reads of a value.
+
+        The value has `whole` bytes in all.
+        """
         total = 0
         for i in self._of(name):
             if value not in i.operands:
@@ -358,7 +372,10 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 
 def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
-    """The first group of devices of a collective, in any of the forms of HLO."""
+    """Reads the first group of devices of a collective.
+
+    All forms of HLO are understood.
+    """
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         ends = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)", pairs[0])]
         return next((pair for pair in ends if len(set(pair)) > 1), ends[0])

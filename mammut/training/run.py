@@ -1,4 +1,7 @@
-"""From a command line to a run: recipe, overrides, folder, and what a resumed run may change."""
+"""From a command line to a run: recipe, overrides and folder.
+
+Rules say what a resumed run may change.
+"""
 
 import dataclasses
 import json
@@ -105,14 +108,14 @@ def resolve(
 
 
 def stages(run: Run) -> Iterator[Run]:
-    """Yields the runs that make up a run: that of its language model, if any, then itself.
+    """Yields the runs that make up a run.
 
-    `text_steps` asks for a language model. The second run is opened when it is asked for: the first
-    has to be done by then.
+    With `text_steps` the run of its language model comes first, then the run itself. The second run
+    is opened when the caller takes it: the first has to be done by then.
 
     Raises:
       ValueError: there are several processes, which could not agree on two runs one after the
-        other; or the run to come after its language model cannot work.
+      other; or the run after the language model cannot work.
     """
     config, folder = run.config, run.workdir / "language_model"
     if config.makes_language_model and not _has_checkpoints(run.workdir):
@@ -169,7 +172,11 @@ def _opened(config: TrainConfig) -> dict[Start, OpenedModel]:
 
 
 def require_same(run: Run) -> None:
-    """Raises ValueError on a process whose command line asks for another run than process 0's."""
+    """Checks that all processes have the same run.
+
+    Raises:
+      ValueError: the command line of this process gives another run than that of process 0.
+    """
     asked = json.loads(json.dumps(to_dict(run.config) | {"workdir": str(run.workdir)}))
     of_first = json.loads(distributed.from_first("run", lambda: json.dumps(asked).encode()))
     if changed := differences(of_first, asked, PER_PROCESS):
@@ -181,12 +188,12 @@ def require_same(run: Run) -> None:
 def with_overrides(
     config: TrainConfig, overrides: list[str]
 ) -> tuple[TrainConfig, dict[Start, OpenedModel]]:
-    """Applies overrides, and the architecture of the models that the run starts from.
+    """Applies overrides and the architecture of the models to start from.
 
-    Gives the config, and these models, opened.
+    Returns the config and these models, opened.
 
     Raises:
-      ValueError: a model to start from cannot be opened, or does not go with the rest.
+      ValueError: a model to start from cannot be opened, or does not fit the rest.
     """
     # What may differ from those models is not held against the recipe's own architecture.
     overridden = parse_overrides(config, without(overrides, SIZES | VOCABULARY))

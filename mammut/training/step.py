@@ -1,8 +1,8 @@
-"""Train state, and the compiled pieces of a run: how its state starts, and its step.
+"""The train state, its start, and the compiled step.
 
 The frozen parameters (`TrainConfig.trainable`) are a tree of their own beside the trained ones: no
-gradient is taken of them, the optimizer does not know them, and a step hands their arrays on as
-they are.
+gradient is taken of them, the optimizer does not know them, and a step passes their arrays on
+unchanged.
 """
 
 import dataclasses
@@ -160,7 +160,10 @@ def make_trainer(config: TrainConfig, task: Task, mesh: Mesh) -> Trainer:
 
 
 def random_params(config: TrainConfig, seed: int | jax.Array) -> Params:
-    """Random parameters of the model of a run, which starts at the loss's logit scale and bias."""
+    """Draws the random parameters of a run's model.
+
+    Logit scale and bias start at the values of the loss.
+    """
     model = MaMMUT(config.model, compute=config.compute, rngs=nnx.Rngs(jax.random.key(seed)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     params["logit_scale"] = jnp.log(jnp.float32(config.loss.first_logit_scale))
@@ -186,7 +189,10 @@ def _first_state(
 def _state_from(
     optimizer: optax.GradientTransformation, params: Params, frozen: Params, shardings: TrainState
 ) -> TrainState:
-    """The state at step 0 with given parameters that are on their devices already."""
+    """Makes the state at step 0 from given parameters.
+
+    The parameters are already on their devices.
+    """
 
     # The parameters do not pass through the program, which would copy them.
     def rest(params: Params) -> TrainState:
@@ -237,7 +243,10 @@ def _train_step(
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
-    """One update: gradients, optimizer, and nothing at all where something is not finite."""
+    """Updates the state once: gradients, then optimizer.
+
+    Nothing changes where a number is not finite.
+    """
     # The key depends on the seed and the step alone, so that a resumed run draws what the first
     # would have drawn.
     step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)

@@ -83,7 +83,7 @@ class Variances(Same):
 
 
 def recognises(path: pathlib.Path) -> bool:
-    """Whether `path` holds the weights of such an image encoder.
+    """Whether `path` holds the weights of a ResNet image encoder.
 
     `path` is a file or a folder. A folder is one of timm's, by the architecture in its
     `config.json`, or one of open_clip's.
