@@ -169,7 +169,7 @@ def newest_checkpoint(
     checkpoints: Checkpoints, trainer: Trainer, watchdog: distributed.Watchdog
 ) -> Restored | None:
     """The newest good checkpoint; None if there is no checkpoint."""
-    # By the list of process 0: that of another may be of a moment ago, and all have to restore.
+    # By the list of process 0: another list may be a moment older, and all have to restore.
     if not distributed.from_first("has checkpoints", lambda: b"yes" if checkpoints.steps else b""):
         return None
     watchdog.doing("restoring")

@@ -7,7 +7,7 @@ steps and falling linearly, the focal loss, weights 1 and 1, 224-pixel crops of 
 Not from it: scale and bias of the contrastive logits at the start (its temperature of 1 without a
 bias starts the focal loss at about 5,700, beside a captioning loss of 11), clipping and betas,
 which it does not state, and the data, since ALIGN is not public: name yours with `--data.train` and
-`--tokenizer.path`. `--compile-only --topology v5p:4x4x4` says what a step takes.
+`--tokenizer.path`. `--compile-only --topology v5p:4x4x4` reports the costs of a step.
 """
 
 from mammut import presets

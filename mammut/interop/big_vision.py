@@ -44,10 +44,10 @@ from mammut.weights.old_configs import upgraded
 from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
 from mammut.weights.warm_start import Start, WarmStart, warm_start
 
-# What a part of a model is called: by us, by two towers, by CapPa.
+# The names of a model's parts: ours, those of two towers, CapPa's.
 _PARTS: dict[str, Start] = dict.fromkeys(("vision", "image", "img", "encoder"), "init_vision")
 _PARTS |= dict.fromkeys(("text", "txt"), "init_text")
-# Arguments of `Model` that say how it is called, not what it is.
+# Arguments of `Model` that set how it is called, not what it is.
 _OF_CALLS = ("outputs", "start_id")
 
 
@@ -169,7 +169,7 @@ class Model:
           variables: `{"params": ...}`, as `init` makes it.
           image: the images; None where only texts are embedded. With `method=model.decode`, what
             `encode` gave.
-          train: with `rngs["dropout"]`, what `augment` says is drawn.
+          train: whether the draws of `augment` are made, with `rngs["dropout"]`.
           method: `encode` or `decode` of this object; None: both.
           return_enc_features: what CapPa gives for images alone.
           decode: must be False: a cache is `mammut.generation.text`'s affair.
@@ -304,11 +304,11 @@ def load(
     else does not fit is an error, but for what `dont_load` names.
 
     Args:
-      init_params: random parameters, for what is not loaded. None: all of them must be.
+      init_params: random parameters, for those that are not loaded. None: all must be loaded.
       init_files: what `mammut.load` reads, or a checkpoint that a trainer of big_vision wrote of
         this model; or a part each, {"vision": PATH, "text": PATH}, where "img" and "txt" or
         "encoder" will do as well.
-      model_cfg: the arguments of `Model`. None: the model in the file as it is.
+      model_cfg: the arguments of `Model`. None: the model in the file, unchanged.
       dont_load: regular expressions for names such as "text/token_embed/embedding" that keep their
         random values.
 
@@ -373,7 +373,7 @@ def _unfit(
     plan: WarmStart,
     starts: Collection[Start],
 ) -> list[str]:
-    """Lists what is missing, left over or of another shape, in words."""
+    """Lists arrays that are missing, left over or of another shape."""
     problems = [
         f"{name} of init_params is not one of its parameters"
         for name in sorted(random.keys() - specs.keys())
@@ -392,7 +392,7 @@ def _unfit(
 
 
 def _open(path: str, config: ModelConfig | None) -> OpenedModel:
-    """A model in a file; `config` tells what a file does not."""
+    """Opens a model in a file; `config` gives what a file lacks."""
     if ".bv-" in pathlib.Path(path).name:  # what big_vision calls its checkpoints
         if config is None:
             raise ValueError(

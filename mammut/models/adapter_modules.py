@@ -306,7 +306,7 @@ class Adapters(nnx.Dict):
     def attached(self, tower: Tower, prefix: str, active: Sequence[str]) -> Tower:
         """Copies `tower` with the adapters `active` at work, in their order.
 
-        `prefix` is what the sites of the tower begin with. The parameters are not copied. The copy
+        `prefix` is the beginning of the tower's sites. The parameters are not copied. The copy
         is for the time of a call: it is no model to be kept.
         """
         if not active:

@@ -27,7 +27,7 @@ from mammut.models.mammut import MaMMUT, ModelConfig
 def add_adapter(model: MaMMUT, *configs: AdapterConfig, rngs: nnx.Rngs) -> MaMMUT:
     """Adds new adapters to a model and switches them on.
 
-    Adapters that the model has stay as they are, on or off.
+    The adapters that the model already has do not change, whether on or off.
 
     Raises:
       ValueError: the model has an adapter of this name already, or there is no such site
@@ -177,7 +177,7 @@ def new_adapters(model: MaMMUT, configs: Sequence[AdapterConfig], key: jax.Array
 
 
 def extended(model: MaMMUT, configs: Sequence[AdapterConfig], fresh: Adapters) -> MaMMUT:
-    """Adds the adapters `fresh`, made for `configs`, to those of a model.
+    """Adds the adapters `fresh`, made for `configs`, to the adapters of a model.
 
     Raises:
       ValueError: the model has an adapter of this name already.

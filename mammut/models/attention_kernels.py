@@ -35,8 +35,8 @@ def attention_kernel(
       dtype: the number type of queries, keys and values.
       tokens: the number of tokens.
       head_size: the size of a head.
-      platform: "cpu", "gpu" or "tpu"; None: that of the current mesh. A program may be compiled for
-        devices that are not here, such as a TPU slice: nothing is tried for those.
+      platform: "cpu", "gpu" or "tpu"; None: the platform of the current mesh. A program may be
+        compiled for devices that are not here, such as a TPU slice: nothing is tried for those.
     """
     platform = platform or _platform()
     if platform != "gpu" or jax.default_backend() != "gpu" or jnp.dtype(dtype) == jnp.float32:

@@ -64,7 +64,7 @@ def prefill(
 ) -> tuple[Float[Array, "B Lp D"], DecodeCache]:
     """Runs the caption pass over prompts; returns its features and a cache.
 
-    Features are those of all positions, an image prefix included.
+    The features cover all positions, an image prefix included.
 
     Args:
       decoder: the text decoder.
@@ -72,7 +72,7 @@ def prefill(
         overwritten before anything attends to it.
       image_tokens: the images, as `MaMMUT.image_tokens` gives them.
       length: the number of text positions that the cache has room for.
-      prefix_valid: marks what is no pad in an image prefix; None: all of it.
+      prefix_valid: marks the positions of an image prefix that are not pads; None: all of them.
     """
     text_valid = jnp.ones(tokens.shape, bool)
     valid = decoder.valid(tokens, text_valid)

@@ -9,14 +9,14 @@ MaMMUT, section 3.2; MAGMA, arXiv 2112.05253, section 3.
 | caption | causal | a prefix in place of the start token | `logits` scores them |
 | language | causal | unseen | `logits` scores them |
 
-Which pass runs is the name of the method called, never inferred from an argument that is missing.
+The name of the method decides which pass runs, never a missing argument.
 A decoder without cross-attention layers sees the image as a prefix. `fused_passes` runs two passes
 in one traversal.
 
-An image prefix, float[B, P, D], may be any sequence of embeddings, such as that of several images
+An image prefix, float[B, P, D], may be any sequence of embeddings, such as several images
 and the texts between them. It takes the place of the start token: the sequence is [prefix,
 tokens[:, 1:]], and the feature of the prefix's last position stands for the start's. So tokens,
-labels, loss masks and features are those of a text [start, ..., end] either way.
+labels, loss masks and features belong to a text [start, ..., end] either way.
 """
 
 import dataclasses
@@ -254,8 +254,8 @@ class TextDecoder(TextTower):
     ) -> Float[Array, "B L D"]:
         """Computes causal features of embeddings, float[B, L, D], without cross-attention.
 
-        Positions are added here. They count what is `valid`, so that pads may stand in front; None:
-        all of it.
+        Positions are added here. They count `valid` tokens only, so that pads may stand in front;
+        None: all of it.
         """
 
         def see_nothing(layer: Layer, x: jax.Array) -> jax.Array:
@@ -373,7 +373,7 @@ class TextDecoder(TextTower):
     ) -> tuple[Float[Array, "B L D"], Bool[Array, "B 1 L L"], Rotation | None]:
         """Adds positions to embeddings; returns them, the causal mask and rotary angles.
 
-        Positions count what is valid.
+        Positions count valid tokens only.
         """
         what = "prefix and text together" if self.has_prefix else "the text"
         self.require_length(x.shape[1], what)

@@ -53,12 +53,12 @@ def forward_flops(
       config: the model.
       patch_drop: the share of patches that a training step leaves out
         (`AugmentConfig.patch_drop`).
-      length: tokens of the text, not counting those of an image prefix; None: `config.text_length`.
+      length: tokens of the text, without an image prefix; None: `config.text_length`.
       sees_image: False: the caption pass is a language pass.
 
     Returns:
       The FLOPs of each part: `vision`, `contrastive_pass`, `caption_pass`, `vocabulary`.
-      `training_flops` makes those of a training step of them.
+      `training_flops` computes the FLOPs of a training step from them.
     """
     vision = config.vision
     text = config.text
@@ -66,7 +66,7 @@ def forward_flops(
     patches = vision.grid[0] * vision.grid[1]
     dropped = patches - patches_kept(patches, patch_drop) if patch_drop else 0
 
-    # What the decoder sees of the image: learned queries stay when patches are dropped.
+    # Tokens that the decoder sees: learned queries stay when patches are dropped.
     seen = vision.num_tokens
     if vision.pooling != "queries":
         seen -= dropped
@@ -234,8 +234,8 @@ def _attention(
 ) -> int:
     """Counts attention with its maps.
 
-    `width` is the width of the queries (None: the tower's), `kv_width` that of the tokens attended
-    to (None: as `width`).
+    `width` is the width of the queries (None: the tower's), `kv_width` the width of the tokens
+    attended to (None: as `width`).
     """
     width = tower.width if width is None else width
     kv_width = width if kv_width is None else kv_width

@@ -28,11 +28,11 @@ def require_pixels(config: Any) -> None:
 class EncoderOutput:
     """Output of an image encoder: tokens, one vector, and the grid.
 
-    Dv is the width of the encoder. `MaMMUT.image_tokens` makes an `EncodedImage` of it, in the
+    Dv is the width of the encoder. `MaMMUT.image_tokens` turns it into an `EncodedImage`, in the
     decoder's terms.
     """
 
-    # float[B, P, Dv]: the patches row by row, after the class token where that is one of them.
+    # float[B, P, Dv]: the patches row by row, after the class token where there is one.
     tokens: jax.Array
     # float32[B, Dv]: the whole image, as `VisionConfig.pooling` says.
     pooled: jax.Array
@@ -48,7 +48,7 @@ class EncodedImage:
     The decoder reads the tokens.
     """
 
-    tokens: jax.Array  # float[B, P, D]: what the caption pass sees
+    tokens: jax.Array  # float[B, P, D]: the tokens that the caption pass sees
     vector: jax.Array  # float32[B, E], of any length; `encode_image` gives unit vectors
     # Patches down and across; None where patches were dropped (`AugmentConfig.patch_drop`), which
     # are others in each image.

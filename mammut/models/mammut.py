@@ -27,7 +27,7 @@ from mammut.models.vit import VisionConfig, ViT
 
 # Largest logit scale in training, as in CLIP: above it the softmax of cosines is all but one-hot.
 MAX_LOGIT_SCALE = 100.0
-# Logit scale of a new model, CLIP's; a training run starts with that of its loss.
+# Logit scale of a new model, CLIP's; a training run starts with the scale of its loss.
 _LOGIT_SCALE = 1 / 0.07
 # Stream of `Augment.key` that drops numbers of a prefix; `vit` has streams 0 to 4.
 _DROPOUT_STREAM = 5

@@ -12,7 +12,7 @@ from mammut.core.typing import Array
 def attn_mask(valid: Bool[Array, "B S"], causal: Bool[Array, "S"]) -> Bool[Array, "B 1 S S"]:
     """Makes an attention mask from two boolean vectors, bool[B, 1, S, S].
 
-    The third axis is that of the queries, the last that of the keys; True: the query may attend to
+    The third axis has the queries, the last the keys; True: the query may attend to
     the key. `valid` marks real tokens: nothing attends to a pad. `causal[s]` hides token s from all
     tokens before it:
 

@@ -52,7 +52,7 @@ class ResNetConfig:
       144
     """
 
-    # Kind of the ResNet. clip: that of CLIP (arXiv 2103.00020, section 2.4) without its attention
+    # Kind of the ResNet. clip: CLIP's (arXiv 2103.00020, section 2.4) without its attention
     # pool: three convolutions first, averages in place of strides, batch norms that keep their
     # stored statistics. nf: the norm-free ResNet (arXiv 2101.08692): standardised kernels,
     # activations in front.
@@ -64,7 +64,7 @@ class ResNetConfig:
     stages: tuple[int, int, int, int] = (3, 4, 6, 3)
     # Height and width of an image in pixels, a multiple of 32; images are square.
     image_size: int = 224
-    # A second, smaller image size that the ResNet takes: that of `TrainConfig.low_image_steps`.
+    # A second, smaller image size that the ResNet takes, for `TrainConfig.low_image_steps`.
     # None: one size.
     low_image_size: int | None = None
     # Mean of each colour channel, of pixels scaled to 0..1; the default is CLIP's.
@@ -170,7 +170,7 @@ def _halved(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
 class NormedConvolution(nnx.Module):
     """A convolution, then a batch norm with stored statistics.
 
-    The statistics are never those of the batch: an image has the same tokens in training as at
+    The statistics never come from the batch: an image has the same tokens in training as at
     inference, whatever is beside it. Scale and bias are trained like any parameter. Mean and
     variance are parameters only in that they are saved; their gradient is zero. `last` starts with
     a scale of zero, so that a new bottleneck is the identity.

@@ -213,7 +213,7 @@ def _every_pair(
 ) -> tuple[Tree, Tree]:
     """Sums over all pairs, by row and by column.
 
-    `add(row, row_sums, column, column_sums)` returns the sums with those of one tile added. It
+    `add(row, row_sums, column, column_sums)` adds the sums of one tile and returns the result. It
     finds in `row` and `column` the `number` of each example too, from 1; a row or column that only
     pads a tile has number 0.
     """
@@ -269,5 +269,5 @@ def _every_pair(
     if not axes:
         return local(*args)
     spec = PartitionSpec(axes)
-    # Without `check_vma`: it would want a declaration that the sums are the same along `model`.
+    # Without `check_vma`: it would need a declaration that the sums are the same along `model`.
     return jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)(*args)

@@ -1,8 +1,8 @@
 """The text tower: embeddings, positions, masks, and the contrastive pass.
 
 `TextTower` is the part of the text decoder that never sees an image; `decoder.TextDecoder` adds the
-caption pass. Some models of others have text-only layers, whose output is that of the contrastive
-pass: CoCa has them in front of its other layers, SigLIP has no other layers.
+caption pass. Some published models have text-only layers, whose output is the output of the
+contrastive pass: CoCa has them in front of its other layers, SigLIP has no other layers.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class TextTowerConfig(LayerConfig):
     # Kind of positions: learned, or rotary ones in self-attention. rope turns interleaved pairs of
     # a head's numbers (GPT-J), rope_half pairs its first half with its second (GPT-NeoX).
     positions: Literal["learned", "rope", "rope_half"] = "learned"
-    # How many of a head's numbers rotary positions turn, from the first on; None: all.
+    # Count of a head's numbers that rotary positions turn, from the first on; None: all.
     rope_dims: int | None = None
     # Base of the frequencies of rotary positions.
     rope_theta: float = 10_000.0
@@ -162,7 +162,7 @@ class TextTower(nnx.Module):
             self.text_only_norm = None
 
     def valid(self, tokens: Int[Array, "*B"], text_valid: Bool[Array, "*B"]) -> Bool[Array, "*B"]:
-        """Marks real tokens: those of `text_valid` that are not `DecoderConfig.pad_id`."""
+        """Marks tokens of `text_valid` other than `DecoderConfig.pad_id`."""
         if self.config.pad_id is None:
             return text_valid
         return text_valid & (tokens != self.config.pad_id)
@@ -206,7 +206,7 @@ class TextTower(nnx.Module):
         if pooling == "end":
             last = jnp.maximum(self.valid(tokens, text_valid).sum(1) - 1, 0)
             return jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
-        # The last position: that of the text (last), or of the class token behind it (class).
+        # The last position belongs to the text (last), or to the class token behind it (class).
         return features[:, -1]
 
     def run_layers(self, x: jax.Array, mask: jax.Array, rotate: Rotation | None) -> jax.Array:
@@ -235,7 +235,7 @@ class TextTower(nnx.Module):
     ) -> Bool[Array, "#B 1 Lc Lc"]:
         """Makes the mask of the contrastive pass.
 
-        `length` counts its positions, that of a class token included.
+        `length` counts its positions, with the class token if there is one.
         """
         config = self.config
         valid = self.valid(tokens, text_valid)

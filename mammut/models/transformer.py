@@ -295,11 +295,11 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, dtypes=dtypes) if has_mlp else None
 
     def own_keys_values(self, x: Float[Array, "B L D"], rotate: Rotation | None = None) -> KeyValue:
-        """Computes the keys and values of self-attention: those of the normed tokens."""
+        """Computes keys and values of the normed tokens, for self-attention."""
         return self.attn.keys_values(self.attn_norm(x), rotate)
 
     def image_keys_values(self, image_tokens: Float[Array, "B P D"]) -> KeyValue:
-        """Computes the keys and values of cross-attention: those of the image tokens."""
+        """Computes keys and values of the image tokens, for cross-attention."""
         if self.image_norm is not None:
             image_tokens = self.image_norm(image_tokens)
         return self.attn.keys_values(image_tokens)

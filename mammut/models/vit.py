@@ -373,7 +373,7 @@ def _crop_matrix(
 def _bilinear(points: Float[Array, "B Q"], size: int) -> Float[Array, "B Q S"]:
     """Computes bilinear weights of cell centres at `points`, float[B, Q, S].
 
-    The centres are those of `size` equal cells from 0 to 1. Beyond the outermost centres the value
+    They are the centres of `size` equal cells from 0 to 1. Beyond the outermost centres the value
     of the nearest one holds.
     """
     position = jnp.clip(points * size - 0.5, 0, size - 1)

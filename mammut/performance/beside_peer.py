@@ -79,7 +79,7 @@ def train(
     """Times full training steps of both: forward, both losses, backward, AdamW.
 
     Losses are compared in float32. In bfloat16, where every order of sums rounds differently, steps
-    are only timed; the peer's bfloat16 is that of `torch.autocast`, open_clip's own `amp_bf16`.
+    are only timed; the peer's bfloat16 comes from `torch.autocast`, open_clip's own `amp_bf16`.
 
     Args:
       peer: the peer, with its batch.

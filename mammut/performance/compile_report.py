@@ -2,7 +2,7 @@
 
 Nothing runs, and no data is needed.
 
-With a topology the devices are those of a TPU slice that need not exist: libtpu compiles for it on
+With a topology the devices belong to a TPU slice that need not exist: libtpu compiles for it on
 any machine.
 """
 
@@ -125,10 +125,10 @@ def step_flops(config: TrainConfig) -> tuple[int, int]:
     """Counts the FLOPs of a step over the whole batch.
 
     Returns:
-      The FLOPs of the model, three times those of a forward pass; and the FLOPs that run, which are
-      more where something is computed again: the towers once with remat "full" (with "dots", next
-      to nothing), both embeddings once with accumulation. Fewer run where parameters are frozen:
-      nothing computes their gradients. That is not subtracted.
+      The FLOPs of the model, three times the FLOPs of a forward pass; and the FLOPs that run, which
+      are more where something is computed again: the towers once with remat "full" (with "dots",
+      next to nothing), both embeddings once with accumulation. Fewer run where parameters are
+      frozen: nothing computes their gradients. That is not subtracted.
     """
     task = TASKS[config.task](config.loss)
     parts = task.flops(config)
@@ -239,7 +239,7 @@ class Estimate:
 
     @property
     def worst(self) -> float:
-        """Seconds of a step where they work one after the other."""
+        """Seconds of a step whose parts work one after the other."""
         return self.compute + self.memory + self.links
 
 

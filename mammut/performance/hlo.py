@@ -227,7 +227,7 @@ class Program:
                     yield from self._run(called, runs, body)
 
     def _trips(self, loop: Instruction) -> int | None:
-        """How often a loop runs; None where the text does not say."""
+        """How often a loop runs; None where the text does not show it."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(known[1])
         # In TPU programs it is the one number in the condition, which compares it with a counter
@@ -252,7 +252,7 @@ class Program:
         if i.opcode == "fusion":
             return self._fusion(name, i)
         given = [shape for operand in i.operands for shape in self._shapes(name, operand)]
-        if i.opcode == "all-gather-start":  # its shapes are those of its operand and its result
+        if i.opcode == "all-gather-start":  # its shapes: of its operand and of its result
             return _hbm(given) + _hbm(i.shapes[-1:])
         # The start of a copy, a slice or another collective reads as much as it writes.
         if i.opcode.endswith("-start"):

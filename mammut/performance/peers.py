@@ -185,7 +185,7 @@ class OpenClip:
     def _read(self, name: str) -> dict[str, Any]:
         """Reads a config by its path, or by its package name.
 
-        The name is that of a config in the package.
+        The name is the name of a config in the package.
         """
         path = pathlib.Path(name).expanduser()
         if path.suffix == ".json":

@@ -44,7 +44,7 @@ class RunSettings:
 
     # Number type of the computation.
     dtype: Dtype | None = None
-    # What the backward pass computes again.
+    # Parts that the backward pass computes again.
     remat: Remat | None = None
     # Layers unrolled in each turn of the loop over layers.
     unroll: int | None = None
@@ -86,7 +86,7 @@ class RunSettings:
 
 
 def computed(model: MaMMUT, settings: RunSettings) -> MaMMUT:
-    """A model with the same weights that computes as `settings` say."""
+    """Makes a model with the same weights and the given settings."""
     compute = settings.compute(model.config)
 
     def make() -> MaMMUT:
@@ -166,7 +166,7 @@ def make_step(
             state = trainer.init(config.seed)
         else:
             params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-            # Copies: the step takes over what it is given.
+            # Copies: the step takes over its arguments.
             state = trainer.init_from(jax.tree.map(np.array, params))
         batch = sharding.device_batch(batch, mesh)
         began = time.perf_counter()

@@ -53,7 +53,7 @@ def in_turns(
     A round goes from first to last, the next one from last to first.
 
     A turn is `per_turn` calls after one that is not counted. So none pays for the caches, clock and
-    threads that the one before left behind, and a machine that slows down slows all of them.
+    threads of the contestant before, and a machine that slows down slows all of them.
 
     Returns:
       The seconds of each contestant's turns.

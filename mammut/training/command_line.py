@@ -83,7 +83,7 @@ def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
 def _cli(config: TrainConfig, args: list[str], description: str | None = None) -> TrainConfig:
     import tyro
 
-    # Every setting has a value, booleans too; of which kind the image encoder is, the recipe says.
+    # Every setting has a value, booleans too; the recipe chooses the kind of the image encoder.
     settings = Annotated[
         TrainConfig,
         tyro.conf.arg(name=""),

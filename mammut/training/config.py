@@ -35,15 +35,15 @@ class LossConfig:
     contrastive_weight: float = 1.0
     # Weight of the caption loss in the total.
     caption_weight: float = 1.0
-    # Logit scale (inverse temperature) at the start of a fresh run. None: the one of the
+    # Logit scale (inverse temperature) at the start of a fresh run. None: the value of the
     # contrastive loss, which is 1/0.07 for softmax, 10 for focal and sigmoid.
     logit_scale_init: float | None = None
-    # Logit bias at the start of a fresh run. None: the one of the contrastive loss, which is -10
+    # Logit bias at the start of a fresh run. None: the value of the contrastive loss, which is -10
     # for focal and sigmoid, as most pairs do not match; softmax has no bias.
     logit_bias_init: float | None = None
-    # Exponent of the focal loss: a larger one lets pairs that are already right count less.
+    # Exponent of the focal loss: a larger one gives less weight to pairs that are already right.
     focal_gamma: float = 1.0
-    # Weight of the matching pairs in the focal loss, against 1 - alpha of the others.
+    # Weight of the matching pairs in the focal loss; the other pairs have 1 - alpha.
     focal_alpha: float = 0.5
     # Divisor of the focal loss, summed over B x B pairs: B (paper) or B * B.
     focal_normalization: Literal["batch", "pairs"] = "batch"
@@ -54,7 +54,7 @@ class LossConfig:
     # How the contrastive loss is computed. matrix: every device holds its rows of the B x B logits.
     # ring: the texts go round the devices, and a device holds one tile of the logits at a time.
     contrastive_form: Literal["matrix", "ring"] = "matrix"
-    # Side of a tile of the form ring: at most so many images by so many texts.
+    # Side of a tile of the form ring: the largest number of its images, and of its texts.
     contrastive_chunk: int = 4_096
     # Text positions whose logits the caption loss holds at once.
     vocab_chunk: int = 16
@@ -194,7 +194,7 @@ class TrainConfig:
     # model for `init_text`.
     task: Literal["image_text", "caption", "vqa", "classify", "text"] = "image_text"
     # Model to start from, of any format that mammut.load reads: its weights, its processor and its
-    # `model` settings, of which image and patch size and text length may differ
+    # `model` settings; image size, patch size and text length may differ
     # (mammut.weights.warm_start has the rules). None: random weights.
     init: str | None = None
     # Image encoder to start from: its weights, its `model.vision` settings but for the pooling, and
@@ -234,7 +234,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     # Skipped updates in a row (loss or gradient not finite) after which the run stops.
     max_nonfinite_steps: int = 10
-    # Seconds without progress after which a process says where it is, and ends.
+    # Seconds without progress after which a process reports where it hangs, and stops the run.
     step_timeout: float = 3_600.0
     # Folder of XLA's compiled programs; None: they are not kept.
     compilation_cache: str | None = "~/.cache/mammut/xla"

@@ -51,7 +51,7 @@ def make_processor(
 ) -> Processor:
     """Makes the processor of a fresh run.
 
-    It is that of the model the run starts from, or it has a given or a newly trained vocabulary.
+    It comes from the model that the run starts from, or has a given or a newly trained vocabulary.
     """
     of = {name: opened.processor for name, opened in starts.items()}
     text, settings = config.model.text, config.tokenizer

@@ -1,6 +1,6 @@
 """From a command line to a run: recipe, overrides and folder.
 
-Rules say what a resumed run may change.
+A resumed run may change some settings only.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from mammut.weights.model_folder import open_model
 from mammut.weights.opened import OpenedModel, model_specs
 from mammut.weights.warm_start import SIZES, VOCABULARY, Start, start_config
 
-# What a resumed run may change: how it is watched, placed and fed, what memory it takes, and how
+# Settings that a resumed run may change: how it is watched, placed and fed, its memory, and how
 # long it goes on (the learning rate follows the new length from there); nothing else.
 RESUMABLE = {
     "steps",
@@ -53,11 +53,11 @@ PER_PROCESS = {"compilation_cache", "data.threads", "data.tfds_dir"}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a command line asks for."""
+    """A run, as a command line describes it."""
 
     config: TrainConfig
     workdir: pathlib.Path
-    overrides: list[str]  # all that made the config, those of a resumed run included
+    overrides: list[str]  # all overrides of the config, with those that a resumed run had already
     # The models that a run without checkpoints starts from, by the field that names each.
     starts: dict[Start, OpenedModel]
 
@@ -93,7 +93,7 @@ def resolve(
     base = saved
     if recipe:
         base = load_recipe(recipe)
-        # What a run started from need not be there any more: its architecture is in run.json.
+        # The models that a run started from may be gone: their architecture is in run.json.
         if saved.init or saved.init_vision or saved.init_text:
             base = dataclasses.replace(base, model=saved.model)
         base = parse_overrides(base, saved_overrides)

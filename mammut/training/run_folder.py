@@ -81,9 +81,9 @@ def renew_folder(workdir: pathlib.Path, config: TrainConfig, overrides: list[str
     """Renews the folder of a resumed run, on process 0."""
     if not distributed.first():
         return
-    # What may change in a resumed run is changed for good.
+    # The changed settings of a resumed run are kept for later.
     write_run(workdir, config, overrides)
-    # Until the run is done again, the model is that of the newest checkpoint, not the one that an
+    # Until the run is done again, the newest checkpoint has the model, not the folder that an
     # earlier end exported.
     (workdir / "manifest.json").unlink(missing_ok=True)
 

@@ -68,7 +68,7 @@ class Trainer:
 
     Attributes:
       mesh: Devices of the run.
-      task: What the run trains.
+      task: The task of the run.
       abstract_state: Shapes, types and shardings of the state.
       init: `init(seed)` makes a state of random weights in place on the mesh.
       init_from: `init_from(params)` makes a state of given weights of the whole model, and takes
@@ -116,7 +116,7 @@ def make_trainer(config: TrainConfig, task: Task, mesh: Mesh) -> Trainer:
     abstract_params = jax.eval_shape(functools.partial(random_params, config), 0)
     model = functools.partial(nnx.merge, nnx.graphdef(abstract_model))
 
-    # What is trained, and the state that this takes.
+    # The trained parameters and their state.
     runs = [name for name in by_name(abstract_params) if task.runs(name)]
     trained = trained_names(runs, config.trainable)
     optimizer = make_optimizer(config.optimizer, config.steps)

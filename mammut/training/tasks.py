@@ -1,6 +1,6 @@
 """Training tasks: batch, loss and gradients of a run.
 
-A task says what a run trains.
+Each task trains a model for one purpose.
 
 To add a task, write a class here and give it a row of `TASKS` (and its name to `TrainConfig.task`).
 

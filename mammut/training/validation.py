@@ -201,7 +201,7 @@ class _LanguageLoss:
     def __call__(self, params: Any, source: Source, limit: int) -> Evaluation:
         """Computes the loss of a token and its perplexity.
 
-        The texts are those of the first `limit` examples.
+        The texts belong to the first `limit` examples.
         """
         limit = min(limit, len(source))
         pairs, bad = self._pairs(source, limit)

@@ -111,7 +111,7 @@ class Checkpoints:
         Args:
           step: the number of the step.
           state: the `TrainState`.
-          data: the position in the data, as JSON values; that of process 0 is saved.
+          data: the position in the data, as JSON values; process 0 saves its own.
         """
         self.wait()
         for newer in self._left_behind:  # Orbax saves no step that is older than an existing one

@@ -24,7 +24,7 @@ def write_card(
 ) -> None:
     """Writes `README.md` into a model folder.
 
-    A README.md that somebody else wrote is left as it is. The training and the scores are those of
+    A README.md of another author is not changed. The training and the scores come from
     the run in the same folder: its `run.json` and the score files under `eval/`.
     """
     path = folder / "README.md"

@@ -60,10 +60,10 @@ MAX_SHARD_BYTES = 4 * 2**30
 
 @runtime_checkable
 class Format(Protocol):
-    """What a module of `FORMATS` has.
+    """The interface of a module of `FORMATS`.
 
     Attributes:
-      KIND: what it opens, in words that fit behind "no", for the error about any other path.
+      KIND: its kind of model, in words that fit behind "no", for the error about any other path.
     """
 
     KIND: str
@@ -216,7 +216,7 @@ def load(
       image_size: pixels along one side. The position table is resampled to it as the makers of the
         model do. None: the size that the model was trained with.
       compute: how the model is computed, and the number types of its parameters. None: as the
-        folder says, float32 for the models of others.
+        folder says, float32 for third-party models.
 
     Returns:
       The model, and the processor that makes its images and texts.
@@ -291,7 +291,7 @@ def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> Ope
 
     Args:
       path: as for `load`; or a folder or file that holds an image encoder or a text decoder alone.
-      image_size: pixels, for a file that does not tell them: a model of big_vision with computed
+      image_size: pixels, for a file that does not give them: a model of big_vision with computed
         positions. All others ignore it.
 
     Raises:
@@ -313,7 +313,7 @@ def _why_none(path: pathlib.Path) -> str:
         )
     if path.is_dir():
         names = sorted(item.name for item in path.iterdir())
-        # an .npz tells itself, and is given by its own path
+        # an .npz is recognised by itself, and is given by its own path
         weights = [name for name in names if name.endswith(SUFFIXES) and not name.endswith(".npz")]
         if weights:
             return f"{path} holds {weights[0]} and no {CONFIG_FILE}, which says what model it is of"
@@ -332,7 +332,7 @@ def place(
       opened: the model.
       mesh: the devices; None: the default device.
       part: the name of the part to read, such as "text"; None: the whole model.
-      compute: how it is computed; None: as the opened model says.
+      compute: how it is computed; None: as in the opened model.
 
     Returns:
       The model, or the part.
@@ -372,7 +372,7 @@ def place(
 
 
 def _require_mesh(mesh: Mesh) -> None:
-    """Raises ValueError where a mesh is not like those of `mammut.core.sharding.make_mesh`."""
+    """Checks that a mesh is like a mesh of `sharding.make_mesh`; raises ValueError."""
     unknown = set(mesh.axis_names) - set(MESH_AXES)
     if unknown or set(mesh.axis_types) != {AxisType.Auto}:
         types = ", ".join(map(str, mesh.axis_types))

@@ -27,7 +27,7 @@ from mammut.weights.old_configs import upgraded
 class Tensors(Protocol):
     """Named arrays that are read one by one.
 
-    A `mammut.weights.files.tensor_file.TensorFile` is one, and what a table makes of it.
+    A `mammut.weights.files.tensor_file.TensorFile` is one, and so is the result of a table.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -188,7 +188,7 @@ def read_config(cls: type, values: Any, path: pathlib.Path) -> Any:
     """A config of type `cls`, from the values in the file `path`.
 
     Raises:
-      CheckpointError: the values are none, or are those of another type of config.
+      CheckpointError: there are no values, or they belong to another type of config.
     """
     try:
         return from_dict(cls, values, str(path))
@@ -243,7 +243,7 @@ def mismatches(found: Mapping[str, Any], expected: Mapping[str, Any], left_over:
     """Compares named arrays, or specs, with the expected ones.
 
     Args:
-      found: the arrays that there are; anything with a shape and a dtype.
+      found: the arrays in the file; anything with a shape and a dtype.
       expected: the arrays that there should be.
       left_over: the words behind the name of an array that is not expected.
 

@@ -105,7 +105,7 @@ def _between(points: np.ndarray, size: int) -> np.ndarray:
 def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
     """The model for images of another size.
 
-    Its position grid is resampled; everything else stays as it is.
+    Its position grid is resampled; nothing else changes.
 
     Args:
       opened: a whole model or an image encoder.

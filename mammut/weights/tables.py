@@ -219,7 +219,7 @@ class Table:
     def to_ours(self, theirs: Tensors, ours: Mapping[str, TensorSpec], where: str) -> LazyTensors:
         """Our parameters, read from their tensors.
 
-        Floats of any type become those of `ours`. To read a number that is too large for that type
+        Floats of any type get the type of `ours`. Reading a number that is too large for that type
         raises CheckpointError.
 
         Args:

@@ -40,7 +40,7 @@ What = Literal["loaded", "resampled", "cut", "in part", "random", "left out"]
 
 # Fields of an image encoder that say how a model uses it, not what it is.
 _USE = ("pooling", "pool_queries", "pool_heads", "norm_after_pooling")
-# Fields that may differ from those of the models to start from: what a rule above is about.
+# Fields that may differ from the models to start from: each has a rule above.
 SIZES = {"model.vision.image_size", "model.vision.patch_size", "model.text.max_length"}
 VOCABULARY = {"model.text.vocab_size", "model.text.pad_id"}
 _OF_VOCABULARY = {"text.token_embed.embedding", "text.vocab_head.kernel", "text.vocab_head_bias"}
@@ -105,7 +105,7 @@ class WarmStart:
 
 
 def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> ModelConfig:
-    """`config` with the architecture of what it starts from.
+    """Gives `config` the architecture of the models it starts from.
 
     `init` brings all of it, but for adapters where it has none, and for the second, smaller size of
     images; `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder,
@@ -172,7 +172,7 @@ def warm_start(
     Args:
       config: the config of the model; `start_config`, perhaps with other sizes.
       starts: at least one opened model, by the field of `TrainConfig` that names it.
-      compute: says the number types of the model's parameters.
+      compute: has the number types of the model's parameters.
       new_vocabulary: whether ids mean other tokens than in the model to start from.
 
     Raises:

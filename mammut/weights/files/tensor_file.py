@@ -70,8 +70,8 @@ class TensorFile:
     Attributes:
       path: the file; of a set of shards, their index.
       specs: shape and type of every tensor, in the file's order.
-      metadata: the texts in a safetensors file's `__metadata__`; of shards, those that all of them
-        have. Files of other kinds have none.
+      metadata: the texts in a safetensors file's `__metadata__`; of shards, the texts that all of
+        them have. Files of other kinds have none.
 
     Raises:
       CheckpointError: there are too many tensors, or a name is not text.
@@ -104,7 +104,7 @@ class TensorFile:
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
-    """Opens a file of tensors; its first bytes tell its kind.
+    """Opens a file of tensors; its first bytes show its kind.
 
     Raises:
       CheckpointError: the file is missing, damaged or of an unknown kind, or would run code. File
@@ -160,7 +160,7 @@ def stored_specs(path: pathlib.Path) -> Mapping[str, TensorSpec]:
 
 
 # One format after the other asks for the same file, and the pickle of a large training checkpoint
-# takes seconds. The arguments beside the path tell one state of the file from another.
+# takes seconds. The arguments beside the path distinguish two states of the file.
 @functools.lru_cache(maxsize=1)
 def _specs(path: pathlib.Path, inode: int, mtime_ns: int, size: int) -> Mapping[str, TensorSpec]:
     return open_tensors(path).specs
@@ -337,7 +337,7 @@ def write_sharded(
 
     Args:
       folder: the folder; made where it is missing.
-      stem: what the names of the files start with.
+      stem: the beginning of the files' names.
       specs: as for `write_safetensors`.
       read: as for `write_safetensors`.
       max_bytes: the largest size of the tensors in one shard. A tensor that is larger has a shard

@@ -351,7 +351,7 @@ def _is_a(kind: Any, value: Any) -> Any:
 
 def _set_items(target: dict, items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | int):  # the hash of a nested tuple may take for ever
+        if not isinstance(key, str | int):  # the hash of a nested tuple may never end
             raise ValueError(f"a dict has a key of type {type(key).__name__}")
         if key in target:
             raise ValueError("a dict has a key twice")

@@ -1,11 +1,11 @@
 """Models of big_vision, from `.npz` files: ViT, SigLIP and CapPa.
 
 Source: github.com/google-research/big_vision, of which nothing is needed. Such a file holds arrays
-and their names, nothing else: names and shapes must tell what the model is. What they do not tell
-is taken from big_vision's configs, and the notes of the opened model say so.
+and their names, nothing else: names and shapes must show what the model is. Other settings
+are taken from big_vision's configs, and the notes of the opened model report this.
 
     params/...  opt/...  chrono/...   a train state, of which `params` are read
-    opt/target/...                    the same, of before optax
+    opt/target/...                    a train state from before optax
     img/ txt/ t b                     two towers (models/proj/image_text/two_towers.py): SigLIP
     encoder/ decoder/ ...             an encoder and a decoder (models/proj/cappa/cappa.py): CapPa
     embedding/ Transformer/ ...       an image encoder alone (models/vit.py), by new or old names

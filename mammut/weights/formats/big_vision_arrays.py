@@ -24,7 +24,7 @@ class Arrays:
     Args:
       where: the file, for errors.
       specs: its arrays.
-      part: what the names of the model begin with, behind the `params/` of a train state.
+      part: the beginning of the model's names, behind the `params/` of a train state.
 
     Attributes:
       outside: the arrays that are not parameters of the model, each with the reason.
@@ -96,7 +96,7 @@ class Arrays:
         """A config, made by `make(*args, **kwargs)`.
 
         Raises:
-          CheckpointError: a problem was noted so far, or there is no such config.
+          CheckpointError: a problem was noted, or the arrays do not make a valid config.
         """
         problems = list(dict.fromkeys(self._problems))
         if not problems:

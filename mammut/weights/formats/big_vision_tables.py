@@ -26,26 +26,26 @@ _GEMMA_VOCAB = 256_000
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The model in a file; names of arrays are those of `Arrays`."""
+    """The model in a file; arrays have the names of `Arrays`."""
 
     config: ModelConfig  # of an image encoder alone, only its `vision` has a meaning
     entries: list[Entry]
     text_form: TextForm | None  # how its texts are made; None: it is an image encoder alone
-    unused: Mapping[str, str]  # arrays that have no place in our model, and why
+    unused: Mapping[str, str]  # arrays that our model does not have, and why
     zero: Mapping[str, str]  # our parameters that are 0, and why
     computed: Mapping[str, Callable[[], np.ndarray]]  # our parameters that are computed
     notes: tuple[str, ...]
 
 
 def image_encoder(arrays: Arrays, image_size: int | None) -> Model:
-    """A ViT (models/vit.py), alone or that of a larger model.
+    """A ViT (models/vit.py), alone or as part of a larger model.
 
     Args:
       arrays: the arrays of the file.
       image_size: pixels, for computed positions.
 
     Raises:
-      CheckpointError: the arrays are not those of a ViT that mammut has.
+      CheckpointError: the arrays do not belong to a ViT that mammut has.
     """
     prefix = next((prefix for prefix in ("img/", "encoder/") if arrays.under(prefix)), "")
     vision = _vision(arrays, prefix, image_size)
@@ -60,7 +60,7 @@ def two_towers(arrays: Arrays) -> Model:
     """An image and a text encoder (models/proj/image_text/two_towers.py).
 
     Raises:
-      CheckpointError: the arrays are not those of two towers that mammut has.
+      CheckpointError: the arrays do not belong to two towers that mammut has.
     """
     sizes, layers = _encoder(arrays, "txt/Encoder_0/")
     vocab_size, _ = arrays.shape("txt/Embed_0/embedding", 2)
@@ -113,7 +113,7 @@ def cappa(arrays: Arrays, image_size: int | None, max_length: int | None) -> Mod
       max_length: tokens of a text, for computed positions of the decoder.
 
     Raises:
-      CheckpointError: the arrays are not those of such a model that mammut has.
+      CheckpointError: the arrays do not belong to such a model that mammut has.
     """
     layers, shape = _layers(arrays, "decoder/EncDecBlock", "LayerNorm1/scale", axis=1)
     width, heads, _ = shape("SelfAttn/query/kernel", 3)
@@ -177,7 +177,7 @@ def sincos2d(down: int, across: int, width: int) -> Float32[np.ndarray, "positio
 
 @dataclasses.dataclass(frozen=True)
 class _Vision:
-    """An image encoder in a file; the fields are those of `Model`."""
+    """An image encoder in a file, with the fields of `Model`."""
 
     config: VisionConfig
     entries: list[Entry]
@@ -382,7 +382,7 @@ def _layers(
 
     Args:
       arrays: the arrays of the file.
-      stem: what the names of the layers begin with.
+      stem: the beginning of the layers' names.
       scale: the name of an array that has one axis in each layer.
       axis: the axis of that array that counts the layers, where they are stacked (`scan=True`).
 

@@ -115,7 +115,7 @@ def _shared(
       inner: key and default of the MLP's size; a default of None is four times the width.
       activation: key and default of the activation.
       eps: the key of the norms' epsilon.
-      tied: whether the head is the embedding where the file does not say so.
+      tied: whether the head is the embedding where the file has no setting for it.
     """
     read: dict[str, Any] = {}
     for field, (name, default) in sizes.items():
@@ -168,7 +168,7 @@ def _gpt_neo(config: JsonObject, problems: list[str]) -> dict[str, Any]:
 
 
 def _windows(config: JsonObject, depth: int) -> tuple[int, ...]:
-    """The windows of the layers, as one period of them."""
+    """Lists the windows of the layers, as one period."""
     sizes = {"global": 0, "local": config.whole("window_size", 256, high=2**17)}
     groups = config.value("attention_types")
     kinds = config.value("attention_layers")

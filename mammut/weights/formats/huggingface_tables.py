@@ -44,7 +44,7 @@ class HeadByHead:
         return np.moveaxis(part, -1, 0).reshape(ours[index])
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """The three of them, head by head."""
+        """Joins query, key and value head by head."""
         shapes = [array.shape for array in ours]
         heads = [np.moveaxis(array.reshape(-1, *array.shape[-2:]), 0, -1) for array in ours]
         return np.stack(heads, axis=1).reshape(self.shape(shapes))
@@ -53,9 +53,9 @@ class HeadByHead:
 def table(model_type: str, text: DecoderConfig, theirs: Mapping[str, TensorSpec]) -> Table:
     """The table for a model and for the tensors in its file.
 
-    The tensors tell what depends on who wrote the file: whether names have the prefix of a model
-    with a head, the name of the head, whether a tied head is stored as well, and which tensors are
-    no parameters.
+    The tensors show what depends on the writer of the file: whether names have the prefix of a
+    model with a head, the name of the head, whether a tied head is stored as well, and which
+    tensors are no parameters.
 
     Args:
       model_type: the key of config.json.

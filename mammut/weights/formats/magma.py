@@ -79,8 +79,8 @@ class _Site:
     It includes the adapter if there is one.
     """
 
-    inner: str  # what the names of the module begin with
-    adapter: str | None = None  # what the names of the adapter begin with
+    inner: str  # beginning of the module's names
+    adapter: str | None = None  # beginning of the adapter's names
     kind: str | None = None  # the kind of the adapter, as in `AdapterConfig`
     norm: bool = False  # whether the adapter begins with a norm
 
@@ -112,7 +112,7 @@ def open_model(path: pathlib.Path, *, image_size: int | None = None) -> OpenedMo
 
     Args:
       path: for which `recognises` holds. A tokenizer may lie beside it.
-      image_size: not used: the image encoder tells it.
+      image_size: not used: the image encoder determines it.
 
     Raises:
       CheckpointError: as for `open_magma`.
@@ -173,10 +173,10 @@ def open_magma(
 def _config(
     specs: Mapping[str, TensorSpec], where: str, **text_fields: int
 ) -> tuple[ModelConfig, dict[str, _Site]]:
-    """The config that the shapes tell, and the sites of the adapters.
+    """Makes the config from the shapes, and finds the adapters' sites.
 
     The table checks later, tensor by tensor, that the shapes fit each other. `text_fields` are
-    those that no shape tells.
+    the settings that no shape gives.
     """
 
     def shape(name: str, axes: int) -> Shape:

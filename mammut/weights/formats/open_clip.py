@@ -1,7 +1,7 @@
 """Models of open_clip: MaMMUT and CoCa, and LAION's openMaMMUT, read and written.
 
 Read is a folder as on the Hugging Face hub (`open_clip_folder`), or a file of weights, with its
-config beside it or without one. Without a config the tensors can tell only the 15 openMaMMUT sizes.
+config beside it or without one. Without a config only the 15 openMaMMUT sizes are recognised.
 `open_clip_config` says which models open_clip has.
 """
 
@@ -106,7 +106,7 @@ def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> Ope
 def _openmammut_of(theirs: TensorFile) -> dict[str, Any]:
     """The `model_cfg` of the openMaMMUT size that has these tensors.
 
-    Only three of them are looked at: the table compares all.
+    Only three tensors are read here: the table compares all.
     """
     shapes = {name: tuple(spec.shape) for name, spec in theirs.specs.items()}
     patches = shapes.get("visual.conv1.weight")

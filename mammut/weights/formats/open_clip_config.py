@@ -27,7 +27,7 @@ _OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_EPS = 1e-5  # PyTorch's
 
-# Keys without effect on what a trained model computes. They are about how the model is made, how it
+# Keys without effect on the output of a trained model. They are about how the model is made, how it
 # is trained, and its tokenizer, which is read elsewhere.
 _MAKING = {
     "custom_text", "cast_dtype", "output_dict", "output_tokens", "nonscalar_logit_scale",
@@ -183,7 +183,7 @@ def _fields(model_cfg: Any, preprocess_cfg: Any, problems: list[str]) -> dict[st
 def image_transform(preprocess_cfg: Any, image_size: int) -> ImageTransform:
     """The transform of a `preprocess_cfg` that `model_config` accepts.
 
-    The size is that of the model, as in open_clip.
+    The size comes from the model, as in open_clip.
     """
     image = read_preprocess(preprocess_cfg, [])
     return ImageTransform(image_size, image["mode"], image["interpolation"], image["fill"])
@@ -197,7 +197,7 @@ def read_preprocess(
     Args:
       values: the object; None: all defaults.
       problems: the list that problems are added to.
-      name: what the object is called in the problems.
+      name: the name of the object in the problems.
     """
     image = JsonObject(name, {} if values is None else values, problems)
     read = {
@@ -299,7 +299,7 @@ def _sizes(cfg: JsonObject) -> dict[str, Any]:
 
 
 def _decoder(cfg: JsonObject) -> dict[str, Any]:
-    """What the decoders of MaMMUT read."""
+    """Settings that the decoders of MaMMUT read."""
     layers, ratio = cfg.whole("layers", 12, high=2**10), cfg.whole("cross_attn_ratio", 1)
     if layers % ratio:
         cfg.refuse("cross_attn_ratio", f"a divisor of the {layers} layers")
@@ -324,7 +324,7 @@ def _torch_layers(quick: bool) -> dict[str, Any]:
 
 def _fork(cfg: JsonObject, quick: bool) -> dict[str, Any]:
     read = _decoder(cfg) | _torch_layers(quick)
-    # the fork's table of embeddings has that size whatever it says
+    # the fork's table of embeddings always has that size
     cfg.only("vocab_size", CLIP_VOCAB)
     cfg.only("does_full_decoding", True)
     read["cross_attn_position"] = "first" if cfg.flag("has_mlp", True) else "first_bare"

@@ -27,7 +27,7 @@ _MASKS = "attn_mask", "text.attn_mask", "text_decoder.attn_mask"  # older releas
 def table(config: ModelConfig, theirs: Mapping[str, TensorSpec]) -> Table:
     """The table for a model and for the tensors in its file.
 
-    The tensors tell what depends on who wrote the file: the name of the vocabulary head, which
+    The tensors show what depends on the writer of the file: the name of the vocabulary head, which
     LAION's fork calls `text.text_projection`; the shape of the contrastive loss's scalars, [] or
     [1]; whether it has a bias; and whether a head that is the embedding is stored as well.
 

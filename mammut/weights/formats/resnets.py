@@ -1,7 +1,7 @@
 """ResNet image encoders: CLIP's from open_clip's checkpoints, the norm-free one from timm's.
 
 Only the image encoder is read, up to the grid of its last stage: not CLIP's attention pool, not
-timm's classifier. The weights tell the architecture.
+timm's classifier. The weights determine the architecture.
 
     visual.conv1.weight visual.layer1.0.conv1.weight   CLIP: RN50, RN101, RN50x4, RN50x16, RN50x64
     conv1.weight layer1.0.conv1.weight                 its `visual` alone
@@ -163,9 +163,9 @@ def open_resnet(
 
 
 def _clip_prefix(specs: Mapping[str, TensorSpec]) -> str | None:
-    """What the names of CLIP's ResNet begin with; None: there is none.
+    """Finds the beginning of the names of CLIP's ResNet; None: absent.
 
-    The third convolution of its stem tells it from other ResNets.
+    The third convolution of its stem distinguishes it from other ResNets.
     """
     for prefix in ("visual.", ""):
         if f"{prefix}conv3.weight" in specs and f"{prefix}layer1.0.conv1.weight" in specs:
@@ -322,7 +322,7 @@ def clip_entries(config: ResNetConfig, prefix: str) -> Iterable[Entry]:
 
     Args:
       config: its config.
-      prefix: what the names of its tensors begin with.
+      prefix: the beginning of its tensors' names.
     """
 
     def normed(convolution, norm, ours, layer=None):
