@@ -153,7 +153,7 @@ def use_compilation_cache(config: TrainConfig) -> None:
 
 
 def open_sources(config: TrainConfig, task: Task) -> tuple[sources.Source, sources.Source | None]:
-    """The training set, and the validation set if there is one."""
+    """Opens the training set, and the validation set if any."""
     open_source = functools.partial(
         sources.open_source,
         image_size=config.model.vision.image_size,
@@ -168,7 +168,7 @@ def open_sources(config: TrainConfig, task: Task) -> tuple[sources.Source, sourc
 def newest_checkpoint(
     checkpoints: Checkpoints, trainer: Trainer, watchdog: distributed.Watchdog
 ) -> Restored | None:
-    """The newest good checkpoint; None if there is no checkpoint."""
+    """Finds the newest good checkpoint; None if there is no checkpoint."""
     # By the list of process 0: another list may be a moment older, and all have to restore.
     if not distributed.from_first("has checkpoints", lambda: b"yes" if checkpoints.steps else b""):
         return None

@@ -163,7 +163,7 @@ class Model:
         return_enc_features: bool = False,
         decode: bool = False,
     ) -> Any:
-        """The outputs for images and texts, int[B, L].
+        """Computes the outputs for images and texts, int[B, L].
 
         Args:
           variables: `{"params": ...}`, as `init` makes it.
@@ -210,7 +210,10 @@ class Model:
         return _embeddings(model, image, text, augment)
 
     def encode(self, variables: Mapping[str, Any], image: Any) -> jax.Array:
-        """The image tokens that a text is decoded from, float[B, P, D]."""
+        """Makes the image tokens of a text, float[B, P, D].
+
+        The text is decoded from them.
+        """
         return self._merge(variables).image_tokens(image).tokens
 
     def decode(self, variables: Mapping[str, Any], encoded: jax.Array, text: Any) -> jax.Array:
@@ -235,7 +238,7 @@ class Model:
 def _embeddings(
     model: MaMMUT, image: Any, text: Any, augment: Augment
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """What two towers give."""
+    """Computes the outputs of two towers."""
     zimg, ztxt, scale = None, None, model.logit_scale[...][None]
     out = {"t": jnp.exp(scale), "t/parameter": scale, "b": model.logit_bias[...][None]}
     if image is not None:
@@ -252,7 +255,7 @@ def _embeddings(
 
 
 def model_config(preset: str | None = None, **fields: Any) -> ModelConfig:
-    """The architecture that `Model(preset, **fields)` has.
+    """Makes the architecture of `Model(preset, **fields)`.
 
     Raises:
       ValueError: a preset or field that is not known, or fields that do not go together.

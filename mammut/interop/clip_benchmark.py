@@ -78,7 +78,9 @@ class ClipBenchmarkModel:
         return self._in_batches(_encode_text, tokens, own_ids, valid)
 
     def generate(self, images: torch.Tensor) -> torch.Tensor:
-        """Greedy captions as int64[B, N] ids of CLIP's vocabulary.
+        """Generates greedy captions as ids of CLIP's vocabulary.
+
+        Returns int64[B, N].
 
         `clip_benchmark.metrics.captioning` decodes with CLIP's vocabulary, whatever the model's is.
         That vocabulary begins with the 256 single bytes: captions are spelled in them, and CLIP's
@@ -113,7 +115,10 @@ class ClipBenchmarkModel:
         return images.cpu().numpy()
 
     def _in_batches(self, encode: Any, inputs: torch.Tensor, *arrays: np.ndarray) -> torch.Tensor:
-        """The embeddings of all rows of `arrays`, on the device of `inputs`."""
+        """Embeds all rows of `arrays`.
+
+        The embeddings are on the device of `inputs`.
+        """
         embeds = []
         for start in range(0, max(1, len(inputs)), self._batch_size):
             chunk = [array[start : start + self._batch_size] for array in arrays]

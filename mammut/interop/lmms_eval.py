@@ -75,7 +75,9 @@ class LmmsEvalModel(lmms):
         return cls(model, processor, int(batch_size), **arguments)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The text after each question, up to a string of `until`.
+        """Generates the text after each question, up to a stop.
+
+        The stops are the strings of `until`.
 
         Of the generation kwargs, which have Hugging Face's names, `do_sample` and the fields of
         `GenerateConfig` have an effect. A sample depends on the request's position in the list:
@@ -193,7 +195,7 @@ class _Images(Sequence):
 
 
 def manifest() -> ModelManifest:
-    """The entry `mammut` of lmms-eval's register of models."""
+    """Makes the entry `mammut` of lmms-eval's register of models."""
     return ModelManifest("mammut", simple_class_path=f"{__name__}.LmmsEvalModel")
 
 
@@ -202,7 +204,7 @@ def _name(request: Instance) -> str:
 
 
 def _cut(text: str, stops: str | list[str] | None) -> str:
-    """The text up to the first of the strings `stops`."""
+    """Cuts the text at the first of the strings `stops`."""
     if isinstance(stops, str):
         stops = [stops]
     for stop in stops or []:
@@ -212,7 +214,10 @@ def _cut(text: str, stops: str | list[str] | None) -> str:
 
 
 def _generate_config(kwargs: dict[str, Any]) -> GenerateConfig:
-    """The config of generation kwargs with Hugging Face's names."""
+    """Makes the config of generation kwargs.
+
+    The kwargs have Hugging Face's names.
+    """
     fields = dataclasses.fields(GenerateConfig)
     kinds = {field.name: float if isinstance(field.default, float) else int for field in fields}
     if unknown := sorted(set(kwargs) - set(kinds) - {"until", "do_sample"}):

@@ -170,7 +170,7 @@ def _projection_flops(config: ModelConfig, seen: int) -> int:
 
 
 def _contrastive_flops(config: ModelConfig, length: int) -> int:
-    """The contrastive pass and the map to the embedding."""
+    """Counts the FLOPs of the contrastive pass and its projection."""
     text = config.text
     if text.pooling == "none":
         return 0
@@ -251,5 +251,5 @@ def _mlp(tower: LayerConfig, tokens: int) -> int:
 
 
 def _product(*sizes: int) -> int:
-    """A matrix product: 2 for each multiply-add."""
+    """Counts the FLOPs of a matrix product, 2 for each multiply-add."""
     return 2 * math.prod(sizes)

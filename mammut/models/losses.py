@@ -29,7 +29,10 @@ def contrastive_logits(
     log_scale: Float[Array, ""],
     bias: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "B B"]:
-    """Scaled cosines float[B, B] of every image (rows) with every text (columns)."""
+    """Computes the scaled cosines of images and texts, float[B, B].
+
+    Images are rows, texts are columns.
+    """
     # In full float32: by default a TPU multiplies in bfloat16, and a scale of 100 turns its
     # rounding into errors of up to 0.4.
     cosines = jnp.matmul(
@@ -41,7 +44,9 @@ def contrastive_logits(
 
 
 def softmax_contrastive(logits: Float[Array, "B B"]) -> Float[Array, "B"]:
-    """InfoNCE loss of each pair, float[B] (CLIP, arXiv 2103.00020, figure 3).
+    """Computes the InfoNCE loss of each pair, float[B].
+
+    The source is CLIP (arXiv 2103.00020, figure 3).
 
     The mean of two cross-entropies: of the image among all texts, and of the text among all images.
     """
@@ -53,7 +58,9 @@ def softmax_contrastive(logits: Float[Array, "B B"]) -> Float[Array, "B"]:
 
 
 def sigmoid_contrastive(logits: Float[Array, "B B"]) -> Float[Array, "B"]:
-    """Sigmoid loss of each image, float[B], summed over the texts.
+    """Computes the sigmoid loss of each image, float[B].
+
+    It is summed over the texts.
 
     Every image with every text is a pair of its own, which matches or does not (SigLIP, arXiv
     2303.15343, algorithm 1).
@@ -116,7 +123,7 @@ def _ring_focal(
     alpha: float = 0.5,
     normalization: str = "batch",
 ) -> Float[Array, "B"]:
-    """Ring form of `focal_contrastive`, float[B]."""
+    """Computes the ring form of `focal_contrastive`, float[B]."""
     pair_loss = functools.partial(focal_pairs, gamma=gamma, alpha=alpha)
     losses = ring_pairs(pair_loss, image_embed, text_embed, log_scale, bias, chunk=chunk)
     return losses if normalization == "batch" else losses / len(losses)
@@ -214,7 +221,9 @@ def summed_caption_loss(
     z_loss: float = 0.0,
     chunk: int = 16,
 ) -> Float[Array, ""]:
-    """Sum of `caption_loss`, a float32 scalar, with fewer matrix products.
+    """Sums `caption_loss` with fewer matrix products.
+
+    Returns a float32 scalar.
 
     The gradient of a sum is known up to one factor. So it is computed in the forward pass, chunk by
     chunk, while the logits of the chunk exist: three matrix products in place of four, and the same

@@ -35,7 +35,9 @@ def ring_softmax(
     *,
     chunk: int,
 ) -> Float[Array, "B"]:
-    """Ring form of `losses.softmax_contrastive`: the loss of each pair, float32[B].
+    """Computes the ring form of `losses.softmax_contrastive`.
+
+    Returns the loss of each pair, float32[B].
 
     Raises:
       ValueError: the pairs do not divide over the devices of mesh.data x mesh.fsdp.

@@ -178,7 +178,7 @@ def _flops_lines(config: TrainConfig, devices: int) -> list[str]:
 
 
 def _axes(collective: Collective, mesh: Mesh) -> str:
-    """The mesh axes that a collective goes over."""
+    """Finds the mesh axes that a collective goes over."""
     if collective.kind == "send":
         return "other slices"
     # Of each axis, the coordinates of the devices that take part.

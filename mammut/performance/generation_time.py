@@ -77,7 +77,7 @@ def compiled_loop(
 
 
 def rates(turns: list[list[float]], rows: int, new_tokens: int) -> dict[str, Any]:
-    """The times of a loop for `rows` images, with their rates."""
+    """Computes times and rates of a loop for `rows` images."""
     times = summary(sum(turns, []))
     median = times["seconds"]
     return times | {

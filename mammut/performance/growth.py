@@ -28,7 +28,7 @@ def default_sizes(axis: Axis, model: ModelConfig, batch_size: int) -> tuple[int,
 
 
 def grown(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
-    """The config of `model` for images or texts of another size."""
+    """Makes the config of `model` for images or texts of another size."""
     if axis == "image_size":
         vision = dataclasses.replace(model.vision, image_size=size, low_image_size=None)
         return dataclasses.replace(model, vision=vision)

@@ -152,7 +152,7 @@ class Program:
         )
 
     def collectives(self) -> list[Collective]:
-        """Every collective once, with how often it runs.
+        """Lists every collective once, with its number of runs.
 
         A TPU program spreads a collective over several fused computations, even through loops, to
         compute while it is under way: they share its channel. An all-reduce that is fused with the
@@ -227,7 +227,10 @@ class Program:
                     yield from self._run(called, runs, body)
 
     def _trips(self, loop: Instruction) -> int | None:
-        """How often a loop runs; None where the text does not show it."""
+        """Counts the runs of a loop.
+
+        Returns None where the text does not show it.
+        """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(known[1])
         # In TPU programs it is the one number in the condition, which compares it with a counter
@@ -353,7 +356,10 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """The position after the parenthesis that closes the one at `start`."""
+    """Finds the position after a closing parenthesis.
+
+    It closes the one at `start`.
+    """
     depth = 0
     for end in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[end], 0)
@@ -396,7 +402,10 @@ def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
 
 
 def _mesh_group(mesh: str, names: str, attributes: str, num_devices: int) -> tuple[int, ...]:
-    """The first group of a collective over named axes: `'data'=2,'fsdp'=4` and `'fsdp'`."""
+    """Makes the first group of a collective over named axes.
+
+    An example is `'data'=2,'fsdp'=4` and `'fsdp'`.
+    """
     axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)]
     # 'x': all of an axis; 'x':(2)4: the 4 within each of 2.
     over = {

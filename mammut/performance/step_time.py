@@ -59,7 +59,7 @@ class RunSettings:
     mesh: MeshConfig = MeshConfig()
 
     def compute(self, model: ModelConfig) -> ComputeConfig:
-        """The way to compute `model` with these settings."""
+        """Makes the compute config of `model` with these settings."""
         if jax.default_backend() == "cpu":
             depths = (model.vision.depth, model.text.depth, model.text.text_only_depth)
             usual = ComputeConfig(unroll=max(depths))
@@ -178,7 +178,7 @@ def make_step(
 
 
 def memory(compiled: Any) -> dict[str, float]:
-    """GiB of one device that a compiled program takes.
+    """Counts the GiB of one device that a compiled program takes.
 
     Returns:
       `state_and_batch`, `temporaries`, `total`, and `peak`, the most that this process has held,

@@ -57,7 +57,10 @@ def summed_gradients(
     augment: Augment,
     accumulation: int,
 ) -> tuple[jax.Array, Params]:
-    """The sum of `loss(params, micro_batch, augment)` over the micro-batches, and its gradient."""
+    """Sums `loss(params, micro_batch, augment)` over the micro-batches.
+
+    Returns the sum and its gradient.
+    """
 
     def add(sums, xs):
         micro, augment = xs

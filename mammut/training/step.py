@@ -174,7 +174,7 @@ def random_params(config: TrainConfig, seed: int | jax.Array) -> Params:
 def _first_state(
     optimizer: optax.GradientTransformation, params: Params, frozen: Params
 ) -> TrainState:
-    """The state at step 0."""
+    """Makes the state at step 0."""
     zero = jnp.int32(0)
     return TrainState(
         step=zero,
@@ -209,7 +209,10 @@ def _start_params(
     random: Collection[str],
     read: Callable[[str, jax.Array | None], Any],
 ) -> Params:
-    """The weights that a run starts from, one by one; see `Trainer.start_params`."""
+    """Reads the weights that a run starts from, one by one.
+
+    See `Trainer.start_params`.
+    """
     drawn_shardings = {
         name: sharding for name, sharding in by_name(param_shardings).items() if name in random
     }
@@ -292,7 +295,7 @@ def _train_step(
 def _updated(
     optimizer: optax.GradientTransformation, grads: Params, state: TrainState
 ) -> tuple[Params, Any]:
-    """The trained parameters and the optimizer's state after an update."""
+    """Updates the trained parameters and the optimizer's state."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     # Capped here and not in the loss, where the gradient would vanish at the cap and hold the scale

@@ -70,7 +70,7 @@ class Task:
         augment: Augment,
         accumulation: int = 1,
     ) -> tuple[Params, Metrics]:
-        """The gradient of `loss` in `params`, and the metrics.
+        """Computes the gradient of `loss` in `params`, and metrics.
 
         Args:
           merge: Makes the model of its trained parameters.
@@ -96,7 +96,7 @@ class Task:
         augment: Augment,
         accumulation: int,
     ) -> tuple[Params, Metrics]:
-        """What `gradients` gives, computed in micro-batches."""
+        """Computes `gradients` in micro-batches."""
         raise NotImplementedError
 
     def runs(self, name: str) -> bool:
@@ -170,7 +170,7 @@ class ImageTextTask(Task):
         return self.total(contrastive, caption)
 
     def total(self, contrastive: jax.Array, caption: jax.Array) -> tuple[jax.Array, Metrics]:
-        """The weighted sum of the two losses, and the metrics."""
+        """Computes the weighted sum of the two losses, and metrics."""
         loss = self.config.contrastive_weight * contrastive + self.config.caption_weight * caption
         return loss, {"loss": loss, "loss_contrastive": contrastive, "loss_caption": caption}
 
@@ -215,7 +215,10 @@ class ImageTextTask(Task):
     def embed_and_caption(
         self, model: MaMMUT, batch: Batch, augment: Augment
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        """What `embed` gives, and the summed caption loss, from one image encoding."""
+        """Computes `embed` and the summed caption loss together.
+
+        The images are encoded once.
+        """
         out = model.two_pass(batch["image"], batch["tokens"], batch["text_valid"], augment)
         return (out.image_embed, out.text_embed), self._caption_sum(model, out.features, batch)
 
@@ -240,7 +243,9 @@ class ImageTextTask(Task):
         augment: Augment,
         accumulation: int,
     ) -> tuple[Params, Metrics]:
-        """The gradient of both losses over the whole batch, in micro-batches (GradCache).
+        """Computes the gradient of both losses in micro-batches (GradCache).
+
+        The gradient is over the whole batch.
 
         The contrastive loss depends on the parameters only through the embeddings and the logit
         scale and bias. So: embed all micro-batches without gradients. Take the contrastive loss of
@@ -305,7 +310,7 @@ class TextTask(Task):
     flop_parts: ClassVar[tuple[str, ...]] = ("vision", "caption_pass", "vocabulary")
 
     def loss(self, model: MaMMUT, batch: Batch, augment: Augment) -> tuple[jax.Array, Metrics]:
-        """The mean over the target tokens of the batch."""
+        """Computes the mean over the target tokens of the batch."""
         loss = self.loss_sum(model, batch, augment) / self.target_tokens(model, batch)
         return loss, {"loss": loss, "loss_caption": loss}
 

@@ -129,7 +129,10 @@ class Evaluator:
         return self._evaluate(params)
 
     def _image_text(self, params: Any) -> Evaluation:
-        """Retrieval, and the share of captions that equal one of their references."""
+        """Scores retrieval and exact captions.
+
+        A caption is exact where it equals one of its references.
+        """
         inputs = (self._predictor, params, self._source)
         retrieval = predict_rankings(*inputs, limit=self._limit)
         captions = predict_captions(*inputs, prompt=self._caption_prompt, limit=self._first_batch)

@@ -277,7 +277,7 @@ class Checkpoints:
 
 
 def _changing(state: Any) -> dict[str, Any]:
-    """The fields of a train state that a step changes."""
+    """Lists the fields of a train state that a step changes."""
     return {
         field.name: getattr(state, field.name)
         for field in dataclasses.fields(state)

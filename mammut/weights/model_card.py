@@ -117,7 +117,7 @@ def _training(path: pathlib.Path) -> list[str]:
 
 
 def _scores(folder: pathlib.Path) -> list[str]:
-    """A table of every score file of the run."""
+    """Makes a table of every score file of the run."""
     rows = []
     for path in sorted(folder.glob("eval/*.json")):
         scores = _read(path)

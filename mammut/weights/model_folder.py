@@ -305,7 +305,7 @@ def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> Ope
 
 
 def _why_none(path: pathlib.Path) -> str:
-    """Why no format recognises `path`, in a sentence."""
+    """Explains in a sentence why no format recognises `path`."""
     if not os.path.exists(path):
         return (
             f"there is no {path}: expected a folder or a file on this machine, "

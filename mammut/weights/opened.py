@@ -153,7 +153,9 @@ def require_target(
 def model_specs(
     config: ModelConfig, compute: ComputeConfig = ComputeConfig()
 ) -> dict[str, TensorSpec]:
-    """Shape and type of every parameter of a `MaMMUT`, by its path.
+    """Lists shape and type of every parameter of a `MaMMUT`.
+
+    They are named by path.
 
     A path is a name such as "text.layers.attn.query.kernel".
     """
@@ -185,7 +187,9 @@ def rounded(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
 
 
 def read_config(cls: type, values: Any, path: pathlib.Path) -> Any:
-    """A config of type `cls`, from the values in the file `path`.
+    """Reads a config of type `cls` from a file's values.
+
+    The file is `path`.
 
     Raises:
       CheckpointError: there are no values, or they belong to another type of config.

@@ -98,12 +98,15 @@ def _bilinear_pixels(old: int, new: int) -> np.ndarray:
 
 
 def _between(points: np.ndarray, size: int) -> np.ndarray:
-    """The weights of linear interpolation between the integers below `size`, at `points`."""
+    """Computes linear interpolation weights at `points`.
+
+    The weights are for the integers below `size`.
+    """
     return np.maximum(0, 1 - np.abs(points[:, None] - np.arange(size)))
 
 
 def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
-    """The model for images of another size.
+    """Resamples the model for images of another size.
 
     Its position grid is resampled; nothing else changes.
 

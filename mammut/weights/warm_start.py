@@ -275,7 +275,7 @@ def _why_left_out(
 def _rule(
     path: str, opened: OpenedModel, config: ModelConfig
 ) -> tuple[What, str, Callable[[np.ndarray, Any], np.ndarray]]:
-    """What happens to a parameter of `opened`.
+    """Describes what happens to a parameter of `opened`.
 
     Returns:
       What, why, and a function that makes the new value from the stored one and a random one.
@@ -309,5 +309,8 @@ def _rule(
 
 
 def _read(theirs: Tensors, path: str, rule: Callable, dtype: np.dtype, random: Any) -> np.ndarray:
-    """The stored value after its rule, in the type of the model."""
+    """Reads the stored value, changed by its rule.
+
+    It has the number type of the model.
+    """
     return rule(theirs.read(path), random).astype(dtype, copy=False)

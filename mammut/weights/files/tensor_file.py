@@ -175,7 +175,7 @@ def _is_text(name: str) -> bool:
 
 
 def _safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file."""
+    """Reads the tensors and the metadata of a safetensors file."""
     length = int.from_bytes(file.bytes(0, 8), "little")
     if length > min(MAX_HEADER, file.size - 8):
         raise CheckpointError(
@@ -268,7 +268,7 @@ def _shards(index: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]
 
 
 def _shard_path(index: pathlib.Path, shard: str) -> pathlib.Path:
-    """The file of a shard, in the folder of the index.
+    """Finds the file of a shard, in the folder of the index.
 
     Where the index is a link, as every file in the cache of Hugging Face is, the shard may also lie
     beside the file that the link leads to.

@@ -147,7 +147,7 @@ def torch_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
 
 
 def _state_dict(saved: Any, path: str) -> dict[str, _Tensor]:
-    """The state dict in the saved value."""
+    """Finds the state dict in the saved value."""
     if not isinstance(saved, dict):
         raise CheckpointError(f"{path} does not hold a dict: {_SAVE_AGAIN}")
     state = saved
@@ -343,7 +343,10 @@ def _unpickle(program: bytes | bytearray, where: str) -> Any:  # noqa: C901, PLR
 
 
 def _is_a(kind: Any, value: Any) -> Any:
-    """The value; raises ValueError where it is of another kind."""
+    """Returns the value if it is of the given kind.
+
+    Raises ValueError where it is of another kind.
+    """
     if not isinstance(value, kind):
         raise ValueError(f"{type(value).__name__} is where another kind of value belongs")
     return value
@@ -377,7 +380,7 @@ def _storage(arguments: Any) -> _Storage:
 
 
 def _call(name: str, arguments: Any) -> Any:
-    """The note that stands for the result of a call."""
+    """Makes the note that stands for the result of a call."""
     match name.rpartition(".")[2], arguments:
         case "OrderedDict", ():
             return {}

@@ -211,7 +211,10 @@ class ZipArchive:
         return head[:size]
 
     def read(self, member: Member) -> bytes | bytearray:
-        """All bytes of a member, checked against its size and its checksum."""
+        """Reads all bytes of a member and checks them.
+
+        The checks are its size and its checksum.
+        """
         if not member.deflated:
             self.check(member)
             return self.file.bytes(member.start, member.start + member.stored)
@@ -256,7 +259,7 @@ def _zip64_numbers(extra: bytes) -> Iterator[int]:
 
 
 def npz_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
-    """The arrays of an `.npz`, by their names without ".npy".
+    """Reads the arrays of an `.npz`, by name without ".npy".
 
     A stored array is a view; a deflated one is unpacked when it is read. Two-byte void, which NumPy
     writes for types that it does not know, is read as bfloat16.
@@ -276,7 +279,7 @@ def npz_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
 
 
 def _npy_tensor(archive: ZipArchive, member: Member) -> StoredTensor:
-    """An array in the NumPy file format.
+    """Reads an array in the NumPy file format.
 
     Source: numpy.org/doc/stable/reference/generated/numpy.lib.format.html.
     """

@@ -103,7 +103,10 @@ def open_model(
 
 
 def _processor(file: pathlib.Path, model: Model) -> Processor:
-    """A processor as in big_vision's configs: resize(...) is bilinear, without antialiasing."""
+    """Makes a processor as in big_vision's configs.
+
+    resize(...) is bilinear, without antialiasing.
+    """
     text = model.config.text
     transform = ImageTransform(model.config.vision.image_size, "squash", "bilinear_aliased")
     tokenizer = _tokenizer(file, text.vocab_size)
@@ -115,7 +118,10 @@ def _processor(file: pathlib.Path, model: Model) -> Processor:
 
 
 def _tokenizer(file: pathlib.Path, vocab_size: int) -> Tokenizer:
-    """The vocabulary beside the file; texts are lower-cased, as in big_vision's configs."""
+    """Opens the vocabulary beside the file.
+
+    Texts are lower-cased, as in big_vision's configs.
+    """
     beside = sorted(file.parent.glob("*.model"))
     if len(beside) != 1:
         seen = "there is none"

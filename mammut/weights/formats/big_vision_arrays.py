@@ -61,7 +61,7 @@ class Arrays:
         return name in self._keys
 
     def under(self, prefix: str) -> list[str]:
-        """The names that begin with `prefix`."""
+        """Lists the names that begin with `prefix`."""
         return [name for name in self._keys if name.startswith(prefix)]
 
     def key(self, name: str) -> str:
@@ -72,7 +72,7 @@ class Arrays:
         return self._keys.get(name, self._top + name)
 
     def shape(self, name: str, axes: int) -> Shape:
-        """The shape of an array with `axes` axes.
+        """Reads the shape of an array with `axes` axes.
 
         Where there is no such array, a problem is noted and the shape is made of ones.
         """
@@ -93,7 +93,7 @@ class Arrays:
             self._problems.append(problem)
 
     def build(self, make: Callable, *args, **kwargs):
-        """A config, made by `make(*args, **kwargs)`.
+        """Makes a config by `make(*args, **kwargs)`.
 
         Raises:
           CheckpointError: a problem was noted, or the arrays do not make a valid config.
@@ -110,7 +110,7 @@ class Arrays:
 
 
 def _todays_name(name: str, inlined_head: bool) -> str:
-    """The name that `fix_old_checkpoints` of models/vit.py gives to an array."""
+    """Renames an array as `fix_old_checkpoints` of models/vit.py does."""
     if name in _OLD_POSITIONS:
         return "pos_embedding"
     if inlined_head and name.partition("/")[0] in _MAP_HEAD:

@@ -38,7 +38,7 @@ class Model:
 
 
 def image_encoder(arrays: Arrays, image_size: int | None) -> Model:
-    """A ViT (models/vit.py), alone or as part of a larger model.
+    """Reads a ViT (models/vit.py), alone or in a larger model.
 
     Args:
       arrays: the arrays of the file.
@@ -57,7 +57,9 @@ def image_encoder(arrays: Arrays, image_size: int | None) -> Model:
 
 
 def two_towers(arrays: Arrays) -> Model:
-    """An image and a text encoder (models/proj/image_text/two_towers.py).
+    """Reads an image and a text encoder.
+
+    They are big_vision's models/proj/image_text/two_towers.py.
 
     Raises:
       CheckpointError: the arrays do not belong to two towers that mammut has.
@@ -105,7 +107,9 @@ def two_towers(arrays: Arrays) -> Model:
 
 
 def cappa(arrays: Arrays, image_size: int | None, max_length: int | None) -> Model:
-    """An image encoder and a caption decoder (models/proj/cappa/cappa.py).
+    """Reads an image encoder and a caption decoder.
+
+    They are big_vision's models/proj/cappa/cappa.py.
 
     Args:
       arrays: the arrays of the file.
@@ -199,7 +203,7 @@ class _Vision:
 
 
 def _vision(arrays: Arrays, prefix: str, image_size: int | None) -> _Vision:
-    """The image encoder whose names begin with `prefix`."""
+    """Reads the image encoder whose names begin with `prefix`."""
     sizes, layers = _encoder(arrays, f"{prefix}Transformer/")
     embedding = f"{prefix}embedding/kernel"
     positions = f"{prefix}pos_embedding"
@@ -435,7 +439,7 @@ _CAPTION_ATTENTION = {"SelfAttn": "text.layers.attn", "CrossAttn": "text.cross_l
 
 
 def _caption_entries(layers: _Layers, biased: bool, masked: int) -> Iterable[Entry]:
-    """The entries of a CapPa's decoder, except its positions.
+    """Lists the entries of a CapPa's decoder, except its positions.
 
     Args:
       layers: its layers.

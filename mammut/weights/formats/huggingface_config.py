@@ -107,7 +107,7 @@ def _shared(
     eps: str = "layer_norm_epsilon",
     tied: bool,
 ) -> dict[str, Any]:
-    """The fields that all model types have.
+    """Reads the fields that all model types have.
 
     Args:
       config: the values of the file.

@@ -38,7 +38,7 @@ class HeadByHead:
         return len(ours) * math.prod(ours[0][-2:]), *ours[0][:-2]
 
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
-        """The query, key or value of every head."""
+        """Loads the query, key or value of every head."""
         heads, size = ours[index][-2:]
         part = theirs.reshape(heads, len(ours), size, -1)[:, index]
         return np.moveaxis(part, -1, 0).reshape(ours[index])
@@ -51,7 +51,7 @@ class HeadByHead:
 
 
 def table(model_type: str, text: DecoderConfig, theirs: Mapping[str, TensorSpec]) -> Table:
-    """The table for a model and for the tensors in its file.
+    """Makes the table for a model and for the file's tensors.
 
     The tensors show what depends on the writer of the file: whether names have the prefix of a
     model with a head, the name of the head, whether a tied head is stored as well, and which
@@ -85,7 +85,10 @@ def _affine(
     weight: bool = True,
     bias: bool = True,
 ) -> Iterable[Entry]:
-    """A torch.nn.Linear, or with the layout `Kernel` a Conv1D."""
+    """Lists the entries of a torch.nn.Linear.
+
+    With the layout `Kernel` it is a Conv1D.
+    """
     yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), layout, layer)
     if bias:
         yield Entry(f"{theirs}.bias", (f"{ours}.bias",), Same(flat=True), layer)
@@ -99,7 +102,7 @@ def _norm(theirs: str, ours: str, layer: int | None = None) -> Iterable[Entry]:
 def _fused(
     theirs: str, layer: int, weight: Layout, vector: Layout, *, bias: bool = True
 ) -> Iterable[Entry]:
-    """Query, key and value as one map."""
+    """Lists the entries of query, key and value as one map."""
     kernels, biases = (
         tuple(f"text.layers.attn.{name}.{leaf}" for name in _QKV) for leaf in ("kernel", "bias")
     )
@@ -188,7 +191,7 @@ def _gpt_neox(prefix: str, text: DecoderConfig) -> _Made:
 
 
 def _ends(prefix: str, embedding: str, norm: str) -> list[Entry]:
-    """The entries of the embedding and of the last norm."""
+    """Lists the entries of the embedding and of the last norm."""
     return [
         Entry(f"{prefix}{embedding}.weight", ("text.token_embed.embedding",)),
         *_norm(f"{prefix}{norm}", "text.norm"),

@@ -40,7 +40,10 @@ def open_tokenizer(folder: pathlib.Path, config: dict[str, Any], vocab_size: int
 
 
 def _byte_level(folder: pathlib.Path) -> Tokenizer:
-    """GPT-2's byte-level BPE from vocab.json and merges.txt, with the ids of added_tokens.json."""
+    """Opens GPT-2's byte-level BPE from vocab.json and merges.txt.
+
+    The ids of added_tokens.json are added.
+    """
     from tokenizers import Tokenizer as Pipeline
     from tokenizers import decoders, models, pre_tokenizers
 

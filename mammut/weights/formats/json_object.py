@@ -27,7 +27,7 @@ class JsonObject:
         self._known: set[str] = set()
 
     def value(self, key: str, default: Any = None) -> Any:
-        """The value of a key, unchecked."""
+        """Reads the value of a key, unchecked."""
         self._known.add(key)
         return self._values.get(key, default)
 
@@ -62,7 +62,7 @@ class JsonObject:
         return 1
 
     def number(self, key: str, default: float, low: float, high: float) -> float:
-        """A number from `low` to `high`."""
+        """Reads a number from `low` to `high`."""
         value = self.value(key, default)
         if type(value) in (int, float) and low <= value <= high:
             return float(value)
@@ -80,7 +80,7 @@ class JsonObject:
         return value is True
 
     def choice(self, key: str, default: Any, choices: dict[Any, Any]) -> Any:
-        """The entry of `choices` for the value."""
+        """Reads the entry of `choices` for the value."""
         value = self.value(key, default)
         if isinstance(value, str | None) and value in choices:
             return choices[value]
@@ -102,7 +102,7 @@ class JsonObject:
 
 
 def shown(value: Any) -> str:
-    """A JSON value as text for an error, cut to 60 characters."""
+    """Writes a JSON value for an error, cut to 60 characters."""
     if isinstance(value, dict | list):  # it may be nested without end
         return "an object" if isinstance(value, dict) else "a list"
     return f"{json.dumps(value):.60}"

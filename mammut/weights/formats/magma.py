@@ -108,7 +108,9 @@ def recognises(path: pathlib.Path) -> bool:
 
 
 def open_model(path: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
-    """The whole model, with its processor: `open_magma` of a file.
+    """Opens the whole model, with its processor.
+
+    It calls `open_magma` for a file.
 
     Args:
       path: for which `recognises` holds. A tokenizer may lie beside it.
@@ -257,14 +259,17 @@ def _site(specs: Mapping[str, TensorSpec], site: str) -> _Site:
 
 
 def _not_learned(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The tensors that are no parameters, each with the reason."""
+    """Lists the tensors that are not parameters, with the reasons."""
     return {
         name: why for name in specs for end, why in _NOT_LEARNED.items() if name.endswith(f".{end}")
     }
 
 
 def _second_names(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The second name of each tensor that has two, by its first."""
+    """Lists the second name of each tensor that has two.
+
+    The first name is the key.
+    """
     second = {}
     for name, spec in specs.items():
         for start, first in _SECOND_NAMES.items():
@@ -303,7 +308,7 @@ def _affine(
     *,
     bias: bool = True,
 ) -> Iterable[Entry]:
-    """A torch.nn.Linear."""
+    """Lists the entries of a torch.nn.Linear."""
     yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), layout, layer)
     if bias:
         yield Entry(f"{theirs}.bias", (f"{ours}.bias",), layer=layer)

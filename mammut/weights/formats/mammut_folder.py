@@ -40,7 +40,9 @@ def recognises(path: pathlib.Path) -> bool:
 
 
 def open_model(folder: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
-    """The model and its processor; of the weights, only headers are kept.
+    """Opens the model and its processor.
+
+    Only the headers of the weights are kept.
 
     Args:
       folder: for which `recognises` holds.
@@ -91,7 +93,10 @@ def read_configs(folder: pathlib.Path) -> tuple[ModelConfig, ComputeConfig, tupl
 
 
 def read_processor(folder: pathlib.Path) -> Processor:
-    """The processor in `folder`; raises CheckpointError where it is missing or damaged."""
+    """Reads the processor in `folder`.
+
+    Raises CheckpointError where it is missing or damaged.
+    """
     try:
         return Processor.load(folder)
     except ValueError as error:

@@ -29,7 +29,9 @@ def recognises(path: pathlib.Path) -> bool:
 
 
 def open_model(folder: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
-    """The model of the newest good checkpoint; its parameters are read.
+    """Opens the model of the newest good checkpoint.
+
+    Its parameters are read.
 
     Args:
       folder: for which `recognises` holds.

@@ -70,7 +70,9 @@ def recognises(path: pathlib.Path) -> bool:
 
 
 def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> OpenedModel:
-    """A model with its processor; of the weights, only headers are read.
+    """Opens a model with its processor.
+
+    Only the headers of the weights are read.
 
     Args:
       path: a folder with `open_clip_config.json` and weights, or a file of weights, a training
@@ -104,7 +106,7 @@ def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> Ope
 
 
 def _openmammut_of(theirs: TensorFile) -> dict[str, Any]:
-    """The `model_cfg` of the openMaMMUT size that has these tensors.
+    """Finds the `model_cfg` of the openMaMMUT with these tensors.
 
     Only three tensors are read here: the table compares all.
     """

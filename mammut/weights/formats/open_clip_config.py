@@ -77,7 +77,9 @@ OPENMAMMUT_SIZES = {
 
 
 def openmammut(size: str) -> dict[str, Any]:
-    """The `model_cfg` of an openMaMMUT size, one of `OPENMAMMUT_SIZES`.
+    """Makes the `model_cfg` of an openMaMMUT size.
+
+    The size is one of `OPENMAMMUT_SIZES`.
 
     Source: the fork's model_configs.
     """
@@ -110,7 +112,9 @@ def openmammut(size: str) -> dict[str, Any]:
 
 
 def model_config(model_cfg: Any, preprocess_cfg: Any, where: str) -> ModelConfig:
-    """The architecture in the two objects of `open_clip_config.json`.
+    """Reads the architecture in `open_clip_config.json`.
+
+    It is described by two objects.
 
     Args:
       model_cfg: the object of that key.
@@ -130,7 +134,10 @@ def model_config(model_cfg: Any, preprocess_cfg: Any, where: str) -> ModelConfig
 
 
 def try_model_config(model_cfg: Any, preprocess_cfg: Any) -> tuple[ModelConfig | None, list[str]]:
-    """`model_config` and no problems; or None and the problems, in sentences."""
+    """Tries `model_config` and returns it without problems.
+
+    Otherwise it returns None and the problems, in sentences.
+    """
     problems: list[str] = []
     fields = _fields(model_cfg, preprocess_cfg, problems)
     if problems:
@@ -143,7 +150,10 @@ def try_model_config(model_cfg: Any, preprocess_cfg: Any) -> tuple[ModelConfig |
 
 
 def _fields(model_cfg: Any, preprocess_cfg: Any, problems: list[str]) -> dict[str, Any]:
-    """The fields of the `ModelConfig`, as far as there are no problems."""
+    """Reads the fields of the `ModelConfig`.
+
+    They are complete only where there are no problems.
+    """
     top = JsonObject("model_cfg", model_cfg, problems)
     quick = top.flag("quick_gelu")
     embed_dim = top.whole("embed_dim", None)
@@ -181,7 +191,9 @@ def _fields(model_cfg: Any, preprocess_cfg: Any, problems: list[str]) -> dict[st
 
 
 def image_transform(preprocess_cfg: Any, image_size: int) -> ImageTransform:
-    """The transform of a `preprocess_cfg` that `model_config` accepts.
+    """Makes the image transform of a `preprocess_cfg`.
+
+    `model_config` must have accepted it.
 
     The size comes from the model, as in open_clip.
     """
@@ -229,7 +241,7 @@ def read_preprocess(
 
 
 def mlp_dim(width: int, ratio: float) -> int:
-    """Hidden numbers of an MLP, rounded as open_clip does."""
+    """Computes the hidden size of an MLP, rounded as in open_clip."""
     return max(1, int(width * ratio))
 
 
@@ -289,7 +301,7 @@ def _vision(cfg: JsonObject, quick: bool, coca: bool) -> dict[str, Any]:
 
 
 def _sizes(cfg: JsonObject) -> dict[str, Any]:
-    """What all decoders read."""
+    """Reads the settings that all decoders have."""
     width, heads = cfg.whole("width", 512), cfg.whole("heads", 8)
     if width % heads:
         cfg.refuse("heads", f"a divisor of the width {width}")
@@ -313,7 +325,7 @@ def _decoder(cfg: JsonObject) -> dict[str, Any]:
 
 
 def _torch_layers(quick: bool) -> dict[str, Any]:
-    """What layers are made of in all but the modern decoder."""
+    """Reads the layer settings of all but the modern decoder."""
     return {
         "activation": "quick_gelu" if quick else "gelu",
         "norm_eps": NORM_EPS,
@@ -338,7 +350,7 @@ def _fork(cfg: JsonObject, quick: bool) -> dict[str, Any]:
 
 
 def _mammut2(cfg: JsonObject) -> dict[str, Any]:
-    """What both decoders of mammut2 read."""
+    """Reads the settings that both decoders of mammut2 have."""
     read = _decoder(cfg)
     read["mlp_dim"] = mlp_dim(read["width"], cfg.number("mlp_ratio", 4.0, 0.0, 64.0))
     read["text_projection"] = cfg.choice("proj_type", "none", {"none": False, "linear": True})

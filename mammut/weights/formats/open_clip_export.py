@@ -92,7 +92,10 @@ def _has_clip_ids(tokenizer: Tokenizer) -> bool:
 
 
 def _special_ids(processor: Processor) -> dict[str, int]:
-    """The special ids of a vocabulary; none of CLIP's, which open_clip knows."""
+    """Lists the special ids of a vocabulary.
+
+    CLIP's has none here, since open_clip knows them.
+    """
     tokenizer = processor.tokenizer
     if isinstance(tokenizer, ClipTokenizer | MissingTokenizer):
         return {}
@@ -123,7 +126,7 @@ def _preprocess_json(processor: Processor, vision: VisionConfig) -> dict[str, An
 
 
 def to_open_clip(config: ModelConfig) -> dict[str, Any]:
-    """The `model_cfg` of a model.
+    """Makes the `model_cfg` of a model.
 
     It is one of CoCa, of openMaMMUT's fork where `pad_id` is 0, or else of open_clip's main branch.
     Fields about training or arithmetic alone are left out; read back, the rest gives the same

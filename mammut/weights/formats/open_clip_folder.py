@@ -50,7 +50,9 @@ def read_config(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def find_weights(path: pathlib.Path) -> pathlib.Path:
-    """The file of weights in the folder `path`; any other `path` itself.
+    """Finds the file of weights in the folder `path`.
+
+    Any other `path` is returned unchanged.
 
     Raises:
       CheckpointError: the folder has no file of weights, or several of one kind.

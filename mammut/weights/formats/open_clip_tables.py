@@ -25,7 +25,7 @@ _MASKS = "attn_mask", "text.attn_mask", "text_decoder.attn_mask"  # older releas
 
 
 def table(config: ModelConfig, theirs: Mapping[str, TensorSpec]) -> Table:
-    """The table for a model and for the tensors in its file.
+    """Makes the table for a model and for the file's tensors.
 
     The tensors show what depends on the writer of the file: the name of the vocabulary head, which
     LAION's fork calls `text.text_projection`; the shape of the contrastive loss's scalars, [] or
@@ -67,7 +67,7 @@ def _affine(
     bias: bool = True,
     layer: int | None = None,
 ) -> Iterable[Entry]:
-    """A torch.nn.Linear."""
+    """Lists the entries of a torch.nn.Linear."""
     yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), layout, layer)
     if bias:
         yield Entry(f"{theirs}.bias", (f"{ours}.bias",), Same(flat=True), layer)
@@ -89,7 +89,7 @@ def _joined(
     layer: int | None = None,
     dot: str = ".",
 ) -> Iterable[Entry]:
-    """Several linear maps as one.
+    """Lists the entries of several linear maps as one.
 
     `dot` stands before "weight": torch.nn.MultiheadAttention has "_" there, in `in_proj_weight`.
     """
@@ -106,7 +106,7 @@ _QKV = "query", "key", "value"
 def _block(
     theirs: str, ours: str, layer: int, *, mlp: bool = True, image: bool = False
 ) -> Iterable[Entry]:
-    """A layer of any tower but the modern decoder."""
+    """Lists the entries of a layer, except the modern decoder's."""
     yield from _norm(f"{theirs}.ln_1", f"{ours}.attn_norm", layer=layer)
     if image:
         yield from _norm(f"{theirs}.ln_1_kv", f"{ours}.image_norm", layer=layer)

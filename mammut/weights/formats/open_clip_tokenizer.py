@@ -22,7 +22,7 @@ _SPECIAL = "bos", "eos", "pad"
 
 
 def open_tokenizer(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """The tokenizer of a `text_cfg` or `multimodal_cfg`.
+    """Opens the tokenizer of a `text_cfg` or `multimodal_cfg`.
 
     Without its vocabulary, the special ids may still be known: it is then a `MissingTokenizer`,
     which refuses texts.
@@ -109,7 +109,10 @@ def _merges(path: pathlib.Path) -> bytes | None:
 def _named(
     folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int, clean: str | None
 ) -> Tokenizer:
-    """A tokenizer of tiktoken or of Hugging Face, from a `tokenizer.json`."""
+    """Opens a tokenizer of tiktoken or Hugging Face.
+
+    It is read from a `tokenizer.json`.
+    """
     path = folder / "tokenizer.json"
     ids = _special_ids(text_cfg, vocab_size)
     if not path.exists():

@@ -52,16 +52,16 @@ class Convolution:
     """
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """The shape [outputs, inputs, height, width]."""
+        """Returns the shape [outputs, inputs, height, width]."""
         height, width, inputs, outputs = ours[0]
         return outputs, inputs, height, width
 
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
-        """Their weight with the axes in our order."""
+        """Loads their weight with the axes in our order."""
         return theirs.transpose(2, 3, 1, 0)
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Our kernel with the axes in their order."""
+        """Saves our kernel with the axes in their order."""
         return ours[0].transpose(3, 2, 0, 1)
 
 
@@ -70,7 +70,7 @@ class Variances(Same):
     """Numbers of which none may be below zero."""
 
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
-        """The same numbers.
+        """Loads the same numbers.
 
         Raises:
           CheckpointError: one of them is negative.
@@ -126,7 +126,9 @@ def is_resnet(specs: Mapping[str, TensorSpec]) -> bool:
 def open_resnet(
     theirs: TensorFile, folder: pathlib.Path, config: Mapping[str, Any] | None, where: str
 ) -> OpenedModel:
-    """The image encoder in a file of weights, and its image transform.
+    """Opens the image encoder in a file of weights.
+
+    Returns also its image transform.
 
     Args:
       theirs: tensors for which `is_resnet` holds.
@@ -178,7 +180,10 @@ def _is_norm_free(specs: Mapping[str, TensorSpec]) -> bool:
 
 
 def _why_unused(name: str, prefix: str) -> str:
-    """Why a tensor of CLIP's is not read; "": it is read."""
+    """Explains why a tensor of CLIP's is not read.
+
+    Returns "" where it is read.
+    """
     if not name.startswith(prefix):
         return "of no image encoder"
     if name.startswith(f"{prefix}attnpool."):
@@ -220,7 +225,7 @@ def _config(where: str, **fields: Any) -> ResNetConfig:
 def _clip(
     specs: Mapping[str, TensorSpec], prefix: str, config: Mapping[str, Any], where: str
 ) -> tuple[ResNetConfig, ImageTransform, list[str]]:
-    """Config, image transform and notes of CLIP's ResNet."""
+    """Makes config, image transform and notes of CLIP's ResNet."""
     problems: list[str] = []
     notes: list[str] = []
     image = read_preprocess(config.get("preprocess_cfg"), problems)
@@ -250,13 +255,19 @@ def _clip(
 
 
 def _object(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The object at a key; an empty one where there is none."""
+    """Reads the object at a key.
+
+    It is empty where there is none.
+    """
     value = values.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def _timm_config(folder: pathlib.Path) -> dict[str, Any]:
-    """The values of timm's `config.json`; none where it is missing or damaged."""
+    """Reads the values of timm's `config.json`.
+
+    There are none where it is missing or damaged.
+    """
     path = folder / "config.json"
     try:
         return read_json_object(path) if path.exists() else {}
@@ -267,7 +278,7 @@ def _timm_config(folder: pathlib.Path) -> dict[str, Any]:
 def _norm_free(
     specs: Mapping[str, TensorSpec], folder: pathlib.Path, where: str
 ) -> tuple[ResNetConfig, ImageTransform, list[str]]:
-    """Config, image transform and notes of timm's norm-free ResNet."""
+    """Makes config, image transform and notes of timm's norm-free ResNet."""
     problems: list[str] = []
     notes: list[str] = []
     pretrained_cfg = _timm_config(folder).get("pretrained_cfg")
