@@ -130,8 +130,8 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
                 return False
             save_model(run, trainer, state, processor, evaluator, log, watchdog)
 
-    # Outside of the mesh: the first process asks the model alone, and would wait for the others for
-    # ever.
+    # Outside of the mesh: the first process runs the model alone, and would wait for the others
+    # without end.
     if distributed.first():
         watchdog.doing("the report")
         print(f"report: {write_report(workdir)}")
@@ -147,8 +147,8 @@ def use_compilation_cache(config: TrainConfig) -> None:
         folder = pathlib.Path(config.compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        # Read back from the cache, a program for several CPU devices runs its collectives in no
-        # order: a deadlock.
+        # A program for several CPU devices that is read from the cache runs its collectives in no
+        # fixed order: a deadlock.
         jax.config.update("jax_enable_compilation_cache", False)
 
 
@@ -248,15 +248,16 @@ def loop(
                 state, metrics = take_step(state, batch)
                 if before is None:
                     jax.block_until_ready(metrics)
-            # One step behind: waiting for this step's metrics would leave the device idle while the
-            # host goes on.
+            # The check is one step behind: waiting for this step's metrics would leave the device
+            # idle while the host goes on.
             check_finite(before, config)
             log.step(step, metrics, waited, record=step % config.log_every == 0)
 
             stop = termination.now()
             last = step == config.steps
             evaluates = evaluator and config.eval_every and step % config.eval_every == 0
-            # Before the checkpoint: a run killed in an evaluation does it again when it is resumed.
+            # The evaluation comes before the checkpoint: a run killed in it evaluates again when it
+            # is resumed.
             if evaluates and not (stop or last):
                 watchdog.doing(f"the evaluation at step {step}")
                 log.evaluation(step, "val", evaluator(state.all_params), samples=2)

@@ -10,9 +10,9 @@ The recipe needs a JSONL file beside the pictures.
 Without `--init-text` a small language model is trained first, for `text_steps` steps on the
 captions without their pictures. Then it is frozen; the image encoder, the image prefix and the
 adapters learn to speak through it. With the folder of a GPT-2, GPT-Neo, GPT-J or Pythia from
-Hugging Face, `--init-text` takes that instead. `--init-vision` takes an image encoder that has seen
-more than your pictures, and `--trainable 'adapters.*' 'image_projection.*' 'prefix_norm.*'` freezes
-it, too. It runs on a CPU in minutes; configs/magma_v1.py is of the paper's size.
+Hugging Face, `--init-text` uses that model instead. `--init-vision` takes an image encoder that has
+seen more than your pictures, and `--trainable 'adapters.*' 'image_projection.*' 'prefix_norm.*'`
+freezes it, too. The run takes minutes on a CPU; configs/magma_v1.py has the paper's size.
 """
 
 from mammut import presets

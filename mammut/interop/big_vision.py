@@ -13,8 +13,8 @@ These are proj/image_text and proj/cappa. They import a model by its name in
         config.model = dict(preset="mammut_b16", outputs="embeddings")
         config.model_init = "runs/flickr8k"
 
-`mammut.config.to_dict(mammut.weights.model_folder.read_model_config(PATH))` are the fields of a
-model that exists. Nothing of big_vision is needed here, but for checkpoints that its trainers
+`mammut.config.to_dict(mammut.weights.model_folder.read_model_config(PATH))` gives the fields of an
+existing model. big_vision itself is needed only for checkpoints that its trainers
 wrote.
 """
 
@@ -396,7 +396,7 @@ def _unfit(
 
 def _open(path: str, config: ModelConfig | None) -> OpenedModel:
     """Opens a model in a file; `config` gives what a file lacks."""
-    if ".bv-" in pathlib.Path(path).name:  # what big_vision calls its checkpoints
+    if ".bv-" in pathlib.Path(path).name:  # big_vision's name for its checkpoints
         if config is None:
             raise ValueError(
                 f"model_cfg is None, expected the arguments of Model: {path} does not tell them"

@@ -229,7 +229,7 @@ def _generate_config(kwargs: dict[str, Any]) -> GenerateConfig:
     }
     chosen.setdefault("temperature", 1.0 if kwargs.get("do_sample") else 0.0)
     if chosen["temperature"] == 0 or kwargs.get("do_sample") is False:
-        # As in Hugging Face's `generate`, settings of sampling (often top_p 0) mean nothing if
+        # As in Hugging Face's `generate`, settings of sampling (often top_p 0) have no effect if
         # nothing is sampled.
         for name in ("temperature", "top_k", "top_p", "min_p"):
             chosen.pop(name, None)

@@ -38,8 +38,8 @@ from mammut.models.transformer import MLP, Attention, Layer
 Tower = TypeVar("Tower", bound=nnx.Module)
 Function = Callable[[jax.Array], jax.Array]
 
-# Standard deviation of the weights and biases that MAGMA's bottlenecks start from; numbers are cut
-# at twice that.
+# Standard deviation of the initial weights and biases of MAGMA's bottlenecks; numbers are cut
+# at twice this deviation.
 _MAGMA_STDDEV = 1e-3
 _NORM_EPS = 1e-5
 
@@ -62,11 +62,11 @@ class AdapterConfig:
     # Name of the adapter.
     name: str = "default"
     # Kind of its modules. sequential, parallel, scaled_parallel: bottlenecks (down, ReLU, up) on an
-    # attention or MLP, of its output, of its input, of its input times a learned number. lora: a
+    # attention or MLP; they read its output, its input, or its input with a learned factor. lora: a
     # product of two thin matrices beside a linear map. ia3: a learned factor for each output of a
     # map, or for each input of an MLP's second map.
     kind: Literal["sequential", "parallel", "scaled_parallel", "lora", "ia3"] = "sequential"
-    # Patterns (fnmatch) of the paths that the modules go on, such as text.layers.mlp,
+    # Patterns (fnmatch) of the paths that get the modules, such as text.layers.mlp,
     # text.layers.attn.query, vision.layers.*.value.
     sites: tuple[str, ...] = ("text.layers.mlp",)
     # Width over hidden size of a bottleneck.
@@ -78,7 +78,8 @@ class AdapterConfig:
     # Whether a layer norm stands in front of a bottleneck.
     norm: bool = False
     # Start of a bottleneck. magma: N(0, 1e-3) cut at 2e-3, biases too (MAGMA). zero: the second map
-    # is zero, so that the adapter changes nothing yet. lora and ia3 change nothing at first anyway.
+    # is zero, so that the adapter changes nothing at first. lora and ia3 never change anything at
+    # first.
     init: Literal["magma", "zero"] = "magma"
 
     def __post_init__(self):
@@ -96,7 +97,7 @@ class AdapterConfig:
         lora = ("rank", "alpha")
         unread = {"lora": bottleneck, "ia3": bottleneck + lora}.get(self.kind, lora)
         for field in dataclasses.fields(self):
-            # A setting that would do nothing is a misunderstanding; "zero" is what lora and ia3
+            # A setting without effect is a misunderstanding; "zero" is the state that lora and ia3
             # always start from.
             value = getattr(self, field.name)
             require(

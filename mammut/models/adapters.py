@@ -38,7 +38,7 @@ def add_adapter(model: MaMMUT, *configs: AdapterConfig, rngs: nnx.Rngs) -> MaMMU
       >>> model = mammut.add_adapter(model, lora, rngs=nnx.Rngs(0))
     """
 
-    # Compiled as one: op by op, each site would be compiled for itself.
+    # Compiled as one program: otherwise each site would be compiled on its own.
     @nnx.jit
     def make(key: jax.Array) -> Adapters:
         return new_adapters(model, configs, key)

@@ -1,6 +1,6 @@
 """Choice of the kernel for the image tower's attention.
 
-On a GPU cuDNN's fused attention never holds the P x P scores, which cost up to 28 % of a step where
+On a GPU cuDNN's fused attention never holds the P x P scores. They cost up to 28 % of a step where
 they are held. It takes 16-bit numbers and some head sizes; which ones depends on its version. So it
 is tried once for each shape, and XLA's own attention runs where it fails. Other devices run XLA's,
 TPUs too: the Pallas kernels take only lengths that are multiples of their blocks, and they would
@@ -19,8 +19,8 @@ import numpy as np
 Kernel = Literal["cudnn", "xla"]
 
 _log = logging.getLogger(__name__)
-# Largest difference of two kernels, as a share of the largest number of a result. Two right ones in
-# bfloat16 (8 bits) differ by less than 1 %; a wrong one by far more than this.
+# Largest difference of two kernels, as a share of the largest number of a result. Two correct
+# kernels in bfloat16 (8 bits) differ by less than 1 %; a wrong kernel differs by far more.
 _TOLERANCE = 0.03
 
 
@@ -70,11 +70,11 @@ def _works(kernel: Kernel, dtype: Any, tokens: int, head_size: int) -> bool:
             largest = np.max(errors)
             if not largest <= _TOLERANCE:
                 problems.append(f"its results are {largest:.0%} off")
-        except Exception as error:  # of any kind: XLA's attention runs instead
+        except Exception as error:  # an error of any kind: XLA's attention runs instead
             problems.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
     # In a thread of its own, because the caller may be tracing a program, for another mesh: a new
-    # thread knows nothing of that, so that the probe runs at once.
+    # thread does not share this context, so that the probe runs at once.
     thread = threading.Thread(target=probe)
     thread.start()
     thread.join()

@@ -1,7 +1,7 @@
 """How a model is computed, beside its weights: number types, memory, randomness.
 
 `ComputeConfig` stands beside the `ModelConfig`, never inside it: the architecture travels with the
-weights, whoever runs them chooses how to compute them. `AugmentConfig` says what a training run
+weights, and the user chooses how to compute them. `AugmentConfig` sets what a training run
 draws at random inside the model, `Augment` holds the draws of one step.
 """
 
@@ -156,7 +156,7 @@ def recomputed(function: Callable) -> Callable:
     activations: to compute them again takes less time than to write and read what the gradient
     needs, even where the layers around them are kept (`ComputeConfig.remat`).
     """
-    # `prevent_cse` would forbid XLA to keep a result where that is cheaper. Here it may.
+    # `prevent_cse` would forbid XLA to keep a result where keeping it is cheaper. Here XLA may.
     return jax.checkpoint(function, prevent_cse=False)
 
 

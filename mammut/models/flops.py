@@ -120,7 +120,7 @@ def resnet_flops(config: ResNetConfig) -> int:
         middle = width * 2**stage
         outputs = 4 * middle
         halved = side // 2 if stage else side
-        # Of the first bottleneck in a stage: the norm-free 3 x 3 convolution has the stride; in
+        # In the first bottleneck of a stage, the norm-free 3 x 3 convolution has the stride; in
         # CLIP's an average follows it.
         side_of_3x3 = halved if norm_free else side
         macs += (
@@ -239,7 +239,7 @@ def _attention(
     """
     width = tower.width if width is None else width
     kv_width = width if kv_width is None else kv_width
-    query_maps = 3 if tower.attn_gate else 2  # of the query, of the output, of the gate
+    query_maps = 3 if tower.attn_gate else 2  # maps of the query, of the output, of the gate
     maps = query_maps * _product(queries, width, width) + 2 * _product(keys, kv_width, width)
     scores_and_sum = 2 * _product(queries, keys, width)
     return maps + (scores_and_sum // 2 if causal else scores_and_sum)

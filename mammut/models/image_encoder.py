@@ -34,7 +34,7 @@ class EncoderOutput:
 
     # float[B, P, Dv]: the patches row by row, after the class token where there is one.
     tokens: jax.Array
-    # float32[B, Dv]: the whole image, as `VisionConfig.pooling` says.
+    # float32[B, Dv]: the whole image, pooled as in `VisionConfig.pooling`.
     pooled: jax.Array
     # Patches down and across; None where patches were dropped (`AugmentConfig.patch_drop`), which
     # are others in each image.

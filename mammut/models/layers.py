@@ -63,7 +63,7 @@ class LayerConfig:
     mlp_dim: int = 3072
     # Activation of the MLP. gelu is exact (PyTorch's default), gelu_tanh is its approximation
     # (Flax's), quick_gelu x * sigmoid(1.702 x) (OpenAI's CLIP), relu2 the square of a ReLU, swiglu
-    # a linear map gated by the SiLU of another.
+    # a linear map gated by the SiLU of another linear map.
     activation: Activation = "gelu_tanh"
     # Kind of the norms: LayerNorm or RMSNorm.
     norm: Literal["layer", "rms"] = "layer"
@@ -71,7 +71,7 @@ class LayerConfig:
     norm_eps: float = 1e-6
     # Whether attention's maps have biases.
     attn_bias: bool = True
-    # Whether attention's last map has a bias; None: as `attn_bias`.
+    # Whether attention's last map has a bias; None: the same as `attn_bias`.
     attn_out_bias: bool | None = None
     # Whether attention scores are divided by the root of the head size; GPT-Neo's are not.
     attn_scale: bool = True
@@ -193,7 +193,7 @@ def initialise(module: Module, key: jax.Array, path: str = "") -> Module:
     return module
 
 
-# Compiled as one: op by op, a new model would compile four programs for each shape.
+# Compiled as one program: otherwise a new model would compile four programs for each shape.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _draw(
     start: Start, shape: tuple[int, ...], dtype: Any, key: jax.Array, number: jax.Array | np.uint32
@@ -315,8 +315,8 @@ class Embedding(nnx.Module):
         self.embedding = param(Normal(0.02), sizes, dtypes.param, "vocab", "embed")
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        # Gathered whole along `embed` first: a lookup in a table that is split there comes out
-        # split the wrong way.
+        # First the table is gathered whole along `embed`: a lookup in a table that is split there
+        # comes out split the wrong way.
         return constrain(self.embedding[...].astype(self.dtype), "vocab", None)[tokens]
 
 

@@ -33,7 +33,7 @@ def contrastive_logits(
 
     Images are rows, texts are columns.
     """
-    # In full float32: by default a TPU multiplies in bfloat16, and a scale of 100 turns its
+    # In full float32: by default a TPU multiplies in bfloat16, and a scale of 100 turns the
     # rounding into errors of up to 0.4.
     cosines = jnp.matmul(
         image_embed.astype(jnp.float32),
@@ -298,7 +298,7 @@ def _token_losses(
     Returns also log(Z), float[B, L, 1].
     """
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    # A sum and no look-up, so that a vocabulary that is split over devices stays where it is.
+    # A sum, not a look-up, so that a vocabulary that is split over devices is not moved.
     label_logit = jnp.where(is_label, logits, 0).sum(-1)
     target = (1 - label_smoothing) * label_logit + label_smoothing * logits.mean(-1)
     return log_z[..., 0] - target + z_loss * log_z[..., 0] ** 2, log_z

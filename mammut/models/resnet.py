@@ -135,7 +135,7 @@ class ResNetConfig:
 
 def _kernel(size: int, inputs: int, outputs: int, *, dtypes: Dtypes) -> nnx.Param:
     """Makes a kernel [size, size, inputs, outputs]."""
-    # A variance of 2 / fan-in: a ReLU halves what comes in.
+    # A variance of 2 / fan-in: a ReLU halves the variance of its input.
     start = FanIn(size * size * inputs, gain=2.0)
     sizes = (size, size, inputs, outputs)
     return param(start, sizes, dtypes.param, None, None, None, "embed")
@@ -339,8 +339,8 @@ class Stage(nnx.Module):
 
         if config.kind == "nf":
             # The variance of each bottleneck's input. The shortcut of a stage's first bottleneck
-            # brings it back to 1, and every bottleneck adds `_ALPHA`^2: `added` counts those that
-            # have.
+            # brings it back to 1, and every bottleneck adds `_ALPHA`^2: `added` counts the
+            # bottlenecks that have added theirs.
             before = config.stages[index - 1] if index > 0 else 0
             added = (before, *range(1, depth))
             self.betas = tuple(1 / math.sqrt(1 + _ALPHA**2 * count) for count in added)
@@ -399,8 +399,8 @@ class ResNet(nnx.Module):
         x = self.stem(normalised(image, self.config).astype(self.dtype))
         for stage in (self.stage1, self.stage2, self.stage3, self.stage4):
             x = stage(x, remat=self.compute.remat, unroll=self.compute.unroll)
-        # The norm-free stages end without an activation. CLIP's end with this one, and a second
-        # time it changes nothing.
+        # The norm-free stages end without an activation. CLIP's stages end with this one, and a
+        # second call changes nothing.
         x = jax.nn.relu(x)
         grid = x.shape[1], x.shape[2]
         tokens = constrain(x.reshape(x.shape[0], -1, x.shape[3]), "batch", "patch", "embed")

@@ -260,7 +260,7 @@ def _every_pair(
 
             row_sums, column_sums = jax.lax.scan(add_column, row_sums, (columns, column_sums))
             if axes:
-                # What does not depend on the sums can travel while they are computed.
+                # Arrays that do not depend on the sums can travel while the sums are computed.
                 columns, column_sums = jax.tree.map(next_device, (columns, column_sums))
             return row_sums, columns, column_sums
 

@@ -50,20 +50,21 @@ class TextTowerConfig(LayerConfig):
     # Base of the frequencies of rotary positions.
     rope_theta: float = 10_000.0
     # How the features of the contrastive pass become an embedding. mean: their mean over real
-    # tokens. mean_all: over all positions. last: the feature at the last position. end: of the last
-    # real token. class: of a learned token behind the text. none: there is no contrastive pass.
+    # tokens. mean_all: their mean over all positions. last: the feature at the last position. end:
+    # the feature of the last real token. class: the feature of a learned token behind the text.
+    # none: there is no contrastive pass.
     pooling: Literal["mean", "mean_all", "last", "end", "class", "none"] = "mean"
     # Number of layers in front of the others, without cross-attention, that alone make the text
     # embedding: the text tower of CoCa. With `depth` 0 there is no caption pass: SigLIP.
     text_only_depth: int = 0
-    # Attention heads of those layers; None: `num_heads`.
+    # Attention heads of the text-only layers; None: `num_heads`.
     text_only_heads: int | None = None
     # Whether the contrastive pass is causal, as the caption pass is.
     causal_contrastive: bool = False
-    # Passes in which pads are masked: both, the contrastive pass alone, or none. shifted is that of
+    # Passes in which pads are masked: both, the contrastive pass alone, or none. shifted: as in
     # open_clip's CoCa: in the text-only layers, one position too late.
     pad_masking: Literal["both", "contrastive", "none", "shifted"] = "both"
-    # Id that is a pad wherever it stands; None: `text_valid` alone marks pads.
+    # Id of pads, at any position; None: only `text_valid` marks pads.
     pad_id: int | None = None
 
     def __post_init__(self):

@@ -221,7 +221,8 @@ class Attention(nnx.Module):
                 query, kv.key, kv.value, scale=self.scale, implementation=kernel
             )
         else:
-            # Not by a fused kernel: their handling of masks has open bugs, and texts are short.
+            # No fused kernel is used: these have open bugs in their handling of masks, and texts
+            # are short.
             attended = dot_product_attention(query, kv.key, kv.value, mask, self.scale)
         if self.gate is not None:
             attended = attended * jax.nn.sigmoid(self.gate(x))

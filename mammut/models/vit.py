@@ -70,9 +70,9 @@ class VisionConfig(LayerConfig):
     pool_queries: int = 256
     # Attention heads of pooling "queries".
     pool_heads: int = 8
-    # Whether the last norm is of the pooled vector alone; the decoder then sees tokens without it.
+    # Whether the last norm acts on the pooled vector only; the decoder then sees tokens without it.
     norm_after_pooling: bool = False
-    # A second, smaller image size that the encoder takes, with its positions resampled: that of
+    # A second, smaller image size that the encoder takes, with its positions resampled, for
     # `TrainConfig.low_image_steps`. None: one size.
     low_image_size: int | None = None
     # Mean of each colour channel, of pixels scaled to 0..1; subtracted before the first layer.

@@ -53,7 +53,7 @@ def require_equal(ours: dict[str, float], theirs: dict[str, float]) -> dict[str,
         nothing.
     """
     differences = {name: abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in TOLERANCES}
-    # `not <=`: a loss that is not a number is different from every other.
+    # `not <=`: a NaN loss differs from every other loss.
     wrong = [
         f"{name} is {ours[name]:.6g} here and {theirs[name]:.6g} there"
         for name, limit in TOLERANCES.items()

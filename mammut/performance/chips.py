@@ -28,7 +28,7 @@ class Chip:
 
 
 GIB = 2.0**30
-# By `jax.Device.device_kind`, to the letter: an A100 of 40 GB is not one of 80 GB.
+# The key is `jax.Device.device_kind`, exactly: an A100 of 40 GB is not an A100 of 80 GB.
 # TPU: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x. `link` is the "bidirectional ICI
 # bandwidth per chip" divided by both ways and 4 or 6 ports; `network` is the bandwidth of a host's
 # cards divided by its chips. A TPU7x chip is two devices.

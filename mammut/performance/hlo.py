@@ -58,7 +58,7 @@ class Instruction:
 
     name: str
     opcode: str
-    shapes: tuple[Shape, ...]  # of the result; a tuple has several
+    shapes: tuple[Shape, ...]  # tensors of the result; a tuple has several
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
@@ -66,7 +66,8 @@ class Instruction:
     @property
     def called(self) -> tuple[str, ...]:
         """The names of the computations that it runs."""
-        if self.opcode.endswith(("-done", "-update")):  # they name what their start runs
+        # they name the computation that their start runs
+        if self.opcode.endswith(("-done", "-update")):
             return ()
         names = re.findall(
             r"(?:calls|to_apply|body|called_computation)=%?([\w.-]+)", self.attributes
@@ -233,7 +234,7 @@ class Program:
         """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(known[1])
-        # In TPU programs it is the one number in the condition, which compares it with a counter
+        # In TPU programs it is the only number in the condition, which compares it with a counter
         # that starts at 0.
         condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)
         if condition is None:
@@ -306,7 +307,7 @@ class Program:
                 and i.operands[0] == value
                 or i.opcode in _PASSED_ON
             ):
-                continue  # written in place, or the buffer of a collective under way
+                continue  # tensors written in place, or the buffer of a running collective
             elif i.opcode in _VIEWS:
                 total += self._read(name, i.name, whole)
             elif i.opcode == "fusion":
@@ -407,7 +408,7 @@ def _mesh_group(mesh: str, names: str, attributes: str, num_devices: int) -> tup
     An example is `'data'=2,'fsdp'=4` and `'fsdp'`.
     """
     axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)]
-    # 'x': all of an axis; 'x':(2)4: the 4 within each of 2.
+    # 'x': the whole axis; 'x':(2)4: the 4 devices within each of 2 parts.
     over = {
         name: (int(outer or 1), int(part or 0))
         for name, outer, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", names)

@@ -272,7 +272,7 @@ class OpenClip:
                     self.model.generate(image, **options)
                     for image in self.image[:images].split(self.at_once)
                 ]
-        # Its versions of transformers and of itself may not go together, with any error.
+        # The versions of open_clip and transformers may not fit together, and any error may come.
         except Exception as error:
             raise PeerError(
                 f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

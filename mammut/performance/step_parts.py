@@ -45,7 +45,8 @@ def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
     tokens = batch["tokens"]
     valid = batch["text_valid"]
     task = ImageTextTask(config.loss)
-    params = jax.tree.map(jnp.copy, step.state.all_params)  # the step's own are donated
+    # the arrays of the step itself are donated
+    params = jax.tree.map(jnp.copy, step.state.all_params)
 
     def loss_of_captions(model, features):
         head = model.text.vocab_kernel, model.text.vocab_bias

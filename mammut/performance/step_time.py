@@ -133,7 +133,7 @@ class Step:
     state: Any
     compiled: Any
     compile_s: float
-    metrics: dict[str, float]  # of the first call
+    metrics: dict[str, float]  # seconds of the first call
 
     def __call__(self) -> None:
         """Runs one step and waits for it.

@@ -36,7 +36,7 @@ class Program:
     num_processes: int | None = None
     # Number of this process, from 0, for processes started by hand.
     process_id: int | None = None
-    # Seconds after which a process that is not heard of ends all others.
+    # Seconds without a sign of life from a process after which all others end.
     peer_timeout: float = 100.0
 
 

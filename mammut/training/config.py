@@ -145,7 +145,7 @@ class OptimizerConfig:
     learning_rates: tuple[tuple[str, float], ...] = ()
     # Steps in which the learning rate rises from 0 to its peak.
     warmup_steps: int = 0
-    # How the learning rate goes on after the warm-up: down to 0 at `decay_steps`, or constant.
+    # Learning rate after the warm-up: it falls to 0 at `decay_steps`, or stays constant.
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     # Step at which the learning rate reaches 0; None: the last step.
     decay_steps: int | None = None
@@ -197,8 +197,8 @@ class TrainConfig:
     # `model` settings; image size, patch size and text length may differ
     # (mammut.weights.warm_start has the rules). None: random weights.
     init: str | None = None
-    # Image encoder to start from: its weights, its `model.vision` settings but for the pooling, and
-    # how it takes images.
+    # Image encoder to start from: its weights, its `model.vision` settings except the pooling, and
+    # its image preprocessing.
     init_vision: str | None = None
     # Text decoder to start from: its weights, its `model.text` settings and its tokenizer.
     init_text: str | None = None
@@ -230,7 +230,7 @@ class TrainConfig:
     eval_every: int = 1_000
     # Steps between two checkpoints; the last step always has one.
     checkpoint_every: int = 1_000
-    # Checkpoints that are kept, the newest ones.
+    # Number of newest checkpoints that are kept.
     keep_checkpoints: int = 2
     # Skipped updates in a row (loss or gradient not finite) after which the run stops.
     max_nonfinite_steps: int = 10

@@ -34,8 +34,8 @@ class RunLog:
         if silent:
             return
         self._step: int | None = None  # step of the last record
-        self._time = time.perf_counter()  # of the last record
-        self._waited = 0.0  # seconds since then that steps waited for data
+        self._time = time.perf_counter()  # time of the last record
+        self._waited = 0.0  # seconds that steps have waited for data since the last record
         from tensorboardX import SummaryWriter
         from tqdm import tqdm
 
@@ -129,7 +129,7 @@ class RunLog:
         for record in records[:samples]:
             lines += [f"  {record['key']}", *(f"    {line}" for line in _sample(record))]
         self.print("\n".join(lines))
-        self._restart_clock(step)  # the rates leave the evaluation out
+        self._restart_clock(step)  # the rates do not count the evaluation
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes values to the JSON lines and to TensorBoard."""

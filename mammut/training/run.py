@@ -131,7 +131,7 @@ def stages(run: Run) -> Iterator[Run]:
                 "words"
             )
         language_config = _language_config(config)
-        # What could be refused later is refused before the language model takes its time.
+        # Errors that would come later are raised before the language model is trained.
         trained = trained_names(model_specs(config.model, config.compute), config.trainable)
         first_fitting(trained, [pattern for pattern, _ in config.optimizer.learning_rates])
         if not (folder / "manifest.json").exists():
@@ -195,7 +195,7 @@ def with_overrides(
     Raises:
       ValueError: a model to start from cannot be opened, or does not fit the rest.
     """
-    # What may differ from those models is not held against the recipe's own architecture.
+    # Fields that may differ from these models are not compared with the recipe's architecture.
     overridden = parse_overrides(config, without(overrides, SIZES | VOCABULARY))
     if starts := _opened(overridden):
         config = dataclasses.replace(overridden, model=start_config(overridden.model, starts))

@@ -126,7 +126,7 @@ def make_trainer(config: TrainConfig, task: Task, mesh: Mesh) -> Trainer:
 
     abstract_state = jax.eval_shape(init, 0)
 
-    # Where everything is on the mesh.
+    # The shardings of all arrays on the mesh.
     param_shardings = sharding.param_shardings(abstract_params, logical_axes(abstract_model), mesh)
     shardings = sharding.state_shardings(abstract_state, abstract_params, param_shardings, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -266,8 +266,8 @@ def _train_step(
     updates_done = state.step - state.nonfinite
     learning_rate = learning_rate_schedule(config.optimizer, config.steps)(updates_done)
     params, opt_state = _updated(optimizer, grads, state)
-    # A NaN would spread from one batch to every parameter and moment: such an update leaves all as
-    # they were.
+    # A NaN would spread from one batch to every parameter and moment: such an update leaves them
+    # unchanged.
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (params, opt_state),
@@ -298,8 +298,8 @@ def _updated(
     """Updates the trained parameters and the optimizer's state."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # Capped here and not in the loss, where the gradient would vanish at the cap and hold the scale
-    # there for good.
+    # The scale is capped here, not in the loss, where the gradient would vanish at the cap and hold
+    # it there for good.
     if "logit_scale" in params:
         params["logit_scale"] = jnp.minimum(params["logit_scale"], math.log(MAX_LOGIT_SCALE))
     return params, opt_state

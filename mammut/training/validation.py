@@ -161,7 +161,7 @@ class Evaluator:
     def _exact(self, captions: Predictions) -> float:
         exact = []
         for record in captions.records:
-            # References are compared as the tokenizer decodes them: in lower case, if it has no
+            # References are compared in the tokenizer's decoded form: in lower case, if it has no
             # other.
             references = self._processor.decode(
                 self._processor.encode_text(record["references"])[0]

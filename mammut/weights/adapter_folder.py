@@ -223,7 +223,7 @@ def _read_about(path: pathlib.Path, config: ModelConfig) -> tuple[list[AdapterCo
     if len({adapter.name for adapter in configs}) > 1:
         raise CheckpointError(f"{path} has adapters of several names, expected one")
     if about["version"] == 1:
-        # Its hash is of the fields of its time: that of the base it names is made anew.
+        # The saved hash covers the fields of its version: the hash of its base is computed again.
         base_config, _, _ = read_model({"model": base}, path)
         base = json.loads(json.dumps(to_dict(base_config)))  # lists, as in the file
         saved_hash = base_hash(base_config)

@@ -92,7 +92,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        # Once this process has failed, a write that the others have to finish, too, may never end:
+        # Once this process has failed, a write that needs the other processes, too, may never end:
         # the step is left half-written.
         if kind is None or jax.process_count() == 1:
             self.close()
@@ -119,8 +119,8 @@ class Checkpoints:
         self._left_behind = []
         if step in self.steps:
             return
-        # All processes have to take part or none, so they go by the list of process 0: the list of
-        # another may be a moment older.
+        # Either all processes have to take part or none, so they use the list of process 0: the
+        # list of another process may be a moment older.
         if state.frozen:
             is_later = distributed.from_first(f"frozen/{step}", lambda: b"1" if self.steps else b"")
             if not is_later:
@@ -143,7 +143,7 @@ class Checkpoints:
                     if int(manifest.stem) not in self.steps:
                         manifest.unlink()
         except BaseException as error:
-            self._error = error  # the next wait() raises it
+            self._error = error  # the next wait() raises the error
 
     def _save_frozen(self, frozen: Any) -> None:
         specs, read = host_tensors(by_name(frozen))

@@ -1,6 +1,6 @@
 """The model card: a README.md beside the weights.
 
-It says what the model is, how to load it, how it was trained and what it scored.
+It describes the model, how to load it, its training and its scores.
 """
 
 import pathlib

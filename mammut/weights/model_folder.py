@@ -87,7 +87,7 @@ class Format(Protocol):
         """
 
 
-# The formats that `load` reads, one module each. No file or folder is of two of them.
+# The formats that `load` reads, one module each. No file or folder belongs to two formats.
 FORMATS: tuple[Format, ...] = (
     mammut_folder,
     mammut_run,

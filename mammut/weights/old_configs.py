@@ -1,4 +1,4 @@
-"""Configs as version 0.1 wrote them, in the fields of today.
+"""Upgrades the configs of version 0.1 to the current fields.
 
 Version 0.1 kept in a model's config how a run computes it, what a run draws at random, and how its
 loss starts. These are configs of their own now; fields that follow from others are properties.
@@ -9,7 +9,7 @@ from typing import Any
 
 _COMPUTE = ("dtype", "param_dtype", "remat", "unroll", "passes", "image_attention")
 _LOSS = ("logit_scale_init", "logit_bias_init")
-# Where a field of version 0.1 is today, by its dotted name in a run's config.
+# Current place of a field of version 0.1, by its dotted name in a run's config.
 MOVED = {
     **{f"model.{name}": f"compute.{name}" for name in _COMPUTE},
     **{f"model.{name}": f"loss.{name}" for name in _LOSS},
@@ -18,10 +18,10 @@ MOVED = {
     "model.vision.patch_drop": "augment.patch_drop",
     "model.vision.cropped_pos_embed": "augment.crop_positions",
 }
-# Fields that follow from others today.
+# Fields that now follow from other fields.
 DERIVED = ("model.conditioning", "model.text.class_token")
-# Scale and bias that a run starts with today unless it sets them, by `LossConfig.contrastive`.
-# Version 0.1 wrote them into every config, also where the recipe of today sets none.
+# Current default of the initial scale and bias of a run, by `LossConfig.contrastive`.
+# Version 0.1 wrote them into every config, also where the current recipe sets none.
 _LOSS_STARTS = {
     "softmax": {"logit_scale_init": 1 / 0.07, "logit_bias_init": 0.0},
     "sigmoid": {"logit_scale_init": 10.0, "logit_bias_init": -10.0},

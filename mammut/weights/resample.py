@@ -117,7 +117,7 @@ def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
     Raises:
       ValueError: `image_size` is not a multiple of the patch size, or of the stride of a ResNet.
     """
-    # A smaller size at the start of training need not divide the new one, and is over.
+    # A smaller size at the start of training need not divide the new one, and is no longer used.
     vision = dataclasses.replace(opened.config.vision, image_size=image_size, low_image_size=None)
     tensors = opened.tensors
     resampling = _resampling(_POSITIONS, opened, vision)

@@ -1,7 +1,7 @@
 """Starts a model from others: the source of each parameter.
 
 A run starts from a whole model (`TrainConfig.init`), from an image encoder (`init_vision`), from a
-text decoder (`init_text`), or from a whole model one or both of whose towers come from elsewhere.
+text decoder (`init_text`), or from a whole model with one or both towers from elsewhere.
 The rules:
 
   image size     the position grid is resampled as the makers of the model do it; a class token
@@ -54,9 +54,9 @@ class Row:
     """
 
     path: str
-    count: int  # how many numbers it has
+    count: int  # its count of numbers
     what: What
-    source: str  # where it comes from, such as "init_vision vit.npz"; "": from no file
+    source: str  # its source, such as "init_vision vit.npz"; "": no file
     why: str
 
 
@@ -127,7 +127,7 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
     vision, text = config.vision, config.text
     if "init" in starts:
         config = starts["init"].config
-        # Adapters of the run go on a model that has none.
+        # Adapters of the run are added to a model that has none.
         config = dataclasses.replace(config, adapters=config.adapters or asked.adapters)
         vision = dataclasses.replace(config.vision, low_image_size=asked.vision.low_image_size)
         text = config.text
@@ -246,7 +246,7 @@ def _start_of(
     old = starts[name].config.vision.pooling
     new = config.vision.pooling
     other_pool = path.startswith("vision.pool.") and old != new
-    # The norm is one of the tokens, or one of the queries that stand for them.
+    # The norm acts on the tokens, or on the queries that stand for them.
     other_norm = path.startswith("vision.norm.") and (old == "queries") != (new == "queries")
     if other_pool or other_norm:
         return None, f"pooling is {new!r}, there {old!r}"

@@ -5,7 +5,7 @@
     .pt .pth .bin .ckpt        torch.save of torch 1.6 or later (`torch_archive`)
     .npz                       numpy.savez and savez_compressed (`zip_archive`)
 
-Nothing in a file is run, and nothing that it says is believed: sizes, offsets and names are checked
+Nothing in a file is run, and nothing in it is trusted: sizes, offsets and names are checked
 before memory is taken.
 """
 
@@ -159,7 +159,7 @@ def stored_specs(path: pathlib.Path) -> Mapping[str, TensorSpec]:
     return _specs(path, status.st_ino, status.st_mtime_ns, status.st_size)
 
 
-# One format after the other asks for the same file, and the pickle of a large training checkpoint
+# Several formats read the same file in turn, and the pickle of a large training checkpoint
 # takes seconds. The arguments beside the path distinguish two states of the file.
 @functools.lru_cache(maxsize=1)
 def _specs(path: pathlib.Path, inode: int, mtime_ns: int, size: int) -> Mapping[str, TensorSpec]:

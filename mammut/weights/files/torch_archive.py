@@ -157,7 +157,8 @@ def _state_dict(saved: Any, path: str) -> dict[str, _Tensor]:
             path = f"{path}, entry {key!r}"
             break
     for name, value in state.items():
-        if not isinstance(name, str):  # and not shown: an integer may have a million digits
+        # the value is not shown: an integer may have a million digits
+        if not isinstance(name, str):
             raise CheckpointError(
                 f"{path} has a key that is not text, expected a state dict: {_SAVE_AGAIN}"
             )
@@ -238,7 +239,7 @@ def _reach(where: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     reach = 1
     axes = [(stride, size) for stride, size in zip(strides, shape) if size > 1]
     for stride, size in sorted(axes):
-        # Along this axis, each step must go beyond all that the axes so far reach.
+        # Along this axis, each step must go beyond the reach of the axes so far.
         if stride < reach:
             raise CheckpointError(
                 f"{where} has strides {list(strides)}, by which its elements share places"
@@ -253,7 +254,8 @@ def _are_sizes(values: Any) -> bool:
     )
 
 
-# How many values an opcode takes off the stack; those in _MARKED take all since the last mark.
+# Number of values that an opcode takes off the stack; those in _MARKED take all since the last
+# mark.
 _TAKES = {
     "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "REDUCE": 2, "BUILD": 1,
     "STACK_GLOBAL": 2, "BINPERSID": 1,
@@ -265,7 +267,7 @@ _LITERALS = {
 }  # fmt: skip
 
 
-# One branch for each kind of opcode: in pieces, nobody could see that none is missing.
+# One branch for each kind of opcode: in one place, the reader can see that none is missing.
 def _unpickle(program: bytes | bytearray, where: str) -> Any:  # noqa: C901, PLR0915
     """Builds the value of a pickle.
 

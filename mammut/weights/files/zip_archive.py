@@ -1,6 +1,6 @@
 """Reads zip archives that strangers wrote, and the arrays of an `.npz`.
 
-They are archives as `numpy.savez` and `torch.save` write them. `zipfile` believes the directory of
+They are archives as `numpy.savez` and `torch.save` write them. `zipfile` trusts the directory of
 an archive. Here every member is checked against the file before anything is unpacked: its offset,
 its sizes, its name in both directories, and that no two members share a byte.
 """
@@ -35,7 +35,7 @@ _UTF8 = 0x800  # flag of a member: its name is UTF-8
 _UNREADABLE = 0x2061  # flags of a member that is encrypted or patched, or has masked headers
 _STORED = 0  # methods of packing
 _DEFLATED = 8
-_MAX_RATIO = 1032  # how many bytes deflate can unpack from one
+_MAX_RATIO = 1032  # number of bytes that deflate can unpack from one byte
 _PIECE = 1 << 16  # bytes that are unpacked at a time
 
 _MAX_NPY_HEADER = 10_000  # bytes, as in NumPy's own reader
@@ -50,8 +50,8 @@ class Member:
 
     name: str
     start: int  # its first byte in the archive
-    stored: int  # how many bytes it has there
-    size: int  # how many bytes it has when unpacked
+    stored: int  # its number of bytes in the archive
+    size: int  # its number of bytes when unpacked
     crc: int
     deflated: bool
 

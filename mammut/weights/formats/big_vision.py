@@ -28,7 +28,7 @@ from mammut.weights.tables import Table, unused_notes
 
 KIND = "file of big_vision's (.npz)"
 _PATH = re.compile(r"(.+\.npz)(?::([\w/]+))?", re.DOTALL)
-# Start, end and pad of big_vision's vocabularies, which have no start of their own.
+# Start, end and pad of big_vision's vocabularies, which have no start token of their own.
 _SPECIAL_IDS = 0, 1, 0
 
 

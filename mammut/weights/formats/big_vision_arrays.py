@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping
 from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
 from mammut.weights.tables import Shape
 
-# Flax before Linen counted all modules of a block together, not each class for itself.
+# Flax before Linen counted all modules of a block together, not each class separately.
 _OLD_BLOCK = {
     "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
     "LayerNorm_2": "LayerNorm_1",
     "MlpBlock_3": "MlpBlock_0",
 }
 _OLD_POSITIONS = "Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding"
-# The arrays of the MAP head in files from before it was a module of its own.
+# The arrays of the MAP head in old files, in which it was not yet a module of its own.
 _MAP_HEAD = "probe", "MultiHeadDotProductAttention_0", "LayerNorm_0", "MlpBlock_0"
 
 

@@ -20,7 +20,7 @@ from mammut.weights.tables import Entry, Joined, Layout, Reshaped, Rows, Same, S
 _ATTENTION = "MultiHeadDotProductAttention_0"
 _KERNEL = ("kernel", "bias")
 _SCALE = ("scale", "bias")
-# The vocabulary of SigLIP 2, whose texts are filled up with pads; those of SigLIP with ends.
+# The vocabulary of SigLIP 2, whose texts are filled up with pads; SigLIP's are filled up with ends.
 _GEMMA_VOCAB = 256_000
 
 
@@ -28,9 +28,10 @@ _GEMMA_VOCAB = 256_000
 class Model:
     """The model in a file; arrays have the names of `Arrays`."""
 
-    config: ModelConfig  # of an image encoder alone, only its `vision` has a meaning
+    config: ModelConfig  # for an image encoder alone, only its `vision` has a meaning
     entries: list[Entry]
-    text_form: TextForm | None  # how its texts are made; None: it is an image encoder alone
+    # the way in which its texts are made; None: it is an image encoder alone
+    text_form: TextForm | None
     unused: Mapping[str, str]  # arrays that our model does not have, and why
     zero: Mapping[str, str]  # our parameters that are 0, and why
     computed: Mapping[str, Callable[[], np.ndarray]]  # our parameters that are computed
@@ -229,7 +230,7 @@ def _vision(arrays: Arrays, prefix: str, image_size: int | None) -> _Vision:
             f"{arrays.key(positions)} is of {count} positions, expected those of a square",
         )
         image_size = patch * side
-        if count > side**2 and class_token:  # a file from when the class token had a position
+        if count > side**2 and class_token:  # an old file, in which the class token has a position
             ours = ("vision.class_pos_embed", *ours)
             layout = Joined(Rows())
             zero = {}
@@ -319,8 +320,8 @@ class _Among:
     """
 
     layout: Layout
-    before: int  # how many such rows there are before ours
-    after: int  # and after ours
+    before: int  # number of such rows before ours
+    after: int  # number of such rows after ours
 
     def shape(self, ours):
         rows, *others = self.layout.shape(ours)
@@ -352,7 +353,7 @@ class _SecondAxis:
         return ours[0].swapaxes(0, 1)
 
 
-# The layout of an array, and which of our layers it is; None: the whole parameter.
+# The layout of an array, and the number of our layer; None: the whole parameter.
 _At = tuple[Layout, int | None]
 _WHOLE: _At = (Same(), None)
 
@@ -396,7 +397,7 @@ def _layers(
     """
     stacked = stem.removesuffix("_")
     if not arrays.under(f"{stacked}/"):
-        # The count, not the largest number: a stranger may have left out numbers below it.
+        # The count, not the largest number: a foreign file may leave out numbers below it.
         numbers = {name[len(stem) :].partition("/")[0] for name in arrays.under(stem)}
         return _Layers(stem, len(numbers), None), lambda name, axes: arrays.shape(
             f"{stem}0/{name}", axes

@@ -28,7 +28,8 @@ from mammut.weights.tables import Table
 KIND = "folder of a language model (no config.json with a model_type)"
 CONFIG_FILE = "config.json"
 _WEIGHTS = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
-# A `ModelConfig` needs an image encoder, and such a folder has none: a smallest one stands for it.
+# A `ModelConfig` needs an image encoder, and such a folder has none: a minimal one stands in for
+# it.
 _NO_VISION = VisionConfig(width=8, depth=1, num_heads=1, mlp_dim=8, image_size=16)
 _EMBEDDING = "text.token_embed.embedding"
 

@@ -18,7 +18,7 @@ _ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu2": "relu2",
 }
-# Keys about who saved the model, when, and as which type: `mammut` goes by the tensors.
+# Keys about who saved the model, when, and as which type: `mammut` reads the type from the tensors.
 _MAKING = {
     "_name_or_path", "architectures", "dtype", "model_type", "name_or_path", "tokenizer_class",
     "torch_dtype", "transformers_version", "transformers_weights",
@@ -28,7 +28,7 @@ _TRAINING = {
     "embed_dropout", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob",
     "initializer_range", "resid_dropout", "resid_pdrop",
 }  # fmt: skip
-# Keys about how transformers runs it. An attention in float32 is what ours always is.
+# Keys about how transformers runs it. Our attention is always in float32.
 _RUNNING = {
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
     "attn_implementation", "chunk_size_feed_forward", "is_decoder", "output_attentions",
@@ -88,7 +88,7 @@ def decoder_config(values: dict[str, Any], where: str) -> DecoderConfig:
     )
 
 
-# The general name of each size, which transformers accepts for the name of the type, and its limit.
+# The general name of each size, which transformers accepts besides the type's own, and its limit.
 _SIZES = {
     "width": ("hidden_size", 2**16),
     "depth": ("num_hidden_layers", 2**10),

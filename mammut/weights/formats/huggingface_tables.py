@@ -1,8 +1,6 @@
 """Tables between transformers' language models and our parameters.
 
 There is one table for each model: GPT-2, GPT-Neo, GPT-J and GPT-NeoX.
-
-The models are GPT-2, GPT-Neo, GPT-J and GPT-NeoX.
 """
 
 import dataclasses
@@ -198,8 +196,8 @@ def _ends(prefix: str, embedding: str, norm: str) -> list[Entry]:
     ]
 
 
-# For each `model_type`: what names begin with in a model with a head, and a function that makes the
-# table of all but the head.
+# For each `model_type`: the beginning of names in a model with a head, and a function that makes
+# the table without the head.
 _TABLES: dict[str, tuple[str, Callable[[str, DecoderConfig], _Made]]] = {
     "gpt2": ("transformer.", _gpt2),
     "gpt_neo": ("transformer.", _gpt_neo),

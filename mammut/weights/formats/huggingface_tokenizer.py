@@ -58,7 +58,7 @@ def _byte_level(folder: pathlib.Path) -> Tokenizer:
         pipeline = Pipeline(
             models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
         )
-    except Exception as error:  # the library raises its own kinds
+    except Exception as error:  # the library raises its own kinds of errors
         raise ValueError(
             f"{folder / 'vocab.json'} and merges.txt cannot be used as a vocabulary: {error}"
         ) from error
@@ -66,7 +66,7 @@ def _byte_level(folder: pathlib.Path) -> Tokenizer:
         add_prefix_space=named.get("add_prefix_space") is True
     )
     pipeline.decoder = decoders.ByteLevel()
-    # In the order of the ids, which may be anything: a stranger wrote them.
+    # In the order of the ids, which may be anything: the file is foreign.
     for token in sorted(added, key=lambda token: str(added[token]).zfill(8)):
         pipeline.add_special_tokens([token])
         if pipeline.token_to_id(token) != added[token]:

@@ -1,4 +1,4 @@
-"""Reads JSON objects that strangers wrote, key by key."""
+"""Reads foreign JSON objects, key by key."""
 
 import json
 from collections.abc import Collection

@@ -53,9 +53,10 @@ KIND = "file of MAGMA's weights"
 _BLOCKS = "lm.transformer.h."
 _TOWER = "image_prefix.enc."
 _SECOND_NAMES = {"word_embedding.": "lm.transformer.wte.", "transformer.": _BLOCKS}
-# Pixels by the width of the stem: of CLIP's RN50x16 and RN50x4. Other ResNets have 224.
+# Image size in pixels by the width of the stem, for CLIP's RN50x16 and RN50x4. Other ResNets have
+# 224.
 _IMAGE_SIZES = {96: 384, 80: 288}
-# The names of an attention or MLP that has an adapter: of the module itself and of its adapter.
+# The names of an attention or MLP that has an adapter: first its own, then its adapter's.
 _WRAPPED = {
     "mlp": {"sequential": ("mlp.0", "mlp.1.adapter"), "parallel": ("mlp.module", "mlp.adapter")},
     "attn": {
@@ -289,7 +290,7 @@ def _compared(theirs: Tensors, second: Mapping[str, str], where: str) -> LazyTen
         tensor = theirs.read(name)
         if name in second:
             other = theirs.read(second[name])
-            # Where PyTorch saved both, they are the same bytes of the file: no need to read them.
+            # Where PyTorch saved both, they are the same bytes of the file and need not be read.
             same_bytes = tensor.__array_interface__ == other.__array_interface__
             if not same_bytes and tensor.tobytes() != other.tobytes():
                 raise CheckpointError(

@@ -28,7 +28,7 @@ KIND = "model folder (no manifest.json)"
 VERSION = 2
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
-WEIGHTS_STEM = "model"  # of model.safetensors, or of its shards and their index
+WEIGHTS_STEM = "model"  # the names of model.safetensors, or of its shards and their index
 
 
 def recognises(path: pathlib.Path) -> bool:

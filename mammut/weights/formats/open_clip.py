@@ -1,8 +1,8 @@
 """Models of open_clip: MaMMUT and CoCa, and LAION's openMaMMUT, read and written.
 
-Read is a folder as on the Hugging Face hub (`open_clip_folder`), or a file of weights, with its
-config beside it or without one. Without a config only the 15 openMaMMUT sizes are recognised.
-`open_clip_config` says which models open_clip has.
+The input is a folder as on the Hugging Face hub (`open_clip_folder`), or a file of weights, with
+its config beside it or without one. Without a config only the 15 openMaMMUT sizes are recognised.
+`open_clip_config` lists the models of open_clip.
 """
 
 import os
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 KIND = f"folder of open_clip (no {CONFIG_FILE}) or file of its weights"
-# What tensors of its image encoders begin with: of its own ViT, or of one of timm's.
+# The beginning of the tensor names of its image encoders: its own ViT, or one of timm's.
 _VISUAL = (
     "visual.conv1.",
     "visual.class_embedding",

@@ -43,7 +43,7 @@ _TOKENIZER = {
 # themselves are refused.
 _TIMM = {"timm_pool", "timm_proj", "timm_proj_bias", "timm_model_kwargs", "image_seq_len"}
 _HF = {"hf_proj_type", "hf_pooler_type", "hf_model_config"}
-# Fields that the classes of these decoders share: none of them reads the first, and only the modern
+# Fields that the classes of these decoders share: no class reads the first, and only the modern
 # one the second.
 _UNREAD = {
     "dim_head", "n_queries", "attn_pooler_heads", "final_ln_after_pool", "attention_mode",
@@ -65,7 +65,7 @@ _OF_DECODER = _OF_TEXT | {
     "pad_id",
 }
 
-# decoder width; vision width, heads, layers; decoder layers; whether all of those have an MLP
+# decoder width; vision width, heads, layers; decoder layers; whether all decoder layers have an MLP
 OPENMAMMUT_SIZES = {
     **dict.fromkeys(("ViT-S-32", "ViT-S-16", "ViT-S-14"), (384, 384, 6, 12, 12, False)),
     **dict.fromkeys(("ViT-M-32", "ViT-M-16", "ViT-M-14"), (512, 512, 8, 12, 12, False)),
@@ -406,7 +406,7 @@ def _coca(text: JsonObject, multimodal: JsonObject, quick: bool) -> dict[str, An
         multimodal.refuse("context_length", f"{length} or more, as in model_cfg.text_cfg")
     for cfg in (text, multimodal):
         cfg.only("text_arch", "clip")
-    # Of the decoder open_clip reads no more than its sizes: its MLP is four times its width.
+    # open_clip reads only the sizes of the decoder: its MLP is four times its width.
     text.only("mlp_ratio", 4)
     text.only("embed_cls", True)
     text.only("pad_id", 0)

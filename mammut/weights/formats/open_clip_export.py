@@ -62,7 +62,7 @@ def save(
     if "text_cfg" not in model_cfg:
         names.add("text.lm_head")
         model_cfg["multimodal_cfg"] |= _special_ids(opened.processor)
-    # What open_clip's files of such a model are called; see `table`.
+    # The tensor names in open_clip's files of such a model; see `table`.
     theirs = table(
         opened.config, dict.fromkeys(names, TensorSpec((), np.dtype("float32")))
     ).to_theirs(opened.tensors)
@@ -258,7 +258,7 @@ def _comparable(config: ModelConfig) -> dict[str, Any]:
     if not config.text.attn_gate:
         del text["gate_bias"]
     text["text_only_heads"] = config.text.text_only_heads or config.text.num_heads
-    if config.text.cross_attn_every == 1:  # the last layer of one is the first
+    if config.text.cross_attn_every == 1:  # the last layer of a single one is its first
         text["cross_attn_position"] = text["cross_attn_position"].replace("last", "first")
     return fields
 

@@ -147,7 +147,7 @@ def _pool(config: ModelConfig) -> Iterable[Entry]:
     yield from biases
     if config.vision.width == config.vision_size:
         yield fused
-    else:  # torch.nn.MultiheadAttention fuses the three only where their inputs have one size
+    else:  # torch.nn.MultiheadAttention fuses the three maps only where their inputs have one size
         for name in _QKV:
             yield Entry(
                 f"{theirs}.attn.{name[0]}_proj_weight",
@@ -234,7 +234,7 @@ def _modern(config: ModelConfig, head: bool) -> Iterable[Entry]:
     yield from _norm("text.ln_final", "text.norm", text)
     if not text.tie_embeddings:
         yield Entry("text.lm_head.weight", ("text.vocab_head.kernel",), Transposed())
-    elif head:  # after the embedding: where the two differ, open_clip, too, takes the head for both
+    elif head:  # after the embedding: where the two differ, open_clip also uses the head for both
         yield Entry("text.lm_head.weight", ("text.token_embed.embedding",))
     if config.text_projection:
         yield Entry("text.text_projection.weight", ("text_embed_projection.kernel",), Transposed())

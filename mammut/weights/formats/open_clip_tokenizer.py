@@ -76,7 +76,7 @@ def _clip(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int) -> To
     if path.exists() and (merges := _merges(path)):
         try:
             return ClipTokenizer(merges, True)
-        except Exception as error:  # the library raises its own kinds
+        except Exception as error:  # the library raises its own kinds of errors
             raise ValueError(f"{path} has merges that are not CLIP's: {error}") from error
     if vocab_size < _CLIP_VOCAB:
         needs = (

@@ -41,7 +41,7 @@ KIND = "ResNet of CLIP's or of timm's"
 # Mean and deviation of the pixels of ImageNet, timm's defaults.
 _IMAGENET_MEAN = [0.485, 0.456, 0.406]
 _IMAGENET_STD = [0.229, 0.224, 0.225]
-_NF_SIZE = 256  # pixels of the images that timm's nf_resnet50 was trained on
+_NF_SIZE = 256  # image size in pixels that timm's nf_resnet50 was trained with
 
 
 @dataclasses.dataclass(frozen=True)
