@@ -177,7 +177,7 @@ def new_adapters(model: MaMMUT, configs: Sequence[AdapterConfig], key: jax.Array
 
 
 def extended(model: MaMMUT, configs: Sequence[AdapterConfig], fresh: Adapters) -> MaMMUT:
-    """Adds the adapters `fresh`, made for `configs`, to the adapters of a model.
+    """Adds the adapters `fresh`, made for `configs`, to a model.
 
     Raises:
       ValueError: the model has an adapter of this name already.

@@ -161,7 +161,7 @@ def _projection_flops(config: ModelConfig, seen: int) -> int:
     """
     flops = 0
     if config.image_projection in ("shared", "separate", "decoder"):
-        # Prefix tokens are made of the pooled image.
+        # Prefix tokens are made from the pooled image.
         tokens = seen if config.prefix_tokens is None else config.prefix_tokens
         flops += _product(tokens, config.vision_size, config.text.width)
     if config.image_projection in ("separate", "embedding"):
