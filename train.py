@@ -49,7 +49,9 @@ SAMPLES_PRINTED = 10
 
 
 def train(run: Run, watchdog: distributed.Watchdog) -> bool:
-    """Trains the run, or the rest of one; returns False if a SIGTERM ended it early.
+    """Trains the run, or the rest of one.
+
+    Returns False if a SIGTERM ended it early.
 
     What can be refused is refused before anything is compiled and before anything is written. Of
     several processes all come through here. Each reads its share of the data; the first writes and
@@ -128,8 +130,8 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
                 return False
             save_model(run, trainer, state, processor, evaluator, log, watchdog)
 
-    # Outside of the mesh: the first process asks the model alone, and would wait for the others for
-    # ever.
+    # Outside of the mesh: the first process runs the model alone, and would wait for the others
+    # without end.
     if distributed.first():
         watchdog.doing("the report")
         print(f"report: {write_report(workdir)}")
@@ -137,18 +139,21 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
 
 
 def use_compilation_cache(config: TrainConfig) -> None:
-    """Keeps XLA's compiled programs in the folder that the config names, where that is safe."""
+    """Keeps XLA's compiled programs in the configured folder.
+
+    It does so only where that is safe.
+    """
     if config.compilation_cache:
         folder = pathlib.Path(config.compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        # Read back from the cache, a program for several CPU devices runs its collectives in no
-        # order: a deadlock.
+        # A program for several CPU devices that is read from the cache runs its collectives in no
+        # fixed order: a deadlock.
         jax.config.update("jax_enable_compilation_cache", False)
 
 
 def open_sources(config: TrainConfig, task: Task) -> tuple[sources.Source, sources.Source | None]:
-    """The training set, and the validation set if there is one."""
+    """Opens the training set, and the validation set if any."""
     open_source = functools.partial(
         sources.open_source,
         image_size=config.model.vision.image_size,
@@ -163,8 +168,8 @@ def open_sources(config: TrainConfig, task: Task) -> tuple[sources.Source, sourc
 def newest_checkpoint(
     checkpoints: Checkpoints, trainer: Trainer, watchdog: distributed.Watchdog
 ) -> Restored | None:
-    """The newest good checkpoint; None if there is no checkpoint."""
-    # By the list of process 0: that of another may be of a moment ago, and all have to restore.
+    """Finds the newest good checkpoint; None if there is no checkpoint."""
+    # By the list of process 0: another list may be a moment older, and all have to restore.
     if not distributed.from_first("has checkpoints", lambda: b"yes" if checkpoints.steps else b""):
         return None
     watchdog.doing("restoring")
@@ -172,7 +177,10 @@ def newest_checkpoint(
 
 
 def fresh_state(config: TrainConfig, trainer: Trainer, warm: WarmStart | None) -> TrainState:
-    """The state at step 0: random weights, or those of what the run starts from."""
+    """Makes the state at step 0.
+
+    The weights are random, or those of the model that the run starts from.
+    """
     with enough_memory(config):
         if warm is None:
             return trainer.init(config.seed)
@@ -188,7 +196,10 @@ def save_model(
     log: RunLog,
     watchdog: distributed.Watchdog,
 ) -> None:
-    """Writes the model of a run that is done, its last evaluation and its card."""
+    """Writes the model of a finished run.
+
+    Its last evaluation and its card are written, too.
+    """
     watchdog.doing("saving the model")
     model = trainer.model(state.all_params)
     model_folder.save(run.workdir, model, processor, overwrite=True)
@@ -215,7 +226,9 @@ def loop(
     log: RunLog,
     watchdog: distributed.Watchdog,
 ) -> tuple[TrainState, bool]:
-    """Steps from `start` to `config.steps`; returns the state, and whether the run is done.
+    """Steps from `start` to `config.steps`.
+
+    Returns the state, and whether the run is done.
 
     It is not done if a SIGTERM ended it early; the state is saved then.
     """
@@ -235,15 +248,16 @@ def loop(
                 state, metrics = take_step(state, batch)
                 if before is None:
                     jax.block_until_ready(metrics)
-            # One step behind: waiting for this step's metrics would leave the device idle while the
-            # host goes on.
+            # The check is one step behind: waiting for this step's metrics would leave the device
+            # idle while the host goes on.
             check_finite(before, config)
             log.step(step, metrics, waited, record=step % config.log_every == 0)
 
             stop = termination.now()
             last = step == config.steps
             evaluates = evaluator and config.eval_every and step % config.eval_every == 0
-            # Before the checkpoint: a run killed in an evaluation does it again when it is resumed.
+            # The evaluation comes before the checkpoint: a run killed in it evaluates again when it
+            # is resumed.
             if evaluates and not (stop or last):
                 watchdog.doing(f"the evaluation at step {step}")
                 log.evaluation(step, "val", evaluator(state.all_params), samples=2)
@@ -262,7 +276,9 @@ def loop(
 
 
 def check_finite(metrics: dict[str, jax.Array] | None, config: TrainConfig) -> None:
-    """Stops the run after too many skipped updates in a row; all processes have the same metrics.
+    """Stops the run after too many skipped updates in a row.
+
+    All processes have the same metrics.
 
     Raises:
       FloatingPointError: the last `config.max_nonfinite_steps` updates were skipped.

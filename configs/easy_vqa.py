@@ -31,7 +31,7 @@ def get_config() -> TrainConfig:
             horizontal_flip=True,  # no question is about left or right
         ),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200, weight_decay=0.05),
-        steps=9_000,  # colours are learnt in 2,000, shapes take all of them
+        steps=9_000,  # colours are learnt in 2,000 steps, shapes need all steps
         log_every=250,
         eval_every=1_000,
         checkpoint_every=1_000,

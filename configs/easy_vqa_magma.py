@@ -1,6 +1,6 @@
-"""MAGMA in miniature, asked about drawn shapes.
+"""MAGMA in miniature, with questions about drawn shapes.
 
-The frozen models and the variants are those of `configs/flickr8k_magma.py`.
+The frozen models and the variants are the same as in `configs/flickr8k_magma.py`.
 
 The questions are put in the paper's form, `Q: ... A:`. 200 of the 1,500 pictures are kept for
 validation. Score it with `python -m eval.vqa runs/easy_vqa_magma --data jsonl:PATH[1300:] --prompt

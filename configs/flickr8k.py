@@ -4,7 +4,7 @@
 
 The photos are read from `flickr8k/captions.jsonl` under the folder of data sets that
 `MAMMUT_SHARED` names (by default `shared` beside the checkout); `--data.train jsonl:PATH[1000:]
---data.val jsonl:PATH[:1000]` names another place.
+--data.val jsonl:PATH[:1000]` reads another file.
 """
 
 import pathlib
@@ -48,7 +48,7 @@ def get_config() -> TrainConfig:
             eval_batch_size=250,
             val_examples=1_000,
             # 5,000 photos are few: each is seen about 50 times, never twice the same. Hardly a
-            # caption of Flickr8k says left or right, so that here a mirrored photo contradicts next
+            # caption of Flickr8k has "left" or "right", so that a mirrored photo contradicts next
             # to nothing.
             crop_scale=(0.35, 1.0),
             horizontal_flip=True,

@@ -1,11 +1,13 @@
-"""MAGMA in miniature: a frozen language model learns to see, by adapters and a prefix.
+"""MAGMA in miniature: a frozen language model learns to see.
+
+It learns through adapters and a prefix.
 
 The language model has only ever read captions.
 
 Run `python train.py configs/caption_lm.py` and `python train.py configs/flickr8k.py` first: the
-language model and the image encoder are theirs, both frozen; `--init-text` and `--init-vision` name
-others. Trained are the image prefix (a linear map and a norm) and one bottleneck behind every MLP
-of the decoder. Others to compare with:
+language model and the image encoder come from these runs, both frozen; `--init-text` and
+`--init-vision` name others. The run trains the image prefix (a linear map and a norm) and one
+bottleneck behind every MLP of the decoder. Variants to compare with:
 
     attention too    --model.adapters.0.sites text.layers.mlp text.layers.attn
                      --model.adapters.0.reduction 8

@@ -1,4 +1,6 @@
-"""Classification as text, fine-tuned: the model says what the photo shows (five kinds of flowers).
+"""Classification as text, fine-tuned on five kinds of flowers.
+
+The model writes the name of the flower in the photo.
 
 Run `python train.py configs/flickr8k.py` first; `--init` names another model to start from. The
 file is sorted by class, so every fifth line is kept for validation. Score it with `python -m

@@ -3,11 +3,11 @@ r"""Your own pictures: a JSONL beside them, and nothing else to write.
     python train.py configs/folder.py --data.train 'jsonl:photos/photos.jsonl[200:]' \
         --data.val 'jsonl:photos/photos.jsonl[:200]' [--task vqa] [--init MODEL]
 
-`--task` says what is learnt: `caption` (the default here), `vqa`, `classify`, or `image_text` for
+`--task` chooses the task: `caption` (the default here), `vqa`, `classify`, or `image_text` for
 retrieval and captions. With `--init` a model is fine-tuned and brings its architecture and
 vocabulary; a learning rate of 1e-4 to 3e-4 suits that. `--init-vision` takes an image encoder
 alone, such as a ViT of big_vision; the decoder is new. Without either, a small model is trained
-from scratch, which wants thousands of pictures to say much.
+from scratch, which needs thousands of pictures to learn much.
 """
 
 from mammut.config import (

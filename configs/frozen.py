@@ -5,9 +5,9 @@ An image encoder learns to speak to a frozen language model.
     python train.py configs/frozen.py --init-text GPT_J --init-vision NF_RESNET50
 
 GPT_J is EleutherAI/gpt-j-6b as Hugging Face has it, NF_RESNET50 timm's nf_resnet50; without
---init-vision it starts from random weights, as in the paper. Trained are the image encoder and its
-projection to two tokens, at a constant rate; there is no adapter. The pairs are Conceptual Captions
-3M as img2dataset writes them.
+--init-vision it starts from random weights, as in the paper. The run trains the image encoder and
+its projection to two tokens, at a constant rate; there is no adapter. The pairs are Conceptual
+Captions 3M as img2dataset writes them.
 """
 
 from mammut import presets

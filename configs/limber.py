@@ -1,11 +1,11 @@
-"""LiMBeR (arXiv 2209.15162): one linear map from an image encoder to a language model.
+"""LiMBeR: a linear map from an image encoder to a language model.
 
-Nothing else is trained.
+Only this map is trained (arXiv 2209.15162).
 
     python train.py configs/limber.py --init-text GPT_J --init-vision RN50x16
 
 GPT_J is EleutherAI/gpt-j-6b as Hugging Face has it, RN50x16 CLIP's weights in a file of open_clip.
-The optimizer is that of MAGMA, from whose code LiMBeR's was made; 15,000 steps are run.
+The optimizer is MAGMA's, since LiMBeR's code was made from MAGMA's; 15,000 steps are run.
 The pairs are Conceptual Captions 3M as img2dataset writes them.
 """
 

@@ -1,6 +1,8 @@
-r"""MAGMA on your own pictures: a frozen language model learns to see, in one command.
+r"""MAGMA on your own pictures, in one command.
 
-It wants a JSONL file beside the pictures.
+A frozen language model learns to see.
+
+The recipe needs a JSONL file beside the pictures.
 
     python train.py configs/magma.py --data.train 'jsonl:photos/photos.jsonl[200:]' \
         --data.val 'jsonl:photos/photos.jsonl[:200]' [--init-text GPT] [--init-vision TOWER]
@@ -8,9 +10,9 @@ It wants a JSONL file beside the pictures.
 Without `--init-text` a small language model is trained first, for `text_steps` steps on the
 captions without their pictures. Then it is frozen; the image encoder, the image prefix and the
 adapters learn to speak through it. With the folder of a GPT-2, GPT-Neo, GPT-J or Pythia from
-Hugging Face, `--init-text` takes that instead. `--init-vision` takes an image encoder that has seen
-more than your pictures, and `--trainable 'adapters.*' 'image_projection.*' 'prefix_norm.*'` freezes
-it, too. It runs on a CPU in minutes; configs/magma_v1.py is of the paper's size.
+Hugging Face, `--init-text` uses that model instead. `--init-vision` takes an image encoder that has
+seen more than your pictures, and `--trainable 'adapters.*' 'image_projection.*' 'prefix_norm.*'`
+freezes it, too. The run takes minutes on a CPU; configs/magma_v1.py has the paper's size.
 """
 
 from mammut import presets

@@ -1,11 +1,13 @@
-"""MAGMA (arXiv 2112.05253) at its own size, with the adapters of its public checkpoint.
+"""MAGMA (arXiv 2112.05253) at its own size.
+
+The adapters are those of its public checkpoint.
 
     python train.py configs/magma_v1.py --init-text GPT_J --init-vision RN50x16
 
 GPT_J is EleutherAI/gpt-j-6b as Hugging Face has it, RN50x16 CLIP's weights in a file of open_clip.
-Trained are the adapters, the image projection and its norm, and, at a rate of its own, the image
-encoder. The learning rate would be 0 at step 300,000; the ablations of the paper end at 15,000. The
-pairs are Conceptual Captions 3M as img2dataset writes them.
+The run trains the adapters, the image projection and its norm, and, at its own learning rate, the
+image encoder. The learning rate would be 0 at step 300,000; the ablations of the paper end at
+15,000. The pairs are Conceptual Captions 3M as img2dataset writes them.
 """
 
 from mammut import presets

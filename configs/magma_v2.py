@@ -5,10 +5,10 @@ There is one behind every MLP and every attention.
     python train.py configs/magma_v2.py --init-text GPT_J --init-vision RN50x16
 
 GPT_J is EleutherAI/gpt-j-6b as Hugging Face has it, RN50x16 CLIP's weights in a file of open_clip.
-Trained are the adapters, the image projection and its norm, and, at a rate of its own, the image
-encoder. The learning rate would be 0 at step 300,000; that run ended at 30,000. It read more sets
-than this one: `data.train` takes the shards of several, joined by `::`. The pairs are Conceptual
-Captions 3M as img2dataset writes them.
+The run trains the adapters, the image projection and its norm, and, at its own learning rate, the
+image encoder. The learning rate would be 0 at step 300,000; that run ended at 30,000. It read more
+sets than this one: `data.train` takes the shards of several, joined by `::`. The pairs are
+Conceptual Captions 3M as img2dataset writes them.
 """
 
 from mammut import presets

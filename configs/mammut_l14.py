@@ -2,10 +2,10 @@
 
 Parameters are split over all of them.
 
-The data are yours to name: `--data.train tfds:NAME/SPLIT` (or any other source) with
-`--tokenizer.path`; what stands here is a public set of the right kind, to be prepared by
-tensorflow-datasets. `--compile-only --topology v5e:8x8` says what a step takes before there is a
-device; docs/scaling.md has the table.
+You name the data: `--data.train tfds:NAME/SPLIT` (or any other source) with
+`--tokenizer.path`; the default is a public set of the right kind, to be prepared by
+tensorflow-datasets. `--compile-only --topology v5e:8x8` reports the costs of a step before there is
+a device; docs/scaling.md has the table.
 """
 
 from mammut import presets

@@ -4,10 +4,11 @@ MaMMUT, arXiv 2303.16839, section 4.1.
 
 From the paper: 500,000 steps of AdamW with weight decay 0.01, a learning rate of 1e-3 after 10,000
 steps and falling linearly, the focal loss, weights 1 and 1, 224-pixel crops of 272-pixel images.
-Not from it: scale and bias of the contrastive logits at the start (its temperature of 1 without a
-bias starts the focal loss at about 5,700, beside a captioning loss of 11), clipping and betas,
-which it does not state, and the data, since ALIGN is not public: name yours with `--data.train` and
-`--tokenizer.path`. `--compile-only --topology v5p:4x4x4` says what a step takes.
+Not from the paper: scale and bias of the contrastive logits at the start (its temperature of 1
+without a bias starts the focal loss at about 5,700, beside a captioning loss of 11), clipping and
+betas, which it does not state, and the data, since ALIGN is not public: name yours with
+`--data.train` and `--tokenizer.path`. `--compile-only --topology v5p:4x4x4` reports the costs of a
+step.
 """
 
 from mammut import presets

@@ -1,4 +1,7 @@
-"""The default run: 0.4M parameters learn drawn scenes on a CPU in minutes, offline."""
+"""The default run: 0.4M parameters learn drawn scenes.
+
+It takes minutes on a CPU, offline.
+"""
 
 from mammut import presets
 from mammut.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig

@@ -102,6 +102,8 @@ def test_micro_batches_have_draws_of_their_own():
     numbers = {tuple(row) for row in np.asarray(jax.random.key_data(parts.key)).tolist()}
     assert len(numbers) == 3
 
+    assert Augment().split(3) == Augment()
+
     def drawn(_, augment):
         return None, model().image_tokens(IMAGES, augment).tokens
 

@@ -591,7 +591,7 @@ def test_an_adapter_of_version_0_1_is_refused_on_another_base(old_adapter, chang
         (lambda about: about.update(version=3), "version 3, expected 'mammut adapter' version 2"),
         (
             lambda about: about.pop("base_hash"),
-            "does not tell of adapters, also, base_hash and base",
+            "does not have the keys adapters, also, base_hash and base",
         ),
     ],
 )

@@ -137,7 +137,7 @@ def test_the_tasks_of_a_config_are_those_of_the_table():
 def test_a_task_counts_the_flops_of_the_parts_that_it_runs(task, parts):
     config = TrainConfig(task=task, model=tiny_config())
     made = TASKS[task](config.loss)
-    whole = forward_flops(config.model, training=True, sees_image=task != "text")
+    whole = forward_flops(config.model, sees_image=task != "text")
     assert made.flops(config) == {part: whole[part] for part in parts}
     again = ("vision", "contrastive_pass") if task == "image_text" else ()
     assert made.recomputed_parts == again

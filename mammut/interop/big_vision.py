@@ -13,8 +13,8 @@ These are proj/image_text and proj/cappa. They import a model by its name in
         config.model = dict(preset="mammut_b16", outputs="embeddings")
         config.model_init = "runs/flickr8k"
 
-`mammut.config.to_dict(mammut.weights.model_folder.read_model_config(PATH))` are the fields of a
-model that exists. Nothing of big_vision is needed here, but for checkpoints that its trainers
+`mammut.config.to_dict(mammut.weights.model_folder.read_model_config(PATH))` gives the fields of an
+existing model. big_vision itself is needed only for checkpoints that its trainers
 wrote.
 """
 
@@ -44,10 +44,10 @@ from mammut.weights.old_configs import upgraded
 from mammut.weights.opened import LazyTensors, OpenedModel, model_specs
 from mammut.weights.warm_start import Start, WarmStart, warm_start
 
-# What a part of a model is called: by us, by two towers, by CapPa.
+# The names of a model's parts: ours, those of two towers, CapPa's.
 _PARTS: dict[str, Start] = dict.fromkeys(("vision", "image", "img", "encoder"), "init_vision")
 _PARTS |= dict.fromkeys(("text", "txt"), "init_text")
-# Arguments of `Model` that say how it is called, not what it is.
+# Arguments of `Model` that set how it is called, not what it is.
 _OF_CALLS = ("outputs", "start_id")
 
 
@@ -71,24 +71,24 @@ class _Starts:
 
 
 class Model:
-    """A model in big_vision's terms: `init` and `apply` on a nested dict of parameters.
+    """A model with big_vision's `init` and `apply`.
 
-    Parameters are named by their paths in `MaMMUT`.
+    Both take a nested dict of parameters. Parameters are named by their paths in `MaMMUT`.
 
     Images are float, normalised already (`value_range(-1, 1)`, for mean and deviation 0.5), or
-    uint8. Texts are ids without a start and without a mask: pads are what `text.pad_id` says, if
-    anything.
+    uint8. Texts are ids without a start and without a mask: pads are the tokens with the id
+    `text.pad_id`, if it is set.
 
     Args:
       preset: a function of `mammut.presets`; the fields below change it. None: they change
-        `ModelConfig()`.
-      outputs: what `apply(variables, image, text)` gives: "embeddings", as two towers do, for
-        SigLIP's and the contrastive trainer; or "logits" of the text, as CapPa does, for its
-        trainer. The model must have that pass.
-      start_id: what stands in front of a text where its logits are asked for. CapPa's is 0.
-      fields: those of `ModelConfig`; `vision` and `text` are dicts of theirs. `compute` and
-        `augment` are dicts of `ComputeConfig` and `AugmentConfig`; `logit_scale_init` and
-        `logit_bias_init` are where the scalars of the loss start.
+      `ModelConfig()`.
+      outputs: the outputs of `apply(variables, image, text)`: "embeddings", as two towers give, for
+      SigLIP's and the contrastive trainer; or "logits" of the text, as CapPa gives, for its
+      trainer. The model must have that pass.
+      start_id: the id in front of a text where its logits are computed. CapPa's is 0.
+      fields: fields of `ModelConfig`; `vision` and `text` are dicts of their fields. `compute` and
+      `augment` are dicts of `ComputeConfig` and `AugmentConfig`; `logit_scale_init` and
+      `logit_bias_init` are the initial scalars of the loss.
 
     Raises:
       ValueError: a field that is not known, or fields or outputs that do not go together.
@@ -163,13 +163,13 @@ class Model:
         return_enc_features: bool = False,
         decode: bool = False,
     ) -> Any:
-        """The outputs for images and texts, int[B, L].
+        """Computes the outputs for images and texts, int[B, L].
 
         Args:
           variables: `{"params": ...}`, as `init` makes it.
           image: the images; None where only texts are embedded. With `method=model.decode`, what
             `encode` gave.
-          train: with `rngs["dropout"]`, what `augment` says is drawn.
+          train: whether the draws of `augment` are made, with `rngs["dropout"]`.
           method: `encode` or `decode` of this object; None: both.
           return_enc_features: what CapPa gives for images alone.
           decode: must be False: a cache is `mammut.generation.text`'s affair.
@@ -210,11 +210,17 @@ class Model:
         return _embeddings(model, image, text, augment)
 
     def encode(self, variables: Mapping[str, Any], image: Any) -> jax.Array:
-        """The image tokens that a text is decoded from, float[B, P, D]."""
+        """Makes the image tokens of a text, float[B, P, D].
+
+        The text is decoded from them.
+        """
         return self._merge(variables).image_tokens(image).tokens
 
     def decode(self, variables: Mapping[str, Any], encoded: jax.Array, text: Any) -> jax.Array:
-        """Scores every token of `text` given those before it and `encoded`, float32[B, L, V]."""
+        """Scores every token of `text`, float32[B, L, V].
+
+        The scores depend on the tokens before it and on `encoded`.
+        """
         return self._logits(self._merge(variables), encoded, text)
 
     def _merge(self, variables: Mapping[str, Any]) -> MaMMUT:
@@ -232,7 +238,7 @@ class Model:
 def _embeddings(
     model: MaMMUT, image: Any, text: Any, augment: Augment
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """What two towers give."""
+    """Computes the outputs of two towers."""
     zimg, ztxt, scale = None, None, model.logit_scale[...][None]
     out = {"t": jnp.exp(scale), "t/parameter": scale, "b": model.logit_bias[...][None]}
     if image is not None:
@@ -249,7 +255,7 @@ def _embeddings(
 
 
 def model_config(preset: str | None = None, **fields: Any) -> ModelConfig:
-    """The architecture that `Model(preset, **fields)` has.
+    """Makes the architecture of `Model(preset, **fields)`.
 
     Raises:
       ValueError: a preset or field that is not known, or fields that do not go together.
@@ -260,7 +266,10 @@ def model_config(preset: str | None = None, **fields: Any) -> ModelConfig:
 def _configs(
     preset: str | None, fields: Mapping[str, Any]
 ) -> tuple[ModelConfig, ComputeConfig, AugmentConfig, dict[str, float]]:
-    """The model, how it is computed, what training draws, and where the loss's scalars start."""
+    """Makes the configs of a model from its fields.
+
+    Returns the model, how it is computed, what training draws, and the initial scalars of the loss.
+    """
     known = {
         name: make
         for name, make in inspect.getmembers(presets, inspect.isfunction)
@@ -298,11 +307,11 @@ def load(
     else does not fit is an error, but for what `dont_load` names.
 
     Args:
-      init_params: random parameters, for what is not loaded. None: all of them must be.
+      init_params: random parameters, for those that are not loaded. None: all must be loaded.
       init_files: what `mammut.load` reads, or a checkpoint that a trainer of big_vision wrote of
         this model; or a part each, {"vision": PATH, "text": PATH}, where "img" and "txt" or
         "encoder" will do as well.
-      model_cfg: the arguments of `Model`. None: the model in the file as it is.
+      model_cfg: the arguments of `Model`. None: the model in the file, unchanged.
       dont_load: regular expressions for names such as "text/token_embed/embedding" that keep their
         random values.
 
@@ -347,7 +356,10 @@ def load(
 
 
 def _matching(names: Collection[str], patterns: str | Sequence[str]) -> set[str]:
-    """The names that a regular expression fits, written with slashes as big_vision does."""
+    """Lists the names that a regular expression fits.
+
+    The names are written with slashes, as in big_vision.
+    """
     if isinstance(patterns, str):
         patterns = [patterns]
     return {
@@ -364,7 +376,7 @@ def _unfit(
     plan: WarmStart,
     starts: Collection[Start],
 ) -> list[str]:
-    """Lists what is missing, left over or of another shape, in words."""
+    """Lists arrays that are missing, left over or of another shape."""
     problems = [
         f"{name} of init_params is not one of its parameters"
         for name in sorted(random.keys() - specs.keys())
@@ -383,8 +395,8 @@ def _unfit(
 
 
 def _open(path: str, config: ModelConfig | None) -> OpenedModel:
-    """A model in a file; `config` tells what a file does not."""
-    if ".bv-" in pathlib.Path(path).name:  # what big_vision calls its checkpoints
+    """Opens a model in a file; `config` gives what a file lacks."""
+    if ".bv-" in pathlib.Path(path).name:  # big_vision's name for its checkpoints
         if config is None:
             raise ValueError(
                 f"model_cfg is None, expected the arguments of Model: {path} does not tell them"

@@ -78,7 +78,9 @@ class ClipBenchmarkModel:
         return self._in_batches(_encode_text, tokens, own_ids, valid)
 
     def generate(self, images: torch.Tensor) -> torch.Tensor:
-        """Greedy captions as int64[B, N] ids of CLIP's vocabulary.
+        """Generates greedy captions as ids of CLIP's vocabulary.
+
+        Returns int64[B, N].
 
         `clip_benchmark.metrics.captioning` decodes with CLIP's vocabulary, whatever the model's is.
         That vocabulary begins with the 256 single bytes: captions are spelled in them, and CLIP's
@@ -113,7 +115,10 @@ class ClipBenchmarkModel:
         return images.cpu().numpy()
 
     def _in_batches(self, encode: Any, inputs: torch.Tensor, *arrays: np.ndarray) -> torch.Tensor:
-        """The embeddings of all rows of `arrays`, on the device of `inputs`."""
+        """Embeds all rows of `arrays`.
+
+        The embeddings are on the device of `inputs`.
+        """
         embeds = []
         for start in range(0, max(1, len(inputs)), self._batch_size):
             chunk = [array[start : start + self._batch_size] for array in arrays]
@@ -138,12 +143,18 @@ def load(
 
 
 def _pixels(transform: ImageTransform, picture: ImageLike) -> torch.Tensor:
-    """A picture as the model's input: uint8[height, width, 3]. The model normalises it itself."""
+    """Makes the model's input from a picture, uint8[height, width, 3].
+
+    The model normalises it itself.
+    """
     return torch.from_numpy(transform(picture))
 
 
 def _tokenize(processor: Processor, texts: str | Sequence[str]) -> torch.Tensor:
-    """Token ids int64[B, L], with -1 at pads: the id of the pad may be that of a word, too."""
+    """Makes token ids int64[B, L], with -1 at pads.
+
+    The id of the pad may also be the id of a word.
+    """
     if isinstance(texts, str):
         texts = [texts]
     tokens, valid = processor.encode_text(texts)
@@ -151,7 +162,10 @@ def _tokenize(processor: Processor, texts: str | Sequence[str]) -> torch.Tensor:
 
 
 def _spelled(texts: list[str]) -> torch.Tensor:
-    """The bytes of texts as ids int64[B, N] of CLIP's vocabulary, ends at the end of each row."""
+    """Writes the bytes of texts as ids of CLIP's vocabulary.
+
+    Returns int64[B, N], with ends at the end of each row.
+    """
 
     def not_printable(byte: int) -> bool:
         return not (33 <= byte < 127 or 161 <= byte < 173 or 174 <= byte)

@@ -30,7 +30,9 @@ from mammut.models.mammut import MaMMUT
 
 
 class LmmsEvalModel(lmms):
-    """Answers requests of one image and one question each, in the order of the requests.
+    """Answers requests of one image and one question each.
+
+    The answers are in the order of the requests.
 
     Args:
       batch_size: requests at a time; the last batch is padded to it.
@@ -73,7 +75,9 @@ class LmmsEvalModel(lmms):
         return cls(model, processor, int(batch_size), **arguments)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The text after each question, up to a string of `until`.
+        """Generates the text after each question, up to a stop.
+
+        The stops are the strings of `until`.
 
         Of the generation kwargs, which have Hugging Face's names, `do_sample` and the fields of
         `GenerateConfig` have an effect. A sample depends on the request's position in the list:
@@ -97,7 +101,9 @@ class LmmsEvalModel(lmms):
         return texts
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """-log P(continuation | image, context) of each request, and whether it is greedy.
+        """Computes -log P(continuation | image, context) of each request.
+
+        Returns also whether the continuation is greedy.
 
         P is the probability of the continuation's tokens, without an end token; the continuation is
         greedy if each of its tokens is the likeliest. In spite of the method's name the number is a
@@ -189,7 +195,7 @@ class _Images(Sequence):
 
 
 def manifest() -> ModelManifest:
-    """The entry `mammut` of lmms-eval's register of models."""
+    """Makes the entry `mammut` of lmms-eval's register of models."""
     return ModelManifest("mammut", simple_class_path=f"{__name__}.LmmsEvalModel")
 
 
@@ -198,7 +204,7 @@ def _name(request: Instance) -> str:
 
 
 def _cut(text: str, stops: str | list[str] | None) -> str:
-    """The text up to the first of the strings `stops`."""
+    """Cuts the text at the first of the strings `stops`."""
     if isinstance(stops, str):
         stops = [stops]
     for stop in stops or []:
@@ -208,7 +214,10 @@ def _cut(text: str, stops: str | list[str] | None) -> str:
 
 
 def _generate_config(kwargs: dict[str, Any]) -> GenerateConfig:
-    """The config of generation kwargs with Hugging Face's names."""
+    """Makes the config of generation kwargs.
+
+    The kwargs have Hugging Face's names.
+    """
     fields = dataclasses.fields(GenerateConfig)
     kinds = {field.name: float if isinstance(field.default, float) else int for field in fields}
     if unknown := sorted(set(kwargs) - set(kinds) - {"until", "do_sample"}):
@@ -220,7 +229,7 @@ def _generate_config(kwargs: dict[str, Any]) -> GenerateConfig:
     }
     chosen.setdefault("temperature", 1.0 if kwargs.get("do_sample") else 0.0)
     if chosen["temperature"] == 0 or kwargs.get("do_sample") is False:
-        # As in Hugging Face's `generate`, settings of sampling (often top_p 0) mean nothing if
+        # As in Hugging Face's `generate`, settings of sampling (often top_p 0) have no effect if
         # nothing is sampled.
         for name in ("temperature", "top_k", "top_p", "min_p"):
             chosen.pop(name, None)
@@ -229,7 +238,10 @@ def _generate_config(kwargs: dict[str, Any]) -> GenerateConfig:
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "vocab_size"))
 def _score(graphdef, params, image, tokens, *, vocab_size):
-    """Log-probability float[B, L-1] of each token after the first, and if it is the likeliest."""
+    """Scores each token after the first, float[B, L-1].
+
+    The score is the log-probability. Returns also whether the token is the likeliest.
+    """
     logits = nnx.merge(graphdef, params).caption_logits(image, tokens[:, :-1])  # pads come last
     logits = logits[..., :vocab_size].astype(jnp.float32)
     own = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]

@@ -1,1 +1,4 @@
-"""What is computed: layers, towers, the two passes, adapters, losses. Arrays in, arrays out."""
+"""Layers, towers, the two passes, adapters and losses.
+
+Every function takes arrays and returns arrays.
+"""

@@ -1,4 +1,4 @@
-"""Adapter modules: small additions to the maps, attentions and MLPs of a model.
+"""Adapter modules: small additions to linear maps, attentions and MLPs.
 
     sequential        f(x) + A(f(x))     A: down, ReLU, up, with biases; f: an attention or an MLP
                                          before it joins the residual stream (Houlsby et al.,
@@ -38,15 +38,17 @@ from mammut.models.transformer import MLP, Attention, Layer
 Tower = TypeVar("Tower", bound=nnx.Module)
 Function = Callable[[jax.Array], jax.Array]
 
-# Standard deviation of the weights and biases that MAGMA's bottlenecks start from; numbers are cut
-# at twice that.
+# Standard deviation of the initial weights and biases of MAGMA's bottlenecks; numbers are cut
+# at twice this deviation.
 _MAGMA_STDDEV = 1e-3
 _NORM_EPS = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """An adapter: small modules on a model that stays as it is otherwise.
+    """The description of an adapter: small modules added to a model.
+
+    The other parameters of the model do not change.
 
     Several configs with one `name` make up one adapter, which is saved, loaded and switched on as a
     whole.
@@ -60,11 +62,11 @@ class AdapterConfig:
     # Name of the adapter.
     name: str = "default"
     # Kind of its modules. sequential, parallel, scaled_parallel: bottlenecks (down, ReLU, up) on an
-    # attention or MLP, of its output, of its input, of its input times a learned number. lora: a
+    # attention or MLP; they read its output, its input, or its input with a learned factor. lora: a
     # product of two thin matrices beside a linear map. ia3: a learned factor for each output of a
     # map, or for each input of an MLP's second map.
     kind: Literal["sequential", "parallel", "scaled_parallel", "lora", "ia3"] = "sequential"
-    # Patterns (fnmatch) of the paths that the modules go on, such as text.layers.mlp,
+    # Patterns (fnmatch) of the paths that get the modules, such as text.layers.mlp,
     # text.layers.attn.query, vision.layers.*.value.
     sites: tuple[str, ...] = ("text.layers.mlp",)
     # Width over hidden size of a bottleneck.
@@ -76,7 +78,8 @@ class AdapterConfig:
     # Whether a layer norm stands in front of a bottleneck.
     norm: bool = False
     # Start of a bottleneck. magma: N(0, 1e-3) cut at 2e-3, biases too (MAGMA). zero: the second map
-    # is zero, so that the adapter changes nothing yet. lora and ia3 change nothing at first anyway.
+    # is zero, so that the adapter changes nothing at first. lora and ia3 never change anything at
+    # first.
     init: Literal["magma", "zero"] = "magma"
 
     def __post_init__(self):
@@ -94,7 +97,7 @@ class AdapterConfig:
         lora = ("rank", "alpha")
         unread = {"lora": bottleneck, "ia3": bottleneck + lora}.get(self.kind, lora)
         for field in dataclasses.fields(self):
-            # A setting that would do nothing is a misunderstanding; "zero" is what lora and ia3
+            # A setting without effect is a misunderstanding; "zero" is the state that lora and ia3
             # always start from.
             value = getattr(self, field.name)
             require(
@@ -202,7 +205,10 @@ class IA3(nnx.Module):
 
 
 class _Both(nnx.Module):
-    """Two adapters on one site: the second adapts the output of the first."""
+    """Two adapters on one site.
+
+    The second adapts the output of the first.
+    """
 
     def __init__(self, first: nnx.Module, second: nnx.Module):
         self.first = first
@@ -213,7 +219,10 @@ class _Both(nnx.Module):
 
 
 def sites(towers: Mapping[str, nnx.Module]) -> dict[str, nnx.Module]:
-    """Lists the sites of `towers` ("text", "vision"): modules in stacks of layers, by path."""
+    """Lists the sites of `towers` by path.
+
+    `towers` maps "text" and "vision" to modules. A site is a module in a stack of layers.
+    """
     modules: dict[str, nnx.Module] = {}
     for prefix, tower in towers.items():
         for name, layers in vars(tower).items():
@@ -298,7 +307,7 @@ class Adapters(nnx.Dict):
     def attached(self, tower: Tower, prefix: str, active: Sequence[str]) -> Tower:
         """Copies `tower` with the adapters `active` at work, in their order.
 
-        `prefix` is what the sites of the tower begin with. The parameters are not copied. The copy
+        `prefix` is the beginning of the tower's sites. The parameters are not copied. The copy
         is for the time of a call: it is no model to be kept.
         """
         if not active:

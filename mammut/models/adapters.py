@@ -1,12 +1,13 @@
-"""Adapters of a model: added, removed, switched on and off, merged into plain weights.
+"""Adds adapters to a model, removes, switches and merges them.
 
-Every function gives a new model over the same arrays and leaves the one that it was given as it is.
-An adapter can be saved in a small folder of its own, beside a large base that many adapters share
+Every function returns a new model over the same arrays; the given model does not change. An adapter
+can be saved in a small folder of its own, beside a large base that many adapters share
 (`mammut.weights.adapter_folder`):
 
     adapter.json          format, version, the `AdapterConfig`s, config and hash of the base, and
                           the names of other parameters that were trained with the adapter
-    adapter.safetensors   the adapter's parameters and those others, by their path in the model
+    adapter.safetensors   the parameters of the adapter and the other trained parameters, by
+                          their path in the model
     manifest.json         size and SHA-256 of both files, which `load_adapter` checks
 """
 
@@ -26,7 +27,7 @@ from mammut.models.mammut import MaMMUT, ModelConfig
 def add_adapter(model: MaMMUT, *configs: AdapterConfig, rngs: nnx.Rngs) -> MaMMUT:
     """Adds new adapters to a model and switches them on.
 
-    Adapters that the model has stay as they are, on or off.
+    The adapters that the model already has do not change, whether on or off.
 
     Raises:
       ValueError: the model has an adapter of this name already, or there is no such site
@@ -37,7 +38,7 @@ def add_adapter(model: MaMMUT, *configs: AdapterConfig, rngs: nnx.Rngs) -> MaMMU
       >>> model = mammut.add_adapter(model, lora, rngs=nnx.Rngs(0))
     """
 
-    # Compiled as one: op by op, each site would be compiled for itself.
+    # Compiled as one program: otherwise each site would be compiled on its own.
     @nnx.jit
     def make(key: jax.Array) -> Adapters:
         return new_adapters(model, configs, key)
@@ -85,14 +86,15 @@ def set_active_adapters(model: MaMMUT, *names: str) -> MaMMUT:
 
 
 def merge_adapter(model: MaMMUT, name: str) -> MaMMUT:
-    """Merges the adapter `name`, of LoRA or (IA)^3, into the weights of its model.
+    """Merges the adapter `name` into the weights of its model.
 
-    The model that comes back does the same without the adapter. The sums are float32 and rounded
-    once, to the type that the weights are stored in.
+    Only LoRA and (IA)^3 adapters can be merged. The returned model computes the same without the
+    adapter. The sums are computed in float32 and rounded once, to the type in which the weights are
+    stored.
 
     Raises:
-      ValueError: the model has no such adapter, a bottleneck is part of it, which is no change of
-        weights, or another adapter works before it on the same map.
+      ValueError: the model has no such adapter; or the adapter has a bottleneck, which is not a
+      change of weights; or another adapter works before it on the same map.
 
     Example:
       >>> plain = mammut.merge_adapter(model, "shapes")
@@ -119,7 +121,10 @@ def merge_adapter(model: MaMMUT, name: str) -> MaMMUT:
 
 
 def _merge(adapter: LoRA | IA3, linear: Linear) -> None:
-    """Merges an adapter into the weights of a linear map; both are stacks of layers."""
+    """Merges an adapter into the weights of a linear map.
+
+    Both are stacks of layers.
+    """
     bias = None if linear.bias is None else linear.bias[...].astype(jnp.float32)
     kernel = linear.kernel[...].astype(jnp.float32)
     kernel, bias = jax.vmap(type(adapter).merged)(adapter, kernel, bias)
@@ -165,14 +170,14 @@ def require_adapters(model: MaMMUT, *names: str) -> None:
 
 
 def new_adapters(model: MaMMUT, configs: Sequence[AdapterConfig], key: jax.Array) -> Adapters:
-    """Makes new adapters for a model, which are not part of it yet."""
+    """Makes new adapters for a model, without adding them."""
     towers = {"text": model.text, "vision": model.vision}
     adapters = Adapters(configs, towers, dtypes=model.compute.dtypes)
     return initialise(adapters, key, "adapters")
 
 
 def extended(model: MaMMUT, configs: Sequence[AdapterConfig], fresh: Adapters) -> MaMMUT:
-    """Adds the adapters `fresh`, made for `configs`, to those of a model.
+    """Adds the adapters `fresh`, made for `configs`, to a model.
 
     Raises:
       ValueError: the model has an adapter of this name already.

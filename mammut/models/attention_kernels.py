@@ -1,6 +1,6 @@
 """Choice of the kernel for the image tower's attention.
 
-On a GPU cuDNN's fused attention never holds the P x P scores, which cost up to 28 % of a step where
+On a GPU cuDNN's fused attention never holds the P x P scores. They cost up to 28 % of a step where
 they are held. It takes 16-bit numbers and some head sizes; which ones depends on its version. So it
 is tried once for each shape, and XLA's own attention runs where it fails. Other devices run XLA's,
 TPUs too: the Pallas kernels take only lengths that are multiples of their blocks, and they would
@@ -19,8 +19,8 @@ import numpy as np
 Kernel = Literal["cudnn", "xla"]
 
 _log = logging.getLogger(__name__)
-# Largest difference of two kernels, as a share of the largest number of a result. Two right ones in
-# bfloat16 (8 bits) differ by less than 1 %; a wrong one by far more than this.
+# Largest difference of two kernels, as a share of the largest number of a result. Two correct
+# kernels in bfloat16 (8 bits) differ by less than 1 %; a wrong kernel differs by far more.
 _TOLERANCE = 0.03
 
 
@@ -35,8 +35,8 @@ def attention_kernel(
       dtype: the number type of queries, keys and values.
       tokens: the number of tokens.
       head_size: the size of a head.
-      platform: "cpu", "gpu" or "tpu"; None: that of the current mesh. A program may be compiled for
-        devices that are not here, such as a TPU slice: nothing is tried for those.
+      platform: "cpu", "gpu" or "tpu"; None: the platform of the current mesh. A program may be
+        compiled for devices that are not here, such as a TPU slice: nothing is tried for those.
     """
     platform = platform or _platform()
     if platform != "gpu" or jax.default_backend() != "gpu" or jnp.dtype(dtype) == jnp.float32:
@@ -51,7 +51,9 @@ def _platform() -> str:
 
 @functools.cache
 def _works(kernel: Kernel, dtype: Any, tokens: int, head_size: int) -> bool:
-    """Tries whether `kernel` runs here and gives the results and gradients of XLA's attention.
+    """Tests whether `kernel` runs here and agrees with XLA's attention.
+
+    Results and gradients are compared.
 
     Logs one line where it does not.
     """
@@ -68,11 +70,11 @@ def _works(kernel: Kernel, dtype: Any, tokens: int, head_size: int) -> bool:
             largest = np.max(errors)
             if not largest <= _TOLERANCE:
                 problems.append(f"its results are {largest:.0%} off")
-        except Exception as error:  # of any kind: XLA's attention runs instead
+        except Exception as error:  # an error of any kind: XLA's attention runs instead
             problems.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
     # In a thread of its own, because the caller may be tracing a program, for another mesh: a new
-    # thread knows nothing of that, so that the probe runs at once.
+    # thread does not share this context, so that the probe runs at once.
     thread = threading.Thread(target=probe)
     thread.start()
     thread.join()
@@ -88,7 +90,9 @@ def _works(kernel: Kernel, dtype: Any, tokens: int, head_size: int) -> bool:
 def _attention_and_gradients(
     kernel: Kernel, dtype: Any, tokens: int, head_size: int
 ) -> list[np.ndarray]:
-    """Computes attention of random numbers and its gradients, as float32, on the first device.
+    """Computes attention of random numbers, and its gradients.
+
+    The arrays are float32 and on the first device.
 
     There are two images and two heads.
     """

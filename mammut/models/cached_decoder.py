@@ -1,4 +1,6 @@
-"""The caption pass one token at a time, with a cache of keys and values.
+"""The caption pass, one token at a time, with a cache.
+
+The cache holds keys and values.
 
 `prefill` runs the prompts, `cached_step` one token more.
 """
@@ -18,7 +20,10 @@ from mammut.models.transformer import KeyValue, Layer, Rotation
 
 @struct.dataclass
 class Prefix:
-    """An image prefix as a cache keeps it; it stands in place of the start."""
+    """An image prefix in a cache.
+
+    It stands in place of the start token.
+    """
 
     last: jax.Array  # float[1, 1, R, D]: the embedding of its last position
     before: jax.Array  # int[1, 1, R]: the count of its positions before the last, without pads
@@ -27,7 +32,7 @@ class Prefix:
 
 @struct.dataclass
 class TextCache:
-    """Keys and values of R texts so far, with room for S positions.
+    """Keys and values of R texts, with room for S positions.
 
     Positions are written from the first on. Rows of text are the third axis of every array.
     """
@@ -40,7 +45,10 @@ class TextCache:
 
 @struct.dataclass
 class DecodeCache:
-    """Keys and values of R rows of text, and of the B images that they share."""
+    """Keys and values of R texts and of their images.
+
+    The R rows of text share B images.
+    """
 
     text: TextCache
     # float[groups, B, P, N, K] each, by group of layers; None: there is no cross-attention.
@@ -56,7 +64,7 @@ def prefill(
 ) -> tuple[Float[Array, "B Lp D"], DecodeCache]:
     """Runs the caption pass over prompts; returns its features and a cache.
 
-    Features are those of all positions, an image prefix included.
+    The features cover all positions, an image prefix included.
 
     Args:
       decoder: the text decoder.
@@ -64,7 +72,7 @@ def prefill(
         overwritten before anything attends to it.
       image_tokens: the images, as `MaMMUT.image_tokens` gives them.
       length: the number of text positions that the cache has room for.
-      prefix_valid: marks what is no pad in an image prefix; None: all of it.
+      prefix_valid: marks the positions of an image prefix that are not pads; None: all of them.
     """
     text_valid = jnp.ones(tokens.shape, bool)
     valid = decoder.valid(tokens, text_valid)
@@ -120,7 +128,9 @@ def prefill(
 def cached_step(
     decoder: TextDecoder, tokens: Int[Array, "R"], position: Int[Array, ""], cache: DecodeCache
 ) -> tuple[Float[Array, "R D"], DecodeCache]:
-    """Runs the caption pass for one more token; returns its features and the next cache.
+    """Runs the caption pass for one more token of each text.
+
+    Returns the features of the tokens and the next cache.
 
     Args:
       decoder: the text decoder.
@@ -190,7 +200,9 @@ def cached_step(
 def _next_input(
     decoder: TextDecoder, tokens: Int[Array, "R"], position: Int[Array, ""], prefix: Prefix | None
 ) -> tuple[jax.Array, Int[Array, ""], Int[Array, "*R 1"]]:
-    """Embeds the tokens of a step; returns also their cache slot and positions.
+    """Embeds the tokens of a step.
+
+    Returns also their slot in the cache and their positions.
 
     Pads of a prefix have slots but no positions.
     """

@@ -1,7 +1,7 @@
 """How a model is computed, beside its weights: number types, memory, randomness.
 
 `ComputeConfig` stands beside the `ModelConfig`, never inside it: the architecture travels with the
-weights, whoever runs them chooses how to compute them. `AugmentConfig` says what a training run
+weights, and the user chooses how to compute them. `AugmentConfig` sets what a training run
 draws at random inside the model, `Augment` holds the draws of one step.
 """
 
@@ -26,7 +26,10 @@ _REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Dtypes:
-    """Number types of a module: `compute` of its products, `param` of its stored parameters."""
+    """Number types of a module.
+
+    `compute` is the type of its products, `param` the type of its stored parameters.
+    """
 
     compute: Any
     param: Any
@@ -78,7 +81,9 @@ class ComputeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """Rates of what training draws at random inside the model; by default nothing.
+    """Rates of the random draws inside the model in training.
+
+    By default nothing is random.
 
     Example:
       >>> augment = AugmentConfig(patch_drop=0.5, crop_positions=True)
@@ -135,7 +140,12 @@ class Augment:
         return self.config.prefix_dropout
 
     def split(self, count: int) -> "Augment":
-        """Splits the draws for `count` micro-batches: keys on a leading axis, for a scan."""
+        """Splits the draws for `count` micro-batches.
+
+        The keys have a leading axis for a scan.
+        """
+        if self.key is None:
+            return self
         return self.replace(key=jax.random.split(self.key, count))
 
 
@@ -148,12 +158,14 @@ def recomputed(function: Callable) -> Callable:
     activations: to compute them again takes less time than to write and read what the gradient
     needs, even where the layers around them are kept (`ComputeConfig.remat`).
     """
-    # `prevent_cse` would forbid XLA to keep a result where that is cheaper. Here it may.
+    # `prevent_cse` would forbid XLA to keep a result where keeping it is cheaper. Here XLA may.
     return jax.checkpoint(function, prevent_cse=False)
 
 
 def stack(module: nnx.Module, depth: int) -> nnx.Module:
-    """Makes `module` a stack of `depth` layers: every parameter gets a leading `layer` axis.
+    """Makes `module` a stack of `depth` layers.
+
+    Every parameter gets a leading `layer` axis.
 
     The parameters must not have numbers yet (`layers.initialise`).
     """
@@ -166,14 +178,19 @@ def stack(module: nnx.Module, depth: int) -> nnx.Module:
 
 
 def keeping(step: Callable, remat: Remat) -> Callable:
-    """Wraps a step so that its backward pass computes again what `remat` says."""
+    """Wraps a step so that its backward pass recomputes values.
+
+    `remat` says which values are computed again.
+    """
     if remat == "none":
         return step
     return jax.checkpoint(step, policy=_REMAT_POLICIES[remat])
 
 
 def scan(step: Callable, x: jax.Array, layers: Any, *, remat: Remat, unroll: int) -> jax.Array:
-    """Applies `x = step(x, layer)` for each layer of a stack, as one `jax.lax.scan`.
+    """Applies `x = step(x, layer)` for each layer of a stack.
+
+    The layers run in one `jax.lax.scan`.
 
     Each turn of the loop runs `unroll` layers: on CPUs a loop of one turn, with all layers in it,
     is up to 1.7 times faster.

@@ -9,14 +9,14 @@ MaMMUT, section 3.2; MAGMA, arXiv 2112.05253, section 3.
 | caption | causal | a prefix in place of the start token | `logits` scores them |
 | language | causal | unseen | `logits` scores them |
 
-Which pass runs is the name of the method called, never inferred from an argument that is missing.
+The name of the method decides which pass runs, never a missing argument.
 A decoder without cross-attention layers sees the image as a prefix. `fused_passes` runs two passes
 in one traversal.
 
-An image prefix, float[B, P, D], may be any sequence of embeddings, such as that of several images
+An image prefix, float[B, P, D], may be any sequence of embeddings, such as several images
 and the texts between them. It takes the place of the start token: the sequence is [prefix,
 tokens[:, 1:]], and the feature of the prefix's last position stands for the start's. So tokens,
-labels, loss masks and features are those of a text [start, ..., end] either way.
+labels, loss masks and features belong to a text [start, ..., end] either way.
 """
 
 import dataclasses
@@ -115,7 +115,10 @@ class DecoderConfig(TextTowerConfig):
 
     @property
     def has_prefix(self) -> bool:
-        """Whether the image is a prefix of the text: there is no cross-attention."""
+        """Whether the image is a prefix of the text.
+
+        If so, there is no cross-attention.
+        """
         return self.cross_attn_every == 0
 
     @property
@@ -137,7 +140,10 @@ class DecoderConfig(TextTowerConfig):
 
     @property
     def cross_attn_slot(self) -> int | None:
-        """Index in its group of the layer that cross-attention follows; None: there is none."""
+        """Index in its group of the layer before cross-attention.
+
+        None: there is no cross-attention.
+        """
         if not self.cross_attn_every:
             return None
         return self.group_size - 1 if self.cross_attn_position in ("last", "last_bare") else 0
@@ -248,8 +254,8 @@ class TextDecoder(TextTower):
     ) -> Float[Array, "B L D"]:
         """Computes causal features of embeddings, float[B, L, D], without cross-attention.
 
-        Positions are added here. They count what is `valid`, so that pads may stand in front; None:
-        all of it.
+        Positions are added here. They count `valid` tokens only, so that pads may stand in front;
+        None: all of it.
         """
 
         def see_nothing(layer: Layer, x: jax.Array) -> jax.Array:
@@ -280,14 +286,14 @@ class TextDecoder(TextTower):
         text_valid: Bool[Array, "B L"],
         image_tokens: Float[Array, "B P Dv"],
     ) -> Float[Array, "G B N L P"]:
-        """Computes the cross-attention weights of the caption pass, float32[G, B, N, L, P].
+        """Computes the cross-attention weights of the caption pass.
 
-        There are G cross-attention layers. The weights of one text position and head sum to 1 over
-        the image tokens; those of position i serve to predict token i + 1. With an image prefix
-        they are the weights of the image tokens in the self-attention of all G layers, and sum to 1
-        together with those of the text.
+        Returns float32[G, B, N, L, P], for G cross-attention layers. The weights of one text
+        position and head sum to 1 over the image tokens; the weights at position i serve to predict
+        token i + 1. With an image prefix the function returns the weights of the image tokens in
+        the self-attention of all G layers; these sum to 1 together with the weights of the text.
 
-        The caption pass itself does not return them, since a fused kernel never holds them.
+        The caption pass itself does not return the weights, since a fused kernel never holds them.
         """
         x, mask, rotate = self.caption_start(tokens, text_valid, image_tokens)
         size = image_tokens.shape[1]
@@ -367,7 +373,7 @@ class TextDecoder(TextTower):
     ) -> tuple[Float[Array, "B L D"], Bool[Array, "B 1 L L"], Rotation | None]:
         """Adds positions to embeddings; returns them, the causal mask and rotary angles.
 
-        Positions count what is valid.
+        Positions count valid tokens only.
         """
         what = "prefix and text together" if self.has_prefix else "the text"
         self.require_length(x.shape[1], what)
@@ -407,7 +413,7 @@ class TextDecoder(TextTower):
 
     @property
     def unrolled_groups(self) -> int:
-        """Number of groups that are unrolled in each turn of the scan over groups."""
+        """Number of unrolled groups in each turn of the scan."""
         return max(1, self.compute.unroll // self.config.group_size)
 
     def groups(self) -> Stacks:
@@ -420,7 +426,7 @@ class TextDecoder(TextTower):
         return layers, self.bare_layers, self.cross_layers
 
     def _in_order(self, stacks: Stacks) -> list[Layer]:
-        """Lists the self-attention layers of one group, in the order in which they run."""
+        """Lists the self-attention layers of a group in running order."""
         layers, bare, _ = stacks
         count = self.config.group_size - (bare is not None)
         in_order = [jax.tree.map(operator.itemgetter(i), layers) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Counts of a model's parameters and of the floating-point operations (FLOPs) of its passes.
+"""Counts of a model's parameters and floating-point operations (FLOPs).
 
 Every count of FLOPs in mammut is made here. tests/test_flops.py compares them with the matrix
 products and convolutions of the traced program.
@@ -16,7 +16,10 @@ from mammut.models.vit import VisionConfig, patches_kept
 
 
 def num_params(config: ModelConfig) -> dict[str, int]:
-    """Counts the parameters of a MaMMUT without making one: by part, and their `total`."""
+    """Counts the parameters of a MaMMUT by part.
+
+    `total` is their sum. No model is made.
+    """
     abstract = nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0)))
     counts = {"vision": 0, "image_projection": 0, "token_embed": 0, "layers": 0, "cross_layers": 0}
     if config.adapters:
@@ -50,12 +53,12 @@ def forward_flops(
       config: the model.
       patch_drop: the share of patches that a training step leaves out
         (`AugmentConfig.patch_drop`).
-      length: tokens of the text, not counting those of an image prefix; None: `config.text_length`.
+      length: tokens of the text, without an image prefix; None: `config.text_length`.
       sees_image: False: the caption pass is a language pass.
 
     Returns:
       The FLOPs of each part: `vision`, `contrastive_pass`, `caption_pass`, `vocabulary`.
-      `training_flops` makes those of a training step of them.
+      `training_flops` computes the FLOPs of a training step from them.
     """
     vision = config.vision
     text = config.text
@@ -63,7 +66,7 @@ def forward_flops(
     patches = vision.grid[0] * vision.grid[1]
     dropped = patches - patches_kept(patches, patch_drop) if patch_drop else 0
 
-    # What the decoder sees of the image: learned queries stay when patches are dropped.
+    # Tokens that the decoder sees: learned queries stay when patches are dropped.
     seen = vision.num_tokens
     if vision.pooling != "queries":
         seen -= dropped
@@ -82,11 +85,11 @@ def forward_flops(
 
 
 def training_flops(parts: Mapping[str, int], recomputed: Iterable[str] = ()) -> int:
-    """Counts the FLOPs of a training step from those of a forward pass, `forward_flops`.
+    """Counts the FLOPs of a training step.
 
-    The step is three times the forward pass: the backward pass of a product y = x W has two
-    products of the same size, one for the gradient of x and one for that of W. Where W is frozen,
-    or x needs no gradient, fewer products run; that is not subtracted.
+    The step costs three times the forward pass (`forward_flops`): the backward pass of a product y
+    = x W has two products of the same size, one for the gradient of x and one for the gradient of
+    W. Where W is frozen, or x needs no gradient, fewer products run; this saving is not subtracted.
 
     Args:
       parts: FLOPs of the forward pass by part.
@@ -96,7 +99,10 @@ def training_flops(parts: Mapping[str, int], recomputed: Iterable[str] = ()) -> 
 
 
 def resnet_flops(config: ResNetConfig) -> int:
-    """Counts the FLOPs of the convolutions for one image, the zeros around it included."""
+    """Counts the FLOPs of a ResNet's convolutions for one image.
+
+    The zeros around the image are included.
+    """
     width = config.stem_width
     half = width // 2
     norm_free = config.kind == "nf"
@@ -114,7 +120,7 @@ def resnet_flops(config: ResNetConfig) -> int:
         middle = width * 2**stage
         outputs = 4 * middle
         halved = side // 2 if stage else side
-        # Of the first bottleneck in a stage: the norm-free 3 x 3 convolution has the stride; in
+        # In the first bottleneck of a stage, the norm-free 3 x 3 convolution has the stride; in
         # CLIP's an average follows it.
         side_of_3x3 = halved if norm_free else side
         macs += (
@@ -129,7 +135,10 @@ def resnet_flops(config: ResNetConfig) -> int:
 
 
 def _vit_flops(config: VisionConfig, patches: int, dropped: int, query_width: int) -> int:
-    """The ViT with its pooling; `dropped` patches are embedded, but not seen by the layers."""
+    """Counts the FLOPs of the ViT with its pooling.
+
+    `dropped` patches are embedded, but the layers do not see them.
+    """
     tokens = patches - dropped + config.class_token
     patch_embed = _product(patches, config.patch_size**2 * 3, config.width)
     layers = config.depth * (_attention(config, tokens, tokens) + _mlp(config, tokens))
@@ -146,10 +155,13 @@ def _vit_flops(config: VisionConfig, patches: int, dropped: int, query_width: in
 
 
 def _projection_flops(config: ModelConfig, seen: int) -> int:
-    """The maps from the image encoder to the decoder's width and to the embedding."""
+    """Counts the FLOPs of the maps after the image encoder.
+
+    The maps lead to the decoder's width and to the embedding.
+    """
     flops = 0
     if config.image_projection in ("shared", "separate", "decoder"):
-        # Prefix tokens are made of the pooled image.
+        # Prefix tokens are made from the pooled image.
         tokens = seen if config.prefix_tokens is None else config.prefix_tokens
         flops += _product(tokens, config.vision_size, config.text.width)
     if config.image_projection in ("separate", "embedding"):
@@ -158,7 +170,7 @@ def _projection_flops(config: ModelConfig, seen: int) -> int:
 
 
 def _contrastive_flops(config: ModelConfig, length: int) -> int:
-    """The contrastive pass and the map to the embedding."""
+    """Counts the FLOPs of the contrastive pass and its projection."""
     text = config.text
     if text.pooling == "none":
         return 0
@@ -174,7 +186,10 @@ def _contrastive_flops(config: ModelConfig, length: int) -> int:
 
 
 def _caption_flops(config: ModelConfig, length: int, seen: int, sees_image: bool) -> int:
-    """The caption pass over `seen` image tokens, or the language pass; without the vocabulary."""
+    """Counts the FLOPs of the caption pass without the vocabulary.
+
+    The pass sees `seen` image tokens; without `sees_image` it is the language pass.
+    """
     text = config.text
     if not text.depth:
         return 0
@@ -219,12 +234,12 @@ def _attention(
 ) -> int:
     """Counts attention with its maps.
 
-    `width` is the width of the queries (None: the tower's), `kv_width` that of the tokens attended
-    to (None: as `width`).
+    `width` is the width of the queries (None: the tower's), `kv_width` the width of the tokens
+    attended to (None: as `width`).
     """
     width = tower.width if width is None else width
     kv_width = width if kv_width is None else kv_width
-    query_maps = 3 if tower.attn_gate else 2  # of the query, of the output, of the gate
+    query_maps = 3 if tower.attn_gate else 2  # maps of the query, of the output, of the gate
     maps = query_maps * _product(queries, width, width) + 2 * _product(keys, kv_width, width)
     scores_and_sum = 2 * _product(queries, keys, width)
     return maps + (scores_and_sum // 2 if causal else scores_and_sum)
@@ -236,5 +251,5 @@ def _mlp(tower: LayerConfig, tokens: int) -> int:
 
 
 def _product(*sizes: int) -> int:
-    """A matrix product: 2 for each multiply-add."""
+    """Counts the FLOPs of a matrix product, 2 for each multiply-add."""
     return 2 * math.prod(sizes)

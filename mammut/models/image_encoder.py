@@ -28,13 +28,13 @@ def require_pixels(config: Any) -> None:
 class EncoderOutput:
     """Output of an image encoder: tokens, one vector, and the grid.
 
-    Dv is the width of the encoder. `MaMMUT.image_tokens` makes an `EncodedImage` of it, in the
+    Dv is the width of the encoder. `MaMMUT.image_tokens` turns it into an `EncodedImage`, in the
     decoder's terms.
     """
 
-    # float[B, P, Dv]: the patches row by row, after the class token where that is one of them.
+    # float[B, P, Dv]: the patches row by row, after the class token where there is one.
     tokens: jax.Array
-    # float32[B, Dv]: the whole image, as `VisionConfig.pooling` says.
+    # float32[B, Dv]: the whole image, pooled as in `VisionConfig.pooling`.
     pooled: jax.Array
     # Patches down and across; None where patches were dropped (`AugmentConfig.patch_drop`), which
     # are others in each image.
@@ -43,9 +43,12 @@ class EncoderOutput:
 
 @struct.dataclass
 class EncodedImage:
-    """An encoded image: the tokens for the decoder, and the embedding before normalisation."""
+    """An encoded image: its tokens and its unnormalised embedding.
 
-    tokens: jax.Array  # float[B, P, D]: what the caption pass sees
+    The decoder reads the tokens.
+    """
+
+    tokens: jax.Array  # float[B, P, D]: the tokens that the caption pass sees
     vector: jax.Array  # float32[B, E], of any length; `encode_image` gives unit vectors
     # Patches down and across; None where patches were dropped (`AugmentConfig.patch_drop`), which
     # are others in each image.
@@ -53,7 +56,9 @@ class EncodedImage:
 
 
 def normalised(image: Image, config: Any) -> Float[Array, "B height width 3"]:
-    """Normalises pixels for an image encoder; float pixels come back as they are.
+    """Normalises pixels for an image encoder.
+
+    Float pixels are returned unchanged.
 
     Args:
       image: uint8[B, height, width, 3] RGB, or float, taken as normalised already.

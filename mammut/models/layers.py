@@ -1,4 +1,6 @@
-"""Norms, linear maps and embeddings of both towers; every parameter names its logical axes.
+"""Norms, linear maps and embeddings of both towers.
+
+Every parameter names its logical axes.
 
 Axes: B batch, L text or image tokens, N heads, K head size, D width, V vocabulary. Parameters are
 stored in `ComputeConfig.param_dtype` and cast to `dtype` where they are used; statistics of norms
@@ -32,7 +34,10 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """The layers of a tower; by default those of the published vision transformer."""
+    """Configuration of the layers of a tower.
+
+    The defaults are those of the published vision transformer.
+    """
 
     # Fields that only other people's weights set: `train.py --help` leaves them out.
     OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
@@ -58,7 +63,7 @@ class LayerConfig:
     mlp_dim: int = 3072
     # Activation of the MLP. gelu is exact (PyTorch's default), gelu_tanh is its approximation
     # (Flax's), quick_gelu x * sigmoid(1.702 x) (OpenAI's CLIP), relu2 the square of a ReLU, swiglu
-    # a linear map gated by the SiLU of another.
+    # a linear map gated by the SiLU of another linear map.
     activation: Activation = "gelu_tanh"
     # Kind of the norms: LayerNorm or RMSNorm.
     norm: Literal["layer", "rms"] = "layer"
@@ -66,7 +71,7 @@ class LayerConfig:
     norm_eps: float = 1e-6
     # Whether attention's maps have biases.
     attn_bias: bool = True
-    # Whether attention's last map has a bias; None: as `attn_bias`.
+    # Whether attention's last map has a bias; None: the same as `attn_bias`.
     attn_out_bias: bool | None = None
     # Whether attention scores are divided by the root of the head size; GPT-Neo's are not.
     attn_scale: bool = True
@@ -106,7 +111,10 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class Normal:
-    """Starts a parameter with normal numbers, cut at `cut` standard deviations; None: uncut."""
+    """Starts a parameter with normally distributed numbers.
+
+    They are cut at `cut` standard deviations; None: they are not cut.
+    """
 
     stddev: float
     cut: float | None = None
@@ -149,7 +157,9 @@ Start = Constant | Normal | Uniform | FanIn
 
 
 def param(start: Start, sizes: tuple[int, ...], dtype: Any, *axes: str | None) -> nnx.Param:
-    """Makes a parameter without numbers yet, with a logical axis name for each dimension.
+    """Makes a parameter without numbers yet.
+
+    It has a logical axis name for each dimension.
 
     Args:
       start: how `initialise` draws it.
@@ -183,12 +193,15 @@ def initialise(module: Module, key: jax.Array, path: str = "") -> Module:
     return module
 
 
-# Compiled as one: op by op, a new model would compile four programs for each shape.
+# Compiled as one program: otherwise a new model would compile four programs for each shape.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _draw(
     start: Start, shape: tuple[int, ...], dtype: Any, key: jax.Array, number: jax.Array | np.uint32
 ) -> jax.Array:
-    """Draws one parameter with a key folded from a number of its path."""
+    """Draws one parameter.
+
+    The key is folded from `number`, which comes from the parameter's path.
+    """
     return start(jax.random.fold_in(key, number), shape).astype(dtype)
 
 
@@ -214,7 +227,10 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Division by the root mean square of the last axis (arXiv 1910.07467), with scale."""
+    """Division by the root mean square of the last axis.
+
+    A learned scale follows (arXiv 1910.07467).
+    """
 
     def __init__(self, width: int, eps: float, *, dtypes: Dtypes, axis: str = "embed"):
         self.eps = eps
@@ -233,7 +249,10 @@ class RMSNorm(nnx.Module):
 def make_norm(
     config: LayerConfig, *, dtypes: Dtypes, width: int | None = None, axis: str = "embed"
 ) -> nnx.Module:
-    """Makes the norm that `config` asks for, over `width` numbers; None: the tower's width."""
+    """Makes the norm that `config` names, over `width` numbers.
+
+    None: the tower's width.
+    """
     kind = {"layer": LayerNorm, "rms": RMSNorm}[config.norm]
     return kind(width or config.width, config.norm_eps, dtypes=dtypes, axis=axis)
 
@@ -241,7 +260,9 @@ def make_norm(
 def adapted(
     module: nnx.Module, function: Callable[[Array], jax.Array], x: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """Applies `function`, the work of `module`, through the module's adapter where it has one.
+    """Applies `function` to `x`, through the module's adapter if any.
+
+    `function` does the work of `module`.
 
     `mammut.models.adapter_modules` puts the adapter there for the time of a call.
     """
@@ -294,8 +315,8 @@ class Embedding(nnx.Module):
         self.embedding = param(Normal(0.02), sizes, dtypes.param, "vocab", "embed")
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        # Gathered whole along `embed` first: a lookup in a table that is split there comes out
-        # split the wrong way.
+        # First the table is gathered whole along `embed`: a lookup in a table that is split there
+        # comes out split the wrong way.
         return constrain(self.embedding[...].astype(self.dtype), "vocab", None)[tokens]
 
 
@@ -309,6 +330,9 @@ def unit(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
 
 
 def dropout(key: Key[Array, ""], x: Float[Array, "*B D"], rate: float) -> Float[Array, "*B D"]:
-    """Sets a share `rate` of the numbers to zero, at random; divides the others by 1 - `rate`."""
+    """Sets a random share `rate` of the numbers to zero.
+
+    The others are divided by 1 - `rate`.
+    """
     share = 1 - rate
     return jnp.where(jax.random.bernoulli(key, share, x.shape), x / share, 0)

@@ -29,8 +29,11 @@ def contrastive_logits(
     log_scale: Float[Array, ""],
     bias: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "B B"]:
-    """Scaled cosines float[B, B] of every image (rows) with every text (columns)."""
-    # In full float32: by default a TPU multiplies in bfloat16, and a scale of 100 turns its
+    """Computes the scaled cosines of images and texts, float[B, B].
+
+    Images are rows, texts are columns.
+    """
+    # In full float32: by default a TPU multiplies in bfloat16, and a scale of 100 turns the
     # rounding into errors of up to 0.4.
     cosines = jnp.matmul(
         image_embed.astype(jnp.float32),
@@ -41,7 +44,9 @@ def contrastive_logits(
 
 
 def softmax_contrastive(logits: Float[Array, "B B"]) -> Float[Array, "B"]:
-    """InfoNCE loss of each pair, float[B] (CLIP, arXiv 2103.00020, figure 3).
+    """Computes the InfoNCE loss of each pair, float[B].
+
+    The source is CLIP (arXiv 2103.00020, figure 3).
 
     The mean of two cross-entropies: of the image among all texts, and of the text among all images.
     """
@@ -53,7 +58,9 @@ def softmax_contrastive(logits: Float[Array, "B B"]) -> Float[Array, "B"]:
 
 
 def sigmoid_contrastive(logits: Float[Array, "B B"]) -> Float[Array, "B"]:
-    """Sigmoid loss of each image, float[B], summed over the texts.
+    """Computes the sigmoid loss of each image, float[B].
+
+    It is summed over the texts.
 
     Every image with every text is a pair of its own, which matches or does not (SigLIP, arXiv
     2303.15343, algorithm 1).
@@ -62,7 +69,7 @@ def sigmoid_contrastive(logits: Float[Array, "B B"]) -> Float[Array, "B"]:
 
 
 def sigmoid_pairs(logits: Float[Array, "Q R"], matched: Bool[Array, "Q R"]) -> Float[Array, "Q R"]:
-    """Sigmoid loss of each pair of an image and a text, float[Q, R]."""
+    """Computes the sigmoid loss of each image-text pair, float[Q, R]."""
     return -jax.nn.log_sigmoid(jnp.where(matched, logits, -logits))
 
 
@@ -73,18 +80,19 @@ def focal_contrastive(
     alpha: float = 0.5,
     normalization: str = "batch",
 ) -> Float[Array, "B"]:
-    """Focal sigmoid loss of each image, float[B], over the texts (paper, section 3.2).
+    """Computes the focal sigmoid loss of each image, float[B].
 
-    RO-ViT (arXiv 2305.07011, section 3.3) describes it. With p the probability that the model gives
-    to the truth of a pair, the pair costs -(1 - p)^gamma log p. This is weighted by 2 alpha for a
-    pair that matches and by 2 (1 - alpha) for one that does not, so that alpha = 0.5 is the
-    unweighted form of the paper. The paper adds image-to-text and text-to-image; over a full B x B
-    matrix these are one number, which is counted once here.
+    The sum runs over the texts (MaMMUT, section 3.2; RO-ViT, arXiv 2305.07011, section 3.3). With p
+    the probability that the model gives to the true state of a pair, the pair costs -(1 - p)^gamma
+    log p. The cost is multiplied by 2 alpha for a pair that matches and by 2 (1 - alpha) for a pair
+    that does not, so that alpha = 0.5 is the unweighted form of the paper. The paper adds
+    image-to-text and text-to-image; over a full B x B matrix these are one number, which is counted
+    once here.
 
-    `normalization` says what the sum over all B x B pairs is divided by in the mean of the returned
-    values: by B with "batch", as in the paper, or by B * B with "pairs". Divided by B, a batch of
-    16,384 starts at about 5,700 at temperature 1, beside a captioning loss of 11. Weights of 1 and
-    1 then make sense only with a negative bias, as SigLIP has.
+    `normalization` is the divisor of the sum over all B x B pairs in the mean of the returned
+    values: B for "batch", as in the paper, or B * B for "pairs". Divided by B, a batch of 16,384
+    starts at about 5,700 at temperature 1, beside a captioning loss of 11. Weights of 1 and 1 then
+    make sense only with a negative bias, as in SigLIP.
     """
     pairs = focal_pairs(logits, jnp.eye(len(logits), dtype=bool), gamma=gamma, alpha=alpha)
     return pairs.sum(1) if normalization == "batch" else pairs.mean(1)
@@ -97,7 +105,7 @@ def focal_pairs(
     gamma: float = 1.0,
     alpha: float = 0.5,
 ) -> Float[Array, "Q R"]:
-    """Focal loss of each pair of an image and a text, float[Q, R]."""
+    """Computes the focal loss of each image-text pair, float[Q, R]."""
     logits = jnp.where(matched, logits, -logits)
     log_p = jax.nn.log_sigmoid(logits)
     log_not_p = jax.nn.log_sigmoid(-logits)
@@ -115,7 +123,7 @@ def _ring_focal(
     alpha: float = 0.5,
     normalization: str = "batch",
 ) -> Float[Array, "B"]:
-    """Ring form of `focal_contrastive`, float[B]."""
+    """Computes the ring form of `focal_contrastive`, float[B]."""
     pair_loss = functools.partial(focal_pairs, gamma=gamma, alpha=alpha)
     losses = ring_pairs(pair_loss, image_embed, text_embed, log_scale, bias, chunk=chunk)
     return losses if normalization == "batch" else losses / len(losses)
@@ -123,7 +131,9 @@ def _ring_focal(
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveLoss:
-    """The forms of a contrastive loss, and where training with it starts: a row of `CONTRASTIVE`.
+    """A contrastive loss: its forms and its initial scalars.
+
+    Each row of `CONTRASTIVE` is one.
 
     Attributes:
       matrix: `matrix(logits, **options)` gives the loss of each example, float[B], of the logits
@@ -181,12 +191,13 @@ def caption_loss(
     z_loss: float = 0.0,
     chunk: int = 16,
 ) -> Float[Array, "B L"]:
-    """Cross-entropy of each label in nats, float[B, L]; zero where `loss_mask` is False.
+    """Computes the cross-entropy of each label in nats, float[B, L].
 
-    The logits exist for `chunk` text positions at a time, float32[B, chunk, V], and are computed
-    again in the backward pass: all at once they take 33 MB an example at V = 64,000.
-    `label_smoothing` spreads that share of the target evenly over the vocabulary; `z_loss` weighs
-    log(Z)^2, which keeps the logits from drifting. For training, `summed_caption_loss` is faster.
+    The loss is zero where `loss_mask` is False. The logits exist for `chunk` text positions at a
+    time, float32[B, chunk, V], and are computed again in the backward pass: all at once they would
+    take 33 MB an example at V = 64,000. `label_smoothing` spreads that share of the target evenly
+    over the vocabulary; `z_loss` weighs log(Z)^2, which keeps the logits from drifting. For
+    training, `summed_caption_loss` is faster.
     """
 
     @jax.checkpoint
@@ -210,7 +221,9 @@ def summed_caption_loss(
     z_loss: float = 0.0,
     chunk: int = 16,
 ) -> Float[Array, ""]:
-    """Sum of `caption_loss`, a float32 scalar, with fewer matrix products.
+    """Sums `caption_loss` with fewer matrix products.
+
+    Returns a float32 scalar.
 
     The gradient of a sum is known up to one factor. So it is computed in the forward pass, chunk by
     chunk, while the logits of the chunk exist: three matrix products in place of four, and the same
@@ -280,16 +293,21 @@ def _is_label(logits: Array, labels: Array) -> Array:
 def _token_losses(
     logits: Array, is_label: Array, label_smoothing: float, z_loss: float
 ) -> tuple[Array, Array]:
-    """Losses float[B, L] of logits float[B, L, V], and log(Z) float[B, L, 1]."""
+    """Computes token losses float[B, L] from logits float[B, L, V].
+
+    Returns also log(Z), float[B, L, 1].
+    """
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    # A sum and no look-up, so that a vocabulary that is split over devices stays where it is.
+    # A sum, not a look-up, so that a vocabulary that is split over devices is not moved.
     label_logit = jnp.where(is_label, logits, 0).sum(-1)
     target = (1 - label_smoothing) * label_logit + label_smoothing * logits.mean(-1)
     return log_z[..., 0] - target + z_loss * log_z[..., 0] ** 2, log_z
 
 
 def _chunks(tree: Any, chunk: int) -> Any:
-    """Cuts arrays [B, L, ...] along the text into [chunks, B, at most `chunk`, ...].
+    """Cuts arrays along the text into chunks.
+
+    [B, L, ...] becomes [chunks, B, at most `chunk`, ...].
 
     The batch axis is not cut, so that it keeps its sharding.
     """
@@ -320,7 +338,9 @@ def caption_sum(
     z_loss: float = 0.0,
     chunk: int = 16,
 ) -> Float[Array, ""]:
-    """Sum of the caption losses of a batch, a float32 scalar; every device sums its own rows.
+    """Sums the caption losses of a batch.
+
+    Returns a float32 scalar. Every device sums its own rows.
 
     Takes the arguments of `summed_caption_loss`. That function alone would gather the kernel of the
     vocabulary, and reduce its gradient, once for every chunk.

@@ -1,4 +1,7 @@
-"""The model: an image encoder and a text decoder with two passes, or a prefix."""
+"""The model: an image encoder and a text decoder.
+
+The decoder has two passes, or the image as a prefix.
+"""
 
 import dataclasses
 import math
@@ -24,7 +27,7 @@ from mammut.models.vit import VisionConfig, ViT
 
 # Largest logit scale in training, as in CLIP: above it the softmax of cosines is all but one-hot.
 MAX_LOGIT_SCALE = 100.0
-# Logit scale of a new model, CLIP's; a training run starts with that of its loss.
+# Logit scale of a new model, CLIP's; a training run starts with the scale of its loss.
 _LOGIT_SCALE = 1 / 0.07
 # Stream of `Augment.key` that drops numbers of a prefix; `vit` has streams 0 to 4.
 _DROPOUT_STREAM = 5
@@ -34,7 +37,9 @@ _PREFIX_NORM_EPS = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One image encoder and one text decoder: the architecture, which travels with the weights.
+    """The architecture of a model: image encoder and text decoder.
+
+    It travels with the weights.
 
     With cross-attention layers it is a MaMMUT, with an image prefix a MAGMA (arXiv 2112.05253).
 
@@ -158,7 +163,10 @@ class ModelConfig:
 
     @property
     def vision_size(self) -> int:
-        """The size of an image token; learned queries have the size of the embedding."""
+        """Size of an image token.
+
+        Learned queries have the size of the embedding.
+        """
         return self.embed_size if self.vision.pooling == "queries" else self.vision.width
 
     @property
@@ -187,7 +195,11 @@ class ModelConfig:
 def require_computable(
     config: ModelConfig, compute: ComputeConfig, augment: AugmentConfig = AugmentConfig()
 ) -> None:
-    """Raises ValueError where a model cannot be computed, or trained, as the configs say."""
+    """Checks that a model can be computed and trained as configured.
+
+    Raises:
+      ValueError: the configs do not fit together.
+    """
     text = config.text
     same_passes = text.pooling not in ("none", "class") and text.text_only_depth == 0
     require(
@@ -223,18 +235,20 @@ class TwoPassOutput:
 
 
 class MaMMUT(nnx.Module):
-    """The MaMMUT model (arXiv 2303.16839), and with an image prefix MAGMA (arXiv 2112.05253).
+    """The MaMMUT model (arXiv 2303.16839).
+
+    With an image prefix it is a MAGMA (arXiv 2112.05253).
 
     The image embedding is the mean of the patch tokens. The text embedding is the mean of the
     contrastive pass's features over real tokens. There is no class token, no pooler and no
     projection head: section 4.5 of the paper finds each unnecessary. One linear map brings image
-    tokens to the decoder's width, so E is that width. In a MAGMA the mapped tokens stand in front
-    of the text, with dropout and a norm. The models of others, from openMaMMUT to SigLIP and CapPa,
-    are values of `ModelConfig` (`mammut.weights.formats`).
+    tokens to the decoder's width, so E equals that width. In a MAGMA the mapped tokens stand in
+    front of the text, with dropout and a norm. Other published models, from openMaMMUT to SigLIP
+    and CapPa, are values of `ModelConfig` (`mammut.weights.formats`).
 
     Args:
       config: the architecture.
-      compute: how it is computed; ValueError where it cannot be (`require_computable`).
+      compute: the way of computing; ValueError where it is not possible (`require_computable`).
       rngs: the source of the random weights; the key of each parameter is folded from its path.
 
     Example:
@@ -311,7 +325,9 @@ class MaMMUT(nnx.Module):
         return self.adapters.attached(tower, name, self.active_adapters)
 
     def image_tokens(self, image: Image, augment: Augment = Augment()) -> EncodedImage:
-        """Encodes images for both passes: tokens float[B, P, D] and vector float32[B, E].
+        """Encodes images for both passes.
+
+        Returns tokens float[B, P, D] and a vector float32[B, E].
 
         Args:
           image: uint8[B, height, width, 3] RGB; or float, taken as normalised already.
@@ -343,7 +359,9 @@ class MaMMUT(nnx.Module):
         return EncodedImage(tokens, vector, encoded.grid)
 
     def encode_image(self, image: Image, augment: Augment = Augment()) -> Float[Array, "B E"]:
-        """Embeds images as unit vectors float32[B, E]; the arguments are those of `image_tokens`.
+        """Embeds images as unit vectors float32[B, E].
+
+        The arguments are the same as in `image_tokens`.
 
         Raises:
           ValueError: the model has no contrastive pass, or the images have another size.
@@ -381,7 +399,9 @@ class MaMMUT(nnx.Module):
     def caption_logits(
         self, image: Image, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"] | None = None
     ) -> Float[Array, "B L V"]:
-        """Scores the token after each of `tokens`, given the image, float32[B, L, V].
+        """Scores the token after each of `tokens`, given the image.
+
+        Returns float32[B, L, V].
 
         Without `text_valid` all tokens count as real. Either way pads at the end change no score
         before them.
@@ -401,7 +421,9 @@ class MaMMUT(nnx.Module):
         text_valid: Bool[Array, "B L"],
         target: Bool[Array, "B L"] | None = None,
     ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
-        """Makes labels of the caption pass, int[B, L], and their loss mask, bool[B, L].
+        """Makes the labels of the caption pass and their loss mask.
+
+        Returns int[B, L] and bool[B, L].
 
         As `masks.caption_labels` does, but a `DecoderConfig.pad_id` is never a label.
         """
@@ -413,7 +435,9 @@ class MaMMUT(nnx.Module):
     def cross_attention(
         self, image: Image, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"] | None = None
     ) -> Float[Array, "G B N L P"]:
-        """Computes the attention of `caption_logits` to the image, float32[G, B, N, L, P].
+        """Computes the attention of `caption_logits` to the image.
+
+        Returns float32[G, B, N, L, P].
 
         There are G cross-attention layers. Row i of a text holds the weights of the image tokens
         when token i + 1 is predicted, and sums to 1. With an image prefix the layers are those of
@@ -430,7 +454,9 @@ class MaMMUT(nnx.Module):
         text_valid: Bool[Array, "B L"],
         augment: Augment = Augment(),
     ) -> TwoPassOutput:
-        """Runs both passes on one batch, for a training step; images are encoded once.
+        """Runs both passes on one batch, for a training step.
+
+        Images are encoded once.
 
         `ComputeConfig.passes` says whether the decoder runs once or twice for that.
         """

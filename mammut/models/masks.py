@@ -1,4 +1,7 @@
-"""Attention and loss masks; no other file makes one. Arrays in, arrays out."""
+"""Attention and loss masks; all masks are made here.
+
+Functions take arrays and return arrays.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
@@ -9,7 +12,7 @@ from mammut.core.typing import Array
 def attn_mask(valid: Bool[Array, "B S"], causal: Bool[Array, "S"]) -> Bool[Array, "B 1 S S"]:
     """Makes an attention mask from two boolean vectors, bool[B, 1, S, S].
 
-    The third axis is that of the queries, the last that of the keys; True: the query may attend to
+    The third axis has the queries, the last the keys; True: the query may attend to
     the key. `valid` marks real tokens: nothing attends to a pad. `causal[s]` hides token s from all
     tokens before it:
 
@@ -25,7 +28,9 @@ def attn_mask(valid: Bool[Array, "B S"], causal: Bool[Array, "S"]) -> Bool[Array
 
 
 def shift_valid(valid: Bool[Array, "B L"]) -> Bool[Array, "B Lc"]:
-    """Moves `valid` one position to the right, bool[B, L + 1]: True, then `valid`.
+    """Moves `valid` one position to the right, bool[B, L + 1].
+
+    The result is True, then `valid`.
 
     The class token of open_clip's CoCa stands behind the text, but this mask has its entry in
     front. The weights were trained with that: a token is hidden where the one before it is a pad.
@@ -36,7 +41,9 @@ def shift_valid(valid: Bool[Array, "B L"]) -> Bool[Array, "B Lc"]:
 def behind_prefix(
     prefix_valid: Bool[Array, "B P"], valid: Bool[Array, "B L"]
 ) -> Bool[Array, "B Lp"]:
-    """Marks what is no pad of a prefix and its text, bool[B, P - 1 + L].
+    """Marks the real tokens of a prefix and its text.
+
+    Returns bool[B, P - 1 + L].
 
     The prefix stands in place of the text's first token. A text without any token leaves it without
     its last position.
@@ -50,7 +57,9 @@ def caption_labels(
     text_valid: Bool[Array, "B L"],
     target: Bool[Array, "B L"] | None = None,
 ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
-    """Makes the labels of the caption pass, int[B, L], and their loss mask, bool[B, L].
+    """Makes the labels of the caption pass and their loss mask.
+
+    Returns int[B, L] and bool[B, L].
 
     Labels are `tokens` shifted left by one. The mask follows the labels, not the inputs: the end
     token, as an input, would have to predict a pad. It does not depend on ids: 0 is a pad here and
@@ -74,7 +83,9 @@ def caption_labels(
 def within(
     mask: Bool[Array, "#B 1 L S"], window: int, first: Int[Array, ""] | int = 0
 ) -> Bool[Array, "#B 1 L S"]:
-    """Limits a mask to the last `window` tokens of each query, itself included.
+    """Limits a mask to the last `window` tokens of each query.
+
+    The query itself is one of them.
 
     A window of 0 leaves the mask as it is. The first query stands at position `first`.
     """

@@ -1,4 +1,6 @@
-"""ResNet image encoders of MAGMA: CLIP's without its attention pool, and the norm-free one.
+"""ResNet image encoders of MAGMA.
+
+One is CLIP's ResNet without its attention pool, the other has no norms.
 
 MAGMA (arXiv 2112.05253, section 3.1) uses both. Images and features are laid out [B, height, width,
 channels], kernels [height, width, inputs, outputs]. The bottlenecks of a stage after its first have
@@ -50,7 +52,7 @@ class ResNetConfig:
       144
     """
 
-    # Kind of the ResNet. clip: that of CLIP (arXiv 2103.00020, section 2.4) without its attention
+    # Kind of the ResNet. clip: CLIP's (arXiv 2103.00020, section 2.4) without its attention
     # pool: three convolutions first, averages in place of strides, batch norms that keep their
     # stored statistics. nf: the norm-free ResNet (arXiv 2101.08692): standardised kernels,
     # activations in front.
@@ -62,7 +64,7 @@ class ResNetConfig:
     stages: tuple[int, int, int, int] = (3, 4, 6, 3)
     # Height and width of an image in pixels, a multiple of 32; images are square.
     image_size: int = 224
-    # A second, smaller image size that the ResNet takes: that of `TrainConfig.low_image_steps`.
+    # A second, smaller image size that the ResNet takes, for `TrainConfig.low_image_steps`.
     # None: one size.
     low_image_size: int | None = None
     # Mean of each colour channel, of pixels scaled to 0..1; the default is CLIP's.
@@ -133,7 +135,7 @@ class ResNetConfig:
 
 def _kernel(size: int, inputs: int, outputs: int, *, dtypes: Dtypes) -> nnx.Param:
     """Makes a kernel [size, size, inputs, outputs]."""
-    # A variance of 2 / fan-in: a ReLU halves what comes in.
+    # A variance of 2 / fan-in: a ReLU halves the variance of its input.
     start = FanIn(size * size * inputs, gain=2.0)
     sizes = (size, size, inputs, outputs)
     return param(start, sizes, dtypes.param, None, None, None, "embed")
@@ -146,7 +148,10 @@ def _vector(size: int, value: float, dtype: Any) -> nnx.Param:
 def _convolved(
     x: Float[Array, "B H W C"], kernel: Float[Array, "K K C E"], stride: int
 ) -> Float[Array, "B h w E"]:
-    """Convolves with zeros around the image, so that stride 1 keeps the size."""
+    """Convolves with zeros around the image.
+
+    With stride 1 the image keeps its size.
+    """
     around = kernel.shape[0] // 2, kernel.shape[0] // 2
     # The batch is split over devices, so each device needs the whole kernel.
     kernel = constrain(kernel.astype(x.dtype), None, None, None, None)
@@ -165,7 +170,7 @@ def _halved(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
 class NormedConvolution(nnx.Module):
     """A convolution, then a batch norm with stored statistics.
 
-    The statistics are never those of the batch: an image has the same tokens in training as at
+    The statistics never come from the batch: an image has the same tokens in training as at
     inference, whatever is beside it. Scale and bias are trained like any parameter. Mean and
     variance are parameters only in that they are saved; their gradient is zero. `last` starts with
     a scale of zero, so that a new bottleneck is the identity.
@@ -227,7 +232,9 @@ class StandardisedConvolution(nnx.Module):
 
 
 class ClipBottleneck(nnx.Module):
-    """CLIP's bottleneck: 1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut.
+    """CLIP's bottleneck: three convolutions beside a shortcut.
+
+    The convolutions are 1 x 1, 3 x 3 and 1 x 1.
 
     Where it halves the image, it averages.
     """
@@ -281,7 +288,10 @@ class NormFreeBottleneck(nnx.Module):
 
 
 class ClipStem(nnx.Module):
-    """Three 3 x 3 convolutions and an average: a quarter of the image's sides."""
+    """Three 3 x 3 convolutions and an average.
+
+    The sides of the image shrink to a quarter.
+    """
 
     def __init__(self, width: int, *, dtypes: Dtypes):
         self.conv1 = NormedConvolution(3, 3, width // 2, dtypes=dtypes)
@@ -294,7 +304,10 @@ class ClipStem(nnx.Module):
 
 
 class NormFreeStem(nnx.Module):
-    """A 7 x 7 convolution and a maximum: a quarter of the image's sides."""
+    """A 7 x 7 convolution and a maximum.
+
+    The sides of the image shrink to a quarter.
+    """
 
     def __init__(self, width: int, *, dtypes: Dtypes):
         self.conv = StandardisedConvolution(7, 3, width, dtypes=dtypes)
@@ -307,7 +320,10 @@ class NormFreeStem(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Bottlenecks of one size: the first may halve the image, the others are a stack."""
+    """Bottlenecks of one size.
+
+    The first may halve the image; the others are a stack.
+    """
 
     def __init__(self, config: ResNetConfig, index: int, *, dtypes: Dtypes):
         bottleneck = {"clip": ClipBottleneck, "nf": NormFreeBottleneck}[config.kind]
@@ -323,8 +339,8 @@ class Stage(nnx.Module):
 
         if config.kind == "nf":
             # The variance of each bottleneck's input. The shortcut of a stage's first bottleneck
-            # brings it back to 1, and every bottleneck adds `_ALPHA`^2: `added` counts those that
-            # have.
+            # brings it back to 1, and every bottleneck adds `_ALPHA`^2: `added` counts the
+            # bottlenecks that have added theirs.
             before = config.stages[index - 1] if index > 0 else 0
             added = (before, *range(1, depth))
             self.betas = tuple(1 / math.sqrt(1 + _ALPHA**2 * count) for count in added)
@@ -350,7 +366,9 @@ class Stage(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """A ResNet: images to image tokens, one for each 32 x 32 pixels.
+    """A ResNet, which turns images into image tokens.
+
+    There is one token for each 32 x 32 pixels.
 
     Pixels are normalised here, on the device.
     """
@@ -366,7 +384,9 @@ class ResNet(nnx.Module):
         self.stage1, self.stage2, self.stage3, self.stage4 = stages
 
     def __call__(self, image: Image, augment: Augment = Augment()) -> EncoderOutput:
-        """Encodes images of `image_size`, or of `low_image_size`; they are pooled by their mean.
+        """Encodes images and pools them by their mean.
+
+        The images have `image_size` or `low_image_size`.
 
         Args:
           image: uint8[B, height, width, 3] RGB, normalised here; or float, taken as normalised
@@ -379,8 +399,8 @@ class ResNet(nnx.Module):
         x = self.stem(normalised(image, self.config).astype(self.dtype))
         for stage in (self.stage1, self.stage2, self.stage3, self.stage4):
             x = stage(x, remat=self.compute.remat, unroll=self.compute.unroll)
-        # The norm-free stages end without an activation. CLIP's end with this one, and a second
-        # time it changes nothing.
+        # The norm-free stages end without an activation. CLIP's stages end with this one, and a
+        # second call changes nothing.
         x = jax.nn.relu(x)
         grid = x.shape[1], x.shape[2]
         tokens = constrain(x.reshape(x.shape[0], -1, x.shape[3]), "batch", "patch", "embed")

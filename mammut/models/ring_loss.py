@@ -1,4 +1,6 @@
-"""Contrastive losses without the B x B matrix: the values of `mammut.models.losses`, tile by tile.
+"""Contrastive losses in tiles, without the B x B matrix.
+
+The values are the same as in `mammut.models.losses`.
 
 Every device keeps its images. Blocks of texts go round the devices, each with the sums over its
 columns, until they are back where they started. Of the B x B scores a device holds one tile of at
@@ -33,7 +35,9 @@ def ring_softmax(
     *,
     chunk: int,
 ) -> Float[Array, "B"]:
-    """Ring form of `losses.softmax_contrastive`: the loss of each pair, float32[B].
+    """Computes the ring form of `losses.softmax_contrastive`.
+
+    Returns the loss of each pair, float32[B].
 
     Raises:
       ValueError: the pairs do not divide over the devices of mesh.data x mesh.fsdp.
@@ -52,7 +56,9 @@ def ring_pairs(
     *,
     chunk: int,
 ) -> Float[Array, "B"]:
-    """Ring form of a loss over single pairs: the loss of each image, float32[B], over the texts.
+    """Computes the ring form of a loss over single pairs.
+
+    Returns the loss of each image over the texts, float32[B].
 
     `pair_loss(scores, matched)` gives the loss of each pair, float[Q, R], as `losses.sigmoid_pairs`
     and `losses.focal_pairs` do; `matched` is bool[Q, R].
@@ -169,7 +175,10 @@ _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _scores(row: Tree, column: Tree) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scores of a tile, which of its pairs match, and which are real (neither side is padding)."""
+    """Computes the scores of a tile.
+
+    Returns also which pairs match, and which are real (neither side is padding).
+    """
     scores = _product(row["embed"], column["embed"].T)
     if "bias" in row:
         scores += row["bias"][:, None]
@@ -206,7 +215,7 @@ def _every_pair(
 ) -> tuple[Tree, Tree]:
     """Sums over all pairs, by row and by column.
 
-    `add(row, row_sums, column, column_sums)` returns the sums with those of one tile added. It
+    `add(row, row_sums, column, column_sums)` adds the sums of one tile and returns the result. It
     finds in `row` and `column` the `number` of each example too, from 1; a row or column that only
     pads a tile has number 0.
     """
@@ -251,7 +260,7 @@ def _every_pair(
 
             row_sums, column_sums = jax.lax.scan(add_column, row_sums, (columns, column_sums))
             if axes:
-                # What does not depend on the sums can travel while they are computed.
+                # Arrays that do not depend on the sums can travel while the sums are computed.
                 columns, column_sums = jax.tree.map(next_device, (columns, column_sums))
             return row_sums, columns, column_sums
 
@@ -262,5 +271,5 @@ def _every_pair(
     if not axes:
         return local(*args)
     spec = PartitionSpec(axes)
-    # Without `check_vma`: it would want a declaration that the sums are the same along `model`.
+    # Without `check_vma`: it would need a declaration that the sums are the same along `model`.
     return jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)(*args)

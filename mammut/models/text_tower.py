@@ -1,8 +1,8 @@
 """The text tower: embeddings, positions, masks, and the contrastive pass.
 
 `TextTower` is the part of the text decoder that never sees an image; `decoder.TextDecoder` adds the
-caption pass. Some models of others have text-only layers, whose output is that of the contrastive
-pass: CoCa has them in front of its other layers, SigLIP has no other layers.
+caption pass. Some published models have text-only layers, whose output is the output of the
+contrastive pass: CoCa has them in front of its other layers, SigLIP has no other layers.
 """
 
 import dataclasses
@@ -45,25 +45,26 @@ class TextTowerConfig(LayerConfig):
     # Kind of positions: learned, or rotary ones in self-attention. rope turns interleaved pairs of
     # a head's numbers (GPT-J), rope_half pairs its first half with its second (GPT-NeoX).
     positions: Literal["learned", "rope", "rope_half"] = "learned"
-    # How many of a head's numbers rotary positions turn, from the first on; None: all.
+    # Count of a head's numbers that rotary positions turn, from the first on; None: all.
     rope_dims: int | None = None
     # Base of the frequencies of rotary positions.
     rope_theta: float = 10_000.0
     # How the features of the contrastive pass become an embedding. mean: their mean over real
-    # tokens. mean_all: over all positions. last: the feature at the last position. end: of the last
-    # real token. class: of a learned token behind the text. none: there is no contrastive pass.
+    # tokens. mean_all: their mean over all positions. last: the feature at the last position. end:
+    # the feature of the last real token. class: the feature of a learned token behind the text.
+    # none: there is no contrastive pass.
     pooling: Literal["mean", "mean_all", "last", "end", "class", "none"] = "mean"
     # Number of layers in front of the others, without cross-attention, that alone make the text
     # embedding: the text tower of CoCa. With `depth` 0 there is no caption pass: SigLIP.
     text_only_depth: int = 0
-    # Attention heads of those layers; None: `num_heads`.
+    # Attention heads of the text-only layers; None: `num_heads`.
     text_only_heads: int | None = None
     # Whether the contrastive pass is causal, as the caption pass is.
     causal_contrastive: bool = False
-    # Passes in which pads are masked: both, the contrastive pass alone, or none. shifted is that of
+    # Passes in which pads are masked: both, the contrastive pass alone, or none. shifted: as in
     # open_clip's CoCa: in the text-only layers, one position too late.
     pad_masking: Literal["both", "contrastive", "none", "shifted"] = "both"
-    # Id that is a pad wherever it stands; None: `text_valid` alone marks pads.
+    # Id of pads, at any position; None: only `text_valid` marks pads.
     pad_id: int | None = None
 
     def __post_init__(self):
@@ -122,7 +123,10 @@ class TextTowerConfig(LayerConfig):
 
     @property
     def whole_length(self) -> bool:
-        """Whether the embedding depends on the last position: texts are padded to `max_length`."""
+        """Whether the embedding depends on the last position.
+
+        If so, texts are padded to `max_length`.
+        """
         return self.pooling in ("mean_all", "last", "class")
 
 
@@ -159,7 +163,7 @@ class TextTower(nnx.Module):
             self.text_only_norm = None
 
     def valid(self, tokens: Int[Array, "*B"], text_valid: Bool[Array, "*B"]) -> Bool[Array, "*B"]:
-        """Marks real tokens: those of `text_valid` that are not `DecoderConfig.pad_id`."""
+        """Marks tokens of `text_valid` other than `DecoderConfig.pad_id`."""
         if self.config.pad_id is None:
             return text_valid
         return text_valid & (tokens != self.config.pad_id)
@@ -167,7 +171,9 @@ class TextTower(nnx.Module):
     def contrastive_pass(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
     ) -> Float[Array, "B Lc D"]:
-        """Computes features of the text alone, float[B, L, D]; those at pads mean nothing.
+        """Computes features of the text alone, float[B, L, D].
+
+        Features at pads mean nothing.
 
         The pass is bidirectional unless `DecoderConfig.causal_contrastive`. With pooling "class"
         there is one more position at the end, the class token's.
@@ -190,7 +196,7 @@ class TextTower(nnx.Module):
         tokens: Int[Array, "B L"],
         text_valid: Bool[Array, "B L"],
     ) -> Float[Array, "B D"]:
-        """Pools features of the contrastive pass to one vector a text, float[B, D]."""
+        """Pools contrastive features to one vector a text, float[B, D]."""
         pooling = self.config.pooling
         if pooling == "mean":
             weights = self.valid(tokens, text_valid).astype(jnp.float32)[..., None]
@@ -201,7 +207,7 @@ class TextTower(nnx.Module):
         if pooling == "end":
             last = jnp.maximum(self.valid(tokens, text_valid).sum(1) - 1, 0)
             return jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
-        # The last position: that of the text (last), or of the class token behind it (class).
+        # The last position belongs to the text (last), or to the class token behind it (class).
         return features[:, -1]
 
     def run_layers(self, x: jax.Array, mask: jax.Array, rotate: Rotation | None) -> jax.Array:
@@ -230,7 +236,7 @@ class TextTower(nnx.Module):
     ) -> Bool[Array, "#B 1 Lc Lc"]:
         """Makes the mask of the contrastive pass.
 
-        `length` counts its positions, that of a class token included.
+        `length` counts its positions, with the class token if there is one.
         """
         config = self.config
         valid = self.valid(tokens, text_valid)

@@ -1,4 +1,6 @@
-"""The transformer layer of both towers: attention, MLP, and the norms between them.
+"""The transformer layer of both towers.
+
+It has attention, an MLP, and norms between them.
 
 Axes in einsum strings: B batch, L tokens with queries, S tokens with keys and values, N heads, K
 head size, D width.
@@ -50,7 +52,9 @@ def attention_weights(
     mask: Bool[Array, "#B 1 L S"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B N L S"]:
-    """Computes attention weights: a softmax in float32 of the scores, float32[B, N, L, S].
+    """Computes attention weights, float32[B, N, L, S].
+
+    The weights are a softmax of the scores, in float32.
 
     `scale` multiplies the scores; None: 1 / sqrt(head size). A query whose keys are all masked
     attends to all alike: its weights are defined, never NaN.
@@ -75,7 +79,10 @@ def dot_product_attention(
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of tokens: of an image, a text, or a text so far."""
+    """Keys and values of tokens.
+
+    The tokens are of an image, a text, or the beginning of a text.
+    """
 
     key: jax.Array  # float[B, S, N, K]
     value: jax.Array  # float[B, S, N, K]
@@ -94,7 +101,7 @@ class Rotation:
     halves: bool = struct.field(pytree_node=False, default=False)
 
     def __call__(self, x: Float[Array, "B L N K"]) -> Float[Array, "B L N K"]:
-        """Turns the pairs of each head's numbers by the angles of their token."""
+        """Rotates the pairs of each head by their token's angles."""
         size = 2 * self.cos.shape[-1]
         turned = x[..., :size].astype(jnp.float32)
         rest = x[..., size:]
@@ -116,7 +123,10 @@ class Rotation:
 def rotation(
     positions: Int[Array, "*B L"], size: int, theta: float, *, halves: bool = False
 ) -> Rotation:
-    """Computes rotary angles at `positions`: position * theta^(-2 i / size) for pair i."""
+    """Computes rotary angles at `positions`.
+
+    Pair i gets position * theta^(-2 i / size).
+    """
     frequencies = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return Rotation(jnp.cos(angles), jnp.sin(angles), halves)
@@ -211,7 +221,8 @@ class Attention(nnx.Module):
                 query, kv.key, kv.value, scale=self.scale, implementation=kernel
             )
         else:
-            # Not by a fused kernel: their handling of masks has open bugs, and texts are short.
+            # No fused kernel is used: these have open bugs in their handling of masks, and texts
+            # are short.
             attended = dot_product_attention(query, kv.key, kv.value, mask, self.scale)
         if self.gate is not None:
             attended = attended * jax.nn.sigmoid(self.gate(x))
@@ -246,11 +257,11 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """A pre-norm transformer layer: attention, then an MLP, each added to its input.
+    """A pre-norm transformer layer: attention, then an MLP.
 
-    In a parallel layer both read the same input. Called with `kv`, it attends to these keys and
-    values, of an image or of a cache (`image_keys_values`, `own_keys_values`); without, to its own
-    tokens.
+    The output of each is added to its input. In a parallel layer both read the same input. With
+    `kv` the layer attends to these keys and values, of an image or of a cache (`image_keys_values`,
+    `own_keys_values`); without `kv` it attends to its own tokens.
 
     Args:
       config: the layers of the tower.
@@ -285,11 +296,11 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, dtypes=dtypes) if has_mlp else None
 
     def own_keys_values(self, x: Float[Array, "B L D"], rotate: Rotation | None = None) -> KeyValue:
-        """Computes the keys and values of self-attention: those of the normed tokens."""
+        """Computes keys and values of the normed tokens, for self-attention."""
         return self.attn.keys_values(self.attn_norm(x), rotate)
 
     def image_keys_values(self, image_tokens: Float[Array, "B P D"]) -> KeyValue:
-        """Computes the keys and values of cross-attention: those of the image tokens."""
+        """Computes keys and values of the image tokens, for cross-attention."""
         if self.image_norm is not None:
             image_tokens = self.image_norm(image_tokens)
         return self.attn.keys_values(image_tokens)
@@ -301,7 +312,10 @@ class Layer(nnx.Module):
         mask: Bool[Array, "#B 1 L S"] | None = None,
         rotate: Rotation | None = None,
     ) -> Float[Array, "B L D"]:
-        """Runs the first half of the layer; of a parallel layer, all of it."""
+        """Runs the first half of the layer, the attention.
+
+        In a parallel layer it runs the whole layer.
+        """
         normed = self.attn_norm(x)
         if kv is None:
             kv = self.attn.keys_values(normed, rotate)
@@ -313,7 +327,10 @@ class Layer(nnx.Module):
         return constrain(y, "batch", None, "embed")
 
     def feed_forward(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """Runs the second half of the layer, its MLP, unless `attend` has run it."""
+        """Runs the second half of the layer, its MLP.
+
+        It does nothing where `attend` has already run the MLP.
+        """
         if self.mlp is None or self.parallel:
             return x
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, "embed")

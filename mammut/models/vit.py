@@ -1,4 +1,7 @@
-"""The ViT image encoder, with learned positions, as in the paper (section 3.1)."""
+"""The ViT image encoder, with learned positions.
+
+It follows section 3.1 of the paper.
+"""
 
 import dataclasses
 import math
@@ -29,7 +32,9 @@ _DROP_STREAM = 4
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig(LayerConfig):
-    """A ViT image encoder: patches, learned positions, pre-norm layers; no class token by default.
+    """Configuration of a ViT image encoder.
+
+    It has patches, learned positions and pre-norm layers; by default it has no class token.
 
     Example:
       >>> vision = VisionConfig(image_size=96, patch_size=8, width=384, num_heads=6, mlp_dim=1536)
@@ -65,9 +70,9 @@ class VisionConfig(LayerConfig):
     pool_queries: int = 256
     # Attention heads of pooling "queries".
     pool_heads: int = 8
-    # Whether the last norm is of the pooled vector alone; the decoder then sees tokens without it.
+    # Whether the last norm acts on the pooled vector only; the decoder then sees tokens without it.
     norm_after_pooling: bool = False
-    # A second, smaller image size that the encoder takes, with its positions resampled: that of
+    # A second, smaller image size that the encoder takes, with its positions resampled, for
     # `TrainConfig.low_image_steps`. None: one size.
     low_image_size: int | None = None
     # Mean of each colour channel, of pixels scaled to 0..1; subtracted before the first layer.
@@ -129,9 +134,9 @@ class VisionConfig(LayerConfig):
 
 
 class QueryPool(nnx.Module):
-    """Learned queries that attend to all tokens of an image, float[B, Q, E].
+    """Learned queries that attend to all tokens of an image.
 
-    They are those of CoCa (arXiv 2205.01917, section 3.2).
+    They return float[B, Q, E], as in CoCa (arXiv 2205.01917, section 3.2).
     """
 
     def __init__(self, config: VisionConfig, width: int, *, dtypes: Dtypes):
@@ -149,9 +154,9 @@ class QueryPool(nnx.Module):
 
 
 class MapPool(nnx.Module):
-    """A learned query that attends to all tokens, then an MLP, float[B, D].
+    """A learned query that attends to all tokens, then an MLP.
 
-    It is the head of SigLIP (arXiv 2106.04560, section 3.4).
+    It returns float[B, D]. It is the head of SigLIP (arXiv 2106.04560, section 3.4).
     """
 
     def __init__(self, config: VisionConfig, *, dtypes: Dtypes):
@@ -265,7 +270,10 @@ class ViT(nnx.Module):
         return EncoderOutput(tokens, pooled, grid)
 
     def _pooled(self, x: Float[Array, "B P D"]) -> tuple[jax.Array, jax.Array]:
-        """Splits the last layer's output into the decoder's tokens and one float32 vector."""
+        """Splits the last layer's output into tokens and one vector.
+
+        The decoder reads the tokens. The vector is float32.
+        """
         pooling = self.config.pooling
         if pooling == "queries":
             x = self.norm(self.pool(x))
@@ -290,7 +298,10 @@ class ViT(nnx.Module):
 
 
 def patchify(image: Float[Array, "B height width 3"], patch_size: int) -> Float[Array, "B P F"]:
-    """Cuts images into patches, row by row, float[B, P, patch_size * patch_size * 3]."""
+    """Cuts images into patches, row by row.
+
+    Returns float[B, P, patch_size * patch_size * 3].
+    """
     batch, height, width, channels = image.shape
     down = height // patch_size
     across = width // patch_size
@@ -321,7 +332,9 @@ def drop_patches(
 def crop_pos_embed(
     key: Key[Array, ""], pos_embed: Float[Array, "down across D"], batch: int
 ) -> Float[Array, "B down across D"]:
-    """Draws a crop of the position table for each image, float[B, down, across, D].
+    """Draws a crop of the position table for each image.
+
+    Returns float[B, down, across, D].
 
     Cropped positional embedding (RO-ViT, arXiv 2305.07011, section 3.2; MaMMUT's paper uses it in
     the last 100K steps): the table is enlarged bilinearly, cropped to a random box and sampled back
@@ -344,7 +357,9 @@ def crop_pos_embed(
 def _crop_matrix(
     start: Float[Array, "B"], extent: Float[Array, "B"], size: int
 ) -> Float[Array, "B S S"]:
-    """Makes matrices that enlarge an axis and sample a crop of it, float[B, S, S].
+    """Makes matrices that enlarge an axis and sample its crop.
+
+    Returns float[B, S, S].
 
     The axis has `size` positions and goes from 0 to 1, the crop from `start` to `start + extent`.
     As many positions are sampled from the crop, evenly.
@@ -358,7 +373,7 @@ def _crop_matrix(
 def _bilinear(points: Float[Array, "B Q"], size: int) -> Float[Array, "B Q S"]:
     """Computes bilinear weights of cell centres at `points`, float[B, Q, S].
 
-    The centres are those of `size` equal cells from 0 to 1. Beyond the outermost centres the value
+    They are the centres of `size` equal cells from 0 to 1. Beyond the outermost centres the value
     of the nearest one holds.
     """
     position = jnp.clip(points * size - 0.5, 0, size - 1)

@@ -1,1 +1,1 @@
-"""What a step costs, by its compiled program and by the clock."""
+"""The costs of a step, from its compiled program and measured."""

@@ -1,4 +1,7 @@
-"""Times mammut and a peer in turn, in one process, on the same weights."""
+"""Times mammut and a peer in turn, on the same weights.
+
+Both run in one process.
+"""
 
 import dataclasses
 import functools
@@ -33,7 +36,10 @@ TOLERANCES = {"contrastive_loss": 1e-4, "caption_loss": 1e-4, "grad_norm": 1e-3}
 
 
 def load_ours(peer: OpenClip) -> MaMMUT:
-    """Loads our model with the peer's weights, through the files that it would publish."""
+    """Loads our model with the peer's weights.
+
+    The weights go through the files that the peer would publish.
+    """
     with tempfile.TemporaryDirectory() as folder:
         peer.save(pathlib.Path(folder))
         return load(folder)[0]
@@ -47,7 +53,7 @@ def require_equal(ours: dict[str, float], theirs: dict[str, float]) -> dict[str,
         nothing.
     """
     differences = {name: abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in TOLERANCES}
-    # `not <=`: a loss that is not a number is different from every other.
+    # `not <=`: a NaN loss differs from every other loss.
     wrong = [
         f"{name} is {ours[name]:.6g} here and {theirs[name]:.6g} there"
         for name, limit in TOLERANCES.items()
@@ -73,7 +79,7 @@ def train(
     """Times full training steps of both: forward, both losses, backward, AdamW.
 
     Losses are compared in float32. In bfloat16, where every order of sums rounds differently, steps
-    are only timed; the peer's bfloat16 is that of `torch.autocast`, open_clip's own `amp_bf16`.
+    are only timed; the peer's bfloat16 comes from `torch.autocast`, open_clip's own `amp_bf16`.
 
     Args:
       peer: the peer, with its batch.
@@ -142,7 +148,9 @@ def generation(
     rounds: int,
     per_turn: int = 1,
 ) -> dict[str, Any]:
-    """Times generation of exactly `new_tokens` tokens for the first images of the batch.
+    """Times generation of exactly `new_tokens` tokens.
+
+    The images are the first ones of the batch.
 
     No text ends early: the peer forbids the end token up to the last position, and here no token is
     the end. Greedy texts are compared, in float32. Beams are not: released open_clip ranks them by

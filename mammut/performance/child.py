@@ -1,4 +1,6 @@
-"""Times the start of a run, stage by stage, in a fresh process that makes one training step.
+"""Times the start of a run, stage by stage.
+
+The run starts in a fresh process that makes one training step.
 
 python -m mammut.performance.child < REQUEST.json > ANSWER.json
 """
@@ -19,7 +21,7 @@ from mammut.training.config import TrainConfig
 def ask(
     config: TrainConfig, *, cache: str | None = None, fake_devices: int | None = None
 ) -> dict[str, Any]:
-    """Times the first step of a run in a process of its own.
+    """Times the first step of a run in its own process.
 
     Args:
       config: the run.
@@ -95,12 +97,17 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def startup(config: TrainConfig, cache: str) -> dict[str, Any]:
-    """Times a first step `cold`, with the empty folder `cache` to compile into, then `warm`."""
+    """Times a first step `cold`, then `warm`.
+
+    The cold step compiles into the empty folder `cache`.
+    """
     return {name: ask(config, cache=cache)["seconds"] for name in ("cold", "warm")}
 
 
 def over_devices(config: TrainConfig, counts: list[int]) -> dict[str, Any]:
-    """Measures the memory of one device with batch and parameters split over fake CPU devices.
+    """Measures one device's memory on several fake CPU devices.
+
+    Batch and parameters are split over the devices.
 
     Fake devices share the cores, so their times mean nothing for real ones. On an accelerator, time
     a run with another `mesh` instead.

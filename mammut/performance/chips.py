@@ -1,4 +1,7 @@
-"""The figures that makers state for their devices: limits of a measurement or an estimate."""
+"""The published figures of devices.
+
+They limit a measurement or an estimate.
+"""
 
 import dataclasses
 
@@ -25,7 +28,7 @@ class Chip:
 
 
 GIB = 2.0**30
-# By `jax.Device.device_kind`, to the letter: an A100 of 40 GB is not one of 80 GB.
+# The key is `jax.Device.device_kind`, exactly: an A100 of 40 GB is not an A100 of 80 GB.
 # TPU: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x. `link` is the "bidirectional ICI
 # bandwidth per chip" divided by both ways and 4 or 6 ports; `network` is the bandwidth of a host's
 # cards divided by its chips. A TPU7x chip is two devices.
@@ -49,5 +52,8 @@ CHIPS = {
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The figures of a device by `jax.Device.device_kind`; None where the table has none."""
+    """Looks up the figures of a device by `jax.Device.device_kind`.
+
+    Returns None where the table has none.
+    """
     return CHIPS.get(device_kind)

@@ -1,6 +1,8 @@
-"""The costs of a train step on each device, from compiling it: nothing runs, no data is needed.
+"""The costs of a train step on each device, from compiling.
 
-With a topology the devices are those of a TPU slice that need not exist: libtpu compiles for it on
+Nothing runs, and no data is needed.
+
+With a topology the devices belong to a TPU slice that need not exist: libtpu compiles for it on
 any machine.
 """
 
@@ -28,7 +30,9 @@ from mammut.training.tasks import TASKS
 
 
 def compile_report(config: TrainConfig, topology: str | None = None) -> str:
-    """Compiles the step of a run and reports on one device: memory, FLOPs, collectives, time.
+    """Compiles the step of a run and reports on one device.
+
+    The report has memory, FLOPs, collectives and time.
 
     The time is an estimate, by the roofline.
 
@@ -66,7 +70,9 @@ def compile_report(config: TrainConfig, topology: str | None = None) -> str:
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """The devices of a TPU slice to compile for: "v5e:8x8", or "2*v5e:8x8" for two slices.
+    """Makes the devices of a TPU slice to compile for.
+
+    "v5e:8x8" is one slice, "2*v5e:8x8" are two.
 
     Raises:
       ValueError: libtpu is not installed, or does not know the topology.
@@ -119,10 +125,10 @@ def step_flops(config: TrainConfig) -> tuple[int, int]:
     """Counts the FLOPs of a step over the whole batch.
 
     Returns:
-      The FLOPs of the model, three times those of a forward pass; and the FLOPs that run, which are
-      more where something is computed again: the towers once with remat "full" (with "dots", next
-      to nothing), both embeddings once with accumulation. Fewer run where parameters are frozen:
-      nothing computes their gradients. That is not subtracted.
+      The FLOPs of the model, three times the FLOPs of a forward pass; and the FLOPs that run, which
+      are more where something is computed again: the towers once with remat "full" (with "dots",
+      next to nothing), both embeddings once with accumulation. Fewer run where parameters are
+      frozen: nothing computes their gradients. That is not subtracted.
     """
     task = TASKS[config.task](config.loss)
     parts = task.flops(config)
@@ -136,7 +142,11 @@ def step_flops(config: TrainConfig) -> tuple[int, int]:
 
 
 def _memory_lines(config: TrainConfig, memory: Any, chip: Chip | None) -> list[str]:
-    """The memory of one device; raises ValueError where it is more than the chip has."""
+    """Lists the memory of one device.
+
+    Raises:
+      ValueError: it is more than the chip has.
+    """
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     sizes = {
         "arguments": memory.argument_size_in_bytes,
@@ -168,7 +178,7 @@ def _flops_lines(config: TrainConfig, devices: int) -> list[str]:
 
 
 def _axes(collective: Collective, mesh: Mesh) -> str:
-    """The mesh axes that a collective goes over."""
+    """Finds the mesh axes that a collective goes over."""
     if collective.kind == "send":
         return "other slices"
     # Of each axis, the coordinates of the devices that take part.
@@ -213,7 +223,10 @@ def _loop_lines(program: Program) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The least seconds of a step for each part of a device alone."""
+    """The least seconds of a step, by part of a device.
+
+    Each is computed as if that part alone were the limit.
+    """
 
     compute: float
     memory: float
@@ -226,7 +239,7 @@ class Estimate:
 
     @property
     def worst(self) -> float:
-        """Seconds of a step where they work one after the other."""
+        """Seconds of a step whose parts work one after the other."""
         return self.compute + self.memory + self.links
 
 
@@ -237,13 +250,15 @@ def estimate(
     devices: list[Any],
     chip: Chip,
 ) -> Estimate:
-    """Estimates a step on `devices`, in the order of the mesh, by the roofline.
+    """Estimates a step on `devices` by the roofline.
+
+    The devices are in the order of the mesh.
 
     Returns:
       compute: the FLOPs that run on a device, divided by its peak.
       memory: the bytes that its operations read and write, divided by its bandwidth.
       links: the bytes that it sends in its collectives, each as a ring, divided by the sum of its
-        links; and those that leave the slice, divided by the bandwidth of the network.
+      links; and the bytes that leave the slice, divided by the bandwidth of the network.
     """
     of_slice = [getattr(device, "slice_index", 0) for device in devices]
     inside = outside = 0.0

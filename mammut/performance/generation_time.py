@@ -1,4 +1,7 @@
-"""Times generation with the cache and without: the same images, the same search."""
+"""Times generation with the cache and without.
+
+The images and the search are the same.
+"""
 
 import time
 from collections.abc import Callable
@@ -24,7 +27,10 @@ def cached(
     config: GenerateConfig,
     vocab_size: int | None = None,
 ) -> Generation:
-    """Calls `generate` with start tokens int[B, 1], without an end, with ids below `vocab_size`."""
+    """Calls `generate` with start tokens int[B, 1].
+
+    The texts have no end, and their ids are below `vocab_size`.
+    """
     valid = jnp.ones(start.shape, bool)
     return generate(model, image, start, valid, config, eos_id=_NO_END, vocab_size=vocab_size)
 
@@ -32,7 +38,10 @@ def cached(
 def uncached(
     model: MaMMUT, image: jax.Array, start: jax.Array, config: GenerateConfig
 ) -> Generation:
-    """Generates the same texts by a caption pass over the whole text at every step."""
+    """Generates the same texts without a cache.
+
+    Every step runs a caption pass over the whole text.
+    """
 
     def step(text, position, image_tokens):
         features = model.decoder.caption_pass(text, jnp.ones(text.shape, bool), image_tokens)
@@ -51,7 +60,10 @@ def uncached(
 def compiled_loop(
     loop: Callable, model: MaMMUT, image: jax.Array, start: jax.Array, config: GenerateConfig
 ) -> tuple[Callable[[], Generation], float]:
-    """Compiles `cached` or `uncached`; returns a call that waits for its end, and the seconds."""
+    """Compiles `cached` or `uncached`.
+
+    Returns a call that waits for its end, and the seconds.
+    """
     graphdef, params = nnx.split(model)
 
     def run(params, image, start):
@@ -65,7 +77,7 @@ def compiled_loop(
 
 
 def rates(turns: list[list[float]], rows: int, new_tokens: int) -> dict[str, Any]:
-    """The times of a loop for `rows` images, with their rates."""
+    """Computes times and rates of a loop for `rows` images."""
     times = summary(sum(turns, []))
     median = times["seconds"]
     return times | {
@@ -78,7 +90,10 @@ def rates(turns: list[list[float]], rows: int, new_tokens: int) -> dict[str, Any
 def measure_generation(
     model: MaMMUT, image: jax.Array, start: jax.Array, config: GenerateConfig, rounds: int
 ) -> dict[str, Any]:
-    """Measures both loops on one batch: whether they give the same texts, then their times."""
+    """Measures both loops on one batch.
+
+    It tests whether they give the same texts, then times them.
+    """
     row: dict[str, Any] = {"batch": len(image), "beams": config.num_beams}
     calls = {}
     results = {}

@@ -1,4 +1,7 @@
-"""How a step grows with the batch, the resolution or the text length, with the exponent."""
+"""The growth of a step's cost with one size.
+
+The size is the batch, the resolution or the text length. The growth has an exponent.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,22 +15,26 @@ Axis = Literal["batch", "image_size", "length"]
 
 
 def default_sizes(axis: Axis, model: ModelConfig, batch_size: int) -> tuple[int, ...]:
-    """Half, once and twice the size of the model or the batch; of images 0.5, 1 and 1.5 times."""
+    """Chooses half, once and twice the given size.
+
+    The size is the model's or the batch's. For images the factors are 0.5, 1 and 1.5.
+    """
     if axis == "image_size":
         side = model.vision.grid[0]
-        pixels = model.vision.image_size // side  # of one image token
+        pixels = model.vision.image_size // side  # size of one image token
         return tuple(sorted({pixels * max(1, round(side * share)) for share in (0.5, 1, 1.5)}))
     whole = batch_size if axis == "batch" else model.text_length
     return tuple(sorted({max(2, whole // 2), whole, 2 * whole}))
 
 
 def grown(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
-    """The config of `model` for images or texts of another size."""
+    """Makes the config of `model` for images or texts of another size."""
     if axis == "image_size":
         vision = dataclasses.replace(model.vision, image_size=size, low_image_size=None)
         return dataclasses.replace(model, vision=vision)
     if axis == "length":
-        places = size + model.text.max_length - model.text_length  # an image prefix takes some
+        # an image prefix takes some of the positions
+        places = size + model.text.max_length - model.text_length
         return dataclasses.replace(model, text=dataclasses.replace(model.text, max_length=places))
     return model
 
@@ -43,7 +50,9 @@ def measure_growth(
     warmup: int,
     peak: float,
 ) -> dict[str, Any]:
-    """Measures the step at each size: a row each, and how time, FLOPs and memory grow.
+    """Measures the step at each size, and its growth.
+
+    Each size has a row. The growth of time, FLOPs and memory is measured.
 
     Args:
       axis: what grows.

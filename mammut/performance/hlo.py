@@ -1,4 +1,6 @@
-"""Reads a compiled program's text (XLA's HLO): its collectives and its traffic to memory.
+"""Reads a compiled program's text (XLA's HLO).
+
+It lists the program's collectives and its traffic to memory.
 
 Loops count as often as they run. XLA's own cost analysis counts the body of a loop once, and a
 scanned tower is a loop.
@@ -42,7 +44,10 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Its size in bytes; types below a byte, and those without data, count as nothing."""
+        """Size in bytes.
+
+        Types below a byte, and types without data, count as nothing.
+        """
         bits = re.search(r"\d+", self.dtype)
         return math.prod(self.dims) * _BYTES.get(self.dtype, int(bits[0]) // 8 if bits else 0)
 
@@ -53,7 +58,7 @@ class Instruction:
 
     name: str
     opcode: str
-    shapes: tuple[Shape, ...]  # of the result; a tuple has several
+    shapes: tuple[Shape, ...]  # tensors of the result; a tuple has several
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
@@ -61,7 +66,8 @@ class Instruction:
     @property
     def called(self) -> tuple[str, ...]:
         """The names of the computations that it runs."""
-        if self.opcode.endswith(("-done", "-update")):  # they name what their start runs
+        # they name the computation that their start runs
+        if self.opcode.endswith(("-done", "-update")):
             return ()
         names = re.findall(
             r"(?:calls|to_apply|body|called_computation)=%?([\w.-]+)", self.attributes
@@ -99,16 +105,22 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tensor that is gathered, reduced or moved, in one run."""
+        """Bytes of the tensor that one run gathers, reduces or moves."""
         return self.local * len(self.group) if self.kind == "all-gather" else self.local
 
     @property
     def sent(self) -> int:
-        """Bytes that a device sends in one run where the devices form a ring."""
+        """Bytes that a device sends in one run, in a ring.
+
+        The devices form the ring.
+        """
         return self.ring_bytes(len(self.group))
 
     def ring_bytes(self, devices: int) -> int:
-        """Bytes that each of `devices` devices in a ring sends in one run."""
+        """Counts the bytes that each device in a ring sends.
+
+        The ring has `devices` devices. The count is for one run.
+        """
         if self.kind == "send":
             return self.local
         if self.kind in ("collective-permute", "collective-broadcast") and devices > 1:
@@ -141,7 +153,7 @@ class Program:
         )
 
     def collectives(self) -> list[Collective]:
-        """Every collective once, with how often it runs.
+        """Lists every collective once, with its number of runs.
 
         A TPU program spreads a collective over several fused computations, even through loops, to
         compute while it is under way: they share its channel. An all-reduce that is fused with the
@@ -216,10 +228,13 @@ class Program:
                     yield from self._run(called, runs, body)
 
     def _trips(self, loop: Instruction) -> int | None:
-        """How often a loop runs; None where the text does not say."""
+        """Counts the runs of a loop.
+
+        Returns None where the text does not show it.
+        """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(known[1])
-        # In TPU programs it is the one number in the condition, which compares it with a counter
+        # In TPU programs it is the only number in the condition, which compares it with a counter
         # that starts at 0.
         condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)
         if condition is None:
@@ -241,7 +256,7 @@ class Program:
         if i.opcode == "fusion":
             return self._fusion(name, i)
         given = [shape for operand in i.operands for shape in self._shapes(name, operand)]
-        if i.opcode == "all-gather-start":  # its shapes are those of its operand and its result
+        if i.opcode == "all-gather-start":  # its shapes: of its operand and of its result
             return _hbm(given) + _hbm(i.shapes[-1:])
         # The start of a copy, a slice or another collective reads as much as it writes.
         if i.opcode.endswith("-start"):
@@ -277,7 +292,10 @@ class Program:
         return total
 
     def _read(self, name: str, value: str, whole: int) -> int:
-        """Bytes of a value, `whole` in all, that the instructions of a fused computation read."""
+        """Counts the bytes that a fused computation reads of a value.
+
+        The value has `whole` bytes in all.
+        """
         total = 0
         for i in self._of(name):
             if value not in i.operands:
@@ -289,7 +307,7 @@ class Program:
                 and i.operands[0] == value
                 or i.opcode in _PASSED_ON
             ):
-                continue  # written in place, or the buffer of a collective under way
+                continue  # tensors written in place, or the buffer of a running collective
             elif i.opcode in _VIEWS:
                 total += self._read(name, i.name, whole)
             elif i.opcode == "fusion":
@@ -339,7 +357,10 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """The position after the parenthesis that closes the one at `start`."""
+    """Finds the position after a closing parenthesis.
+
+    It closes the one at `start`.
+    """
     depth = 0
     for end in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[end], 0)
@@ -358,7 +379,10 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 
 def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
-    """The first group of devices of a collective, in any of the forms of HLO."""
+    """Reads the first group of devices of a collective.
+
+    All forms of HLO are understood.
+    """
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         ends = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)", pairs[0])]
         return next((pair for pair in ends if len(set(pair)) > 1), ends[0])
@@ -379,9 +403,12 @@ def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
 
 
 def _mesh_group(mesh: str, names: str, attributes: str, num_devices: int) -> tuple[int, ...]:
-    """The first group of a collective over named axes: `'data'=2,'fsdp'=4` and `'fsdp'`."""
+    """Makes the first group of a collective over named axes.
+
+    An example is `'data'=2,'fsdp'=4` and `'fsdp'`.
+    """
     axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)]
-    # 'x': all of an axis; 'x':(2)4: the 4 within each of 2.
+    # 'x': the whole axis; 'x':(2)4: the 4 devices within each of 2 parts.
     over = {
         name: (int(outer or 1), int(part or 0))
         for name, outer, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", names)

@@ -1,4 +1,7 @@
-"""The error text of a run that does not fit into the memory of a device, with what helps."""
+"""The error text of a run that is too large for memory.
+
+It names settings that help.
+"""
 
 import contextlib
 import math
@@ -19,13 +22,18 @@ _AMOUNTS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of JAX, in compiling or in a step, says that memory did not suffice."""
+    """Whether an error of JAX says that memory did not suffice.
+
+    The error may come from compiling or from a step.
+    """
     # A step on the CPU fails with INTERNAL and one of the amounts.
     return "RESOURCE_EXHAUSTED" in str(error) or re.search(_AMOUNTS[1], str(error)) is not None
 
 
 def out_of_memory_advice(config: TrainConfig, error: BaseException) -> str:
-    """Says what did not fit, and which settings take less memory, the cheapest first.
+    """Explains what did not fit, and which settings need less memory.
+
+    The cheapest settings come first.
 
     Args:
       config: the run whose state or step does not fit.

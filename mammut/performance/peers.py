@@ -1,4 +1,6 @@
-"""open_clip as a peer to measure against: the same sizes, weights and batch, in one process.
+"""open_clip as a peer to measure against, in one process.
+
+Sizes, weights and batch are the same.
 
 The peer is a package `open_clip` that the user has: a released one, a checkout's `src`, or LAION's
 fork with MaMMUT. Its model is made from a config that both sides read. Every weight is drawn at
@@ -35,7 +37,7 @@ START = 1  # the id that a generated text starts with
 
 
 class PeerError(ValueError):
-    """The peer cannot do what is needed, or does not compute the same as mammut."""
+    """The peer cannot run, or computes something else than mammut."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,9 @@ SIZES = {
 
 
 def peer_config(size: Size, family: Family, vocab_size: int) -> dict[str, Any]:
-    """open_clip's JSON of a model of this size: CoCa, or MaMMUT as in LAION's fork.
+    """Makes open_clip's JSON of a model of this size.
+
+    The model is CoCa, or MaMMUT as in LAION's fork.
 
     CoCa has as many text layers without attention to the image as with it, and one learned query
     more than patches.
@@ -98,7 +102,10 @@ def peer_config(size: Size, family: Family, vocab_size: int) -> dict[str, Any]:
 
 
 def noise_batch(model_cfg: dict[str, Any], batch: int) -> dict[str, np.ndarray]:
-    """A random batch: `image` uint8[B, height, width, 3] and `tokens` int[B, L], 0 for pads."""
+    """Makes a random batch of images and tokens.
+
+    It has `image` uint8[B, height, width, 3] and `tokens` int[B, L], 0 for pads.
+    """
     rng = np.random.default_rng(0)
     size = model_cfg["vision_cfg"]["image_size"]
     text = _text_cfg(model_cfg)
@@ -114,7 +121,9 @@ def _text_cfg(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 class OpenClip:
-    """A model of open_clip with random weights, a batch of noise on its device, and its optimizer.
+    """A model of open_clip with random weights.
+
+    It has a batch of noise on its device, and an optimizer.
 
     Args:
       package: the name or folder of the package; see `import_open_clip`.
@@ -174,7 +183,10 @@ class OpenClip:
         )
 
     def _read(self, name: str) -> dict[str, Any]:
-        """Reads a config by its path, or by its name in the package."""
+        """Reads a config by its path, or by its package name.
+
+        The name is the name of a config in the package.
+        """
         path = pathlib.Path(name).expanduser()
         if path.suffix == ".json":
             config = json.loads(path.read_text("utf-8"))
@@ -202,7 +214,10 @@ class OpenClip:
         )
 
     def losses_and_gradient(self) -> dict[str, float]:
-        """Computes both losses of the batch and the norm of the gradient, as in a first step."""
+        """Computes both losses and the norm of the gradient.
+
+        They belong to the batch, as in a first step.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         losses = self._losses(self.model)
         sum(losses.values()).backward()
@@ -233,7 +248,9 @@ class OpenClip:
     def generate(
         self, images: int, beams: int, new_tokens: int, dtype: Dtype = "float32"
     ) -> np.ndarray:
-        """Generates texts int[images, 1 + new_tokens] of the first images: greedy, or by beams.
+        """Generates texts of the first images, greedily or by beams.
+
+        Returns int[images, 1 + new_tokens].
 
         A text begins with the start token. None ends early: the end, `end_id`, is forbidden up to
         the last position.
@@ -255,7 +272,7 @@ class OpenClip:
                     self.model.generate(image, **options)
                     for image in self.image[:images].split(self.at_once)
                 ]
-        # Its versions of transformers and of itself may not go together, with any error.
+        # The versions of open_clip and transformers may not fit together, and any error may come.
         except Exception as error:
             raise PeerError(
                 f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -265,7 +282,9 @@ class OpenClip:
         return self.torch.cat(texts).cpu().numpy()
 
     def try_generation(self, images: int, beams: int, new_tokens: int) -> np.ndarray:
-        """Calls `generate` with all images at once, or where that fails one after the other.
+        """Calls `generate` with all images at once.
+
+        Where that fails, it calls it with one image after the other.
 
         Later calls of `generate` do the same.
         """
@@ -278,7 +297,10 @@ class OpenClip:
 
     @property
     def end_id(self) -> int:
-        """The end of a text: the last id of the vocabulary, since the model takes 0 for a pad."""
+        """Id of the end of a text: the vocabulary's last.
+
+        The model takes 0 for a pad.
+        """
         return _text_cfg(self.model_cfg).get("vocab_size", 49_408) - 1
 
     def _computing(self, dtype: Dtype) -> Any:
@@ -296,7 +318,9 @@ def num_cores() -> int:
 
 
 def import_open_clip(package: str) -> types.ModuleType:
-    """Imports open_clip; `package` is its name, or a folder that holds it or its `src`.
+    """Imports open_clip.
+
+    `package` is its name, or a folder that holds it or its `src`.
 
     Raises:
       PeerError: it does not exist, or something that it needs is missing.
@@ -325,7 +349,10 @@ def import_open_clip(package: str) -> types.ModuleType:
 
 
 class _Anything(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands in for any module of torchvision: every name in it is a class that does nothing."""
+    """A stand-in for any module of torchvision.
+
+    Every name in it is a class that does nothing.
+    """
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "torchvision":

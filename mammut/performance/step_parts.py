@@ -1,9 +1,9 @@
-"""The parts of a training step, each compiled and timed on its own, forward and backward.
+"""The parts of a training step, compiled and timed separately.
 
-A part takes the outputs of the parts before it, and computes the gradients of its parameters and of
-its inputs. On their own the parts cannot overlap or be fused with each other, so their sum is near
-the step's time, not equal to it. `rest` is the step less its parts; it has the norm and the sums of
-the gradients, too.
+Each part is timed forward and backward. It takes the outputs of the parts before it, and computes
+the gradients of its parameters and of its inputs. Separate parts cannot overlap or be fused with
+each other, so their sum is near the step's time, not equal to it. `rest` is the step less its
+parts; it includes the norm and the sums of the gradients.
 """
 
 from collections.abc import Callable
@@ -35,14 +35,18 @@ _COUNTED = {
 
 
 def make_parts(step: Step) -> dict[str, Callable[[], Any]]:
-    """Makes the parts of a step, as calls that wait for their end. The first calls compile."""
+    """Makes the parts of a step as calls.
+
+    Each call waits for its end. The first calls compile.
+    """
     config = step.config
     merge = step.trainer.model
     batch = step.batch
     tokens = batch["tokens"]
     valid = batch["text_valid"]
     task = ImageTextTask(config.loss)
-    params = jax.tree.map(jnp.copy, step.state.all_params)  # the step's own are donated
+    # the arrays of the step itself are donated
+    params = jax.tree.map(jnp.copy, step.state.all_params)
 
     def loss_of_captions(model, features):
         head = model.text.vocab_kernel, model.text.vocab_bias
@@ -129,7 +133,10 @@ def _update(step: Step, params: Any) -> Callable[[], Any]:
 
 
 def measure_parts(step: Step, rounds: int = 3, per_turn: int = 3) -> dict[str, Any]:
-    """Measures every part: `seconds`, its `share` of the step and, where counted, of the FLOPs."""
+    """Measures the time of every part of a step.
+
+    Returns its `seconds`, its `share` of the step and, where counted, of the FLOPs.
+    """
     with jax.set_mesh(step.trainer.mesh):
         calls = {"step": step, **make_parts(step)}
         turns = in_turns(calls, rounds, per_turn)

@@ -1,4 +1,7 @@
-"""The time of a training step, its share of the device's peak FLOP/s, and its memory."""
+"""The time of a training step, and its memory.
+
+The share of the device's peak FLOP/s is computed, too.
+"""
 
 import dataclasses
 import math
@@ -41,7 +44,7 @@ class RunSettings:
 
     # Number type of the computation.
     dtype: Dtype | None = None
-    # What the backward pass computes again.
+    # Parts that the backward pass computes again.
     remat: Remat | None = None
     # Layers unrolled in each turn of the loop over layers.
     unroll: int | None = None
@@ -56,7 +59,7 @@ class RunSettings:
     mesh: MeshConfig = MeshConfig()
 
     def compute(self, model: ModelConfig) -> ComputeConfig:
-        """The way to compute `model` with these settings."""
+        """Makes the compute config of `model` with these settings."""
         if jax.default_backend() == "cpu":
             depths = (model.vision.depth, model.text.depth, model.text.text_only_depth)
             usual = ComputeConfig(unroll=max(depths))
@@ -67,7 +70,10 @@ class RunSettings:
         return dataclasses.replace(usual, **given)
 
     def train_config(self, model: ModelConfig, batch_size: int, **others: Any) -> TrainConfig:
-        """A run that trains `model` with these settings; `others` are fields of `TrainConfig`."""
+        """Makes a run that trains `model` with these settings.
+
+        `others` are fields of `TrainConfig`.
+        """
         return TrainConfig(
             model=model,
             compute=self.compute(model),
@@ -80,7 +86,7 @@ class RunSettings:
 
 
 def computed(model: MaMMUT, settings: RunSettings) -> MaMMUT:
-    """A model with the same weights that computes as `settings` say."""
+    """Makes a model with the same weights and the given settings."""
     compute = settings.compute(model.config)
 
     def make() -> MaMMUT:
@@ -91,12 +97,18 @@ def computed(model: MaMMUT, settings: RunSettings) -> MaMMUT:
 
 
 def exact_float32(dtype: Dtype) -> Any:
-    """A context for exact products in float32; a GPU would round them to TF32's 10 bits."""
+    """Makes a context for exact products in float32.
+
+    A GPU would round them to TF32's 10 bits.
+    """
     return jax.default_matmul_precision("highest" if dtype == "float32" else None)
 
 
 def noise_batch(config: TrainConfig) -> dict[str, np.ndarray]:
-    """A batch of random pixels and tokens for `ImageTextTask`; half of a text or more is real."""
+    """Makes a batch of random pixels and tokens for `ImageTextTask`.
+
+    Half of a text or more is real.
+    """
     arrays = ImageTextTask(config.loss).abstract_batch(config)
     rows, length = arrays["tokens"].shape
     rng = np.random.default_rng(0)
@@ -110,7 +122,10 @@ def noise_batch(config: TrainConfig) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass
 class Step:
-    """The real training step of a run, compiled, with a batch that is on the devices already."""
+    """The real training step of a run, compiled.
+
+    Its batch is already on the devices.
+    """
 
     config: TrainConfig
     trainer: Trainer
@@ -118,10 +133,13 @@ class Step:
     state: Any
     compiled: Any
     compile_s: float
-    metrics: dict[str, float]  # of the first call
+    metrics: dict[str, float]  # seconds of the first call
 
     def __call__(self) -> None:
-        """Runs one step and waits for it; the state is donated from call to call."""
+        """Runs one step and waits for it.
+
+        The state is donated from call to call.
+        """
         self.state, metrics = self.compiled(self.state, self.batch)
         jax.block_until_ready(metrics)
 
@@ -148,7 +166,7 @@ def make_step(
             state = trainer.init(config.seed)
         else:
             params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-            # Copies: the step takes over what it is given.
+            # Copies: the step takes over its arguments.
             state = trainer.init_from(jax.tree.map(np.array, params))
         batch = sharding.device_batch(batch, mesh)
         began = time.perf_counter()
@@ -160,7 +178,7 @@ def make_step(
 
 
 def memory(compiled: Any) -> dict[str, float]:
-    """GiB of one device that a compiled program takes.
+    """Counts the GiB of one device that a compiled program takes.
 
     Returns:
       `state_and_batch`, `temporaries`, `total`, and `peak`, the most that this process has held,
@@ -180,7 +198,10 @@ def memory(compiled: Any) -> dict[str, float]:
 
 
 def measured_peak(dtype: Dtype, calls: int = 5) -> float:
-    """Measures FLOP/s of one device in products of two square matrices: the fastest of `calls`."""
+    """Measures FLOP/s of one device by square matrix products.
+
+    The fastest of `calls` counts.
+    """
     side = 2_048 if jax.default_backend() == "cpu" else 8_192
     # Noise: zeros take less power, and on some devices less time.
     left, right = (jax.random.normal(jax.random.key(i), (side, side), dtype) for i in range(2))
@@ -189,7 +210,9 @@ def measured_peak(dtype: Dtype, calls: int = 5) -> float:
 
 
 def utilisation(config: TrainConfig, seconds: float, peak: float) -> dict[str, float]:
-    """The rate of a step of `seconds` by `FORMULA`; `peak` is the FLOP/s of one device.
+    """Computes the rate of a step of `seconds` by `FORMULA`.
+
+    `peak` is the FLOP/s of one device.
 
     Returns:
       `tflops` of all devices together, `mfu` against `peak`, and for bfloat16 on a known chip
@@ -205,7 +228,10 @@ def utilisation(config: TrainConfig, seconds: float, peak: float) -> dict[str, f
 
 
 def measure(step: Step, steps: int, warmup: int, peak: float) -> dict[str, Any]:
-    """Measures a step: time, rate, utilisation and memory, with the sizes that it had."""
+    """Measures a step: time, rate, utilisation and memory.
+
+    The result names the sizes of the step.
+    """
     config = step.config
     with jax.set_mesh(step.trainer.mesh):
         times = summary(timed(step, steps, warmup), config.data.batch_size)
@@ -225,10 +251,10 @@ def measure(step: Step, steps: int, warmup: int, peak: float) -> dict[str, Any]:
 def image_attention_kernel(
     config: ModelConfig, compute: ComputeConfig, platform: str | None = None
 ) -> Kernel:
-    """The kernel that the image encoder's attention runs on, for images of `image_size`.
+    """Finds the kernel of the image encoder's attention.
 
-    A ResNet has none. `platform` is "cpu", "gpu" or "tpu"; None: that of the current mesh, or the
-    default one.
+    It is the kernel for images of `image_size`. A ResNet has none. `platform` is "cpu", "gpu" or
+    "tpu"; None: the platform of the current mesh, or the default one.
     """
     vision = config.vision
     if compute.image_attention == "xla" or isinstance(vision, ResNetConfig):

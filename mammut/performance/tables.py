@@ -13,7 +13,10 @@ _STEPS = (
 
 
 def generation(row: dict[str, Any]) -> str:
-    """Both loops on a batch: two lines under the heading `GENERATION`."""
+    """Writes both loops on a batch.
+
+    They are two lines under the heading `GENERATION`.
+    """
     equal = f"{row['texts_equal']}/{row['batch']}"
     cases = {"cached": f"{row['batch']:>5} {row['beams']:>5} {equal:>7}", "uncached": " " * 19}
     ends = {"cached": f" {row['speedup']:>7.2f}x", "uncached": ""}
@@ -26,7 +29,7 @@ def generation(row: dict[str, Any]) -> str:
 
 
 def steps(rows: list[dict[str, Any]]) -> str:
-    """Training steps: a heading, then a line each."""
+    """Writes training steps: a heading, then a line each."""
     lines = [_STEPS]
     for row in rows:
         memory = row["memory_gib"]
@@ -40,7 +43,7 @@ def steps(rows: list[dict[str, Any]]) -> str:
 
 
 def parts(rows: dict[str, Any]) -> str:
-    """The parts of a step: a heading, then a line each."""
+    """Writes the parts of a step: a heading, then a line each."""
     lines = [f"{'part':<28} {'ms':>9} {'share':>7} {'of FLOPs':>8}"]
     for name, row in rows.items():
         flops = f"{row['flops_share']:>8.1%}" if "flops_share" in row else ""
@@ -51,7 +54,7 @@ def parts(rows: dict[str, Any]) -> str:
 
 
 def grown(measured: dict[str, Any]) -> str:
-    """The rows of one axis and its exponents."""
+    """Writes the rows of one axis and its exponents."""
     exponents = ", ".join(f"{name} {value:.2f}" for name, value in measured["exponents"].items())
     if measured["axis"] != "devices":
         return f"{steps(measured['rows'])}\nexponents in {measured['axis']}: {exponents}"
@@ -77,7 +80,7 @@ def startup(measured: dict[str, Any]) -> str:
 
 
 def data(measured: dict[str, Any]) -> str:
-    """The rate of reading, and the numbers measured with it."""
+    """Writes the rate of reading and its measured numbers."""
     numbers = ", ".join(
         f"{name} {value:.3g}" for name, value in measured.items() if isinstance(value, int | float)
     )
@@ -85,7 +88,10 @@ def data(measured: dict[str, Any]) -> str:
 
 
 def beside(row: dict[str, Any]) -> str:
-    """Training steps of both sides: their losses, their times and ratios."""
+    """Writes the training steps of both sides.
+
+    It shows their losses, their times and ratios.
+    """
     apart = ", ".join(
         f"{name} {value:.1e}" for name, value in row["losses"]["relative_difference"].items()
     )
@@ -110,7 +116,10 @@ def beside(row: dict[str, Any]) -> str:
 
 
 def beside_generation(row: dict[str, Any]) -> str:
-    """Generation of both sides, or why the peer's was not run."""
+    """Writes the generation of both sides.
+
+    Where the peer's was not run, it says why.
+    """
     case = f"{row['batch']} images, {row['beams']} beams, {row['new_tokens']} tokens"
     if "not_run" in row:
         return f"{case}: not run: {row['not_run']}"

@@ -1,4 +1,7 @@
-"""Measures times, and computes medians, ratios with an interval, and exponents of growth."""
+"""Measures times and computes their statistics.
+
+These are medians, ratios with an interval, and exponents of growth.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +31,10 @@ def summary(seconds: Sequence[float], per_call: float | int | None = None) -> di
 
 
 def timed(call: Callable[[], Any], calls: int, warmup: int = 1) -> list[float]:
-    """Times `calls` calls after `warmup` others; a call must return when its work is done."""
+    """Times `calls` calls after `warmup` others.
+
+    A call must return when its work is done.
+    """
     for _ in range(warmup):
         call()
     times = []
@@ -42,10 +48,12 @@ def timed(call: Callable[[], Any], calls: int, warmup: int = 1) -> list[float]:
 def in_turns(
     calls: dict[str, Callable[[], Any]], rounds: int, per_turn: int
 ) -> dict[str, list[list[float]]]:
-    """Times several contestants in turns: first to last, then last to first, `rounds` times.
+    """Times several contestants in turns, `rounds` times.
+
+    A round goes from first to last, the next one from last to first.
 
     A turn is `per_turn` calls after one that is not counted. So none pays for the caches, clock and
-    threads that the one before left behind, and a machine that slows down slows all of them.
+    threads of the contestant before, and a machine that slows down slows all of them.
 
     Returns:
       The seconds of each contestant's turns.
@@ -61,7 +69,9 @@ def in_turns(
 def ratio(
     slow: Sequence[Sequence[float]], fast: Sequence[Sequence[float]], draws: int = 2_000
 ) -> dict[str, float]:
-    """Computes how many times as long `slow` takes as `fast`, with a 95 % interval.
+    """Computes how many times as long `slow` takes as `fast`.
+
+    The ratio has a 95 % interval.
 
     The interval comes from a bootstrap over turns, then over the times in a turn, which are alike.
     It is wide on a machine that others use too; there, the fastest calls were disturbed least.
@@ -88,7 +98,9 @@ def ratio(
 
 
 def exponent(sizes: Sequence[float | int], values: Sequence[float | int]) -> float:
-    """Fits k in `value = a * size ** k` by least squares of the logarithms.
+    """Fits the exponent k of `value = a * size ** k`.
+
+    It takes the least squares of the logarithms.
 
     Raises:
       ValueError: there are fewer than two different sizes, or a size or value is not positive.

@@ -1,7 +1,7 @@
-"""Micro-batches: how a step splits a batch to take its gradient piece by piece.
+"""Micro-batches: parts of a batch that a step takes in turn.
 
-A task sums over micro-batches what belongs to single examples, and divides by a count of the whole
-batch, so that the gradient is that of the whole batch at once (`mammut.training.tasks`).
+A task sums over micro-batches the losses of single examples, and divides by a count of the whole
+batch, so that the gradient is the gradient of the whole batch at once (`mammut.training.tasks`).
 """
 
 from collections.abc import Callable
@@ -16,7 +16,10 @@ from mammut.models.compute import Augment
 
 
 def micro_batches(batch: Batch, augment: Augment, accumulation: int) -> tuple[Batch, Augment]:
-    """Splits a batch into micro-batches, along a new leading axis, with random draws for each."""
+    """Splits a batch into micro-batches along a new leading axis.
+
+    Each has random draws of its own.
+    """
     micros = {name: split_rows(x, accumulation) for name, x in batch.items()}
     return micros, augment.split(accumulation)
 
@@ -30,12 +33,18 @@ def split_rows(x: jax.Array, accumulation: int) -> jax.Array:
 
 
 def joined_rows(x: jax.Array) -> jax.Array:
-    """Puts together [accumulation, b, E], as `split_rows` split it, into [B, E] in order."""
+    """Joins the micro-batches of `split_rows` in order.
+
+    [accumulation, b, E] becomes [B, E].
+    """
     return sharding.constrain(x.swapaxes(0, 1).reshape(-1, x.shape[-1]), "batch", None)
 
 
 def pinned(micro: Batch) -> Batch:
-    """A micro-batch whose rows are split over the devices as those of a batch are."""
+    """Splits the rows of a micro-batch over the devices.
+
+    They are split as the rows of a batch are.
+    """
     return {
         name: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)) for name, x in micro.items()
     }
@@ -48,7 +57,10 @@ def summed_gradients(
     augment: Augment,
     accumulation: int,
 ) -> tuple[jax.Array, Params]:
-    """The sum of `loss(params, micro_batch, augment)` over the micro-batches, and its gradient."""
+    """Sums `loss(params, micro_batch, augment)` over the micro-batches.
+
+    Returns the sum and its gradient.
+    """
 
     def add(sums, xs):
         micro, augment = xs

@@ -1,8 +1,9 @@
-"""The command line of `train.py`: what the program does, and the settings of the run.
+"""The command line of `train.py`: program options and run settings.
 
 Both are options of one parser, tyro's: `--workdir DIR` and `--optimizer.learning-rate 1e-3` stand
-in one help, and a misspelt option of either kind is refused with the nearest that exists. The
-program's own options are read first, since they say which recipe gives the others their defaults.
+in one help, and a misspelled option of either kind is rejected, with the closest valid names. The
+program's own options are read first, since they say which recipe gives the defaults of the
+settings.
 """
 
 import dataclasses
@@ -35,12 +36,14 @@ class Program:
     num_processes: int | None = None
     # Number of this process, from 0, for processes started by hand.
     process_id: int | None = None
-    # Seconds after which a process that is not heard of ends all others.
+    # Seconds without a sign of life from a process after which all others end.
     peer_timeout: float = 100.0
 
 
 def parse(argv: list[str]) -> tuple[pathlib.Path | None, Program, list[str]]:
-    """Splits a command line into the recipe, the program's options, and those of the run.
+    """Splits a command line into recipe, program options and settings.
+
+    The settings are the options of the run.
 
     The recipe comes first: later on, a bare word is the value of an option.
     """
@@ -61,7 +64,10 @@ def parse(argv: list[str]) -> tuple[pathlib.Path | None, Program, list[str]]:
 
 
 def print_help(config: TrainConfig, description: str) -> None:
-    """Prints every option with its text and its default, those of `config`; ends the program."""
+    """Prints every option with its text and default; ends the program.
+
+    The defaults are the values of `config`.
+    """
     _cli(config, ["--help"], description=description)
 
 
@@ -77,7 +83,7 @@ def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
 def _cli(config: TrainConfig, args: list[str], description: str | None = None) -> TrainConfig:
     import tyro
 
-    # Every setting has a value, booleans too; of which kind the image encoder is, the recipe says.
+    # Every setting has a value, booleans too; the recipe chooses the kind of the image encoder.
     settings = Annotated[
         TrainConfig,
         tyro.conf.arg(name=""),
@@ -104,9 +110,10 @@ def _hidden(info: Any) -> Any:
 
 
 def _fields(info: Any, hide: bool) -> Any:
-    """Says which fields of a config are options, and their texts; for tyro.
+    """Chooses the fields of a config that are options, for tyro.
 
-    With `hide`, those that only other people's weights set (`OF_WEIGHTS`) are left out of the help.
+    It gives their texts, too. With `hide`, the help leaves out fields that are set only for other
+    people's weights (`OF_WEIGHTS`).
     """
     import tyro
 
@@ -128,7 +135,10 @@ def _fields(info: Any, hide: bool) -> Any:
 
 
 def _in_todays_names(overrides: list[str]) -> list[str]:
-    """Replaces option names of version 0.1, and drops fields that follow from others today."""
+    """Replaces option names of version 0.1.
+
+    Fields that now follow from other fields are dropped.
+    """
     todays = []
     skip = False
     for arg in overrides:
@@ -181,7 +191,10 @@ def load_recipe(path: pathlib.Path) -> TrainConfig:
 
 
 def default_workdir(recipe: str, resume: bool) -> pathlib.Path:
-    """Chooses runs/RECIPE, or -2, -3 ...: the newest to resume, else the first free one."""
+    """Chooses a work folder: runs/RECIPE, or with -2, -3 ...
+
+    To resume, it is the newest folder, else the first free one.
+    """
     newest = workdir = pathlib.Path("runs") / recipe
     number = 1
     while workdir.exists():

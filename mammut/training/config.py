@@ -1,4 +1,7 @@
-"""Settings of a run: its losses, its optimizer, and everything else that `train.py` takes."""
+"""Settings of a run: its losses, its optimizer, and the rest.
+
+Every setting is an option of `train.py`.
+"""
 
 import dataclasses
 import math
@@ -18,36 +21,42 @@ class LossConfig:
 
     The total is `contrastive_weight` x contrastive loss + `caption_weight` x caption loss. The
     paper weighs both by 1 (section 3.2).
+
+    Example:
+      >>> import mammut
+      >>> loss = mammut.LossConfig(contrastive="focal", focal_gamma=2.0)
+      >>> loss.first_logit_scale
+      10.0
     """
 
-    # contrastive loss, by its name in mammut.models.losses.CONTRASTIVE
+    # Contrastive loss, by its name in mammut.models.losses.CONTRASTIVE.
     contrastive: Literal[*CONTRASTIVE] = "softmax"
-    # weight of the contrastive loss in the total
+    # Weight of the contrastive loss in the total.
     contrastive_weight: float = 1.0
-    # weight of the caption loss in the total
+    # Weight of the caption loss in the total.
     caption_weight: float = 1.0
-    # Logit scale (inverse temperature) at the start of a fresh run. None: the one of the
+    # Logit scale (inverse temperature) at the start of a fresh run. None: the value of the
     # contrastive loss, which is 1/0.07 for softmax, 10 for focal and sigmoid.
     logit_scale_init: float | None = None
-    # Logit bias at the start of a fresh run. None: the one of the contrastive loss, which is -10
+    # Logit bias at the start of a fresh run. None: the value of the contrastive loss, which is -10
     # for focal and sigmoid, as most pairs do not match; softmax has no bias.
     logit_bias_init: float | None = None
-    # exponent of the focal loss: a larger one lets pairs that are already right count less
+    # Exponent of the focal loss: a larger one gives less weight to pairs that are already right.
     focal_gamma: float = 1.0
-    # weight of the matching pairs in the focal loss, against 1 - alpha of the others
+    # Weight of the matching pairs in the focal loss; the other pairs have 1 - alpha.
     focal_alpha: float = 0.5
-    # divisor of the focal loss, summed over B x B pairs: B (paper) or B * B
+    # Divisor of the focal loss, summed over B x B pairs: B (paper) or B * B.
     focal_normalization: Literal["batch", "pairs"] = "batch"
-    # share of the target that the caption loss spreads evenly over the vocabulary
+    # Share of the target that the caption loss spreads evenly over the vocabulary.
     label_smoothing: float = 0.0
-    # weight of log(Z)^2 in the caption loss
+    # Weight of log(Z)^2 in the caption loss.
     z_loss: float = 0.0
     # How the contrastive loss is computed. matrix: every device holds its rows of the B x B logits.
     # ring: the texts go round the devices, and a device holds one tile of the logits at a time.
     contrastive_form: Literal["matrix", "ring"] = "matrix"
-    # side of a tile of the form ring: at most so many images by so many texts
+    # Side of a tile of the form ring: the largest number of its images, and of its texts.
     contrastive_chunk: int = 4_096
-    # text positions whose logits the caption loss holds at once
+    # Text positions whose logits the caption loss holds at once.
     vocab_chunk: int = 16
 
     def __post_init__(self):
@@ -120,30 +129,35 @@ class OptimizerConfig:
     """Settings of the optimizer: AdamW or Adafactor, with warm-up and decay.
 
     Weight decay acts on kernels only: not on biases, norms or embeddings.
+
+    Example:
+      >>> import mammut
+      >>> optimizer = mammut.OptimizerConfig(learning_rate=3e-4, warmup_steps=1_000)
+      >>> config = mammut.TrainConfig(optimizer=optimizer)
     """
 
-    # update rule
+    # Update rule.
     name: Literal["adamw", "adafactor"] = "adamw"
-    # learning rate at its peak, after the warm-up
+    # Learning rate at its peak, after the warm-up.
     learning_rate: float = 1e-3
     # Peak learning rates of some parameters, by patterns (fnmatch) of their paths, such as
     # ("vision.*", 2e-6). The first pattern that fits counts.
     learning_rates: tuple[tuple[str, float], ...] = ()
-    # steps in which the learning rate rises from 0 to its peak
+    # Steps in which the learning rate rises from 0 to its peak.
     warmup_steps: int = 0
-    # how the learning rate goes on after the warm-up: down to 0 at `decay_steps`, or constant
+    # Learning rate after the warm-up: it falls to 0 at `decay_steps`, or stays constant.
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    # step at which the learning rate reaches 0; None: the last step
+    # Step at which the learning rate reaches 0; None: the last step.
     decay_steps: int | None = None
-    # weight decay, decoupled: it is multiplied by the learning rate
+    # Weight decay, decoupled: it is multiplied by the learning rate.
     weight_decay: float = 0.01
-    # decay of the average of gradients (AdamW) or of updates (Adafactor)
+    # Decay of the average of gradients (AdamW) or of updates (Adafactor).
     b1: float = 0.9
-    # decay of AdamW's average of squared gradients; Adafactor has a rule of its own
+    # Decay of AdamW's average of squared gradients; Adafactor has a rule of its own.
     b2: float = 0.95
-    # number that AdamW adds to the root of the squared gradients
+    # Number that AdamW adds to the root of the squared gradients.
     eps: float = 1e-8
-    # largest global norm of the gradient; 0: no clipping
+    # Largest global norm of the gradient; 0: no clipping.
     clip_norm: float = 1.0
 
     def __post_init__(self):
@@ -180,13 +194,13 @@ class TrainConfig:
     # model for `init_text`.
     task: Literal["image_text", "caption", "vqa", "classify", "text"] = "image_text"
     # Model to start from, of any format that mammut.load reads: its weights, its processor and its
-    # `model` settings, of which image and patch size and text length may differ
+    # `model` settings; image size, patch size and text length may differ
     # (mammut.weights.warm_start has the rules). None: random weights.
     init: str | None = None
-    # Image encoder to start from: its weights, its `model.vision` settings but for the pooling, and
-    # how it takes images.
+    # Image encoder to start from: its weights, its `model.vision` settings except the pooling, and
+    # its image preprocessing.
     init_vision: str | None = None
-    # text decoder to start from: its weights, its `model.text` settings and its tokenizer
+    # Text decoder to start from: its weights, its `model.text` settings and its tokenizer.
     init_text: str | None = None
     # Steps of the task `text` that train the decoder first, where neither `init` nor `init_text` is
     # given. They are a run of their own in WORKDIR/language_model, from which this run starts.
@@ -202,27 +216,27 @@ class TrainConfig:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
-    # steps of the whole run
+    # Steps of the whole run.
     steps: int = 10_000
-    # steps at the start that see images of `model.vision.low_image_size` (RECLIP, CLIPA)
+    # Steps at the start that see images of `model.vision.low_image_size` (RECLIP, CLIPA).
     low_image_steps: int = 0
-    # seed of the initial weights, the order of the data and the crops
+    # Seed of the initial weights, the order of the data and the crops.
     seed: int = 0
-    # micro-batches of a step; the contrastive loss still sees the whole batch
+    # Micro-batches of a step; the contrastive loss still sees the whole batch.
     accumulation: int = 1
-    # steps between two records of the log
+    # Steps between two records of the log.
     log_every: int = 50
-    # steps between two evaluations; 0: one at the end only
+    # Steps between two evaluations; 0: one at the end only.
     eval_every: int = 1_000
-    # steps between two checkpoints; the last step always has one
+    # Steps between two checkpoints; the last step always has one.
     checkpoint_every: int = 1_000
-    # checkpoints that are kept, the newest ones
+    # Number of newest checkpoints that are kept.
     keep_checkpoints: int = 2
-    # skipped updates in a row (loss or gradient not finite) after which the run stops
+    # Skipped updates in a row (loss or gradient not finite) after which the run stops.
     max_nonfinite_steps: int = 10
-    # Seconds without progress after which a process says where it is, and ends.
+    # Seconds without progress after which a process reports where it hangs, and stops the run.
     step_timeout: float = 3_600.0
-    # folder of XLA's compiled programs; None: they are not kept
+    # Folder of XLA's compiled programs; None: they are not kept.
     compilation_cache: str | None = "~/.cache/mammut/xla"
 
     def __post_init__(self):
@@ -304,12 +318,18 @@ class TrainConfig:
 
     @property
     def makes_language_model(self) -> bool:
-        """Whether the run trains a language model first: `text_steps`, and no decoder given."""
+        """Whether the run trains a language model first.
+
+        It does with `text_steps` and without a given decoder.
+        """
         return bool(self.text_steps) and self.init is None and self.init_text is None
 
     @property
     def text_length(self) -> int:
-        """Tokens of a text, start and end included, as the processor of a fresh run makes them."""
+        """Number of tokens of a text, start and end included.
+
+        The processor of a fresh run makes texts of this length.
+        """
         if self.tokenizer.max_length is not None:
             return self.tokenizer.max_length
         return self.model.text_length

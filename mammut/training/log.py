@@ -1,4 +1,7 @@
-"""What a run prints and records: a progress bar or plain lines, TensorBoard, JSON lines."""
+"""The log of a run: on the terminal and in files.
+
+The terminal shows a progress bar or plain lines. The files hold TensorBoard events and JSON lines.
+"""
 
 import json
 import pathlib
@@ -31,8 +34,8 @@ class RunLog:
         if silent:
             return
         self._step: int | None = None  # step of the last record
-        self._time = time.perf_counter()  # of the last record
-        self._waited = 0.0  # seconds since then that steps waited for data
+        self._time = time.perf_counter()  # time of the last record
+        self._waited = 0.0  # seconds that steps have waited for data since the last record
         from tensorboardX import SummaryWriter
         from tqdm import tqdm
 
@@ -49,7 +52,9 @@ class RunLog:
         )
 
     def step(self, step: int, metrics: dict[str, Any], waited: float, *, record: bool) -> None:
-        """Counts a step that waited `waited` seconds for its batch, and records it if `record`.
+        """Counts a step and records it if `record`.
+
+        The step waited `waited` seconds for its batch.
 
         The first step of a run is always recorded, without rates: it is mostly compilation.
         """
@@ -91,7 +96,10 @@ class RunLog:
         self._waited = 0.0
 
     def evaluation(self, step: int, name: str, evaluation: Evaluation, samples: int) -> None:
-        """Records an evaluation and prints it, with the first `samples` texts of the model."""
+        """Records an evaluation and prints it.
+
+        The first `samples` texts of the model are printed, too.
+        """
         if self._silent:
             return
         self.record(
@@ -121,7 +129,7 @@ class RunLog:
         for record in records[:samples]:
             lines += [f"  {record['key']}", *(f"    {line}" for line in _sample(record))]
         self.print("\n".join(lines))
-        self._restart_clock(step)  # the rates leave the evaluation out
+        self._restart_clock(step)  # the rates do not count the evaluation
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes values to the JSON lines and to TensorBoard."""
@@ -147,7 +155,10 @@ class RunLog:
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Drops the records after `step`, and a last line that a kill has cut short."""
+    """Drops the records after `step`.
+
+    A last line that a kill has cut short is dropped, too.
+    """
     if not path.exists():
         return
     kept = []
@@ -159,7 +170,10 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
 
 
 def _sample(record: dict[str, Any]) -> list[str]:
-    """Lines that show what the model said in a record, and the reference."""
+    """Makes lines that show a text of the model and its reference.
+
+    Both are in the record.
+    """
     if "question" in record:
         return [
             f"asks  {record['question']}",

@@ -1,4 +1,7 @@
-"""The processor of a fresh run: a start's own, or one with a given or a new vocabulary."""
+"""The processor of a fresh run.
+
+It is the processor of a model to start from, or one with a given or a new vocabulary.
+"""
 
 import base64
 import dataclasses
@@ -19,7 +22,10 @@ from mammut.weights.warm_start import Start
 def shared_processor(
     config: TrainConfig, source: sources.Source, starts: dict[Start, OpenedModel]
 ) -> Processor:
-    """`make_processor` on process 0; the others of the run are given its files."""
+    """Calls `make_processor` on process 0 and shares the result.
+
+    The other processes of the run get its files.
+    """
     made = []
 
     def files() -> bytes:
@@ -45,7 +51,7 @@ def make_processor(
 ) -> Processor:
     """Makes the processor of a fresh run.
 
-    It is that of the model the run starts from, or it has a given or a newly trained vocabulary.
+    It comes from the model that the run starts from, or has a given or a newly trained vocabulary.
     """
     of = {name: opened.processor for name, opened in starts.items()}
     text, settings = config.model.text, config.tokenizer

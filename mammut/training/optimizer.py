@@ -1,4 +1,7 @@
-"""Optimizer of a run: clipping, AdamW or Adafactor, schedule, weight decay, rates by group."""
+"""The optimizer of a run.
+
+It has clipping, AdamW or Adafactor, a schedule, weight decay, and learning rates by group.
+"""
 
 from typing import Any
 
@@ -12,7 +15,9 @@ _OTHERS = ""  # group of the parameters that no pattern fits; the empty pattern 
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up from 0 to the peak, then the schedule.
+    """Makes the learning rate by step.
+
+    It rises linearly from 0 to the peak, then follows the schedule.
 
     The schedule falls to 0 at `config.decay_steps` (None: at `steps`), or stays at the peak.
     """
@@ -28,9 +33,10 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def decay_mask(params: Params) -> Any:
-    """A tree of bools: True for the kernels, the only parameters that weight decay acts on.
+    """Marks the parameters that weight decay acts on: the kernels.
 
-    It goes by name and not by rank: the scale of a stacked norm has two dimensions as well.
+    Returns a tree of bools. Names decide, not ranks: the scale of a stacked norm has two dimensions
+    as well.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
@@ -67,7 +73,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _scale_by_group(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Multiplies the updates of each group of parameters by its peak / `learning_rate`."""
+    """Multiplies the updates of each group of parameters.
+
+    The factor is the group's peak learning rate / `learning_rate`.
+    """
     patterns = [pattern for pattern, _ in config.learning_rates]
 
     def groups(params: Params) -> Params:

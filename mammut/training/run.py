@@ -1,4 +1,7 @@
-"""From a command line to a run: recipe, overrides, folder, and what a resumed run may change."""
+"""From a command line to a run: recipe, overrides and folder.
+
+A resumed run may change some settings only.
+"""
 
 import dataclasses
 import json
@@ -22,7 +25,7 @@ from mammut.weights.model_folder import open_model
 from mammut.weights.opened import OpenedModel, model_specs
 from mammut.weights.warm_start import SIZES, VOCABULARY, Start, start_config
 
-# What a resumed run may change: how it is watched, placed and fed, what memory it takes, and how
+# Settings that a resumed run may change: how it is watched, placed and fed, its memory, and how
 # long it goes on (the learning rate follows the new length from there); nothing else.
 RESUMABLE = {
     "steps",
@@ -50,11 +53,11 @@ PER_PROCESS = {"compilation_cache", "data.threads", "data.tfds_dir"}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a command line asks for."""
+    """A run, as a command line describes it."""
 
     config: TrainConfig
     workdir: pathlib.Path
-    overrides: list[str]  # all that made the config, those of a resumed run included
+    overrides: list[str]  # all overrides of the config, with those that a resumed run had already
     # The models that a run without checkpoints starts from, by the field that names each.
     starts: dict[Start, OpenedModel]
 
@@ -90,7 +93,7 @@ def resolve(
     base = saved
     if recipe:
         base = load_recipe(recipe)
-        # What a run started from need not be there any more: its architecture is in run.json.
+        # The models that a run started from may be gone: their architecture is in run.json.
         if saved.init or saved.init_vision or saved.init_text:
             base = dataclasses.replace(base, model=saved.model)
         base = parse_overrides(base, saved_overrides)
@@ -105,14 +108,14 @@ def resolve(
 
 
 def stages(run: Run) -> Iterator[Run]:
-    """Yields the runs that make up a run: that of its language model, if any, then itself.
+    """Yields the runs that make up a run.
 
-    `text_steps` asks for a language model. The second run is opened when it is asked for: the first
-    has to be done by then.
+    With `text_steps` the run of its language model comes first, then the run itself. The second run
+    is opened when the caller takes it: the first has to be done by then.
 
     Raises:
       ValueError: there are several processes, which could not agree on two runs one after the
-        other; or the run to come after its language model cannot work.
+      other; or the run after the language model cannot work.
     """
     config, folder = run.config, run.workdir / "language_model"
     if config.makes_language_model and not _has_checkpoints(run.workdir):
@@ -128,7 +131,7 @@ def stages(run: Run) -> Iterator[Run]:
                 "words"
             )
         language_config = _language_config(config)
-        # What could be refused later is refused before the language model takes its time.
+        # Errors that would come later are raised before the language model is trained.
         trained = trained_names(model_specs(config.model, config.compute), config.trainable)
         first_fitting(trained, [pattern for pattern, _ in config.optimizer.learning_rates])
         if not (folder / "manifest.json").exists():
@@ -169,7 +172,11 @@ def _opened(config: TrainConfig) -> dict[Start, OpenedModel]:
 
 
 def require_same(run: Run) -> None:
-    """Raises ValueError on a process whose command line asks for another run than process 0's."""
+    """Checks that all processes have the same run.
+
+    Raises:
+      ValueError: the command line of this process gives another run than that of process 0.
+    """
     asked = json.loads(json.dumps(to_dict(run.config) | {"workdir": str(run.workdir)}))
     of_first = json.loads(distributed.from_first("run", lambda: json.dumps(asked).encode()))
     if changed := differences(of_first, asked, PER_PROCESS):
@@ -181,14 +188,14 @@ def require_same(run: Run) -> None:
 def with_overrides(
     config: TrainConfig, overrides: list[str]
 ) -> tuple[TrainConfig, dict[Start, OpenedModel]]:
-    """Applies overrides, and the architecture of the models that the run starts from.
+    """Applies overrides and the architecture of the models to start from.
 
-    Gives the config, and these models, opened.
+    Returns the config and these models, opened.
 
     Raises:
-      ValueError: a model to start from cannot be opened, or does not go with the rest.
+      ValueError: a model to start from cannot be opened, or does not fit the rest.
     """
-    # What may differ from those models is not held against the recipe's own architecture.
+    # Fields that may differ from these models are not compared with the recipe's architecture.
     overridden = parse_overrides(config, without(overrides, SIZES | VOCABULARY))
     if starts := _opened(overridden):
         config = dataclasses.replace(overridden, model=start_config(overridden.model, starts))

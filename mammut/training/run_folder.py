@@ -1,4 +1,4 @@
-"""The folder of a run: its config, and the position in its data."""
+"""The folder of a run: its config and data position."""
 
 import collections
 import pathlib
@@ -15,7 +15,9 @@ from mammut.weights.opened import read_config
 
 
 def write_run(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) -> None:
-    """Writes `run.json`: the resolved config of a run, and the overrides of its command line.
+    """Writes `run.json`: the resolved config and its overrides.
+
+    The overrides come from the command line.
 
     The overrides are part of the config; a run that is resumed with a recipe applies them again.
     """
@@ -41,7 +43,11 @@ def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
 
 
 def require_shared(workdir: pathlib.Path) -> None:
-    """Raises ValueError where a process does not see the `run.json` that process 0 has written."""
+    """Checks that this process sees `run.json` of process 0.
+
+    Raises:
+      ValueError: it does not see the file.
+    """
     if not (workdir / "run.json").is_file():
         raise ValueError(
             f"--workdir {workdir} is without the run.json that process 0 has written there: "
@@ -56,7 +62,9 @@ def claim_folder(
     processor: Processor,
     fresh: bool,
 ) -> None:
-    """Makes a folder that of a run, on process 0, once no process refuses anything.
+    """Makes a folder the folder of a run, on process 0.
+
+    It does so only when no process refuses anything.
 
     Raises:
       ValueError: this process does not see the folder.
@@ -70,18 +78,20 @@ def claim_folder(
 
 
 def renew_folder(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) -> None:
-    """Makes the folder of a resumed run that of a run which goes on, on process 0."""
+    """Renews the folder of a resumed run, on process 0."""
     if not distributed.first():
         return
-    # What may change in a resumed run is changed for good.
+    # The changed settings of a resumed run are kept for later.
     write_run(workdir, config, overrides)
-    # Until the run is done again, the model is that of the newest checkpoint, not the one that an
+    # Until the run is done again, the newest checkpoint has the model, not the folder that an
     # earlier end exported.
     (workdir / "manifest.json").unlink(missing_ok=True)
 
 
 def position_of_all(step: int, position: dict[str, Any], share: int) -> dict[str, Any]:
-    """The position in the data, with the counts of all shares, on process 0.
+    """Makes the data position with the counts of all shares.
+
+    It does so on process 0.
 
     `position` has the counts of `share` alone.
     """
@@ -98,5 +108,8 @@ def position_of_all(step: int, position: dict[str, Any], share: int) -> dict[str
 
 
 def position_of_one(position: dict[str, Any], share: int) -> dict[str, Any]:
-    """The position for one share to go on from; the first share takes over all counts."""
+    """Makes the data position that one share continues from.
+
+    The first share takes over all counts.
+    """
     return position if share == 0 else position | {"read": 0, "bad": {}}

@@ -1,4 +1,7 @@
-"""The report that a run prints before its first step: data, mesh, parameters, FLOPs, start."""
+"""The report that a run prints before its first step.
+
+It shows data, mesh, parameters, FLOPs and weights to start from.
+"""
 
 from collections.abc import Collection
 from typing import Any
@@ -17,7 +20,9 @@ from mammut.weights.warm_start import WarmStart
 def start_report(
     run: Run, trainer: Trainer, source: Source, vocab_size: int, warm: WarmStart | None, fresh: bool
 ) -> str:
-    """The report: data, mesh, parameters and their placement, FLOPs, weights to start from.
+    """Writes the report of a run.
+
+    It shows data, mesh, parameters and their placement, FLOPs, and weights to start from.
 
     A step counts three times the FLOPs of a forward pass, as the backward pass takes twice as many.
     """
@@ -51,7 +56,9 @@ def start_report(
 
 
 def untrained_towers(state: TrainState, starts: Collection[str], task: Task) -> list[str]:
-    """The towers, "text" or "vision", that the task runs and that are frozen at random weights.
+    """Lists the towers that are frozen at random weights.
+
+    The towers are "text" or "vision", and the task runs them.
 
     `starts` are the fields of `TrainConfig` that name a model to start from, such as "init_text".
     """
@@ -79,6 +86,6 @@ def _trained_line(state: TrainState) -> str:
 
 
 def _size(tree: Any) -> tuple[int, int]:
-    """The count of numbers in a tree of arrays, and of their bytes."""
+    """Counts the numbers and the bytes of a tree of arrays."""
     leaves = jax.tree.leaves(tree)
     return sum(x.size for x in leaves), sum(x.size * x.dtype.itemsize for x in leaves)

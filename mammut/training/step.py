@@ -1,8 +1,8 @@
-"""Train state, and the compiled pieces of a run: how its state starts, and its step.
+"""The train state, its start, and the compiled step.
 
 The frozen parameters (`TrainConfig.trainable`) are a tree of their own beside the trained ones: no
-gradient is taken of them, the optimizer does not know them, and a step hands their arrays on as
-they are.
+gradient is taken of them, the optimizer does not know them, and a step passes their arrays on
+unchanged.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class Trainer:
 
     Attributes:
       mesh: Devices of the run.
-      task: What the run trains.
+      task: The task of the run.
       abstract_state: Shapes, types and shardings of the state.
       init: `init(seed)` makes a state of random weights in place on the mesh.
       init_from: `init_from(params)` makes a state of given weights of the whole model, and takes
@@ -116,7 +116,7 @@ def make_trainer(config: TrainConfig, task: Task, mesh: Mesh) -> Trainer:
     abstract_params = jax.eval_shape(functools.partial(random_params, config), 0)
     model = functools.partial(nnx.merge, nnx.graphdef(abstract_model))
 
-    # What is trained, and the state that this takes.
+    # The trained parameters and their state.
     runs = [name for name in by_name(abstract_params) if task.runs(name)]
     trained = trained_names(runs, config.trainable)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -126,7 +126,7 @@ def make_trainer(config: TrainConfig, task: Task, mesh: Mesh) -> Trainer:
 
     abstract_state = jax.eval_shape(init, 0)
 
-    # Where everything is on the mesh.
+    # The shardings of all arrays on the mesh.
     param_shardings = sharding.param_shardings(abstract_params, logical_axes(abstract_model), mesh)
     shardings = sharding.state_shardings(abstract_state, abstract_params, param_shardings, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -160,7 +160,10 @@ def make_trainer(config: TrainConfig, task: Task, mesh: Mesh) -> Trainer:
 
 
 def random_params(config: TrainConfig, seed: int | jax.Array) -> Params:
-    """Random parameters of the model of a run, which starts at the loss's logit scale and bias."""
+    """Draws the random parameters of a run's model.
+
+    Logit scale and bias start at the values of the loss.
+    """
     model = MaMMUT(config.model, compute=config.compute, rngs=nnx.Rngs(jax.random.key(seed)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     params["logit_scale"] = jnp.log(jnp.float32(config.loss.first_logit_scale))
@@ -171,7 +174,7 @@ def random_params(config: TrainConfig, seed: int | jax.Array) -> Params:
 def _first_state(
     optimizer: optax.GradientTransformation, params: Params, frozen: Params
 ) -> TrainState:
-    """The state at step 0."""
+    """Makes the state at step 0."""
     zero = jnp.int32(0)
     return TrainState(
         step=zero,
@@ -186,7 +189,10 @@ def _first_state(
 def _state_from(
     optimizer: optax.GradientTransformation, params: Params, frozen: Params, shardings: TrainState
 ) -> TrainState:
-    """The state at step 0 with given parameters that are on their devices already."""
+    """Makes the state at step 0 from given parameters.
+
+    The parameters are already on their devices.
+    """
 
     # The parameters do not pass through the program, which would copy them.
     def rest(params: Params) -> TrainState:
@@ -203,7 +209,10 @@ def _start_params(
     random: Collection[str],
     read: Callable[[str, jax.Array | None], Any],
 ) -> Params:
-    """The weights that a run starts from, one by one; see `Trainer.start_params`."""
+    """Reads the weights that a run starts from, one by one.
+
+    See `Trainer.start_params`.
+    """
     drawn_shardings = {
         name: sharding for name, sharding in by_name(param_shardings).items() if name in random
     }
@@ -237,7 +246,10 @@ def _train_step(
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
-    """One update: gradients, optimizer, and nothing at all where something is not finite."""
+    """Updates the state once: gradients, then optimizer.
+
+    Nothing changes where a number is not finite.
+    """
     # The key depends on the seed and the step alone, so that a resumed run draws what the first
     # would have drawn.
     step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -254,8 +266,8 @@ def _train_step(
     updates_done = state.step - state.nonfinite
     learning_rate = learning_rate_schedule(config.optimizer, config.steps)(updates_done)
     params, opt_state = _updated(optimizer, grads, state)
-    # A NaN would spread from one batch to every parameter and moment: such an update leaves all as
-    # they were.
+    # A NaN would spread from one batch to every parameter and moment: such an update leaves them
+    # unchanged.
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (params, opt_state),
@@ -283,11 +295,11 @@ def _train_step(
 def _updated(
     optimizer: optax.GradientTransformation, grads: Params, state: TrainState
 ) -> tuple[Params, Any]:
-    """The trained parameters and the optimizer's state after an update."""
+    """Updates the trained parameters and the optimizer's state."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # Capped here and not in the loss, where the gradient would vanish at the cap and hold the scale
-    # there for good.
+    # The scale is capped here, not in the loss, where the gradient would vanish at the cap and hold
+    # it there for good.
     if "logit_scale" in params:
         params["logit_scale"] = jnp.minimum(params["logit_scale"], math.log(MAX_LOGIT_SCALE))
     return params, opt_state

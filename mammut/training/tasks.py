@@ -1,4 +1,6 @@
-"""Training tasks: what a run trains, the batch it needs, its loss and its gradients.
+"""Training tasks: batch, loss and gradients of a run.
+
+Each task trains a model for one purpose.
 
 To add a task, write a class here and give it a row of `TASKS` (and its name to `TrainConfig.task`).
 
@@ -34,7 +36,9 @@ from mammut.training.config import LossConfig, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What all tasks have; a task is a subclass with a `loss`, its parts and its gradients.
+    """A training task; subclasses give the loss.
+
+    They give also its parts and its gradients.
 
     Attributes:
       config: Settings of the losses.
@@ -52,7 +56,10 @@ class Task:
     field: Field
 
     def loss(self, model: MaMMUT, batch: Batch, augment: Augment) -> tuple[jax.Array, Metrics]:
-        """The loss that is trained, and the metrics of the step: `loss` and its parts."""
+        """Computes the training loss and the metrics of the step.
+
+        The metrics are `loss` and its parts.
+        """
         raise NotImplementedError
 
     def gradients(
@@ -63,7 +70,7 @@ class Task:
         augment: Augment,
         accumulation: int = 1,
     ) -> tuple[Params, Metrics]:
-        """The gradient of `loss` in `params`, and the metrics.
+        """Computes the gradient of `loss` in `params`, and metrics.
 
         Args:
           merge: Makes the model of its trained parameters.
@@ -89,7 +96,7 @@ class Task:
         augment: Augment,
         accumulation: int,
     ) -> tuple[Params, Metrics]:
-        """What `gradients` gives, computed in micro-batches."""
+        """Computes `gradients` in micro-batches."""
         raise NotImplementedError
 
     def runs(self, name: str) -> bool:
@@ -100,11 +107,11 @@ class Task:
         return True
 
     def abstract_batch(self, config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
-        """The batch of a step of a run, as shapes and types. This is the batch contract.
+        """Describes the batch of a step, as shapes and types.
 
-        `image` uint8[B, height, width, 3], `tokens` int32[B, L], `text_valid` bool[B, L], False for
-        pads, and `target` bool[B, L], True for the tokens that are to be predicted: those of an
-        answer and its end, not those of its question. A task that does not see images has no
+        This is the batch contract. `image` is uint8[B, height, width, 3], `tokens` int32[B, L],
+        `text_valid` bool[B, L], False for pads, and `target` bool[B, L], True for the tokens to
+        predict: an answer and its end, not its question. A task that does not see images has no
         `image`; `ImageTextTask` does not read `target`.
         """
         rows = config.data.batch_size
@@ -132,7 +139,9 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class ImageTextTask(Task):
-    """The task of the paper: a contrastive and a captioning loss on the same pairs.
+    """The task of the paper, with two losses on the same pairs.
+
+    They are a contrastive and a captioning loss.
 
     Batch: `image`, `tokens` and `text_valid` of `Task.abstract_batch`.
     """
@@ -148,7 +157,9 @@ class ImageTextTask(Task):
     field: Field = "captions"
 
     def loss(self, model: MaMMUT, batch: Batch, augment: Augment) -> tuple[jax.Array, Metrics]:
-        """The weighted sum of both losses, and as metrics each of them alone.
+        """Computes the weighted sum of both losses.
+
+        Each loss alone is a metric.
 
         The contrastive loss is the mean over the pairs of the batch, the caption loss the mean over
         its caption tokens.
@@ -159,16 +170,16 @@ class ImageTextTask(Task):
         return self.total(contrastive, caption)
 
     def total(self, contrastive: jax.Array, caption: jax.Array) -> tuple[jax.Array, Metrics]:
-        """The weighted sum of the two losses, and the metrics."""
+        """Computes the weighted sum of the two losses, and metrics."""
         loss = self.config.contrastive_weight * contrastive + self.config.caption_weight * caption
         return loss, {"loss": loss, "loss_contrastive": contrastive, "loss_caption": caption}
 
     def contrastive(
         self, model: MaMMUT, image_embed: jax.Array, text_embed: jax.Array
     ) -> jax.Array:
-        """The contrastive loss of the embeddings float[B, E] of a whole batch, a scalar.
+        """Computes the contrastive loss of a whole batch, a scalar.
 
-        Of `model` it uses the logit scale and the logit bias alone.
+        The embeddings are float[B, E]. Only the logit scale and the logit bias of `model` are used.
         """
         config = self.config
         row = CONTRASTIVE[config.contrastive]
@@ -194,19 +205,25 @@ class ImageTextTask(Task):
         return row.matrix(constrain(logits, "batch", None), **options).mean()
 
     def embed(self, model: MaMMUT, batch: Batch, augment: Augment) -> tuple[jax.Array, jax.Array]:
-        """Image and text embeddings, float[B, E] each: all that the contrastive loss needs."""
+        """Embeds images and texts, float[B, E] each.
+
+        The contrastive loss needs nothing else.
+        """
         image_embed = model.encode_image(batch["image"], augment)
         return image_embed, model.encode_text(batch["tokens"], batch["text_valid"])
 
     def embed_and_caption(
         self, model: MaMMUT, batch: Batch, augment: Augment
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        """What `embed` gives, and the summed caption loss, from one image encoding."""
+        """Computes `embed` and the summed caption loss together.
+
+        The images are encoded once.
+        """
         out = model.two_pass(batch["image"], batch["tokens"], batch["text_valid"], augment)
         return (out.image_embed, out.text_embed), self._caption_sum(model, out.features, batch)
 
     def caption_tokens(self, model: MaMMUT, batch: Batch) -> jax.Array:
-        """The number of labels that the caption loss of the batch has, at least 1."""
+        """Counts the labels of the batch's caption loss, at least 1."""
         return jnp.maximum(model.caption_labels(batch["tokens"], batch["text_valid"])[1].sum(), 1)
 
     def _caption_sum(self, model: MaMMUT, features: jax.Array, batch: Batch) -> jax.Array:
@@ -226,7 +243,9 @@ class ImageTextTask(Task):
         augment: Augment,
         accumulation: int,
     ) -> tuple[Params, Metrics]:
-        """The gradient of both losses over the whole batch, in micro-batches (GradCache).
+        """Computes the gradient of both losses in micro-batches (GradCache).
+
+        The gradient is over the whole batch.
 
         The contrastive loss depends on the parameters only through the embeddings and the logit
         scale and bias. So: embed all micro-batches without gradients. Take the contrastive loss of
@@ -279,10 +298,11 @@ class ImageTextTask(Task):
 
 @dataclasses.dataclass(frozen=True)
 class TextTask(Task):
-    """The caption pass alone, on texts after a prompt: captions, answers, names of classes.
+    """The caption pass alone, on texts after a prompt.
 
-    The loss is that of the tokens to be said, `target`: those of an answer and its end, not those
-    of its question (paper, section 3.3: visual question answering as open-ended generation).
+    The texts are captions, answers or names of classes. The loss covers the target tokens,
+    `target`: an answer and its end, not its question (paper, section 3.3: visual question answering
+    as open-ended generation).
 
     Batch: all arrays of `Task.abstract_batch`.
     """
@@ -290,12 +310,15 @@ class TextTask(Task):
     flop_parts: ClassVar[tuple[str, ...]] = ("vision", "caption_pass", "vocabulary")
 
     def loss(self, model: MaMMUT, batch: Batch, augment: Augment) -> tuple[jax.Array, Metrics]:
-        """The mean over the target tokens of the batch."""
+        """Computes the mean over the target tokens of the batch."""
         loss = self.loss_sum(model, batch, augment) / self.target_tokens(model, batch)
         return loss, {"loss": loss, "loss_caption": loss}
 
     def loss_sum(self, model: MaMMUT, batch: Batch, augment: Augment) -> jax.Array:
-        """The loss summed over the target tokens of a batch or a micro-batch."""
+        """Sums the loss over the target tokens of a batch.
+
+        The batch may be a micro-batch.
+        """
         return caption_sum(
             self.features(model, batch, augment),
             model.text.vocab_kernel,
@@ -310,7 +333,7 @@ class TextTask(Task):
         return model.decoder.caption_pass(batch["tokens"], batch["text_valid"], image_tokens)
 
     def target_tokens(self, model: MaMMUT, batch: Batch) -> jax.Array:
-        """The number of labels that the loss of the batch has, at least 1."""
+        """Counts the labels of the batch's loss, at least 1."""
         return jnp.maximum(
             model.caption_labels(batch["tokens"], batch["text_valid"], batch["target"])[1].sum(), 1
         )
@@ -323,7 +346,10 @@ class TextTask(Task):
         augment: Augment,
         accumulation: int,
     ) -> tuple[Params, Metrics]:
-        """The gradient of the mean over all target tokens of the batch, in micro-batches."""
+        """Computes the mean gradient over all target tokens, in micro-batches.
+
+        The mean is over the whole batch.
+        """
         num_tokens = self.target_tokens(merge(params), batch)
 
         def share(params, micro, augment):
@@ -334,7 +360,7 @@ class TextTask(Task):
 
 
 class LanguageTask(TextTask):
-    """Language modelling: the texts of `TextTask`, of which the model sees no image.
+    """Language modelling on the texts of `TextTask`, without images.
 
     Batch: `tokens`, `text_valid` and `target` of `Task.abstract_batch`.
     """
@@ -343,7 +369,10 @@ class LanguageTask(TextTask):
     flop_parts: ClassVar[tuple[str, ...]] = ("caption_pass", "vocabulary")
 
     def features(self, model: MaMMUT, batch: Batch, augment: Augment) -> jax.Array:
-        """Features float[B, L, D] of the text alone, that the next tokens are predicted from."""
+        """Computes features float[B, L, D] of the text alone.
+
+        The next tokens are predicted from them.
+        """
         return model.decoder.language_pass(batch["tokens"], batch["text_valid"])
 
     def runs(self, name: str) -> bool:

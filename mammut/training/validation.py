@@ -28,7 +28,10 @@ from mammut.training.tasks import TASKS
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name, shares as 0 to 1, and the predictions that they were scored from."""
+    """Metrics by name, and the predictions that they score.
+
+    Shares are numbers from 0 to 1.
+    """
 
     metrics: dict[str, float]
     predictions: list[Predictions]
@@ -37,7 +40,10 @@ class Evaluation:
     bad: dict[str, int]  # the number of examples that could not be used, by cause
 
     def save(self, workdir: pathlib.Path, name: str) -> None:
-        """Writes predictions and scores into a run, as the programs of `eval/` would."""
+        """Writes predictions and scores into a run.
+
+        The programs of `eval/` write them in the same way.
+        """
         for predictions in self.predictions:
             stem = workdir / "eval" / f"{predictions.task}_{name}"
             predictions.save(stem.with_name(stem.name + ".predictions.jsonl"))
@@ -46,7 +52,9 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates the parameters of a run on its validation set, by the measure of its task.
+    """Evaluates the parameters of a run on its validation set.
+
+    The task decides which metrics are computed.
 
     | task | predictions | metrics |
     |---|---|---|
@@ -121,7 +129,10 @@ class Evaluator:
         return self._evaluate(params)
 
     def _image_text(self, params: Any) -> Evaluation:
-        """Retrieval, and the share of captions that equal one of their references."""
+        """Scores retrieval and exact captions.
+
+        A caption is exact where it equals one of its references.
+        """
         inputs = (self._predictor, params, self._source)
         retrieval = predict_rankings(*inputs, limit=self._limit)
         captions = predict_captions(*inputs, prompt=self._caption_prompt, limit=self._first_batch)
@@ -150,7 +161,7 @@ class Evaluator:
     def _exact(self, captions: Predictions) -> float:
         exact = []
         for record in captions.records:
-            # References are compared as the tokenizer decodes them: in lower case, if it has no
+            # References are compared in the tokenizer's decoded form: in lower case, if it has no
             # other.
             references = self._processor.decode(
                 self._processor.encode_text(record["references"])[0]
@@ -160,7 +171,10 @@ class Evaluator:
 
 
 def _scored(predictions: Predictions) -> Evaluation:
-    """The evaluation of one set of predictions, with the metrics that are numbers."""
+    """Scores one set of predictions.
+
+    The evaluation has the metrics that are numbers.
+    """
     metrics = score(predictions, java=False).metrics
     metrics = {name: value for name, value in metrics.items() if isinstance(value, float)}
     images = len({record["index"] for record in predictions.records})
@@ -188,7 +202,10 @@ class _LanguageLoss:
         self._loss = distributed.compiled_by_all(jax.jit(loss, out_shardings=replicated))
 
     def __call__(self, params: Any, source: Source, limit: int) -> Evaluation:
-        """The loss of a token and its perplexity, over the texts of the first `limit` examples."""
+        """Computes the loss of a token and its perplexity.
+
+        The texts belong to the first `limit` examples.
+        """
         limit = min(limit, len(source))
         pairs, bad = self._pairs(source, limit)
         total = 0.0
@@ -210,7 +227,10 @@ class _LanguageLoss:
         return Evaluation(metrics, [], limit, len(pairs), bad)
 
     def _pairs(self, source: Source, limit: int) -> tuple[list[tuple[str, str]], dict[str, int]]:
-        """The prompts and texts of the first examples, and how many could not be used, by cause."""
+        """Lists the prompts and texts of the first examples.
+
+        Returns also the counts of unusable examples, by cause.
+        """
         pairs = []
         bad = collections.Counter()
         for index in range(limit):

@@ -1,1 +1,1 @@
-"""Models as files: ours, other people's, and how one starts from another."""
+"""Models as files: our own, third-party ones, and warm starts."""

@@ -1,4 +1,7 @@
-"""Adapters as small folders, saved without their base model and loaded onto the same base."""
+"""Adapters as small folders, saved without their base model.
+
+They are loaded onto the same base model again.
+"""
 
 import dataclasses
 import fnmatch
@@ -45,9 +48,9 @@ _FREE = {"adapters", "low_image_size"}
 
 
 def base_hash(config: ModelConfig) -> str:
-    """The SHA-256 of the fields of a `ModelConfig` that an adapter depends on.
+    """Computes the SHA-256 of the config that an adapter depends on.
 
-    It is that of canonical JSON without the fields at their default: a field that a later version
+    The hash covers canonical JSON without the fields at their default: a field that a later version
     adds changes no hash while it has its default. Adapters and the second image size are left out.
     """
     text = json.dumps(_set_fields(config), sort_keys=True, separators=(",", ":"))
@@ -57,7 +60,9 @@ def base_hash(config: ModelConfig) -> str:
 def save_adapter(
     folder: str | os.PathLike, model: MaMMUT, name: str, *, also: Sequence[str] | None = None
 ) -> None:
-    """Writes the adapter `name` to a folder of its own, or replaces the one that is there.
+    """Writes the adapter `name` to a folder of its own.
+
+    An adapter that is already in the folder is replaced.
 
     Of several processes, all have to call it; process 0 writes.
 
@@ -108,7 +113,9 @@ def save_adapter(
 
 
 def load_adapter(model: MaMMUT, folder: str | os.PathLike, name: str | None = None) -> MaMMUT:
-    """Adds an adapter that `save_adapter` wrote to a model, and switches it on.
+    """Adds a saved adapter to a model and switches it on.
+
+    The adapter was saved by `save_adapter`.
 
     Other adapters of the model stay as they are. Base parameters in the folder replace the model's.
     Numbers are stored in the model's types.
@@ -171,7 +178,10 @@ def load_adapter(model: MaMMUT, folder: str | os.PathLike, name: str | None = No
 
 
 def _set_fields(config: Any) -> dict[str, Any]:
-    """The type of a config and its fields that are not at their default; none of `_FREE`."""
+    """Lists the type of a config and its non-default fields.
+
+    The fields in `_FREE` are left out.
+    """
     fields = {"type": type(config).__name__}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -213,7 +223,7 @@ def _read_about(path: pathlib.Path, config: ModelConfig) -> tuple[list[AdapterCo
     if len({adapter.name for adapter in configs}) > 1:
         raise CheckpointError(f"{path} has adapters of several names, expected one")
     if about["version"] == 1:
-        # Its hash is of the fields of its time: that of the base it names is made anew.
+        # The saved hash covers the fields of its version: the hash of its base is computed again.
         base_config, _, _ = read_model({"model": base}, path)
         base = json.loads(json.dumps(to_dict(base_config)))  # lists, as in the file
         saved_hash = base_hash(base_config)
@@ -226,7 +236,10 @@ def _read_about(path: pathlib.Path, config: ModelConfig) -> tuple[list[AdapterCo
 
 
 def _as_stored(spec: TensorSpec, param: Any) -> TensorSpec:
-    """The spec of a saved tensor with the type of its parameter, where both are floats."""
+    """Makes the spec of a saved tensor with its parameter's type.
+
+    The type changes only where both types are floats.
+    """
     if param is None:
         return spec
     if all(jnp.issubdtype(dtype, jnp.floating) for dtype in (spec.dtype, param.dtype)):

@@ -1,9 +1,9 @@
-"""The checkpoints of a run: each holds all that a step of the run changes.
+"""Checkpoints of a run: everything that a step changes.
 
 The checkpoints are Orbax steps. Each is atomic, and its metadata has the position in the data.
-Orbax restores a flipped bit silently, so each step has a manifest of checksums, too, and `restore`
-falls back to the newest step that passes. The frozen parameters are the same in all of them: they
-are written once, as safetensors with a manifest, to `frozen/`.
+Orbax restores a flipped bit silently. Each step therefore has a manifest of checksums, too, and
+`restore` falls back to the newest step that passes. The frozen parameters are the same in all
+checkpoints: they are written once, as safetensors with a manifest, to `frozen/`.
 """
 
 import dataclasses
@@ -35,7 +35,10 @@ _FROZEN_MANIFEST = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A restored checkpoint: its step, its state, and the position in the data."""
+    """A restored checkpoint.
+
+    It has a step, a state and a position in the data.
+    """
 
     step: int
     state: Any
@@ -89,7 +92,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        # Once this process has failed, a write that the others have to finish, too, may never end:
+        # Once this process has failed, a write that needs the other processes, too, may never end:
         # the step is left half-written.
         if kind is None or jax.process_count() == 1:
             self.close()
@@ -108,7 +111,7 @@ class Checkpoints:
         Args:
           step: the number of the step.
           state: the `TrainState`.
-          data: the position in the data, as JSON values; that of process 0 is saved.
+          data: the position in the data, as JSON values; process 0 saves its own.
         """
         self.wait()
         for newer in self._left_behind:  # Orbax saves no step that is older than an existing one
@@ -116,8 +119,8 @@ class Checkpoints:
         self._left_behind = []
         if step in self.steps:
             return
-        # All processes have to take part or none, so they go by the list of process 0: the list of
-        # another may be a moment older.
+        # Either all processes have to take part or none, so they use the list of process 0: the
+        # list of another process may be a moment older.
         if state.frozen:
             is_later = distributed.from_first(f"frozen/{step}", lambda: b"1" if self.steps else b"")
             if not is_later:
@@ -140,7 +143,7 @@ class Checkpoints:
                     if int(manifest.stem) not in self.steps:
                         manifest.unlink()
         except BaseException as error:
-            self._error = error  # the next wait() raises it
+            self._error = error  # the next wait() raises the error
 
     def _save_frozen(self, frozen: Any) -> None:
         specs, read = host_tensors(by_name(frozen))
@@ -226,7 +229,9 @@ class Checkpoints:
         return jax.tree_util.tree_map_with_path(put, abstract)
 
     def restore_params(self) -> dict[str, np.ndarray]:
-        """The parameters of the newest good checkpoint, as arrays on the host by name.
+        """Reads the parameters of the newest good checkpoint.
+
+        They are arrays on the host, by name.
 
         Nothing else of the checkpoint is read. Frozen parameters are views of their file.
 
@@ -272,7 +277,7 @@ class Checkpoints:
 
 
 def _changing(state: Any) -> dict[str, Any]:
-    """The fields of a train state that a step changes."""
+    """Lists the fields of a train state that a step changes."""
     return {
         field.name: getattr(state, field.name)
         for field in dataclasses.fields(state)
@@ -281,7 +286,10 @@ def _changing(state: Any) -> dict[str, Any]:
 
 
 def _mismatches(saved: Any, expected: Any) -> list[str]:
-    """The differences of two trees of arrays in path, shape and type, a sentence each."""
+    """Lists the differences of two trees of arrays.
+
+    Each is a sentence on a path, a shape or a type.
+    """
 
     def entry_name(entry: Any) -> str:
         for attribute in ("key", "name", "idx"):  # of a dict, an object, a list

@@ -1,6 +1,6 @@
 """The model card: a README.md beside the weights.
 
-It says what the model is, how to load it, how it was trained and what it scored.
+It describes the model, how to load it, its training and its scores.
 """
 
 import pathlib
@@ -24,7 +24,7 @@ def write_card(
 ) -> None:
     """Writes `README.md` into a model folder.
 
-    A README.md that somebody else wrote is left as it is. The training and the scores are those of
+    A README.md of another author is not changed. The training and the scores come from
     the run in the same folder: its `run.json` and the score files under `eval/`.
     """
     path = folder / "README.md"
@@ -91,7 +91,10 @@ def write_card(
 
 
 def _training(path: pathlib.Path) -> list[str]:
-    """The rows of the table that say how the model was trained; none without a run."""
+    """Makes the table rows that say how the model was trained.
+
+    There are none without a run.
+    """
     starts = {"init": "model", "init_vision": "image encoder", "init_text": "text decoder"}
     try:
         config = _read(path)["config"]
@@ -114,7 +117,7 @@ def _training(path: pathlib.Path) -> list[str]:
 
 
 def _scores(folder: pathlib.Path) -> list[str]:
-    """A table of every score file of the run."""
+    """Makes a table of every score file of the run."""
     rows = []
     for path in sorted(folder.glob("eval/*.json")):
         scores = _read(path)
@@ -132,7 +135,10 @@ def _scores(folder: pathlib.Path) -> list[str]:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is none."""
+    """Reads the object in a JSON file.
+
+    The object is empty where there is no file.
+    """
     try:
         return read_json_object(path)
     except CheckpointError:

@@ -60,30 +60,34 @@ MAX_SHARD_BYTES = 4 * 2**30
 
 @runtime_checkable
 class Format(Protocol):
-    """What a module of `FORMATS` has.
+    """The interface of a module of `FORMATS`.
 
     Attributes:
-      KIND: what it opens, in words that fit behind "no", for the error about any other path.
+      KIND: its kind of model, in words that fit behind "no", for the error about any other path.
     """
 
     KIND: str
 
     def recognises(self, path: pathlib.Path) -> bool:
-        """Whether the file or folder is of this format, by its names and headers.
+        """Whether the file or folder is of this format.
+
+        Names and headers decide.
 
         Raises:
           CheckpointError: it is of this format or of one like it, and damaged.
         """
 
     def open_model(self, path: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
-        """The model in it, with nothing but headers read; `image_size` where the files lack it.
+        """Opens the model; only headers are read.
+
+        `image_size` is used where the files lack it.
 
         Raises:
           CheckpointError: it is damaged, or no model that mammut has. Every mismatch is named.
         """
 
 
-# The formats that `load` reads, one module each. No file or folder is of two of them.
+# The formats that `load` reads, one module each. No file or folder belongs to two formats.
 FORMATS: tuple[Format, ...] = (
     mammut_folder,
     mammut_run,
@@ -140,7 +144,9 @@ def save_opened(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[str, ...]:
-    """`save` of an opened model: one tensor is in memory at a time.
+    """Saves an opened model as `save` does.
+
+    One tensor is in memory at a time.
 
     A model that is in the folder stays there until all of the new one is written.
 
@@ -210,7 +216,7 @@ def load(
       image_size: pixels along one side. The position table is resampled to it as the makers of the
         model do. None: the size that the model was trained with.
       compute: how the model is computed, and the number types of its parameters. None: as the
-        folder says, float32 for the models of others.
+        folder says, float32 for third-party models.
 
     Returns:
       The model, and the processor that makes its images and texts.
@@ -279,11 +285,13 @@ def load_language_model(
 
 
 def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> OpenedModel:
-    """What `load` loads, with nothing but headers read; or a part of a model.
+    """Opens a model, or a part of one; only headers are read.
+
+    `load` loads the same models.
 
     Args:
       path: as for `load`; or a folder or file that holds an image encoder or a text decoder alone.
-      image_size: pixels, for a file that does not tell them: a model of big_vision with computed
+      image_size: pixels, for a file that does not give them: a model of big_vision with computed
         positions. All others ignore it.
 
     Raises:
@@ -297,7 +305,7 @@ def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> Ope
 
 
 def _why_none(path: pathlib.Path) -> str:
-    """Why no format recognises `path`, in a sentence."""
+    """Explains in a sentence why no format recognises `path`."""
     if not os.path.exists(path):
         return (
             f"there is no {path}: expected a folder or a file on this machine, "
@@ -305,7 +313,7 @@ def _why_none(path: pathlib.Path) -> str:
         )
     if path.is_dir():
         names = sorted(item.name for item in path.iterdir())
-        # an .npz tells itself, and is given by its own path
+        # an .npz is recognised by itself, and is given by its own path
         weights = [name for name in names if name.endswith(SUFFIXES) and not name.endswith(".npz")]
         if weights:
             return f"{path} holds {weights[0]} and no {CONFIG_FILE}, which says what model it is of"
@@ -324,7 +332,7 @@ def place(
       opened: the model.
       mesh: the devices; None: the default device.
       part: the name of the part to read, such as "text"; None: the whole model.
-      compute: how it is computed; None: as the opened model says.
+      compute: how it is computed; None: as in the opened model.
 
     Returns:
       The model, or the part.
@@ -364,7 +372,7 @@ def place(
 
 
 def _require_mesh(mesh: Mesh) -> None:
-    """Raises ValueError where a mesh is not like those of `mammut.core.sharding.make_mesh`."""
+    """Checks that a mesh is like a mesh of `sharding.make_mesh`; raises ValueError."""
     unknown = set(mesh.axis_names) - set(MESH_AXES)
     if unknown or set(mesh.axis_types) != {AxisType.Auto}:
         types = ", ".join(map(str, mesh.axis_types))
@@ -375,7 +383,9 @@ def _require_mesh(mesh: Mesh) -> None:
 
 
 def read_model_config(path: str | os.PathLike) -> ModelConfig:
-    """Reads the config of a model folder, of a run or of a foreign model, without its weights.
+    """Reads the config of a model without its weights.
+
+    The model is a model folder, a run or a foreign model.
 
     Raises:
       CheckpointError: there is no model at the path.

@@ -1,4 +1,4 @@
-"""Configs as version 0.1 wrote them, in the fields of today.
+"""Upgrades the configs of version 0.1 to the current fields.
 
 Version 0.1 kept in a model's config how a run computes it, what a run draws at random, and how its
 loss starts. These are configs of their own now; fields that follow from others are properties.
@@ -9,7 +9,7 @@ from typing import Any
 
 _COMPUTE = ("dtype", "param_dtype", "remat", "unroll", "passes", "image_attention")
 _LOSS = ("logit_scale_init", "logit_bias_init")
-# Where a field of version 0.1 is today, by its dotted name in a run's config.
+# Current place of a field of version 0.1, by its dotted name in a run's config.
 MOVED = {
     **{f"model.{name}": f"compute.{name}" for name in _COMPUTE},
     **{f"model.{name}": f"loss.{name}" for name in _LOSS},
@@ -18,10 +18,10 @@ MOVED = {
     "model.vision.patch_drop": "augment.patch_drop",
     "model.vision.cropped_pos_embed": "augment.crop_positions",
 }
-# Fields that follow from others today.
+# Fields that now follow from other fields.
 DERIVED = ("model.conditioning", "model.text.class_token")
-# Scale and bias that a run starts with today unless it sets them, by `LossConfig.contrastive`.
-# Version 0.1 wrote them into every config, also where the recipe of today sets none.
+# Current default of the initial scale and bias of a run, by `LossConfig.contrastive`.
+# Version 0.1 wrote them into every config, also where the current recipe sets none.
 _LOSS_STARTS = {
     "softmax": {"logit_scale_init": 1 / 0.07, "logit_bias_init": 0.0},
     "sigmoid": {"logit_scale_init": 10.0, "logit_bias_init": -10.0},
@@ -33,7 +33,10 @@ _ABSENT = object()
 
 @dataclasses.dataclass(frozen=True)
 class Upgraded:
-    """A run's config in the fields of today, and what no field says any more."""
+    """A run's config, upgraded to the current fields.
+
+    It also says which settings no current field expresses.
+    """
 
     config: dict[str, Any]
     # Towers, "vision" or "text", whose layer norms have no bias: it is zero.
@@ -41,10 +44,11 @@ class Upgraded:
 
 
 def upgraded(config: dict[str, Any]) -> Upgraded:
-    """Brings the config of a run, or {"model": ...} of a model, to the fields of today.
+    """Brings a config to the current fields.
 
-    A config in today's fields comes back as it is. Values that are no objects, names that no
-    version had, and old fields that do not go with the others are left for `from_dict` to refuse.
+    The config is a run's, or {"model": ...} of a model. A config in the current fields is returned
+    unchanged. Values that are not objects, names that no version had, and old fields that do not
+    fit the others are left for `from_dict` to refuse.
     """
     config = _copied(config)
     for old, new in MOVED.items():
@@ -73,7 +77,10 @@ def _copied(value: Any) -> Any:
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Finds a part of a config by its dotted name; {}: it is not there, or no object."""
+    """Finds a part of a config by its dotted name.
+
+    Returns {} where it is missing or not an object.
+    """
     part = config
     for key in name.split("."):
         part = part.get(key)
@@ -83,7 +90,7 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _move(config: dict[str, Any], old: str, new: str) -> None:
-    """Moves a field from one dotted name to another, if it is there."""
+    """Moves a field to another dotted name, if it is present."""
     section, name = new.split(".")
     if not isinstance(config.get(section, {}), dict):
         return

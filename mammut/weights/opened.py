@@ -1,4 +1,7 @@
-"""A model opened from files: its config, its tensors by name, and checks that they fit."""
+"""An opened model: its config, its tensors and their checks.
+
+The tensors have names. The checks make sure that config and tensors fit together.
+"""
 
 import dataclasses
 import os
@@ -24,7 +27,7 @@ from mammut.weights.old_configs import upgraded
 class Tensors(Protocol):
     """Named arrays that are read one by one.
 
-    A `mammut.weights.files.tensor_file.TensorFile` is one, and what a table makes of it.
+    A `mammut.weights.files.tensor_file.TensorFile` is one, and so is the result of a table.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -41,20 +44,21 @@ class LazyTensors:
 
 @dataclasses.dataclass(frozen=True)
 class OpenedModel:
-    """A model whose files are opened and checked; its parameters are read one by one, later.
+    """A model whose files are opened and checked.
+
+    Its parameters are read one by one, later.
 
     Attributes:
       config: the architecture.
       tensors: the parameters, by path such as "text.layers.attn.query.kernel".
       processor: makes images and texts for it. None: the files have none.
       where: the file or folder, for errors.
-      parts: the parts that the files hold. Of an image encoder alone this is ("vision",), and
-        `config` means nothing beyond it.
-      positions: how the makers of the model resample its position grid.
-      notes: sentences on what of the files has no place in our model, on what of our model they do
-        not have, and why.
-      compute: how the model is computed unless somebody says otherwise; its number types are those
-        of `tensors`.
+      parts: the parts that the files hold. For an image encoder alone this is ("vision",), and the
+        rest of `config` means nothing.
+      positions: the way in which the makers of the model resample its position grid.
+      notes: sentences on parts of the files that our model lacks, on parts of our model that the
+        files lack, and on the reasons.
+      compute: the default way of computing the model; its number types are those of `tensors`.
 
     Raises:
       CheckpointError: the processor makes other images or texts than the config's model takes.
@@ -105,7 +109,9 @@ def require_target(
     foreign: Collection[str],
     overwrite: bool,
 ) -> None:
-    """Checks that a model may be written to `folder`, before anything is touched.
+    """Checks that a model may be written to `folder`.
+
+    Nothing is written before the check.
 
     Args:
       folder: the folder to write to; it need not exist.
@@ -147,7 +153,9 @@ def require_target(
 def model_specs(
     config: ModelConfig, compute: ComputeConfig = ComputeConfig()
 ) -> dict[str, TensorSpec]:
-    """Shape and type of every parameter of a `MaMMUT`, by its path.
+    """Lists shape and type of every parameter of a `MaMMUT`.
+
+    They are named by path.
 
     A path is a name such as "text.layers.attn.query.kernel".
     """
@@ -179,10 +187,12 @@ def rounded(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
 
 
 def read_config(cls: type, values: Any, path: pathlib.Path) -> Any:
-    """A config of type `cls`, from the values in the file `path`.
+    """Reads a config of type `cls` from a file's values.
+
+    The file is `path`.
 
     Raises:
-      CheckpointError: the values are none, or are those of another type of config.
+      CheckpointError: there are no values, or they belong to another type of config.
     """
     try:
         return from_dict(cls, values, str(path))
@@ -193,7 +203,9 @@ def read_config(cls: type, values: Any, path: pathlib.Path) -> Any:
 def read_model(
     values: Any, path: pathlib.Path
 ) -> tuple[ModelConfig, ComputeConfig, tuple[str, ...]]:
-    """Reads {"model": ..., "compute": ...} of the file `path`, in the fields of any version.
+    """Reads the configs of a model in the file `path`.
+
+    The values are {"model": ..., "compute": ...}, in the fields of any version.
 
     The third value names the towers ("vision", "text") whose layer norms have no bias in the file:
     it is zero.
@@ -210,7 +222,9 @@ def read_model(
 def host_tensors(
     arrays: Mapping[str, Any],
 ) -> tuple[dict[str, TensorSpec], Callable[[str], np.ndarray]]:
-    """The specs of arrays by name, and a function that brings one array to the host.
+    """Lists the specs of arrays by name.
+
+    Returns also a function that brings one array to the host.
 
     `mammut.weights.files.tensor_file` writes them with these two. Of several processes, each has to
     bring every array, in the order of the specs, which is the order in which they are written.
@@ -233,7 +247,7 @@ def mismatches(found: Mapping[str, Any], expected: Mapping[str, Any], left_over:
     """Compares named arrays, or specs, with the expected ones.
 
     Args:
-      found: the arrays that there are; anything with a shape and a dtype.
+      found: the arrays in the file; anything with a shape and a dtype.
       expected: the arrays that there should be.
       left_over: the words behind the name of an array that is not expected.
 

@@ -1,4 +1,7 @@
-"""Resamples position tables and patch kernels for another size of image or patch."""
+"""Resamples position tables and patch kernels.
+
+The target has another size of image or patch.
+"""
 
 import copy
 import dataclasses
@@ -67,7 +70,10 @@ def resample_patches(
 def _along_both(
     weights: Callable[[int, int], np.ndarray], table: np.ndarray, grid: tuple[int, int]
 ) -> np.ndarray:
-    """Multiplies both axes of a table with the matrices [new, old] that `weights` makes."""
+    """Multiplies both axes of a table with matrices.
+
+    `weights` makes the matrices, [new, old].
+    """
     down, across = (weights(old, new) for old, new in zip(table.shape[:2], grid, strict=True))
     moved = np.einsum("Ii,Jj,ijD->IJD", down, across, table.astype(np.float64), optimize=True)
     return moved.astype(table.dtype)
@@ -92,14 +98,17 @@ def _bilinear_pixels(old: int, new: int) -> np.ndarray:
 
 
 def _between(points: np.ndarray, size: int) -> np.ndarray:
-    """The weights of linear interpolation between the integers below `size`, at `points`."""
+    """Computes linear interpolation weights at `points`.
+
+    The weights are for the integers below `size`.
+    """
     return np.maximum(0, 1 - np.abs(points[:, None] - np.arange(size)))
 
 
 def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
-    """The model for images of another size.
+    """Resamples the model for images of another size.
 
-    Its position grid is resampled; everything else stays as it is.
+    Its position grid is resampled; nothing else changes.
 
     Args:
       opened: a whole model or an image encoder.
@@ -108,7 +117,7 @@ def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
     Raises:
       ValueError: `image_size` is not a multiple of the patch size, or of the stride of a ResNet.
     """
-    # A smaller size at the start of training need not divide the new one, and is over.
+    # A smaller size at the start of training need not divide the new one, and is no longer used.
     vision = dataclasses.replace(opened.config.vision, image_size=image_size, low_image_size=None)
     tensors = opened.tensors
     resampling = _resampling(_POSITIONS, opened, vision)
@@ -135,7 +144,9 @@ def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
 def _resampling(
     path: str, opened: OpenedModel, vision: Tower
 ) -> tuple[str, Callable[[np.ndarray], np.ndarray]] | None:
-    """How a parameter gets the sizes of `vision`: in words, and as a function.
+    """Finds how a parameter gets the sizes of `vision`.
+
+    Returns the way in words, and as a function.
 
     None: it has these sizes already.
     """

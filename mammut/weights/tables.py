@@ -1,4 +1,6 @@
-"""Tables: which tensors of a foreign format are which of our parameters, and in what layout.
+"""Tables between foreign tensors and our parameters.
+
+Each table says which tensors are which parameters, and in what layout.
 
 "Ours" are the parameters of a `MaMMUT`, "theirs" the tensors of the format. A table is a list of
 `Entry`, made for one config, so that it names every key. Read in one direction it loads, in the
@@ -48,11 +50,11 @@ class _InOrder:
     """The same numbers in the same order; only the shape differs."""
 
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
-        """Their tensor in our shape."""
+        """Loads their tensor in our shape."""
         return theirs.reshape(ours[index])
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Our parameter in their shape."""
+        """Saves our parameter in their shape."""
         return ours[0].reshape(self.shape([ours[0].shape]))
 
 
@@ -63,7 +65,7 @@ class Reshaped(_InOrder):
     theirs: Shape
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """The given shape."""
+        """Returns the given shape."""
         return self.theirs
 
 
@@ -77,7 +79,7 @@ class Same(_InOrder):
     flat: bool = False
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """Our shape, or with `flat` its size."""
+        """Returns our shape, or with `flat` its size."""
         return (math.prod(ours[0]),) if self.flat else ours[0]
 
 
@@ -89,7 +91,7 @@ class Rows(_InOrder):
     """
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """The shape [rows, D]."""
+        """Returns the shape [rows, D]."""
         return math.prod(ours[0][:-1]), ours[0][-1]
 
 
@@ -104,7 +106,7 @@ class Kernel(_InOrder):
     inputs: int = 1
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """The shape [inputs, outputs]."""
+        """Returns the shape [inputs, outputs]."""
         return math.prod(ours[0][: self.inputs]), math.prod(ours[0][self.inputs :])
 
 
@@ -119,58 +121,67 @@ class Transposed:
     inputs: int = 1
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """The shape [outputs, inputs]."""
+        """Returns the shape [outputs, inputs]."""
         return math.prod(ours[0][self.inputs :]), math.prod(ours[0][: self.inputs])
 
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
-        """Their weight, transposed, in our shape."""
+        """Loads their weight, transposed, in our shape."""
         return theirs.T.reshape(ours[index])
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Our kernel as a matrix, transposed."""
+        """Saves our kernel as a matrix, transposed."""
         return ours[0].reshape(math.prod(ours[0].shape[: self.inputs]), -1).T
 
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """The weight [D, 3, patch, patch] of a torch.nn.Conv2d, of our kernel [patch ** 2 * 3, D]."""
+    """The weight [D, 3, patch, patch] of a torch.nn.Conv2d.
+
+    Our kernel is [patch ** 2 * 3, D].
+    """
 
     patch_size: int
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """The shape [D, 3, patch, patch]."""
+        """Returns the shape [D, 3, patch, patch]."""
         return ours[0][1], 3, self.patch_size, self.patch_size
 
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
-        """Their weight with pixels row by row, the three colours of a pixel together."""
+        """Loads their weight with pixels row by row.
+
+        The three colours of a pixel are together.
+        """
         return theirs.transpose(2, 3, 1, 0).reshape(ours[index])
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Our kernel with colours before pixels."""
+        """Saves our kernel with colours before pixels."""
         return ours[0].reshape(self.patch_size, self.patch_size, 3, -1).transpose(3, 2, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Several of our parameters along one axis of theirs, each in `layout`: fused q, k and v."""
+    """Several of our parameters, joined along one of their axes.
+
+    Each is in `layout`. An example is fused q, k and v.
+    """
 
     layout: Layout
     axis: int = 0
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """The shape of one of them, with the sizes along the axis added up."""
+        """Returns their shape, with the sizes along the axis added."""
         shapes = [self.layout.shape([shape]) for shape in ours]
         size = sum(shape[self.axis] for shape in shapes)
         return *shapes[0][: self.axis], size, *shapes[0][self.axis + 1 :]
 
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
-        """The part of their tensor at `index`, in its layout."""
+        """Loads the part of their tensor at `index`, in its layout."""
         ends = np.cumsum([self.layout.shape([shape])[self.axis] for shape in ours])
         part = np.split(theirs, ends[:-1], axis=self.axis)[index]
         return self.layout.load(part, ours[index : index + 1], 0)
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Our parameters in their layouts, joined."""
+        """Saves our parameters in their layouts, joined."""
         return np.concatenate([self.layout.save([array]) for array in ours], axis=self.axis)
 
 
@@ -206,9 +217,9 @@ class Table:
     constant: Mapping[str, tuple[float, str]] = dataclasses.field(default_factory=dict)
 
     def to_ours(self, theirs: Tensors, ours: Mapping[str, TensorSpec], where: str) -> LazyTensors:
-        """Our parameters, read from their tensors.
+        """Makes our parameters from their tensors, read later.
 
-        Floats of any type become those of `ours`. To read a number that is too large for that type
+        Floats of any type get the type of `ours`. Reading a number that is too large for that type
         raises CheckpointError.
 
         Args:
@@ -255,7 +266,7 @@ class Table:
         return LazyTensors(dict(ours), read)
 
     def to_theirs(self, ours: Tensors) -> LazyTensors:
-        """Their tensors, made from our parameters.
+        """Makes their tensors from our parameters.
 
         A tensor has the type of the parameter that it is made from. The layers of one parameter
         follow each other: in this order, every parameter is read once.
@@ -289,12 +300,15 @@ class Table:
         return LazyTensors(specs, read)
 
     def _our_shapes(self, entry: Entry, ours: Mapping[str, TensorSpec]) -> list[Shape]:
-        """The shapes of the parameters of an entry; of one layer where the entry is of one."""
+        """Lists the shapes of an entry's parameters.
+
+        Where the entry is of one layer, the shapes are of one layer.
+        """
         shapes = [tuple(ours[path].shape) for path in entry.ours]
         return shapes if entry.layer is None else [shape[1:] for shape in shapes]
 
     def _their_shapes(self, ours: Mapping[str, TensorSpec]) -> dict[str, Shape]:
-        """The shape of each of their tensors, by its name."""
+        """Lists the shape of each of their tensors, by name."""
         known = [entry for entry in self.entries if all(path in ours for path in entry.ours)]
         return {
             entry.theirs: tuple(entry.layout.shape(self._our_shapes(entry, ours)))
@@ -302,7 +316,10 @@ class Table:
         }
 
     def _uncovered(self, ours: Mapping[str, TensorSpec]) -> list[str]:
-        """The parameters that the table has and the model not, or the reverse, in sentences."""
+        """Lists parameters that only the table or the model has.
+
+        Each is a sentence.
+        """
         covered: dict[str, set[int | None]] = {path: {None} for path in self.constant}
         for entry in self.entries:
             for path in entry.ours:
@@ -319,7 +336,7 @@ class Table:
 
 
 def unused_notes(unused: Mapping[str, str]) -> Iterator[str]:
-    """The notes on unused tensors, one for each reason.
+    """Writes notes on unused tensors, one for each reason.
 
     One for each tensor would be too many: the moments of an optimizer are thousands of arrays.
     """

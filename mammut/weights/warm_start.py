@@ -1,7 +1,7 @@
-"""Starts a model from others: where each parameter comes from, and what happens to other sizes.
+"""Starts a model from others: the source of each parameter.
 
 A run starts from a whole model (`TrainConfig.init`), from an image encoder (`init_vision`), from a
-text decoder (`init_text`), or from a whole model one or both of whose towers come from elsewhere.
+text decoder (`init_text`), or from a whole model with one or both towers from elsewhere.
 The rules:
 
   image size     the position grid is resampled as the makers of the model do it; a class token
@@ -40,7 +40,7 @@ What = Literal["loaded", "resampled", "cut", "in part", "random", "left out"]
 
 # Fields of an image encoder that say how a model uses it, not what it is.
 _USE = ("pooling", "pool_queries", "pool_heads", "norm_after_pooling")
-# Fields that may differ from those of the models to start from: what a rule above is about.
+# Fields that may differ from the models to start from: each has a rule above.
 SIZES = {"model.vision.image_size", "model.vision.patch_size", "model.text.max_length"}
 VOCABULARY = {"model.text.vocab_size", "model.text.pad_id"}
 _OF_VOCABULARY = {"text.token_embed.embedding", "text.vocab_head.kernel", "text.vocab_head_bias"}
@@ -48,12 +48,15 @@ _OF_VOCABULARY = {"text.token_embed.embedding", "text.vocab_head.kernel", "text.
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What happens to one parameter, of the model or, left out, of a model that it starts from."""
+    """What happens to one parameter.
+
+    It is a parameter of the model, or one left out of a model that it starts from.
+    """
 
     path: str
-    count: int  # how many numbers it has
+    count: int  # its count of numbers
     what: What
-    source: str  # where it comes from, such as "init_vision vit.npz"; "": from no file
+    source: str  # its source, such as "init_vision vit.npz"; "": no file
     why: str
 
 
@@ -102,7 +105,7 @@ class WarmStart:
 
 
 def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> ModelConfig:
-    """`config` with the architecture of what it starts from.
+    """Gives `config` the architecture of the models it starts from.
 
     `init` brings all of it, but for adapters where it has none, and for the second, smaller size of
     images; `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder,
@@ -124,7 +127,7 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
     vision, text = config.vision, config.text
     if "init" in starts:
         config = starts["init"].config
-        # Adapters of the run go on a model that has none.
+        # Adapters of the run are added to a model that has none.
         config = dataclasses.replace(config, adapters=config.adapters or asked.adapters)
         vision = dataclasses.replace(config.vision, low_image_size=asked.vision.low_image_size)
         text = config.text
@@ -145,7 +148,10 @@ def _fields(
     names: tuple[str, ...],
     other: VisionConfig | ResNetConfig,
 ) -> dict[str, Any]:
-    """Those of `vision` among `names` that an encoder of the kind of `other` has, too."""
+    """Reads the fields of `vision` in `names` that both kinds have.
+
+    The other kind is the kind of the encoder `other`.
+    """
     known = {field.name for field in dataclasses.fields(vision)} & {
         field.name for field in dataclasses.fields(other)
     }
@@ -159,12 +165,14 @@ def warm_start(
     compute: ComputeConfig = ComputeConfig(),
     new_vocabulary: bool = False,
 ) -> WarmStart:
-    """Finds where each parameter of a model starts, by the rules at the top of this module.
+    """Finds the source of each parameter of a model.
+
+    The rules are at the top of this module.
 
     Args:
       config: the config of the model; `start_config`, perhaps with other sizes.
       starts: at least one opened model, by the field of `TrainConfig` that names it.
-      compute: says the number types of the model's parameters.
+      compute: has the number types of the model's parameters.
       new_vocabulary: whether ids mean other tokens than in the model to start from.
 
     Raises:
@@ -223,7 +231,10 @@ def warm_start(
 def _start_of(
     path: str, config: ModelConfig, starts: Mapping[Start, OpenedModel], new_vocabulary: bool
 ) -> tuple[Start | None, str]:
-    """The start that a parameter comes from, and ""; or None, and the reason."""
+    """Finds the start that a parameter comes from.
+
+    Returns the start and "", or None and the reason.
+    """
     tower = f"init_{path.partition('.')[0]}"
     name = tower if tower in starts else "init"
     if name not in starts:
@@ -235,7 +246,7 @@ def _start_of(
     old = starts[name].config.vision.pooling
     new = config.vision.pooling
     other_pool = path.startswith("vision.pool.") and old != new
-    # The norm is one of the tokens, or one of the queries that stand for them.
+    # The norm acts on the tokens, or on the queries that stand for them.
     other_norm = path.startswith("vision.norm.") and (old == "queries") != (new == "queries")
     if other_pool or other_norm:
         return None, f"pooling is {new!r}, there {old!r}"
@@ -249,7 +260,10 @@ def _why_left_out(
     starts: Mapping[Start, OpenedModel],
     new_vocabulary: bool,
 ) -> str:
-    """Why a parameter of a start has no place in the model; "" where it should have one."""
+    """Explains why a parameter of a start is left out.
+
+    Returns "" where the parameter should have a place in the model.
+    """
     tower = f"init_{path.partition('.')[0]}"
     if name == "init" and tower in starts:
         return f"{tower} takes its place"
@@ -261,7 +275,7 @@ def _why_left_out(
 def _rule(
     path: str, opened: OpenedModel, config: ModelConfig
 ) -> tuple[What, str, Callable[[np.ndarray, Any], np.ndarray]]:
-    """What happens to a parameter of `opened`.
+    """Describes what happens to a parameter of `opened`.
 
     Returns:
       What, why, and a function that makes the new value from the stored one and a random one.
@@ -295,5 +309,8 @@ def _rule(
 
 
 def _read(theirs: Tensors, path: str, rule: Callable, dtype: np.dtype, random: Any) -> np.ndarray:
-    """The stored value after its rule, in the type of the model."""
+    """Reads the stored value, changed by its rule.
+
+    It has the number type of the model.
+    """
     return rule(theirs.read(path), random).astype(dtype, copy=False)

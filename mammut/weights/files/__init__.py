@@ -1,1 +1,4 @@
-"""Tensor files of others, opened by their header: nothing in them is executed."""
+"""Foreign tensor files, opened by their header.
+
+Nothing in them is executed.
+"""

@@ -5,7 +5,7 @@
     .pt .pth .bin .ckpt        torch.save of torch 1.6 or later (`torch_archive`)
     .npz                       numpy.savez and savez_compressed (`zip_archive`)
 
-Nothing in a file is run, and nothing that it says is believed: sizes, offsets and names are checked
+Nothing in a file is run, and nothing in it is trusted: sizes, offsets and names are checked
 before memory is taken.
 """
 
@@ -63,13 +63,15 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class TensorFile:
-    """An opened file of tensors, or a set of shards. Only headers have been read.
+    """An opened file of tensors, or a set of shards.
+
+    Only headers have been read.
 
     Attributes:
       path: the file; of a set of shards, their index.
       specs: shape and type of every tensor, in the file's order.
-      metadata: the texts in a safetensors file's `__metadata__`; of shards, those that all of them
-        have. Files of other kinds have none.
+      metadata: the texts in a safetensors file's `__metadata__`; of shards, the texts that all of
+        them have. Files of other kinds have none.
 
     Raises:
       CheckpointError: there are too many tensors, or a name is not text.
@@ -102,7 +104,7 @@ class TensorFile:
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
-    """Opens a file of tensors; its first bytes tell its kind.
+    """Opens a file of tensors; its first bytes show its kind.
 
     Raises:
       CheckpointError: the file is missing, damaged or of an unknown kind, or would run code. File
@@ -138,7 +140,9 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
 
 
 def stored_specs(path: pathlib.Path) -> Mapping[str, TensorSpec]:
-    """The specs of the tensors in a file, by which a format recognises it.
+    """Reads the specs of the tensors in a file.
+
+    A format recognises its files by them.
 
     There are none in a folder, or in a file whose name ends with none of `SUFFIXES`. Only headers
     are read.
@@ -155,8 +159,8 @@ def stored_specs(path: pathlib.Path) -> Mapping[str, TensorSpec]:
     return _specs(path, status.st_ino, status.st_mtime_ns, status.st_size)
 
 
-# One format after the other asks for the same file, and the pickle of a large training checkpoint
-# takes seconds. The arguments beside the path tell one state of the file from another.
+# Several formats read the same file in turn, and the pickle of a large training checkpoint
+# takes seconds. The arguments beside the path distinguish two states of the file.
 @functools.lru_cache(maxsize=1)
 def _specs(path: pathlib.Path, inode: int, mtime_ns: int, size: int) -> Mapping[str, TensorSpec]:
     return open_tensors(path).specs
@@ -171,7 +175,7 @@ def _is_text(name: str) -> bool:
 
 
 def _safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file."""
+    """Reads the tensors and the metadata of a safetensors file."""
     length = int.from_bytes(file.bytes(0, 8), "little")
     if length > min(MAX_HEADER, file.size - 8):
         raise CheckpointError(
@@ -211,7 +215,10 @@ def _safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, s
 
 
 def _safetensors_entry(where: str, entry: Any) -> tuple[int, int, TensorSpec]:
-    """First byte, last byte and spec of a tensor, from its entry in the header."""
+    """Reads a tensor's entry in a safetensors header.
+
+    Returns its first byte, last byte and spec.
+    """
     match entry:
         case {
             "dtype": str(kind),
@@ -228,7 +235,10 @@ def _safetensors_entry(where: str, entry: Any) -> tuple[int, int, TensorSpec]:
 
 
 def _shards(index: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of all shards, and the metadata that all of them have."""
+    """Opens the tensors of all shards.
+
+    Returns also the metadata that all shards have.
+    """
     weight_map = json_object(index.bytes(0, MAX_HEADER + 1), f"{index.path}").get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) for name in weight_map.values()
@@ -258,7 +268,7 @@ def _shards(index: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]
 
 
 def _shard_path(index: pathlib.Path, shard: str) -> pathlib.Path:
-    """The file of a shard, in the folder of the index.
+    """Finds the file of a shard, in the folder of the index.
 
     Where the index is a link, as every file in the cache of Hugging Face is, the shard may also lie
     beside the file that the link leads to.
@@ -286,7 +296,9 @@ def write_safetensors(
     metadata: dict[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes a safetensors file, whole or not at all, with one tensor in memory at a time.
+    """Writes a safetensors file, whole or not at all.
+
+    One tensor is in memory at a time.
 
     Tensors of wide numbers come first, and else keep their order: each then lies at a multiple of
     the size of its numbers.
@@ -325,7 +337,7 @@ def write_sharded(
 
     Args:
       folder: the folder; made where it is missing.
-      stem: what the names of the files start with.
+      stem: the beginning of the files' names.
       specs: as for `write_safetensors`.
       read: as for `write_safetensors`.
       max_bytes: the largest size of the tensors in one shard. A tensor that is larger has a shard

@@ -1,4 +1,6 @@
-"""Reads the tensors of a `torch.save` file, without torch and without running anything.
+"""Reads the tensors of a `torch.save` file without torch.
+
+Nothing in the file is executed.
 
 Such a file is a zip archive of a pickle and of the bytes of each storage. A pickle is a program for
 a small stack machine, which may call any function of any module. The machine here can call nothing:
@@ -99,7 +101,9 @@ class _Tensor:
 
 
 def torch_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
-    """The tensors of the state dict in a `torch.save` archive, as views of its storages.
+    """Reads the state dict of a `torch.save` archive.
+
+    The tensors are views of the archive's storages.
 
     The state dict is the saved dict, or its entry "state_dict", "model" or "module" (DeepSpeed).
     Other saved values are ignored. The prefixes "module." and "_orig_mod." of wrapped models are
@@ -143,7 +147,7 @@ def torch_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
 
 
 def _state_dict(saved: Any, path: str) -> dict[str, _Tensor]:
-    """The state dict in the saved value."""
+    """Finds the state dict in the saved value."""
     if not isinstance(saved, dict):
         raise CheckpointError(f"{path} does not hold a dict: {_SAVE_AGAIN}")
     state = saved
@@ -153,7 +157,8 @@ def _state_dict(saved: Any, path: str) -> dict[str, _Tensor]:
             path = f"{path}, entry {key!r}"
             break
     for name, value in state.items():
-        if not isinstance(name, str):  # and not shown: an integer may have a million digits
+        # the value is not shown: an integer may have a million digits
+        if not isinstance(name, str):
             raise CheckpointError(
                 f"{path} has a key that is not text, expected a state dict: {_SAVE_AGAIN}"
             )
@@ -175,14 +180,16 @@ def _without_prefixes(tensors: dict[str, StoredTensor]) -> dict[str, StoredTenso
 def _stored(
     archive: ZipArchive, where: str, tensor: _Tensor, member: Member | None, byteorder: str
 ) -> StoredTensor:
-    """A tensor whose elements all lie within its storage, no two of them at one place.
+    """Makes a stored tensor whose elements lie within its storage.
+
+    No two elements lie at the same place.
 
     Args:
       archive: the archive.
       where: file and key, for errors.
-      tensor: the arguments that it is rebuilt from.
+      tensor: the arguments that rebuild the tensor.
       member: its storage in the archive; None: it is missing.
-      byteorder: that of the storage.
+      byteorder: the byte order of the storage.
     """
     storage = tensor.storage
     dtype = tensor.dtype
@@ -222,7 +229,9 @@ def _stored(
 
 
 def _reach(where: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """How many elements of its storage a tensor spans, from its first element to its last.
+    """Counts the elements of storage that a tensor spans.
+
+    They reach from its first element to its last.
 
     Raises:
       CheckpointError: two elements may lie at one place.
@@ -230,7 +239,7 @@ def _reach(where: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     reach = 1
     axes = [(stride, size) for stride, size in zip(strides, shape) if size > 1]
     for stride, size in sorted(axes):
-        # Along this axis, each step must go beyond all that the axes so far reach.
+        # Along this axis, each step must go beyond the reach of the axes so far.
         if stride < reach:
             raise CheckpointError(
                 f"{where} has strides {list(strides)}, by which its elements share places"
@@ -245,7 +254,8 @@ def _are_sizes(values: Any) -> bool:
     )
 
 
-# How many values an opcode takes off the stack; those in _MARKED take all since the last mark.
+# Number of values that an opcode takes off the stack; those in _MARKED take all since the last
+# mark.
 _TAKES = {
     "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "REDUCE": 2, "BUILD": 1,
     "STACK_GLOBAL": 2, "BINPERSID": 1,
@@ -257,9 +267,11 @@ _LITERALS = {
 }  # fmt: skip
 
 
-# One branch for each kind of opcode: in pieces, nobody could see that none is missing.
+# One branch for each kind of opcode: in one place, the reader can see that none is missing.
 def _unpickle(program: bytes | bytearray, where: str) -> Any:  # noqa: C901, PLR0915
-    """Builds the value of a pickle: dicts, lists, tuples, numbers, texts and `_Tensor`s.
+    """Builds the value of a pickle.
+
+    The value consists of dicts, lists, tuples, numbers, texts and `_Tensor`s.
 
     Raises:
       CheckpointError: the pickle calls a function that is not known here, or is damaged.
@@ -333,7 +345,10 @@ def _unpickle(program: bytes | bytearray, where: str) -> Any:  # noqa: C901, PLR
 
 
 def _is_a(kind: Any, value: Any) -> Any:
-    """The value; raises ValueError where it is of another kind."""
+    """Returns the value if it is of the given kind.
+
+    Raises ValueError where it is of another kind.
+    """
     if not isinstance(value, kind):
         raise ValueError(f"{type(value).__name__} is where another kind of value belongs")
     return value
@@ -341,7 +356,7 @@ def _is_a(kind: Any, value: Any) -> Any:
 
 def _set_items(target: dict, items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | int):  # the hash of a nested tuple may take for ever
+        if not isinstance(key, str | int):  # the hash of a nested tuple may never end
             raise ValueError(f"a dict has a key of type {type(key).__name__}")
         if key in target:
             raise ValueError("a dict has a key twice")
@@ -367,7 +382,7 @@ def _storage(arguments: Any) -> _Storage:
 
 
 def _call(name: str, arguments: Any) -> Any:
-    """The note that stands for the result of a call."""
+    """Makes the note that stands for the result of a call."""
     match name.rpartition(".")[2], arguments:
         case "OrderedDict", ():
             return {}

@@ -1,6 +1,6 @@
 """Reads zip archives that strangers wrote, and the arrays of an `.npz`.
 
-They are archives as `numpy.savez` and `torch.save` write them. `zipfile` believes the directory of
+They are archives as `numpy.savez` and `torch.save` write them. `zipfile` trusts the directory of
 an archive. Here every member is checked against the file before anything is unpacked: its offset,
 its sizes, its name in both directories, and that no two members share a byte.
 """
@@ -35,7 +35,7 @@ _UTF8 = 0x800  # flag of a member: its name is UTF-8
 _UNREADABLE = 0x2061  # flags of a member that is encrypted or patched, or has masked headers
 _STORED = 0  # methods of packing
 _DEFLATED = 8
-_MAX_RATIO = 1032  # how many bytes deflate can unpack from one
+_MAX_RATIO = 1032  # number of bytes that deflate can unpack from one byte
 _PIECE = 1 << 16  # bytes that are unpacked at a time
 
 _MAX_NPY_HEADER = 10_000  # bytes, as in NumPy's own reader
@@ -50,14 +50,16 @@ class Member:
 
     name: str
     start: int  # its first byte in the archive
-    stored: int  # how many bytes it has there
-    size: int  # how many bytes it has when unpacked
+    stored: int  # its number of bytes in the archive
+    size: int  # its number of bytes when unpacked
     crc: int
     deflated: bool
 
 
 class ZipArchive:
-    """The members of an archive, by name, in the order of the directory.
+    """The members of an archive, by name.
+
+    They are in the order of the directory.
 
     Raises:
       CheckpointError: the archive is damaged or encrypted, or its directory does not fit the file.
@@ -99,7 +101,10 @@ class ZipArchive:
         return members
 
     def _find_directory(self) -> tuple[int, int, int]:
-        """First and last byte of the central directory, and the number of its members."""
+        """Finds the first and last byte of the central directory.
+
+        Returns also the number of its members.
+        """
         size = self.file.size
         tail_start = max(0, size - _END.size - 0xFFFF)
         end = tail_start + self.file.bytes(tail_start, size).rfind(b"PK\5\6")
@@ -192,7 +197,10 @@ class ZipArchive:
             )
 
     def head(self, member: Member, size: int) -> bytes:
-        """The first `size` bytes of a member, unchecked; fewer where it is shorter."""
+        """Reads the first `size` bytes of a member, unchecked.
+
+        Fewer are returned where the member is shorter.
+        """
         if not member.deflated:
             return self.file.bytes(member.start, member.start + min(size, member.stored))
         head = b""
@@ -203,7 +211,10 @@ class ZipArchive:
         return head[:size]
 
     def read(self, member: Member) -> bytes | bytearray:
-        """All bytes of a member, checked against its size and its checksum."""
+        """Reads all bytes of a member and checks them.
+
+        The checks are its size and its checksum.
+        """
         if not member.deflated:
             self.check(member)
             return self.file.bytes(member.start, member.start + member.stored)
@@ -234,7 +245,10 @@ class ZipArchive:
 
 
 def _zip64_numbers(extra: bytes) -> Iterator[int]:
-    """The numbers of 8 bytes, for those of an entry that are too large for 4."""
+    """Reads the 8-byte numbers of an entry.
+
+    They stand for the numbers that are too large for 4 bytes.
+    """
     at = 0
     while at + 4 <= len(extra):
         kind, size = struct.unpack_from("<2H", extra, at)
@@ -245,7 +259,7 @@ def _zip64_numbers(extra: bytes) -> Iterator[int]:
 
 
 def npz_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
-    """The arrays of an `.npz`, by their names without ".npy".
+    """Reads the arrays of an `.npz`, by name without ".npy".
 
     A stored array is a view; a deflated one is unpacked when it is read. Two-byte void, which NumPy
     writes for types that it does not know, is read as bfloat16.
@@ -265,7 +279,7 @@ def npz_tensors(archive: ZipArchive) -> dict[str, StoredTensor]:
 
 
 def _npy_tensor(archive: ZipArchive, member: Member) -> StoredTensor:
-    """An array in the NumPy file format.
+    """Reads an array in the NumPy file format.
 
     Source: numpy.org/doc/stable/reference/generated/numpy.lib.format.html.
     """

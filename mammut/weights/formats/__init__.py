@@ -1,1 +1,1 @@
-"""Other people's models, one module a format: configs, parameter names, tokenizers."""
+"""Third-party model formats, one module each: configs, names, tokenizers."""

@@ -1,11 +1,11 @@
 """Models of big_vision, from `.npz` files: ViT, SigLIP and CapPa.
 
 Source: github.com/google-research/big_vision, of which nothing is needed. Such a file holds arrays
-and their names, nothing else: names and shapes must tell what the model is. What they do not tell
-is taken from big_vision's configs, and the notes of the opened model say so.
+and their names, nothing else: names and shapes must show what the model is. Other settings
+are taken from big_vision's configs, and the notes of the opened model report this.
 
     params/...  opt/...  chrono/...   a train state, of which `params` are read
-    opt/target/...                    the same, of before optax
+    opt/target/...                    a train state from before optax
     img/ txt/ t b                     two towers (models/proj/image_text/two_towers.py): SigLIP
     encoder/ decoder/ ...             an encoder and a decoder (models/proj/cappa/cappa.py): CapPa
     embedding/ Transformer/ ...       an image encoder alone (models/vit.py), by new or old names
@@ -28,15 +28,15 @@ from mammut.weights.tables import Table, unused_notes
 
 KIND = "file of big_vision's (.npz)"
 _PATH = re.compile(r"(.+\.npz)(?::([\w/]+))?", re.DOTALL)
-# Start, end and pad of big_vision's vocabularies, which have no start of their own.
+# Start, end and pad of big_vision's vocabularies, which have no start token of their own.
 _SPECIAL_IDS = 0, 1, 0
 
 
 def recognises(path: str | pathlib.Path) -> bool:
-    """Whether `path` is an `.npz` file, or a part of one, "FILE.npz:img", with an image encoder.
+    """Whether `path` is an `.npz` file with an image encoder.
 
-    Every model of big_vision has an image encoder, and every image encoder the kernel of its
-    patches.
+    It may also be a part of a file, such as "FILE.npz:img". Every model of big_vision has an image
+    encoder, and every image encoder has a kernel of its patches.
 
     Raises:
       CheckpointError: the file is missing or damaged.
@@ -51,20 +51,21 @@ def recognises(path: str | pathlib.Path) -> bool:
 def open_model(
     path: str | pathlib.Path, *, image_size: int | None = None, max_length: int | None = None
 ) -> OpenedModel:
-    """A SigLIP or CapPa model with its processor, or an image encoder alone; only headers are read.
+    """Opens a SigLIP, a CapPa or an image encoder alone.
 
-    The one SentencePiece `*.model` beside the file is taken as its vocabulary.
+    SigLIP and CapPa come with their processor. Only headers are read. The one SentencePiece
+    `*.model` beside the file is taken as its vocabulary.
 
     Args:
       path: the file; "FILE.npz:img" is the image encoder of a SigLIP, as in big_vision's own
-        configs.
+      configs.
       image_size: pixels, for a model with computed positions (`posemb="sincos2d"`), whose file does
-        not tell them.
+      not give them.
       max_length: tokens of a text, for a CapPa with computed positions.
 
     Raises:
       CheckpointError: the file is damaged, or of a model that mammut does not have. Every mismatch
-        is named.
+      is named.
     """
     file, part = _PATH.fullmatch(str(path)).groups()
     theirs = open_tensors(file)
@@ -102,7 +103,10 @@ def open_model(
 
 
 def _processor(file: pathlib.Path, model: Model) -> Processor:
-    """A processor as in big_vision's configs: resize(...) is bilinear, without antialiasing."""
+    """Makes a processor as in big_vision's configs.
+
+    resize(...) is bilinear, without antialiasing.
+    """
     text = model.config.text
     transform = ImageTransform(model.config.vision.image_size, "squash", "bilinear_aliased")
     tokenizer = _tokenizer(file, text.vocab_size)
@@ -114,7 +118,10 @@ def _processor(file: pathlib.Path, model: Model) -> Processor:
 
 
 def _tokenizer(file: pathlib.Path, vocab_size: int) -> Tokenizer:
-    """The vocabulary beside the file; texts are lower-cased, as in big_vision's configs."""
+    """Opens the vocabulary beside the file.
+
+    Texts are lower-cased, as in big_vision's configs.
+    """
     beside = sorted(file.parent.glob("*.model"))
     if len(beside) != 1:
         seen = "there is none"

@@ -1,30 +1,30 @@
-"""The arrays of a file of big_vision's, by the names that they have today."""
+"""The arrays of a big_vision file, by their current names."""
 
 from collections.abc import Callable, Mapping
 
 from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
 from mammut.weights.tables import Shape
 
-# Flax before Linen counted all modules of a block together, not each class for itself.
+# Flax before Linen counted all modules of a block together, not each class separately.
 _OLD_BLOCK = {
     "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
     "LayerNorm_2": "LayerNorm_1",
     "MlpBlock_3": "MlpBlock_0",
 }
 _OLD_POSITIONS = "Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding"
-# The arrays of the MAP head in files from before it was a module of its own.
+# The arrays of the MAP head in old files, in which it was not yet a module of its own.
 _MAP_HEAD = "probe", "MultiHeadDotProductAttention_0", "LayerNorm_0", "MlpBlock_0"
 
 
 class Arrays:
-    """The arrays of a file, by the names that big_vision has for them today.
+    """The arrays of a file, by big_vision's current names.
 
     Problems are gathered and raised together.
 
     Args:
       where: the file, for errors.
       specs: its arrays.
-      part: what the names of the model begin with, behind the `params/` of a train state.
+      part: the beginning of the model's names, behind the `params/` of a train state.
 
     Attributes:
       outside: the arrays that are not parameters of the model, each with the reason.
@@ -61,15 +61,18 @@ class Arrays:
         return name in self._keys
 
     def under(self, prefix: str) -> list[str]:
-        """The names that begin with `prefix`."""
+        """Lists the names that begin with `prefix`."""
         return [name for name in self._keys if name.startswith(prefix)]
 
     def key(self, name: str) -> str:
-        """The name of an array in the file, or the one that it would have."""
+        """Finds the name of an array in the file.
+
+        Where the array is missing, this is the name that it would have.
+        """
         return self._keys.get(name, self._top + name)
 
     def shape(self, name: str, axes: int) -> Shape:
-        """The shape of an array with `axes` axes.
+        """Reads the shape of an array with `axes` axes.
 
         Where there is no such array, a problem is noted and the shape is made of ones.
         """
@@ -90,10 +93,10 @@ class Arrays:
             self._problems.append(problem)
 
     def build(self, make: Callable, *args, **kwargs):
-        """A config, made by `make(*args, **kwargs)`.
+        """Makes a config by `make(*args, **kwargs)`.
 
         Raises:
-          CheckpointError: a problem was noted so far, or there is no such config.
+          CheckpointError: a problem was noted, or the arrays do not make a valid config.
         """
         problems = list(dict.fromkeys(self._problems))
         if not problems:
@@ -107,7 +110,7 @@ class Arrays:
 
 
 def _todays_name(name: str, inlined_head: bool) -> str:
-    """The name that `fix_old_checkpoints` of models/vit.py gives to an array."""
+    """Renames an array as `fix_old_checkpoints` of models/vit.py does."""
     if name in _OLD_POSITIONS:
         return "pos_embedding"
     if inlined_head and name.partition("/")[0] in _MAP_HEAD:

@@ -1,6 +1,6 @@
-"""big_vision's arrays and our parameters: finds the model in a file and makes its table.
+"""Tables between big_vision's arrays and our parameters.
 
-Names and shapes of the arrays tell what the model is.
+Names and shapes of the arrays in a file show which model it holds.
 """
 
 import dataclasses
@@ -20,32 +20,33 @@ from mammut.weights.tables import Entry, Joined, Layout, Reshaped, Rows, Same, S
 _ATTENTION = "MultiHeadDotProductAttention_0"
 _KERNEL = ("kernel", "bias")
 _SCALE = ("scale", "bias")
-# The vocabulary of SigLIP 2, whose texts are filled up with pads; those of SigLIP with ends.
+# The vocabulary of SigLIP 2, whose texts are filled up with pads; SigLIP's are filled up with ends.
 _GEMMA_VOCAB = 256_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The model in a file; names of arrays are those of `Arrays`."""
+    """The model in a file; arrays have the names of `Arrays`."""
 
-    config: ModelConfig  # of an image encoder alone, only its `vision` has a meaning
+    config: ModelConfig  # for an image encoder alone, only its `vision` has a meaning
     entries: list[Entry]
-    text_form: TextForm | None  # how its texts are made; None: it is an image encoder alone
-    unused: Mapping[str, str]  # arrays that have no place in our model, and why
+    # the way in which its texts are made; None: it is an image encoder alone
+    text_form: TextForm | None
+    unused: Mapping[str, str]  # arrays that our model does not have, and why
     zero: Mapping[str, str]  # our parameters that are 0, and why
     computed: Mapping[str, Callable[[], np.ndarray]]  # our parameters that are computed
     notes: tuple[str, ...]
 
 
 def image_encoder(arrays: Arrays, image_size: int | None) -> Model:
-    """A ViT (models/vit.py), alone or that of a larger model.
+    """Reads a ViT (models/vit.py), alone or in a larger model.
 
     Args:
       arrays: the arrays of the file.
       image_size: pixels, for computed positions.
 
     Raises:
-      CheckpointError: the arrays are not those of a ViT that mammut has.
+      CheckpointError: the arrays do not belong to a ViT that mammut has.
     """
     prefix = next((prefix for prefix in ("img/", "encoder/") if arrays.under(prefix)), "")
     vision = _vision(arrays, prefix, image_size)
@@ -57,10 +58,12 @@ def image_encoder(arrays: Arrays, image_size: int | None) -> Model:
 
 
 def two_towers(arrays: Arrays) -> Model:
-    """An image and a text encoder (models/proj/image_text/two_towers.py).
+    """Reads an image and a text encoder.
+
+    They are big_vision's models/proj/image_text/two_towers.py.
 
     Raises:
-      CheckpointError: the arrays are not those of two towers that mammut has.
+      CheckpointError: the arrays do not belong to two towers that mammut has.
     """
     sizes, layers = _encoder(arrays, "txt/Encoder_0/")
     vocab_size, _ = arrays.shape("txt/Embed_0/embedding", 2)
@@ -105,7 +108,9 @@ def two_towers(arrays: Arrays) -> Model:
 
 
 def cappa(arrays: Arrays, image_size: int | None, max_length: int | None) -> Model:
-    """An image encoder and a caption decoder (models/proj/cappa/cappa.py).
+    """Reads an image encoder and a caption decoder.
+
+    They are big_vision's models/proj/cappa/cappa.py.
 
     Args:
       arrays: the arrays of the file.
@@ -113,7 +118,7 @@ def cappa(arrays: Arrays, image_size: int | None, max_length: int | None) -> Mod
       max_length: tokens of a text, for computed positions of the decoder.
 
     Raises:
-      CheckpointError: the arrays are not those of such a model that mammut has.
+      CheckpointError: the arrays do not belong to such a model that mammut has.
     """
     layers, shape = _layers(arrays, "decoder/EncDecBlock", "LayerNorm1/scale", axis=1)
     width, heads, _ = shape("SelfAttn/query/kernel", 3)
@@ -177,7 +182,7 @@ def sincos2d(down: int, across: int, width: int) -> Float32[np.ndarray, "positio
 
 @dataclasses.dataclass(frozen=True)
 class _Vision:
-    """An image encoder in a file; the fields are those of `Model`."""
+    """An image encoder in a file, with the fields of `Model`."""
 
     config: VisionConfig
     entries: list[Entry]
@@ -187,7 +192,10 @@ class _Vision:
 
     @property
     def pooling_note(self) -> tuple[str, ...]:
-        """A note on what the file does not tell about pooling, if anything."""
+        """Notes what the file does not tell about pooling.
+
+        The tuple is empty where the file tells everything.
+        """
         if self.config.pooling != "mean":
             return ()
         return (
@@ -196,7 +204,7 @@ class _Vision:
 
 
 def _vision(arrays: Arrays, prefix: str, image_size: int | None) -> _Vision:
-    """The image encoder whose names begin with `prefix`."""
+    """Reads the image encoder whose names begin with `prefix`."""
     sizes, layers = _encoder(arrays, f"{prefix}Transformer/")
     embedding = f"{prefix}embedding/kernel"
     positions = f"{prefix}pos_embedding"
@@ -222,7 +230,7 @@ def _vision(arrays: Arrays, prefix: str, image_size: int | None) -> _Vision:
             f"{arrays.key(positions)} is of {count} positions, expected those of a square",
         )
         image_size = patch * side
-        if count > side**2 and class_token:  # a file from when the class token had a position
+        if count > side**2 and class_token:  # an old file, in which the class token has a position
             ours = ("vision.class_pos_embed", *ours)
             layout = Joined(Rows())
             zero = {}
@@ -267,7 +275,10 @@ def _vision(arrays: Arrays, prefix: str, image_size: int | None) -> _Vision:
 def _require_computable(
     arrays: Arrays, name: str, field: str, size: int | None, width: int
 ) -> None:
-    """Notes a problem unless the positions that are not in the file can be computed."""
+    """Adds a problem unless the missing positions can be computed.
+
+    The positions are not in the file.
+    """
     missing = f"{arrays.key(name)} is missing"
     arrays.require(
         size is not None,
@@ -303,11 +314,14 @@ class _Batched:
 
 @dataclasses.dataclass(frozen=True)
 class _Among:
-    """The layout `layout` among rows that our model does not have; they are written as zeros."""
+    """The layout `layout` among rows that our model lacks.
+
+    These rows are written as zeros.
+    """
 
     layout: Layout
-    before: int  # how many such rows there are before ours
-    after: int  # and after ours
+    before: int  # number of such rows before ours
+    after: int  # number of such rows after ours
 
     def shape(self, ours):
         rows, *others = self.layout.shape(ours)
@@ -323,7 +337,10 @@ class _Among:
 
 @dataclasses.dataclass(frozen=True)
 class _SecondAxis:
-    """The same numbers with our first axis, that of the layers, as their second."""
+    """The same numbers with our first axis as the second.
+
+    The first axis is the axis of layers.
+    """
 
     def shape(self, ours):
         layers, first, *others = ours[0]
@@ -336,21 +353,27 @@ class _SecondAxis:
         return ours[0].swapaxes(0, 1)
 
 
-# The layout of an array, and which of our layers it is; None: the whole parameter.
+# The layout of an array, and the number of our layer; None: the whole parameter.
 _At = tuple[Layout, int | None]
 _WHOLE: _At = (Same(), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-    """The layers of a tower: {stem}0, {stem}1, ... one by one; or all of them stacked."""
+    """The layers of a tower: separate or stacked.
+
+    Separate layers are named {stem}0, {stem}1, ...
+    """
 
     stem: str
     depth: int
     layout: Layout | None
 
     def each(self) -> Iterator[tuple[str, _At]]:
-        """The name of each layer, and how and where its arrays are stored."""
+        """Yields the name of each layer and its storage.
+
+        The storage says how and where its arrays are stored.
+        """
         if self.layout is not None:
             yield self.stem, (self.layout, None)
         else:
@@ -364,7 +387,7 @@ def _layers(
 
     Args:
       arrays: the arrays of the file.
-      stem: what the names of the layers begin with.
+      stem: the beginning of the layers' names.
       scale: the name of an array that has one axis in each layer.
       axis: the axis of that array that counts the layers, where they are stacked (`scan=True`).
 
@@ -374,7 +397,7 @@ def _layers(
     """
     stacked = stem.removesuffix("_")
     if not arrays.under(f"{stacked}/"):
-        # The count, not the largest number: a stranger may have left out numbers below it.
+        # The count, not the largest number: a foreign file may leave out numbers below it.
         numbers = {name[len(stem) :].partition("/")[0] for name in arrays.under(stem)}
         return _Layers(stem, len(numbers), None), lambda name, axes: arrays.shape(
             f"{stem}0/{name}", axes
@@ -389,7 +412,10 @@ def _layers(
 
 
 def _encoder(arrays: Arrays, prefix: str) -> tuple[dict[str, int], _Layers]:
-    """The sizes of a transformer encoder (class `Encoder` of models/vit.py), and its layers."""
+    """Reads the sizes of a transformer encoder and its layers.
+
+    The encoder is class `Encoder` of models/vit.py.
+    """
     layers, shape = _layers(arrays, f"{prefix}encoderblock_", "LayerNorm_0/scale", axis=0)
     width, heads, _ = shape(f"{_ATTENTION}/query/kernel", 3)
     _, mlp_dim = shape("MlpBlock_0/Dense_0/kernel", 2)
@@ -414,7 +440,7 @@ _CAPTION_ATTENTION = {"SelfAttn": "text.layers.attn", "CrossAttn": "text.cross_l
 
 
 def _caption_entries(layers: _Layers, biased: bool, masked: int) -> Iterable[Entry]:
-    """The entries of a CapPa's decoder, except its positions.
+    """Lists the entries of a CapPa's decoder, except its positions.
 
     Args:
       layers: its layers.

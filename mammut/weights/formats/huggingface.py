@@ -28,16 +28,18 @@ from mammut.weights.tables import Table
 KIND = "folder of a language model (no config.json with a model_type)"
 CONFIG_FILE = "config.json"
 _WEIGHTS = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
-# A `ModelConfig` needs an image encoder, and such a folder has none: a smallest one stands for it.
+# A `ModelConfig` needs an image encoder, and such a folder has none: a minimal one stands in for
+# it.
 _NO_VISION = VisionConfig(width=8, depth=1, num_heads=1, mlp_dim=8, image_size=16)
 _EMBEDDING = "text.token_embed.embedding"
 
 
 def recognises(path: pathlib.Path) -> bool:
-    """Whether `path` is a folder of a transformers model: its config.json has a `model_type`.
+    """Whether `path` is a folder of a transformers model.
 
-    Folders of open_clip and of timm may have one, too. They have a config of open_clip's beside it,
-    or the `architecture` that timm writes in it.
+    The config.json of such a model has a `model_type`. Folders of open_clip and of timm may have
+    one, too. But an open_clip folder has open_clip's config beside it, and timm writes an
+    `architecture` in config.json.
 
     Raises:
       CheckpointError: config.json is no JSON object.
@@ -51,15 +53,17 @@ def recognises(path: pathlib.Path) -> bool:
 
 
 def open_model(folder: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
-    """A language model, "text" alone, with its tokenizer; of the weights, only headers are read.
+    """Opens a language model with its tokenizer.
+
+    Its one part is "text". Only the headers of the weights are read.
 
     Args:
-      folder: for which `recognises` holds.
+      folder: a folder that `recognises` accepts.
       image_size: not used: there are no images.
 
     Raises:
       CheckpointError: a file is damaged or missing, the config is of a model that mammut does not
-        have, or weights or tokenizer do not fit it. Every mismatch is named.
+      have, or weights or tokenizer do not fit it. Every mismatch is named.
     """
     values = read_json_object(folder / CONFIG_FILE)
     config = model_config(decoder_config(values, str(folder / CONFIG_FILE)))
@@ -86,7 +90,10 @@ def open_model(folder: pathlib.Path, *, image_size: int | None = None) -> Opened
 
 
 def model_config(text: DecoderConfig) -> ModelConfig:
-    """The config of a model with that decoder; its other parts mean nothing."""
+    """Makes a model config with this decoder.
+
+    The other parts mean nothing.
+    """
     return ModelConfig(
         vision=_NO_VISION,
         text=text,
@@ -96,9 +103,10 @@ def model_config(text: DecoderConfig) -> ModelConfig:
 
 
 def _compared(ours: Tensors, rules: Table, theirs: Tensors) -> LazyTensors:
-    """`ours`, with a check of the embedding where a file has the tied head as well.
+    """Adds a check of the embedding to `ours`.
 
-    To read the embedding raises CheckpointError where the two are not the same.
+    The check compares it with the tied head, where a file has the head as well. Reading the
+    embedding raises CheckpointError where the two differ.
     """
     names = [entry.theirs for entry in rules.entries if entry.ours == (_EMBEDDING,)]
 

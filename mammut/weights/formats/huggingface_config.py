@@ -18,7 +18,7 @@ _ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu2": "relu2",
 }
-# Keys about who saved the model, when, and as which type: `mammut` goes by the tensors.
+# Keys about who saved the model, when, and as which type: `mammut` reads the type from the tensors.
 _MAKING = {
     "_name_or_path", "architectures", "dtype", "model_type", "name_or_path", "tokenizer_class",
     "torch_dtype", "transformers_version", "transformers_weights",
@@ -28,7 +28,7 @@ _TRAINING = {
     "embed_dropout", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob",
     "initializer_range", "resid_dropout", "resid_pdrop",
 }  # fmt: skip
-# Keys about how transformers runs it. An attention in float32 is what ours always is.
+# Keys about how transformers runs it. Our attention is always in float32.
 _RUNNING = {
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
     "attn_implementation", "chunk_size_feed_forward", "is_decoder", "output_attentions",
@@ -55,7 +55,9 @@ _WITHOUT_EFFECT = _MAKING | _TRAINING | _RUNNING | _OTHER_TASKS | _GENERATING
 
 
 def decoder_config(values: dict[str, Any], where: str) -> DecoderConfig:
-    """The decoder in the values of a config.json; `where` names the file in errors.
+    """Makes the decoder config from a config.json's values.
+
+    `where` names the file in errors.
 
     Raises:
       CheckpointError: the model is of another type, or a key has a value that our decoder cannot
@@ -86,7 +88,7 @@ def decoder_config(values: dict[str, Any], where: str) -> DecoderConfig:
     )
 
 
-# The general name of each size, which transformers accepts for the name of the type, and its limit.
+# The general name of each size, which transformers accepts besides the type's own, and its limit.
 _SIZES = {
     "width": ("hidden_size", 2**16),
     "depth": ("num_hidden_layers", 2**10),
@@ -105,7 +107,7 @@ def _shared(
     eps: str = "layer_norm_epsilon",
     tied: bool,
 ) -> dict[str, Any]:
-    """The fields that all model types have.
+    """Reads the fields that all model types have.
 
     Args:
       config: the values of the file.
@@ -113,7 +115,7 @@ def _shared(
       inner: key and default of the MLP's size; a default of None is four times the width.
       activation: key and default of the activation.
       eps: the key of the norms' epsilon.
-      tied: whether the head is the embedding where the file does not say so.
+      tied: whether the head is the embedding where the file has no setting for it.
     """
     read: dict[str, Any] = {}
     for field, (name, default) in sizes.items():
@@ -166,7 +168,7 @@ def _gpt_neo(config: JsonObject, problems: list[str]) -> dict[str, Any]:
 
 
 def _windows(config: JsonObject, depth: int) -> tuple[int, ...]:
-    """The windows of the layers, as one period of them."""
+    """Lists the windows of the layers, as one period."""
     sizes = {"global": 0, "local": config.whole("window_size", 256, high=2**17)}
     groups = config.value("attention_types")
     kinds = config.value("attention_layers")
@@ -194,7 +196,10 @@ def _windows(config: JsonObject, depth: int) -> tuple[int, ...]:
 
 
 def _expanded(groups: Any) -> list[Any] | None:
-    """Expands [[["global", "local"], 12]] to 24 kinds; None where the form is another one."""
+    """Expands [[["global", "local"], 12]] to 24 kinds.
+
+    Returns None where the form is another one.
+    """
     kinds: list[Any] = []
     for group in groups if isinstance(groups, list) else [None]:
         match group:
@@ -265,7 +270,10 @@ def _gpt_neox(config: JsonObject, problems: list[str]) -> dict[str, Any]:
 
 
 def _told_once(default: float, low: float, high: float, *places: tuple[JsonObject, str]) -> float:
-    """A number that may stand under several keys; all keys that are there must have the same."""
+    """Reads a number that may stand under several keys.
+
+    All keys that are present must have the same value.
+    """
     given = [(config, key) for config, key in places if config.value(key) is not None]
     numbers = [config.number(key, low, low, high) for config, key in given]
     for (config, key), number in zip(given, numbers):

@@ -1,6 +1,6 @@
-"""The tensors of transformers' language models and our parameters, a table for each.
+"""Tables between transformers' language models and our parameters.
 
-The models are GPT-2, GPT-Neo, GPT-J and GPT-NeoX.
+There is one table for each model: GPT-2, GPT-Neo, GPT-J and GPT-NeoX.
 """
 
 import dataclasses
@@ -22,34 +22,38 @@ _ANGLES = "rotary angles, which are no parameters"
 
 @dataclasses.dataclass(frozen=True)
 class HeadByHead:
-    """Query, key and value of the first head, then of the second, and so on.
+    """A layout in which each head has its query, key and value.
 
-    A weight [N * 3 * K, D] holds three kernels [D, N, K], a bias [N * 3 * K] three biases [N, K].
+    The first head comes first, then the second, and so on. A weight [N * 3 * K, D] holds three
+    kernels [D, N, K], a bias [N * 3 * K] three biases [N, K].
     """
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """The shape [N * 3 * K, D], or [N * 3 * K]."""
+        """Returns the shape of a weight or a bias.
+
+        It is [N * 3 * K, D] or [N * 3 * K].
+        """
         return len(ours) * math.prod(ours[0][-2:]), *ours[0][:-2]
 
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
-        """The query, key or value of every head."""
+        """Loads the query, key or value of every head."""
         heads, size = ours[index][-2:]
         part = theirs.reshape(heads, len(ours), size, -1)[:, index]
         return np.moveaxis(part, -1, 0).reshape(ours[index])
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """The three of them, head by head."""
+        """Joins query, key and value head by head."""
         shapes = [array.shape for array in ours]
         heads = [np.moveaxis(array.reshape(-1, *array.shape[-2:]), 0, -1) for array in ours]
         return np.stack(heads, axis=1).reshape(self.shape(shapes))
 
 
 def table(model_type: str, text: DecoderConfig, theirs: Mapping[str, TensorSpec]) -> Table:
-    """The table for a model and for the tensors in its file.
+    """Makes the table for a model and for the file's tensors.
 
-    The tensors tell what depends on who wrote the file: whether names have the prefix of a model
-    with a head, the name of the head, whether a tied head is stored as well, and which tensors are
-    no parameters.
+    The tensors show what depends on the writer of the file: whether names have the prefix of a
+    model with a head, the name of the head, whether a tied head is stored as well, and which
+    tensors are no parameters.
 
     Args:
       model_type: the key of config.json.
@@ -79,7 +83,10 @@ def _affine(
     weight: bool = True,
     bias: bool = True,
 ) -> Iterable[Entry]:
-    """A torch.nn.Linear, or with the layout `Kernel` a Conv1D."""
+    """Lists the entries of a torch.nn.Linear.
+
+    With the layout `Kernel` it is a Conv1D.
+    """
     yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), layout, layer)
     if bias:
         yield Entry(f"{theirs}.bias", (f"{ours}.bias",), Same(flat=True), layer)
@@ -93,7 +100,7 @@ def _norm(theirs: str, ours: str, layer: int | None = None) -> Iterable[Entry]:
 def _fused(
     theirs: str, layer: int, weight: Layout, vector: Layout, *, bias: bool = True
 ) -> Iterable[Entry]:
-    """Query, key and value as one map."""
+    """Lists the entries of query, key and value as one map."""
     kernels, biases = (
         tuple(f"text.layers.attn.{name}.{leaf}" for name in _QKV) for leaf in ("kernel", "bias")
     )
@@ -182,15 +189,15 @@ def _gpt_neox(prefix: str, text: DecoderConfig) -> _Made:
 
 
 def _ends(prefix: str, embedding: str, norm: str) -> list[Entry]:
-    """The entries of the embedding and of the last norm."""
+    """Lists the entries of the embedding and of the last norm."""
     return [
         Entry(f"{prefix}{embedding}.weight", ("text.token_embed.embedding",)),
         *_norm(f"{prefix}{norm}", "text.norm"),
     ]
 
 
-# For each `model_type`: what names begin with in a model with a head, and a function that makes the
-# table of all but the head.
+# For each `model_type`: the beginning of names in a model with a head, and a function that makes
+# the table without the head.
 _TABLES: dict[str, tuple[str, Callable[[str, DecoderConfig], _Made]]] = {
     "gpt2": ("transformer.", _gpt2),
     "gpt_neo": ("transformer.", _gpt_neo),

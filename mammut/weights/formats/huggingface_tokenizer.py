@@ -14,9 +14,10 @@ _SPECIAL = "bos", "eos", "pad"
 
 
 def open_tokenizer(folder: pathlib.Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """The tokenizer whose files are in `folder`; it keeps upper and lower case.
+    """Opens the tokenizer whose files are in `folder`.
 
-    Without files it is a `MissingTokenizer`, which knows the special ids.
+    It keeps upper and lower case. Without files it is a `MissingTokenizer`, which knows the special
+    ids.
 
     Args:
       folder: the folder of the model.
@@ -39,7 +40,10 @@ def open_tokenizer(folder: pathlib.Path, config: dict[str, Any], vocab_size: int
 
 
 def _byte_level(folder: pathlib.Path) -> Tokenizer:
-    """GPT-2's byte-level BPE from vocab.json and merges.txt, with the ids of added_tokens.json."""
+    """Opens GPT-2's byte-level BPE from vocab.json and merges.txt.
+
+    The ids of added_tokens.json are added.
+    """
     from tokenizers import Tokenizer as Pipeline
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -54,7 +58,7 @@ def _byte_level(folder: pathlib.Path) -> Tokenizer:
         pipeline = Pipeline(
             models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
         )
-    except Exception as error:  # the library raises its own kinds
+    except Exception as error:  # the library raises its own kinds of errors
         raise ValueError(
             f"{folder / 'vocab.json'} and merges.txt cannot be used as a vocabulary: {error}"
         ) from error
@@ -62,7 +66,7 @@ def _byte_level(folder: pathlib.Path) -> Tokenizer:
         add_prefix_space=named.get("add_prefix_space") is True
     )
     pipeline.decoder = decoders.ByteLevel()
-    # In the order of the ids, which may be anything: a stranger wrote them.
+    # In the order of the ids, which may be anything: the file is foreign.
     for token in sorted(added, key=lambda token: str(added[token]).zfill(8)):
         pipeline.add_special_tokens([token])
         if pipeline.token_to_id(token) != added[token]:

@@ -1,4 +1,4 @@
-"""Reads JSON objects that strangers wrote, key by key."""
+"""Reads foreign JSON objects, key by key."""
 
 import json
 from collections.abc import Collection
@@ -6,13 +6,13 @@ from typing import Any
 
 
 class JsonObject:
-    """A JSON object that is read key by key, so that every problem is found in one go.
+    """A JSON object that is read key by key.
 
-    A value that is not allowed is added to the problems, and the reader gets an allowed one in its
-    place.
+    All problems are collected, so that one error can name every one of them. A value that is not
+    allowed is added to the problems, and the reader gets an allowed value in its place.
 
     Args:
-      name: what the object is called in the problems.
+      name: the name of the object in the problems.
       values: the object as it was read.
       problems: the list that problems are added to, in sentences.
     """
@@ -27,7 +27,7 @@ class JsonObject:
         self._known: set[str] = set()
 
     def value(self, key: str, default: Any = None) -> Any:
-        """The value of a key, unchecked."""
+        """Reads the value of a key, unchecked."""
         self._known.add(key)
         return self._values.get(key, default)
 
@@ -38,7 +38,10 @@ class JsonObject:
         )
 
     def whole(self, key: str, default: int | None, low: int = 1, high: int = 2**16) -> int:
-        """A whole number from `low` to `high`; with `default` None, the key must be there."""
+        """Reads a whole number from `low` to `high`.
+
+        Where `default` is None, the key must be present.
+        """
         value = self.value(key, default)
         if type(value) is int and low <= value <= high:
             return value
@@ -46,7 +49,10 @@ class JsonObject:
         return low
 
     def side(self, key: str, default: int) -> int:
-        """A number of pixels, given once or as an equal pair for both sides."""
+        """Reads a number of pixels.
+
+        It is given once, or as an equal pair for both sides.
+        """
         value = self.value(key, default)
         if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
@@ -56,7 +62,7 @@ class JsonObject:
         return 1
 
     def number(self, key: str, default: float, low: float, high: float) -> float:
-        """A number from `low` to `high`."""
+        """Reads a number from `low` to `high`."""
         value = self.value(key, default)
         if type(value) in (int, float) and low <= value <= high:
             return float(value)
@@ -64,14 +70,17 @@ class JsonObject:
         return low
 
     def flag(self, key: str, default: bool | None = False) -> bool:
-        """True or False; with `default` None, null is allowed, too, and means False."""
+        """Reads True or False.
+
+        Where `default` is None, null is allowed, too, and means False.
+        """
         value = self.value(key, default)
         if type(value) is not bool and value is not default:
             self.refuse(key, "true or false")
         return value is True
 
     def choice(self, key: str, default: Any, choices: dict[Any, Any]) -> Any:
-        """The entry of `choices` for the value."""
+        """Reads the entry of `choices` for the value."""
         value = self.value(key, default)
         if isinstance(value, str | None) and value in choices:
             return choices[value]
@@ -79,9 +88,9 @@ class JsonObject:
         return next(iter(choices.values()))
 
     def only(self, key: str, *values: Any) -> None:
-        """Refuses a value other than `values`, since our model has nothing for it.
+        """Refuses a value other than `values`.
 
-        A key that is left out has the first of them.
+        Our model has nothing for other values. A missing key counts as the first of `values`.
         """
         if self.value(key, values[0]) not in values:
             self.refuse(key, " or ".join(map(shown, values)))
@@ -93,7 +102,7 @@ class JsonObject:
 
 
 def shown(value: Any) -> str:
-    """A JSON value as text for an error, cut to 60 characters."""
+    """Writes a JSON value for an error, cut to 60 characters."""
     if isinstance(value, dict | list):  # it may be nested without end
         return "an object" if isinstance(value, dict) else "a list"
     return f"{json.dumps(value):.60}"

@@ -1,6 +1,6 @@
-"""MAGMA's checkpoint (arXiv 2112.05253): its DeepSpeed file, or the tensors of it alone.
+"""MAGMA's checkpoint (arXiv 2112.05253), as published or its tensors alone.
 
-The file is mp_rank_00_model_states.pt. Names are those of its public code,
+The published file is DeepSpeed's mp_rank_00_model_states.pt. Names are those of its public code,
 Aleph-Alpha-Research/magma; of a layer i, `h.i` stands for `lm.transformer.h.i`:
 
     lm.transformer.wte.weight                  GPT-J, by the names of GPT-Neo
@@ -21,7 +21,8 @@ Aleph-Alpha-Research/magma; of a layer i, `h.i` stands for `lm.transformer.h.i`:
     word_embedding.weight                      embedding and layers, by a second name
     transformer.i.ln_1.weight
 
-The shapes tell the sizes. What they do not tell is taken from GPT-J 6B and the published training.
+The sizes are read from the shapes. Numbers that the shapes do not give are taken from GPT-J 6B and
+the published training.
 """
 
 import dataclasses
@@ -52,9 +53,10 @@ KIND = "file of MAGMA's weights"
 _BLOCKS = "lm.transformer.h."
 _TOWER = "image_prefix.enc."
 _SECOND_NAMES = {"word_embedding.": "lm.transformer.wte.", "transformer.": _BLOCKS}
-# Pixels by the width of the stem: of CLIP's RN50x16 and RN50x4. Other ResNets have 224.
+# Image size in pixels by the width of the stem, for CLIP's RN50x16 and RN50x4. Other ResNets have
+# 224.
 _IMAGE_SIZES = {96: 384, 80: 288}
-# The names of an attention or MLP that has an adapter: of the module itself and of its adapter.
+# The names of an attention or MLP that has an adapter: first its own, then its adapter's.
 _WRAPPED = {
     "mlp": {"sequential": ("mlp.0", "mlp.1.adapter"), "parallel": ("mlp.module", "mlp.adapter")},
     "attn": {
@@ -73,10 +75,13 @@ _NOT_LEARNED = {
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """The attention or the MLP of every layer, and its adapter if it has one."""
+    """The attention or the MLP of every layer.
 
-    inner: str  # what the names of the module begin with
-    adapter: str | None = None  # what the names of the adapter begin with
+    It includes the adapter if there is one.
+    """
+
+    inner: str  # beginning of the module's names
+    adapter: str | None = None  # beginning of the adapter's names
     kind: str | None = None  # the kind of the adapter, as in `AdapterConfig`
     norm: bool = False  # whether the adapter begins with a norm
 
@@ -90,7 +95,9 @@ class _Site:
 
 
 def recognises(path: pathlib.Path) -> bool:
-    """Whether `path` is a file with the language model and the image prefix of such a model.
+    """Whether `path` is a file with a MAGMA model.
+
+    The file has the language model and the image prefix.
 
     Raises:
       CheckpointError: the file is damaged.
@@ -102,11 +109,13 @@ def recognises(path: pathlib.Path) -> bool:
 
 
 def open_model(path: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
-    """The whole model, with its processor: `open_magma` of a file.
+    """Opens the whole model, with its processor.
+
+    It calls `open_magma` for a file.
 
     Args:
       path: for which `recognises` holds. A tokenizer may lie beside it.
-      image_size: not used: the image encoder tells it.
+      image_size: not used: the image encoder determines it.
 
     Raises:
       CheckpointError: as for `open_magma`.
@@ -123,22 +132,23 @@ def open_magma(
     rope_dims: int = 64,
     max_length: int = 2048,
 ) -> OpenedModel:
-    """The whole model, with its processor; of the weights, only headers are read.
+    """Opens the whole model with its processor.
 
-    To read a tensor that has two names raises CheckpointError where their values differ.
+    Only the headers of the weights are read. Reading a tensor that has two names raises
+    CheckpointError where their values differ.
 
     Args:
       theirs: the tensors of the file.
       folder: the folder that may hold GPT-2's tokenizer.json, or its vocab.json and merges.txt.
       where: the file, for errors.
-      num_heads: heads of a layer. The tensors do not tell this number and the next two; they are
-        GPT-J's.
-      rope_dims: how many numbers of a head are turned by their position.
+      num_heads: heads of a layer. The tensors do not give this number and the next two; the
+      defaults are GPT-J's.
+      rope_dims: the numbers of a head that are rotated by their position.
       max_length: the positions of image and text together.
 
     Raises:
       CheckpointError: the tensors are not those of one such model, or the tokenizer does not fit
-        them. Every mismatch is named.
+      them. Every mismatch is named.
     """
     config, sites = _config(
         theirs.specs, where, num_heads=num_heads, rope_dims=rope_dims, max_length=max_length
@@ -166,10 +176,10 @@ def open_magma(
 def _config(
     specs: Mapping[str, TensorSpec], where: str, **text_fields: int
 ) -> tuple[ModelConfig, dict[str, _Site]]:
-    """The config that the shapes tell, and the sites of the adapters.
+    """Makes the config from the shapes, and finds the adapters' sites.
 
     The table checks later, tensor by tensor, that the shapes fit each other. `text_fields` are
-    those that no shape tells.
+    the settings that no shape gives.
     """
 
     def shape(name: str, axes: int) -> Shape:
@@ -235,7 +245,10 @@ def _config(
 
 
 def _site(specs: Mapping[str, TensorSpec], site: str) -> _Site:
-    """The site "mlp" or "attn", as the names of the first layer tell it."""
+    """Reads the site "mlp" or "attn".
+
+    It is recognised by the names of the first layer.
+    """
     for kind, (inner, adapter) in _WRAPPED[site].items():
         if any(name.startswith(f"{_BLOCKS}0.{inner}.") for name in specs):
             if f"{_BLOCKS}0.{site}.adapter_scale" in specs:
@@ -247,14 +260,17 @@ def _site(specs: Mapping[str, TensorSpec], site: str) -> _Site:
 
 
 def _not_learned(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The tensors that are no parameters, each with the reason."""
+    """Lists the tensors that are not parameters, with the reasons."""
     return {
         name: why for name in specs for end, why in _NOT_LEARNED.items() if name.endswith(f".{end}")
     }
 
 
 def _second_names(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The second name of each tensor that has two, by its first."""
+    """Lists the second name of each tensor that has two.
+
+    The first name is the key.
+    """
     second = {}
     for name, spec in specs.items():
         for start, first in _SECOND_NAMES.items():
@@ -265,16 +281,16 @@ def _second_names(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
 
 
 def _compared(theirs: Tensors, second: Mapping[str, str], where: str) -> LazyTensors:
-    """`theirs`, with a check that both names of a tensor hold the same numbers.
+    """Adds a check of second names to `theirs`.
 
-    To read a tensor whose second name holds other numbers raises CheckpointError.
+    Reading a tensor whose second name holds other numbers raises CheckpointError.
     """
 
     def read(name: str) -> np.ndarray:
         tensor = theirs.read(name)
         if name in second:
             other = theirs.read(second[name])
-            # Where PyTorch saved both, they are the same bytes of the file: no need to read them.
+            # Where PyTorch saved both, they are the same bytes of the file and need not be read.
             same_bytes = tensor.__array_interface__ == other.__array_interface__
             if not same_bytes and tensor.tobytes() != other.tobytes():
                 raise CheckpointError(
@@ -293,7 +309,7 @@ def _affine(
     *,
     bias: bool = True,
 ) -> Iterable[Entry]:
-    """A torch.nn.Linear."""
+    """Lists the entries of a torch.nn.Linear."""
     yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), layout, layer)
     if bias:
         yield Entry(f"{theirs}.bias", (f"{ours}.bias",), layer=layer)

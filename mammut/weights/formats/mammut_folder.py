@@ -1,4 +1,7 @@
-"""A model folder of this library, as `mammut.save` writes it: read, with its manifest checked."""
+"""A model folder that `mammut.save` wrote.
+
+Its manifest is checked.
+"""
 
 import os
 import pathlib
@@ -25,16 +28,21 @@ KIND = "model folder (no manifest.json)"
 VERSION = 2
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
-WEIGHTS_STEM = "model"  # of model.safetensors, or of its shards and their index
+WEIGHTS_STEM = "model"  # the names of model.safetensors, or of its shards and their index
 
 
 def recognises(path: pathlib.Path) -> bool:
-    """Whether `path` is a complete model folder: it has a manifest, which is written last."""
+    """Whether `path` is a complete model folder.
+
+    A complete folder has a manifest, which is written last.
+    """
     return os.path.exists(path / MANIFEST_FILE)
 
 
 def open_model(folder: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
-    """The model and its processor; of the weights, only headers are kept.
+    """Opens the model and its processor.
+
+    Only the headers of the weights are kept.
 
     Args:
       folder: for which `recognises` holds.
@@ -66,7 +74,9 @@ def open_model(folder: pathlib.Path, *, image_size: int | None = None) -> Opened
 
 
 def read_configs(folder: pathlib.Path) -> tuple[ModelConfig, ComputeConfig, tuple[str, ...]]:
-    """The configs in `config.json`, and the towers whose layer norms have no bias there.
+    """Reads the configs in `config.json`.
+
+    Returns also the towers whose layer norms have no bias there.
 
     Raises:
       CheckpointError: the file is missing, is of another format or version, or holds no
@@ -83,7 +93,10 @@ def read_configs(folder: pathlib.Path) -> tuple[ModelConfig, ComputeConfig, tupl
 
 
 def read_processor(folder: pathlib.Path) -> Processor:
-    """The processor in `folder`; raises CheckpointError where it is missing or damaged."""
+    """Reads the processor in `folder`.
+
+    Raises CheckpointError where it is missing or damaged.
+    """
     try:
         return Processor.load(folder)
     except ValueError as error:
@@ -93,7 +106,10 @@ def read_processor(folder: pathlib.Path) -> Processor:
 def with_norm_biases(
     tensors: Tensors, expected: Mapping[str, TensorSpec], towers: Collection[str]
 ) -> Tensors:
-    """Adds biases of zero to the layer norms of `towers`, which version 0.1 could leave out."""
+    """Adds biases of zero to the layer norms of `towers`.
+
+    Version 0.1 could leave these biases out.
+    """
     zero = {
         path: spec
         for path, spec in expected.items()
@@ -113,7 +129,9 @@ def with_norm_biases(
 def require_fit(
     config: ModelConfig, compute: ComputeConfig, specs: Mapping[str, TensorSpec], where: str
 ) -> None:
-    """Checks that tensors are the parameters of a model; `where` names their file in errors.
+    """Checks that tensors are the parameters of a model.
+
+    `where` names their file in errors.
 
     Raises:
       CheckpointError: a tensor is missing, left over, of another shape or type. All are named.

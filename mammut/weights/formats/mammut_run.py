@@ -1,4 +1,6 @@
-"""The folder of a run that has not ended: the model of its newest good checkpoint.
+"""The folder of a run that has not ended.
+
+The model is read from its newest good checkpoint.
 
 A run that has ended is a model folder (`mammut_folder`).
 """
@@ -19,12 +21,17 @@ RUN_FILE = "run.json"
 
 
 def recognises(path: pathlib.Path) -> bool:
-    """Whether `path` is the folder of a run with checkpoints and without a manifest."""
+    """Whether `path` is the folder of an unfinished run.
+
+    Such a folder has checkpoints and no manifest.
+    """
     return os.path.isdir(path / "checkpoints") and not mammut_folder.recognises(path)
 
 
 def open_model(folder: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
-    """The model of the newest good checkpoint; its parameters are read.
+    """Opens the model of the newest good checkpoint.
+
+    Its parameters are read.
 
     Args:
       folder: for which `recognises` holds.
@@ -47,7 +54,10 @@ def open_model(folder: pathlib.Path, *, image_size: int | None = None) -> Opened
 
 
 def read_configs(folder: pathlib.Path) -> tuple[ModelConfig, ComputeConfig, tuple[str, ...]]:
-    """The model in `run.json`, and how it is computed; nothing else of the run's config is read.
+    """Reads the model and compute configs in `run.json`.
+
+    Nothing else of the run's config is read. The third value names the towers whose layer norms
+    have no bias.
 
     Raises:
       CheckpointError: the file is missing, or holds no `ModelConfig` there.

@@ -1,8 +1,8 @@
 """Models of open_clip: MaMMUT and CoCa, and LAION's openMaMMUT, read and written.
 
-Read is a folder as on the Hugging Face hub (`open_clip_folder`), or a file of weights, with its
-config beside it or without one. Without a config the tensors can tell only the 15 openMaMMUT sizes.
-`open_clip_config` says which models open_clip has.
+The input is a folder as on the Hugging Face hub (`open_clip_folder`), or a file of weights, with
+its config beside it or without one. Without a config only the 15 openMaMMUT sizes are recognised.
+`open_clip_config` lists the models of open_clip.
 """
 
 import os
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 KIND = f"folder of open_clip (no {CONFIG_FILE}) or file of its weights"
-# What tensors of its image encoders begin with: of its own ViT, or of one of timm's.
+# The beginning of the tensor names of its image encoders: its own ViT, or one of timm's.
 _VISUAL = (
     "visual.conv1.",
     "visual.class_embedding",
@@ -55,9 +55,10 @@ _VISUAL = (
 
 
 def recognises(path: pathlib.Path) -> bool:
-    """Whether `path` is a folder with open_clip's config, or a file with its image encoder.
+    """Whether `path` is a model of open_clip.
 
-    CLIP's ResNets come in the same folders; they are `resnets`' to open.
+    It is a folder with open_clip's config, or a file with its image encoder. CLIP's ResNets come in
+    the same folders; `resnets` opens them.
 
     Raises:
       CheckpointError: the weights are missing or damaged.
@@ -69,7 +70,9 @@ def recognises(path: pathlib.Path) -> bool:
 
 
 def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> OpenedModel:
-    """A model with its processor; of the weights, only headers are read.
+    """Opens a model with its processor.
+
+    Only the headers of the weights are read.
 
     Args:
       path: a folder with `open_clip_config.json` and weights, or a file of weights, a training
@@ -103,9 +106,9 @@ def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> Ope
 
 
 def _openmammut_of(theirs: TensorFile) -> dict[str, Any]:
-    """The `model_cfg` of the openMaMMUT size that has these tensors.
+    """Finds the `model_cfg` of the openMaMMUT with these tensors.
 
-    Only three of them are looked at: the table compares all.
+    Only three tensors are read here: the table compares all.
     """
     shapes = {name: tuple(spec.shape) for name, spec in theirs.specs.items()}
     patches = shapes.get("visual.conv1.weight")
@@ -126,7 +129,10 @@ def _openmammut_of(theirs: TensorFile) -> dict[str, Any]:
 def _processor(
     folder: pathlib.Path, model: ModelConfig, config: Mapping[str, Any], config_source: str
 ) -> Processor:
-    """The processor of a folder that `save` wrote; of others, the one that the config describes."""
+    """Makes the processor of a folder.
+
+    In a folder that `save` wrote it is the saved one; in others, the one that the config describes.
+    """
     text_cfg = config["model_cfg"].get("text_cfg") or config["model_cfg"]["multimodal_cfg"]
     try:
         if (folder / "processor.json").exists():

@@ -1,7 +1,7 @@
-"""The JSON of open_clip's models as our `ModelConfig`; `open_clip_export` is the way back.
+"""Reads open_clip's model JSON as our `ModelConfig`.
 
-`open_clip_config.json` holds `model_cfg` and `preprocess_cfg`. We have four families of
-`model_cfg`:
+`open_clip_export` writes the JSON. `open_clip_config.json` holds `model_cfg` and `preprocess_cfg`.
+Four families of `model_cfg` are supported:
 
     text_cfg with does_full_decoding   openMaMMUT: LAION's fork, at ed2d1f6 of
                                        github.com/LAION-AI/open_clip_mammut
@@ -9,7 +9,7 @@
     ... with text_arch "modern"        mammut2-moderntext_*
     multimodal_cfg and text_cfg        CoCa, as in open_clip_torch 3.3.0
 
-A key is read, or is listed here as one without effect on what a trained model computes, or is
+Each key is either read, or listed here as a key without effect on the output of a trained model, or
 refused.
 """
 
@@ -27,7 +27,7 @@ _OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_EPS = 1e-5  # PyTorch's
 
-# Keys without effect on what a trained model computes. They are about how the model is made, how it
+# Keys without effect on the output of a trained model. They are about how the model is made, how it
 # is trained, and its tokenizer, which is read elsewhere.
 _MAKING = {
     "custom_text", "cast_dtype", "output_dict", "output_tokens", "nonscalar_logit_scale",
@@ -43,7 +43,7 @@ _TOKENIZER = {
 # themselves are refused.
 _TIMM = {"timm_pool", "timm_proj", "timm_proj_bias", "timm_model_kwargs", "image_seq_len"}
 _HF = {"hf_proj_type", "hf_pooler_type", "hf_model_config"}
-# Fields that the classes of these decoders share: none of them reads the first, and only the modern
+# Fields that the classes of these decoders share: no class reads the first, and only the modern
 # one the second.
 _UNREAD = {
     "dim_head", "n_queries", "attn_pooler_heads", "final_ln_after_pool", "attention_mode",
@@ -65,7 +65,7 @@ _OF_DECODER = _OF_TEXT | {
     "pad_id",
 }
 
-# decoder width; vision width, heads, layers; decoder layers; whether all of those have an MLP
+# decoder width; vision width, heads, layers; decoder layers; whether all decoder layers have an MLP
 OPENMAMMUT_SIZES = {
     **dict.fromkeys(("ViT-S-32", "ViT-S-16", "ViT-S-14"), (384, 384, 6, 12, 12, False)),
     **dict.fromkeys(("ViT-M-32", "ViT-M-16", "ViT-M-14"), (512, 512, 8, 12, 12, False)),
@@ -77,7 +77,9 @@ OPENMAMMUT_SIZES = {
 
 
 def openmammut(size: str) -> dict[str, Any]:
-    """The `model_cfg` of an openMaMMUT size, one of `OPENMAMMUT_SIZES`.
+    """Makes the `model_cfg` of an openMaMMUT size.
+
+    The size is one of `OPENMAMMUT_SIZES`.
 
     Source: the fork's model_configs.
     """
@@ -110,7 +112,9 @@ def openmammut(size: str) -> dict[str, Any]:
 
 
 def model_config(model_cfg: Any, preprocess_cfg: Any, where: str) -> ModelConfig:
-    """The architecture in the two objects of `open_clip_config.json`.
+    """Reads the architecture in `open_clip_config.json`.
+
+    It is described by two objects.
 
     Args:
       model_cfg: the object of that key.
@@ -130,7 +134,10 @@ def model_config(model_cfg: Any, preprocess_cfg: Any, where: str) -> ModelConfig
 
 
 def try_model_config(model_cfg: Any, preprocess_cfg: Any) -> tuple[ModelConfig | None, list[str]]:
-    """`model_config` and no problems; or None and the problems, in sentences."""
+    """Tries `model_config` and returns it without problems.
+
+    Otherwise it returns None and the problems, in sentences.
+    """
     problems: list[str] = []
     fields = _fields(model_cfg, preprocess_cfg, problems)
     if problems:
@@ -143,7 +150,10 @@ def try_model_config(model_cfg: Any, preprocess_cfg: Any) -> tuple[ModelConfig |
 
 
 def _fields(model_cfg: Any, preprocess_cfg: Any, problems: list[str]) -> dict[str, Any]:
-    """The fields of the `ModelConfig`, as far as there are no problems."""
+    """Reads the fields of the `ModelConfig`.
+
+    They are complete only where there are no problems.
+    """
     top = JsonObject("model_cfg", model_cfg, problems)
     quick = top.flag("quick_gelu")
     embed_dim = top.whole("embed_dim", None)
@@ -181,9 +191,11 @@ def _fields(model_cfg: Any, preprocess_cfg: Any, problems: list[str]) -> dict[st
 
 
 def image_transform(preprocess_cfg: Any, image_size: int) -> ImageTransform:
-    """The transform of a `preprocess_cfg` that `model_config` accepts.
+    """Makes the image transform of a `preprocess_cfg`.
 
-    The size is that of the model, as in open_clip.
+    `model_config` must have accepted it.
+
+    The size comes from the model, as in open_clip.
     """
     image = read_preprocess(preprocess_cfg, [])
     return ImageTransform(image_size, image["mode"], image["interpolation"], image["fill"])
@@ -197,7 +209,7 @@ def read_preprocess(
     Args:
       values: the object; None: all defaults.
       problems: the list that problems are added to.
-      name: what the object is called in the problems.
+      name: the name of the object in the problems.
     """
     image = JsonObject(name, {} if values is None else values, problems)
     read = {
@@ -229,7 +241,7 @@ def read_preprocess(
 
 
 def mlp_dim(width: int, ratio: float) -> int:
-    """Hidden numbers of an MLP, rounded as open_clip does."""
+    """Computes the hidden size of an MLP, rounded as in open_clip."""
     return max(1, int(width * ratio))
 
 
@@ -289,7 +301,7 @@ def _vision(cfg: JsonObject, quick: bool, coca: bool) -> dict[str, Any]:
 
 
 def _sizes(cfg: JsonObject) -> dict[str, Any]:
-    """What all decoders read."""
+    """Reads the settings that all decoders have."""
     width, heads = cfg.whole("width", 512), cfg.whole("heads", 8)
     if width % heads:
         cfg.refuse("heads", f"a divisor of the width {width}")
@@ -299,7 +311,7 @@ def _sizes(cfg: JsonObject) -> dict[str, Any]:
 
 
 def _decoder(cfg: JsonObject) -> dict[str, Any]:
-    """What the decoders of MaMMUT read."""
+    """Settings that the decoders of MaMMUT read."""
     layers, ratio = cfg.whole("layers", 12, high=2**10), cfg.whole("cross_attn_ratio", 1)
     if layers % ratio:
         cfg.refuse("cross_attn_ratio", f"a divisor of the {layers} layers")
@@ -313,7 +325,7 @@ def _decoder(cfg: JsonObject) -> dict[str, Any]:
 
 
 def _torch_layers(quick: bool) -> dict[str, Any]:
-    """What layers are made of in all but the modern decoder."""
+    """Reads the layer settings of all but the modern decoder."""
     return {
         "activation": "quick_gelu" if quick else "gelu",
         "norm_eps": NORM_EPS,
@@ -324,7 +336,7 @@ def _torch_layers(quick: bool) -> dict[str, Any]:
 
 def _fork(cfg: JsonObject, quick: bool) -> dict[str, Any]:
     read = _decoder(cfg) | _torch_layers(quick)
-    # the fork's table of embeddings has that size whatever it says
+    # the fork's table of embeddings always has that size
     cfg.only("vocab_size", CLIP_VOCAB)
     cfg.only("does_full_decoding", True)
     read["cross_attn_position"] = "first" if cfg.flag("has_mlp", True) else "first_bare"
@@ -338,7 +350,7 @@ def _fork(cfg: JsonObject, quick: bool) -> dict[str, Any]:
 
 
 def _mammut2(cfg: JsonObject) -> dict[str, Any]:
-    """What both decoders of mammut2 read."""
+    """Reads the settings that both decoders of mammut2 have."""
     read = _decoder(cfg)
     read["mlp_dim"] = mlp_dim(read["width"], cfg.number("mlp_ratio", 4.0, 0.0, 64.0))
     read["text_projection"] = cfg.choice("proj_type", "none", {"none": False, "linear": True})
@@ -394,7 +406,7 @@ def _coca(text: JsonObject, multimodal: JsonObject, quick: bool) -> dict[str, An
         multimodal.refuse("context_length", f"{length} or more, as in model_cfg.text_cfg")
     for cfg in (text, multimodal):
         cfg.only("text_arch", "clip")
-    # Of the decoder open_clip reads no more than its sizes: its MLP is four times its width.
+    # open_clip reads only the sizes of the decoder: its MLP is four times its width.
     text.only("mlp_ratio", 4)
     text.only("embed_cls", True)
     text.only("pad_id", 0)

@@ -29,21 +29,21 @@ def save(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[str, ...]:
-    """Writes a folder of open_clip's, as on the Hugging Face hub, one tensor at a time.
+    """Writes a folder of open_clip's, as on the Hugging Face hub.
 
-    It holds the config, the weights and our processor's files. open_clip takes CLIP's tokenizer for
-    it; tokens of another vocabulary have to come from our processor. Nothing in the folder changes
-    until all is written.
+    One tensor is in memory at a time. The folder holds the config, the weights and our processor's
+    files. open_clip uses CLIP's tokenizer for it; tokens of another vocabulary have to come from
+    our processor. Nothing in the folder changes until all files are written.
 
     Args:
       folder: made where it is missing.
       opened: a whole model.
-      overwrite: whether a model of open_clip that is there is replaced; a model folder of ours or a
-        run never is.
+      overwrite: whether an open_clip model in the folder is replaced; a model folder of ours or a
+        run is never replaced.
       progress: called with the number of bytes of each tensor written.
 
     Returns:
-      Sentences on what open_clip does in another way than our processor.
+      Sentences on the differences between open_clip and our processor.
 
     Raises:
       ValueError: the folder holds a model already or is where `opened` is read from, `opened` is a
@@ -62,7 +62,7 @@ def save(
     if "text_cfg" not in model_cfg:
         names.add("text.lm_head")
         model_cfg["multimodal_cfg"] |= _special_ids(opened.processor)
-    # What open_clip's files of such a model are called; see `table`.
+    # The tensor names in open_clip's files of such a model; see `table`.
     theirs = table(
         opened.config, dict.fromkeys(names, TensorSpec((), np.dtype("float32")))
     ).to_theirs(opened.tensors)
@@ -92,7 +92,10 @@ def _has_clip_ids(tokenizer: Tokenizer) -> bool:
 
 
 def _special_ids(processor: Processor) -> dict[str, int]:
-    """The special ids of a vocabulary; none of CLIP's, which open_clip knows."""
+    """Lists the special ids of a vocabulary.
+
+    CLIP's has none here, since open_clip knows them.
+    """
     tokenizer = processor.tokenizer
     if isinstance(tokenizer, ClipTokenizer | MissingTokenizer):
         return {}
@@ -123,7 +126,7 @@ def _preprocess_json(processor: Processor, vision: VisionConfig) -> dict[str, An
 
 
 def to_open_clip(config: ModelConfig) -> dict[str, Any]:
-    """The `model_cfg` of a model.
+    """Makes the `model_cfg` of a model.
 
     It is one of CoCa, of openMaMMUT's fork where `pad_id` is 0, or else of open_clip's main branch.
     Fields about training or arithmetic alone are left out; read back, the rest gives the same
@@ -175,7 +178,10 @@ def to_open_clip(config: ModelConfig) -> dict[str, Any]:
 
 
 def _ratio(layer: LayerConfig) -> float:
-    """The ratio of `mlp_dim` to the width, from which open_clip computes the same `mlp_dim`."""
+    """Finds the ratio from which open_clip computes `mlp_dim`.
+
+    It is the ratio of `mlp_dim` to the width.
+    """
     ratio = layer.mlp_dim / layer.width
     return (
         ratio if mlp_dim(layer.width, ratio) == layer.mlp_dim else math.nextafter(ratio, math.inf)
@@ -234,7 +240,10 @@ def _decoder_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _comparable(config: ModelConfig) -> dict[str, Any]:
-    """The fields that decide what a model computes, without those that nothing reads in it."""
+    """Lists the fields that decide what a model computes.
+
+    Fields that this model does not use are left out.
+    """
     fields = dataclasses.asdict(config)
     vision, text = fields["vision"], fields["text"]
     fields["embed_dim"] = config.embed_size
@@ -249,7 +258,7 @@ def _comparable(config: ModelConfig) -> dict[str, Any]:
     if not config.text.attn_gate:
         del text["gate_bias"]
     text["text_only_heads"] = config.text.text_only_heads or config.text.num_heads
-    if config.text.cross_attn_every == 1:  # the last layer of one is the first
+    if config.text.cross_attn_every == 1:  # the last layer of a single one is its first
         text["cross_attn_position"] = text["cross_attn_position"].replace("last", "first")
     return fields
 

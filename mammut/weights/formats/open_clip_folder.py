@@ -1,4 +1,6 @@
-"""A folder of open_clip's, as on the Hugging Face hub: its config and its file of weights.
+"""A folder of open_clip's: its config and its weights.
+
+It is laid out as on the Hugging Face hub.
 
 MaMMUT, CoCa (`open_clip`) and CLIP's ResNets (`resnets`) come in such folders.
 """
@@ -27,7 +29,9 @@ _WEIGHTS = (
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any] | None:
-    """The object in `open_clip_config.json`, with the key "model_cfg"; None where there is no file.
+    """Reads the object in `open_clip_config.json`.
+
+    It has the key "model_cfg". Returns None where there is no file.
 
     Args:
       path: the folder, or the file of weights beside the config.
@@ -46,7 +50,9 @@ def read_config(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def find_weights(path: pathlib.Path) -> pathlib.Path:
-    """The file of weights in the folder `path`; any other `path` itself.
+    """Finds the file of weights in the folder `path`.
+
+    Any other `path` is returned unchanged.
 
     Raises:
       CheckpointError: the folder has no file of weights, or several of one kind.

@@ -25,9 +25,9 @@ _MASKS = "attn_mask", "text.attn_mask", "text_decoder.attn_mask"  # older releas
 
 
 def table(config: ModelConfig, theirs: Mapping[str, TensorSpec]) -> Table:
-    """The table for a model and for the tensors in its file.
+    """Makes the table for a model and for the file's tensors.
 
-    The tensors tell what depends on who wrote the file: the name of the vocabulary head, which
+    The tensors show what depends on the writer of the file: the name of the vocabulary head, which
     LAION's fork calls `text.text_projection`; the shape of the contrastive loss's scalars, [] or
     [1]; whether it has a bias; and whether a head that is the embedding is stored as well.
 
@@ -67,7 +67,7 @@ def _affine(
     bias: bool = True,
     layer: int | None = None,
 ) -> Iterable[Entry]:
-    """A torch.nn.Linear."""
+    """Lists the entries of a torch.nn.Linear."""
     yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), layout, layer)
     if bias:
         yield Entry(f"{theirs}.bias", (f"{ours}.bias",), Same(flat=True), layer)
@@ -89,7 +89,7 @@ def _joined(
     layer: int | None = None,
     dot: str = ".",
 ) -> Iterable[Entry]:
-    """Several linear maps as one.
+    """Lists the entries of several linear maps as one.
 
     `dot` stands before "weight": torch.nn.MultiheadAttention has "_" there, in `in_proj_weight`.
     """
@@ -106,7 +106,7 @@ _QKV = "query", "key", "value"
 def _block(
     theirs: str, ours: str, layer: int, *, mlp: bool = True, image: bool = False
 ) -> Iterable[Entry]:
-    """A layer of any tower but the modern decoder."""
+    """Lists the entries of a layer, except the modern decoder's."""
     yield from _norm(f"{theirs}.ln_1", f"{ours}.attn_norm", layer=layer)
     if image:
         yield from _norm(f"{theirs}.ln_1_kv", f"{ours}.image_norm", layer=layer)
@@ -147,7 +147,7 @@ def _pool(config: ModelConfig) -> Iterable[Entry]:
     yield from biases
     if config.vision.width == config.vision_size:
         yield fused
-    else:  # torch.nn.MultiheadAttention fuses the three only where their inputs have one size
+    else:  # torch.nn.MultiheadAttention fuses the three maps only where their inputs have one size
         for name in _QKV:
             yield Entry(
                 f"{theirs}.attn.{name[0]}_proj_weight",
@@ -158,7 +158,10 @@ def _pool(config: ModelConfig) -> Iterable[Entry]:
 
 
 def _own_layers(text: DecoderConfig) -> Iterable[tuple[str, int, bool]]:
-    """The self-attention layers in order: our path, the index there, and whether it has an MLP."""
+    """Lists the self-attention layers in order.
+
+    Each has our path, its index there, and whether it has an MLP.
+    """
     if not text.has_bare_layers:
         yield from (("text.layers", i, True) for i in range(text.depth))
     else:
@@ -231,7 +234,7 @@ def _modern(config: ModelConfig, head: bool) -> Iterable[Entry]:
     yield from _norm("text.ln_final", "text.norm", text)
     if not text.tie_embeddings:
         yield Entry("text.lm_head.weight", ("text.vocab_head.kernel",), Transposed())
-    elif head:  # after the embedding: where the two differ, open_clip, too, takes the head for both
+    elif head:  # after the embedding: where the two differ, open_clip also uses the head for both
         yield Entry("text.lm_head.weight", ("text.token_embed.embedding",))
     if config.text_projection:
         yield Entry("text.text_projection.weight", ("text_embed_projection.kernel",), Transposed())

@@ -1,4 +1,7 @@
-"""The tokenizer that open_clip would make for a model, from local files: nothing is downloaded."""
+"""The tokenizer that open_clip would make for a model.
+
+It is made from local files; nothing is downloaded.
+"""
 
 import gzip
 import importlib.util
@@ -19,7 +22,7 @@ _SPECIAL = "bos", "eos", "pad"
 
 
 def open_tokenizer(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """The tokenizer of a `text_cfg` or `multimodal_cfg`.
+    """Opens the tokenizer of a `text_cfg` or `multimodal_cfg`.
 
     Without its vocabulary, the special ids may still be known: it is then a `MissingTokenizer`,
     which refuses texts.
@@ -62,9 +65,10 @@ def open_tokenizer(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: i
 
 
 def _clip(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """CLIP's byte-pair encoding, or a SentencePiece model that somebody put into the folder.
+    """Opens CLIP's byte-pair encoding or a SentencePiece model.
 
-    The latter takes texts as they are.
+    The SentencePiece model is a file that somebody put into the folder; its tokenizer does not
+    change the texts.
     """
     if files := [*sorted(folder.glob("*.txt.gz")), *sorted(folder.glob("*.model"))]:
         return load_tokenizer(files[0], lowercase=False)
@@ -72,7 +76,7 @@ def _clip(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int) -> To
     if path.exists() and (merges := _merges(path)):
         try:
             return ClipTokenizer(merges, True)
-        except Exception as error:  # the library raises its own kinds
+        except Exception as error:  # the library raises its own kinds of errors
             raise ValueError(f"{path} has merges that are not CLIP's: {error}") from error
     if vocab_size < _CLIP_VOCAB:
         needs = (
@@ -90,9 +94,9 @@ def _clip(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int) -> To
 
 
 def _merges(path: pathlib.Path) -> bytes | None:
-    """CLIP's merges in a Hugging Face `tokenizer.json`, as the file that `ClipTokenizer` reads.
+    """Reads CLIP's merges from a Hugging Face `tokenizer.json`.
 
-    None: the merges are not CLIP's.
+    They are returned as the file that `ClipTokenizer` reads. None: the merges are not CLIP's.
     """
     model = read_json_object(path, MAX_HEADER).get("model")
     merges = model.get("merges") if isinstance(model, dict) else None
@@ -105,7 +109,10 @@ def _merges(path: pathlib.Path) -> bytes | None:
 def _named(
     folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int, clean: str | None
 ) -> Tokenizer:
-    """A tokenizer of tiktoken or of Hugging Face, from a `tokenizer.json`."""
+    """Opens a tokenizer of tiktoken or Hugging Face.
+
+    It is read from a `tokenizer.json`.
+    """
     path = folder / "tokenizer.json"
     ids = _special_ids(text_cfg, vocab_size)
     if not path.exists():
@@ -126,7 +133,10 @@ def _named(
 def _special_ids(
     text_cfg: dict[str, Any], vocab_size: int
 ) -> tuple[int | None, int | None, int | None]:
-    """Start, end and pad; None for each that the config does not tell."""
+    """Reads the start, end and pad ids of the config.
+
+    None stands for an id that the config does not give.
+    """
     ids = [text_cfg.get(f"{role}_id") for role in _SPECIAL]
     for role, token in zip(_SPECIAL, ids, strict=True):
         if token is not None and not (type(token) is int and 0 <= token < vocab_size):
@@ -137,7 +147,11 @@ def _special_ids(
 
 
 def _check_template(path: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where a `tokenizer.json` adds other ids to a text than start and end."""
+    """Checks that `tokenizer.json` adds only start and end ids.
+
+    Raises:
+      ValueError: it adds other ids to a text.
+    """
     from tokenizers import Tokenizer as Pipeline
 
     ids = Pipeline.from_str(path.read_text("utf-8")).encode("a dog").ids

@@ -1,7 +1,7 @@
 """ResNet image encoders: CLIP's from open_clip's checkpoints, the norm-free one from timm's.
 
 Only the image encoder is read, up to the grid of its last stage: not CLIP's attention pool, not
-timm's classifier. The weights tell the architecture.
+timm's classifier. The weights determine the architecture.
 
     visual.conv1.weight visual.layer1.0.conv1.weight   CLIP: RN50, RN101, RN50x4, RN50x16, RN50x64
     conv1.weight layer1.0.conv1.weight                 its `visual` alone
@@ -41,7 +41,7 @@ KIND = "ResNet of CLIP's or of timm's"
 # Mean and deviation of the pixels of ImageNet, timm's defaults.
 _IMAGENET_MEAN = [0.485, 0.456, 0.406]
 _IMAGENET_STD = [0.229, 0.224, 0.225]
-_NF_SIZE = 256  # pixels of the images that timm's nf_resnet50 was trained on
+_NF_SIZE = 256  # image size in pixels that timm's nf_resnet50 was trained with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +52,16 @@ class Convolution:
     """
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """The shape [outputs, inputs, height, width]."""
+        """Returns the shape [outputs, inputs, height, width]."""
         height, width, inputs, outputs = ours[0]
         return outputs, inputs, height, width
 
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
-        """Their weight with the axes in our order."""
+        """Loads their weight with the axes in our order."""
         return theirs.transpose(2, 3, 1, 0)
 
     def save(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """Our kernel with the axes in their order."""
+        """Saves our kernel with the axes in their order."""
         return ours[0].transpose(3, 2, 0, 1)
 
 
@@ -70,7 +70,7 @@ class Variances(Same):
     """Numbers of which none may be below zero."""
 
     def load(self, theirs: np.ndarray, ours: Sequence[Shape], index: int) -> np.ndarray:
-        """The same numbers.
+        """Loads the same numbers.
 
         Raises:
           CheckpointError: one of them is negative.
@@ -83,9 +83,10 @@ class Variances(Same):
 
 
 def recognises(path: pathlib.Path) -> bool:
-    """Whether `path` is a folder or a file with the weights of such an image encoder.
+    """Whether `path` holds the weights of a ResNet image encoder.
 
-    A folder is one of timm's, by the architecture in its `config.json`, or one of open_clip's.
+    `path` is a file or a folder. A folder is one of timm's, by the architecture in its
+    `config.json`, or one of open_clip's.
 
     Raises:
       CheckpointError: the weights are missing or damaged.
@@ -98,11 +99,11 @@ def recognises(path: pathlib.Path) -> bool:
 
 
 def open_model(path: pathlib.Path, *, image_size: int | None = None) -> OpenedModel:
-    """The image encoder of a folder or a file, and its image transform.
+    """Opens an image encoder and its image transform.
 
     Args:
-      path: for which `recognises` holds.
-      image_size: not used: the files tell it, or it is the size of the published models.
+      path: a file or folder that `recognises` accepts.
+      image_size: not used: the files give it, or it is the size of the published models.
 
     Raises:
       CheckpointError: a file is missing or damaged, the tensors are not those of one ResNet, or a
@@ -125,7 +126,9 @@ def is_resnet(specs: Mapping[str, TensorSpec]) -> bool:
 def open_resnet(
     theirs: TensorFile, folder: pathlib.Path, config: Mapping[str, Any] | None, where: str
 ) -> OpenedModel:
-    """The image encoder in a file of weights, and its image transform.
+    """Opens the image encoder in a file of weights.
+
+    Returns also its image transform.
 
     Args:
       theirs: tensors for which `is_resnet` holds.
@@ -162,9 +165,9 @@ def open_resnet(
 
 
 def _clip_prefix(specs: Mapping[str, TensorSpec]) -> str | None:
-    """What the names of CLIP's ResNet begin with; None: there is none.
+    """Finds the beginning of the names of CLIP's ResNet; None: absent.
 
-    The third convolution of its stem tells it from other ResNets.
+    The third convolution of its stem distinguishes it from other ResNets.
     """
     for prefix in ("visual.", ""):
         if f"{prefix}conv3.weight" in specs and f"{prefix}layer1.0.conv1.weight" in specs:
@@ -177,7 +180,10 @@ def _is_norm_free(specs: Mapping[str, TensorSpec]) -> bool:
 
 
 def _why_unused(name: str, prefix: str) -> str:
-    """Why a tensor of CLIP's is not read; "": it is read."""
+    """Explains why a tensor of CLIP's is not read.
+
+    Returns "" where it is read.
+    """
     if not name.startswith(prefix):
         return "of no image encoder"
     if name.startswith(f"{prefix}attnpool."):
@@ -219,7 +225,7 @@ def _config(where: str, **fields: Any) -> ResNetConfig:
 def _clip(
     specs: Mapping[str, TensorSpec], prefix: str, config: Mapping[str, Any], where: str
 ) -> tuple[ResNetConfig, ImageTransform, list[str]]:
-    """Config, image transform and notes of CLIP's ResNet."""
+    """Makes config, image transform and notes of CLIP's ResNet."""
     problems: list[str] = []
     notes: list[str] = []
     image = read_preprocess(config.get("preprocess_cfg"), problems)
@@ -249,13 +255,19 @@ def _clip(
 
 
 def _object(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The object at a key; an empty one where there is none."""
+    """Reads the object at a key.
+
+    It is empty where there is none.
+    """
     value = values.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def _timm_config(folder: pathlib.Path) -> dict[str, Any]:
-    """The values of timm's `config.json`; none where it is missing or damaged."""
+    """Reads the values of timm's `config.json`.
+
+    There are none where it is missing or damaged.
+    """
     path = folder / "config.json"
     try:
         return read_json_object(path) if path.exists() else {}
@@ -266,7 +278,7 @@ def _timm_config(folder: pathlib.Path) -> dict[str, Any]:
 def _norm_free(
     specs: Mapping[str, TensorSpec], folder: pathlib.Path, where: str
 ) -> tuple[ResNetConfig, ImageTransform, list[str]]:
-    """Config, image transform and notes of timm's norm-free ResNet."""
+    """Makes config, image transform and notes of timm's norm-free ResNet."""
     problems: list[str] = []
     notes: list[str] = []
     pretrained_cfg = _timm_config(folder).get("pretrained_cfg")
@@ -304,7 +316,10 @@ def _norm_free(
 
 
 def _bottlenecks(config: ResNetConfig) -> Iterable[tuple[int, int, str, int | None]]:
-    """Every bottleneck: its stage, its number there, our path, and its layer in our stack."""
+    """Lists every bottleneck.
+
+    Each has its stage, its number there, our path, and its layer in our stack.
+    """
     for stage, depth in enumerate(config.stages):
         ours = f"vision.stage{stage + 1}"
         yield stage, 0, f"{ours}.first", None
@@ -312,11 +327,13 @@ def _bottlenecks(config: ResNetConfig) -> Iterable[tuple[int, int, str, int | No
 
 
 def clip_entries(config: ResNetConfig, prefix: str) -> Iterable[Entry]:
-    """The entries of CLIP's ResNet up to the grid of its last stage.
+    """Makes the entries of CLIP's ResNet.
+
+    They end at the grid of the last stage.
 
     Args:
       config: its config.
-      prefix: what the names of its tensors begin with.
+      prefix: the beginning of its tensors' names.
     """
 
     def normed(convolution, norm, ours, layer=None):
