@@ -1,9 +1,11 @@
-"""The parameters of a model by name, and which of them are trained: patterns such as `vision.*`.
+"""Parameters by name, and the choice of those to train.
 
-The parameters are two trees, the trained and the frozen ones. Gradients are taken of the first, and
-the optimizer knows no other. Masking the updates of a single tree can move frozen weights:
-`optax.masked` passes on the raw gradients of what it leaves out, and weight decay needs no gradient
-at all.
+Patterns such as `vision.*` choose them.
+
+The parameters are two trees, the trained and the frozen ones. Only the trained tree has gradients,
+and the optimizer knows only this tree. Masking the updates of a single tree can move frozen
+weights: `optax.masked` passes on the raw gradients of the leaves that it leaves out, and weight
+decay needs no gradient at all.
 """
 
 import fnmatch
@@ -21,7 +23,10 @@ STATISTICS = ("mean", "variance")
 
 
 def path_name(path: tuple) -> str:
-    """The name of a parameter, such as "text.norm.scale", from JAX's path in a nested dict."""
+    """Returns the name of a parameter, such as "text.norm.scale".
+
+    `path` is JAX's path in a nested dict.
+    """
     return ".".join(str(entry.key) for entry in path)
 
 
@@ -54,7 +59,9 @@ def trained_names(names: Collection[str], patterns: Iterable[str]) -> frozenset[
 
 
 def first_fitting(names: Collection[str], patterns: Iterable[str]) -> dict[str, str]:
-    """The first pattern that fits each name; names without one are left out.
+    """Finds the first pattern that fits each name.
+
+    Names that no pattern fits are left out.
 
     Raises:
       ValueError: a pattern is not the first for any name.
@@ -81,7 +88,10 @@ def _some(names: Iterable[str]) -> str:
 
 
 def split(params: Params, trained: Collection[str]) -> tuple[Params, Params]:
-    """Splits a nested dict into its trained and its other leaves; {} where there are none."""
+    """Splits a nested dict into its trained and other leaves.
+
+    Each of the two is {} if it has no leaf.
+    """
     return _kept(params, "", trained, True), _kept(params, "", trained, False)
 
 
@@ -97,7 +107,10 @@ def _kept(tree: Params, prefix: str, trained: Collection[str], wanted: bool) -> 
 
 
 def merged(params: Params, others: Params) -> Params:
-    """Merges two nested dicts that share no leaf, such as the results of `split`."""
+    """Merges two nested dicts that share no leaf.
+
+    The two results of `split` are such dicts.
+    """
     both = {key: merged(params[key], others[key]) for key in params.keys() & others.keys()}
     return {**params, **others, **both}
 
