@@ -1,9 +1,9 @@
-"""Drawn scenes with exact captions: data for a first run and for tests.
+"""Drawn scenes with exact captions, for first runs and tests.
 
 A scene shows a combination of five attributes ("two small red circles on the left"). A sixth of the
-combinations is held out: the scenes of split "train" never show one of them, those of split "val"
-show each of them once. A model that only remembers whole captions, and does not bind words to what
-it sees, therefore fails on "val".
+combinations is held out: the scenes of split "train" never show one of them, and the scenes of
+split "val" show each of them once. A model that only remembers whole captions, and does not connect
+words with the image, therefore fails on "val".
 """
 
 import functools
@@ -82,7 +82,10 @@ def questions(combination: Combination) -> list[tuple[str, str]]:
 
 @functools.cache
 def combinations(split: Split) -> tuple[Combination, ...]:
-    """All combinations of a split; neither their order nor the division ever changes."""
+    """Lists all combinations of a split.
+
+    Their order and the division into splits never change.
+    """
     every = itertools.starmap(
         Combination, itertools.product(_COUNTS, _SIZES, _COLOURS, _SHAPES, _PLACES)
     )
@@ -153,7 +156,10 @@ def draw(split: Split, index: int, image_size: int) -> UInt8[np.ndarray, "image_
 
 
 def _scene(split: Split, index: int) -> tuple[Combination, np.random.Generator]:
-    """The combination of a scene, and the random numbers for the rest of it."""
+    """Returns the combination of a scene and its random generator.
+
+    The generator gives the numbers that decide the rest of the scene.
+    """
     rng = np.random.default_rng([("train", "val").index(split), index])
     choices = combinations(split)
     if split == "train":

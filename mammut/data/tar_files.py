@@ -1,4 +1,4 @@
-"""Reads the headers of a plain tar file: which files it has, and where their bytes are.
+"""Headers of a plain tar file: its files and their positions.
 
 The tar format: POSIX.1-2017, pax, "EXTENDED DESCRIPTION", and GNU's long names and large numbers
 (GNU tar manual, "Basic Tar Format").
@@ -12,11 +12,14 @@ _MAX_EXTENSION = 2**20  # bytes of a long name or of pax records
 
 
 class Damage(Exception):
-    """A tar file that cannot be used; the message continues after the name of the file."""
+    """A tar file that cannot be used.
+
+    The message continues after the name of the file.
+    """
 
 
 class TarFile(NamedTuple):
-    """A file inside of a tar: its name, and where it lies, in bytes."""
+    """A file inside a tar: its name and its position in bytes."""
 
     name: bytes
     start: int  # offset of its first header
@@ -25,7 +28,9 @@ class TarFile(NamedTuple):
 
 
 def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile]:
-    """Finds the regular files of a tar, or of several tars joined one after the other.
+    """Finds the regular files of a tar.
+
+    It may be several tars joined one after the other.
 
     Args:
       read: `read(offset, size)` returns some bytes of the tar; fewer at its end.
@@ -98,7 +103,7 @@ def _extension(read: Callable[[int, int], bytes], offset: int, length: int) -> b
 
 
 def _header(block: bytes, offset: int) -> tuple[bytes, bytes, int]:
-    """Reads a header: the kind of what follows, its name, and its size in bytes."""
+    """Reads a header: the entry's kind, name, and size in bytes."""
     # The checksum is the sum of all bytes, with spaces in its own place.
     checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
     if len(block) < _BLOCK or checksum != _number(block[148:156], offset):

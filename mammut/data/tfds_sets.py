@@ -21,7 +21,10 @@ _FEATURES: dict[Field, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class TfdsSource(Source):
-    """A split of a prepared set, `NAME/SPLIT`, read at random from its ArrayRecord files."""
+    """A split of a prepared set, `NAME/SPLIT`.
+
+    Its ArrayRecord files are read at random.
+    """
 
     def __init__(self, options: SourceOptions):
         import tensorflow_datasets as tfds
@@ -73,7 +76,7 @@ class TfdsSource(Source):
     def _builder(self, name: str, tfds_dir: str | None) -> Any:
         """The builder of a prepared set, by its name or its folder.
 
-        It is made from files, never from tensorflow-datasets' code for the set: that may reach for
+        It is made from files, never from tensorflow-datasets' code for the set: that code may use
         the network.
         """
         from tensorflow_datasets.core import read_only_builder

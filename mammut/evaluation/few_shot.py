@@ -1,9 +1,9 @@
 """Examples shown before a question or a caption, by MAGMA's protocol.
 
-The prompt is that of MAGMA's first public code (arXiv 2112.05253). It has three pieces for every
-example and then for the query itself: the instruction, if there is one; the image; the text. An
-example's text is the prompt's, such as "Q: what is it? A:" or "A picture of", a space, and one of
-its answers or captions. The query's text ends with the prompt, without a space.
+The prompt has the form of MAGMA's first public code (arXiv 2112.05253). It has three pieces for
+every example and then for the query itself: the instruction, if there is one; the image; the text.
+An example's text is the prompt, such as "Q: what is it? A:" or "A picture of", then a space, then
+one of its answers or captions. The query's text ends with the prompt, without a space.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from mammut.data.images import BadImage
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A question about an example of a set, or the request for its caption."""
+    """A question about an example, or the request for its caption."""
 
     index: int  # of the example in its set
     key: str  # of the example
@@ -104,7 +104,7 @@ class FewShot:
         Args:
           image: the query's image, as it is to appear in the prompt.
           prompt: the text of an example up to its answer, {} in place of the question.
-          read: makes the images of the prompt from those of the examples.
+          read: makes the images of the prompt from the images of the examples.
 
         Raises:
           ValueError: there are too few examples that are not about the query's image.
@@ -159,7 +159,9 @@ class FewShot:
 
 
 def answer_part(text: str, prompt: str, instruction: str = "") -> str:
-    """The part of a generated text that is the answer: up to a line break or the next example.
+    """Cuts a generated text after its answer.
+
+    The answer ends at a line break or at the next example.
 
     The next example begins with the instruction, or with the beginning of `prompt`. A beginning
     such as "Q:" or "A picture of" ends the answer where it stands as words of its own. A beginning
@@ -178,7 +180,10 @@ def _written_answers(question: Question) -> list[str]:
 
 
 def _shuffled(rng: np.random.Generator, count: int) -> Iterator[int]:
-    """0 to `count` - 1 in random order, drawn one by one as they are needed (Fisher-Yates)."""
+    """Yields 0 to `count` - 1 in random order (Fisher-Yates).
+
+    The numbers are drawn one by one as they are needed.
+    """
     moved: dict[int, int] = {}
     for i in range(count):
         j = int(rng.integers(i, count))

@@ -1,4 +1,4 @@
-"""Captions and answers of a whole set: how they are generated and how they score."""
+"""Captions and answers of a whole set, and their scores."""
 
 import collections
 import dataclasses
@@ -224,7 +224,10 @@ def score_answers(predictions: Predictions) -> Scores:
 
 
 def _scores_by_type(scores: VqaScores) -> dict[str, dict[str, Any]]:
-    """The scores of each answer type and question type, without those that are missing."""
+    """Returns the scores of each answer type and question type.
+
+    Scores that are missing are left out.
+    """
     metrics = {}
     for by in ("by_answer_type", "by_question_type"):
         for name, of_type in getattr(scores, by).items():
@@ -276,7 +279,7 @@ def _generated_few_shot(
 ) -> Iterator[dict[str, Any]]:
     """The text after each query and its examples.
 
-    Its log-probability is that of all generated tokens, even those that were cut off. The examples
+    Its log-probability counts all generated tokens, even the ones that were cut off. The examples
     of the next batch are read while the model runs.
     """
     if prompt.endswith(" "):
@@ -324,7 +327,10 @@ def _generated_after_prompts(
     config: GenerateConfig,
     room: int,
 ) -> Iterator[GeneratedRow]:
-    """The texts after one batch of prompts, all padded to the size of the longest."""
+    """Generates the texts after one batch of prompts.
+
+    All prompts are padded to the size of the longest.
+    """
     processor = predictor.processor
     settings = {
         "config": config,
@@ -349,7 +355,10 @@ def _changed_fields(config: GenerateConfig) -> dict[str, Any]:
 
 
 def _ahead(items: Iterable) -> Iterator:
-    """The same items; the next one is started before the last one is used."""
+    """Yields the items of an iterator, one step ahead.
+
+    The next item is started before the last one is used.
+    """
     started = collections.deque()
     for item in items:
         started.append(item)

@@ -20,7 +20,10 @@ class Scores:
 
 
 def save_scores(path: str | os.PathLike, predictions: Predictions, scores: Scores) -> None:
-    """Writes scores as JSON, with what is known about their predictions; whole or not at all."""
+    """Writes scores as JSON, whole or not at all.
+
+    The file also describes the predictions that were scored.
+    """
     path = pathlib.Path(path)
     names = ("task", "data", "checkpoint", "settings", "left_out")
     values = {name: getattr(predictions, name) for name in names}

@@ -20,7 +20,11 @@ from mammut.evaluation.scores import Scores
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One row of the table: what an evaluation needs, what its records hold, how they score."""
+    """A row of the table of evaluations.
+
+    It has the field that an evaluation needs, the values of its records, and the function that
+    scores them.
+    """
 
     # scores predictions
     score: Callable[..., Scores]

@@ -31,10 +31,12 @@ _Score = tuple[float, list[float] | np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class CaptionScores:
-    """Caption metrics, all as shares (CIDEr from 0 to 10), and the tools that computed them.
+    """Caption metrics, and the tools that computed them.
 
-    Their names are `bleu_1` ... `bleu_4`, `rouge_l`, `cider`, and `meteor` and `spice` if they
-    could be computed.
+    All metrics are shares from 0 to 1, except CIDEr, which goes from 0 to 10.
+
+    The names of the metrics are `bleu_1` ... `bleu_4`, `rouge_l`, `cider`, and `meteor` and `spice`
+    if they could be computed.
     """
 
     metrics: dict[str, float]  # of the whole set; BLEU and METEOR are not means over images
@@ -47,7 +49,9 @@ class CaptionScores:
 def caption_scores(
     predictions: Sequence[str], references: Sequence[Sequence[str]], *, java: bool | None = None
 ) -> CaptionScores:
-    """Scores one caption an image against its references, as the COCO caption evaluation does.
+    """Scores captions as the COCO caption evaluation does.
+
+    Each image has one caption, which is compared with the references of the image.
 
     CIDEr is CIDEr-D. Its document frequencies come from these references, so it depends on the set:
     of a single image it is 0. SPICE's jars (`stanford-corenlp-3.6.0*.jar` in
@@ -190,7 +194,10 @@ def _bleu_of(statistics: list[int]) -> list[float]:
 
 
 def _rouge_l(candidate: str, references: list[str]) -> float:
-    """ROUGE-L (Lin, 2004): the F-measure of the best recall and best precision over references."""
+    """Computes ROUGE-L (Lin, 2004).
+
+    It is the F-measure of the best recall and the best precision over the references.
+    """
     # As in the official tool, not `split()`: "" is then one empty word, and equal to another "".
     words = candidate.split(" ")
     common = [
@@ -265,17 +272,22 @@ def _cider(
 
 
 def _missing_for_java() -> str:
-    """What keeps the official tool from running, as a clause; "" if nothing does."""
+    """Names the reason why the official tool cannot run.
+
+    The reason is a clause; it is "" if the tool can run.
+    """
     if importlib.util.find_spec("pycocoevalcap") is None:
         return "pycocoevalcap is not installed: pip install 'mammut[eval]'"
     return "" if shutil.which("java") else "Java was not found on the PATH"
 
 
 def _java_tokenize(groups: list[list[str]]) -> list[list[str]]:
-    """Tokenizes groups of captions without line breaks; the tokens are joined by spaces.
+    """Tokenizes groups of captions without line breaks.
+
+    The tokens are joined by spaces.
 
     It runs the jar of pycocoevalcap, not its class, which writes into the installed package,
-    prints, and can wait for ever.
+    prints, and can wait forever.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
 
@@ -309,7 +321,10 @@ def _java_tokenize(groups: list[list[str]]) -> list[list[str]]:
 def _official_scores(
     candidates: list[str], references: list[list[str]]
 ) -> tuple[dict[str, _Score], dict[str, str]]:
-    """The scores that pycocoevalcap can compute here, and why it cannot compute the others."""
+    """Computes the scores that pycocoevalcap can compute here.
+
+    It also returns the reasons why the other scores cannot be computed.
+    """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -354,7 +369,7 @@ def _meteor(truth: dict[int, list[str]], predicted: dict[int, list[str]]) -> _Sc
     finally:
         watchdog.cancel()
         if scorer.lock.locked():
-            # The destructor takes the lock, and would wait for ever after an error.
+            # The destructor takes the lock, and would wait forever after an error.
             scorer.lock.release()
     if not np.isfinite([score, *of_image]).all():
         raise ValueError("METEOR gave a score that is not a number")

@@ -1,4 +1,6 @@
-"""Visual question answering scores: the official VQA accuracy and exact match, and both by type.
+"""Visual question answering scores: the official accuracy and exact match.
+
+Both are also given by type of question and answer.
 
 The reference is `vqaEval.py` of GT-Vision-Lab/VQA at a013f004, with all its oddities. The formula
 is in Antol et al. 2015 (arXiv:1505.00468), and in its averaged form on
@@ -15,8 +17,8 @@ from typing import Any
 # The marks that are removed; ' $ % & * : ^ ~ | # stay, and so do periods before a digit.
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
-# The official tool passes the flag re.UNICODE, 32, where the number of replacements belongs: no
-# more periods are removed than that.
+# The official tool passes the flag re.UNICODE, 32, where the number of replacements belongs: at
+# most 32 periods are removed.
 _MAX_PERIODS = 32
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _ARTICLES = frozenset(("a", "an", "the"))
@@ -147,7 +149,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class TypeScores:
-    """The scores of the questions of one type, shares from 0 to 1."""
+    """Scores of the questions of one type, from 0 to 1."""
 
     questions: int
     exact_match: float
@@ -156,7 +158,9 @@ class TypeScores:
 
 @dataclasses.dataclass(frozen=True)
 class VqaScores:
-    """The scores of a set of answered questions, shares from 0 to 1; plain values for JSON.
+    """Scores of a set of answered questions, from 0 to 1.
+
+    The values can be written as JSON.
 
     Attributes:
       questions: the number of questions.
@@ -244,7 +248,9 @@ def vqa_scores(records: Sequence[Mapping[str, Any]]) -> VqaScores:
 
 
 def derived_answer_type(answers: Sequence[str]) -> str:
-    """The type of a question by its most frequent normalised answer: "yes/no", "number", "other".
+    """Derives the type of a question from its answers.
+
+    The most frequent normalised answer decides: the type is "yes/no", "number" or "other".
 
     The official answer types are split in the same way, but a question's official label may differ.
 
