@@ -1,11 +1,13 @@
-"""Captions the images of a set and scores the captions: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
+"""Captions the images of a set and scores the captions.
+
+The scores are BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
 
     python -m eval.caption CHECKPOINT --data jsonl:PATH [--num-beams 4] [--out FILE.json]
     python -m eval.caption FILE.predictions.jsonl
 
-All scores need Java and pycocoevalcap. Without them, the same BLEU, ROUGE-L and CIDEr are computed
-here, and METEOR and SPICE are left out. A model with an image prefix can be shown examples first,
-in the format of MAGMA:
+METEOR and SPICE need Java and pycocoevalcap, and are left out without them. BLEU, ROUGE-L and CIDEr
+are computed without them too, with the same results. A model with an image prefix can be shown
+examples first, in the format of MAGMA:
 
     python -m eval.caption CHECKPOINT --data jsonl:PATH --shots 4
 

@@ -12,7 +12,7 @@ from mammut.evaluation.predictor import Predictor
 
 @dataclasses.dataclass(frozen=True)
 class Options(program.Options):
-    """Options of every evaluation program, and of the examples that a model is shown."""
+    """Options of evaluations that can show a model examples first."""
 
     # Number of examples, images and texts, in front of each query; the prediction is cut at a line
     # break or the next example. 0: the same prompt without examples. It needs a model with an image

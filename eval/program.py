@@ -1,4 +1,6 @@
-"""Shared part of the evaluation programs: options, and the way from a model to scores.
+"""The part that all evaluation programs share.
+
+It has the options, and the way from a model to scores.
 
 Each program first writes its predictions and then scores that file. Scoring again needs no model: a
 predictions file may be given in place of one. Scores go to `--out NAME.json`, predictions to
@@ -60,7 +62,10 @@ class Options:
 
     @property
     def part(self) -> str:
-        """The part of the set and how it is asked, for the scores' file name; "" by default."""
+        """The name of the part of the set and of the settings.
+
+        It becomes a part of the scores' file name; it is "" by default.
+        """
         return f"_first_{self.limit}" if self.limit else ""
 
 
@@ -74,7 +79,9 @@ def run(
     predict: Callable[[Predictor, Any, Source, AnyOptions], Predictions],
     description: str,
 ) -> Scores:
-    """Runs a program: a model's predictions go to a file, whose scores are printed and written.
+    """Runs a program: predicts, scores, prints and writes.
+
+    The predictions of the model go to a file. The scores of this file are printed and written.
 
     Errors end the program in one sentence; if MAMMUT_TRACEBACK is set they are raised.
 
@@ -168,7 +175,10 @@ def _scored(predictions: Predictions, out: pathlib.Path) -> Scores:
 
 
 def _lines(metrics: dict[str, Any], most: int = 12) -> list[str]:
-    """The metrics as lines of text; of a long dict by class or type, the first entries."""
+    """Formats the metrics as lines of text.
+
+    A long dict by class or type is cut after its first entries.
+    """
     lines = []
     for key, value in metrics.items():
         if isinstance(value, dict):
@@ -185,7 +195,10 @@ def _lines(metrics: dict[str, Any], most: int = 12) -> list[str]:
 
 
 def _default_out(checkpoint: pathlib.Path, task: str, options: Options) -> pathlib.Path:
-    """The default file of the scores, named after the set and the part of it that is used."""
+    """Returns the default file of the scores.
+
+    It is named after the set and the part of it that is used.
+    """
     name = _name(options.data) + options.part
     # A folder holds one model. A model in a file may have others beside it: its name is needed.
     if checkpoint.is_dir():
@@ -194,5 +207,8 @@ def _default_out(checkpoint: pathlib.Path, task: str, options: Options) -> pathl
 
 
 def _name(data: str) -> str:
-    """A spec as part of a file name: its last letters and digits."""
+    """Turns a spec into a part of a file name.
+
+    It keeps the last letters and digits.
+    """
     return re.sub(r"[^A-Za-z0-9]+", "_", data).strip("_")[-60:]

@@ -1,11 +1,13 @@
-"""Answers the questions of a set and scores the answers: official VQA accuracy and exact match.
+"""Answers the questions of a set and scores the answers.
+
+The scores are the official VQA accuracy and exact match.
 
     python -m eval.vqa CHECKPOINT --data jsonl:PATH [--out FILE.json]
     python -m eval.vqa CHECKPOINT --data vqav2:QUESTIONS.json,ANNOTATIONS.json,IMAGES
     python -m eval.vqa FILE.predictions.jsonl
 
 Both scores are also given by type of question and answer. A model that was trained on questions
-needs no more than the question. A model that has only learnt captions continues a text such as
+needs only the question. A model that has only learnt captions continues a text such as
 `--prompt "question: {} answer:"`. A model with an image prefix can be shown examples first, as
 MAGMA is:
 

@@ -4,8 +4,8 @@ Each is one jitted loop of static shapes, which stops when every row has ended. 
 the next token through a `Decoding`: from a cache as in `mammut.generation.text`, or in any other
 way.
 
-Log-probabilities are natural logarithms and those of the model (log-softmax of its logits),
-whatever temperature, filters or penalties chose the tokens.
+Log-probabilities are natural logarithms. They are the model's own (log-softmax of its logits), even
+if temperature, filters or penalties chose the tokens.
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ class GenerateConfig:
 
 @struct.dataclass
 class Generation:
-    """What was generated: n texts an image, best first (n = num_beams).
+    """Generated texts: n for each image, best first (n = num_beams).
 
     A score of minus infinity means that there is no such text: there are fewer texts than beams, or
     the model's logits were not numbers, as after training diverged.
@@ -207,7 +207,9 @@ def _choose(logits, tokens, position, config, keys) -> Int[Array, "R"]:
 def filter_logits(
     logits: Float[Array, "R V"], *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Float[Array, "R V"]:
-    """Sets the logits float[R, V] of tokens not to be sampled to minus infinity.
+    """Masks the logits of tokens that may not be sampled.
+
+    The logits float[R, V] of these tokens become minus infinity.
 
     The likeliest token always stays. `top_p` keeps the smallest set of likeliest tokens whose
     probabilities reach p: a token stays if those likelier than it do not reach p yet.
@@ -247,7 +249,9 @@ class _Beams(NamedTuple):
 
 
 def _beam_search(decoding: Decoding, tokens, lengths, limit, config, eos_id) -> Generation:
-    """Beam search; with several groups of beams, each group avoids the choices of those before it.
+    """Searches with beams, in one group or in several.
+
+    Each group avoids the choices of the groups before it.
 
     A beam that ends competes by its score with the beams that ended before it. The search of an
     image stops when none of its running beams can beat the worst of those. Rows are images x beams.
@@ -366,7 +370,13 @@ class _BeamRules:
         return running, finished, beam, chosen + choices.sum(1)
 
     def is_done(self, position, running, finished) -> jax.Array:
-        """Whether no running beam of an image can beat its finished ones: bool[B]."""
+        """Tells for each image whether its search is done.
+
+        It is done when no running beam can beat the finished ones.
+
+        Returns:
+          bool[B].
+        """
         # A running beam can only lose log-probability. Its best score is at the length that
         # divides it by the most.
         end = position + 1

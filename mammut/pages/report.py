@@ -1,4 +1,6 @@
-"""One HTML page of a run or of a predictions file: scores, curves, pictures and predictions.
+"""The report: one HTML page of a run or a predictions file.
+
+It shows scores, curves, pictures and predictions.
 
 The page is a single file that loads nothing: its pictures are inside it, it has no script, and its
 content security policy forbids both. Texts from outside are escaped. Where a picture or the model
@@ -39,7 +41,7 @@ _REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 def write_report(
     target: str | os.PathLike, out: str | os.PathLike | None = None, *, items: int = 12
 ) -> pathlib.Path:
-    """Writes the page of a run or of a predictions file, and returns its path.
+    """Writes the report and returns its path.
 
     The page of a run shows its curves and every `RUN/eval/NAME.predictions.jsonl`, with the scores
     in `NAME.json` beside it. Its pictures take at most 2.2 MB; those beyond are left out, and the
@@ -248,7 +250,10 @@ def _classes(records: list[dict[str, Any]], pictures: Pictures, items: int) -> d
 
 
 def _retrieval(records: list[dict[str, Any]], pictures: Pictures, items: int) -> dict[str, Any]:
-    """Queries both ways; a hit has a right result among the first shown."""
+    """Shows queries both ways.
+
+    A query is a hit if one of the first results shown is right.
+    """
     by_id = {
         kind: {r["id"]: r for r in records if r["query"] == kind} for kind in ("text", "image")
     }
@@ -280,7 +285,10 @@ def _retrieval(records: list[dict[str, Any]], pictures: Pictures, items: int) ->
 def _retrieval_lines(
     query: dict[str, Any], other: str, results: dict[Any, dict[str, Any]], pictures: Pictures
 ) -> list[dict[str, Any]]:
-    """The rankings of a query: by embedding and, where it was made, by likelihood."""
+    """Lists the rankings of a query.
+
+    The first is by embedding; the second, where it was made, is by likelihood.
+    """
     relevant = query["relevant"]
 
     def line(title: str, ranked: list, scores: list | None) -> dict[str, Any]:
@@ -289,7 +297,7 @@ def _retrieval_lines(
             entry | _retrieval_item(other, entry["name"], results, pictures)
             for entry in _ranking(ranked, scores, relevant)
         ]
-        # Shown beside the first results: the right one that is not among them.
+        # The right result is shown beside the first results where it is not among them.
         missed = []
         if rank is None:
             missed = relevant[:1]
@@ -307,14 +315,17 @@ def _retrieval_lines(
 def _retrieval_item(
     kind: str, name: Any, records: dict[Any, dict[str, Any]], pictures: Pictures
 ) -> dict[str, Any]:
-    """The text or image of an id. One that was no query is known by its number alone."""
+    """Finds the text or image of an id.
+
+    For an id that was no query only the number is known.
+    """
     record = records.get(name, {})
     if kind == "text":
         return {"text": record.get("text", f"text {name}")}
     return {"key": record.get("key", f"image {name}"), "picture": pictures.thumbnail(record)}
 
 
-# How the records of an evaluation are shown: the title of their section, and what fills it.
+# For each evaluation: the title of its section, and the function that makes the section.
 _SHOWN = {
     "retrieval": ("Retrieval", _retrieval),
     "caption": ("Captions", _captions),
@@ -324,14 +335,20 @@ _SHOWN = {
 
 
 def _rank(ranked: Sequence[Any], relevant: Sequence[Any]) -> int | None:
-    """The rank of the first right result, from 1; None where there is none."""
+    """Finds the rank of the first right result, from 1.
+
+    It is None where there is none.
+    """
     return next((rank for rank, name in enumerate(ranked, 1) if name in relevant), None)
 
 
 def _ranking(
     ranked: Sequence[Any], scores: Sequence[float] | None, relevant: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    """The first results of a ranking: `name`, `score` (None where there is none), `hit`."""
+    """Lists the first results of a ranking.
+
+    Each has `name`, `score` (None where there is none) and `hit`.
+    """
     scores = [*(scores or []), *[None] * _TOP]
     return [
         {"name": name, "score": score, "hit": name in relevant}
@@ -340,9 +357,10 @@ def _ranking(
 
 
 def _mix(hits: Sequence[bool | None], items: int) -> list[int]:
-    """Draws rows at random, with seed 0: half hits and half misses where there are enough.
+    """Draws rows at random, half hits and half misses.
 
-    They keep the order of the file.
+    The seed is 0. Where there are too few of one kind, more of the other kind are drawn. Rows keep
+    the order of the file.
     """
     order = np.random.default_rng(0).permutation(len(hits)).tolist()
     good = [row for row in order if hits[row]]
