@@ -18,10 +18,13 @@ class Options(program.Options):
     # break or the next example. 0: the same prompt without examples. It needs a model with an image
     # prefix.
     shots: int | None = None
-    # set that the examples are drawn from; by default the set itself, without the query's own image
+    # Set that the examples are drawn from. By default the set itself, without the query's own
+    # image.
     shots_data: str | None = None
-    shots_seed: int = 0  # random seed that the examples are drawn with
-    instruction: str = ""  # text in front of every example
+    # Random seed for drawing the examples.
+    shots_seed: int = 0
+    # Text in front of every example.
+    instruction: str = ""
 
     @property
     def part(self) -> str:

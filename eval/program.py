@@ -51,13 +51,22 @@ class Options:
     # File of the scores; the predictions go beside it. By default
     # CHECKPOINT/eval/PROGRAM_DATA.json, of a file FOLDER/eval/PROGRAM_FILE_DATA.json.
     out: pathlib.Path | None = None
-    batch_size: int = 64  # examples at a time, over all devices
-    limit: int | None = None  # number of examples, from the first on; by default all
-    image_size: int | None = None  # pixels, if not the model's own: its positions are resampled
-    threads: int = 4  # threads that decode and resize images
-    max_bad_share: float = 0.1  # largest share of examples that may be unusable
-    tfds_dir: str | None = None  # tensorflow-datasets' data_dir
-    blind: bool = False  # every image is black: what can be said from the text alone
+    # Number of examples at a time, over all devices.
+    batch_size: int = 64
+    # Number of examples, from the first on. By default all.
+    limit: int | None = None
+    # Side of the images in pixels. By default the model's own; for another one its position
+    # embeddings are resampled.
+    image_size: int | None = None
+    # Threads that decode and resize images.
+    threads: int = 4
+    # Largest share of examples that may be unusable.
+    max_bad_share: float = 0.1
+    # The data_dir of tensorflow-datasets.
+    tfds_dir: str | None = None
+    # Make every image black, to measure how well the model does with the text alone.
+    blind: bool = False
+    # Devices along the axes of the mesh.
     mesh: MeshConfig = MeshConfig()
 
     @property

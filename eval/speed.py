@@ -73,7 +73,7 @@ class Options:
     steps: int | None = None
     # Training steps before those that are timed.
     warmup: int = 5
-    # What the training step grows over.
+    # Sizes over which the growth of the training step is measured.
     grow: tuple[Axis, ...] = ("batch", "image_size", "length", "devices")
     # Sizes to grow over. By default 0.5, 1 and 2 times the model's (images: 1.5 times); devices: 1,
     # 2, 4, 8.

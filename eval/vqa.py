@@ -32,11 +32,12 @@ _NEW_TOKENS = 10  # of an answer after examples, as in MAGMA
 class Options(few_shot.Options):
     """Options of this program."""
 
-    num_beams: int = 1  # 1: greedy
-    # text that the model continues, {} is the question; by default only the question, with --shots
-    # "Q: {} A:"
+    # Number of beams. 1: greedy search.
+    num_beams: int = 1
+    # Text that the model continues; {} is the question. By default only the question; with --shots
+    # "Q: {} A:".
     prompt: str | None = None
-    # most tokens of an answer; by default 10 with --shots, else as many as there is room for
+    # Largest number of tokens of an answer. By default 10 with --shots, else as many as fit.
     max_new_tokens: int | None = None
 
 

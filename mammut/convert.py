@@ -25,7 +25,7 @@ from mammut.weights.opened import LazyTensors, OpenedModel, model_specs, rounded
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """What a conversion has written."""
+    """The result of a conversion: what was written."""
 
     tensors: int  # how many were written
     nbytes: int  # their size

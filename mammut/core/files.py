@@ -33,7 +33,7 @@ def check_manifest(folder: pathlib.Path, manifest: pathlib.Path) -> list[str]:
     """Compares the files of `folder` with their manifest.
 
     Returns:
-      What is wrong with the files or with the manifest, in sentences; nothing where all is right.
+      The errors in the files or in the manifest, in sentences; an empty list where all is right.
     """
     problems = []
     try:

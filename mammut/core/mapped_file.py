@@ -60,7 +60,7 @@ class StoredTensor:
 
 
 def tensor_spec(where: str, shape: Sequence[Any], dtype: np.dtype) -> TensorSpec:
-    """The spec of a tensor, from a shape that a stranger wrote.
+    """Makes the spec of a tensor from an untrusted shape.
 
     Args:
       where: file and key, for errors.
@@ -166,7 +166,7 @@ class MappedFile:
         return array_view(where, self._map, start, spec, strides, byteorder)
 
     def let_go(self) -> None:
-        """Gives back the memory of all that was read.
+        """Releases the memory of everything that was read.
 
         Arrays in use stay valid: they are read again from the file.
         """

@@ -87,7 +87,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     Example:
       >>> mesh = mammut.make_mesh(mammut.MeshConfig(data=1, fsdp=-1))
       >>> with jax.set_mesh(mesh):
-      ...     batch = sharding.device_batch(processor(images=photos), mesh)
+      ...     batch = mammut.core.sharding.device_batch(processor(images=photos), mesh)
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))

@@ -114,8 +114,8 @@ class SourceOptions:
     """The parts of a spec, and the arguments of `open_source`."""
 
     spec: str  # the whole spec, for messages
-    kind: str  # what stands before the first colon
-    name: str  # what stands after it, without a slice
-    field: Field  # what every example must have
+    kind: str  # the part before the first colon
+    name: str  # the part after the first colon, without a slice
+    field: Field  # the field that every example must have
     image_size: int  # pixels, of drawn scenes
     tfds_dir: str | None  # the `data_dir` of tensorflow-datasets; None: its default

@@ -54,8 +54,8 @@ class Kind(NamedTuple):
     """A kind of source, named before the colon of a spec."""
 
     open: Callable[[SourceOptions], Source]
-    forms: tuple[str, ...]  # what may stand after the colon, for messages
-    pattern: str = ".+"  # the same as a regular expression
+    forms: tuple[str, ...]  # the forms of the part after the colon, for messages
+    pattern: str = ".+"  # a regular expression for these forms
 
 
 KINDS: dict[str, Kind] = {
@@ -66,7 +66,7 @@ KINDS: dict[str, Kind] = {
     "tfds": Kind(TfdsSource, ("NAME/SPLIT",), ".+/[^/]+"),
 }
 
-# A spec: its kind and name, and the slice [start:stop:step] or, of all other examples, [!...].
+# A spec: its kind and name, and the slice [start:stop:step], or [!...] for all other examples.
 _SPEC = re.compile(r"(.*?)(?:\[(!)?(-?\d+%?)?:(-?\d+%?)?(?::([1-9]\d*)?)?\])?", re.DOTALL)
 
 
@@ -84,7 +84,7 @@ def open_source(
       spec: which set; see the top of this module.
       image_size: pixels of the drawn scenes; other sources give their images as they are stored.
       tfds_dir: the `data_dir` of tensorflow-datasets; None: its default.
-      field: what an example must have; one without it is a BadExample.
+      field: the field that an example must have; an example without it raises BadExample.
 
     Raises:
       ValueError: the spec has none of these forms; or the set does not exist, is empty, has another

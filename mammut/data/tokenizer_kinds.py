@@ -311,7 +311,7 @@ class MissingTokenizer(Tokenizer):
 
     @property
     def problem(self) -> str:
-        """What is missing and what to do, in a sentence."""
+        """A sentence that names the missing file and what to do."""
         return (
             "the model came without a vocabulary for its texts: "
             f"{self._needs}, and load or convert it again"

@@ -15,8 +15,8 @@ class Scores:
     """The metrics of one predictions file; shares are 0 to 1."""
 
     metrics: dict[str, Any]  # numbers, or dicts of numbers: by answer type, by class
-    notes: list[str]  # how they were made, and what was left out
-    items: dict[str, int]  # what was scored: {"images": 1000, "texts": 5000}
+    notes: list[str]  # how the metrics were computed, and which of them were left out
+    items: dict[str, int]  # the numbers of items that were scored: {"images": 1000, "texts": 5000}
 
 
 def save_scores(path: str | os.PathLike, predictions: Predictions, scores: Scores) -> None:

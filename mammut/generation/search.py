@@ -25,7 +25,7 @@ class GenerateConfig:
     """How tokens are chosen; by default greedily.
 
     Raises:
-      ValueError: a value is out of range, or would do nothing beside the others.
+      ValueError: a value is out of range, or has no effect with the other values.
 
     Example:
       >>> beam_search = mammut.GenerateConfig(num_beams=4, max_new_tokens=20)
@@ -70,7 +70,7 @@ class GenerateConfig:
         self._require(0 <= self.min_p <= 1, "min_p", "0 <= p <= 1")
         self._require(self.repetition_penalty > 0, "repetition_penalty", "a positive number")
 
-        # A setting that would do nothing is a misunderstanding.
+        # A setting without an effect is a misunderstanding.
         undiversified = self.diversity_penalty == 0 or self.num_groups > 1
         self._require(undiversified, "diversity_penalty", "0 with one group of beams")
         self._require(not (sampling and searching), "temperature", "0 with num_beams above 1")

@@ -77,7 +77,7 @@ def write_report(
 
 
 def _of_run(run: pathlib.Path, items: int) -> dict[str, Any]:
-    """What the page of a run shows."""
+    """Makes the values for the page of a run."""
     config, overrides = read_run(run)
     notices = []
     files = {}
@@ -103,7 +103,7 @@ def _of_run(run: pathlib.Path, items: int) -> dict[str, Any]:
 
 
 def _of_predictions(path: pathlib.Path, items: int) -> dict[str, Any]:
-    """What the page of a predictions file alone shows."""
+    """Makes the values for the page of a single predictions file."""
     predictions = load_predictions(path)
     facts = {}
     notices = []
@@ -390,7 +390,7 @@ def _render(page: dict[str, Any]) -> str:
 
 
 def _visible(value: Any) -> Any:
-    """Replaces what a page cannot show by U+FFFD.
+    """Replaces characters that a page cannot show by U+FFFD.
 
     These are control characters, lone surrogates and marks that reorder text.
     """
