@@ -37,7 +37,7 @@ class Options(program.Options):
 def few_shot(
     predictor: Predictor, source: Source, options: Options, field: Field
 ) -> FewShot | None:
-    """The examples that `--shots` asks for; None without that option.
+    """Makes the examples that `--shots` asks for; None without it.
 
     Args:
       field: what an example must have.

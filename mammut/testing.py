@@ -94,7 +94,7 @@ def tiny_processor(config: ModelConfig | None = None) -> Processor:
 def tiny_batch(
     config: ModelConfig | None = None, batch_size: int = 4, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """A random batch for `config`; the first text has no pads.
+    """Makes a random batch for `config`; the first text has no pads.
 
     Args:
       config: the model's config; None: `tiny_config()`.

@@ -92,7 +92,7 @@ def state() -> Any:
 
 
 def connected() -> bool:
-    """Whether `connect` has joined this process and the others."""
+    """Tells whether `connect` has joined this process and the others."""
     return _joined.is_set()
 
 

@@ -31,8 +31,8 @@ from mammut.core.coordination import (
     state,
 )
 
-# The variables in which a launcher says how many processes it has started. Slurm's is set by `srun`
-# and not in a batch script.
+# Environment variables by which launchers give the number of processes that they have started.
+# `srun` sets Slurm's variable; in a batch script it is not set.
 _LAUNCHERS = {
     "SLURM_STEP_NUM_TASKS": "Slurm",
     "OMPI_COMM_WORLD_SIZE": "Open MPI",
@@ -101,7 +101,7 @@ def processes(settings: Processes, program: str) -> Iterator[None]:
 
 
 def first() -> bool:
-    """Whether this process is number 0, which decides, writes and prints."""
+    """Tells whether this process is number 0, which decides, writes and prints."""
     return state().process_id == 0 if connected() else jax.process_index() == 0
 
 

@@ -132,7 +132,7 @@ def from_dict(cls: type, values: Any, where: str = "config"):
 
 
 def _dataclass_for(value: Any, kind: Any) -> Any:
-    """The type of a field's value.
+    """Chooses the type of a field's value.
 
     Of several dataclasses it is the one that has most of the value's names, or else the first.
     """
@@ -148,7 +148,7 @@ def _dataclass_for(value: Any, kind: Any) -> Any:
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
-    """The types of a union; none of any other type."""
+    """Lists the types of a union; other types have none."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
 
 
@@ -166,7 +166,7 @@ def _as_tuples(value: Any) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value fits the type of a field."""
+    """Tells whether a JSON value fits the type of a field."""
     if get_origin(kind) is Literal:
         return isinstance(value, str)  # the config itself checks which one
     if options := _options(kind):

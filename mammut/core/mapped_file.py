@@ -89,7 +89,7 @@ def array_view(
     strides: tuple[int, ...] | None = None,
     byteorder: str = "little",
 ) -> np.ndarray:
-    """The tensor that lies `start` bytes into a buffer, read-only.
+    """Returns the tensor that lies `start` bytes into a buffer, read-only.
 
     It is a view of the buffer, or a copy where the bytes must be swapped.
 
@@ -144,11 +144,11 @@ class MappedFile:
         self.size = len(self._map)
 
     def bytes(self, start: int, stop: int) -> bytes:
-        """A copy of a range, shorter where the file ends."""
+        """Copies a range; the copy is shorter where the file ends."""
         return self._map[start:stop]
 
     def crc32(self, start: int, stop: int) -> int:
-        """The CRC-32 of a range."""
+        """Computes the CRC-32 of a range."""
         self._use(start, stop)
         with memoryview(self._map)[start:stop] as view:
             return zlib.crc32(view)
@@ -161,7 +161,7 @@ class MappedFile:
         strides: tuple[int, ...] | None = None,
         byteorder: str = "little",
     ) -> np.ndarray:
-        """The tensor that lies at `start`: `array_view` of the file."""
+        """Returns the tensor that lies at `start`: `array_view` of the file."""
         self._use(start, start + spec.nbytes)
         return array_view(where, self._map, start, spec, strides, byteorder)
 

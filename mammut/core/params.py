@@ -31,12 +31,14 @@ def path_name(path: tuple) -> str:
 
 
 def by_name(params: Params) -> dict[str, Any]:
-    """The leaves of a nested dict by name."""
+    """Returns the leaves of a nested dict by name."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def trained_names(names: Collection[str], patterns: Iterable[str]) -> frozenset[str]:
-    """The names that a pattern (fnmatch) fits, except statistics of batch norms.
+    """Finds the names that a pattern (fnmatch) fits.
+
+    Statistics of batch norms are left out.
 
     Raises:
       ValueError: a pattern fits no parameter that can be trained, or there is no pattern.
@@ -79,7 +81,7 @@ def first_fitting(names: Collection[str], patterns: Iterable[str]) -> dict[str, 
 
 
 def _some(names: Iterable[str]) -> str:
-    """Six of the names at most, one for each module, for messages."""
+    """Lists at most six names for messages, one for each module."""
     first: dict[str, str] = {}
     for name in sorted(names):
         first.setdefault(".".join(name.split(".")[:2]), name)

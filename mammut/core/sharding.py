@@ -109,7 +109,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 def partition_spec(
     axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any
 ) -> PartitionSpec:
-    """The spec of an array with logical `axes`.
+    """Makes the spec of an array with logical `axes`.
 
     A dimension that a mesh axis does not divide stays whole.
     """
@@ -161,7 +161,7 @@ def param_shardings(abstract_params: Any, axes: dict[tuple[str, ...], tuple], me
 
 
 def state_shardings(abstract_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """The shardings of a train state.
+    """Makes the shardings of a train state.
 
     A leaf that mirrors a parameter, as Adam's moments do, is split like it; the rest is replicated.
     A leaf mirrors a parameter when its path ends with the parameter's path and the shapes agree.
@@ -186,7 +186,7 @@ def state_shardings(abstract_state: Any, params: Any, shardings: Any, mesh: Mesh
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array [B, ...]: split over `data` and `fsdp`."""
+    """Makes the sharding of arrays [B, ...]: over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 

@@ -276,7 +276,7 @@ def _get(value: dict[str, Any], key: str, kind: Any, where: Any) -> Any:
 
 
 def _objects(value: dict[str, Any], key: str, where: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a list, each with its place for messages."""
+    """Yields the objects of a list, each with its position for messages."""
     for number, item in enumerate(_get(value, key, list, where)):
         at = f"{where}, {key}[{number}]"
         if not isinstance(item, dict):

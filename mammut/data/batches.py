@@ -202,7 +202,7 @@ class TrainBatches:
         return {"image": np.stack([read.image for read in reads]), **texts}
 
     def state(self) -> dict[str, Any]:
-        """The position after the batches handed out so far, as JSON values."""
+        """Returns the position after the last batch returned, as JSON values."""
         return self._state
 
     @property

@@ -95,11 +95,11 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """How many examples there are."""
+        """Returns the number of examples."""
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Example:
-        """The example at `index`, 0 to len - 1."""
+        """Returns the example at `index`, 0 to len - 1."""
 
     def pairs(self, index: int) -> list[tuple[str, str]]:
         """Returns `Example.pairs` of the example at `index`.

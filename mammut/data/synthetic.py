@@ -58,7 +58,7 @@ class Combination(NamedTuple):
 
 
 def captions(combination: Combination) -> list[str]:
-    """Three sentences with the same content: all captions of a combination."""
+    """Writes all captions of a combination: three sentences of the same content."""
     count, size, colour, shape, place = combination
     plural = ""
     if count > 1:
@@ -69,7 +69,7 @@ def captions(combination: Combination) -> list[str]:
 
 
 def questions(combination: Combination) -> list[tuple[str, str]]:
-    """Five questions about a combination with their answers, one for each attribute."""
+    """Writes five questions and answers, one for each attribute."""
     count, size, colour, shape, place = combination
     return [
         ("how many shapes are there?", _COUNTS[count]),
@@ -97,12 +97,15 @@ def combinations(split: Split) -> tuple[Combination, ...]:
 
 
 def num_scenes(split: Split) -> int:
-    """The number of scenes: 100,000 for "train", the held-out combinations for "val"."""
+    """Returns the number of scenes of a split.
+
+    "train" has 100,000, "val" has one for each combination that is held out.
+    """
     return len(combinations("val")) if split == "val" else TRAIN_SCENES
 
 
 def combination(split: Split, index: int) -> Combination:
-    """The combination that scene `index` of the split shows."""
+    """Returns the combination that scene `index` of the split shows."""
     return _scene(split, index)[0]
 
 

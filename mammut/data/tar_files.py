@@ -69,7 +69,7 @@ def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile
         length = _decimal(pax.get(b"size"), length, offset)
         if kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in pax):
             raise Damage(f"has {shown(name)} as a sparse file: pack it again without --sparse")
-        # Folders, links and devices have no content, whatever their size says.
+        # Folders, links and devices have no content, even if their headers have a size.
         if kind in b"123456" or (kind == b"\0" and name.endswith(b"/")):
             length = 0
         elif data + length > size:
@@ -91,12 +91,12 @@ def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile
 
 
 def _padded(length: int) -> int:
-    """Bytes that a content takes, in whole blocks."""
+    """Counts the bytes that a content takes, in whole blocks."""
     return -(-length // _BLOCK) * _BLOCK
 
 
 def _extension(read: Callable[[int, int], bytes], offset: int, length: int) -> bytes:
-    """The content of a header about the file that follows."""
+    """Reads the content of a header about the file that follows."""
     if length > _MAX_EXTENSION:
         raise Damage(f"has a header of {length:,} bytes at byte {offset:,}, expected at most 1 MiB")
     return read(offset + _BLOCK, length)
@@ -118,7 +118,7 @@ def _header(block: bytes, offset: int) -> tuple[bytes, bytes, int]:
 
 
 def _number(field: bytes, offset: int) -> int:
-    """A number in a header, in octal digits."""
+    """Reads a number in a header, in octal digits."""
     if field[0] == 0x80:  # GNU's form of a number too large for octal digits
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip(b" ")
@@ -131,7 +131,7 @@ def _number(field: bytes, offset: int) -> int:
 
 
 def _pax_records(content: bytes, offset: int) -> dict[bytes, bytes]:
-    """The values by name of pax records, lines "length name=value"."""
+    """Reads pax records, lines "length name=value", by name."""
     records = {}
     while content:
         length = _decimal(content[:20].partition(b" ")[0], 0, offset)
@@ -145,7 +145,7 @@ def _pax_records(content: bytes, offset: int) -> dict[bytes, bytes]:
 
 
 def _decimal(digits: bytes | None, default: int, offset: int) -> int:
-    """A number in a pax record; None: `default`."""
+    """Reads a number in a pax record; None: `default`."""
     if digits is None:
         return default
     if not digits.isdigit() or len(digits) > 20:
@@ -156,5 +156,5 @@ def _decimal(digits: bytes | None, default: int, offset: int) -> int:
 
 
 def shown(name: bytes) -> str:
-    """The name of a file in a tar, for messages."""
+    """Formats the name of a file in a tar, for messages."""
     return repr(name.decode(errors="replace"))

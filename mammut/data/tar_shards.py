@@ -3,8 +3,8 @@
 They are indexed once, read at random, and never unpacked.
 
 The files of an example share a key: the name up to the first dot after the last slash. The
-extension after that dot says what a file is: `jpg`, `jpeg`, `png` or `webp` the image, `txt` and
-`json` its texts; other files are ignored. This is the convention of webdataset
+extension after that dot gives the kind of a file: `jpg`, `jpeg`, `png` or `webp` is the image,
+`txt` and `json` are its texts; other files are ignored. This is the convention of webdataset
 (github.com/webdataset/webdataset, "The WebDataset Format"), but here the files of an example need
 not stand side by side.
 """
@@ -120,7 +120,7 @@ class TarShards:
         return len(self._starts)
 
     def shard(self, example: int) -> int:
-        """The index in `paths` of the shard that an example is in."""
+        """Returns the index in `paths` of the shard with an example."""
         return bisect.bisect_right(self._ends, example)
 
     def count(self, example: int, column: int) -> int:
@@ -134,7 +134,7 @@ class TarShards:
         return 1 if start >= 0 else 2
 
     def name(self, example: int) -> str:
-        """The name of a file of the example."""
+        """Returns the name of a file of the example."""
         column = next(column for column in COLUMNS if self.count(example, column))
         return self.read(example, column)[0]
 
@@ -233,7 +233,8 @@ class _OpenShard:
         weakref.finalize(self, os.close, self._file)
 
     def read(self, length: int, start: int) -> bytes:
-        # Not mapped into memory: reading a mapped file that somebody cuts short ends the process.
+        # Not mapped into memory: if another program shortened a mapped file, reading it would end
+        # the process.
         return os.pread(self._file, length, start)
 
 

@@ -112,7 +112,7 @@ class Tokenizer(abc.ABC):
         return self._decode([token for token in ids if token != self.bos_id])
 
     def settings(self) -> dict[str, Any]:
-        """The JSON values that `restore_tokenizer` needs, and checks, beside the file."""
+        """Returns the JSON values that `restore_tokenizer` needs and checks."""
         return {name: getattr(self, name) for name in SETTINGS}
 
     def save(self, folder: pathlib.Path) -> dict[str, Any]:
@@ -255,7 +255,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return super().save(folder)
 
     def _find(self, role: str, named: dict[str, Any]) -> int | None:
-        """The id of a special token; None where the vocabulary has none."""
+        """Finds the id of a special token; None where there is none."""
         if type(named.get(f"{role}_token_id")) is int:
             return named[f"{role}_token_id"]
         fields, known = _HF_TOKENS[role]
@@ -375,7 +375,7 @@ class MissingTokenizer(Tokenizer):
 
 
 def _special_ids(bos: int | None, eos: int | None, pad: int | None) -> tuple[int, int, int]:
-    """Start, end and pad by the rules of `mammut.data.tokenizer`."""
+    """Finds start, end and pad by the rules of `mammut.data.tokenizer`."""
     if eos is None:
         raise ValueError(
             "it has no end token (of a tokenizer.json, eos_token in tokenizer_config.json names it)"

@@ -172,7 +172,7 @@ class _ByLikelihood:
 
 
 def score_classes(predictions: Predictions) -> Scores:
-    """Top-1, top-5 and mean per-class recall."""
+    """Computes top-1, top-5 and mean per-class recall."""
     classes = predictions.settings["classes"]
     ranked = [record["ranked"] for record in predictions.records]
     labels = [record["label"] for record in predictions.records]

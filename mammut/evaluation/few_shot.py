@@ -60,7 +60,7 @@ class FewShot:
         self.shots = shots
         self.seed = seed
         self.instruction = instruction
-        # All that could be drawn: the index of an example and the number of its question.
+        # All candidates: the index of an example and the number of its question.
         self._items: list[tuple[int, int]] = []
         self._keys: list[str] = []  # of the examples of `_items`
         self._of_type: dict[str | None, list[int]] = {}  # positions in `_items` by question type
@@ -99,7 +99,7 @@ class FewShot:
     def pieces(
         self, query: Query, image: Any, prompt: str, read: Callable[[Any], Any]
     ) -> list[Any]:
-        """The prompt of a query, as a list of texts and images.
+        """Makes the prompt of a query: a list of texts and images.
 
         Args:
           image: the query's image, as it is to appear in the prompt.
@@ -115,7 +115,7 @@ class FewShot:
     def _drawn(
         self, query: Query, prompt: str, read: Callable[[Any], Any]
     ) -> list[tuple[Any, str]]:
-        """The image and text of each example."""
+        """Draws the image and text of each example."""
         rng = np.random.default_rng([self.seed, query.index, query.number])
         drawn = []
         candidates = self._candidates(rng, query)
@@ -143,7 +143,9 @@ class FewShot:
         return drawn
 
     def _candidates(self, rng: np.random.Generator, query: Query) -> Iterator[int]:
-        """Positions in `_items`, in random order, without those about the query's image.
+        """Yields positions in `_items` in random order.
+
+        Items about the query's image are left out.
 
         Those of the query's question type come first.
         """
@@ -175,7 +177,7 @@ def answer_part(text: str, prompt: str, instruction: str = "") -> str:
 
 
 def _written_answers(question: Question) -> list[str]:
-    """The answers that are not blank."""
+    """Lists the answers that are not blank."""
     return [answer.strip() for answer in question.answers if answer.strip()]
 
 

@@ -248,7 +248,9 @@ def _generated(
     config: GenerateConfig,
     width: int,
 ) -> Iterator[dict[str, Any]]:
-    """The text after each image and its prompt's ids, with its log-probability.
+    """Generates the text after each image and its prompt's ids.
+
+    Each comes with its log-probability.
 
     Prompts are padded to `width` tokens, the start token included.
     """
@@ -277,7 +279,7 @@ def _generated_few_shot(
     few_shot: FewShot,
     prompt: str,
 ) -> Iterator[dict[str, Any]]:
-    """The text after each query and its examples.
+    """Generates the text after each query and its examples.
 
     Its log-probability counts all generated tokens, even the ones that were cut off. The examples
     of the next batch are read while the model runs.
@@ -349,7 +351,7 @@ def _generated_after_prompts(
 
 
 def _changed_fields(config: GenerateConfig) -> dict[str, Any]:
-    """The fields of a GenerateConfig that differ from their defaults."""
+    """Lists the fields of a GenerateConfig that differ from their defaults."""
     defaults = GenerateConfig()
     return {name: value for name, value in vars(config).items() if value != getattr(defaults, name)}
 

@@ -38,7 +38,7 @@ def pair_logprobs(
     encoded: tuple[np.ndarray, np.ndarray],
     texts: np.ndarray,
 ) -> Float[np.ndarray, " N"]:
-    """log P(text | image) of N pairs, float[N].
+    """Computes log P(text | image) of N pairs, float[N].
 
     Args:
       tokens_of_images: the result of `image_tokens`.

@@ -1,7 +1,7 @@
 """Batch prediction over a set of examples, on any mesh.
 
 All batches have one shape. Each evaluation is a file of its own beside this one: functions that
-take a `Predictor` and give `Predictions`, ready to be written and scored.
+take a `Predictor` and return `Predictions`, ready to be written and scored.
 """
 
 import collections

@@ -82,7 +82,7 @@ def predict_rankings(
     if rerank:
 
         def pair_scores(pairs: np.ndarray) -> np.ndarray:
-            """The new scores of sorted pairs."""
+            """Computes the new scores of sorted pairs."""
             indices = captions.indices
             return _pair_scores(predictor, params, source, limit, indices, encoded, pairs, prior)
 
@@ -111,7 +111,7 @@ class _Captions:
     image_of_text: list[int] = dataclasses.field(default_factory=list)
 
     def texts_of_images(self) -> list[np.ndarray]:
-        """The numbers of each image's texts, which lie side by side."""
+        """Lists the numbers of each image's texts, which lie side by side."""
         counts = np.bincount(self.image_of_text, minlength=len(self.keys))
         return np.split(np.arange(len(self.texts)), np.cumsum(counts)[:-1])
 

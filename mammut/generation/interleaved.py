@@ -82,7 +82,7 @@ def encode_prompt(pieces: Sequence[Any], processor: Processor, image_tokens: int
 
 
 def prompt_room(config: ModelConfig, max_new_tokens: int | None) -> int:
-    """The most positions that a prompt may have.
+    """Returns the largest number of positions of a prompt.
 
     Raises:
       ValueError: the model has no image prefix, or the new tokens leave no room for a prompt.
@@ -144,7 +144,9 @@ def prompt_batch(
     Int32[np.ndarray, "B P"],
     Bool[np.ndarray, "B P"],
 ]:
-    """A batch of prompts as `generate_interleaved` takes it: image, tokens, image_row, valid.
+    """Makes a batch of prompts for `generate_interleaved`.
+
+    It is image, tokens, image_row, valid.
 
     P is `size`; pads stand in front. M is the largest number of images in a prompt, padded to one
     of few sizes; images that a prompt does not have are black.
@@ -168,7 +170,7 @@ def interleave(
     tokens: Int[Array, "B P"],
     image_row: Int[Array, "B P"],
 ) -> Float[Array, "B P D"]:
-    """The embeddings of prompts, float[B, P, D].
+    """Computes the embeddings of prompts, float[B, P, D].
 
     Args:
       image: the M images of each prompt.

@@ -77,7 +77,7 @@ def row_keys(rows: list[Row], config: GenerateConfig, seed: int) -> Key[Array, "
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items in order; the last list may be shorter."""
+    """Yields lists of `size` items; the last list may be shorter."""
     batch = []
     for item in items:
         batch.append(item)

@@ -138,7 +138,7 @@ def search(
 
 
 def _num_tokens(text, lengths, limit, eos_id) -> Int[Array, "B n"]:
-    """The number of generated tokens in texts [B, n, L].
+    """Counts the generated tokens in texts [B, n, L].
 
     They go up to the end token after the prompt, or to the limit.
     """
@@ -149,7 +149,7 @@ def _num_tokens(text, lengths, limit, eos_id) -> Int[Array, "B n"]:
 
 
 def _sample(decoding: Decoding, tokens, lengths, limit, config, eos_id, keys) -> Generation:
-    """Greedy decoding or sampling."""
+    """Searches greedily or by sampling."""
     start = lengths.min()
 
     def running(carry):
@@ -184,7 +184,7 @@ def _sample(decoding: Decoding, tokens, lengths, limit, config, eos_id, keys) ->
 
 
 def _choose(logits, tokens, position, config, keys) -> Int[Array, "R"]:
-    """The next token of each row."""
+    """Chooses the next token of each row."""
     if config.repetition_penalty != 1:
         rows, vocab = logits.shape
         # Columns from `position` on hold no token yet: the id `vocab` drops them.
@@ -239,7 +239,7 @@ class _Beams(NamedTuple):
     logprobs: jax.Array  # float[B, n, L]
 
     def pick(self, positions) -> "_Beams":
-        """The beams at positions int[B, m], in that order."""
+        """Returns the beams at positions int[B, m], in that order."""
 
         def picked(x):
             index = positions.reshape(*positions.shape, *(1,) * (x.ndim - 2))
@@ -386,6 +386,9 @@ class _BeamRules:
         return (position >= self.lengths) & (hope.max(1) <= finished.score.min(1))
 
     def _normalised(self, score, end):
-        """Scores [B, ...] of texts that end before `end`, int[] or int[B]."""
+        """Normalises scores [B, ...] of texts that end before `end`.
+
+        `end` is int[] or int[B].
+        """
         num_tokens = jnp.maximum(end - self.lengths, 1).reshape(-1, *(1,) * (score.ndim - 1))
         return score / num_tokens**self.config.length_penalty

@@ -260,7 +260,7 @@ def with_text_limit(config: GenerateConfig, processor: Processor) -> GenerateCon
 
 
 def text_of(row: GeneratedRow, name: str) -> Text:
-    """The text of a row, without the spaces around it.
+    """Returns the text of a row, without the spaces around it.
 
     Raises:
       ValueError: the model's logits were not numbers; the message calls the row `name`.
@@ -277,7 +277,7 @@ def text_of(row: GeneratedRow, name: str) -> Text:
 def _prompt_ids(
     model: MaMMUT, processor: Processor, images: Sequence[Any] | np.ndarray, prompts: Any
 ) -> list[list[int]]:
-    """The ids of each image's prompt, the start token first."""
+    """Encodes each image's prompt, with the start token first."""
     text_length = model.config.text_length
     require_same_vocabulary(model, processor)
     if prompts is None:
@@ -313,7 +313,7 @@ def require_same_vocabulary(model: MaMMUT, processor: Processor) -> None:
 
 
 def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
+    """Returns the smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 

@@ -124,7 +124,10 @@ def _page(
     items: int,
     run: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """The values of the template; `others` are score files without predictions."""
+    """Makes the values of the template.
+
+    `others` are score files without predictions.
+    """
     album = Album()
     tasks = list(EVALUATIONS)
     order = sorted(files, key=lambda path: (tasks.index(files[path].task), path))
@@ -149,7 +152,7 @@ def _page(
 def _section(
     path: pathlib.Path, predictions: Predictions, album: Album, items: int, run: pathlib.Path | None
 ) -> dict[str, Any]:
-    """The part of the page that shows one predictions file."""
+    """Makes the part of the page for one predictions file."""
     folder = pathlib.Path(predictions.checkpoint)
     if run is not None and not folder.is_dir():  # the run was moved, and its predictions with it
         folder = run
@@ -176,7 +179,7 @@ def _section(
 
 
 def _model_facts(config: ModelConfig) -> dict[str, str]:
-    """The model in a few lines."""
+    """Describes the model in a few lines."""
     vision = config.vision
     text = config.text
     if config.num_prefix_tokens:
@@ -202,7 +205,7 @@ def _captions(records: list[dict[str, Any]], pictures: Pictures, items: int) -> 
 
 
 def _questions(records: list[dict[str, Any]], pictures: Pictures, items: int) -> dict[str, Any]:
-    """A prediction is right where it equals an answer.
+    """Shows questions; a prediction is right where it equals an answer.
 
     A question whose answers are kept back is neither right nor wrong.
     """
@@ -415,7 +418,7 @@ def _clip(value: Any) -> str:
 
 
 def _name(path: pathlib.Path) -> str:
-    """The name of a predictions file without its endings."""
+    """Returns the name of a predictions file without its endings."""
     return path.name.removesuffix(_SUFFIX).removesuffix(".jsonl")
 
 

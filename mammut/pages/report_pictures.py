@@ -132,7 +132,7 @@ class Pictures:
         return None if pixels is None else self._album.uri(pixels)
 
     def word_maps(self, records: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
-        """The words of each record's prediction: `word`, `picture` and `peak`.
+        """Makes `word`, `picture` and `peak` for each word of each prediction.
 
         `picture` shows where the model looked, `peak` is the largest weight of a patch as a
         multiple of an even share. The colours of one caption have one scale.

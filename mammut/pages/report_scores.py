@@ -142,7 +142,7 @@ def read_training(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_series(path: pathlib.Path) -> dict[str, Series]:
-    """Every metric of the file; empty where there is no file."""
+    """Reads every metric of the file; none where there is no file."""
     series: dict[str, Series] = collections.defaultdict(lambda: ([], []))
     if not path.is_file():
         return series

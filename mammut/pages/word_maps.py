@@ -117,7 +117,7 @@ def overlay(
     weights: Float[np.ndarray, "down across"],
     full: float,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The picture in grey, with colour where the model looks.
+    """Draws the picture in grey, with colour where the model looks.
 
     A patch has no colour at an even share, 1 / patches, or less, and full colour at the weight
     `full`. The map is enlarged smoothly to the picture's size.

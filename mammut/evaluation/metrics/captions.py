@@ -2,7 +2,7 @@
 
 The official tool (pycocoevalcap, the `eval` extra) needs Java for its tokenizer and for METEOR and
 SPICE. If either is missing, this module computes BLEU, ROUGE-L and CIDEr in pure Python, with the
-same numbers; METEOR and SPICE are then left out, and the result says so.
+same numbers; METEOR and SPICE are then left out, and the result names the reason.
 """
 
 import collections
@@ -140,7 +140,7 @@ def _own_scores(candidates: list[str], references: list[list[str]]) -> dict[str,
 
 
 def _ngrams(text: str) -> list[collections.Counter]:
-    """Counts of the n-grams of 1, 2, 3 and 4 words."""
+    """Counts the n-grams of 1, 2, 3 and 4 words."""
     words = text.split()
     return [collections.Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, _MAX_N + 1)]
 
@@ -148,7 +148,7 @@ def _ngrams(text: str) -> list[collections.Counter]:
 def _bleu(
     candidates: list[list[collections.Counter]], references: list[list[list[collections.Counter]]]
 ) -> dict[str, _Score]:
-    """BLEU-1..4 (Papineni et al., ACL 2002).
+    """Computes BLEU-1..4 (Papineni et al., ACL 2002).
 
     The brevity penalty is by the closest reference length, the shorter of two equally close ones.
     """
@@ -171,7 +171,7 @@ def _bleu(
 
 
 def _bleu_of(statistics: list[int]) -> list[float]:
-    """BLEU-1..4 from counts.
+    """Computes BLEU-1..4 from counts.
 
     `statistics` are the lengths of candidate and reference, then the matched n-grams of each n,
     then the candidate's n-grams of each n.
@@ -211,7 +211,7 @@ def _rouge_l(candidate: str, references: list[str]) -> float:
 
 
 def _common_subsequence(a: list[str], b: list[str]) -> int:
-    """The length of the longest common subsequence of two texts.
+    """Computes the length of the longest common subsequence of two texts.
 
     A whole row of the usual table is held in the bits of one number: bit i of `row` is 0 where the
     table steps up at `a[i]` (Hyyrö, 2004).
@@ -230,7 +230,7 @@ def _common_subsequence(a: list[str], b: list[str]) -> int:
 def _cider(
     candidates: list[list[collections.Counter]], references: list[list[list[collections.Counter]]]
 ) -> list[float]:
-    """CIDEr-D of each image (Vedantam et al., CVPR 2015, section 5).
+    """Computes CIDEr-D (Vedantam et al., CVPR 2015, section 5) of each image.
 
     The document frequencies come from the references.
     """

@@ -70,7 +70,7 @@ def ranking_recall(
     *,
     num_candidates: int | None = None,
 ) -> dict[str, float]:
-    """Recall at k of stored rankings, as shares: `r1`, `r5`, `r10`.
+    """Computes recall at k of stored rankings: `r1`, `r5`, `r10`.
 
     It is the share of queries with any relevant id among the first k, as in the COCO protocol and
     CLIP_benchmark's retrieval; how many of the relevant ids are there does not count.

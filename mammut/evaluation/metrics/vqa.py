@@ -57,7 +57,7 @@ youll:you'll youre:you're youve:you've
 
 
 def strip_punctuation(text: str) -> str:
-    """The first half of the official normalisation: punctuation.
+    """Strips punctuation, as the official normalisation does first.
 
     A mark is removed everywhere if it stands next to a space anywhere in the text. All marks are
     removed if a comma stands between two digits anywhere in the text. Otherwise a mark becomes a
@@ -74,7 +74,7 @@ def strip_punctuation(text: str) -> str:
 
 @functools.lru_cache(100_000)  # the answers of a set repeat: ten times faster
 def normalize_answer(text: str) -> str:
-    """An answer in the form in which the official tool compares it.
+    """Normalises an answer as the official tool does before it compares.
 
     Punctuation is stripped (`strip_punctuation`), letters become lower case, number words become
     digits ("none" becomes "0"), articles are removed, contractions get their apostrophe. An answer
@@ -85,7 +85,7 @@ def normalize_answer(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """The official accuracy of one prediction, a share from 0 to 1.
+    """Computes the official accuracy of one prediction, from 0 to 1.
 
     It is the mean over the answers of min(1, matches / 3), each with that answer left out. With ten
     answers, 1, 2, 3 and 4 or more matches give 0.3, 0.6, 0.9 and 1. Normalisation is skipped if all
@@ -111,7 +111,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def magma_truncated_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """MAGMA's own accuracy of one prediction, a share from 0 to 1.
+    """Computes MAGMA's own accuracy of one prediction, from 0 to 1.
 
     Do not compare it with `vqa_accuracy`, the official one. The prediction is lower-cased, cut at
     "q:" or a line break, normalised, and then cut to the number of words of the longest answer:
@@ -136,7 +136,7 @@ def magma_truncated_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether the normalised prediction is one of the normalised answers.
+    """Tells whether the normalised prediction is one of the normalised answers.
 
     Both are always normalised, unlike in `vqa_accuracy`: "Yes." matches ten times "yes".
 
@@ -282,7 +282,7 @@ def _mean(values: Sequence[float | bool]) -> float:
 
 
 def _types(records: Sequence[Mapping[str, Any]], field: str) -> list[str] | None:
-    """The types of all records, or None if no record has one."""
+    """Lists the types of all records; None if no record has one."""
     types = [record.get(field) for record in records]
     missing = types.count(None)
     if 0 < missing < len(types):
