@@ -195,7 +195,7 @@ class ImageTransform:
         return np.array(picture.resize(size, filters[self.interpolation], box=box))
 
     def _read(self, image: ImageLike, sides: int | None = None):
-        """Reads a picture; a JPEG is decoded at a fraction of its size.
+        """Reads a picture, a JPEG at a fraction of its size.
 
         The fraction keeps both sides at `sides` pixels or more; None: the whole size.
         """
