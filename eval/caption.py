@@ -1,11 +1,13 @@
-"""Captions the images of a set and scores the captions: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
+"""Captions the images of a set and scores the captions.
+
+The scores are BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
 
     python -m eval.caption CHECKPOINT --data jsonl:PATH [--num-beams 4] [--out FILE.json]
     python -m eval.caption FILE.predictions.jsonl
 
-All scores need Java and pycocoevalcap. Without them, the same BLEU, ROUGE-L and CIDEr are computed
-here, and METEOR and SPICE are left out. A model with an image prefix can be shown examples first,
-in the format of MAGMA:
+METEOR and SPICE need Java and pycocoevalcap, and are left out without them. BLEU, ROUGE-L and CIDEr
+are computed without them too, with the same results. A model with an image prefix can be shown
+examples first, in the format of MAGMA:
 
     python -m eval.caption CHECKPOINT --data jsonl:PATH --shots 4
 
@@ -27,11 +29,13 @@ _NEW_TOKENS = 50  # of a caption after examples, as MAGMA has for NoCaps
 class Options(few_shot.Options):
     """Options of this program."""
 
-    num_beams: int = 4  # 1: greedy
-    length_penalty: float = 1.0  # a beam's log-probability is divided by its length to this power
-    # beginning of every caption; by default none, with --shots "A picture of"
+    # Number of beams. 1: greedy search.
+    num_beams: int = 4
+    # Power of a beam's length by which its log-probability is divided.
+    length_penalty: float = 1.0
+    # Beginning of every caption. By default none; with --shots "A picture of".
     prompt: str | None = None
-    # most tokens of a caption; by default 50 with --shots, else as many as there is room for
+    # Largest number of tokens of a caption. By default 50 with --shots, else as many as fit.
     max_new_tokens: int | None = None
 
 

@@ -22,13 +22,14 @@ from mammut.evaluation.classification import Method, class_names, predict_classe
 class Options(program.Options):
     """Options of this program."""
 
-    method: Method = "contrastive"  # by embedding; or by the likelihood of the class as a caption
-    # {} is the class; scores are averaged over the templates
+    # How classes are ranked: by embedding, or by the likelihood of the class as a caption.
+    method: Method = "contrastive"
+    # Texts in which {} stands for the class. Scores are averaged over the templates.
     templates: tuple[str, ...] = ("a photo of a {}.", "a picture of a {}.", "{}")
-    classes: pathlib.Path | None = None  # a JSON list of all class names, in any order
-    prior: float = (
-        0.0  # of "likelihood": share of log P(class) without the image that is subtracted
-    )
+    # A JSON list of all class names, in any order. By default the names in the set.
+    classes: pathlib.Path | None = None
+    # For the method "likelihood": share of log P(class) without the image that is subtracted.
+    prior: float = 0.0
 
 
 def predict(predictor, params, source, options):

@@ -12,16 +12,19 @@ from mammut.evaluation.predictor import Predictor
 
 @dataclasses.dataclass(frozen=True)
 class Options(program.Options):
-    """Options of every evaluation program, and of the examples that a model is shown."""
+    """Options of evaluations that can show a model examples first."""
 
     # Number of examples, images and texts, in front of each query; the prediction is cut at a line
     # break or the next example. 0: the same prompt without examples. It needs a model with an image
     # prefix.
     shots: int | None = None
-    # set that the examples are drawn from; by default the set itself, without the query's own image
+    # Set that the examples are drawn from. By default the set itself, without the query's own
+    # image.
     shots_data: str | None = None
-    shots_seed: int = 0  # random seed that the examples are drawn with
-    instruction: str = ""  # text in front of every example
+    # Random seed for drawing the examples.
+    shots_seed: int = 0
+    # Text in front of every example.
+    instruction: str = ""
 
     @property
     def part(self) -> str:
@@ -34,7 +37,7 @@ class Options(program.Options):
 def few_shot(
     predictor: Predictor, source: Source, options: Options, field: Field
 ) -> FewShot | None:
-    """The examples that `--shots` asks for; None without that option.
+    """Makes the examples that `--shots` asks for; None without it.
 
     Args:
       field: what an example must have.

@@ -1,4 +1,6 @@
-"""Shared part of the evaluation programs: options, and the way from a model to scores.
+"""The part that all evaluation programs share.
+
+It has the options, and the way from a model to scores.
 
 Each program first writes its predictions and then scores that file. Scoring again needs no model: a
 predictions file may be given in place of one. Scores go to `--out NAME.json`, predictions to
@@ -49,18 +51,30 @@ class Options:
     # File of the scores; the predictions go beside it. By default
     # CHECKPOINT/eval/PROGRAM_DATA.json, of a file FOLDER/eval/PROGRAM_FILE_DATA.json.
     out: pathlib.Path | None = None
-    batch_size: int = 64  # examples at a time, over all devices
-    limit: int | None = None  # number of examples, from the first on; by default all
-    image_size: int | None = None  # pixels, if not the model's own: its positions are resampled
-    threads: int = 4  # threads that decode and resize images
-    max_bad_share: float = 0.1  # largest share of examples that may be unusable
-    tfds_dir: str | None = None  # tensorflow-datasets' data_dir
-    blind: bool = False  # every image is black: what can be said from the text alone
+    # Number of examples at a time, over all devices.
+    batch_size: int = 64
+    # Number of examples, from the first on. By default all.
+    limit: int | None = None
+    # Side of the images in pixels. By default the model's own; for another one its position
+    # embeddings are resampled.
+    image_size: int | None = None
+    # Threads that decode and resize images.
+    threads: int = 4
+    # Largest share of examples that may be unusable.
+    max_bad_share: float = 0.1
+    # The data_dir of tensorflow-datasets.
+    tfds_dir: str | None = None
+    # Make every image black, to measure how well the model does with the text alone.
+    blind: bool = False
+    # Devices along the axes of the mesh.
     mesh: MeshConfig = MeshConfig()
 
     @property
     def part(self) -> str:
-        """The part of the set and how it is asked, for the scores' file name; "" by default."""
+        """The name of the part of the set and of the settings.
+
+        It becomes a part of the scores' file name; it is "" by default.
+        """
         return f"_first_{self.limit}" if self.limit else ""
 
 
@@ -74,7 +88,9 @@ def run(
     predict: Callable[[Predictor, Any, Source, AnyOptions], Predictions],
     description: str,
 ) -> Scores:
-    """Runs a program: a model's predictions go to a file, whose scores are printed and written.
+    """Runs a program: predicts, scores, prints and writes.
+
+    The predictions of the model go to a file. The scores of this file are printed and written.
 
     Errors end the program in one sentence; if MAMMUT_TRACEBACK is set they are raised.
 
@@ -168,7 +184,10 @@ def _scored(predictions: Predictions, out: pathlib.Path) -> Scores:
 
 
 def _lines(metrics: dict[str, Any], most: int = 12) -> list[str]:
-    """The metrics as lines of text; of a long dict by class or type, the first entries."""
+    """Formats the metrics as lines of text.
+
+    A long dict by class or type is cut after its first entries.
+    """
     lines = []
     for key, value in metrics.items():
         if isinstance(value, dict):
@@ -185,7 +204,10 @@ def _lines(metrics: dict[str, Any], most: int = 12) -> list[str]:
 
 
 def _default_out(checkpoint: pathlib.Path, task: str, options: Options) -> pathlib.Path:
-    """The default file of the scores, named after the set and the part of it that is used."""
+    """Returns the default file of the scores.
+
+    It is named after the set and the part of it that is used.
+    """
     name = _name(options.data) + options.part
     # A folder holds one model. A model in a file may have others beside it: its name is needed.
     if checkpoint.is_dir():
@@ -194,5 +216,8 @@ def _default_out(checkpoint: pathlib.Path, task: str, options: Options) -> pathl
 
 
 def _name(data: str) -> str:
-    """A spec as part of a file name: its last letters and digits."""
+    """Turns a spec into a part of a file name.
+
+    It keeps the last letters and digits.
+    """
     return re.sub(r"[^A-Za-z0-9]+", "_", data).strip("_")[-60:]

@@ -1,4 +1,4 @@
-"""Shows a run, or one predictions file, as an HTML page in one file.
+"""Shows a run or a predictions file as one HTML page.
 
 python -m eval.report RUN_OR_PREDICTIONS [--out FILE.html] [--items N]
 """

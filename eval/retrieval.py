@@ -1,4 +1,6 @@
-"""Retrieval of images by text and of texts by image: recall at 1, 5 and 10.
+"""Retrieval of images by text and of texts by image.
+
+The scores are recall at 1, 5 and 10.
 
     python -m eval.retrieval CHECKPOINT --data jsonl:PATH [--rerank 10] [--out FILE.json]
     python -m eval.retrieval FILE.predictions.jsonl
@@ -18,8 +20,10 @@ from mammut.evaluation.retrieval import predict_rankings
 class Options(program.Options):
     """Options of this program."""
 
-    rerank: int = 0  # candidates of each query that are scored again by caption likelihood
-    prior: float = 0.0  # share of log P(text) without the image subtracted from log P(text | image)
+    # Number of candidates of each query that are scored again by caption likelihood.
+    rerank: int = 0
+    # Share of log P(text) without the image that is subtracted from log P(text | image).
+    prior: float = 0.0
 
 
 def predict(predictor, params, source, options):

@@ -1,4 +1,6 @@
-"""Times a model: its training step, generation, data and start, alone or beside a peer.
+"""Times a model: training step, generation, data and start.
+
+The model is timed alone or beside a peer.
 
     python -m eval.speed [CHECKPOINT] [--preset NAME] [--what train parts ...] [--out FILE.json]
     python -m eval.speed --peer open_clip [--peer-family coca] [--peer-size tiny] [--out FILE.json]
@@ -12,11 +14,11 @@
 | startup  | seconds to the end of a first step in a fresh process: cold, then with a warm cache |
 | data     | images/s of --data |
 
-The search without cache runs the caption pass over the whole text for each new token, and so makes
-the image's keys and values again each time, for every beam. Texts have --new-tokens tokens after a
-start token: none ends early. Times are medians of batches, each waited for; the IQR is that of the
-single times. With --peer both run the same work on the same weights, which is checked first, in
-turns A-B-B-A: see `mammut.performance.peers`.
+The search without cache runs the caption pass over the whole text for each new token. It therefore
+makes the image's keys and values again each time, for every beam. Texts have --new-tokens tokens
+after a start token, and no text ends early. A time is the median over batches, each waited for; the
+IQR is taken over the single times. With --peer both sides do the same work on the same weights
+(this is checked first), in turns A-B-B-A: see `mammut.performance.peers`.
 """
 
 import dataclasses
@@ -56,7 +58,7 @@ Axis = Literal["batch", "image_size", "length", "devices"]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to time."""
+    """Options of this program."""
 
     # A model folder or run. Without one: random weights.
     checkpoint: Annotated[str | None, tyro.conf.Positional] = None
@@ -71,7 +73,7 @@ class Options:
     steps: int | None = None
     # Training steps before those that are timed.
     warmup: int = 5
-    # What the training step grows over.
+    # Sizes over which the growth of the training step is measured.
     grow: tuple[Axis, ...] = ("batch", "image_size", "length", "devices")
     # Sizes to grow over. By default 0.5, 1 and 2 times the model's (images: 1.5 times); devices: 1,
     # 2, 4, 8.
@@ -148,7 +150,10 @@ class Options:
 
 
 def load_model(options: Options) -> tuple[mammut.MaMMUT, mammut.Processor | None, str]:
-    """Loads the model to time as it is stored, its processor if it has one, and its source."""
+    """Loads the model to time.
+
+    Returns the model as it is stored, its processor if it has one, and its source.
+    """
     if options.checkpoint is not None:
         model, processor = mammut.load(options.checkpoint)
         return model, processor, options.checkpoint
@@ -265,7 +270,10 @@ def measure_model(options: Options) -> dict[str, Any]:
 
 
 def measure_peer(options: Options) -> dict[str, Any]:
-    """Measures the training step and the generation of both sides, on one set of weights."""
+    """Measures training and generation of both sides.
+
+    Both sides use one set of weights.
+    """
     if options.peer_config is None:
         size = SIZES[options.peer_size]
         model_cfg = peer_config(size, options.peer_family, options.vocab_size)

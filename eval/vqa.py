@@ -1,11 +1,13 @@
-"""Answers the questions of a set and scores the answers: official VQA accuracy and exact match.
+"""Answers the questions of a set and scores the answers.
+
+The scores are the official VQA accuracy and exact match.
 
     python -m eval.vqa CHECKPOINT --data jsonl:PATH [--out FILE.json]
     python -m eval.vqa CHECKPOINT --data vqav2:QUESTIONS.json,ANNOTATIONS.json,IMAGES
     python -m eval.vqa FILE.predictions.jsonl
 
 Both scores are also given by type of question and answer. A model that was trained on questions
-needs no more than the question. A model that has only learnt captions continues a text such as
+needs only the question. A model that has only learnt captions continues a text such as
 `--prompt "question: {} answer:"`. A model with an image prefix can be shown examples first, as
 MAGMA is:
 
@@ -30,11 +32,12 @@ _NEW_TOKENS = 10  # of an answer after examples, as in MAGMA
 class Options(few_shot.Options):
     """Options of this program."""
 
-    num_beams: int = 1  # 1: greedy
-    # text that the model continues, {} is the question; by default only the question, with --shots
-    # "Q: {} A:"
+    # Number of beams. 1: greedy search.
+    num_beams: int = 1
+    # Text that the model continues; {} is the question. By default only the question; with --shots
+    # "Q: {} A:".
     prompt: str | None = None
-    # most tokens of an answer; by default 10 with --shots, else as many as there is room for
+    # Largest number of tokens of an answer. By default 10 with --shots, else as many as fit.
     max_new_tokens: int | None = None
 
 

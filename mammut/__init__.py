@@ -38,7 +38,7 @@ __all__ = [
     "MaMMUT",
     "Processor",
     "ImageTransform",
-    # what it does
+    # texts from images
     "caption",
     "answer",
     "generate_text",
@@ -70,7 +70,7 @@ __all__ = [
     "AugmentConfig",
     "MeshConfig",
     "make_mesh",
-    # what can go wrong
+    # errors
     "BadImage",
     "CheckpointError",
 ]

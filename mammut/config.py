@@ -1,4 +1,6 @@
-"""Every config class of a model and of a run, for recipes: each lives beside what it configures.
+"""All config classes of a model and of a run.
+
+Recipes import them from here. Each class is defined beside the code that it configures.
 
 `ModelConfig` is the architecture and travels with the weights; `TrainConfig` is one run and
 contains it. Named architectures are in `mammut.presets`, named runs in `configs/`.

@@ -1,4 +1,6 @@
-"""Converts a model from one format to another, one tensor at a time.
+"""Converts a model from one format to another.
+
+Tensors are read and written one at a time, so a large model needs little memory.
 
     python -m mammut.convert SRC DST --to mammut|open_clip [--dtype float32|bfloat16] [--overwrite]
 
@@ -23,12 +25,12 @@ from mammut.weights.opened import LazyTensors, OpenedModel, model_specs, rounded
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """What a conversion has written."""
+    """The result of a conversion: what was written."""
 
     tensors: int  # how many were written
     nbytes: int  # their size
-    parameters: int  # how many numbers the model has that was read
-    notes: tuple[str, ...]  # sentences on what one of the two formats has and the other has not
+    parameters: int  # how many numbers the source model has
+    notes: tuple[str, ...]  # sentences about things that only one of the two formats has
 
 
 def convert(
@@ -45,8 +47,8 @@ def convert(
       source: whatever `mammut.load` reads.
       target: the folder to write.
       to: the format of the target, "mammut" or "open_clip".
-      dtype: the type of the parameters written, "float32" or "bfloat16". None: that of the source
-        as mammut reads it.
+      dtype: the type of the parameters written, "float32" or "bfloat16". None: the type of the
+        source as mammut reads it.
       overwrite: whether a model that is in `target` is replaced.
 
     Raises:
@@ -74,7 +76,10 @@ def convert(
 
 
 def stored_as(opened: OpenedModel, dtype: str) -> OpenedModel:
-    """The model with its parameters in another type, except those that are always float32."""
+    """Gives the model with its parameters in another type.
+
+    Parameters that are always float32 keep their type.
+    """
     compute = dataclasses.replace(opened.compute, param_dtype=dtype, text_param_dtype=None)
     types = {name: spec.dtype for name, spec in model_specs(opened.config, compute).items()}
     specs = {

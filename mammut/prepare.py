@@ -38,7 +38,7 @@ def prepare(
         `mammut.data.sources.open_source`.
       data_dir: the `data_dir` of tensorflow-datasets.
       name: the name of the set: lower-case letters, digits and underscores, a letter first.
-      max_bad_share: the share of examples that may be unusable; of more, nothing is written.
+      max_bad_share: the share of examples that may be unusable; with more, nothing is written.
 
     Returns:
       How many examples were left out, by cause.
@@ -72,7 +72,10 @@ def prepare(
 
 
 def _usable(source: Source, bad: collections.Counter) -> Iterator[int]:
-    """The indices of the examples that can be used; the others are counted in `bad`, by cause."""
+    """Yields the indices of the examples that can be used.
+
+    The others are counted in `bad`, by cause.
+    """
     transform = ImageTransform(image_size=1)
     for index in range(len(source)):
         try:

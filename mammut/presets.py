@@ -1,16 +1,20 @@
 """Named architectures: each function returns a `ModelConfig`.
 
-`dataclasses.replace` changes a field of one. How it is computed, such as in bfloat16, is a
-`ComputeConfig` of the run.
+`dataclasses.replace` returns a copy with another value of a field. How the model is computed, such
+as in bfloat16, is set by the `ComputeConfig` of the run.
 
-S, B and L are the ViT sizes of the field, each with a decoder of the same width and depth. The two
-`paper_*` presets are the models of the MaMMUT paper (arXiv 2303.16839): sizes from its text and
-tables; patch size, heads and vocabulary, which it does not state, are ours (16 pixels, 64-wide
-heads, 64,000 pieces).
+S, B and L are the usual ViT sizes, each with a decoder of the same width and depth. The two
+`paper_*` presets are the models of the MaMMUT paper (arXiv 2303.16839). Their sizes come from its
+text and tables. The paper does not state patch size, heads and vocabulary: they are chosen here (16
+pixels, 64-wide heads, 64,000 pieces).
 
 `magma_v1`, `magma_v2`, `frozen` and `limber` put an image in front of GPT-J 6B, whose weights come
-from a file (`TrainConfig.init_text`); what of it all is trained, the recipes of the same names say
-(`TrainConfig.trainable`).
+from a file (`TrainConfig.init_text`). The recipes of the same names set which of its parameters are
+trained (`TrainConfig.trainable`).
+
+Example:
+  >>> config = mammut.presets.mammut_b16()
+  >>> config = dataclasses.replace(config, projection_bias=False)
 """
 
 from mammut.models.adapter_modules import AdapterConfig
@@ -81,14 +85,18 @@ def mammut_l14() -> ModelConfig:
 
 
 def paper_ablation() -> ModelConfig:
-    """The paper's ablation model (section 4.5): ViT-B and a decoder of 8 x 1024."""
+    """The paper's ablation model (section 4.5).
+
+    It has a ViT-B and a decoder of 8 x 1024.
+    """
     return ModelConfig(vision=_vit(16, 768, 12), text=_decoder(1024, 8))
 
 
 def paper_2b() -> ModelConfig:
-    """The paper's main model (section 4.1): ViT-H and a decoder of 18 x 1536.
+    """The paper's main model (section 4.1).
 
-    Every second layer of the decoder has cross-attention.
+    It has a ViT-H and a decoder of 18 x 1536. Every second layer of the decoder has
+    cross-attention.
     """
     vision = VisionConfig(patch_size=16, width=1280, depth=32, num_heads=16, mlp_dim=5120)
     return ModelConfig(vision=vision, text=_decoder(1536, 18, mlp_dim=12_288))
@@ -129,17 +137,19 @@ def _rn50x16() -> ResNetConfig:
 
 
 def magma_v1() -> ModelConfig:
-    """MAGMA as in its public checkpoint: CLIP's RN50x16, an adapter behind every MLP.
+    """MAGMA as in its public checkpoint.
 
-    The hidden size of an adapter is a quarter of the width.
+    It has CLIP's RN50x16 and an adapter after every MLP. The hidden size of an adapter is a quarter
+    of the width.
     """
     return _on_gpt_j(_rn50x16(), prefix_norm=True, adapters=(AdapterConfig(reduction=4),))
 
 
 def magma_v2() -> ModelConfig:
-    """MAGMA as trained on the large mix: an adapter behind every MLP and every attention.
+    """MAGMA as trained on the large mix.
 
-    The hidden size of an adapter is an eighth of the width.
+    It has an adapter after every MLP and after every attention layer. The hidden size of an adapter
+    is an eighth of the width.
     """
     adapters = (AdapterConfig(sites=("text.layers.mlp", "text.layers.attn"), reduction=8),)
     return _on_gpt_j(_rn50x16(), prefix_norm=True, adapters=adapters)
@@ -156,14 +166,17 @@ def frozen() -> ModelConfig:
 
 
 def limber() -> ModelConfig:
-    """LiMBeR (arXiv 2209.15162): one linear map between CLIP's RN50x16 and the language model."""
+    """LiMBeR (arXiv 2209.15162): CLIP's RN50x16 with one linear map.
+
+    The map leads from the features of the image to the language model.
+    """
     return _on_gpt_j(_rn50x16())
 
 
 def magma_tiny() -> ModelConfig:
-    """MAGMA in 4.3M parameters, for 64-pixel images: trains on a CPU in minutes.
+    """MAGMA in 4.3M parameters, for 64-pixel images.
 
-    A prompt may hold seven images.
+    It trains on a CPU in minutes. A prompt may hold seven images.
     """
     return ModelConfig(
         vision=VisionConfig(

@@ -1,4 +1,7 @@
-"""For tests of code that uses mammut: a tiny model, processor and batch, and the shared data."""
+"""Helpers for tests of code that uses mammut.
+
+They make a tiny model, processor and batch, and find the folder of shared data.
+"""
 
 import os
 import pathlib
@@ -19,10 +22,10 @@ from mammut.models.vit import VisionConfig
 
 
 def tiny_config() -> ModelConfig:
-    """The smallest model with all parts: 4 patches, 12 tokens, two cross-attention layers.
+    """Makes the config of the smallest model with all parts.
 
-    Images have 16 pixels a side. Sizes that could be mixed up differ. It compiles fast; for
-    training, `presets.tiny()` is better.
+    It has 4 patches, 12 tokens and two cross-attention layers. Images have 16 pixels a side. Sizes
+    that could be mixed up differ. It compiles fast; for training, `presets.tiny()` is better.
     """
     return ModelConfig(
         vision=VisionConfig(
@@ -37,10 +40,10 @@ def tiny_config() -> ModelConfig:
 def tiny_model(
     config: ModelConfig | None = None, seed: int = 0, compute: ComputeConfig = ComputeConfig()
 ) -> MaMMUT:
-    """A model with random numbers in every parameter: biases of 0 and norms of 1 would hide errors.
+    """Makes a model with random numbers in every parameter.
 
-    Nothing is compiled. A parameter is the same in all configs where it has the same name and
-    shape.
+    Biases of 0 and norms of 1 would hide errors. Nothing is compiled. A parameter is the same in
+    all configs where it has the same name and shape.
 
     Args:
       config: the model's config; None: `tiny_config()`.
@@ -73,9 +76,10 @@ def tiny_model(
 
 
 def tiny_processor(config: ModelConfig | None = None) -> Processor:
-    """A processor that knows a few words: pad 0, start 1, end 2, unknown 3.
+    """Makes a processor that knows a few words.
 
-    It fits `config`; None: `tiny_config()`.
+    Its special ids are pad 0, start 1, end 2 and unknown 3. It fits `config`; None:
+    `tiny_config()`.
     """
     config = config or tiny_config()
     colours = ("red", "green", "blue", "yellow")
@@ -90,7 +94,7 @@ def tiny_processor(config: ModelConfig | None = None) -> Processor:
 def tiny_batch(
     config: ModelConfig | None = None, batch_size: int = 4, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """A random batch for `config`; the first text has no pads.
+    """Makes a random batch for `config`; the first text has no pads.
 
     Args:
       config: the model's config; None: `tiny_config()`.
@@ -115,8 +119,9 @@ def tiny_batch(
 
 
 def shared_dir() -> pathlib.Path | None:
-    """The folder of data sets, fixtures and vocabularies outside the repository; None if absent.
+    """Finds the shared folder outside the repository.
 
+    It holds data sets, fixtures and vocabularies. The result is None if it is absent.
     `MAMMUT_SHARED` names it; by default it is `shared` beside the checkout.
     """
     default = pathlib.Path(__file__).resolve().parents[2] / "shared"

@@ -1,1 +1,5 @@
-"""The base of all folders: mesh axes, processes, named parameters, checked configs, whole files."""
+"""The base that all other folders import.
+
+It has the mesh axes, processes, named parameters, checked configs, and files that are written
+whole.
+"""

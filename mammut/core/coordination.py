@@ -33,15 +33,17 @@ _joined = threading.Event()  # this process and the others can talk
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes of a run. Without any setting the program is one process.
+    """Settings of the processes of a run.
+
+    Without any setting the program is one process.
 
     Attributes:
       cluster: take all settings from the TPU pod, Slurm or Open MPI.
       coordinator: HOST:PORT of process 0.
       count: how many processes there are.
       index: the number of this process.
-      timeout: seconds without a sign of life of a process after which all end. The start waits
-        three times as long for all to come.
+      timeout: all processes end when one has given no sign of life for so many seconds. The start
+        waits three times as long for all of them.
     """
 
     cluster: bool = False
@@ -80,14 +82,17 @@ class Processes:
 
 
 def state() -> Any:
-    """JAX's own state of the processes, with the client of its coordination service."""
+    """Returns JAX's own state of the processes.
+
+    Its `client` talks to JAX's coordination service.
+    """
     from jax._src import distributed  # jax.distributed offers initialize and shutdown alone
 
     return distributed.global_state
 
 
 def connected() -> bool:
-    """Whether `connect` has joined this process and the others."""
+    """Tells whether `connect` has joined this process and the others."""
     return _joined.is_set()
 
 
@@ -141,7 +146,10 @@ def connect(settings: Processes, program: str) -> threading.Thread:
 
 
 def disconnect(watch: threading.Thread) -> None:
-    """Parts the processes after a run that had no failure; `watch` is the result of `connect`."""
+    """Disconnects the processes after a run without failure.
+
+    `watch` is the result of `connect`.
+    """
     if state().process_id == 0:
         state().client.key_value_set(_FAILURE, _NONE)
     watch.join(_GOODBYE)  # a thread still in JAX when Python ends would abort the process
@@ -150,7 +158,7 @@ def disconnect(watch: threading.Thread) -> None:
 
 
 def _watch_others(program: str) -> None:
-    """Ends this process when another one has failed, or when the coordinator is gone."""
+    """Ends this process when another fails or the coordinator disappears."""
     while True:
         try:
             failure = json.loads(state().client.blocking_key_value_get(_FAILURE, LONG))
@@ -165,9 +173,9 @@ def _watch_others(program: str) -> None:
 
 
 def end(program: str, message: str, *, stacks: bool = False) -> NoReturn:
-    """Ends this process with code 1 and one sentence, and tells the others why.
+    """Ends this process with code 1 and tells the others why.
 
-    It waits for nothing else.
+    It prints `message`, one sentence. It waits for nothing else.
     """
     _ending.acquire()
     try:
@@ -200,7 +208,10 @@ def _tell_others(message: str, stacks: bool) -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """An error in one sentence; the traceback of an unexpected one is printed."""
+    """Describes an error in one sentence.
+
+    The traceback of an unexpected error is printed.
+    """
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, str) else f"it exits with {error.code}"
     expected = isinstance(error, (*EXPECTED, jax.errors.JaxRuntimeError))

@@ -2,8 +2,8 @@
 
 A program calls `processes` once, in its main process; nothing else connects anything. Inside it,
 process 0 decides and writes, and the others follow (`from_first`, `meet`). A process that fails
-tells the others, and they end too. One that is killed or stopped is missed by its heartbeat. One
-that makes no progress is ended by its `Watchdog`.
+tells the others, and they end too. The others also end when the heartbeat of a process stops: it
+was killed or stopped. A process that makes no progress is ended by its `Watchdog`.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ from mammut.core.coordination import (
     state,
 )
 
-# The variables in which a launcher says how many processes it has started. Slurm's is set by `srun`
-# and not in a batch script.
+# Environment variables by which launchers give the number of processes that they have started.
+# `srun` sets Slurm's variable; in a batch script it is not set.
 _LAUNCHERS = {
     "SLURM_STEP_NUM_TASKS": "Slurm",
     "OMPI_COMM_WORLD_SIZE": "Open MPI",
@@ -42,7 +42,10 @@ _compilations = itertools.count()  # the same on all processes, which run the sa
 
 
 def launched() -> tuple[int, str]:
-    """The number of processes that a launcher has started, and its name; (1, "") without one."""
+    """Returns how many processes a launcher has started, and its name.
+
+    The result is (1, "") without a launcher.
+    """
     for variable, name in _LAUNCHERS.items():
         value = os.environ.get(variable, "")  # a number, or a list of host names
         count = int(value) if value.isdecimal() else len(value.split(","))
@@ -63,7 +66,9 @@ def require_one_process(program: str) -> None:
 
 @contextlib.contextmanager
 def processes(settings: Processes, program: str) -> Iterator[None]:
-    """Connects this process to the others of its run, until all are done.
+    """Connects this process to the others of its run.
+
+    At the end of the context it waits until all processes are done.
 
     An error in one of several processes ends all of them: each exits with 1 after one sentence on
     stderr, and waits for nothing that the others take part in. With a single process the error is
@@ -96,7 +101,7 @@ def processes(settings: Processes, program: str) -> Iterator[None]:
 
 
 def first() -> bool:
-    """Whether this process is number 0, which decides, writes and prints."""
+    """Tells whether this process is number 0, which decides, writes and prints."""
     return state().process_id == 0 if connected() else jax.process_index() == 0
 
 
@@ -107,13 +112,19 @@ def say(text: str) -> None:
 
 
 def meet(name: str) -> None:
-    """Waits until every process has called it; each name is for one meeting."""
+    """Waits until every process has called it.
+
+    Each name is for one meeting.
+    """
     if connected():
         state().client.wait_at_barrier(f"mammut/meet/{name}", LONG)
 
 
 def from_first(name: str, make: Callable[[], bytes]) -> bytes:
-    """Calls `make` on process 0 and returns its value on all; each name is for one value."""
+    """Calls `make` on process 0 and returns its value everywhere.
+
+    Each name is for one value.
+    """
     if not connected():
         return make()
     client = state().client
@@ -126,7 +137,10 @@ def from_first(name: str, make: Callable[[], bytes]) -> bytes:
 
 
 def gather(name: str, value: Any) -> list[Any]:
-    """Gathers the JSON values of all processes on process 0, in order; elsewhere returns []."""
+    """Gathers the JSON values of all processes on process 0.
+
+    Process 0 gets them in the order of the processes; the others get [].
+    """
     if not connected():
         return [value]
     client = state().client
@@ -143,7 +157,9 @@ def gather(name: str, value: Any) -> list[Any]:
 
 
 def compiled_by_all(function: Callable) -> Callable:
-    """Wraps a jitted function of arrays: no process runs it before all have compiled it.
+    """Wraps a jitted function so that all processes compile it first.
+
+    No process runs the function before all of them have compiled it. Its arguments are arrays.
 
     One machine compiles faster than another, and a process that waits inside of a computation gives
     up soon: after 30 s on CPUs (gloo).
@@ -163,14 +179,15 @@ def compiled_by_all(function: Callable) -> Callable:
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """The part of every batch that this process reads, and the number of parts.
+    """Returns which part of every batch this process reads.
 
-    They are `process_index` and `process_count` of `TrainBatches`. Processes whose devices hold the
-    same rows (the mesh axis `model` goes across them) read the same part.
+    The result is the number of the part and the count of the parts. They are `process_index` and
+    `process_count` of `TrainBatches`. Processes whose devices hold the same rows (the mesh axis
+    `model` goes across them) read the same part.
 
     Raises:
-      ValueError: the rows of a process overlap with those of another and are not the same; or the
-        devices are those of several processes that nothing has connected.
+      ValueError: two processes share some of their rows but not all; or the devices belong to
+        several processes that nothing has connected.
     """
     if jax.process_count() > 1 and not connected():
         raise ValueError(
@@ -206,7 +223,10 @@ class Termination:
             signal.signal(signal.SIGTERM, lambda *_: self._received.set())
 
     def now(self) -> bool:
-        """Whether to stop after this step; all processes call it once a step and agree."""
+        """Tells whether to stop after this step.
+
+        All processes call it once a step and get the same answer.
+        """
         if jax.process_count() == 1:
             return self._received.is_set()
         from jax.experimental import multihost_utils
@@ -218,12 +238,13 @@ class Termination:
 
 
 class Watchdog:
-    """Ends this process, and so all, when it has made no progress for `seconds`.
+    """Watchdog that ends the run when this process makes no progress.
 
-    The limit is TrainConfig.step_timeout. Progress is a call of `doing` (the next batch, the next
-    step) or of `alive` (a batch evaluated), and everything that JAX traces, lowers or compiles: one
-    compilation may take as long as the limit. Time in which this process itself is stopped, for
-    example by Ctrl-Z, does not count.
+    The limit, `seconds`, is TrainConfig.step_timeout. After it this process ends, and all others
+    with it. A call of `doing` (the next batch, the next step) or of `alive` (a batch evaluated) is
+    progress, and so is everything that JAX traces, lowers or compiles: one compilation may take as
+    long as the limit. Time in which this process itself is stopped, for example by Ctrl-Z, does not
+    count.
     """
 
     _TICK = 1.0

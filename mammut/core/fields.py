@@ -1,7 +1,7 @@
-"""Checked dataclasses for settings: checks of fields, and their way to JSON and back.
+"""Settings as checked dataclasses, converted to JSON and back.
 
 A config refuses values that cannot work when it is built, in one sentence that names the field. The
-configs themselves lie beside what they configure; `mammut.config` has them all.
+configs themselves are defined beside the code that they configure; `mammut.config` has them all.
 """
 
 import ast
@@ -81,7 +81,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 def differences(
     old: dict[str, Any], new: dict[str, Any], free: set[str], prefix: str = ""
 ) -> list[str]:
-    """Describes the fields that differ between two results of `to_dict`, except those in `free`."""
+    """Describes the fields that differ between two results of `to_dict`.
+
+    The fields in `free` are left out.
+    """
     changed = []
     for name, value in new.items():
         field = prefix + name
@@ -96,7 +99,9 @@ def differences(
 
 
 def from_dict(cls: type, values: Any, where: str = "config"):
-    """Builds the dataclass `cls` from plain JSON values; `where` names their file in errors.
+    """Builds the dataclass `cls` from plain JSON values.
+
+    `where` names their file in errors.
 
     Raises:
       ValueError: `values` is not an object, or has a field that `cls` does not have. A missing
@@ -127,7 +132,7 @@ def from_dict(cls: type, values: Any, where: str = "config"):
 
 
 def _dataclass_for(value: Any, kind: Any) -> Any:
-    """The type of a field's value.
+    """Chooses the type of a field's value.
 
     Of several dataclasses it is the one that has most of the value's names, or else the first.
     """
@@ -143,12 +148,15 @@ def _dataclass_for(value: Any, kind: Any) -> Any:
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
-    """The types of a union; none of any other type."""
+    """Lists the types of a union; other types have none."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
 
 
 def _is_list_of(kind: Any, what: Callable[[Any], bool] = lambda item: True) -> bool:
-    """Whether a type is a tuple of any length whose items' type is `what`."""
+    """Tells whether a type is a tuple of any length.
+
+    `what` checks the type of its items.
+    """
     args = get_args(kind)
     return get_origin(kind) is tuple and len(args) == 2 and args[1] is Ellipsis and what(args[0])
 
@@ -158,7 +166,7 @@ def _as_tuples(value: Any) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value fits the type of a field."""
+    """Tells whether a JSON value fits the type of a field."""
     if get_origin(kind) is Literal:
         return isinstance(value, str)  # the config itself checks which one
     if options := _options(kind):
@@ -177,10 +185,11 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def field_texts(cls: type) -> dict[str, str]:
-    """Reads the text of each field of a dataclass: the comment lines straight above it.
+    """Reads the help text of each field of a dataclass.
 
-    A field without such lines has no text. Fields of base classes are read too: where the class has
-    a `NOUN`, their texts begin with it, since other classes inherit them as well.
+    The text is the comment directly above the field. A field without a comment has no text. Fields
+    of base classes are read too: where the class has a `NOUN`, their texts begin with it, since
+    other classes inherit them as well.
     """
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: files and folders replaced at once, manifests, JSON files.
+"""Files and folders that are written whole or not at all.
 
 A manifest lists the size and SHA-256 of every file of a folder.
 """
@@ -19,7 +19,10 @@ _MAX_CONFIG = 4_000_000  # bytes
 
 
 def make_manifest(folder: pathlib.Path, files: list[pathlib.Path]) -> dict[str, Any]:
-    """The manifest of `files`: `bytes` and `sha256` of each, by its path within `folder`."""
+    """Makes the manifest of `files` in `folder`.
+
+    It holds `bytes` and `sha256` of each file, by its path within `folder`.
+    """
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in files
@@ -30,7 +33,7 @@ def check_manifest(folder: pathlib.Path, manifest: pathlib.Path) -> list[str]:
     """Compares the files of `folder` with their manifest.
 
     Returns:
-      What is wrong with the files or with the manifest, in sentences; nothing where all is right.
+      The errors in the files or in the manifest, in sentences; an empty list where all is right.
     """
     problems = []
     try:
@@ -62,7 +65,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def read_json_object(path: pathlib.Path, max_bytes: int = _MAX_CONFIG) -> dict[str, Any]:
-    """Reads the object in a JSON file that a stranger may have written.
+    """Reads an object from a JSON file that is not trusted.
 
     Raises:
       CheckpointError: the file is missing, no regular file or larger than `max_bytes`; or it holds
@@ -76,7 +79,9 @@ def read_json_object(path: pathlib.Path, max_bytes: int = _MAX_CONFIG) -> dict[s
 
 @contextlib.contextmanager
 def replacing_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write to; at the end, its file takes the place of `path`.
+    """Replaces a file at once.
+
+    It gives a path to write to. At the end the new file takes the place of `path`.
 
     Readers of `path` see the old file or the new one, never a part. On an error `path` stays as it
     was, and nothing is left beside it. Several processes may write one `path`: the last one wins.
@@ -94,7 +99,10 @@ def replacing_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
 def replacing(
     folder: pathlib.Path, last: str, stale: Collection[str] = ()
 ) -> Iterator[pathlib.Path]:
-    """A folder to write files to; at the end, they take the places of those in `folder`.
+    """Replaces files of a folder at once.
+
+    It gives a new folder to write to. At the end its files take the places of the old ones in
+    `folder`.
 
     Until then `folder` stays as it was. Its file `last` is then removed first and put there last:
     a folder that has it is complete. Of the files `stale`, those not written are removed.

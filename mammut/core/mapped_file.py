@@ -1,8 +1,8 @@
 """Memory-mapped tensor files: the part that all formats share.
 
-A file is mapped whole and read through views: nothing is loaded before it is read. Each read lets
-go of what was read before it, so that resident memory stays near the largest tensor, however large
-the file.
+A file is mapped whole and read through views: nothing is loaded before it is read. Each read
+releases the memory of the read before it. Resident memory therefore stays near the size of the
+largest tensor, however large the file is.
 """
 
 import collections
@@ -53,18 +53,18 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its spec, and a function that reads it."""
+    """A tensor in a file: its spec and a reading function."""
 
     spec: TensorSpec
     read: Callable[[], np.ndarray]
 
 
 def tensor_spec(where: str, shape: Sequence[Any], dtype: np.dtype) -> TensorSpec:
-    """The spec of a tensor, from a shape that a stranger wrote.
+    """Makes the spec of a tensor from an untrusted shape.
 
     Args:
       where: file and key, for errors.
-      shape: anything that is said to be a shape.
+      shape: the shape as the file states it; it may be anything.
       dtype: the type of its values.
 
     Raises:
@@ -89,13 +89,13 @@ def array_view(
     strides: tuple[int, ...] | None = None,
     byteorder: str = "little",
 ) -> np.ndarray:
-    """The tensor that lies `start` bytes into a buffer, read-only.
+    """Returns the tensor that lies `start` bytes into a buffer, read-only.
 
     It is a view of the buffer, or a copy where the bytes must be swapped.
 
     Args:
       where: file and key, for errors.
-      buffer: what holds the bytes; the caller has checked that the tensor lies within.
+      buffer: holds the bytes; the caller has checked that the tensor lies within it.
       start: bytes from the start of the buffer.
       spec: shape and type of the tensor.
       strides: bytes from one element to the next, for each axis; None: C order.
@@ -130,7 +130,7 @@ class MappedFile:
         self._resident = (0, 0)
         try:
             status = path.stat()
-            # Checked before opening: to open a pipe without a writer would wait for ever.
+            # Checked before opening: opening a pipe that nobody writes to would wait forever.
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path} is a folder, a pipe or a device, expected a file")
             if status.st_size == 0:
@@ -144,11 +144,11 @@ class MappedFile:
         self.size = len(self._map)
 
     def bytes(self, start: int, stop: int) -> bytes:
-        """A copy of a range, shorter where the file ends."""
+        """Copies a range; the copy is shorter where the file ends."""
         return self._map[start:stop]
 
     def crc32(self, start: int, stop: int) -> int:
-        """The CRC-32 of a range."""
+        """Computes the CRC-32 of a range."""
         self._use(start, stop)
         with memoryview(self._map)[start:stop] as view:
             return zlib.crc32(view)
@@ -161,19 +161,22 @@ class MappedFile:
         strides: tuple[int, ...] | None = None,
         byteorder: str = "little",
     ) -> np.ndarray:
-        """The tensor that lies at `start`: `array_view` of the file."""
+        """Returns the tensor that lies at `start`: `array_view` of the file."""
         self._use(start, start + spec.nbytes)
         return array_view(where, self._map, start, spec, strides, byteorder)
 
     def let_go(self) -> None:
-        """Gives back the memory of all that was read.
+        """Releases the memory of everything that was read.
 
         Arrays in use stay valid: they are read again from the file.
         """
         self._release(0, self.size)
 
     def _use(self, start: int, stop: int) -> None:
-        """Lets go of the range that was read last, unless this range is a part of it."""
+        """Releases the range that was read last.
+
+        It is kept if the new range is a part of it.
+        """
         if not self._resident[0] <= start <= stop <= self._resident[1]:
             self._release(*self._resident)
             self._resident = (start, stop)
@@ -185,7 +188,9 @@ class MappedFile:
 
 
 def json_object(raw: bytes, where: str) -> dict[str, Any]:
-    """Reads the JSON object that a stranger wrote; `where` names its file in errors.
+    """Reads a JSON object that is not trusted.
+
+    `where` names its file in errors.
 
     Raises:
       CheckpointError: the bytes are no JSON object, name a key twice, hold NaN or Infinity, or

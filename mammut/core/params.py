@@ -1,9 +1,11 @@
-"""The parameters of a model by name, and which of them are trained: patterns such as `vision.*`.
+"""Parameters by name, and the choice of those to train.
 
-The parameters are two trees, the trained and the frozen ones. Gradients are taken of the first, and
-the optimizer knows no other. Masking the updates of a single tree can move frozen weights:
-`optax.masked` passes on the raw gradients of what it leaves out, and weight decay needs no gradient
-at all.
+Patterns such as `vision.*` choose them.
+
+The parameters are two trees, the trained and the frozen ones. Only the trained tree has gradients,
+and the optimizer knows only this tree. Masking the updates of a single tree can move frozen
+weights: `optax.masked` passes on the raw gradients of the leaves that it leaves out, and weight
+decay needs no gradient at all.
 """
 
 import fnmatch
@@ -21,17 +23,22 @@ STATISTICS = ("mean", "variance")
 
 
 def path_name(path: tuple) -> str:
-    """The name of a parameter, such as "text.norm.scale", from JAX's path in a nested dict."""
+    """Returns the name of a parameter, such as "text.norm.scale".
+
+    `path` is JAX's path in a nested dict.
+    """
     return ".".join(str(entry.key) for entry in path)
 
 
 def by_name(params: Params) -> dict[str, Any]:
-    """The leaves of a nested dict by name."""
+    """Returns the leaves of a nested dict by name."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def trained_names(names: Collection[str], patterns: Iterable[str]) -> frozenset[str]:
-    """The names that a pattern (fnmatch) fits, except statistics of batch norms.
+    """Finds the names that a pattern (fnmatch) fits.
+
+    Statistics of batch norms are left out.
 
     Raises:
       ValueError: a pattern fits no parameter that can be trained, or there is no pattern.
@@ -54,7 +61,9 @@ def trained_names(names: Collection[str], patterns: Iterable[str]) -> frozenset[
 
 
 def first_fitting(names: Collection[str], patterns: Iterable[str]) -> dict[str, str]:
-    """The first pattern that fits each name; names without one are left out.
+    """Finds the first pattern that fits each name.
+
+    Names that no pattern fits are left out.
 
     Raises:
       ValueError: a pattern is not the first for any name.
@@ -72,7 +81,7 @@ def first_fitting(names: Collection[str], patterns: Iterable[str]) -> dict[str, 
 
 
 def _some(names: Iterable[str]) -> str:
-    """Six of the names at most, one for each module, for messages."""
+    """Lists at most six names for messages, one for each module."""
     first: dict[str, str] = {}
     for name in sorted(names):
         first.setdefault(".".join(name.split(".")[:2]), name)
@@ -81,7 +90,10 @@ def _some(names: Iterable[str]) -> str:
 
 
 def split(params: Params, trained: Collection[str]) -> tuple[Params, Params]:
-    """Splits a nested dict into its trained and its other leaves; {} where there are none."""
+    """Splits a nested dict into its trained and other leaves.
+
+    Each of the two is {} if it has no leaf.
+    """
     return _kept(params, "", trained, True), _kept(params, "", trained, False)
 
 
@@ -97,7 +109,10 @@ def _kept(tree: Params, prefix: str, trained: Collection[str], wanted: bool) -> 
 
 
 def merged(params: Params, others: Params) -> Params:
-    """Merges two nested dicts that share no leaf, such as the results of `split`."""
+    """Merges two nested dicts that share no leaf.
+
+    The two results of `split` are such dicts.
+    """
     both = {key: merged(params[key], others[key]) for key in params.keys() & others.keys()}
     return {**params, **others, **both}
 

@@ -1,9 +1,9 @@
-"""The mesh, and the one table that maps logical axes to mesh axes.
+"""The mesh, and the table from logical axes to mesh axes.
 
 Layers name the logical axes of their parameters and activations; only this file knows which mesh
 axis each becomes. The mesh has `AxisType.Auto` axes: the compiler chooses every sharding that is
 not constrained here. (With `Explicit` axes shardings are part of array types, and an embedding
-lookup needs one of its own.)
+lookup needs a sharding of its own.)
 """
 
 import dataclasses
@@ -37,13 +37,15 @@ RULES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1, at most once, takes all that are left.
+    """Numbers of devices along the axes of the mesh.
+
+    One of them may be -1: this axis takes all devices that are left.
 
     Example:
       >>> mesh = mammut.make_mesh(mammut.MeshConfig(data=1, fsdp=-1))
     """
 
-    # Devices that split the batch and replicate the parameters. -1: all that are left.
+    # Devices that split the batch and replicate the parameters. -1: all devices that are left.
     data: int = -1
     # Devices that split the batch and the parameters.
     fsdp: int = 1
@@ -51,7 +53,11 @@ class MeshConfig:
     model: int = 1
 
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
-        """The three sizes for `num_devices`; raises ValueError when they do not multiply to it."""
+        """Returns the sizes of the three axes for `num_devices` devices.
+
+        Raises:
+          ValueError: the product of the sizes is not `num_devices`.
+        """
         sizes = dataclasses.astuple(self)
         known = math.prod(size for size in sizes if size != -1)
         if sizes.count(-1) == 1 and known > 0 and num_devices % known == 0:
@@ -81,7 +87,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     Example:
       >>> mesh = mammut.make_mesh(mammut.MeshConfig(data=1, fsdp=-1))
       >>> with jax.set_mesh(mesh):
-      ...     batch = sharding.device_batch(processor(images=photos), mesh)
+      ...     batch = mammut.core.sharding.device_batch(processor(images=photos), mesh)
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
@@ -103,7 +109,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 def partition_spec(
     axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any
 ) -> PartitionSpec:
-    """The spec of an array with logical `axes`.
+    """Makes the spec of an array with logical `axes`.
 
     A dimension that a mesh axis does not divide stays whole.
     """
@@ -137,14 +143,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def param_shardings(abstract_params: Any, axes: dict[tuple[str, ...], tuple], mesh: Mesh) -> Any:
-    """The `NamedSharding` of each parameter in a nested dict; `axes` has logical axes by path.
+    """Gives the `NamedSharding` of each parameter in a nested dict.
 
-    `mammut.models.mammut.logical_axes` gives those of a model.
+    `axes` has the logical axes of each parameter by path: the result of
+    `mammut.core.params.logical_axes`.
+
     """
 
     def sharding(path, leaf):
         names = axes[tuple(entry.key for entry in path)]
-        # Vectors stay whole: gathering a norm's scale costs more than it weighs.
+        # Vectors stay whole: gathering a norm's scale costs more than the memory it would save.
         if sum(name != "layer" for name in names) < 2:
             return NamedSharding(mesh, PartitionSpec())
         return NamedSharding(mesh, partition_spec(names, leaf.shape, mesh))
@@ -153,11 +161,11 @@ def param_shardings(abstract_params: Any, axes: dict[tuple[str, ...], tuple], me
 
 
 def state_shardings(abstract_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """The shardings of a train state.
+    """Makes the shardings of a train state.
 
     A leaf that mirrors a parameter, as Adam's moments do, is split like it; the rest is replicated.
-    It mirrors the parameter when its path ends with the parameter's and the shapes agree.
-    Adafactor's factored moments do not, and are small.
+    A leaf mirrors a parameter when its path ends with the parameter's path and the shapes agree.
+    Adafactor's factored moments mirror no parameter, and they are small.
     """
     by_path = {
         tuple(entry.key for entry in path): (leaf.shape, sharding)
@@ -178,12 +186,15 @@ def state_shardings(abstract_state: Any, params: Any, shardings: Any, mesh: Mesh
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array [B, ...]: split over `data` and `fsdp`."""
+    """Makes the sharding of arrays [B, ...]: over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def device_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch, [b, ...], into the global batch [B, ...] on the mesh."""
+    """Puts this process's rows of a batch on the mesh.
+
+    The rows [b, ...] become a part of the global batch [B, ...].
+    """
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, value)
@@ -192,12 +203,19 @@ def device_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def replicated_batch(x: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Splits an array [B, ...] that every process holds in full over the devices of the mesh."""
+    """Splits an array [B, ...] over the devices of the mesh.
+
+    Every process holds the whole array.
+    """
     return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
 
 
 def require_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
-    """Raises ValueError, naming `field`, when `batch_size` does not split evenly over the mesh."""
+    """Checks that `batch_size` splits evenly over the mesh.
+
+    Raises:
+      ValueError: it does not; the error names `field`.
+    """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % ways:
         raise ValueError(
@@ -206,7 +224,10 @@ def require_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
 
 
 def placement_report(params: Any, shardings: Any) -> str:
-    """A table of the parameters by module: count, MB, MB per device, and the mesh axes in use."""
+    """Makes a table of the parameters by module.
+
+    Its columns are count, MB, MB per device, and the mesh axes in use.
+    """
     rows: dict[str, list] = {}  # of each module: count, bytes, bytes of a device, mesh axes
     for (path, leaf), sharding in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True

@@ -1,4 +1,4 @@
-"""Types of arrays: one for shape annotations, and dicts of them."""
+"""Types of arrays, for shape annotations, and dicts of arrays."""
 
 import jax
 import numpy as np

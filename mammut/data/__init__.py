@@ -1,1 +1,4 @@
-"""From files to batches: images, texts, sets of examples, batches with an exact position."""
+"""From files to batches.
+
+It has images, texts, sets of examples, and batches with an exact position in the run.
+"""

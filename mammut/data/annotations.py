@@ -1,8 +1,8 @@
 """Captioning, retrieval and question answering benchmarks, read as they are downloaded.
 
 Each reader returns the set as records, the objects that its JSON lines would be: `{"file",
-"captions"}` or `{"file", "qa"}`, with files relative to the folder of the images. The texts
-themselves are checked by `mammut.data.records`, as those of JSON lines are.
+"captions"}` or `{"file", "qa"}`, with files relative to the folder of the images.
+`mammut.data.records` checks the texts, as it checks the texts of JSON lines.
 """
 
 import json
@@ -17,7 +17,7 @@ from mammut.data.config import Field
 from mammut.data.examples import Example, Source, SourceOptions
 from mammut.data.records import make_example
 
-# The field that a kind offers, and what follows its name and a colon in a spec.
+# For each kind: the field that it offers, and the text that follows its name and a colon in a spec.
 FORMS: dict[str, tuple[Field, str]] = {
     "coco": ("captions", "ANNOTATIONS.json,IMAGES"),
     "karpathy": ("captions", "DATASET.json,IMAGES,SPLIT"),
@@ -61,8 +61,8 @@ def read(kind: str, form: str) -> tuple[pathlib.Path, pathlib.Path, list[dict[st
       The first file, the folder of the images, and the records.
 
     Raises:
-      ValueError: `form` is not what `FORMS` says, IMAGES is not a folder, or a file is not as its
-        reader expects it.
+      ValueError: `form` has not the form in `FORMS`, IMAGES is not a folder, or a file does not
+        have the format that its reader expects.
     """
     match (kind, *form.split(",")):
         case "coco", file, images if file and images:
@@ -147,13 +147,14 @@ def read_karpathy(dataset: pathlib.Path, split: str) -> list[dict[str, Any]]:
 def read_vqav2(
     questions: pathlib.Path, annotations: pathlib.Path | None, images: pathlib.Path
 ) -> list[dict[str, Any]]:
-    """Reads VQA v2: the images in the order of the questions file, with questions and answers.
+    """Reads VQA v2: each image with its questions and answers.
 
-    A record is `{"file", "qa": [{"question", "question_id", "answers", "answer_type",
-    "question_type"}]}`. Without `annotations`, as in a test set, it has the question and its id
-    alone. Images are named as in COCO 2014, by `COCO_val2014_` and twelve digits, or as in 2017, by
-    the digits alone, where the folder `images` has them so; test-dev asks about images of test2015.
-    Format: visualqa.org/vqa_v1_download.html, "Input Questions Format".
+    The images come in the order of the questions file. A record is `{"file", "qa": [{"question",
+    "question_id", "answers", "answer_type", "question_type"}]}`. Without `annotations`, as in a
+    test set, it has the question and its id alone. Images are named as in COCO 2014, by
+    `COCO_val2014_` and twelve digits, or as in 2017, by the digits alone, where the folder `images`
+    has them so; test-dev asks about images of test2015. Format: visualqa.org/vqa_v1_download.html,
+    "Input Questions Format".
 
     Raises:
       ValueError: a file is missing or not of that format, an id is there twice, or the annotations
@@ -204,7 +205,10 @@ def _folder(text: str) -> pathlib.Path:
 def _add_answers(
     asked: dict[Any, dict[str, Any]], image_of: dict[Any, int], annotations: pathlib.Path
 ) -> None:
-    """Adds the answers and types of a VQA v2 annotations file to the questions, given by id."""
+    """Adds answers and types to questions from VQA v2 annotations.
+
+    `asked` has the questions by id, and `image_of` their images.
+    """
     content = _read_json(annotations, _answer_alone)
     for where, annotation in _objects(content, "annotations", annotations):
         identity = _get(annotation, "question_id", _ID, where)
@@ -239,7 +243,10 @@ def _add_answers(
 
 
 def _answer_alone(value: dict[str, Any]) -> Any:
-    """Replaces an answer's object by its text, to save memory: a training set has millions."""
+    """Replaces an answer's object by its text.
+
+    This saves memory: a training set has millions of answers.
+    """
     answer = value.get("answer")
     return sys.intern(answer) if isinstance(answer, str) else value
 
@@ -269,7 +276,7 @@ def _get(value: dict[str, Any], key: str, kind: Any, where: Any) -> Any:
 
 
 def _objects(value: dict[str, Any], key: str, where: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a list, each with its place for messages."""
+    """Yields the objects of a list, each with its position for messages."""
     for number, item in enumerate(_get(value, key, list, where)):
         at = f"{where}, {key}[{number}]"
         if not isinstance(item, dict):

@@ -1,4 +1,4 @@
-"""From a source to batches: shuffled anew each epoch, split by process, resumable.
+"""Batches from a source: shuffled each epoch, split by process, resumable.
 
 `TrainBatches` draws endless training batches from a source, `eval_batches` passes over it once,
 `prefetch` moves batches to the device ahead of the step. Batches are NumPy arrays of this process'
@@ -24,9 +24,9 @@ from mammut.data.processor import Processor
 
 _log = logging.getLogger(__name__)
 
-_MIN_READ = 100  # examples read before the share of bad ones is judged
+_MIN_READ = 100  # examples that are read before the share of bad ones is judged
 _MAX_BAD_IN_A_ROW = 100
-_STALLED = 30.0  # seconds without a batch, after each of which a warning is logged
+_STALLED = 30.0  # seconds without a batch between two warnings
 
 
 class TooManyBadExamples(ValueError):
@@ -35,12 +35,15 @@ class TooManyBadExamples(ValueError):
 
 @dataclasses.dataclass
 class _Read:
-    """The result of reading an example. It goes through Grain, where an exception would be lost."""
+    """The result of reading an example.
+
+    It goes through Grain, where an exception would be lost.
+    """
 
     bad: list[tuple[str, str]]  # cause and message of each example that could not be used
     example: Example | None = None
     image: np.ndarray | None = None
-    pair: tuple[str, str] = ("", "")  # a prompt and the text to be said after it
+    pair: tuple[str, str] = ("", "")  # a prompt and the target text after it
     error: Exception | None = None  # any other error, to be raised again
 
 
@@ -53,17 +56,18 @@ class TrainBatches:
     with another number of threads or processes too. An example that cannot be used is replaced by
     another one, drawn at random: batches stay full, and all processes stay at the same position.
 
-    With any number of processes, batch k of all of them together has the same examples, drawn
-    alike. Their order differs: `jax.make_array_from_process_local_data` puts the processes' rows
-    one after the other. The losses are sums over a batch and do not depend on it.
+    With any number of processes, batch k of all of them together has the same examples, with the
+    same crops and texts. Their order differs: `jax.make_array_from_process_local_data` puts the
+    processes' rows one after the other. The losses are sums over a batch and do not depend on the
+    order.
 
-    A text to be said follows `config.prompt`, with its question in place of the {}.
+    The target text follows `config.prompt`, in which its question takes the place of the {}.
 
     Shapes of a batch, with b = config.batch_size // process_count rows:
       image: uint8[b, image_size, image_size, 3].
       tokens: int32[b, L].
       text_valid: bool[b, L], False on pads.
-      target: bool[b, L], True on the tokens to be said, False on those of a question.
+      target: bool[b, L], True on the tokens of the target text, False on those of the prompt.
 
     Args:
       source: the examples.
@@ -158,7 +162,10 @@ class TrainBatches:
         return self._config.threads
 
     def _open(self) -> Iterator[_Read]:
-        """Starts to read ahead from the position, with images of the size that belongs there."""
+        """Starts to read ahead from the position.
+
+        Images have the size that belongs to that position.
+        """
         transform = self.processor.image
         self._low = self._position < self._low_end
         if self._low:
@@ -195,7 +202,7 @@ class TrainBatches:
         return {"image": np.stack([read.image for read in reads]), **texts}
 
     def state(self) -> dict[str, Any]:
-        """The position after the batches handed out so far, as JSON values."""
+        """Returns the position after the last batch returned, as JSON values."""
         return self._state
 
     @property
@@ -205,7 +212,10 @@ class TrainBatches:
 
     @property
     def bad_counts(self) -> dict[str, int]:
-        """Counts of the examples that this process could not use since the run began, by cause."""
+        """Counts of unusable examples since the run began, by cause.
+
+        They are the examples that this process has read.
+        """
         return dict(self._bad)
 
     def close(self) -> None:
@@ -228,7 +238,11 @@ class TrainBatches:
         return _Read(bad)
 
     def draw_pair(self, example: Example, rng: np.random.Generator) -> tuple[str, str]:
-        """Draws a prompt and the text to be said after it; raises BadExample where none fits."""
+        """Draws a prompt and the target text after it.
+
+        Raises:
+          BadExample: no text of the example fits.
+        """
         pairs = example.pairs
         if not pairs:
             raise BadExample(f"{example.key} has no answer to learn", "no answer")
@@ -236,7 +250,7 @@ class TrainBatches:
         prompt = self._config.prompt_of(question)
         if not question:
             return prompt, text  # a caption that is too long is cut
-        # Half an answer would be learnt as a whole one.
+        # The model would learn half an answer as a whole answer.
         if len(self.processor.encode_after(prompt, text)) > self.processor.room(prompt):
             raise BadExample(
                 f"{example.key}: {prompt!r} with {text!r} has more than the "
@@ -248,7 +262,11 @@ class TrainBatches:
     def draw_image(
         self, example: Example, rng: np.random.Generator, transform: ImageTransform
     ) -> np.ndarray | None:
-        """Draws the crop and flip of an image: uint8[height, width, 3]; None without images."""
+        """Draws the crop and flip of an image.
+
+        Returns:
+          uint8[height, width, 3]; None if batches have no images.
+        """
         config = self._config
         if not self._images:
             return None
@@ -265,7 +283,10 @@ class TrainBatches:
         return image
 
     def _check_share(self, stop: bool) -> None:
-        """Raises TooManyBadExamples where the share of bad ones is too high, or with `stop`."""
+        """Raises TooManyBadExamples where the share of bad examples is too high.
+
+        With `stop` it raises the error at any share.
+        """
         bad = self._bad.total()
         allowed = self._config.max_bad_share
         judged = self._read >= min(_MIN_READ, len(self.source))
@@ -279,14 +300,14 @@ class TrainBatches:
 def prefetch(
     batches: TrainBatches, transfer: Callable[[dict[str, np.ndarray]], Any], size: int = 2
 ) -> Iterator[tuple[Any, dict[str, Any], float]]:
-    """Reads and transfers up to `size` batches ahead, in a thread of its own.
+    """Reads and transfers up to `size` batches ahead, in a thread.
 
     A warning that names the source is logged when the caller has waited for 30 seconds, and again
     every 30 seconds.
 
     Args:
       batches: the batches to read.
-      transfer: what to do with a batch in the thread, such as moving it to the devices.
+      transfer: the function that the thread applies to a batch, such as moving it to the devices.
       size: how many batches are read ahead.
 
     Yields:
@@ -356,16 +377,16 @@ def eval_batches(
     threads: int = 4,
     blind: bool = False,
 ) -> Iterator[EvalBatch]:
-    """Passes once over a set in order, without randomness, in batches of one shape.
+    """Passes once over a set in order, in batches of one shape.
 
-    Process p holds rows [p * b, (p + 1) * b) of every batch, with b = batch_size // process_count,
-    and all processes get the same number of batches.
+    Nothing is random. Process p holds rows [p * b, (p + 1) * b) of every batch, with b = batch_size
+    // process_count, and all processes get the same number of batches.
 
     Args:
       source: the examples.
       processor: reads the images.
       batch_size: rows of a batch over all processes.
-      limit: only this many examples, the first; None: all.
+      limit: the number of examples, from the first on; None: all.
       process_index: the number of this process, below `process_count`.
       process_count: how many processes share each batch.
       threads: threads that read.
@@ -422,14 +443,17 @@ def eval_batches(
 
 
 def describe_bad(counts: dict[str, int]) -> str:
-    """Counts by cause in words, the most frequent first: "12 corrupt, 3 no caption"."""
+    """Describes counts by cause, such as "12 corrupt, 3 no caption".
+
+    The most frequent cause comes first.
+    """
     return ", ".join(
         f"{count} {cause}" for cause, count in collections.Counter(counts).most_common()
     )
 
 
 def _count(counts: collections.Counter, bad: list[tuple[str, str]]) -> None:
-    """Counts bad examples by cause, and logs the first one of each cause."""
+    """Counts bad examples by cause, and logs the first of each."""
     for cause, message in bad:
         counts[cause] += 1
         if counts[cause] == 1:
@@ -437,7 +461,11 @@ def _count(counts: collections.Counter, bad: list[tuple[str, str]]) -> None:
 
 
 def _share(field: str, batch_size: int, process_count: int) -> int:
-    """The rows of one process; raises ValueError, naming `field`, where they do not divide."""
+    """Returns the number of rows of one process.
+
+    Raises:
+      ValueError: `batch_size` is not a multiple of `process_count`; the error names `field`.
+    """
     if batch_size % process_count:
         raise ValueError(f"{field} {batch_size} is not a multiple of the {process_count} processes")
     return batch_size // process_count

@@ -5,7 +5,8 @@ from typing import Literal
 
 from mammut.core.fields import require, require_positive, require_share
 
-# What a source has for each image: captions, questions with answers, or the name of what it shows.
+# The texts that a source has for each image: captions, questions with answers ("qa"), or the name
+# of its class.
 Field = Literal["captions", "qa", "name"]
 
 
@@ -22,11 +23,11 @@ class DataConfig:
     train: str = "synthetic:train"
     # The validation set, a spec as for the training set. None: no evaluation during the run.
     val: str | None = "synthetic:val"
-    # Examples of a training step, over all devices and processes.
+    # Number of examples in a training step, over all devices and processes.
     batch_size: int = 256
-    # Examples of an evaluation batch, over all devices and processes.
+    # Number of examples in an evaluation batch, over all devices and processes.
     eval_batch_size: int = 256
-    # How many validation examples are evaluated at most.
+    # Largest number of validation examples that are evaluated.
     val_examples: int = 1_000
     # Area of the random crop as a share of the image, low and high. (1, 1): no crop.
     crop_scale: tuple[float, float] = (1.0, 1.0)
@@ -35,18 +36,18 @@ class DataConfig:
     # Mirror half of the training images. A mirrored image contradicts "left" and "right" in its
     # caption.
     horizontal_flip: bool = False
-    # The text before the one to be said, in training and evaluation. {} is the question, or nothing
-    # where there is none: "Q: {} A:" for questions, "A picture of" for captions.
+    # Prompt before the text that the model has to produce, in training and evaluation. {} stands
+    # for the question, if there is one: "Q: {} A:" for questions, "A picture of" for captions.
     prompt: str = "{}"
-    # Make every image black, to measure what the text alone gives.
+    # Make every image black, to measure how well the model does with the text alone.
     blind: bool = False
     # Threads that read, decode and resize images.
     threads: int = 4
-    # Stop when more than this share of the examples read cannot be used.
+    # Stop when a larger share of the examples than this cannot be used.
     max_bad_share: float = 0.1
-    # Skip an image, undecoded, whose header says that it has more pixels.
+    # Skip an image, without decoding it, if its header states more pixels than this.
     max_image_pixels: int = 100_000_000
-    # The data_dir of tensorflow-datasets. None: its default.
+    # The data_dir of tensorflow-datasets. None: the default of that library.
     tfds_dir: str | None = None
 
     def __post_init__(self):
@@ -65,7 +66,10 @@ class DataConfig:
         )
 
     def prompt_of(self, question: str) -> str:
-        """The text before the answer to a question; with an empty question, before a caption."""
+        """Returns the text before the answer to a question.
+
+        With an empty question it is the text before a caption.
+        """
         prompt = self.prompt.replace("{}", question)
         # The tokenizer adds a space before a caption where it needs one.
         return prompt if question else prompt.strip()

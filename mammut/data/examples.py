@@ -1,4 +1,4 @@
-"""What every set of examples gives: the example, its questions, and what makes one unusable."""
+"""The interface of a set: examples, questions, and unusable examples."""
 
 import abc
 import dataclasses
@@ -8,7 +8,10 @@ from mammut.data.config import Field
 
 
 class BadExample(ValueError):
-    """An example that cannot be used; `cause` is the reason in a word or two, for counting."""
+    """An example that cannot be used.
+
+    `cause` is the reason in one or two words, for counting.
+    """
 
     def __init__(self, message: str, cause: str):
         super().__init__(message)
@@ -21,7 +24,8 @@ class Question:
 
     Attributes:
       text: the question.
-      answers: one for each person asked, blank where one said nothing; [] where they are kept back.
+      answers: one for each person asked, blank where a person gave none; [] where the benchmark
+        does not publish them.
       id: the name of the question in predictions.
       answer_type: the benchmark's type of the answer: yes/no, number, other.
       question_type: the first words of the question, such as "how many".
@@ -36,15 +40,17 @@ class Question:
 
 @dataclasses.dataclass
 class Example:
-    """One image with its texts; only the field that its source was opened for is filled.
+    """One image with its texts.
+
+    Only the field that its source was opened for is filled.
 
     Attributes:
       image: encoded bytes, a path, uint8[height, width, 3] or a PIL image; anything that
         `Processor.image` reads.
-      captions: what is said about the image.
+      captions: texts that describe the image.
       key: the name of the example in messages and predictions: its file, where it has one.
       qa: questions about the image, with their answers.
-      name: the class of what the image shows.
+      name: the name of the image's class.
     """
 
     image: Any
@@ -55,7 +61,7 @@ class Example:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Pairs of a prompt and the text to be said after it.
+        """Pairs of a prompt and the target text after it.
 
         A caption or a name has an empty prompt; an answer has its question.
         """
@@ -68,7 +74,9 @@ class Example:
 
 
 class Source(abc.ABC):
-    """A set of examples by index; `source[i]` raises BadExample where there is no usable example.
+    """A set of examples by index.
+
+    `source[i]` raises BadExample where the example cannot be used.
 
     Subclass it to train on data of your own: `spec`, `__len__` and `__getitem__` are enough.
     Examples are read from several threads at once.
@@ -87,24 +95,27 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """How many examples there are."""
+        """Returns the number of examples."""
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Example:
-        """The example at `index`, 0 to len - 1."""
+        """Returns the example at `index`, 0 to len - 1."""
 
     def pairs(self, index: int) -> list[tuple[str, str]]:
-        """`Example.pairs` of the example at `index`; a subclass may leave the image unread."""
+        """Returns `Example.pairs` of the example at `index`.
+
+        A subclass may leave the image unread.
+        """
         return self[index].pairs
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceOptions:
-    """What a source is opened with: the parts of its spec, and what `open_source` was given."""
+    """The parts of a spec, and the arguments of `open_source`."""
 
     spec: str  # the whole spec, for messages
-    kind: str  # what stands before the first colon
-    name: str  # what stands after it, without a slice
-    field: Field  # what every example must have
+    kind: str  # the part before the first colon
+    name: str  # the part after the first colon, without a slice
+    field: Field  # the field that every example must have
     image_size: int  # pixels, of drawn scenes
     tfds_dir: str | None  # the `data_dir` of tensorflow-datasets; None: its default

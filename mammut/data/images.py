@@ -1,4 +1,7 @@
-"""From pictures of any kind to arrays of one size: opened, turned upright, resized, cropped."""
+"""Pictures of any kind as arrays of one size.
+
+They are opened, turned upright, resized and cropped.
+"""
 
 import contextlib
 import dataclasses
@@ -23,7 +26,9 @@ _PILLOW_LIMIT = threading.Lock()
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; the message says which and why in one sentence.
+    """An image that cannot be used.
+
+    The message states in one sentence which image it is, and the reason.
 
     Attributes:
       cause: "missing file" (or unreadable), "empty" (no bytes or no pixels), "corrupt" (not an
@@ -96,7 +101,7 @@ class ImageTransform:
     def read(self, image: ImageLike):
         """Reads a picture: a PIL image in mode RGB, upright.
 
-        The top of `mammut.data.processor` says what becomes of each kind of picture.
+        The top of `mammut.data.processor` lists how each kind of picture is converted.
 
         Raises:
           BadImage: the image cannot be used as a whole; a truncated file is never half a picture.
@@ -138,7 +143,7 @@ class ImageTransform:
         scale: tuple[float, float],
         ratio: tuple[float, float],
     ) -> UInt8[np.ndarray, "height width 3"]:
-        """Cuts a random part out of a picture and squashes it to the output size.
+        """Cuts out a random part and squashes it to the output size.
 
         A JPEG given as bytes or path is decoded at a fraction of its size where that leaves twice
         the pixels needed. With `scale` and `ratio` (1, 1) the part is the whole picture, as in mode
@@ -173,7 +178,9 @@ class ImageTransform:
     def _resized(
         self, picture, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
     ):
-        """Resizes the part of a picture in `box`, None: all, to `size` (width, height).
+        """Resizes the part of a picture in `box` to `size`.
+
+        `size` is (width, height). With `box` None the part is the whole picture.
 
         Returns:
           uint8[height, width, 3].
@@ -188,7 +195,7 @@ class ImageTransform:
         return np.array(picture.resize(size, filters[self.interpolation], box=box))
 
     def _read(self, image: ImageLike, sides: int | None = None):
-        """`read`; a JPEG file is decoded at a fraction of its size.
+        """Reads a picture, a JPEG at a fraction of its size.
 
         The fraction keeps both sides at `sides` pixels or more; None: the whole size.
         """
@@ -217,7 +224,7 @@ class ImageTransform:
             raise BadImage(
                 f"{name} is corrupt or none of {', '.join(_FORMATS)}", "corrupt"
             ) from error
-        except Exception as error:  # Pillow's decoders raise whatever they trip over
+        except Exception as error:  # Pillow's decoders raise many kinds of errors
             cause = "truncated" if "truncated" in str(error).lower() else "corrupt"
             raise BadImage(f"{name} is {cause}: {error}", cause) from error
 
@@ -241,7 +248,10 @@ def _resized_without_antialiasing(
     size: tuple[int, int],
     box: tuple[float, float, float, float],
 ) -> UInt8[np.ndarray, "height2 width2 3"]:
-    """Samples the `box` of an image at the centres of `size` (width, height) pixels, bilinearly."""
+    """Samples the `box` of an image bilinearly, without antialiasing.
+
+    The samples are taken at the centres of `size` (width, height) pixels.
+    """
     lines: np.ndarray = pixels
     for axis, count, start, end in ((1, size[0], box[0], box[2]), (0, size[1], box[1], box[3])):
         step = np.float32((end - start) / count)
@@ -256,7 +266,10 @@ def _resized_without_antialiasing(
 
 # The three functions below raise BadImage with a message that continues after the image's name.
 def _open(image: ImageLike):
-    """Opens encoded bytes or a path as a PIL image: the header is read, nothing is decoded."""
+    """Opens encoded bytes or a path as a PIL image.
+
+    Only the header is read; nothing is decoded.
+    """
     import PIL.Image
 
     if isinstance(image, str | pathlib.Path):

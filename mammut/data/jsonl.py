@@ -1,4 +1,4 @@
-"""JSON lines as a source of examples: one object a line, read when it is needed."""
+"""JSON lines as a source: one object a line, read when needed."""
 
 import array
 import os
@@ -12,7 +12,10 @@ from mammut.data.records import make_example, parse_object
 
 
 class JsonlSource(Source):
-    """The lines of a `.jsonl` file; only the place of each line is kept in memory."""
+    """The lines of a `.jsonl` file.
+
+    Only the position of each line is kept in memory.
+    """
 
     def __init__(self, options: SourceOptions):
         path = _file(options.spec, pathlib.Path(options.name).expanduser())
@@ -54,7 +57,10 @@ class JsonlSource(Source):
 
 
 def _file(spec: str, path: pathlib.Path) -> pathlib.Path:
-    """The file that a spec names: `path`, or the one `.jsonl` file in the folder `path`."""
+    """Finds the `.jsonl` file that a spec names.
+
+    It is `path` itself, or the only `.jsonl` file in the folder `path`.
+    """
     if path.is_dir():
         files = sorted(path.glob("*.jsonl"))
         if len(files) != 1:

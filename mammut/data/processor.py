@@ -1,4 +1,6 @@
-"""`Processor` turns images and texts into the arrays of a model; it is saved with the weights.
+"""The processor: images and texts become the arrays of a model.
+
+It is saved with the weights.
 
 How each kind of picture becomes 8-bit RGB:
 
@@ -85,7 +87,7 @@ class Processor:
           int32[B, L] and `text_valid` bool[B, L], False on pads, where texts are given.
 
         Raises:
-          ValueError: one image or text that is in no list, or neither images nor texts.
+          ValueError: an image or a text is not in a list, or there are neither images nor texts.
           BadImage: an image cannot be used.
         """
         if images is None and text is None:
@@ -107,7 +109,9 @@ class Processor:
     def encode_text(
         self, texts: Sequence
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-        """Encodes texts: `tokens` and `text_valid`; an empty text has only its start and end.
+        """Encodes texts as `tokens` and `text_valid`.
+
+        An empty text has only its start and end.
 
         Raises:
           ValueError: `texts` is one str, or holds something else.
@@ -122,10 +126,10 @@ class Processor:
     def encode_pairs(
         self, pairs: Sequence[tuple[str, str]]
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-        """Encodes prompts, each with the text to be said after it.
+        """Encodes prompts, each with the target text after it.
 
-        A prompt and its text are encoded apart, as when the text is generated. What is too long is
-        cut; `room` counts what fits.
+        A prompt and its text are encoded apart, as when the text is generated. A text that is too
+        long is cut; `room` counts the tokens that fit.
 
         Returns:
           `tokens`, `text_valid`, and `target`, True on the text and its end.
@@ -151,7 +155,7 @@ class Processor:
         return self.tokenizer.encode(prompt) if prompt else []
 
     def encode_after(self, prompt: str, text: str) -> list[int]:
-        """Encodes a text to be said after a prompt.
+        """Encodes the target text after a prompt.
 
         After "A:" it may have to be " yes" (see `encode_prompt`), after the empty prompt "yes".
         Directly after an image it is "yes" too, as in MAGMA.
@@ -161,7 +165,7 @@ class Processor:
         return self.tokenizer.encode(text)
 
     def room(self, prompt: str) -> int:
-        """Counts the tokens of text that fit between a prompt and the end.
+        """Counts the tokens that fit between a prompt and the end.
 
         The count is negative where the prompt itself does not fit.
         """
@@ -195,7 +199,10 @@ class Processor:
 
     @property
     def pad_id(self) -> int:
-        """The id of a pad. A real token may have the same id: only `text_valid` marks pads."""
+        """The id of a pad.
+
+        A real token may have the same id: only `text_valid` marks pads.
+        """
         return self.eos_id if self.text_form == "end_filled" else self.tokenizer.pad_id
 
     @property

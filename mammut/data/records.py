@@ -1,7 +1,7 @@
-"""From the fields of a set's record, in JSON's types, to an `Example`: every value is checked.
+"""Examples from the records of a set, with every value checked.
 
-A record that cannot be used raises BadExample. `where` names its place in messages, such as
-"set.jsonl, line 7".
+The values of a record have JSON's types. A record that cannot be used raises BadExample. `where`
+names its place in messages, such as "set.jsonl, line 7".
 """
 
 import json
@@ -28,7 +28,11 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
 
 
 def decode_text(content: bytes, where: str) -> str:
-    """Decodes UTF-8, with or without a byte order mark; raises BadExample where it is not."""
+    """Decodes UTF-8, with or without a byte order mark.
+
+    Raises:
+      BadExample: the bytes are not UTF-8.
+    """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -38,12 +42,14 @@ def decode_text(content: bytes, where: str) -> str:
 def make_example(
     image: Any, key: str, field: Field, value: Any, where: str, questions: str | None = None
 ) -> Example:
-    """Makes an example of an image and the value of its field, as JSON lines have it.
+    """Makes an example of an image and the value of its field.
+
+    The value is in the form that JSON lines have.
 
     Args:
-      image: what `Example.image` may be.
+      image: anything that `Example.image` may be.
       key: names the example.
-      field: the field that `value` is of.
+      field: the field that has `value`.
       value: a list of captions, a list of questions, or a name.
       where: the place of the record, for messages.
       questions: the start of the ids of questions that have none; None: `key`.
@@ -51,7 +57,7 @@ def make_example(
     Raises:
       BadExample: the value cannot be used.
     """
-    # as opposed to a field that is not there: the set has it, this image was not annotated
+    # null differs from a missing field: the set has the field, but this image has no annotation
     if value is None:
         raise BadExample(f'{where} is not annotated: its "{field}" is null', ABSENT[field])
     if field == "captions":
@@ -62,7 +68,10 @@ def make_example(
 
 
 def _text(value: Any, where: str, what: str, blank: bool = False) -> str:
-    """A text of the set, checked; `what` says in messages what it is."""
+    """Checks a text of the set and returns it.
+
+    `what` names the text in messages.
+    """
     if not isinstance(value, str) or not (blank or value.strip()):
         raise BadExample(
             f"{where} has {reprlib.repr(value)} for {what}, expected a text", "missing field"
@@ -108,7 +117,7 @@ def _questions(values: Any, where: str, prefix: str) -> list[Question]:
             raise BadExample(f"{where} has the question_id {identity!r} twice", "duplicate id")
 
         question = _text(value.get("question"), where, "a question")
-        # A blank answer stays: one who said nothing counts among the people asked.
+        # A blank answer stays: a person who gave no answer counts among the people asked.
         answers = [_text(answer, where, "an answer", blank=True) for answer in answers]
         types = {
             name: _text(value[name], where, name)

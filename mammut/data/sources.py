@@ -1,9 +1,9 @@
 """`open_source` opens a set of examples by its spec, such as `jsonl:PATH[1000:]`.
 
-A source is opened for one `Field`: captions, questions with answers ("qa"), or the name of what an
-image shows. `KINDS` has a row for each kind of source.
+A source is opened for one `Field`: captions, questions with answers ("qa"), or the name of the
+image's class. `KINDS` has a row for each kind of source.
 
-A spec is a kind and what follows it:
+A spec is a kind, a colon, and the name of the set:
 
   `synthetic:train`, `synthetic:val`: the drawn scenes of `mammut.data.synthetic`.
 
@@ -51,11 +51,11 @@ from mammut.data.tfds_sets import TfdsSource
 
 
 class Kind(NamedTuple):
-    """A kind of source, named by what stands before the colon of a spec."""
+    """A kind of source, named before the colon of a spec."""
 
     open: Callable[[SourceOptions], Source]
-    forms: tuple[str, ...]  # what may stand after the colon, for messages
-    pattern: str = ".+"  # the same as a regular expression
+    forms: tuple[str, ...]  # the forms of the part after the colon, for messages
+    pattern: str = ".+"  # a regular expression for these forms
 
 
 KINDS: dict[str, Kind] = {
@@ -66,14 +66,14 @@ KINDS: dict[str, Kind] = {
     "tfds": Kind(TfdsSource, ("NAME/SPLIT",), ".+/[^/]+"),
 }
 
-# A spec: its kind and name, and the slice [start:stop:step] or, of all other examples, [!...].
+# A spec: its kind and name, and the slice [start:stop:step], or [!...] for all other examples.
 _SPEC = re.compile(r"(.*?)(?:\[(!)?(-?\d+%?)?:(-?\d+%?)?(?::([1-9]\d*)?)?\])?", re.DOTALL)
 
 
 def open_source(
     spec: str, *, image_size: int, tfds_dir: str | None = None, field: Field = "captions"
 ) -> Source:
-    """Opens a set of images with captions, with questions and answers, or with names.
+    """Opens a set of images with captions, questions or names.
 
     Example:
       >>> source = open_source("jsonl:photos/captions.jsonl[1000:]", image_size=224)
@@ -84,11 +84,11 @@ def open_source(
       spec: which set; see the top of this module.
       image_size: pixels of the drawn scenes; other sources give their images as they are stored.
       tfds_dir: the `data_dir` of tensorflow-datasets; None: its default.
-      field: what an example must have; one without it is a BadExample.
+      field: the field that an example must have; an example without it raises BadExample.
 
     Raises:
-      ValueError: the spec is none of these, the set does not exist, is not of its format or not of
-        the field, or there is nothing in it.
+      ValueError: the spec has none of these forms; or the set does not exist, is empty, has another
+        format, or does not have the field.
     """
     whole, others, start, stop, step = _SPEC.fullmatch(spec).groups()
     name, _, rest = whole.partition(":")
@@ -120,7 +120,10 @@ def open_source(
 
 
 def texts(source: Source) -> Iterator[str]:
-    """All texts in order, to train a tokenizer on; unreadable examples are left out."""
+    """Yields all texts in order, to train a tokenizer on.
+
+    Unreadable examples are left out.
+    """
     for index in range(len(source)):
         try:
             yield from (text for pair in source.pairs(index) for text in pair if text)

@@ -1,9 +1,9 @@
-"""Drawn scenes with exact captions: data for a first run and for tests.
+"""Drawn scenes with exact captions, for first runs and tests.
 
 A scene shows a combination of five attributes ("two small red circles on the left"). A sixth of the
-combinations is held out: the scenes of split "train" never show one of them, those of split "val"
-show each of them once. A model that only remembers whole captions, and does not bind words to what
-it sees, therefore fails on "val".
+combinations is held out: the scenes of split "train" never show one of them, and the scenes of
+split "val" show each of them once. A model that only remembers whole captions, and does not connect
+words with the image, therefore fails on "val".
 """
 
 import functools
@@ -58,7 +58,7 @@ class Combination(NamedTuple):
 
 
 def captions(combination: Combination) -> list[str]:
-    """Three sentences with the same content: all captions of a combination."""
+    """Writes all captions of a combination: three sentences of the same content."""
     count, size, colour, shape, place = combination
     plural = ""
     if count > 1:
@@ -69,7 +69,7 @@ def captions(combination: Combination) -> list[str]:
 
 
 def questions(combination: Combination) -> list[tuple[str, str]]:
-    """Five questions about a combination with their answers, one for each attribute."""
+    """Writes five questions and answers, one for each attribute."""
     count, size, colour, shape, place = combination
     return [
         ("how many shapes are there?", _COUNTS[count]),
@@ -82,7 +82,10 @@ def questions(combination: Combination) -> list[tuple[str, str]]:
 
 @functools.cache
 def combinations(split: Split) -> tuple[Combination, ...]:
-    """All combinations of a split; neither their order nor the division ever changes."""
+    """Lists all combinations of a split.
+
+    Their order and the division into splits never change.
+    """
     every = itertools.starmap(
         Combination, itertools.product(_COUNTS, _SIZES, _COLOURS, _SHAPES, _PLACES)
     )
@@ -94,12 +97,15 @@ def combinations(split: Split) -> tuple[Combination, ...]:
 
 
 def num_scenes(split: Split) -> int:
-    """The number of scenes: 100,000 for "train", the held-out combinations for "val"."""
+    """Returns the number of scenes of a split.
+
+    "train" has 100,000, "val" has one for each combination that is held out.
+    """
     return len(combinations("val")) if split == "val" else TRAIN_SCENES
 
 
 def combination(split: Split, index: int) -> Combination:
-    """The combination that scene `index` of the split shows."""
+    """Returns the combination that scene `index` of the split shows."""
     return _scene(split, index)[0]
 
 
@@ -153,7 +159,10 @@ def draw(split: Split, index: int, image_size: int) -> UInt8[np.ndarray, "image_
 
 
 def _scene(split: Split, index: int) -> tuple[Combination, np.random.Generator]:
-    """The combination of a scene, and the random numbers for the rest of it."""
+    """Returns the combination of a scene and its random generator.
+
+    The generator gives the numbers that decide the rest of the scene.
+    """
     rng = np.random.default_rng([("train", "val").index(split), index])
     choices = combinations(split)
     if split == "train":

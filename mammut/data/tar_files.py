@@ -1,4 +1,4 @@
-"""Reads the headers of a plain tar file: which files it has, and where their bytes are.
+"""Headers of a plain tar file: its files and their positions.
 
 The tar format: POSIX.1-2017, pax, "EXTENDED DESCRIPTION", and GNU's long names and large numbers
 (GNU tar manual, "Basic Tar Format").
@@ -12,11 +12,14 @@ _MAX_EXTENSION = 2**20  # bytes of a long name or of pax records
 
 
 class Damage(Exception):
-    """A tar file that cannot be used; the message continues after the name of the file."""
+    """A tar file that cannot be used.
+
+    The message continues after the name of the file.
+    """
 
 
 class TarFile(NamedTuple):
-    """A file inside of a tar: its name, and where it lies, in bytes."""
+    """A file inside a tar: its name and its position in bytes."""
 
     name: bytes
     start: int  # offset of its first header
@@ -25,7 +28,9 @@ class TarFile(NamedTuple):
 
 
 def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile]:
-    """Finds the regular files of a tar, or of several tars joined one after the other.
+    """Finds the regular files of a tar.
+
+    It may be several tars joined one after the other.
 
     Args:
       read: `read(offset, size)` returns some bytes of the tar; fewer at its end.
@@ -64,7 +69,7 @@ def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile
         length = _decimal(pax.get(b"size"), length, offset)
         if kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in pax):
             raise Damage(f"has {shown(name)} as a sparse file: pack it again without --sparse")
-        # Folders, links and devices have no content, whatever their size says.
+        # Folders, links and devices have no content, even if their headers have a size.
         if kind in b"123456" or (kind == b"\0" and name.endswith(b"/")):
             length = 0
         elif data + length > size:
@@ -86,19 +91,19 @@ def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile
 
 
 def _padded(length: int) -> int:
-    """Bytes that a content takes, in whole blocks."""
+    """Counts the bytes that a content takes, in whole blocks."""
     return -(-length // _BLOCK) * _BLOCK
 
 
 def _extension(read: Callable[[int, int], bytes], offset: int, length: int) -> bytes:
-    """The content of a header about the file that follows."""
+    """Reads the content of a header about the file that follows."""
     if length > _MAX_EXTENSION:
         raise Damage(f"has a header of {length:,} bytes at byte {offset:,}, expected at most 1 MiB")
     return read(offset + _BLOCK, length)
 
 
 def _header(block: bytes, offset: int) -> tuple[bytes, bytes, int]:
-    """Reads a header: the kind of what follows, its name, and its size in bytes."""
+    """Reads a header: the entry's kind, name, and size in bytes."""
     # The checksum is the sum of all bytes, with spaces in its own place.
     checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
     if len(block) < _BLOCK or checksum != _number(block[148:156], offset):
@@ -113,7 +118,7 @@ def _header(block: bytes, offset: int) -> tuple[bytes, bytes, int]:
 
 
 def _number(field: bytes, offset: int) -> int:
-    """A number in a header, in octal digits."""
+    """Reads a number in a header, in octal digits."""
     if field[0] == 0x80:  # GNU's form of a number too large for octal digits
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip(b" ")
@@ -126,7 +131,7 @@ def _number(field: bytes, offset: int) -> int:
 
 
 def _pax_records(content: bytes, offset: int) -> dict[bytes, bytes]:
-    """The values by name of pax records, lines "length name=value"."""
+    """Reads pax records, lines "length name=value", by name."""
     records = {}
     while content:
         length = _decimal(content[:20].partition(b" ")[0], 0, offset)
@@ -140,7 +145,7 @@ def _pax_records(content: bytes, offset: int) -> dict[bytes, bytes]:
 
 
 def _decimal(digits: bytes | None, default: int, offset: int) -> int:
-    """A number in a pax record; None: `default`."""
+    """Reads a number in a pax record; None: `default`."""
     if digits is None:
         return default
     if not digits.isdigit() or len(digits) > 20:
@@ -151,5 +156,5 @@ def _decimal(digits: bytes | None, default: int, offset: int) -> int:
 
 
 def shown(name: bytes) -> str:
-    """The name of a file in a tar, for messages."""
+    """Formats the name of a file in a tar, for messages."""
     return repr(name.decode(errors="replace"))

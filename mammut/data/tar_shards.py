@@ -1,8 +1,10 @@
-"""Tar shards of webdataset as a source: indexed once, read at random, never unpacked.
+"""Tar shards of webdataset as a source.
+
+They are indexed once, read at random, and never unpacked.
 
 The files of an example share a key: the name up to the first dot after the last slash. The
-extension after that dot says what a file is: `jpg`, `jpeg`, `png` or `webp` the image, `txt` and
-`json` its texts; other files are ignored. This is the convention of webdataset
+extension after that dot gives the kind of a file: `jpg`, `jpeg`, `png` or `webp` is the image,
+`txt` and `json` are its texts; other files are ignored. This is the convention of webdataset
 (github.com/webdataset/webdataset, "The WebDataset Format"), but here the files of an example need
 not stand side by side.
 """
@@ -37,8 +39,7 @@ _log = logging.getLogger(__name__)
 
 # The columns of an index: the files of an example.
 IMAGE, TXT, JSON = COLUMNS = range(3)
-# An index has this for the start of a file that is absent, and -2 - start where there are two files
-# of one name.
+# The start of an absent file in an index. Where two files have one name, it is -2 - start.
 _ABSENT = -1
 
 # Of several images with one key, the first of these extensions counts.
@@ -61,7 +62,9 @@ _BRACES = re.compile(r"\{(?:([0-9]+)\.\.([0-9]+)|([^{}]*,[^{}]*))\}")
 
 
 class Index(NamedTuple):
-    """The places of the files of a shard's examples, in the columns IMAGE, TXT and JSON.
+    """The positions of the files in one shard.
+
+    A row is an example; the columns are IMAGE, TXT and JSON.
 
     A file is everything from its first header, long names and pax records included, to the last of
     its bytes.
@@ -76,9 +79,10 @@ class Index(NamedTuple):
 
 
 class TarShards:
-    """The files of the examples in all shards of a pattern, each read when it is needed.
+    """The files of the examples in all shards of a pattern.
 
-    Examples have the order of the shards and, in a shard, of their first files.
+    Each file is read when it is needed. Examples have the order of the shards and, in a shard, of
+    their first files.
 
     Args:
       pattern: the shards; see `shard_paths`.
@@ -92,7 +96,7 @@ class TarShards:
         from tqdm import tqdm
 
         self.paths = shard_paths(pattern)
-        # In threads: a disk or a network takes its time to answer for one header after the other.
+        # In threads: a disk or a network needs time to return each of the many headers.
         pool = futures.ThreadPoolExecutor(8, thread_name_prefix="mammut-index")
         try:
             opened = [pool.submit(open_index, path) for path in self.paths]
@@ -116,25 +120,28 @@ class TarShards:
         return len(self._starts)
 
     def shard(self, example: int) -> int:
-        """The index in `paths` of the shard that an example is in."""
+        """Returns the index in `paths` of the shard with an example."""
         return bisect.bisect_right(self._ends, example)
 
     def count(self, example: int, column: int) -> int:
-        """Counts the files of an example in a column: 2 where a name is twice in its shard."""
+        """Counts the files of an example in a column.
+
+        The count is 2 where the shard has two files of one name.
+        """
         start = self._starts[example, column]
         if start == _ABSENT:
             return 0
         return 1 if start >= 0 else 2
 
     def name(self, example: int) -> str:
-        """The name of a file of the example."""
+        """Returns the name of a file of the example."""
         column = next(column for column in COLUMNS if self.count(example, column))
         return self.read(example, column)[0]
 
     def read(self, example: int, column: int) -> tuple[str, bytes]:
-        """Reads a file of the example: its name and its bytes. Of two files it is the first.
+        """Reads a file of the example: its name and its bytes.
 
-        Any thread may call it.
+        Of two files of one name it reads the first. Any thread may call it.
 
         Raises:
           ValueError: the shard cannot be read any more, or is not the one that was indexed.
@@ -200,7 +207,11 @@ class TarSource(Source):
         return make_example(image, key, self._field, value, where, questions)
 
     def _read(self, index: int, columns: tuple[int, ...], absent: str) -> tuple[str, bytes]:
-        """The first of the files that the example has; `absent` is the cause where it has none."""
+        """Reads the first file that the example has among `columns`.
+
+        Raises:
+          BadExample: it has none, with the cause `absent`, or two of one name.
+        """
         shards = self._shards
         column = next((column for column in columns if shards.count(index, column)), None)
         if column is not None and shards.count(index, column) == 1:
@@ -212,19 +223,25 @@ class TarSource(Source):
 
 
 class _OpenShard:
-    """An open file, closed when the last thread that reads from it has finished."""
+    """An open file that several threads may read.
+
+    It is closed when the last of them has finished.
+    """
 
     def __init__(self, path: pathlib.Path):
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
     def read(self, length: int, start: int) -> bytes:
-        # Not mapped into memory: reading a mapped file that somebody cuts short ends the process.
+        # Not mapped into memory: if another program shortened a mapped file, reading it would end
+        # the process.
         return os.pread(self._file, length, start)
 
 
 def shard_paths(pattern: str) -> list[pathlib.Path]:
-    """The shards of a pattern, in its order; those of a wildcard are sorted.
+    """Lists the shards of a pattern, in its order.
+
+    The shards of a wildcard are sorted.
 
     Args:
       pattern: a path with ranges `{00000..00127}`, lists `{a,b}` and the wildcards `*`, `**`, `?`
@@ -276,7 +293,7 @@ def _expanded(text: str) -> list[str]:
 
 
 def open_index(path: pathlib.Path) -> Index:
-    """Reads the stored index of a shard, or makes and stores a new one.
+    """Reads the stored index of a shard, or makes one.
 
     Indexes are stored in `mammut/shards` of XDG_CACHE_HOME, by default `~/.cache`. They are made
     again where the shard's size or time of change differs.
@@ -333,7 +350,10 @@ def _warn_once(message: str) -> None:
 
 
 def _load(path: pathlib.Path, identity: dict[str, str | int]) -> Index | None:
-    """Reads the index stored at `path`; None where it is damaged or of another shard."""
+    """Reads the index stored at `path`.
+
+    Returns None where it is damaged or belongs to another shard.
+    """
     try:
         head, _, content = path.read_bytes().partition(b"\n")
     except OSError:
@@ -355,7 +375,10 @@ def _store(folder: pathlib.Path, name: str, identity: dict[str, str | int], inde
 
 
 def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
-    """Makes the index of a shard of `size` bytes; `read(offset, size)` returns some of them."""
+    """Makes the index of a shard of `size` bytes.
+
+    `read(offset, size)` returns some of these bytes.
+    """
     head = read(0, 6)
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):

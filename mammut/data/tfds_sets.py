@@ -21,7 +21,10 @@ _FEATURES: dict[Field, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class TfdsSource(Source):
-    """A split of a prepared set, `NAME/SPLIT`, read at random from its ArrayRecord files."""
+    """A split of a prepared set, `NAME/SPLIT`.
+
+    Its ArrayRecord files are read at random.
+    """
 
     def __init__(self, options: SourceOptions):
         import tensorflow_datasets as tfds
@@ -71,9 +74,9 @@ class TfdsSource(Source):
         )
 
     def _builder(self, name: str, tfds_dir: str | None) -> Any:
-        """The builder of a prepared set, by its name or its folder.
+        """Makes the builder of a prepared set, by name or folder.
 
-        It is made from files, never from tensorflow-datasets' code for the set: that may reach for
+        It is made from files, never from tensorflow-datasets' code for the set: that code may use
         the network.
         """
         from tensorflow_datasets.core import read_only_builder
@@ -93,7 +96,7 @@ class TfdsSource(Source):
             ) from error
 
     def _find_feature(self, features: Any) -> str:
-        """The name of the feature that holds the field."""
+        """Finds the name of the feature that holds the field."""
         types = {name: type(feature).__name__ for name, feature in features.items()}
         names, expected = _FEATURES[self._field]
         feature = next((name for name in names if types.get(name) in expected), None)
@@ -106,7 +109,7 @@ class TfdsSource(Source):
         return feature
 
     def _value(self, record: dict[str, Any]) -> Any:
-        """The field of a record as JSON lines have it."""
+        """Converts the field of a record to the form of JSON lines."""
         value = _plain(record[self._feature])
         if self._field == "name":
             if self._class_name is None:
@@ -129,7 +132,7 @@ class TfdsSource(Source):
 
 
 def _plain(value: Any) -> Any:
-    """A value of tensorflow-datasets in the types of JSON."""
+    """Converts a value of tensorflow-datasets to the types of JSON."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, dict):

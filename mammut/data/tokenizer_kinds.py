@@ -1,4 +1,4 @@
-"""The kinds of tokenizer: CLIP's byte pairs, SentencePiece, Hugging Face's, and a missing one.
+"""The kinds of tokenizer: CLIP, SentencePiece, Hugging Face, and a missing one.
 
 `mammut.data.tokenizer` makes them from files, and has the rules for their special ids.
 """
@@ -112,7 +112,7 @@ class Tokenizer(abc.ABC):
         return self._decode([token for token in ids if token != self.bos_id])
 
     def settings(self) -> dict[str, Any]:
-        """The JSON values that `restore_tokenizer` needs, and checks, beside the file."""
+        """Returns the JSON values that `restore_tokenizer` needs and checks."""
         return {name: getattr(self, name) for name in SETTINGS}
 
     def save(self, folder: pathlib.Path) -> dict[str, Any]:
@@ -180,7 +180,10 @@ class ClipTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, unigram or byte-pair; "</s>" in a text is ordinary text."""
+    """A SentencePiece model, unigram or byte-pair.
+
+    "</s>" in a text is ordinary text.
+    """
 
     kind = "sentencepiece"
     files = ("tokenizer.model",)
@@ -226,7 +229,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: pathlib.Path, lowercase: bool, **named: Any):
-        """Reads a `tokenizer.json`; special tokens are those of the files beside it and `named`."""
+        """Reads a `tokenizer.json`.
+
+        Its special tokens come from the files beside it and from `named`.
+        """
         fields = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             config = path.with_name(name)
@@ -249,7 +255,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return super().save(folder)
 
     def _find(self, role: str, named: dict[str, Any]) -> int | None:
-        """The id of a special token; None where the vocabulary has none."""
+        """Finds the id of a special token; None where there is none."""
         if type(named.get(f"{role}_token_id")) is int:
             return named[f"{role}_token_id"]
         fields, known = _HF_TOKENS[role]
@@ -270,10 +276,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class MissingTokenizer(Tokenizer):
-    """A tokenizer without its vocabulary file; its model still takes images and ready tokens.
+    """A tokenizer without its vocabulary file.
 
-    Texts are refused, and so are special ids that are not known (None). `needs` says which file to
-    put where.
+    Its model still takes images and ready tokens. Texts are refused, and so are special ids that
+    are not known (None). `needs` names the file that is
+    missing and its folder.
     """
 
     kind = "missing"
@@ -304,7 +311,7 @@ class MissingTokenizer(Tokenizer):
 
     @property
     def problem(self) -> str:
-        """What is missing and what to do, in a sentence."""
+        """A sentence that names the missing file and what to do."""
         return (
             "the model came without a vocabulary for its texts: "
             f"{self._needs}, and load or convert it again"
@@ -328,7 +335,10 @@ class MissingTokenizer(Tokenizer):
         )
 
     def settings(self) -> dict[str, Any]:
-        """Its ids, None where they are not known, and the file that it needs."""
+        """Returns its special ids and the file that it needs.
+
+        An id that is not known is None.
+        """
         bos_id, eos_id, pad_id = self._special_ids
         ids = {"bos_id": bos_id, "eos_id": eos_id, "pad_id": pad_id}
         return {"kind": self.kind, "vocab_size": self.vocab_size, **ids, "needs": self._needs}
@@ -365,7 +375,7 @@ class MissingTokenizer(Tokenizer):
 
 
 def _special_ids(bos: int | None, eos: int | None, pad: int | None) -> tuple[int, int, int]:
-    """Start, end and pad by the rules of `mammut.data.tokenizer`."""
+    """Finds start, end and pad by the rules of `mammut.data.tokenizer`."""
     if eos is None:
         raise ValueError(
             "it has no end token (of a tokenizer.json, eos_token in tokenizer_config.json names it)"
@@ -391,7 +401,10 @@ def _tidy(text: str) -> str:
 
 
 def _visible_bytes() -> dict[str, int]:
-    """GPT-2's characters for bytes: a printable byte is itself, the others follow from U+0100."""
+    """Maps GPT-2's characters to the bytes that they stand for.
+
+    A printable byte is its own character; the characters of the others follow from U+0100.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

@@ -1,1 +1,1 @@
-"""The output of a model for a set of examples, and its scores."""
+"""A model's outputs for a set of examples, and their scores."""

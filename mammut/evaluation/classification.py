@@ -1,4 +1,4 @@
-"""The classes of a set's images: by embedding, or by the likelihood of their names."""
+"""Classification of images: by embedding, or by likelihood of class names."""
 
 import collections
 from collections.abc import Sequence
@@ -21,7 +21,10 @@ _RANKED = 5  # classes that are kept for each image: top-5 needs no more
 
 
 def class_names(source: Source) -> list[str]:
-    """The names that occur in a set, sorted; names of examples that cannot be read are left out."""
+    """Lists the names that occur in a set, sorted.
+
+    Examples that cannot be read are left out.
+    """
     names = set()
     for index in range(len(source)):
         try:
@@ -42,7 +45,7 @@ def predict_classes(
     prior: float = 0.0,
     limit: int | None = None,
 ) -> Predictions:
-    """Ranks the classes of every image of a set and keeps the best five.
+    """Ranks the classes of every image and keeps the best five.
 
     Args:
       params: the model's parameters, on the predictor's mesh.
@@ -115,7 +118,11 @@ class _ByEmbedding:
         self._class_embed = embed
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The best classes int[B, 5] of a batch of images, and their scores float[B, 5]."""
+        """Ranks the classes for a batch of images.
+
+        Returns:
+          The best classes int[B, 5], and their scores float[B, 5].
+        """
         image_embed = np.asarray(self._predictor.run(MaMMUT.encode_image, self._params, image))
         return nearest(image_embed, self._class_embed, _RANKED)
 
@@ -134,14 +141,21 @@ class _ByLikelihood:
         self._prior_scores = self._scores(black_image_tokens(predictor, params), rows=1)
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The best classes int[B, 5] of a batch of images, and their scores float[B, 5]."""
+        """Ranks the classes for a batch of images.
+
+        Returns:
+          The best classes int[B, 5], and their scores float[B, 5].
+        """
         scores = self._scores(image_tokens(self._predictor, self._params, image), len(image))
         scores = scores - self._prior * self._prior_scores
         order = np.argsort(-scores, axis=1, kind="stable")[:, :_RANKED]
         return order, np.take_along_axis(scores, order, axis=1)
 
     def _scores(self, tokens_of_images: Any, rows: int) -> Float[np.ndarray, "B C"]:
-        """The log of the mean over templates of P(text | image), of the first rows."""
+        """Scores the classes for the images in the first rows.
+
+        A score is the log of the mean over templates of P(text | image).
+        """
         every_text = np.arange(len(self._encoded[0]))
         image_of_pair = np.repeat(np.arange(rows), len(every_text))
         text_of_pair = np.tile(every_text, rows)
@@ -158,7 +172,7 @@ class _ByLikelihood:
 
 
 def score_classes(predictions: Predictions) -> Scores:
-    """Top-1, top-5 and mean per-class recall."""
+    """Computes top-1, top-5 and mean per-class recall."""
     classes = predictions.settings["classes"]
     ranked = [record["ranked"] for record in predictions.records]
     labels = [record["label"] for record in predictions.records]

@@ -1,9 +1,9 @@
 """Examples shown before a question or a caption, by MAGMA's protocol.
 
-The prompt is that of MAGMA's first public code (arXiv 2112.05253). It has three pieces for every
-example and then for the query itself: the instruction, if there is one; the image; the text. An
-example's text is the prompt's, such as "Q: what is it? A:" or "A picture of", a space, and one of
-its answers or captions. The query's text ends with the prompt, without a space.
+The prompt has the form of MAGMA's first public code (arXiv 2112.05253). It has three pieces for
+every example and then for the query itself: the instruction, if there is one; the image; the text.
+An example's text is the prompt, such as "Q: what is it? A:" or "A picture of", then a space, then
+one of its answers or captions. The query's text ends with the prompt, without a space.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from mammut.data.images import BadImage
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A question about an example of a set, or the request for its caption."""
+    """A question about an example, or the request for its caption."""
 
     index: int  # of the example in its set
     key: str  # of the example
@@ -60,7 +60,7 @@ class FewShot:
         self.shots = shots
         self.seed = seed
         self.instruction = instruction
-        # All that could be drawn: the index of an example and the number of its question.
+        # All candidates: the index of an example and the number of its question.
         self._items: list[tuple[int, int]] = []
         self._keys: list[str] = []  # of the examples of `_items`
         self._of_type: dict[str | None, list[int]] = {}  # positions in `_items` by question type
@@ -99,12 +99,12 @@ class FewShot:
     def pieces(
         self, query: Query, image: Any, prompt: str, read: Callable[[Any], Any]
     ) -> list[Any]:
-        """The prompt of a query, as a list of texts and images.
+        """Makes the prompt of a query: a list of texts and images.
 
         Args:
           image: the query's image, as it is to appear in the prompt.
           prompt: the text of an example up to its answer, {} in place of the question.
-          read: makes the images of the prompt from those of the examples.
+          read: makes the images of the prompt from the images of the examples.
 
         Raises:
           ValueError: there are too few examples that are not about the query's image.
@@ -115,7 +115,7 @@ class FewShot:
     def _drawn(
         self, query: Query, prompt: str, read: Callable[[Any], Any]
     ) -> list[tuple[Any, str]]:
-        """The image and text of each example."""
+        """Draws the image and text of each example."""
         rng = np.random.default_rng([self.seed, query.index, query.number])
         drawn = []
         candidates = self._candidates(rng, query)
@@ -143,7 +143,9 @@ class FewShot:
         return drawn
 
     def _candidates(self, rng: np.random.Generator, query: Query) -> Iterator[int]:
-        """Positions in `_items`, in random order, without those about the query's image.
+        """Yields positions in `_items` in random order.
+
+        Items about the query's image are left out.
 
         Those of the query's question type come first.
         """
@@ -159,7 +161,9 @@ class FewShot:
 
 
 def answer_part(text: str, prompt: str, instruction: str = "") -> str:
-    """The part of a generated text that is the answer: up to a line break or the next example.
+    """Cuts a generated text after its answer.
+
+    The answer ends at a line break or at the next example.
 
     The next example begins with the instruction, or with the beginning of `prompt`. A beginning
     such as "Q:" or "A picture of" ends the answer where it stands as words of its own. A beginning
@@ -173,12 +177,15 @@ def answer_part(text: str, prompt: str, instruction: str = "") -> str:
 
 
 def _written_answers(question: Question) -> list[str]:
-    """The answers that are not blank."""
+    """Lists the answers that are not blank."""
     return [answer.strip() for answer in question.answers if answer.strip()]
 
 
 def _shuffled(rng: np.random.Generator, count: int) -> Iterator[int]:
-    """0 to `count` - 1 in random order, drawn one by one as they are needed (Fisher-Yates)."""
+    """Yields 0 to `count` - 1 in random order (Fisher-Yates).
+
+    The numbers are drawn one by one as they are needed.
+    """
     moved: dict[int, int] = {}
     for i in range(count):
         j = int(rng.integers(i, count))

@@ -1,4 +1,4 @@
-"""Captions and answers of a whole set: how they are generated and how they score."""
+"""Captions and answers of a whole set, and their scores."""
 
 import collections
 import dataclasses
@@ -224,7 +224,10 @@ def score_answers(predictions: Predictions) -> Scores:
 
 
 def _scores_by_type(scores: VqaScores) -> dict[str, dict[str, Any]]:
-    """The scores of each answer type and question type, without those that are missing."""
+    """Returns the scores of each answer type and question type.
+
+    Scores that are missing are left out.
+    """
     metrics = {}
     for by in ("by_answer_type", "by_question_type"):
         for name, of_type in getattr(scores, by).items():
@@ -245,7 +248,9 @@ def _generated(
     config: GenerateConfig,
     width: int,
 ) -> Iterator[dict[str, Any]]:
-    """The text after each image and its prompt's ids, with its log-probability.
+    """Generates the text after each image and its prompt's ids.
+
+    Each comes with its log-probability.
 
     Prompts are padded to `width` tokens, the start token included.
     """
@@ -274,9 +279,9 @@ def _generated_few_shot(
     few_shot: FewShot,
     prompt: str,
 ) -> Iterator[dict[str, Any]]:
-    """The text after each query and its examples.
+    """Generates the text after each query and its examples.
 
-    Its log-probability is that of all generated tokens, even those that were cut off. The examples
+    Its log-probability counts all generated tokens, even the ones that were cut off. The examples
     of the next batch are read while the model runs.
     """
     if prompt.endswith(" "):
@@ -324,7 +329,10 @@ def _generated_after_prompts(
     config: GenerateConfig,
     room: int,
 ) -> Iterator[GeneratedRow]:
-    """The texts after one batch of prompts, all padded to the size of the longest."""
+    """Generates the texts after one batch of prompts.
+
+    All prompts are padded to the size of the longest.
+    """
     processor = predictor.processor
     settings = {
         "config": config,
@@ -343,13 +351,16 @@ def _generated_after_prompts(
 
 
 def _changed_fields(config: GenerateConfig) -> dict[str, Any]:
-    """The fields of a GenerateConfig that differ from their defaults."""
+    """Lists the fields of a GenerateConfig that differ from their defaults."""
     defaults = GenerateConfig()
     return {name: value for name, value in vars(config).items() if value != getattr(defaults, name)}
 
 
 def _ahead(items: Iterable) -> Iterator:
-    """The same items; the next one is started before the last one is used."""
+    """Yields the items of an iterator, one step ahead.
+
+    The next item is started before the last one is used.
+    """
     started = collections.deque()
     for item in items:
         started.append(item)

@@ -14,12 +14,18 @@ from mammut.models.mammut import MaMMUT
 def image_tokens(
     predictor: Predictor, params: Any, image: UInt8[np.ndarray, "B height width 3"]
 ) -> Any:
-    """The image tokens [B, P, D] of a batch, left on the devices that computed them."""
+    """Computes the image tokens [B, P, D] of a batch.
+
+    They stay on the devices that computed them.
+    """
     return predictor.run_sharded(_image_tokens, params, image)
 
 
 def black_image_tokens(predictor: Predictor, params: Any) -> Any:
-    """The image tokens [B, P, D] of black images: the model's prior over texts."""
+    """Computes the image tokens [B, P, D] of black images.
+
+    They give the model's prior over texts.
+    """
     black = np.zeros((predictor.batch_size, *predictor.image_shape), np.uint8)
     return image_tokens(predictor, params, black)
 
@@ -32,10 +38,10 @@ def pair_logprobs(
     encoded: tuple[np.ndarray, np.ndarray],
     texts: np.ndarray,
 ) -> Float[np.ndarray, " N"]:
-    """log P(text | image) of N pairs, float[N].
+    """Computes log P(text | image) of N pairs, float[N].
 
     Args:
-      tokens_of_images: what `image_tokens` returned.
+      tokens_of_images: the result of `image_tokens`.
       rows: int[N], the row in `tokens_of_images` of each pair's image.
       encoded: tokens and text_valid of all texts.
       texts: int[N], the row in `encoded` of each pair's text.

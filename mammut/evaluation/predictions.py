@@ -1,4 +1,4 @@
-"""Predictions files: the output of a model for a set, one JSON object a line.
+"""Predictions files: a model's output for a set, as JSON lines.
 
 A file is scored without the model. Its first line describes the rest:
 
@@ -19,7 +19,7 @@ hold. In full they are (`index` is the example's position in the source, `key` i
 
 A record of caption or vqa whose prompt did not fit the model's context has too_long and the empty
 prediction. With examples shown first (`shots` in the settings), the prediction ends at a line break
-or the next example, and the logprob is that of all generated tokens.
+or the next example, and the logprob counts all generated tokens.
 """
 
 import dataclasses

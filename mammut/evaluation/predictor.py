@@ -1,7 +1,7 @@
-"""Asks a model about whole sets of examples, in batches of one shape on any mesh.
+"""Batch prediction over a set of examples, on any mesh.
 
-Each evaluation is a file of its own beside this one: functions that take a `Predictor` and give
-`Predictions`, ready to be written and scored.
+All batches have one shape. Each evaluation is a file of its own beside this one: functions that
+take a `Predictor` and return `Predictions`, ready to be written and scored.
 """
 
 import collections
@@ -104,8 +104,9 @@ class Predictor:
         The function is compiled when it is first needed.
 
         Args:
-          function: a pure function of a model and arrays with a leading batch axis. It is known
-            again by its identity: give a function of a module or a method, not a new lambda.
+          function: a pure function of a model and arrays with a leading batch axis. Its compiled
+            program is found by its identity: give a function of a module or a method, not a new
+            lambda.
           arrays: NumPy arrays, which are placed on the mesh, or results of `run_sharded`.
           static: settings that the program is compiled for; they must be hashable.
         """
@@ -113,13 +114,15 @@ class Predictor:
         return self._run(function, everywhere, params, arrays, static)
 
     def run_sharded(self, function: Callable, params: Any, *arrays: Any, **static: Any) -> Any:
-        """`run` with a result that stays on the devices where it is computed."""
+        """Computes like `run`, but leaves the result on its devices."""
         return self._run(function, None, params, arrays, static)
 
     def run_rows(
         self, function: Callable, params: Any, *arrays: np.ndarray, shared: tuple = ()
     ) -> np.ndarray:
-        """`function(model, *shared, *arrays)` over any number of rows, in batches of one shape.
+        """Computes `function(model, *shared, *arrays)` for any number of rows.
+
+        The rows run in batches of one shape.
 
         Args:
           arrays: arrays with the same number of rows, at least one.
@@ -170,7 +173,9 @@ class Predictor:
     def batches(
         self, source: Source, limit: int | None, left_out: collections.Counter
     ) -> Iterator[EvalBatch]:
-        """Batches over the first `limit` examples of a set, with a progress bar.
+        """Yields batches of the first `limit` examples of a set.
+
+        A progress bar is shown.
 
         Args:
           limit: None for all examples.
@@ -204,7 +209,10 @@ class Predictor:
     def examples(
         self, source: Source, limit: int | None, left_out: collections.Counter
     ) -> Iterator[tuple[int, np.ndarray, Example]]:
-        """The usable examples of a set: index in the set, image as the model sees it, example."""
+        """Yields the usable examples of a set.
+
+        Each comes as its index in the set, the image as the model sees it, and the example.
+        """
         for batch in self.batches(source, limit, left_out):
             rows = zip(batch.index.tolist(), batch.image, batch.examples, strict=True)
             for index, image, example in rows:
@@ -219,19 +227,26 @@ class Predictor:
         left_out: collections.Counter,
         settings: dict[str, Any],
     ) -> Predictions:
-        """The predictions of a set, with the settings that are the same for every evaluation."""
+        """Makes the `Predictions` of a set.
+
+        It adds the settings that every evaluation has.
+        """
         settings = settings | {"image_size": self.image_size, "blind": self.blind}
         return Predictions(task, records, source.spec, self._checkpoint, settings, dict(left_out))
 
 
 def require_slot(text: str, what: str) -> None:
-    """Raises ValueError if a prompt or template has no {}; `what` names it."""
+    """Checks that a prompt or template has a {}.
+
+    Raises:
+      ValueError: it has none; `what` names it in the error.
+    """
     if "{}" not in text:
         raise ValueError(f"the {what} is {text!r}, expected a text with {{}} in it")
 
 
 def require_new(name: str, seen: set[str], source: Source) -> None:
-    """Adds the key of an example, or the id of a question, to those seen so far.
+    """Adds an example's key, or a question's id, to those seen.
 
     Raises:
       ValueError: it was seen before. This ends an evaluation before the model runs any further.

@@ -1,7 +1,7 @@
-"""Retrieval of images by text and of texts by image, in a whole set.
+"""Retrieval of images by text, and of texts by image.
 
-Candidates are ranked by embedding. What only a model of two passes can do: the best of them are
-scored again by the likelihood of the text given the image.
+Candidates are ranked by embedding. A model with both passes can also score the best candidates
+again, by the likelihood of the text given the image.
 """
 
 import collections
@@ -32,13 +32,15 @@ def predict_rankings(
     rerank: int = 0,
     prior: float = 0.0,
 ) -> Predictions:
-    """Ranks all texts for every image, and all images for every text, by embedding.
+    """Ranks all texts for each image, and all images for each text.
+
+    They are ranked by embedding.
 
     Args:
       params: the model's parameters, on the predictor's mesh.
       limit: the number of examples, from the first on; None for all.
       rerank: the number of best candidates of each query that are scored again, by
-        log P(text | image) - prior * log P(text). log P(text) is that of a black image.
+        log P(text | image) - prior * log P(text). log P(text) is computed with a black image.
       prior: the share of log P(text) that is subtracted. A short or frequent text is likely for any
         image, which spoils the order of texts at prior 0; the order of images for one text is the
         same at any prior (arXiv 2306.01879).
@@ -80,7 +82,7 @@ def predict_rankings(
     if rerank:
 
         def pair_scores(pairs: np.ndarray) -> np.ndarray:
-            """The new scores of sorted pairs."""
+            """Computes the new scores of sorted pairs."""
             indices = captions.indices
             return _pair_scores(predictor, params, source, limit, indices, encoded, pairs, prior)
 
@@ -98,7 +100,10 @@ def predict_rankings(
 
 @dataclasses.dataclass
 class _Captions:
-    """The images of a set and their texts; both are numbered from 0, without gaps."""
+    """The images of a set and their texts.
+
+    Both are numbered from 0, without gaps.
+    """
 
     indices: list[int] = dataclasses.field(default_factory=list)  # of each image in the set
     keys: list[str] = dataclasses.field(default_factory=list)  # of each image
@@ -106,7 +111,7 @@ class _Captions:
     image_of_text: list[int] = dataclasses.field(default_factory=list)
 
     def texts_of_images(self) -> list[np.ndarray]:
-        """The numbers of each image's texts, which lie side by side."""
+        """Lists the numbers of each image's texts, which lie side by side."""
         counts = np.bincount(self.image_of_text, minlength=len(self.keys))
         return np.split(np.arange(len(self.texts)), np.cumsum(counts)[:-1])
 
@@ -118,7 +123,11 @@ def _embed_images(
     limit: int | None,
     left_out: collections.Counter,
 ) -> tuple[_Captions, Float[np.ndarray, "I E"]]:
-    """The images of a set with their texts, and their embeddings float[I, E]."""
+    """Embeds the images of a set, and collects their texts.
+
+    Returns:
+      The images with their texts, and the embeddings float[I, E].
+    """
     captions = _Captions()
     seen = set()
     embeds = []
@@ -140,7 +149,9 @@ def _score_both_ways(
     images_of: Int[np.ndarray, "T m"],
     pair_scores: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[Float[np.ndarray, "I n"], Float[np.ndarray, "T m"]]:
-    """Scores the candidates of images and of texts; a pair that stands in both is scored once.
+    """Scores the candidates of images and of texts.
+
+    A pair that is a candidate both ways is scored once.
 
     Args:
       texts_of: the candidate texts of each image.
@@ -168,7 +179,9 @@ def _pair_scores(
     pairs: Int[np.ndarray, " N"],
     prior: float,
 ) -> Float[np.ndarray, " N"]:
-    """log P(text | image) - prior * log P(text) of pairs, float[N]. The images are read again.
+    """Computes log P(text | image) - prior * log P(text) of pairs.
+
+    The result is float[N]. The images are read again.
 
     Args:
       indices: the index in the set of each image.
@@ -183,7 +196,7 @@ def _pair_scores(
         rows = np.flatnonzero(batch.example_valid)
         if not len(rows):
             continue
-        # Pairs are sorted by image, so that those of a batch of images lie side by side.
+        # Pairs are sorted by image, so that the pairs of a batch of images lie side by side.
         first = image_of_index[int(batch.index[rows[0]])]
         own = slice(*np.searchsorted(images, [first, first + len(rows)]))
         of_batch = image_tokens(predictor, params, batch.image)
@@ -199,7 +212,10 @@ def _pair_scores(
 
 
 def _add_reranked(records: list[dict[str, Any]], scores: Float[np.ndarray, "Q n"]) -> None:
-    """Adds to each record its n best candidates in the order of their new scores."""
+    """Adds to each record its n best candidates, scored again.
+
+    They come in the order of their new scores.
+    """
     for record, own in zip(records, scores, strict=True):
         # Candidates of equal score stay in the order of their embeddings.
         order = np.argsort(-own, kind="stable")
@@ -209,7 +225,10 @@ def _add_reranked(records: list[dict[str, Any]], scores: Float[np.ndarray, "Q n"
 
 
 def score_rankings(predictions: Predictions) -> Scores:
-    """Recall at 1, 5 and 10 both ways and their mean, and the same of the reranked candidates."""
+    """Computes recall at 1, 5 and 10 both ways.
+
+    It adds their mean, and the same scores of the reranked candidates.
+    """
     settings = predictions.settings
     metrics = {}
     for lists, suffix in (("ranked", ""), ("reranked", "_reranked")):
@@ -228,7 +247,10 @@ def score_rankings(predictions: Predictions) -> Scores:
 
 
 def _whole_ranking(record: dict[str, Any], lists: str) -> list[int]:
-    """A ranking of a query; candidates that were not ranked again stay behind, by embedding."""
+    """Returns the whole ranking of a query.
+
+    Candidates that were not ranked again come after the others, by embedding.
+    """
     first = record[lists]
     known = set(first)
     return first + [candidate for candidate in record["ranked"] if candidate not in known]

@@ -15,12 +15,15 @@ class Scores:
     """The metrics of one predictions file; shares are 0 to 1."""
 
     metrics: dict[str, Any]  # numbers, or dicts of numbers: by answer type, by class
-    notes: list[str]  # how they were made, and what was left out
-    items: dict[str, int]  # what was scored: {"images": 1000, "texts": 5000}
+    notes: list[str]  # how the metrics were computed, and which of them were left out
+    items: dict[str, int]  # the numbers of items that were scored: {"images": 1000, "texts": 5000}
 
 
 def save_scores(path: str | os.PathLike, predictions: Predictions, scores: Scores) -> None:
-    """Writes scores as JSON, with what is known about their predictions; whole or not at all."""
+    """Writes scores as JSON, whole or not at all.
+
+    The file also describes the predictions that were scored.
+    """
     path = pathlib.Path(path)
     names = ("task", "data", "checkpoint", "settings", "left_out")
     values = {name: getattr(predictions, name) for name in names}

@@ -1,7 +1,7 @@
 """Scores predictions files, without a model.
 
-`EVALUATIONS` is the table of what can be evaluated. A new evaluation is a file beside this one, a
-row of the table and a program in `eval/`.
+`EVALUATIONS` is the table of all evaluations. A new evaluation is a file beside this one, a row of
+the table and a program in `eval/`.
 """
 
 import dataclasses
@@ -20,20 +20,24 @@ from mammut.evaluation.scores import Scores
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One row of the table: what an evaluation needs, what its records hold, how they score."""
+    """A row of the table of evaluations.
 
-    # scores predictions
+    It has the field that an evaluation needs, the values of its records, and the function that
+    scores them.
+    """
+
+    # function that scores predictions
     score: Callable[..., Scores]
-    # what an example of the set must have, for `mammut.data.sources.open_source`
+    # field that an example of the set must have, for `mammut.data.sources.open_source`
     field: Field
-    # what every record must have, and of which type
+    # values that every record must have, and their types
     record: Mapping[str, type]
-    # the values that tell a record from all others
+    # values that identify a record
     identity: tuple[str, ...]
     uses_java: bool = False  # True: `score` also takes `java`
 
 
-# By `Predictions.task`.
+# The evaluations by `Predictions.task`.
 EVALUATIONS = {
     "retrieval": Evaluation(
         score_rankings,

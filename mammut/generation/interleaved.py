@@ -1,12 +1,14 @@
-"""Prompts of images and texts in any order, for models with an image prefix.
+"""Prompts of images and texts in any order.
 
-As in MAGMA (arXiv 2112.05253, section 3): an image becomes the embeddings that the decoder takes of
-it, a text becomes the embeddings of its ids. All of them in order, with no start or end token
-between them, are the prefix of the generated text.
+They are for models with an image prefix.
+
+As in MAGMA (arXiv 2112.05253, section 3), an image becomes embeddings that the decoder reads, and a
+text becomes the embeddings of its ids. All of them in order, with no start or end token between
+them, are the prefix of the generated text.
 
 The prompts of a batch may differ in length and in their number of images: shorter prompts have pads
-in front. Nothing attends to a pad and it counts as no position, so that a prompt's text does not
-depend on the other prompts.
+in front. Nothing attends to a pad, and a pad does not count as a position, so that a prompt's text
+does not depend on the other prompts.
 """
 
 import dataclasses
@@ -27,7 +29,7 @@ from mammut.generation.search import GenerateConfig, Generation
 from mammut.generation.text import Text, generate_after, require_same_vocabulary, text_of
 from mammut.models.mammut import MaMMUT, ModelConfig
 
-# Columns of the prompt in what is generated: the start token. The prompt itself is the prefix.
+# Columns of the prompt in the generated tokens: the start token. The prompt itself is the prefix.
 START_LENGTH = 1
 
 
@@ -80,7 +82,7 @@ def encode_prompt(pieces: Sequence[Any], processor: Processor, image_tokens: int
 
 
 def prompt_room(config: ModelConfig, max_new_tokens: int | None) -> int:
-    """The most positions that a prompt may have.
+    """Returns the largest number of positions of a prompt.
 
     Raises:
       ValueError: the model has no image prefix, or the new tokens leave no room for a prompt.
@@ -104,7 +106,7 @@ def require_room(images: int, length: int, room: int, config: ModelConfig) -> No
 
     Args:
       images: the number of its images.
-      length: its positions, those of its images included.
+      length: the number of its positions, including the positions of its images.
 
     Raises:
       ValueError: it does not fit. The message is the rest of a sentence that begins with the
@@ -124,7 +126,10 @@ def require_room(images: int, length: int, room: int, config: ModelConfig) -> No
 
 
 def padded_size(n: int) -> int:
-    """The size that n is padded to: one of few, four between a power of two and the next."""
+    """Returns the size that n is padded to.
+
+    There are few sizes: four between one power of two and the next.
+    """
     if not n:
         return 0
     step = max(1, (1 << (n - 1).bit_length()) // 8)
@@ -139,7 +144,9 @@ def prompt_batch(
     Int32[np.ndarray, "B P"],
     Bool[np.ndarray, "B P"],
 ]:
-    """A batch of prompts as `generate_interleaved` takes it: image, tokens, image_row, valid.
+    """Makes a batch of prompts for `generate_interleaved`.
+
+    It is image, tokens, image_row, valid.
 
     P is `size`; pads stand in front. M is the largest number of images in a prompt, padded to one
     of few sizes; images that a prompt does not have are black.
@@ -163,7 +170,7 @@ def interleave(
     tokens: Int[Array, "B P"],
     image_row: Int[Array, "B P"],
 ) -> Float[Array, "B P D"]:
-    """The embeddings of prompts, float[B, P, D].
+    """Computes the embeddings of prompts, float[B, P, D].
 
     Args:
       image: the M images of each prompt.
@@ -289,7 +296,10 @@ def generate_prompts(
 def _encode_all(
     prompts: Sequence[Sequence[Any]], config: ModelConfig, processor: Processor, room: int
 ) -> list[EncodedPrompt]:
-    """Encodes prompts; an error names the prompt by its position in the list."""
+    """Encodes prompts.
+
+    An error names the prompt by its position in the list.
+    """
     encoded = []
     for number, pieces in enumerate(prompts):
         try:

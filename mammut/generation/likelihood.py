@@ -15,7 +15,10 @@ def text_logprob(
     tokens: Int[Array, "R L"],
     text_valid: Bool[Array, "R L"],
 ) -> Float[jax.Array, " R"]:
-    """log P(text | image) of R texts, float[R]; text r is about the image at row `rows[r]`."""
+    """Computes log P(text | image) of R texts, float[R].
+
+    Text r is about the image at row `rows[r]`.
+    """
     features = model.decoder.caption_pass(tokens, text_valid, image_tokens[rows])
     targets, loss_mask = model.caption_labels(tokens, text_valid)
     head = {"vocab_kernel": model.text.vocab_kernel, "vocab_bias": model.text.vocab_bias}

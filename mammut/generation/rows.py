@@ -1,6 +1,7 @@
-"""Prompts in, texts out, in batches of one shape: pad, run, cut and decode.
+"""Texts generated from prompts, in batches of one shape.
 
-The one loop behind `generate_text`, `generate_prompts` and the evaluations of captions and answers.
+Prompts are padded and run; the results are cut and decoded. This is the one loop behind
+`generate_text`, `generate_prompts` and the evaluations of captions and answers.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ class Row:
     """One prompt of a batch."""
 
     prompt: Any
-    length: int  # columns of the prompt in what is generated; the text begins after them
+    length: int  # columns of the prompt in the generated tokens; the text begins after them
     number: int = 0  # position in the caller's list; the random key of a sample depends on it
 
 
@@ -42,12 +43,13 @@ def generate_rows(
     *,
     batch_size: int,
 ) -> Iterator[GeneratedRow]:
-    """The best text of each row, in order; `run` is always given `batch_size` rows.
+    """Generates the best text of each row, in order.
 
-    Rows are taken from the iterable one batch at a time.
+    `run` always gets `batch_size` rows. Rows are taken from the iterable one batch at a time.
     """
     for batch in batched(rows, batch_size):
-        # Copies of the last row fill the batch up: they end when it does and cost no further step.
+        # Copies of the last row fill the batch up: they end when that row ends and cost no further
+        # step.
         padding = batch[-1:] * (batch_size - len(batch))
         out = jax.device_get(run(batch + padding))
 
@@ -64,7 +66,10 @@ def generate_rows(
 
 
 def row_keys(rows: list[Row], config: GenerateConfig, seed: int) -> Key[Array, " B"] | None:
-    """A random key for each row, from `seed` and its number; None if nothing is drawn."""
+    """Makes a random key for each row.
+
+    A key depends on `seed` and the number of the row. The result is None if nothing is drawn.
+    """
     if config.temperature == 0:
         return None
     numbers = np.array([row.number for row in rows])
@@ -72,7 +77,7 @@ def row_keys(rows: list[Row], config: GenerateConfig, seed: int) -> Key[Array, "
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items in order; the last list may be shorter."""
+    """Yields lists of `size` items; the last list may be shorter."""
     batch = []
     for item in items:
         batch.append(item)

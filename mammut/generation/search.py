@@ -4,8 +4,8 @@ Each is one jitted loop of static shapes, which stops when every row has ended. 
 the next token through a `Decoding`: from a cache as in `mammut.generation.text`, or in any other
 way.
 
-Log-probabilities are natural logarithms and those of the model (log-softmax of its logits),
-whatever temperature, filters or penalties chose the tokens.
+Log-probabilities are natural logarithms. They are the model's own (log-softmax of its logits), even
+if temperature, filters or penalties chose the tokens.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class GenerateConfig:
     """How tokens are chosen; by default greedily.
 
     Raises:
-      ValueError: a value is out of range, or would do nothing beside the others.
+      ValueError: a value is out of range, or has no effect with the other values.
 
     Example:
       >>> beam_search = mammut.GenerateConfig(num_beams=4, max_new_tokens=20)
@@ -70,7 +70,7 @@ class GenerateConfig:
         self._require(0 <= self.min_p <= 1, "min_p", "0 <= p <= 1")
         self._require(self.repetition_penalty > 0, "repetition_penalty", "a positive number")
 
-        # A setting that would do nothing is a misunderstanding.
+        # A setting without an effect is a misunderstanding.
         undiversified = self.diversity_penalty == 0 or self.num_groups > 1
         self._require(undiversified, "diversity_penalty", "0 with one group of beams")
         self._require(not (sampling and searching), "temperature", "0 with num_beams above 1")
@@ -87,7 +87,7 @@ class GenerateConfig:
 
 @struct.dataclass
 class Generation:
-    """What was generated: n texts an image, best first (n = num_beams).
+    """Generated texts: n for each image, best first (n = num_beams).
 
     A score of minus infinity means that there is no such text: there are fewer texts than beams, or
     the model's logits were not numbers, as after training diverged.
@@ -138,7 +138,7 @@ def search(
 
 
 def _num_tokens(text, lengths, limit, eos_id) -> Int[Array, "B n"]:
-    """The number of generated tokens in texts [B, n, L].
+    """Counts the generated tokens in texts [B, n, L].
 
     They go up to the end token after the prompt, or to the limit.
     """
@@ -149,7 +149,7 @@ def _num_tokens(text, lengths, limit, eos_id) -> Int[Array, "B n"]:
 
 
 def _sample(decoding: Decoding, tokens, lengths, limit, config, eos_id, keys) -> Generation:
-    """Greedy decoding or sampling."""
+    """Searches greedily or by sampling."""
     start = lengths.min()
 
     def running(carry):
@@ -184,7 +184,7 @@ def _sample(decoding: Decoding, tokens, lengths, limit, config, eos_id, keys) ->
 
 
 def _choose(logits, tokens, position, config, keys) -> Int[Array, "R"]:
-    """The next token of each row."""
+    """Chooses the next token of each row."""
     if config.repetition_penalty != 1:
         rows, vocab = logits.shape
         # Columns from `position` on hold no token yet: the id `vocab` drops them.
@@ -207,7 +207,9 @@ def _choose(logits, tokens, position, config, keys) -> Int[Array, "R"]:
 def filter_logits(
     logits: Float[Array, "R V"], *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Float[Array, "R V"]:
-    """Sets the logits float[R, V] of tokens not to be sampled to minus infinity.
+    """Masks the logits of tokens that may not be sampled.
+
+    The logits float[R, V] of these tokens become minus infinity.
 
     The likeliest token always stays. `top_p` keeps the smallest set of likeliest tokens whose
     probabilities reach p: a token stays if those likelier than it do not reach p yet.
@@ -237,7 +239,7 @@ class _Beams(NamedTuple):
     logprobs: jax.Array  # float[B, n, L]
 
     def pick(self, positions) -> "_Beams":
-        """The beams at positions int[B, m], in that order."""
+        """Returns the beams at positions int[B, m], in that order."""
 
         def picked(x):
             index = positions.reshape(*positions.shape, *(1,) * (x.ndim - 2))
@@ -247,7 +249,9 @@ class _Beams(NamedTuple):
 
 
 def _beam_search(decoding: Decoding, tokens, lengths, limit, config, eos_id) -> Generation:
-    """Beam search; with several groups of beams, each group avoids the choices of those before it.
+    """Searches with beams, in one group or in several.
+
+    Each group avoids the choices of the groups before it.
 
     A beam that ends competes by its score with the beams that ended before it. The search of an
     image stops when none of its running beams can beat the worst of those. Rows are images x beams.
@@ -366,7 +370,13 @@ class _BeamRules:
         return running, finished, beam, chosen + choices.sum(1)
 
     def is_done(self, position, running, finished) -> jax.Array:
-        """Whether no running beam of an image can beat its finished ones: bool[B]."""
+        """Tells for each image whether its search is done.
+
+        It is done when no running beam can beat the finished ones.
+
+        Returns:
+          bool[B].
+        """
         # A running beam can only lose log-probability. Its best score is at the length that
         # divides it by the most.
         end = position + 1
@@ -376,6 +386,9 @@ class _BeamRules:
         return (position >= self.lengths) & (hope.max(1) <= finished.score.min(1))
 
     def _normalised(self, score, end):
-        """Scores [B, ...] of texts that end before `end`, int[] or int[B]."""
+        """Normalises scores [B, ...] of texts that end before `end`.
+
+        `end` is int[] or int[B].
+        """
         num_tokens = jnp.maximum(end - self.lengths, 1).reshape(-1, *(1,) * (score.ndim - 1))
         return score / num_tokens**self.config.length_penalty

@@ -1,8 +1,8 @@
 """Text from images, by a search over the cached caption pass.
 
 The image is encoded once. Its keys and values are computed once and shared by its beams. All
-columns of the prompts but the last run in one pass; from there on all rows advance one position at
-a time, and a row with a longer prompt is fed its own prompt until that ends.
+columns of the prompts but the last run in one pass. From there on all rows advance one position at
+a time, and a row with a longer prompt reads its own prompt until the prompt ends.
 """
 
 import dataclasses
@@ -35,7 +35,9 @@ def generate(
     vocab_size: int | None = None,
     keys: Key[Array, "B"] | None = None,
 ) -> Generation:
-    """Continues prompts, given their images. A pure function, for `jax.jit`, on any mesh.
+    """Continues prompts, given their images.
+
+    It is a pure function, for `jax.jit`, on any mesh.
 
     The length L of the result is `ModelConfig.text_length`, or Q + `config.max_new_tokens` if that
     is smaller.
@@ -79,7 +81,10 @@ def generate_after(
     vocab_size: int | None = None,
     keys: Key[Array, "B"] | None = None,
 ) -> Generation:
-    """`generate` from image tokens float[B, P, D], or from any prefix of a model that has one.
+    """Continues prompts as `generate` does, from encoded images or a prefix.
+
+    The image tokens are float[B, P, D]. A model with an image prefix takes any prefix in place of
+    them.
 
     A prefix may hold several images and texts between them (`mammut.generation.interleaved`), with
     pads in front where `prefix_valid` is False. The length L of the result is what
@@ -111,7 +116,7 @@ def generate_after(
     length = min(longest, width + (config.max_new_tokens or longest))
     tokens = jnp.full((rows, length), eos_id, jnp.int32)
     tokens = tokens.at[:, :width].set(jnp.where(prompt_valid, prompt, eos_id))
-    # The loop starts with a prompt's last token, at the latest: what precedes the last column is
+    # The loop starts with a prompt's last token, at the latest: the columns before the last one are
     # enough.
     decoder = model.decoder
     _, cache = prefill(decoder, prompt[:, :-1], image_tokens, length, prefix_valid)
@@ -125,7 +130,10 @@ def generate_after(
 
 
 def _take_beams(images: int, cache: DecodeCache, beam: Int[Array, "B n"]) -> DecodeCache:
-    """The cache of beams [B, n] of each of B images. The image's keys and values have no beams."""
+    """Picks the beams [B, n] of each image in a cache.
+
+    The image's keys and values are shared by all beams and stay as they are.
+    """
     # Image by image, so that no row leaves its device on a mesh.
     take = jax.vmap(lambda rows, beam: rows[:, :, beam], in_axes=(2, 0), out_axes=2)
 
@@ -225,7 +233,9 @@ def generate_text(
 def image_prompt_batch(
     rows: Sequence[Row], width: int, pad_id: int
 ) -> tuple[UInt8[Array, "B height width 3"], Int32[Array, "B Q"], Bool[Array, "B Q"]]:
-    """The arguments of `generate` for rows of (image, prompt ids): image, prompt, prompt_valid.
+    """Makes the arguments of `generate` from images and prompt ids.
+
+    They are image, prompt and prompt_valid.
 
     Args:
       rows: each prompt is an image uint8[height, width, 3] and a list of ids, the start first.
@@ -239,7 +249,9 @@ def image_prompt_batch(
 
 
 def with_text_limit(config: GenerateConfig, processor: Processor) -> GenerateConfig:
-    """The config with a limit of new tokens: by default the length of the processor's texts.
+    """Sets the limit of new tokens where the config has none.
+
+    It is then the length of the processor's texts.
 
     The context of a language model may be a hundred times as long as the texts it is used for.
     """
@@ -248,7 +260,7 @@ def with_text_limit(config: GenerateConfig, processor: Processor) -> GenerateCon
 
 
 def text_of(row: GeneratedRow, name: str) -> Text:
-    """The text of a row, without the spaces around it.
+    """Returns the text of a row, without the spaces around it.
 
     Raises:
       ValueError: the model's logits were not numbers; the message calls the row `name`.
@@ -265,7 +277,7 @@ def text_of(row: GeneratedRow, name: str) -> Text:
 def _prompt_ids(
     model: MaMMUT, processor: Processor, images: Sequence[Any] | np.ndarray, prompts: Any
 ) -> list[list[int]]:
-    """The ids of each image's prompt, the start token first."""
+    """Encodes each image's prompt, with the start token first."""
     text_length = model.config.text_length
     require_same_vocabulary(model, processor)
     if prompts is None:
@@ -287,7 +299,11 @@ def _prompt_ids(
 
 
 def require_same_vocabulary(model: MaMMUT, processor: Processor) -> None:
-    """Raises ValueError if the processor has ids that the model does not have."""
+    """Checks that the model has all ids of the processor.
+
+    Raises:
+      ValueError: the processor has ids that the model does not have.
+    """
     vocab_size = model.config.text.vocab_size
     if processor.vocab_size > vocab_size:
         raise ValueError(
@@ -297,7 +313,7 @@ def require_same_vocabulary(model: MaMMUT, processor: Processor) -> None:
 
 
 def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
+    """Returns the smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 

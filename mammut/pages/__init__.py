@@ -1,1 +1,1 @@
-"""What a browser shows: the report of a run; the demo, when it comes."""
+"""Pages for a browser: the report of a run."""

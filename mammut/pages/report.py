@@ -1,4 +1,6 @@
-"""One HTML page of a run or of a predictions file: scores, curves, pictures and predictions.
+"""The report: one HTML page of a run or a predictions file.
+
+It shows scores, curves, pictures and predictions.
 
 The page is a single file that loads nothing: its pictures are inside it, it has no script, and its
 content security policy forbids both. Texts from outside are escaped. Where a picture or the model
@@ -39,7 +41,7 @@ _REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 def write_report(
     target: str | os.PathLike, out: str | os.PathLike | None = None, *, items: int = 12
 ) -> pathlib.Path:
-    """Writes the page of a run or of a predictions file, and returns its path.
+    """Writes the report and returns its path.
 
     The page of a run shows its curves and every `RUN/eval/NAME.predictions.jsonl`, with the scores
     in `NAME.json` beside it. Its pictures take at most 2.2 MB; those beyond are left out, and the
@@ -75,7 +77,7 @@ def write_report(
 
 
 def _of_run(run: pathlib.Path, items: int) -> dict[str, Any]:
-    """What the page of a run shows."""
+    """Makes the values for the page of a run."""
     config, overrides = read_run(run)
     notices = []
     files = {}
@@ -101,7 +103,7 @@ def _of_run(run: pathlib.Path, items: int) -> dict[str, Any]:
 
 
 def _of_predictions(path: pathlib.Path, items: int) -> dict[str, Any]:
-    """What the page of a predictions file alone shows."""
+    """Makes the values for the page of a single predictions file."""
     predictions = load_predictions(path)
     facts = {}
     notices = []
@@ -122,7 +124,10 @@ def _page(
     items: int,
     run: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """The values of the template; `others` are score files without predictions."""
+    """Makes the values of the template.
+
+    `others` are score files without predictions.
+    """
     album = Album()
     tasks = list(EVALUATIONS)
     order = sorted(files, key=lambda path: (tasks.index(files[path].task), path))
@@ -147,7 +152,7 @@ def _page(
 def _section(
     path: pathlib.Path, predictions: Predictions, album: Album, items: int, run: pathlib.Path | None
 ) -> dict[str, Any]:
-    """The part of the page that shows one predictions file."""
+    """Makes the part of the page for one predictions file."""
     folder = pathlib.Path(predictions.checkpoint)
     if run is not None and not folder.is_dir():  # the run was moved, and its predictions with it
         folder = run
@@ -174,7 +179,7 @@ def _section(
 
 
 def _model_facts(config: ModelConfig) -> dict[str, str]:
-    """The model in a few lines."""
+    """Describes the model in a few lines."""
     vision = config.vision
     text = config.text
     if config.num_prefix_tokens:
@@ -200,7 +205,7 @@ def _captions(records: list[dict[str, Any]], pictures: Pictures, items: int) -> 
 
 
 def _questions(records: list[dict[str, Any]], pictures: Pictures, items: int) -> dict[str, Any]:
-    """A prediction is right where it equals an answer.
+    """Shows questions; a prediction is right where it equals an answer.
 
     A question whose answers are kept back is neither right nor wrong.
     """
@@ -248,7 +253,10 @@ def _classes(records: list[dict[str, Any]], pictures: Pictures, items: int) -> d
 
 
 def _retrieval(records: list[dict[str, Any]], pictures: Pictures, items: int) -> dict[str, Any]:
-    """Queries both ways; a hit has a right result among the first shown."""
+    """Shows queries both ways.
+
+    A query is a hit if one of the first results shown is right.
+    """
     by_id = {
         kind: {r["id"]: r for r in records if r["query"] == kind} for kind in ("text", "image")
     }
@@ -280,7 +288,10 @@ def _retrieval(records: list[dict[str, Any]], pictures: Pictures, items: int) ->
 def _retrieval_lines(
     query: dict[str, Any], other: str, results: dict[Any, dict[str, Any]], pictures: Pictures
 ) -> list[dict[str, Any]]:
-    """The rankings of a query: by embedding and, where it was made, by likelihood."""
+    """Lists the rankings of a query.
+
+    The first is by embedding; the second, where it was made, is by likelihood.
+    """
     relevant = query["relevant"]
 
     def line(title: str, ranked: list, scores: list | None) -> dict[str, Any]:
@@ -289,7 +300,7 @@ def _retrieval_lines(
             entry | _retrieval_item(other, entry["name"], results, pictures)
             for entry in _ranking(ranked, scores, relevant)
         ]
-        # Shown beside the first results: the right one that is not among them.
+        # The right result is shown beside the first results where it is not among them.
         missed = []
         if rank is None:
             missed = relevant[:1]
@@ -307,14 +318,17 @@ def _retrieval_lines(
 def _retrieval_item(
     kind: str, name: Any, records: dict[Any, dict[str, Any]], pictures: Pictures
 ) -> dict[str, Any]:
-    """The text or image of an id. One that was no query is known by its number alone."""
+    """Finds the text or image of an id.
+
+    For an id that was no query only the number is known.
+    """
     record = records.get(name, {})
     if kind == "text":
         return {"text": record.get("text", f"text {name}")}
     return {"key": record.get("key", f"image {name}"), "picture": pictures.thumbnail(record)}
 
 
-# How the records of an evaluation are shown: the title of their section, and what fills it.
+# For each evaluation: the title of its section, and the function that makes the section.
 _SHOWN = {
     "retrieval": ("Retrieval", _retrieval),
     "caption": ("Captions", _captions),
@@ -324,14 +338,20 @@ _SHOWN = {
 
 
 def _rank(ranked: Sequence[Any], relevant: Sequence[Any]) -> int | None:
-    """The rank of the first right result, from 1; None where there is none."""
+    """Finds the rank of the first right result, from 1.
+
+    It is None where there is none.
+    """
     return next((rank for rank, name in enumerate(ranked, 1) if name in relevant), None)
 
 
 def _ranking(
     ranked: Sequence[Any], scores: Sequence[float] | None, relevant: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    """The first results of a ranking: `name`, `score` (None where there is none), `hit`."""
+    """Lists the first results of a ranking.
+
+    Each has `name`, `score` (None where there is none) and `hit`.
+    """
     scores = [*(scores or []), *[None] * _TOP]
     return [
         {"name": name, "score": score, "hit": name in relevant}
@@ -340,9 +360,10 @@ def _ranking(
 
 
 def _mix(hits: Sequence[bool | None], items: int) -> list[int]:
-    """Draws rows at random, with seed 0: half hits and half misses where there are enough.
+    """Draws rows at random, half hits and half misses.
 
-    They keep the order of the file.
+    The seed is 0. Where there are too few of one kind, more of the other kind are drawn. Rows keep
+    the order of the file.
     """
     order = np.random.default_rng(0).permutation(len(hits)).tolist()
     good = [row for row in order if hits[row]]
@@ -372,7 +393,7 @@ def _render(page: dict[str, Any]) -> str:
 
 
 def _visible(value: Any) -> Any:
-    """Replaces what a page cannot show by U+FFFD.
+    """Replaces characters that a page cannot show by U+FFFD.
 
     These are control characters, lone surrogates and marks that reorder text.
     """
@@ -397,7 +418,7 @@ def _clip(value: Any) -> str:
 
 
 def _name(path: pathlib.Path) -> str:
-    """The name of a predictions file without its endings."""
+    """Returns the name of a predictions file without its endings."""
     return path.name.removesuffix(_SUFFIX).removesuffix(".jsonl")
 
 

@@ -1,4 +1,7 @@
-"""The pictures of a report as data URIs: examples of a source, maps of attention, curves."""
+"""The pictures of a report, as data URIs.
+
+They are examples of a source, maps of attention, and curves.
+"""
 
 import base64
 import contextlib
@@ -34,7 +37,9 @@ _COLOURS = ("#2f81d6", "#d9730d", "#2c9a61", "#a05cc9", "#c23b53", "#8a7b1f")
 
 
 def folder_config(folder: pathlib.Path) -> TrainConfig | ModelConfig:
-    """Reads the config of a run, or of a model where the folder holds no run.
+    """Reads the config of a run, or of a model.
+
+    The model's config is read where the folder holds no run.
 
     Raises:
       ValueError: there is neither, or it cannot be read.
@@ -49,7 +54,10 @@ def folder_config(folder: pathlib.Path) -> TrainConfig | ModelConfig:
 
 
 class Album:
-    """The pictures of a page, which share its budget of characters, and the loaded models."""
+    """The pictures of a page, and the models that it loaded.
+
+    All pictures share the page's budget of characters.
+    """
 
     def __init__(self):
         self._left = _BUDGET
@@ -57,7 +65,10 @@ class Album:
         self.load = functools.cache(model_folder.load)
 
     def uri(self, pixels: UInt8[np.ndarray, "height width 3"]) -> str | None:
-        """The picture as a JPEG data URI; None where the page is full, which `left_out` counts."""
+        """Encodes a picture as a JPEG data URI.
+
+        Returns None where the page is full; `left_out` counts these pictures.
+        """
         from PIL import Image
 
         file = io.BytesIO()
@@ -71,10 +82,11 @@ class Album:
 
 
 class Pictures:
-    """The pictures of one predictions file, read by `index` from the source that it names.
+    """The pictures of one predictions file.
 
-    `folder` holds the model. The page is about the predictions, so no error with a picture or the
-    model is raised: `notices` lists them.
+    They are read by `index` from the source that the file names. `folder` holds the model. The page
+    is about the predictions, so no error with a picture or the model is raised: `notices` lists
+    them.
     """
 
     def __init__(self, predictions: Predictions, folder: pathlib.Path, album: Album):
@@ -86,7 +98,8 @@ class Pictures:
         self._problems: list[str] = []
         self._blind = predictions.settings.get("blind", False)
         tfds_dir = None
-        # A folder that cannot be read is reported where the model is described, and where it runs.
+        # An unreadable folder is reported where the page describes the model, and where the model
+        # runs.
         with contextlib.suppress(ValueError):
             config = folder_config(folder)
             if isinstance(config, TrainConfig):
@@ -103,7 +116,7 @@ class Pictures:
 
     @property
     def notices(self) -> list[str]:
-        """What could not be shown, in sentences."""
+        """Pictures that could not be shown, and why, in sentences."""
         if not self._missing:
             return self._problems
         count = len(self._missing)
@@ -111,12 +124,15 @@ class Pictures:
         return [*self._problems, missing]
 
     def thumbnail(self, record: Mapping[str, Any]) -> str | None:
-        """The data URI of a record's picture, at most 160 pixels a side; None where it has none."""
+        """Makes the data URI of a record's picture.
+
+        It has at most 160 pixels a side. The result is None where the record has no picture.
+        """
         pixels = self._pixels(record)
         return None if pixels is None else self._album.uri(pixels)
 
     def word_maps(self, records: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
-        """The words of each record's prediction: `word`, `picture` and `peak`.
+        """Makes `word`, `picture` and `peak` for each word of each prediction.
 
         `picture` shows where the model looked, `peak` is the largest weight of a patch as a
         multiple of an even share. The colours of one caption have one scale.
@@ -139,7 +155,7 @@ class Pictures:
                 f"There are no heat maps, because the model cannot be used: {error}."
             )
             return words
-        # What the model sees, at the size of the page.
+        # The picture as the model sees it, at the size of the page.
         view = dataclasses.replace(processor.image, image_size=_MAP)
         for row, image, maps_of_words in zip(usable, images, maps):
             pixels = view(image)
@@ -181,7 +197,9 @@ class Pictures:
 def curves(
     series: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, share: bool = False
 ) -> str:
-    """Draws values over steps: the data URI of an SVG image, readable on white and on black.
+    """Draws values over steps, as the data URI of an SVG.
+
+    The picture can be read on white and on black.
 
     Args:
       series: the steps and values of each name; a value that is not finite leaves a gap.

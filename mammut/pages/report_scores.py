@@ -1,4 +1,7 @@
-"""The numbers of a report: score files as tables, and the curves of a run's metrics.jsonl."""
+"""The numbers of a report: tables of scores, and training curves.
+
+They come from score files and from a run's metrics.jsonl.
+"""
 
 import collections
 import json
@@ -31,7 +34,10 @@ Series = tuple[list[int], list[float]]
 
 
 def read_scores(path: pathlib.Path) -> dict[str, Any] | None:
-    """Reads a score file: `title`, `tables`, `notices`; None where there is no file."""
+    """Reads a score file as `title`, `tables` and `notices`.
+
+    Returns None where there is no file.
+    """
     if not path.exists():
         return None
     try:
@@ -60,7 +66,10 @@ def score_tables(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _table(title: str, group: Mapping[str, Any]) -> dict[str, Any]:
-    """One table: a row for each object in `group`, or else one for each number."""
+    """Makes one table of scores.
+
+    It has a row for each object in `group`, or else a row for each number.
+    """
     inner = {name: value for name, value in group.items() if isinstance(value, Mapping)}
     columns = list(dict.fromkeys(key for value in inner.values() for key in value))
     if columns:
@@ -82,13 +91,19 @@ def _table(title: str, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _label(name: str) -> str:
-    """The name of a metric in words: "t2i_r1" is "text to image R@1"."""
+    """Puts the name of a metric in words.
+
+    "t2i_r1" becomes "text to image R@1".
+    """
     words = (_WORDS.get(word, re.sub(r"^r(\d+)$", r"R@\1", word)) for word in name.split("_"))
     return " ".join(words)
 
 
 def _number(path: Sequence[str], value: Any) -> str:
-    """A score as text: in percent where its name says that it is a share."""
+    """Formats a score as text.
+
+    A metric that is a share by its name is given in percent.
+    """
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -101,7 +116,10 @@ def _number(path: Sequence[str], value: Any) -> str:
 
 
 def read_training(path: pathlib.Path) -> dict[str, Any]:
-    """Reads metrics.jsonl: its `curves` as pictures, and the `last` evaluation of each set."""
+    """Reads metrics.jsonl.
+
+    It returns the `curves` as pictures, and the `last` evaluation of each set.
+    """
     series = _read_series(path)
     groups = {
         "Losses": {name: series[key] for name, key in _LOSSES.items() if key in series},
@@ -124,7 +142,7 @@ def read_training(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_series(path: pathlib.Path) -> dict[str, Series]:
-    """Every metric of the file; empty where there is no file."""
+    """Reads every metric of the file; none where there is no file."""
     series: dict[str, Series] = collections.defaultdict(lambda: ([], []))
     if not path.is_file():
         return series
@@ -142,7 +160,10 @@ def _read_series(path: pathlib.Path) -> dict[str, Series]:
 
 
 def _chart(title: str, group: Mapping[str, Series]) -> dict[str, str]:
-    """The picture of some curves, with their ends in words for those who cannot see it."""
+    """Draws some curves in one picture.
+
+    Their last values are also given in words, for readers who cannot see the picture.
+    """
     picture = curves(group, share=title.endswith(": shares"))
     ends = (
         f"{name} {values[0]:.4g} to {values[-1]:.4g}, steps {steps[0]:,} to {steps[-1]:,}"

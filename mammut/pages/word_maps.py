@@ -1,4 +1,4 @@
-"""Maps of the attention to the image for each word of a caption, over the patches."""
+"""Attention maps of the image, for each word of a caption."""
 
 import functools
 from collections.abc import Sequence
@@ -18,7 +18,10 @@ _COLOUR = np.array((255, 96, 0), np.float32)
 
 
 class WordMap(NamedTuple):
-    """A word of a text, and the attention to the patches where the model predicts it."""
+    """A word of a text, and its attention to the patches.
+
+    It is the attention at the position where the model predicts the word.
+    """
 
     word: str
     weights: np.ndarray  # float32[down, across] over the patches; they sum to 1
@@ -27,17 +30,19 @@ class WordMap(NamedTuple):
 def word_maps(
     model: MaMMUT, processor: Processor, images: Sequence[Any], texts: Sequence[str]
 ) -> list[list[WordMap]]:
-    """Maps every word of each text: cross-attention, averaged over layers, heads and tokens.
+    """Maps the attention of every word of each text.
 
-    A token's weights are those of the position before it, which predicts it. The texts are encoded
-    again, so a word is what the tokenizer decodes; words beyond the processor's `max_length` have
-    no map.
+    A map is the cross-attention, averaged over layers, heads and tokens of the word.
+
+    A token's weights are the weights of the position before it, which predicts it. The texts are
+    encoded again, so words are spelled as the tokenizer decodes them; words beyond the processor's
+    `max_length` have no map.
 
     Args:
       model: a model that attends to patches.
       processor: the model's processor.
       images: one for each text, anything that `processor` reads.
-      texts: what the model said of each image.
+      texts: the model's text for each image.
 
     Raises:
       ValueError: an image cannot be read, there are not as many images as texts, or the decoder
@@ -83,7 +88,9 @@ def _mean_weights(graphdef, params, image, tokens, text_valid) -> Float[jax.Arra
 
 
 def split_words(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """Splits what `ids` decode to into words, each with the positions of its tokens in `ids`.
+    """Splits the decoded text of `ids` into words.
+
+    Each word comes with the positions of its tokens in `ids`.
 
     A token that adds no text (the space before a word, the first bytes of a character) belongs to
     the word after it.
@@ -110,7 +117,7 @@ def overlay(
     weights: Float[np.ndarray, "down across"],
     full: float,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The picture in grey, with colour where the model looks.
+    """Draws the picture in grey, with colour where the model looks.
 
     A patch has no colour at an even share, 1 / patches, or less, and full colour at the weight
     `full`. The map is enlarged smoothly to the picture's size.

@@ -1,1 +1,4 @@
-"""Scores of texts and rankings, as the official tools compute them: no model, no JAX."""
+"""Scores of texts and rankings, as the official tools compute them.
+
+Nothing here needs a model or JAX.
+"""

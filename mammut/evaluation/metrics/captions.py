@@ -2,7 +2,7 @@
 
 The official tool (pycocoevalcap, the `eval` extra) needs Java for its tokenizer and for METEOR and
 SPICE. If either is missing, this module computes BLEU, ROUGE-L and CIDEr in pure Python, with the
-same numbers; METEOR and SPICE are then left out, and the result says so.
+same numbers; METEOR and SPICE are then left out, and the result names the reason.
 """
 
 import collections
@@ -31,10 +31,12 @@ _Score = tuple[float, list[float] | np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class CaptionScores:
-    """Caption metrics, all as shares (CIDEr from 0 to 10), and the tools that computed them.
+    """Caption metrics, and the tools that computed them.
 
-    Their names are `bleu_1` ... `bleu_4`, `rouge_l`, `cider`, and `meteor` and `spice` if they
-    could be computed.
+    All metrics are shares from 0 to 1, except CIDEr, which goes from 0 to 10.
+
+    The names of the metrics are `bleu_1` ... `bleu_4`, `rouge_l`, `cider`, and `meteor` and `spice`
+    if they could be computed.
     """
 
     metrics: dict[str, float]  # of the whole set; BLEU and METEOR are not means over images
@@ -47,7 +49,9 @@ class CaptionScores:
 def caption_scores(
     predictions: Sequence[str], references: Sequence[Sequence[str]], *, java: bool | None = None
 ) -> CaptionScores:
-    """Scores one caption an image against its references, as the COCO caption evaluation does.
+    """Scores captions as the COCO caption evaluation does.
+
+    Each image has one caption, which is compared with the references of the image.
 
     CIDEr is CIDEr-D. Its document frequencies come from these references, so it depends on the set:
     of a single image it is 0. SPICE's jars (`stanford-corenlp-3.6.0*.jar` in
@@ -136,7 +140,7 @@ def _own_scores(candidates: list[str], references: list[list[str]]) -> dict[str,
 
 
 def _ngrams(text: str) -> list[collections.Counter]:
-    """Counts of the n-grams of 1, 2, 3 and 4 words."""
+    """Counts the n-grams of 1, 2, 3 and 4 words."""
     words = text.split()
     return [collections.Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, _MAX_N + 1)]
 
@@ -144,7 +148,7 @@ def _ngrams(text: str) -> list[collections.Counter]:
 def _bleu(
     candidates: list[list[collections.Counter]], references: list[list[list[collections.Counter]]]
 ) -> dict[str, _Score]:
-    """BLEU-1..4 (Papineni et al., ACL 2002).
+    """Computes BLEU-1..4 (Papineni et al., ACL 2002).
 
     The brevity penalty is by the closest reference length, the shorter of two equally close ones.
     """
@@ -167,7 +171,7 @@ def _bleu(
 
 
 def _bleu_of(statistics: list[int]) -> list[float]:
-    """BLEU-1..4 from counts.
+    """Computes BLEU-1..4 from counts.
 
     `statistics` are the lengths of candidate and reference, then the matched n-grams of each n,
     then the candidate's n-grams of each n.
@@ -190,7 +194,10 @@ def _bleu_of(statistics: list[int]) -> list[float]:
 
 
 def _rouge_l(candidate: str, references: list[str]) -> float:
-    """ROUGE-L (Lin, 2004): the F-measure of the best recall and best precision over references."""
+    """Computes ROUGE-L (Lin, 2004).
+
+    It is the F-measure of the best recall and the best precision over the references.
+    """
     # As in the official tool, not `split()`: "" is then one empty word, and equal to another "".
     words = candidate.split(" ")
     common = [
@@ -204,7 +211,7 @@ def _rouge_l(candidate: str, references: list[str]) -> float:
 
 
 def _common_subsequence(a: list[str], b: list[str]) -> int:
-    """The length of the longest common subsequence of two texts.
+    """Computes the length of the longest common subsequence of two texts.
 
     A whole row of the usual table is held in the bits of one number: bit i of `row` is 0 where the
     table steps up at `a[i]` (Hyyrö, 2004).
@@ -223,7 +230,7 @@ def _common_subsequence(a: list[str], b: list[str]) -> int:
 def _cider(
     candidates: list[list[collections.Counter]], references: list[list[list[collections.Counter]]]
 ) -> list[float]:
-    """CIDEr-D of each image (Vedantam et al., CVPR 2015, section 5).
+    """Computes CIDEr-D (Vedantam et al., CVPR 2015, section 5) of each image.
 
     The document frequencies come from the references.
     """
@@ -265,17 +272,22 @@ def _cider(
 
 
 def _missing_for_java() -> str:
-    """What keeps the official tool from running, as a clause; "" if nothing does."""
+    """Names the reason why the official tool cannot run.
+
+    The reason is a clause; it is "" if the tool can run.
+    """
     if importlib.util.find_spec("pycocoevalcap") is None:
         return "pycocoevalcap is not installed: pip install 'mammut[eval]'"
     return "" if shutil.which("java") else "Java was not found on the PATH"
 
 
 def _java_tokenize(groups: list[list[str]]) -> list[list[str]]:
-    """Tokenizes groups of captions without line breaks; the tokens are joined by spaces.
+    """Tokenizes groups of captions without line breaks.
+
+    The tokens are joined by spaces.
 
     It runs the jar of pycocoevalcap, not its class, which writes into the installed package,
-    prints, and can wait for ever.
+    prints, and can wait forever.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
 
@@ -309,7 +321,10 @@ def _java_tokenize(groups: list[list[str]]) -> list[list[str]]:
 def _official_scores(
     candidates: list[str], references: list[list[str]]
 ) -> tuple[dict[str, _Score], dict[str, str]]:
-    """The scores that pycocoevalcap can compute here, and why it cannot compute the others."""
+    """Computes the scores that pycocoevalcap can compute here.
+
+    It also returns the reasons why the other scores cannot be computed.
+    """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -354,7 +369,7 @@ def _meteor(truth: dict[int, list[str]], predicted: dict[int, list[str]]) -> _Sc
     finally:
         watchdog.cancel()
         if scorer.lock.locked():
-            # The destructor takes the lock, and would wait for ever after an error.
+            # The destructor takes the lock, and would wait forever after an error.
             scorer.lock.release()
     if not np.isfinite([score, *of_image]).all():
         raise ValueError("METEOR gave a score that is not a number")

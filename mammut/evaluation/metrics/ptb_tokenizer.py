@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import re
 
-# Each of these ends a line for the official tokenizer, which works line by line: all captions after
-# it would be shifted.
+# Each of these characters ends a line for the official tokenizer, which works line by line: all
+# captions after it would be shifted by one line.
 LINE_BREAKS = re.compile("[\n\r\v\f\x85\u2028\u2029]")
 _DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _SPELLED = {

@@ -1,6 +1,6 @@
-"""Retrieval and classification scores: arrays or ranked lists in, shares 0 to 1 out.
+"""Retrieval and classification scores, as shares from 0 to 1.
 
-Nothing here knows a model.
+They are computed from arrays or ranked lists. Nothing here knows a model.
 """
 
 import math
@@ -70,7 +70,7 @@ def ranking_recall(
     *,
     num_candidates: int | None = None,
 ) -> dict[str, float]:
-    """Recall at k of stored rankings, as shares: `r1`, `r5`, `r10`.
+    """Computes recall at k of stored rankings: `r1`, `r5`, `r10`.
 
     It is the share of queries with any relevant id among the first k, as in the COCO protocol and
     CLIP_benchmark's retrieval; how many of the relevant ids are there does not count.
@@ -100,7 +100,10 @@ def ranking_recall(
 
 
 def _first_rank(ids: Sequence[int], relevant: set[int]) -> int | float:
-    """The rank of the first relevant id, from 1; infinity if there is none."""
+    """Returns the rank of the first relevant id, from 1.
+
+    It is infinity if there is none.
+    """
     for rank, candidate in enumerate(ids, 1):
         if candidate in relevant:
             return rank
@@ -110,7 +113,9 @@ def _first_rank(ids: Sequence[int], relevant: set[int]) -> int | float:
 def classification_scores(
     ranked: Sequence[Sequence[str]], labels: Sequence[str], classes: Sequence[str]
 ) -> dict[str, float | int | dict[str, float] | dict[str, int]]:
-    """Scores of stored class rankings: `top1`, `top5`, `mean_per_class_recall`, and their parts.
+    """Computes `top1`, `top5`, `mean_per_class_recall` and their parts.
+
+    The input is stored rankings of classes.
 
     Args:
       ranked: class names for each item, the best first; at least 5, or all of them.
@@ -174,9 +179,9 @@ def _scores(
 
 
 def _top(scores: Float32[np.ndarray, "Q C"], k: int) -> Int[np.ndarray, "Q k"]:
-    """The columns of the k highest scores of each row, best first, equals by column.
+    """Finds the columns of the k highest scores of each row.
 
-    All columns if there are fewer than k.
+    The best come first, equal scores by column. It returns all columns if there are fewer than k.
     """
     k = min(k, scores.shape[1])
     # argpartition picks any of the scores that equal the k-th best; here the first of them fill

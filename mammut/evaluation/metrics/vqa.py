@@ -1,4 +1,6 @@
-"""Visual question answering scores: the official VQA accuracy and exact match, and both by type.
+"""Visual question answering scores: the official accuracy and exact match.
+
+Both are also given by type of question and answer.
 
 The reference is `vqaEval.py` of GT-Vision-Lab/VQA at a013f004, with all its oddities. The formula
 is in Antol et al. 2015 (arXiv:1505.00468), and in its averaged form on
@@ -15,8 +17,8 @@ from typing import Any
 # The marks that are removed; ' $ % & * : ^ ~ | # stay, and so do periods before a digit.
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
-# The official tool passes the flag re.UNICODE, 32, where the number of replacements belongs: no
-# more periods are removed than that.
+# The official tool passes the flag re.UNICODE, 32, where the number of replacements belongs: at
+# most 32 periods are removed.
 _MAX_PERIODS = 32
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _ARTICLES = frozenset(("a", "an", "the"))
@@ -55,7 +57,7 @@ youll:you'll youre:you're youve:you've
 
 
 def strip_punctuation(text: str) -> str:
-    """The first half of the official normalisation: punctuation.
+    """Strips punctuation, as the official normalisation does first.
 
     A mark is removed everywhere if it stands next to a space anywhere in the text. All marks are
     removed if a comma stands between two digits anywhere in the text. Otherwise a mark becomes a
@@ -72,7 +74,7 @@ def strip_punctuation(text: str) -> str:
 
 @functools.lru_cache(100_000)  # the answers of a set repeat: ten times faster
 def normalize_answer(text: str) -> str:
-    """An answer in the form in which the official tool compares it.
+    """Normalises an answer as the official tool does before it compares.
 
     Punctuation is stripped (`strip_punctuation`), letters become lower case, number words become
     digits ("none" becomes "0"), articles are removed, contractions get their apostrophe. An answer
@@ -83,7 +85,7 @@ def normalize_answer(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """The official accuracy of one prediction, a share from 0 to 1.
+    """Computes the official accuracy of one prediction, from 0 to 1.
 
     It is the mean over the answers of min(1, matches / 3), each with that answer left out. With ten
     answers, 1, 2, 3 and 4 or more matches give 0.3, 0.6, 0.9 and 1. Normalisation is skipped if all
@@ -109,7 +111,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def magma_truncated_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """MAGMA's own accuracy of one prediction, a share from 0 to 1.
+    """Computes MAGMA's own accuracy of one prediction, from 0 to 1.
 
     Do not compare it with `vqa_accuracy`, the official one. The prediction is lower-cased, cut at
     "q:" or a line break, normalised, and then cut to the number of words of the longest answer:
@@ -134,7 +136,7 @@ def magma_truncated_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether the normalised prediction is one of the normalised answers.
+    """Tells whether the normalised prediction is one of the normalised answers.
 
     Both are always normalised, unlike in `vqa_accuracy`: "Yes." matches ten times "yes".
 
@@ -147,7 +149,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class TypeScores:
-    """The scores of the questions of one type, shares from 0 to 1."""
+    """Scores of the questions of one type, from 0 to 1."""
 
     questions: int
     exact_match: float
@@ -156,7 +158,9 @@ class TypeScores:
 
 @dataclasses.dataclass(frozen=True)
 class VqaScores:
-    """The scores of a set of answered questions, shares from 0 to 1; plain values for JSON.
+    """Scores of a set of answered questions, from 0 to 1.
+
+    The values can be written as JSON.
 
     Attributes:
       questions: the number of questions.
@@ -244,7 +248,9 @@ def vqa_scores(records: Sequence[Mapping[str, Any]]) -> VqaScores:
 
 
 def derived_answer_type(answers: Sequence[str]) -> str:
-    """The type of a question by its most frequent normalised answer: "yes/no", "number", "other".
+    """Derives the type of a question from its answers.
+
+    The most frequent normalised answer decides: the type is "yes/no", "number" or "other".
 
     The official answer types are split in the same way, but a question's official label may differ.
 
@@ -276,7 +282,7 @@ def _mean(values: Sequence[float | bool]) -> float:
 
 
 def _types(records: Sequence[Mapping[str, Any]], field: str) -> list[str] | None:
-    """The types of all records, or None if no record has one."""
+    """Lists the types of all records; None if no record has one."""
     types = [record.get(field) for record in records]
     missing = types.count(None)
     if 0 < missing < len(types):
