@@ -14,6 +14,7 @@ import logging
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 
 import jax
 
@@ -21,6 +22,7 @@ from mammut.config import TrainConfig
 from mammut.core import distributed, sharding
 from mammut.data import batches as data
 from mammut.data import sources
+from mammut.data.prefetch import prefetch
 from mammut.data.processor import Processor
 from mammut.pages.report import write_report
 from mammut.performance.compile_report import compile_report
@@ -83,18 +85,7 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
         if val:
             evaluator = Evaluator(val, processor, config, trainer, str(workdir), watchdog.alive)
         share, shares = distributed.batch_share(mesh)
-        open_batches = functools.partial(
-            data.TrainBatches,
-            source,
-            processor,
-            config.data,
-            seed=config.seed,
-            process_index=share,
-            process_count=shares,
-            low_image_size=config.model.vision.low_image_size,
-            low_steps=config.low_image_steps,
-            images=task.sees_images,
-        )
+        open_batches = batches_of(config, task, source, processor, share, shares)
         batches = open_batches()
         distributed.say(start_report(run, trainer, source, processor.vocab_size, warm, fresh))
         claim_folder(workdir, config, run.overrides, processor, fresh)
@@ -163,6 +154,32 @@ def open_sources(config: TrainConfig, task: Task) -> tuple[sources.Source, sourc
     source = open_source(config.data.train)
     val = open_source(config.data.val) if config.data.val else None
     return source, val
+
+
+def batches_of(
+    config: TrainConfig,
+    task: Task,
+    source: sources.Source,
+    processor: Processor,
+    share: int,
+    shares: int,
+) -> Callable[..., data.TrainBatches]:
+    """Returns the function that opens the batches of this process.
+
+    This process reads the share number `share` of `shares`.
+    """
+    return functools.partial(
+        data.TrainBatches,
+        source,
+        processor,
+        config.data,
+        seed=config.seed,
+        process_index=share,
+        process_count=shares,
+        low_image_size=config.model.vision.low_image_size,
+        low_steps=config.low_image_steps,
+        images=task.sees_images,
+    )
 
 
 def newest_checkpoint(
@@ -237,7 +254,7 @@ def loop(
     position = batches.state()
     take_step = distributed.compiled_by_all(trainer.step)
     transfer = functools.partial(sharding.device_batch, mesh=trainer.mesh)
-    with contextlib.closing(data.prefetch(batches, transfer)) as transferred:
+    with contextlib.closing(prefetch(batches, transfer)) as transferred:
         for step in range(start + 1, config.steps + 1):
             watchdog.doing(f"waiting for the batch of step {step}")
             batch, position, waited = next(transferred)

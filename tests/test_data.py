@@ -21,6 +21,7 @@ from mammut.data import batches as data
 from mammut.data import sources, synthetic
 from mammut.data.examples import BadExample, Example, Source
 from mammut.data.images import ImageTransform
+from mammut.data.prefetch import prefetch
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import train_sentencepiece
 from mammut.performance.reading_time import measure_reading
@@ -516,10 +517,10 @@ class Gated(Source):
 
 
 def test_a_source_that_stalls_is_named_until_it_goes_on(monkeypatch, caplog):
-    monkeypatch.setattr(data, "_STALLED", 0.05)
+    monkeypatch.setattr("mammut.data.prefetch._STALLED", 0.05)
     source = Gated()
     batches = train(source)
-    ahead = data.prefetch(batches, lambda batch: batch)
+    ahead = prefetch(batches, lambda batch: batch)
 
     def release():
         for _ in range(2_000):
@@ -545,7 +546,7 @@ def test_a_batch_that_is_there_is_not_waited_for():
     source, read = Gated(), threading.Semaphore(0)
     source.gate.set()
     batches = train(source)
-    ahead = data.prefetch(batches, lambda batch: read.release(), size=2)
+    ahead = prefetch(batches, lambda batch: read.release(), size=2)
     next(ahead)  # starts reading
     for _ in range(3):
         read.acquire()
@@ -578,7 +579,7 @@ class Slow(Source):
 def test_the_wait_in_the_log_is_the_share_of_time_without_a_batch(tmp_path, slow, low, high):
     source = Slow() if slow == "data" else open_set("synthetic:val")
     batches = train(source, dataclasses.replace(CONFIG, threads=1))
-    ahead = data.prefetch(batches, lambda batch: batch)
+    ahead = prefetch(batches, lambda batch: batch)
     log = RunLog(tmp_path, start=0, steps=9, batch_size=4, silent=False)
     for step in range(1, 10):
         _, _, waited = next(ahead)
@@ -616,7 +617,7 @@ def test_prefetch_hands_out_the_state_of_each_batch(tmp_path):
     source = open_set(write_set(tmp_path, 10))
     expected = train(source)
     batches = train(source)
-    ahead = data.prefetch(batches, lambda batch: batch | {"on device": True}, size=3)
+    ahead = prefetch(batches, lambda batch: batch | {"on device": True}, size=3)
     for _ in range(5):
         batch, state, wait = next(ahead)
         assert batch["on device"] and wait >= 0
@@ -635,16 +636,17 @@ def test_prefetch_raises_what_its_thread_raised(tmp_path):
 
     batches = train(open_set(write_set(tmp_path, 10)))
     with pytest.raises(RuntimeError, match="no such device"):
-        next(data.prefetch(batches, fail))
+        next(prefetch(batches, fail))
     batches.close()
     assert not prefetch_threads()
     with pytest.raises(ZeroDivisionError):
-        next(data.prefetch(train(Broken()), lambda batch: batch))
+        next(prefetch(train(Broken()), lambda batch: batch))
 
 
 def test_a_program_that_fails_while_reading_ahead_ends(tmp_path):
     program = """
 from mammut.data import batches as data, sources
+from mammut.data.prefetch import prefetch
 from mammut.config import DataConfig
 from mammut.data.processor import ImageTransform, Processor
 from mammut.data.tokenizer import train_sentencepiece
@@ -652,7 +654,7 @@ source = sources.open_source("synthetic:train", image_size=16)
 tokenizer = train_sentencepiece(["a b", "b a"], 40, True)
 processor = Processor(tokenizer, ImageTransform(16), max_length=8)
 batches = data.TrainBatches(source, processor, DataConfig(batch_size=64), seed=0)
-ahead = data.prefetch(batches, lambda batch: batch)
+ahead = prefetch(batches, lambda batch: batch)
 next(ahead)
 raise SystemExit(7)
 """

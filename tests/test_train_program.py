@@ -522,10 +522,9 @@ def test_help_tells_of_the_program_and_of_every_setting(train, capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(["--help"])
     said = capsys.readouterr().out
-    assert (
-        stopped.value.code == 0
-        and "--coordinator HOST:PORT --num-processes N --process-id I" in said
-    )
+    assert stopped.value.code == 0
+    for option in ("--coordinator HOST:PORT", "--num-processes N", "--process-id I"):
+        assert option in said
     assert (
         "One process drives all devices of its machine" in said
         and "--optimizer.learning-rate" in said
@@ -865,7 +864,7 @@ def test_a_model_that_no_memory_holds_ends_in_one_sentence_with_what_helps(
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        train.main(["small.py", "--workdir", "new", *TERABYTES, "--model.remat", "full",
+        train.main(["small.py", "--workdir", "new", *TERABYTES, "--compute.remat", "full",
                     "--data.val", "None", "--task", "caption",
                     "--compilation-cache", "None"])  # fmt: skip
     message = stopped.value.code
@@ -875,7 +874,7 @@ def test_a_model_that_no_memory_holds_ends_in_one_sentence_with_what_helps(
     assert (
         "\n" not in message and "--accumulation 2 (now 1), a larger --mesh.fsdp (now 1)" in message
     )
-    assert "--loss.vocab-chunk 8 (now 16)" in message and "--model.remat" not in message
+    assert "--loss.vocab-chunk 8 (now 16)" in message and "--compute.remat" not in message
 
 
 @pytest.mark.parametrize("said, amount", [
@@ -887,7 +886,7 @@ def test_a_model_that_no_memory_holds_ends_in_one_sentence_with_what_helps(
 def test_how_much_memory_is_missing_is_told_in_the_words_of_the_device(said, amount):
     config = TrainConfig(model=tiny_config(), accumulation=128)
     assert f"a device ({amount}" in out_of_memory_advice(config, RuntimeError(said))
-    assert "--accumulation 256 (now 128), --model.remat full" in out_of_memory_advice(
+    assert "--accumulation 256 (now 128), --compute.remat full" in out_of_memory_advice(
         config, RuntimeError(said)
     )
     with pytest.raises(RuntimeError, match="another"), enough_memory(config):

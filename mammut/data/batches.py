@@ -1,17 +1,14 @@
 """Batches from a source: shuffled each epoch, split by process, resumable.
 
-`TrainBatches` draws endless training batches from a source, `eval_batches` passes over it once,
-`prefetch` moves batches to the device ahead of the step. Batches are NumPy arrays of this process'
-share.
+`TrainBatches` draws endless training batches from a source, `eval_batches` passes over it once.
+Batches are NumPy arrays of this process' share.
 """
 
 import collections
 import dataclasses
 import functools
 import logging
-import time
-from collections.abc import Callable, Iterator
-from concurrent import futures
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,7 +23,6 @@ _log = logging.getLogger(__name__)
 
 _MIN_READ = 100  # examples that are read before the share of bad ones is judged
 _MAX_BAD_IN_A_ROW = 100
-_STALLED = 30.0  # seconds without a batch between two warnings
 
 
 class TooManyBadExamples(ValueError):
@@ -295,54 +291,6 @@ class TrainBatches:
                 f"{bad} of {self._read} examples read from {self.source.spec!r} could not be used "
                 f"({describe_bad(self._bad)}), data.max_bad_share allows {allowed:.0%}"
             )
-
-
-def prefetch(
-    batches: TrainBatches, transfer: Callable[[dict[str, np.ndarray]], Any], size: int = 2
-) -> Iterator[tuple[Any, dict[str, Any], float]]:
-    """Reads and transfers up to `size` batches ahead, in a thread.
-
-    A warning that names the source is logged when the caller has waited for 30 seconds, and again
-    every 30 seconds.
-
-    Args:
-      batches: the batches to read.
-      transfer: the function that the thread applies to a batch, such as moving it to the devices.
-      size: how many batches are read ahead.
-
-    Yields:
-      `(transfer(batch), state, wait)`: the batch, the state after exactly this batch, not after
-      those read ahead, and the seconds that the caller waited for it.
-
-    Raises:
-      Exception: any that the thread raised.
-    """
-
-    def load() -> tuple[Any, dict[str, Any]]:
-        batch = next(batches)
-        return transfer(batch), batches.state()
-
-    # A pool of one, because its tasks end by themselves: no thread can be left waiting for a
-    # consumer that has gone.
-    pool = futures.ThreadPoolExecutor(1, thread_name_prefix="mammut-prefetch")
-    try:
-        ahead = collections.deque(pool.submit(load) for _ in range(size))
-        while True:
-            first = ahead.popleft()
-            start = time.perf_counter()
-            while not futures.wait([first], _STALLED).done:
-                waited = time.perf_counter() - start
-                _log.warning(
-                    "no batch from %r for %.0f s: its disk or network may be stuck",
-                    batches.spec,
-                    waited,
-                )
-            batch, state = first.result()
-            wait = time.perf_counter() - start
-            ahead.append(pool.submit(load))
-            yield batch, state, wait
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @dataclasses.dataclass

@@ -115,18 +115,13 @@ class DecoderConfig(TextTowerConfig):
 
     @property
     def has_prefix(self) -> bool:
-        """Whether the image is a prefix of the text.
-
-        If so, there is no cross-attention.
-        """
+        """Whether the image is a prefix, for lack of cross-attention."""
         return self.cross_attn_every == 0
 
     @property
     def num_cross_layers(self) -> int:
         """Number of layers that attend to the image."""
-        if not self.cross_attn_every:
-            return 0
-        return self.depth // self.cross_attn_every
+        return self.depth // self.cross_attn_every if self.cross_attn_every else 0
 
     @property
     def has_bare_layers(self) -> bool:
@@ -140,10 +135,7 @@ class DecoderConfig(TextTowerConfig):
 
     @property
     def cross_attn_slot(self) -> int | None:
-        """Index in its group of the layer before cross-attention.
-
-        None: there is no cross-attention.
-        """
+        """Index in its group of the layer before cross-attention, if any."""
         if not self.cross_attn_every:
             return None
         return self.group_size - 1 if self.cross_attn_position in ("last", "last_bare") else 0

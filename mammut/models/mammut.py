@@ -1,7 +1,4 @@
-"""The model: an image encoder and a text decoder.
-
-The decoder has two passes, or the image as a prefix.
-"""
+"""The model: an image encoder and a text decoder."""
 
 import dataclasses
 import math
@@ -39,9 +36,8 @@ _PREFIX_NORM_EPS = 1e-5
 class ModelConfig:
     """The architecture of a model: image encoder and text decoder.
 
-    It travels with the weights.
-
-    With cross-attention layers it is a MaMMUT, with an image prefix a MAGMA (arXiv 2112.05253).
+    It travels with the weights. With cross-attention layers it is a MaMMUT, with an image prefix a
+    MAGMA (arXiv 2112.05253).
 
     Example:
       >>> config = mammut.presets.mammut_b16()
@@ -163,10 +159,8 @@ class ModelConfig:
 
     @property
     def vision_size(self) -> int:
-        """Size of an image token.
-
-        Learned queries have the size of the embedding.
-        """
+        """The size of an image token of the encoder."""
+        # learned queries have the size of the embedding
         return self.embed_size if self.vision.pooling == "queries" else self.vision.width
 
     @property
@@ -185,10 +179,8 @@ class ModelConfig:
 
     @property
     def text_length(self) -> int:
-        """Longest text beside an image, in tokens, start and end included.
-
-        An image prefix takes the place of the start.
-        """
+        """Longest text beside an image, in tokens, start and end included."""
+        # an image prefix takes the place of the start
         return self.text.max_length - max(self.num_prefix_tokens - 1, 0)
 
 
@@ -235,9 +227,7 @@ class TwoPassOutput:
 
 
 class MaMMUT(nnx.Module):
-    """The MaMMUT model (arXiv 2303.16839).
-
-    With an image prefix it is a MAGMA (arXiv 2112.05253).
+    """The MaMMUT model (arXiv 2303.16839); with a prefix, MAGMA (2112.05253).
 
     The image embedding is the mean of the patch tokens. The text embedding is the mean of the
     contrastive pass's features over real tokens. There is no class token, no pooler and no
@@ -271,30 +261,24 @@ class MaMMUT(nnx.Module):
             self.vision = ViT(config.vision, compute, pooled_size=config.vision_size)
         self.text = TextDecoder(config.text, compute, image_width=config.image_token_size)
 
-        options = {"dtypes": dtypes, "use_bias": config.projection_bias}
-        vision = {"embed": config.vision_size}
-        embedding = {"shared": config.embed_size}
+        def linear(exists: bool, inputs: dict[str, int], outputs: dict[str, int]) -> Linear | None:
+            if not exists:
+                return None
+            return Linear(inputs, outputs, dtypes=dtypes, use_bias=config.projection_bias)
 
-        if config.image_projection in ("shared", "separate", "decoder"):
-            to_decoder = {"shared": config.text.width}
-            if config.prefix_tokens is not None:
-                to_decoder = {"patch": config.prefix_tokens, **to_decoder}
-            self.image_projection = Linear(vision, to_decoder, **options)
-        else:
-            self.image_projection = None
-        if config.image_projection in ("separate", "embedding"):
-            self.image_embed_projection = Linear(vision, embedding, **options)
-        else:
-            self.image_embed_projection = None
-        if config.text_projection:
-            text = {"embed": config.text.width}
-            self.text_embed_projection = Linear(text, embedding, **options)
-        else:
-            self.text_embed_projection = None
-        if config.prefix_norm:
-            self.prefix_norm = LayerNorm(config.text.width, _PREFIX_NORM_EPS, dtypes=dtypes)
-        else:
-            self.prefix_norm = None
+        kind = config.image_projection
+        maps_tokens = kind in ("shared", "separate", "decoder")
+        vision = {"embed": config.vision_size}
+        text = {"embed": config.text.width}
+        embedding = {"shared": config.embed_size}
+        to_decoder = {"shared": config.text.width}
+        if config.prefix_tokens is not None:
+            to_decoder = {"patch": config.prefix_tokens, **to_decoder}
+        self.image_projection = linear(maps_tokens, vision, to_decoder)
+        self.image_embed_projection = linear(kind in ("separate", "embedding"), vision, embedding)
+        self.text_embed_projection = linear(config.text_projection, text, embedding)
+        prefix_norm = LayerNorm(config.text.width, _PREFIX_NORM_EPS, dtypes=dtypes)
+        self.prefix_norm = prefix_norm if config.prefix_norm else None
 
         # Scalars of the contrastive loss are float32, whatever `param_dtype` is. The scale is kept
         # as its logarithm.
@@ -359,9 +343,7 @@ class MaMMUT(nnx.Module):
         return EncodedImage(tokens, vector, encoded.grid)
 
     def encode_image(self, image: Image, augment: Augment = Augment()) -> Float[Array, "B E"]:
-        """Embeds images as unit vectors float32[B, E].
-
-        The arguments are the same as in `image_tokens`.
+        """Embeds images as unit vectors float32[B, E]; see `image_tokens`.
 
         Raises:
           ValueError: the model has no contrastive pass, or the images have another size.
@@ -375,8 +357,8 @@ class MaMMUT(nnx.Module):
     ) -> Float[Array, "B E"]:
         """Embeds texts as unit vectors float32[B, E], by the contrastive pass.
 
-        `DecoderConfig.pooling` says how; by default the embedding is the mean over real tokens.
-        "mean_all" and "last" need texts that are padded to `max_length`, as they were in training.
+        The embedding is the mean over real tokens, or what `DecoderConfig.pooling` says. The
+        poolings "mean_all" and "last" need texts padded to `max_length`, as in training.
 
         Raises:
           ValueError: the model has no contrastive pass, or the texts are too long.
@@ -391,7 +373,6 @@ class MaMMUT(nnx.Module):
         return self._projected_text(self.text.pooled(features, tokens, text_valid))
 
     def _projected_text(self, pooled: Float[Array, "B D"]) -> Float[Array, "B E"]:
-        """Makes the embedding of texts from their pooled features."""
         if self.text_embed_projection is not None:
             pooled = self.text_embed_projection(pooled.astype(self.text.dtype))
         return pooled.astype(jnp.float32)
@@ -401,10 +382,8 @@ class MaMMUT(nnx.Module):
     ) -> Float[Array, "B L V"]:
         """Scores the token after each of `tokens`, given the image.
 
-        Returns float32[B, L, V].
-
-        Without `text_valid` all tokens count as real. Either way pads at the end change no score
-        before them.
+        Returns float32[B, L, V]. Without `text_valid` all tokens count as real. Either way pads at
+        the end change no score before them.
 
         Raises:
           ValueError: the model has no caption pass, the images have another size, or the texts are
@@ -423,9 +402,8 @@ class MaMMUT(nnx.Module):
     ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
         """Makes the labels of the caption pass and their loss mask.
 
-        Returns int[B, L] and bool[B, L].
-
-        As `masks.caption_labels` does, but a `DecoderConfig.pad_id` is never a label.
+        Returns int[B, L] and bool[B, L], as `masks.caption_labels` does, but a
+        `DecoderConfig.pad_id` is never a label.
         """
         if self.config.text.pad_id is not None:
             real = self.text.valid(tokens, text_valid)
@@ -437,11 +415,10 @@ class MaMMUT(nnx.Module):
     ) -> Float[Array, "G B N L P"]:
         """Computes the attention of `caption_logits` to the image.
 
-        Returns float32[G, B, N, L, P].
-
-        There are G cross-attention layers. Row i of a text holds the weights of the image tokens
-        when token i + 1 is predicted, and sums to 1. With an image prefix the layers are those of
-        self-attention, and a row sums to 1 with the weights of the text.
+        Returns float32[G, B, N, L, P], with G cross-attention layers. Row i of a text holds the
+        weights of the image tokens when token i + 1 is predicted, and sums to 1. With an image
+        prefix the layers are those of self-attention, and a row sums to 1 with the weights of the
+        text.
         """
         if text_valid is None:
             text_valid = jnp.ones(tokens.shape, bool)
@@ -456,9 +433,7 @@ class MaMMUT(nnx.Module):
     ) -> TwoPassOutput:
         """Runs both passes on one batch, for a training step.
 
-        Images are encoded once.
-
-        `ComputeConfig.passes` says whether the decoder runs once or twice for that.
+        Images are encoded once; `ComputeConfig.passes` says whether the decoder runs once or twice.
         """
         encoded = self.image_tokens(image, augment)
         decoder = self.decoder

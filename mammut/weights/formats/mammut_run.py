@@ -64,8 +64,8 @@ def read_configs(folder: pathlib.Path) -> tuple[ModelConfig, ComputeConfig, tupl
     """
     path = folder / RUN_FILE
     config = read_json_object(path).get("config")
-    if not isinstance(config, dict):
+    if not isinstance(config, dict) or "model" not in config:
         raise CheckpointError(
-            f"{path} is not a run's config, expected the key config with an object"
+            f"{path} is not a run's config, expected the key config with an object that has model"
         )
     return read_model(config, path)
