@@ -443,7 +443,7 @@ def test_what_follows_from_other_fields_is_what_the_model_has(name):
     text = config.text
     assert text.class_token == (text.pooling == "class") == (model.text.class_embed is not None)
     assert (config.conditioning == "prefix") == (text.cross_attn_every == 0) == text.has_prefix
-    assert text.has_prefix == (model.text.cross_layers is None)
+    assert (text.has_prefix or text.depth == 0) == (model.text.cross_layers is None)
     assert text.has_bare_layers == (model.text.bare_layers is not None)
     fields = {field.name for part in (config, text) for field in dataclasses.fields(part)}
     assert not fields & {"class_token", "conditioning", "norm_bias", "mlp_before_cross_attn"}
