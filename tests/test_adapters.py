@@ -193,11 +193,15 @@ def test_cached_steps_are_adapted_as_the_whole_pass_is(config):
         image, decoder = model.image_tokens(IMAGE).tokens, model.decoder
         whole = decoder.caption_pass(tokens, jnp.ones(tokens.shape, bool), image)
         first, cache = prefill(decoder, tokens[:, :begun], image, tokens.shape[1])
-        steps = [first[:, -begun:]]
-        for position in range(begun, tokens.shape[1]):
-            row, cache = cached_step(decoder, tokens[:, position], jnp.int32(position), cache)
-            steps.append(row[:, None])
-        return {"features": jnp.concatenate(steps, axis=1)}, {"features": whole}
+
+        def step(cache, inputs):
+            row, cache = cached_step(decoder, *inputs, cache)
+            return cache, row
+
+        positions = jnp.arange(begun, tokens.shape[1])
+        _, rows = jax.lax.scan(step, cache, (jnp.asarray(tokens[:, begun:].T), positions))
+        steps = jnp.concatenate([first[:, -begun:], rows.swapaxes(0, 1)], axis=1)
+        return {"features": steps}, {"features": whole}
 
     assert apart(*both(model))["features"] < 1e-5
 

@@ -154,12 +154,15 @@ def _cached_logits(graphdef, params, image, tokens):
     features, cache = prefill(
         model.text, tokens[:, :2], model.image_tokens(image).tokens, tokens.shape[1]
     )
-    # a prefix stands before them
-    out = [model.text.logits(features[:, -2]), model.text.logits(features[:, -1])]
-    for position in range(2, tokens.shape[1]):
-        features, cache = cached_step(model.text, tokens[:, position], jnp.int32(position), cache)
-        out.append(model.text.logits(features))
-    return jnp.stack(out, axis=1)
+
+    def step(cache, inputs):
+        features, cache = cached_step(model.text, *inputs, cache)
+        return cache, model.text.logits(features)
+
+    positions = jnp.arange(2, tokens.shape[1])
+    _, rest = jax.lax.scan(step, cache, (tokens[:, 2:].T, positions))
+    # a prefix stands before the prompt
+    return jnp.concatenate([model.text.logits(features[:, -2:]), rest.swapaxes(0, 1)], axis=1)
 
 
 @pytest.mark.parametrize(
