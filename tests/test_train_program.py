@@ -523,7 +523,7 @@ def test_help_tells_of_the_program_and_of_every_setting(train, capsys):
         train.main(["--help"])
     said = capsys.readouterr().out
     assert stopped.value.code == 0
-    for option in ("--coordinator HOST:PORT", "--num-processes N", "--process-id I"):
+    for option in ("--coordinator", "--num-processes", "--process-id", "HOST:PORT of process 0"):
         assert option in said
     assert (
         "One process drives all devices of its machine" in said
