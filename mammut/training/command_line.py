@@ -94,6 +94,8 @@ def _cli(config: TrainConfig, args: list[str], description: str | None = None) -
     both = dataclasses.make_dataclass(
         "Options", [("program", program, Program()), ("run", settings, config)]
     )
+    # No class of this package: it has no source to read texts from. Python 3.11 says so by itself.
+    both.__module__ = "types"
     registry = tyro.constructors.ConstructorRegistry()
     registry.struct_rule(_hidden if "--help" in args else _shown)
     return tyro.cli(
