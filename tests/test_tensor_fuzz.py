@@ -27,7 +27,7 @@ _ARRAYS = {
 }
 _fuzzed = settings(
     max_examples=150,
-    deadline=20_000,
+    deadline=2000,
     suppress_health_check=[
         HealthCheck.function_scoped_fixture,
         HealthCheck.too_slow,
