@@ -480,8 +480,8 @@ def test_a_run_that_starts_elsewhere_than_its_loss_says_so(old_run):
         ("--augment.patch-drop 0.5", "augment.patch_drop is 0.5, it was 0.25"),
         ("--model.vision.patch-drop 0.5", "augment.patch_drop is 0.5, it was 0.25"),
         ("--augment.crop-positions False", "augment.crop_positions is False, it was True"),
-        ("--loss.logit-scale-init 20", "loss.logit_scale_init is 20.0, it was None"),
-        ("--model.logit-bias-init 1", "loss.logit_bias_init is 1.0, it was None"),
+        ("--loss.logit-scale-init 20", "loss.logit_scale_init is 20.0, it was 10.0"),
+        ("--model.logit-bias-init 1", "loss.logit_bias_init is 1.0, it was -10.0"),
         (
             "--compute.text-param-dtype bfloat16",
             "compute.text_param_dtype is bfloat16, it was None",
@@ -492,6 +492,10 @@ def test_what_a_resumed_run_changes_is_told_by_the_names_of_today(old_run, overr
     with pytest.raises(ValueError, match="cannot go on with another config") as error:
         resumed(old_run, *override.split())
     assert f"another config: {told} in its run.json" in one_sentence(error)
+
+
+def test_a_start_that_is_given_and_is_also_that_of_the_loss_is_the_same_run(old_run):
+    assert resumed(old_run, "--loss.logit-scale-init", "10").loss.logit_scale_init == 10.0
 
 
 def test_what_a_resumed_run_may_change_it_may_by_either_name(old_run):

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -98,13 +99,24 @@ def resolve(
             base = dataclasses.replace(base, model=saved.model)
         base = parse_overrides(base, saved_overrides)
     config = parse_overrides(base, overrides)
-    if changed := differences(to_dict(saved), to_dict(config), RESUMABLE):
+    if changed := differences(_settings(saved), _settings(config), RESUMABLE):
         raise ValueError(
             f"the run in {workdir} cannot go on with another config: {'; '.join(changed)} in its "
             f"run.json"
         )
     starts = {} if _has_checkpoints(workdir) else _opened(config)
     return Run(config, workdir, saved_overrides + overrides, starts)
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """Returns a run's settings, with the logit scale and bias that its loss begins with.
+
+    Recipes and runs may give these two values or leave them to the loss: the same run either way.
+    """
+    settings = to_dict(config)
+    settings["loss"]["logit_scale_init"] = config.loss.first_logit_scale
+    settings["loss"]["logit_bias_init"] = config.loss.first_logit_bias
+    return settings
 
 
 def stages(run: Run) -> Iterator[Run]:

@@ -21,6 +21,7 @@ from mammut.evaluation.predictor import Predictor
 from mammut.evaluation.retrieval import predict_rankings
 from mammut.evaluation.scores import save_scores
 from mammut.evaluation.scoring import score
+from mammut.models.compute import Augment
 from mammut.training.config import LossConfig, TrainConfig
 from mammut.training.step import Trainer
 from mammut.training.tasks import TASKS

@@ -1,0 +1,42 @@
+"""Validation during a run: the loss of texts without their images."""
+
+import jax
+import numpy as np
+import pytest
+
+from mammut.config import DataConfig, LossConfig, MeshConfig, TrainConfig
+from mammut.core import sharding
+from mammut.data.sources import open_source
+from mammut.testing import tiny_config, tiny_processor
+from mammut.training.step import make_trainer
+from mammut.training.tasks import TASKS
+from mammut.training.validation import Evaluator
+
+
+def test_the_loss_of_texts_is_their_mean_over_all_tokens():
+    """Batches of 4 of which the last is not full, compared with one mean in float64."""
+    config = TrainConfig(
+        task="text",
+        model=tiny_config(),
+        data=DataConfig(batch_size=4, eval_batch_size=4, val_examples=2),
+        loss=LossConfig(vocab_chunk=5),
+    )
+    source = open_source("synthetic:val[:2]", image_size=16)
+    processor = tiny_processor()
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        trainer = make_trainer(config, TASKS["text"](config.loss), mesh)
+        params = trainer.init(0).all_params
+        evaluate = Evaluator(source, processor, config, trainer, "run", alive=lambda: None)
+        evaluation = evaluate(params)
+        texts = [text for index in range(2) for _, text in source.pairs(index)]
+        tokens, text_valid = processor.encode_text(texts)
+        decoder = trainer.model(params).decoder
+        logits = decoder.logits(decoder.language_pass(tokens, text_valid))
+    logits = np.asarray(logits, np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    of_next = np.take_along_axis(logprobs[:, :-1], tokens[:, 1:, None], -1)[..., 0]
+    loss = -of_next[text_valid[:, 1:]].mean()
+    assert len(texts) == evaluation.num_texts == 6
+    assert evaluation.metrics["loss_caption"] == pytest.approx(loss, rel=1e-5)
+    assert evaluation.metrics["perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)
