@@ -40,8 +40,9 @@ from mammut.core.fields import differences
 from mammut.models.layers import LayerNorm
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_config, tiny_model, tiny_processor
+from mammut.training.command_line import load_recipe
 from mammut.training.run import resolve
-from mammut.training.run_folder import read_run
+from mammut.training.run_folder import read_run, write_run
 from mammut.weights.files.tensor_file import CheckpointError
 from mammut.weights.model_folder import read_model_config
 from mammut.weights.old_configs import MOVED, upgraded
@@ -447,6 +448,16 @@ def resumed(
     return run.config
 
 
+def write_recipe_of(values: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
+    recipe = folder / "recipe.py"
+    recipe.write_text(
+        "from mammut.config import TrainConfig, from_dict\n"
+        "def get_config():\n"
+        f"    return from_dict(TrainConfig, {values!r})\n"
+    )
+    return recipe
+
+
 def test_a_run_of_version_0_1_is_read_in_the_fields_of_today(old_run):
     config, overrides = read_run(old_run)
     assert overrides == [] and config.seed == 7
@@ -509,16 +520,58 @@ def test_a_recipe_of_today_resumes_a_run_of_version_0_1_with_its_old_overrides(o
     run["overrides"] = ["--model.vision.patch-drop", "0.25", "--model.conditioning=cross_attention"]
     (old_run / "run.json").write_text(json.dumps(run))
     values = to_dict(dataclasses.replace(read_run(old_run)[0], augment=AugmentConfig()))
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text(
-        "import dataclasses\n"
-        "from mammut.config import AugmentConfig, TrainConfig, from_dict\n"
-        f"VALUES = {values!r}\n"
-        "def get_config():\n"
-        "    config = from_dict(TrainConfig, VALUES)\n"
-        "    return dataclasses.replace(config, augment=AugmentConfig(crop_positions=True))\n"
-    )
+    values["augment"]["crop_positions"] = True
+    recipe = write_recipe_of(values, tmp_path)
     assert resumed(old_run, recipe=recipe) == read_run(old_run)[0]
+
+
+def test_a_run_of_version_0_1_keeps_what_it_had_of_the_model_it_started_from(old_run, tmp_path):
+    """That version took how to compute, what to draw and the loss's start from that model, too."""
+    mammut.save(tmp_path / "start", tiny_model(), tiny_processor())
+    run = json.loads((old_run / "run.json").read_text())
+    run["config"]["init"] = str(tmp_path / "start")
+    run["config"]["model"].update(dtype="bfloat16", remat="dots", logit_scale_init=12.5)
+    (old_run / "run.json").write_text(json.dumps(run))
+    saved, _ = read_run(old_run)
+    values = to_dict(dataclasses.replace(saved, compute=ComputeConfig(), augment=AugmentConfig()))
+    values["loss"]["logit_scale_init"] = None
+    recipe = write_recipe_of(values, tmp_path)
+    expected = dataclasses.replace(saved, compute=ComputeConfig("bfloat16"))
+    asked = resolve(recipe, pathlib.Path("tiny.py"), old_run, [], resume=True)
+    assert asked.config == expected
+    # The run.json of a resumed run is one of today: it goes on with the recipe once more.
+    write_run(old_run, asked.config, asked.overrides)
+    assert resumed(old_run, recipe=recipe) == expected
+    # What the recipe says of the rest still counts.
+    values["seed"] += 1
+    with pytest.raises(ValueError, match="seed is 8, it was 7"):
+        resumed(old_run, recipe=write_recipe_of(values, tmp_path))
+
+
+def test_a_run_of_version_0_1_from_random_weights_has_its_recipes_settings(old_run, tmp_path):
+    run = json.loads((old_run / "run.json").read_text())
+    run["config"]["model"]["dtype"] = "bfloat16"
+    (old_run / "run.json").write_text(json.dumps(run))
+    values = to_dict(dataclasses.replace(read_run(old_run)[0], compute=ComputeConfig()))
+    with pytest.raises(ValueError, match="compute.dtype is float32, it was bfloat16"):
+        resumed(old_run, recipe=write_recipe_of(values, tmp_path))
+
+
+def test_a_language_model_of_version_0_1_goes_on_with_its_recipe(tmp_path):
+    """Its config had the prefix dropout of the MAGMA it was to become; no image is dropped from."""
+    recipe = pathlib.Path(__file__).parents[1] / "configs" / "caption_lm.py"
+    config = load_recipe(recipe)
+    values = to_dict(config)
+    augment = dataclasses.replace(config.augment, prefix_dropout=0.1)
+    del values["compute"], values["augment"]
+    values["model"] = as_version_0_1(config.model, config.compute, augment)
+    (tmp_path / "run.json").write_text(json.dumps({"config": values, "overrides": []}))
+    assert read_run(tmp_path)[0].augment.prefix_dropout == 0.1
+    assert resumed(tmp_path, recipe=recipe) == config
+    captions = dataclasses.replace(config, task="caption", augment=augment)
+    write_run(tmp_path, captions, [])
+    with pytest.raises(ValueError, match="augment.prefix_dropout is 0.0, it was 0.1"):
+        resumed(tmp_path, "--augment.prefix-dropout", "0")
 
 
 # Adapters

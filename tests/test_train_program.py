@@ -427,6 +427,25 @@ def test_the_sizes_of_a_model_to_start_from_can_be_overridden(
     assert list(starts) == ["init"] and vision.width == 32 and config.optimizer == recipe.optimizer
 
 
+def test_a_run_whose_recipe_does_not_fit_the_model_it_started_from_is_resumed_with_it(
+    model_folder, tmp_path
+):
+    """The overrides that made the recipe fit are applied before the model is."""
+    path = TRAIN.parent / "configs" / "magma.py"
+    overrides = ["--augment.prefix-dropout", "0", "--tokenizer.max-length", "12"]
+    overrides += ["--init", str(model_folder), "--model.vision.image-size", "24"]
+    recipe = recipes.load_recipe(path)
+    assert recipe.augment.prefix_dropout and recipe.model.text.has_prefix
+    config, _ = recipes.with_overrides(recipe, overrides)
+    assert not config.model.text.has_prefix and config.model.vision.image_size == 24
+    (tmp_path / "run").mkdir()
+    write_run(tmp_path / "run", config, overrides)
+    resumed = recipes.resolve(path, TRAIN, tmp_path / "run", ["--steps", "5000"], resume=True)
+    assert resumed.config == dataclasses.replace(config, steps=5000)
+    with pytest.raises(ValueError, match="augment.patch_drop is 0.5, it was 0.0"):
+        recipes.resolve(path, TRAIN, tmp_path / "run", ["--augment.patch-drop", "0.5"], resume=True)
+
+
 def test_a_task_that_the_model_cannot_do_is_refused():
     model = tiny_config()
     mute = dataclasses.replace(model.text, depth=0, text_only_depth=2)

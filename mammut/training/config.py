@@ -317,6 +317,12 @@ class TrainConfig:
         )
 
     @property
+    def starts_from(self) -> dict[str, str]:
+        """Models to start from, by the field that names each."""
+        named = {"init": self.init, "init_vision": self.init_vision, "init_text": self.init_text}
+        return {name: path for name, path in named.items() if path is not None}
+
+    @property
     def makes_language_model(self) -> bool:
         """Whether the run trains a language model first.
 

@@ -91,13 +91,7 @@ def resolve(
         config, starts = with_overrides(load_recipe(recipe or default_recipe), overrides)
         return Run(config, workdir, overrides, starts)
     saved, saved_overrides = read_run(workdir)
-    base = saved
-    if recipe:
-        base = load_recipe(recipe)
-        # The models that a run started from may be gone: their architecture is in run.json.
-        if saved.init or saved.init_vision or saved.init_text:
-            base = dataclasses.replace(base, model=saved.model)
-        base = parse_overrides(base, saved_overrides)
+    base = _of_recipe(load_recipe(recipe), saved, saved_overrides) if recipe else saved
     config = parse_overrides(base, overrides)
     if changed := differences(_settings(saved), _settings(config), RESUMABLE):
         raise ValueError(
@@ -108,12 +102,27 @@ def resolve(
     return Run(config, workdir, saved_overrides + overrides, starts)
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    """Returns a run's settings, with the logit scale and bias that its loss begins with.
+def _of_recipe(recipe: TrainConfig, saved: TrainConfig, overrides: list[str]) -> TrainConfig:
+    """Applies the overrides of a saved run to a recipe, as `with_overrides` did.
 
-    Recipes and runs may give these two values or leave them to the loss: the same run either way.
+    The models that the run started from may be gone: their architecture is in `saved`.
+    """
+    if not saved.starts_from:
+        return parse_overrides(recipe, overrides)
+    # The recipe has to fit that architecture only with the overrides.
+    config = parse_overrides(recipe, without(overrides, SIZES | VOCABULARY))
+    return parse_overrides(dataclasses.replace(config, model=saved.model), overrides)
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """Returns the settings that make a run the run that it is.
+
+    Recipes and runs may give the logit scale and bias at the start or leave them to the loss: the
+    same run either way. A run without images drops nothing of an image prefix.
     """
     settings = to_dict(config)
+    if config.task == "text":
+        del settings["augment"]["prefix_dropout"]
     settings["loss"]["logit_scale_init"] = config.loss.first_logit_scale
     settings["loss"]["logit_bias_init"] = config.loss.first_logit_bias
     return settings
@@ -175,11 +184,9 @@ def _has_checkpoints(workdir: pathlib.Path) -> bool:
 
 
 def _opened(config: TrainConfig) -> dict[Start, OpenedModel]:
-    named = {name: getattr(config, name) for name in ("init", "init_vision", "init_text")}
     return {
         name: open_model(pathlib.Path(path).expanduser())
-        for name, path in named.items()
-        if path is not None
+        for name, path in config.starts_from.items()
     }
 
 

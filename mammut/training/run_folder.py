@@ -1,6 +1,7 @@
 """The folder of a run: its config and data position."""
 
 import collections
+import operator
 import pathlib
 from typing import Any
 
@@ -10,7 +11,7 @@ from mammut.core.files import read_json_object, write_json
 from mammut.data.processor import Processor
 from mammut.training.config import TrainConfig
 from mammut.weights.files.tensor_file import CheckpointError
-from mammut.weights.old_configs import upgraded
+from mammut.weights.old_configs import MOVED, upgraded
 from mammut.weights.opened import read_config
 
 
@@ -27,6 +28,10 @@ def write_run(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) 
 def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
     """Reads the config and the overrides in `run.json`.
 
+    A run of version 0.1 that started from another model took that model's settings of
+    `old_configs.MOVED` with the architecture. Such settings come as overrides, the first ones: the
+    recipe does not have them.
+
     Raises:
       CheckpointError: it is missing or not what `write_run` writes.
     """
@@ -36,10 +41,22 @@ def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
         raise CheckpointError(
             f"{path} is not a run's config, expected the keys config and overrides"
         )
-    config = run["config"]
-    if isinstance(config, dict):
-        config = upgraded(config).config
-    return read_config(TrainConfig, config, path), run["overrides"]
+    values = run["config"]
+    if isinstance(values, dict):
+        values = upgraded(values).config
+    config = read_config(TrainConfig, values, path)
+    overrides = run["overrides"]
+    is_old = values != run["config"]
+    if is_old and config.starts_from:
+        overrides = _inherited(config) + overrides
+    return config, overrides
+
+
+def _inherited(config: TrainConfig) -> list[str]:
+    """Lists the settings of a run of version 0.1 that the model it started from gave."""
+    # The recipe decides how a run uses the memory; any run may change that.
+    fields = [field for field in MOVED.values() if field != "compute.remat"]
+    return [f"--{field}={operator.attrgetter(field)(config)}" for field in fields]
 
 
 def require_shared(workdir: pathlib.Path) -> None:
