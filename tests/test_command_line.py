@@ -87,6 +87,43 @@ def test_names_of_version_0_1_are_taken_for_todays():
     assert config.augment.patch_drop == 0.5 and config.steps == 7
 
 
+# The options of a model that sees images by a prefix, with room for text after it.
+PREFIX = ["--model.text.cross-attn-every", "0", "--model.text.max-length", "300"]
+PREFIX += ["--model.text.pooling", "none", "--task", "caption"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["--model.conditioning", "prefix"],
+            "--model.conditioning is prefix, expected cross_attention: it follows from "
+            "--model.text.cross_attn_every",
+        ),
+        (
+            [*PREFIX, "--model.conditioning=cross_attention"],
+            "--model.conditioning is cross_attention, expected prefix: it follows from "
+            "--model.text.cross_attn_every",
+        ),
+        (
+            ["--model.text.class-token", "True", "--steps", "7"],
+            "--model.text.class_token is True, expected False: it follows from "
+            "--model.text.pooling",
+        ),
+    ],
+)
+def test_an_option_of_version_0_1_that_contradicts_the_rest_is_refused(overrides, message):
+    with pytest.raises(ValueError) as error:
+        command_line.parse_overrides(TrainConfig(), overrides)
+    assert str(error.value) == message
+
+
+def test_an_option_of_version_0_1_that_follows_from_the_rest_is_no_error():
+    overrides = ["--model.conditioning", "prefix", *PREFIX, "--model.text.class_token=False"]
+    config = command_line.parse_overrides(TrainConfig(), overrides)
+    assert config.model.conditioning == "prefix" and not config.model.text.class_token
+
+
 def test_options_are_left_out_with_their_values():
     overrides = [
         "--model.text.max-length",

@@ -8,9 +8,11 @@ settings.
 
 import dataclasses
 import importlib.util
+import operator
 import pathlib
 from typing import Annotated, Any
 
+from mammut.core.coordination import Processes
 from mammut.core.fields import field_texts
 from mammut.training.config import TrainConfig
 from mammut.weights.old_configs import DERIVED, MOVED
@@ -37,7 +39,7 @@ class Program:
     # Number of this process, from 0, for processes started by hand.
     process_id: int | None = None
     # Seconds without a sign of life from a process after which all others end.
-    peer_timeout: float = 100.0
+    peer_timeout: float = Processes.timeout
 
 
 def parse(argv: list[str]) -> tuple[pathlib.Path | None, Program, list[str]]:
@@ -76,8 +78,19 @@ def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
 
     A name of version 0.1 is taken for today's. An unknown name is refused, with the nearest that
     exists: the program ends with status 2.
+
+    Raises:
+      ValueError: a field of version 0.1 that now follows from others is given another value.
     """
-    return _cli(config, _in_todays_names(overrides))
+    todays, derived = _in_todays_names(overrides)
+    config = _cli(config, todays)
+    for name, value in derived.items():
+        follows = operator.attrgetter(name)(config)
+        if value != str(follows):
+            raise ValueError(
+                f"--{name} is {value}, expected {follows}: it follows from --{DERIVED[name]}"
+            )
+    return config
 
 
 def _cli(config: TrainConfig, args: list[str], description: str | None = None) -> TrainConfig:
@@ -136,23 +149,28 @@ def _fields(info: Any, hide: bool) -> Any:
     return tyro.constructors.StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
 
 
-def _in_todays_names(overrides: list[str]) -> list[str]:
+def _in_todays_names(overrides: list[str]) -> tuple[list[str], dict[str, str]]:
     """Replaces option names of version 0.1.
 
-    Fields that now follow from other fields are dropped.
+    Fields that now follow from other fields are no options: their values come apart, by name.
     """
     todays = []
-    skip = False
+    derived = {}
+    old = ""
     for arg in overrides:
         if arg.startswith("--"):
             name, equals, value = arg[2:].partition("=")
             old = name.replace("-", "_")
-            skip = old in DERIVED
             if old in MOVED:
                 arg = f"--{MOVED[old]}{equals}{value}"
-        if not skip:
-            todays.append(arg)
-    return todays
+            if old in DERIVED:
+                derived[old] = value
+                continue
+        elif old in DERIVED:
+            derived[old] = arg
+            continue
+        todays.append(arg)
+    return todays, derived
 
 
 def without(overrides: list[str], names: set[str]) -> list[str]:

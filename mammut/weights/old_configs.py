@@ -7,6 +7,8 @@ loss starts. These are configs of their own now; fields that follow from others 
 import dataclasses
 from typing import Any
 
+from mammut.models.losses import CONTRASTIVE
+
 _COMPUTE = ("dtype", "param_dtype", "remat", "unroll", "passes", "image_attention")
 _LOSS = ("logit_scale_init", "logit_bias_init")
 # Current place of a field of version 0.1, by its dotted name in a run's config.
@@ -18,14 +20,10 @@ MOVED = {
     "model.vision.patch_drop": "augment.patch_drop",
     "model.vision.cropped_pos_embed": "augment.crop_positions",
 }
-# Fields that now follow from other fields.
-DERIVED = ("model.conditioning", "model.text.class_token")
-# Current default of the initial scale and bias of a run, by `LossConfig.contrastive`.
-# Version 0.1 wrote them into every config, also where the current recipe sets none.
-_LOSS_STARTS = {
-    "softmax": {"logit_scale_init": 1 / 0.07, "logit_bias_init": 0.0},
-    "sigmoid": {"logit_scale_init": 10.0, "logit_bias_init": -10.0},
-    "focal": {"logit_scale_init": 10.0, "logit_bias_init": -10.0},
+# Fields that now follow from other fields, and the field that each follows from.
+DERIVED = {
+    "model.conditioning": "model.text.cross_attn_every",
+    "model.text.class_token": "model.text.pooling",
 }
 
 _ABSENT = object()
@@ -98,9 +96,10 @@ def _move(config: dict[str, Any], old: str, new: str) -> None:
     if value is _ABSENT:
         return
     if section == "loss":
+        # Version 0.1 wrote the loss's own start into every config; a recipe today may set none.
         loss = _section(config, "loss").get("contrastive", "softmax")
-        own = _LOSS_STARTS.get(loss, {}) if isinstance(loss, str) else {}
-        if value == own.get(name):
+        row = CONTRASTIVE.get(loss) if isinstance(loss, str) else None
+        if row and value == getattr(row, name):
             return
     config.setdefault(section, {})[name] = value
 
