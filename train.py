@@ -55,15 +55,15 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
 
     Returns False if a SIGTERM ended it early.
 
-    What can be refused is refused before anything is compiled and before anything is written. Of
-    several processes all come through here. Each reads its share of the data; the first writes and
-    prints.
+    What can be refused is refused before anything is compiled and before anything is written. Every
+    process of the run calls this. Each reads its part of the data; the first writes and prints.
     """
     config = run.config
     workdir = run.workdir
     fresh = not (workdir / "processor.json").exists()
     use_compilation_cache(config)
     mesh = sharding.make_mesh(config.mesh)
+    shard, shard_count = distributed.batch_shard(mesh)
     task = TASKS[config.task](config.loss)
 
     watchdog.doing("opening the data")
@@ -84,8 +84,7 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
         evaluator = None
         if val:
             evaluator = Evaluator(val, processor, config, trainer, str(workdir), watchdog.alive)
-        share, shares = distributed.batch_share(mesh)
-        open_batches = batches_of(config, task, source, processor, share, shares)
+        open_batches = batches_of(config, task, source, processor, shard, shard_count)
         batches = open_batches()
         distributed.say(start_report(run, trainer, source, processor.vocab_size, warm, fresh))
         claim_folder(workdir, config, run.overrides, processor, fresh)
@@ -94,7 +93,7 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
         restored = newest_checkpoint(checkpoints, trainer, watchdog)
         if restored:
             start = restored.step
-            batches = open_batches(state=position_of_one(restored.data, share))
+            batches = open_batches(state=position_of_one(restored.data, shard))
         if start > config.steps:
             raise ValueError(
                 f"steps is {config.steps}, {workdir} has a checkpoint of step {start}: expected no "
@@ -115,7 +114,7 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
         with contextlib.closing(log), checkpoints, contextlib.closing(batches):
             state = restored.state if restored else fresh_state(config, trainer, warm)
             state, done = loop(
-                config, trainer, state, start, batches, share, evaluator, checkpoints, log, watchdog
+                config, trainer, state, start, batches, shard, evaluator, checkpoints, log, watchdog
             )
             if not done:
                 return False
@@ -161,12 +160,12 @@ def batches_of(
     task: Task,
     source: sources.Source,
     processor: Processor,
-    share: int,
-    shares: int,
+    shard_index: int,
+    shard_count: int,
 ) -> Callable[..., data.TrainBatches]:
     """Returns the function that opens the batches of this process.
 
-    This process reads the share number `share` of `shares`.
+    This process reads the shard `shard_index` of `shard_count`.
     """
     return functools.partial(
         data.TrainBatches,
@@ -174,8 +173,8 @@ def batches_of(
         processor,
         config.data,
         seed=config.seed,
-        process_index=share,
-        process_count=shares,
+        process_index=shard_index,
+        process_count=shard_count,
         low_image_size=config.model.vision.low_image_size,
         low_steps=config.low_image_steps,
         images=task.sees_images,
@@ -187,7 +186,9 @@ def newest_checkpoint(
 ) -> Restored | None:
     """Finds the newest good checkpoint; None if there is no checkpoint."""
     # By the list of process 0: another list may be a moment older, and all have to restore.
-    if not distributed.from_first("has checkpoints", lambda: b"yes" if checkpoints.steps else b""):
+    if not distributed.broadcast_from_first(
+        "has checkpoints", lambda: b"yes" if checkpoints.steps else b""
+    ):
         return None
     watchdog.doing("restoring")
     return checkpoints.restore(trainer.abstract_state)
@@ -237,7 +238,7 @@ def loop(
     state: TrainState,
     start: int,
     batches: data.TrainBatches,
-    share: int,
+    shard: int,
     evaluator: Evaluator | None,
     checkpoints: Checkpoints,
     log: RunLog,
@@ -280,7 +281,7 @@ def loop(
                 log.evaluation(step, "val", evaluator(state.all_params), samples=2)
             if step % config.checkpoint_every == 0 or last or stop:
                 watchdog.doing(f"saving step {step}")
-                position = position_of_all(step, position, share)
+                position = position_of_all(step, position, shard)
                 checkpoints.save(step, state, position)
             if stop and not last:
                 log.print(f"SIGTERM: saved step {step}, go on with --resume")
@@ -337,7 +338,7 @@ def main(argv: list[str]) -> None:
             run = resolve(recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
             require_same(run)
             with distributed.Watchdog(run.config.step_timeout, "train.py") as watchdog:
-                # a stage that was ended early ends them
+                # a stage that a SIGTERM ended is the last
                 all(train(stage, watchdog) for stage in stages(run))
     except distributed.EXPECTED as error:
         if os.environ.get("MAMMUT_TRACEBACK"):

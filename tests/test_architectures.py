@@ -331,7 +331,7 @@ def test_eight_devices_say_what_one_says(name):
     args = (batch["image"], batch["tokens"], batch["text_valid"])
     expected = jax.jit(outputs)(params, *args)
     with jax.set_mesh(mesh):
-        got = jax.jit(outputs)(placed, *(sharding.replicated_batch(x, mesh) for x in args))
+        got = jax.jit(outputs)(placed, *(sharding.global_batch(x, mesh) for x in args))
     for one, eight in zip(expected, got):
         np.testing.assert_allclose(eight, one, atol=2e-5)
 

@@ -20,6 +20,7 @@ import mammut
 from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mammut.core import sharding
 from mammut.testing import tiny_config, tiny_processor
+from mammut.training.run import resolve
 from mammut.training.run_folder import read_run, write_run
 from mammut.training.step import TrainState, make_trainer
 from mammut.training.tasks import ImageTextTask
@@ -333,6 +334,22 @@ def test_a_run_whose_config_cannot_be_read_is_an_error_that_names_the_file(
     with pytest.raises(CheckpointError) as error:
         mammut.load(workdir)
     assert message in one_sentence(error) and str(workdir / "run.json") in str(error.value)
+
+
+@pytest.mark.parametrize("content, message", [
+    ('{"config": {}}', "is not a run's config, expected the keys config and overrides"),
+    ('{"config": {"colour": 1}, "overrides": []}', "has colour, which TrainConfig does not know"),
+    ('{"config": {}, "overrides": "--steps 3"}', "has overrides that are not a list of texts"),
+    ('{"config": {}, "overrides": ["--steps", 3]}', "has overrides that are not a list of texts"),
+])  # fmt: skip
+def test_a_run_whose_config_or_overrides_cannot_be_is_not_resumed(tmp_path, content, message):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(CheckpointError) as read:
+        read_run(tmp_path)
+    assert message in one_sentence(read) and str(tmp_path / "run.json") in str(read.value)
+    with pytest.raises(CheckpointError) as resumed:
+        resolve(None, pathlib.Path("tiny.py"), tmp_path, [], resume=True)
+    assert str(resumed.value) == str(read.value)
 
 
 def test_an_error_of_the_writing_thread_is_raised_by_the_next_save(tmp_path, abstract, monkeypatch):

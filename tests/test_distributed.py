@@ -333,9 +333,8 @@ def run_two(folder: pathlib.Path, body: str, timeout: float = 20) -> list[subpro
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_of_one_process_ends_the_other_too_with_a_sentence_each(tmp_path, failing):
-    body = (
-        f"if index == {failing}: raise ValueError('the file x is bad')\ndistributed.meet('never')"
-    )
+    body = f"if index == {failing}: raise ValueError('the file x is bad')\n"
+    body += "distributed.barrier('never')"
     results = ended(run_two(tmp_path, body), 60)
     code, out, err = results[failing]
     assert code == 1 and not out and err == "program: the file x is bad\n"
@@ -348,7 +347,9 @@ def test_an_error_of_one_process_ends_the_other_too_with_a_sentence_each(tmp_pat
 
 
 def test_a_defect_is_shown_with_its_traceback_and_ends_all(tmp_path):
-    first, second = ended(run_two(tmp_path, "if index: {}['gone']\ndistributed.meet('never')"), 60)
+    first, second = ended(
+        run_two(tmp_path, "if index: {}['gone']\ndistributed.barrier('never')"), 60
+    )
     assert first[0] == second[0] == 1
     assert "Traceback" in second[2] and second[2].endswith("program: KeyError: 'gone'\n")
     assert first[2] == "program: process 1 has ended: KeyError: 'gone'\n"
@@ -356,7 +357,7 @@ def test_a_defect_is_shown_with_its_traceback_and_ends_all(tmp_path):
 
 def test_what_one_process_gives_and_what_all_give_is_the_same_for_all(tmp_path):
     body = """
-value = distributed.from_first("value", lambda: b"x" * 9_000_000 + str(index).encode())
+value = distributed.broadcast_from_first("value", lambda: b"x" * 9_000_000 + str(index).encode())
 print(len(value), value[-1:], distributed.gather("all", {"index": index}), distributed.first())
 distributed.say("once")"""
     (code, out, err), (other, other_out, _) = ended(run_two(tmp_path, body), 60)
@@ -373,11 +374,11 @@ from mammut.core import sharding
 from mammut.config import MeshConfig
 for sizes in ((4, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)):
     mesh = sharding.make_mesh(MeshConfig(*sizes))
-    share, shares = distributed.batch_share(mesh)
-    rows = np.arange(8)[share::shares]
+    shard_index, shard_count = distributed.batch_shard(mesh)
+    rows = np.arange(8)[shard_index::shard_count]
     batch = sharding.device_batch({"x": rows}, mesh)["x"]
     total = jax.jit(lambda x: (x * x).sum(), out_shardings=jax.NamedSharding(mesh, jax.P()))(batch)
-    print(share, shares, batch.shape, int(total))"""
+    print(shard_index, shard_count, batch.shape, int(total))"""
     results = ended(run_two(tmp_path, body), 120)
     for index, (code, out, err) in enumerate(results):
         assert code == 0, err
@@ -390,7 +391,7 @@ def test_a_process_that_is_stopped_ends_the_others_within_the_limit_and_itself_w
 ):
     pair = run_two(
         tmp_path,
-        "if index: os.kill(os.getpid(), signal.SIGSTOP)\ndistributed.meet('never')",
+        "if index: os.kill(os.getpid(), signal.SIGSTOP)\ndistributed.barrier('never')",
         timeout=3,
     )
     out, err = pair[0].communicate(timeout=60)
@@ -553,13 +554,13 @@ with Watchdog(3, "program") as watchdog:
     )
 
 
-def test_counts_of_all_shares_are_saved_and_taken_over_once():
+def test_counts_of_all_shards_are_saved_and_taken_over_once():
     position = {"position": 64, "read": 40, "bad": {"corrupt": 3}}
     assert position_of_all(1, position, 0) == position
-    shares = [position_of_one(position, share) for share in range(3)]
-    assert sum(share["read"] for share in shares) == 40 and [
-        share["bad"] for share in shares[1:]
+    shards = [position_of_one(position, shard_index) for shard_index in range(3)]
+    assert sum(shard["read"] for shard in shards) == 40 and [
+        shard["bad"] for shard in shards[1:]
     ] == [{}, {}]
-    assert {share["position"] for share in shares} == {64} and list(
-        itertools.chain(*shares[0]["bad"])
+    assert {shard["position"] for shard in shards} == {64} and list(
+        itertools.chain(*shards[0]["bad"])
     ) != []

@@ -13,6 +13,8 @@ from mammut.data import tar_shards
 from mammut.evaluation.predictions import Predictions
 from mammut.evaluation.scores import Scores, save_scores
 from mammut.testing import tiny_processor
+from mammut.training.config import TrainConfig
+from mammut.training.run_folder import claim_folder
 
 
 class DiskFull(Exception):
@@ -79,6 +81,22 @@ def test_of_two_writers_of_one_file_the_last_wins_and_both_are_whole(tmp_path):
             second.write_text("second")
         assert path.read_text() == "second"
     assert content_of(tmp_path) == {"x.txt": b"first"}
+
+
+def test_what_killed_writers_left_is_removed_when_a_run_takes_its_folder(tmp_path):
+    kept = ["run.json", "x.partial", "x.json.0123456.partial", "x.json.0123456G.partial"]
+    kept += ["checkpoints/x.json.01234567.partial"]
+    left = ["run.json.0123abcd.partial", "checkpoint_manifests/3.json.89abcdef.partial"]
+    for name in kept + left:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with replacing_file(tmp_path / "y.json") as new:
+        new.write_text("{}")
+        mine = tmp_path / f"z{new.name}"
+        mine.write_text("the name of today")
+    claim_folder(tmp_path, TrainConfig(), [], tiny_processor(), fresh=False)
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {*kept, "y.json"}
 
 
 def test_a_replaced_file_has_the_rights_of_any_new_file(tmp_path):

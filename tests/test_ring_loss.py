@@ -90,7 +90,7 @@ def test_the_ring_of_devices_gives_the_losses_and_the_gradients_of_one(name, mes
     expected = with_gradients(functools.partial(by_matrix, name))(*args)
     mesh = sharding.make_mesh(MESHES[mesh])
     with jax.set_mesh(mesh):
-        placed = [sharding.replicated_batch(x, mesh) for x in args[:2]]
+        placed = [sharding.global_batch(x, mesh) for x in args[:2]]
         assert_equal(with_gradients(functools.partial(by_ring, name))(*placed, *args[2:]), expected)
 
 

@@ -404,7 +404,7 @@ def test_a_batch_arrives_whole_and_split_by_rows():
     rows = np.arange(24).reshape(8, 3)
     for placed in (
         sharding.device_batch({"x": rows}, mesh)["x"],
-        sharding.replicated_batch(rows, mesh),
+        sharding.global_batch(rows, mesh),
     ):
         np.testing.assert_array_equal(placed, rows)
         assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}

@@ -1,9 +1,9 @@
 """Runs over several processes: they connect, agree, and end together.
 
 A program calls `processes` once, in its main process; nothing else connects anything. Inside it,
-process 0 decides and writes, and the others follow (`from_first`, `meet`). A process that fails
-tells the others, and they end too. The others also end when the heartbeat of a process stops: it
-was killed or stopped. A process that makes no progress is ended by its `Watchdog`.
+process 0 decides and writes, and the others follow (`broadcast_from_first`, `barrier`). A process
+that fails tells the others, and they end too. The others also end when the heartbeat of a process
+stops: it was killed or stopped. A process that makes no progress is ended by its `Watchdog`.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def processes(settings: Processes, program: str) -> Iterator[None]:
     try:
         _require_same_count()
         yield
-        meet("end")
+        barrier("end")
     except BaseException as error:
         # SystemExit without a code is --help, which ends every process as it should.
         if not isinstance(error, SystemExit) or error.code:
@@ -111,16 +111,16 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Waits until every process has called it.
 
-    Each name is for one meeting.
+    Each name is for one barrier.
     """
     if connected():
-        state().client.wait_at_barrier(f"mammut/meet/{name}", LONG)
+        state().client.wait_at_barrier(f"mammut/barrier/{name}", LONG)
 
 
-def from_first(name: str, make: Callable[[], bytes]) -> bytes:
+def broadcast_from_first(name: str, make: Callable[[], bytes]) -> bytes:
     """Calls `make` on process 0 and returns its value everywhere.
 
     Each name is for one value.
@@ -172,18 +172,18 @@ def compiled_by_all(function: Callable) -> Callable:
         kind = tuple((x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(args))
         if kind not in compiled:
             compiled[kind] = function.lower(*args).compile()
-            meet(f"compiled/{next(_compilations)}")
+            barrier(f"compiled/{next(_compilations)}")
         return compiled[kind](*args)
 
     return call
 
 
-def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Returns which part of every batch this process reads.
+def batch_shard(mesh: Mesh) -> tuple[int, int]:
+    """Returns which shard of every batch this process reads.
 
-    The result is the number of the part and the count of the parts. They are `process_index` and
+    The result is the index of the shard and the count of the shards. They are `process_index` and
     `process_count` of `TrainBatches`. Processes whose devices hold the same rows (the mesh axis
-    `model` goes across them) read the same part.
+    `model` goes across them) read the same shard.
 
     Raises:
       ValueError: two processes share some of their rows but not all; or the devices belong to
@@ -198,15 +198,15 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     held: dict[int, set[int]] = {}
     for device, (rows,) in sharding.batch_sharding(mesh).devices_indices_map((ways,)).items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)
-    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
-    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != ways:
+    shards = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if len({len(shard) for shard in shards}) > 1 or sum(map(len, shards)) != ways:
         shape = " x ".join(map(str, mesh.shape.values()))
         raise ValueError(
             f"mesh.data x fsdp x model is {shape}, which cuts the batch across the devices of the "
             f"{len(held)} processes: expected a mesh.model that divides or is a multiple of the "
             "devices of a process"
         )
-    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+    return shards.index(tuple(sorted(held[jax.process_index()]))), len(shards)
 
 
 class Termination:
@@ -291,7 +291,7 @@ class Watchdog:
 
 def _require_same_count() -> None:
     count = str(state().num_processes)
-    of_first = from_first("count", count.encode).decode()
+    of_first = broadcast_from_first("count", count.encode).decode()
     if count != of_first:
         raise ValueError(
             f"process {state().process_id} is one of {count}, process 0 one of {of_first}: "

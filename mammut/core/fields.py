@@ -43,7 +43,7 @@ def require_at_most(config: Any, limits: dict[str, int]) -> None:
         )
 
 
-def require_share(config: Any, *names: str) -> None:
+def require_fraction(config: Any, *names: str) -> None:
     """Checks that the named fields are numbers in [0, 1)."""
     for name in names:
         value = getattr(config, name)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 from mammut.core.mapped_file import MAX_HEADER, CheckpointError, MappedFile, json_object
 
 _MAX_CONFIG = 4_000_000  # bytes
+_PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.partial")  # the names that `replacing_file` writes to
 
 
 def make_manifest(folder: pathlib.Path, files: list[pathlib.Path]) -> dict[str, Any]:
@@ -93,6 +95,16 @@ def replacing_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+
+
+def remove_partial_files(folder: pathlib.Path) -> None:
+    """Removes what `replacing_file` left in a folder where its process was killed.
+
+    No other process may be writing there.
+    """
+    for path in folder.glob("*.partial"):
+        if _PARTIAL.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

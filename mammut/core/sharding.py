@@ -202,7 +202,7 @@ def device_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     }
 
 
-def replicated_batch(x: np.ndarray, mesh: Mesh) -> jax.Array:
+def global_batch(x: np.ndarray, mesh: Mesh) -> jax.Array:
     """Splits an array [B, ...] over the devices of the mesh.
 
     Every process holds the whole array.

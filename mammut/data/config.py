@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from mammut.core.fields import require, require_positive, require_share
+from mammut.core.fields import require, require_fraction, require_positive
 
 # The texts that a source has for each image: captions, questions with answers ("qa"), or the name
 # of its class.
@@ -54,7 +54,7 @@ class DataConfig:
         require_positive(
             self, "batch_size", "eval_batch_size", "val_examples", "threads", "max_image_pixels"
         )
-        require_share(self, "max_bad_share")
+        require_fraction(self, "max_bad_share")
         low, high = self.crop_scale
         require(
             0 < low <= high <= 1,

@@ -151,7 +151,7 @@ class Predictor:
 
     def _on_mesh(self, array: Any) -> Any:
         if isinstance(array, np.ndarray):
-            return sharding.replicated_batch(array, self._mesh)
+            return sharding.global_batch(array, self._mesh)
         return array
 
     def _padded(self, array: np.ndarray) -> np.ndarray:

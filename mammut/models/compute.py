@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from mammut.core.fields import require_choices, require_positive, require_share
+from mammut.core.fields import require_choices, require_fraction, require_positive
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
@@ -99,7 +99,7 @@ class AugmentConfig:
     prefix_dropout: float = 0.0
 
     def __post_init__(self):
-        require_share(self, "patch_drop", "prefix_dropout")
+        require_fraction(self, "patch_drop", "prefix_dropout")
 
 
 @struct.dataclass

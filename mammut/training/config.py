@@ -7,7 +7,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from mammut.core.fields import require, require_choices, require_positive, require_share
+from mammut.core.fields import require, require_choices, require_fraction, require_positive
 from mammut.core.sharding import MeshConfig
 from mammut.data.config import DataConfig, TokenizerConfig
 from mammut.models.compute import AugmentConfig, ComputeConfig
@@ -36,10 +36,12 @@ class LossConfig:
     # Weight of the caption loss in the total.
     caption_weight: float = 1.0
     # Logit scale (inverse temperature) at the start of a fresh run. None: the value of the
-    # contrastive loss, which is 1/0.07 for softmax, 10 for focal and sigmoid.
+    # contrastive loss, which is 1/0.07 for softmax, 10 for focal and sigmoid. A run with `init`
+    # keeps the scale of that model.
     logit_scale_init: float | None = None
     # Logit bias at the start of a fresh run. None: the value of the contrastive loss, which is -10
-    # for focal and sigmoid, as most pairs do not match; softmax has no bias.
+    # for focal and sigmoid, as most pairs do not match; softmax has no bias. A run with `init`
+    # keeps the bias of that model.
     logit_bias_init: float | None = None
     # Exponent of the focal loss: a larger one gives less weight to pairs that are already right.
     focal_gamma: float = 1.0
@@ -61,7 +63,7 @@ class LossConfig:
 
     def __post_init__(self):
         require_choices(self)
-        require_share(self, "label_smoothing")
+        require_fraction(self, "label_smoothing")
         require_positive(self, "vocab_chunk", "contrastive_chunk")
         require(
             self.contrastive_form != "ring" or CONTRASTIVE[self.contrastive].ring is not None,
@@ -163,7 +165,7 @@ class OptimizerConfig:
     def __post_init__(self):
         require_choices(self)
         require_positive(self, "learning_rate", "eps")
-        require_share(self, "b1", "b2")
+        require_fraction(self, "b1", "b2")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             require(
                 getattr(self, name) >= 0,

@@ -37,7 +37,7 @@ def shared_processor(
                 {path.name: base64.b64encode(path.read_bytes()).decode() for path in paths}
             ).encode()
 
-    given = json.loads(distributed.from_first("processor", files))
+    given = json.loads(distributed.broadcast_from_first("processor", files))
     if made:
         return made[0]
     with tempfile.TemporaryDirectory() as folder:

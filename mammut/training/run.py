@@ -197,7 +197,9 @@ def require_same(run: Run) -> None:
       ValueError: the command line of this process gives another run than that of process 0.
     """
     asked = json.loads(json.dumps(to_dict(run.config) | {"workdir": str(run.workdir)}))
-    of_first = json.loads(distributed.from_first("run", lambda: json.dumps(asked).encode()))
+    of_first = json.loads(
+        distributed.broadcast_from_first("run", lambda: json.dumps(asked).encode())
+    )
     if changed := differences(of_first, asked, PER_PROCESS):
         raise ValueError(
             f"this process was asked for another run than process 0: {'; '.join(changed)} there"

@@ -7,7 +7,7 @@ from typing import Any
 
 from mammut.core import distributed
 from mammut.core.fields import to_dict
-from mammut.core.files import read_json_object, write_json
+from mammut.core.files import read_json_object, remove_partial_files, write_json
 from mammut.data.processor import Processor
 from mammut.training.config import TrainConfig
 from mammut.weights.files.tensor_file import CheckpointError
@@ -41,11 +41,13 @@ def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
         raise CheckpointError(
             f"{path} is not a run's config, expected the keys config and overrides"
         )
+    overrides = run["overrides"]
+    if not (isinstance(overrides, list) and all(isinstance(item, str) for item in overrides)):
+        raise CheckpointError(f"{path} has overrides that are not a list of texts")
     values = run["config"]
     if isinstance(values, dict):
         values = upgraded(values).config
     config = read_config(TrainConfig, values, path)
-    overrides = run["overrides"]
     is_old = values != run["config"]
     if is_old and config.starts_from:
         overrides = _inherited(config) + overrides
@@ -81,16 +83,21 @@ def claim_folder(
 ) -> None:
     """Makes a folder the folder of a run, on process 0.
 
-    It does so only when no process refuses anything.
+    It does so only when no process refuses anything. What a killed process left half-written there
+    is removed.
 
     Raises:
       ValueError: this process does not see the folder.
     """
-    distributed.meet("nothing is refused")
+    distributed.barrier("nothing is refused")
+    if distributed.first():
+        # A killed process leaves them, each under a new name.
+        for folder in (workdir, workdir / "checkpoint_manifests"):
+            remove_partial_files(folder)
     if distributed.first() and fresh:
         processor.save(workdir)
         write_run(workdir, config, overrides)
-    distributed.meet("the folder is made")
+    distributed.barrier("the folder is made")
     require_shared(workdir)
 
 
@@ -105,18 +112,18 @@ def renew_folder(workdir: pathlib.Path, config: TrainConfig, overrides: list[str
     (workdir / "manifest.json").unlink(missing_ok=True)
 
 
-def position_of_all(step: int, position: dict[str, Any], share: int) -> dict[str, Any]:
-    """Makes the data position with the counts of all shares.
+def position_of_all(step: int, position: dict[str, Any], shard_index: int) -> dict[str, Any]:
+    """Makes the data position with the counts of all shards.
 
     It does so on process 0.
 
-    `position` has the counts of `share` alone.
+    `position` has the counts of the shard `shard_index` alone.
     """
     parts = {}
     for part, read, bad in distributed.gather(
-        f"counts/{step}", [share, position["read"], position["bad"]]
+        f"counts/{step}", [shard_index, position["read"], position["bad"]]
     ):
-        parts[part] = read, bad  # processes of the same share have read the same
+        parts[part] = read, bad  # processes of the same shard have read the same
     total = sum(read for read, _ in parts.values())
     bad = collections.Counter()
     for _, counts in parts.values():
@@ -124,9 +131,9 @@ def position_of_all(step: int, position: dict[str, Any], share: int) -> dict[str
     return position | {"read": total, "bad": dict(bad)}
 
 
-def position_of_one(position: dict[str, Any], share: int) -> dict[str, Any]:
-    """Makes the data position that one share continues from.
+def position_of_one(position: dict[str, Any], shard_index: int) -> dict[str, Any]:
+    """Makes the data position that one shard continues from.
 
-    The first share takes over all counts.
+    The first shard takes over all counts.
     """
-    return position if share == 0 else position | {"read": 0, "bad": {}}
+    return position if shard_index == 0 else position | {"read": 0, "bad": {}}

@@ -73,8 +73,8 @@ class Evaluator:
       alive: called before every batch that the model is run on.
 
     Raises:
-      ValueError: `data.eval_batch_size` does not divide over the mesh, or more than
-        `data.max_bad_share` of the first batch could not be used.
+      ValueError: the task has no evaluation, `data.eval_batch_size` does not divide over the mesh,
+        or more than `data.max_bad_share` of the first batch could not be used.
     """
 
     def __init__(
@@ -115,6 +115,11 @@ class Evaluator:
             "classify": self._classes,
             "text": self._language,
         }
+        if config.task not in evaluate:
+            raise ValueError(
+                f"task is {config.task!r}, which has no evaluation: expected one of "
+                f"{', '.join(evaluate)}, or a row for it in mammut.training.validation.Evaluator"
+            )
         self._evaluate = evaluate[config.task]
         self._class_names = class_names(source) if config.task == "classify" else []
         self._language_loss = None
@@ -162,8 +167,8 @@ class Evaluator:
     def _exact(self, captions: Predictions) -> float:
         exact = []
         for record in captions.records:
-            # References are compared in the tokenizer's decoded form: in lower case, if it has no
-            # other.
+            # References are compared in the tokenizer's decoded form: in lower case where the
+            # tokenizer lower-cases.
             references = self._processor.decode(
                 self._processor.encode_text(record["references"])[0]
             )
@@ -217,7 +222,7 @@ class _LanguageLoss:
             padded = (np.pad(x, ((0, rows - len(x)), (0, 0))) for x in arrays)
             names = ("tokens", "text_valid", "target")
             batch = {
-                name: sharding.replicated_batch(x, self._mesh)
+                name: sharding.global_batch(x, self._mesh)
                 for name, x in zip(names, padded, strict=True)
             }
             self._alive()

@@ -122,7 +122,9 @@ class Checkpoints:
         # Either all processes have to take part or none, so they use the list of process 0: the
         # list of another process may be a moment older.
         if state.frozen:
-            is_later = distributed.from_first(f"frozen/{step}", lambda: b"1" if self.steps else b"")
+            is_later = distributed.broadcast_from_first(
+                f"frozen/{step}", lambda: b"1" if self.steps else b""
+            )
             if not is_later:
                 self._save_frozen(state.frozen)
         self._manifests.mkdir(parents=True, exist_ok=True)
@@ -191,7 +193,9 @@ class Checkpoints:
             optimizer.
         """
         # One process reads all files for their checksums; all processes restore the same step.
-        step = int(distributed.from_first("restored", lambda: str(self._newest_good()).encode()))
+        step = int(
+            distributed.broadcast_from_first("restored", lambda: str(self._newest_good()).encode())
+        )
         saved = self._checkpointer.checkpointables_metadata(step)
         changing = _changing(abstract_state)
         if problems := _mismatches(saved.metadata["state"], changing):
@@ -212,7 +216,7 @@ class Checkpoints:
 
     def _restore_frozen(self, abstract: Any) -> Any:
         # One process reads the file for its checksum.
-        file = self._open_frozen(distributed.from_first("frozen", self._frozen_problems))
+        file = self._open_frozen(distributed.broadcast_from_first("frozen", self._frozen_problems))
         if problems := mismatches(file.specs, by_name(abstract), "is left over"):
             raise CheckpointError(
                 f"{file.path} does not fit this run's model: {'; '.join(problems)}"
