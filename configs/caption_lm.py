@@ -7,17 +7,14 @@ head of its own. The captions of the first 1,000 photos are kept for validation.
 """
 
 import dataclasses
-import pathlib
 
 from mammut import presets
 from mammut.config import ComputeConfig, DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
-from mammut.testing import shared_dir
+from mammut.testing import shared_data
 
 
 def get_config() -> TrainConfig:
-    captions = (
-        f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'flickr8k' / 'captions.jsonl'}"
-    )
+    captions = f"jsonl:{shared_data('flickr8k') / 'captions.jsonl'}"
     return TrainConfig(
         task="text",
         trainable=("text.*",),

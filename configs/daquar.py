@@ -9,8 +9,6 @@ photo is kept for validation: neighbouring views of a room fall into both parts,
 official split. Score it with `python -m eval.vqa runs/daquar --data jsonl:PATH[::5]`.
 """
 
-import pathlib
-
 from mammut.config import (
     ComputeConfig,
     DataConfig,
@@ -20,11 +18,11 @@ from mammut.config import (
     TrainConfig,
     VisionConfig,
 )
-from mammut.testing import shared_dir
+from mammut.testing import shared_data
 
 
 def get_config() -> TrainConfig:
-    questions = f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'daquar' / 'qa.jsonl'}"
+    questions = f"jsonl:{shared_data('daquar') / 'qa.jsonl'}"
     return TrainConfig(
         task="vqa",
         model=ModelConfig(

@@ -7,17 +7,13 @@ The question is the prompt, the answer is generated, and the loss is the answer'
 jsonl:PATH[1300:]`.
 """
 
-import pathlib
-
 from mammut import presets
 from mammut.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
-from mammut.testing import shared_dir
+from mammut.testing import shared_data
 
 
 def get_config() -> TrainConfig:
-    questions = (
-        f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'easy_vqa' / 'qa.jsonl'}"
-    )
+    questions = f"jsonl:{shared_data('easy_vqa') / 'qa.jsonl'}"
     return TrainConfig(
         task="vqa",
         model=presets.tiny(),

@@ -7,8 +7,6 @@ validation. Score it with `python -m eval.vqa runs/easy_vqa_magma --data jsonl:P
 'Q: {} A:'`.
 """
 
-import pathlib
-
 from mammut import presets
 from mammut.config import (
     AugmentConfig,
@@ -18,13 +16,11 @@ from mammut.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from mammut.testing import shared_dir
+from mammut.testing import shared_data
 
 
 def get_config() -> TrainConfig:
-    questions = (
-        f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'easy_vqa' / 'qa.jsonl'}"
-    )
+    questions = f"jsonl:{shared_data('easy_vqa') / 'qa.jsonl'}"
     return TrainConfig(
         task="vqa",
         init_text="runs/caption_lm",

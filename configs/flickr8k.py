@@ -7,8 +7,6 @@ The photos are read from `flickr8k/captions.jsonl` under the folder of data sets
 --data.val jsonl:PATH[:1000]` reads another file.
 """
 
-import pathlib
-
 from mammut.config import (
     ComputeConfig,
     DataConfig,
@@ -19,12 +17,11 @@ from mammut.config import (
     TrainConfig,
     VisionConfig,
 )
-from mammut.testing import shared_dir
+from mammut.testing import shared_data
 
 
 def get_config() -> TrainConfig:
-    shared = shared_dir() or pathlib.Path("shared")
-    photos = f"jsonl:{shared / 'data' / 'flickr8k' / 'captions.jsonl'}"
+    photos = f"jsonl:{shared_data('flickr8k') / 'captions.jsonl'}"
     return TrainConfig(
         model=ModelConfig(
             vision=VisionConfig(

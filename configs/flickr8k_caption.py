@@ -4,16 +4,12 @@ Run `python train.py configs/flickr8k.py` first; `--init` names another model to
 it with `python -m eval.caption runs/flickr8k_caption --data jsonl:PATH[:1000]`.
 """
 
-import pathlib
-
 from mammut.config import ComputeConfig, DataConfig, LossConfig, OptimizerConfig, TrainConfig
-from mammut.testing import shared_dir
+from mammut.testing import shared_data
 
 
 def get_config() -> TrainConfig:
-    photos = (
-        f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'flickr8k' / 'captions.jsonl'}"
-    )
+    photos = f"jsonl:{shared_data('flickr8k') / 'captions.jsonl'}"
     return TrainConfig(
         task="caption",
         init="runs/flickr8k",

@@ -21,8 +21,6 @@ bottleneck behind every MLP of the decoder. Variants to compare with:
 Score it with `python -m eval.caption runs/flickr8k_magma --data jsonl:PATH[:1000]`.
 """
 
-import pathlib
-
 from mammut import presets
 from mammut.config import (
     AugmentConfig,
@@ -32,13 +30,11 @@ from mammut.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from mammut.testing import shared_dir
+from mammut.testing import shared_data
 
 
 def get_config() -> TrainConfig:
-    photos = (
-        f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'flickr8k' / 'captions.jsonl'}"
-    )
+    photos = f"jsonl:{shared_data('flickr8k') / 'captions.jsonl'}"
     return TrainConfig(
         task="caption",
         init_text="runs/caption_lm",

@@ -7,16 +7,12 @@ file is sorted by class, so every fifth line is kept for validation. Score it wi
 eval.classify runs/flowers --method likelihood --templates '{}' --data jsonl:PATH[::5]`.
 """
 
-import pathlib
-
 from mammut.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
-from mammut.testing import shared_dir
+from mammut.testing import shared_data
 
 
 def get_config() -> TrainConfig:
-    photos = (
-        f"jsonl:{(shared_dir() or pathlib.Path('shared')) / 'data' / 'flowers' / 'labels.jsonl'}"
-    )
+    photos = f"jsonl:{shared_data('flowers') / 'labels.jsonl'}"
     return TrainConfig(
         task="classify",
         init="runs/flickr8k",

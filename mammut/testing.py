@@ -127,3 +127,11 @@ def shared_dir() -> pathlib.Path | None:
     default = pathlib.Path(__file__).resolve().parents[2] / "shared"
     path = pathlib.Path(os.environ.get("MAMMUT_SHARED", default))
     return path if path.is_dir() else None
+
+
+def shared_data(name: str) -> pathlib.Path:
+    """Finds the data set `name` in the shared folder.
+
+    The path is below `shared` in the current folder where there is no shared folder.
+    """
+    return (shared_dir() or pathlib.Path("shared")) / "data" / name
