@@ -40,3 +40,15 @@ def test_the_loss_of_texts_is_their_mean_over_all_tokens():
     assert len(texts) == evaluation.num_texts == 6
     assert evaluation.metrics["loss_caption"] == pytest.approx(loss, rel=1e-5)
     assert evaluation.metrics["perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)
+
+
+def test_a_task_without_an_evaluation_is_refused():
+    """As a task is that was added to the tasks alone."""
+    config = TrainConfig(model=tiny_config(), data=DataConfig(batch_size=4, eval_batch_size=4))
+    source = open_source("synthetic:val[:2]", image_size=16)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        trainer = make_trainer(config, TASKS["image_text"](config.loss), mesh)
+        object.__setattr__(config, "task", "rhyme")
+        with pytest.raises(ValueError, match="task is 'rhyme', which has no evaluation: expected"):
+            Evaluator(source, tiny_processor(), config, trainer, "run", alive=lambda: None)

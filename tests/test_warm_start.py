@@ -4,6 +4,7 @@ What each parameter starts from, the rules where sizes differ, and everything th
 """
 
 import dataclasses
+import pathlib
 import re
 
 import jax
@@ -27,6 +28,8 @@ from mammut.data.tokenizer import MissingTokenizer
 from mammut.models.compute import ComputeConfig
 from mammut.models.vit import patchify
 from mammut.testing import tiny_config, tiny_model, tiny_processor
+from mammut.training.run import Run
+from mammut.training.start_report import other_dtype
 from mammut.training.step import make_trainer
 from mammut.training.tasks import ImageTextTask
 from mammut.weights.files.tensor_file import TensorSpec
@@ -540,6 +543,18 @@ def test_a_run_says_how_the_model_it_starts_from_is_computed():
     of_text = {str(warm.read(path).dtype) for path in stored if path.startswith("text.")}
     others = {str(warm.read(path).dtype) for path in stored if not path.startswith("text.")}
     assert (of_text, others) == ({"bfloat16"}, {"float32"})
+
+
+def test_a_run_in_another_type_than_the_model_it_starts_from_says_so():
+    start = opened(compute=ComputeConfig(dtype="bfloat16"))
+
+    def line(dtype: str, name: str = "init") -> list[str]:
+        config = TrainConfig(model=CONFIG, compute=ComputeConfig(dtype=dtype))
+        return other_dtype(Run(config, pathlib.Path("run"), [], {name: start}))
+
+    told = f"init {start.where} is computed in bfloat16, this run in float32: --compute.dtype"
+    assert line("float32") == [told]
+    assert line("bfloat16") == line("float32", "init_text") == []
 
 
 def test_a_vocabulary_for_a_model_that_came_without_has_its_special_ids():

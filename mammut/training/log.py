@@ -22,7 +22,7 @@ class RunLog:
     recorded step.
 
     What a run logged past the checkpoint that it is resumed from, at step `start`, is dropped: it
-    is logged again. Of several processes one logs; with `silent`, nothing is printed or written.
+    is logged again. One of several processes logs; with `silent`, nothing is printed or written.
     """
 
     def __init__(

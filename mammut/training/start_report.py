@@ -11,6 +11,7 @@ import jax
 from mammut.core import sharding
 from mammut.core.params import STATISTICS, by_name
 from mammut.data.examples import Source
+from mammut.models.flops import training_flops
 from mammut.training.run import Run
 from mammut.training.step import Trainer, TrainState
 from mammut.training.tasks import Task
@@ -23,16 +24,15 @@ def start_report(
     """Writes the report of a run.
 
     It shows data, mesh, parameters and their placement, FLOPs, and weights to start from.
-
-    A step counts three times the FLOPs of a forward pass, as the backward pass takes twice as many.
     """
     config = run.config
     state = trainer.abstract_state
     params = state.all_params
     rows = config.data.batch_size
-    flops = {part: 3 * count * rows for part, count in trainer.task.flops(config).items()}
-    total = sum(flops.values())
-    shares = ", ".join(f"{part} {count / total:.0%}" for part, count in flops.items())
+    flops = trainer.task.flops(config)
+    forward = sum(flops.values())
+    parts = ", ".join(f"{part} {count / forward:.0%}" for part, count in flops.items())
+    total = training_flops(flops) * rows
     condition = " as if all were trained" if state.frozen else ""
     mesh = " x ".join(f"{name} {size}" for name, size in trainer.mesh.shape.items())
 
@@ -43,9 +43,10 @@ def start_report(
     ]
     if state.frozen:
         lines.append(_trained_line(state))
-    lines.append(f"{total / 1e9:,.1f} GFLOP a step, backward included{condition}: {shares}")
+    lines.append(f"{total / 1e9:,.1f} GFLOP a step, backward included{condition}: {parts}")
     if warm:
         lines.append(str(warm))
+    lines += other_dtype(run)
     if fresh:
         for tower in untrained_towers(state, run.starts, trainer.task):
             lines.append(
@@ -72,6 +73,18 @@ def untrained_towers(state: TrainState, starts: Collection[str], task: Task) -> 
         if tower in towers and not {"init", f"init_{tower}"} & set(starts):
             random.append(tower)
     return random
+
+
+def other_dtype(run: Run) -> list[str]:
+    """Says in one line where the run computes in another type than the model of `init`."""
+    ours = run.config.compute.dtype
+    start = run.starts.get("init")
+    if start is None or start.compute.dtype == ours:
+        return []
+    return [
+        f"init {start.where} is computed in {start.compute.dtype}, this run in {ours}: "
+        "--compute.dtype"
+    ]
 
 
 def _trained_line(state: TrainState) -> str:

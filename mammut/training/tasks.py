@@ -2,7 +2,8 @@
 
 Each task trains a model for one purpose.
 
-To add a task, write a class here and give it a row of `TASKS` (and its name to `TrainConfig.task`).
+To add a task, write a class here and give it a row of `TASKS` (and its name to `TrainConfig.task`,
+and its evaluation to `mammut.training.validation.Evaluator`).
 
 A loss over pairs of examples needs the whole batch at once, a loss over single examples does not. A
 task keeps the two apart, so that a step may run in micro-batches and still see every negative.
@@ -38,7 +39,7 @@ from mammut.training.config import LossConfig, TrainConfig
 class Task:
     """A training task; subclasses give the loss.
 
-    They give also its parts and its gradients.
+    They also give its parts and its gradients.
 
     Attributes:
       config: Settings of the losses.
