@@ -23,7 +23,6 @@ from mammut.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from mammut.core import params as partition
 from mammut.core import sharding
 from mammut.models.compute import Augment
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
@@ -84,8 +83,8 @@ def after(trainer: Trainer, state: TrainState, run: list[dict]) -> TrainState:
 
 def require_frozen(before: dict, state_after: dict, trained: frozenset[str]) -> None:
     """Requires that the trained parameters, and no others, have other bits than before."""
-    before = partition.by_name(before)
-    got = partition.by_name(state_after)
+    before = mammut.core.params.by_name(before)
+    got = mammut.core.params.by_name(state_after)
     moved = {
         name
         for name in before
@@ -96,7 +95,7 @@ def require_frozen(before: dict, state_after: dict, trained: frozenset[str]) -> 
 
 def require_no_optimizer_state(opt_state, params, trained: frozenset[str]) -> None:
     """Two moments of every trained parameter, and counters: not a number more."""
-    sizes = {name: leaf.size for name, leaf in partition.by_name(params).items()}
+    sizes = {name: leaf.size for name, leaf in mammut.core.params.by_name(params).items()}
     moments = [
         leaf for leaf in jax.tree.leaves(opt_state) if leaf.ndim or leaf.dtype == jnp.float32
     ]
@@ -111,7 +110,9 @@ def trainer() -> Trainer:
 
 @pytest.fixture(scope="module")
 def trained() -> frozenset[str]:
-    return partition.trained_names(partition.by_name(nnx_params(CONFIG)), TRAINABLE)
+    return mammut.core.params.trained_names(
+        mammut.core.params.by_name(nnx_params(CONFIG)), TRAINABLE
+    )
 
 
 @pytest.mark.parametrize("changes, mesh", [
@@ -129,7 +130,7 @@ def test_the_base_keeps_every_bit_through_decay_momentum_micro_batches_and_a_bat
     assert int(state.nonfinite) == 1
     require_frozen(nnx_params(config), state.all_params, trained)
     require_no_optimizer_state(state.opt_state, state.all_params, trained)
-    assert partition.by_name(state.params).keys() == trained
+    assert mammut.core.params.by_name(state.params).keys() == trained
 
 
 def test_a_base_in_bfloat16_keeps_every_bit_under_a_float32_rest():
@@ -142,7 +143,7 @@ def test_a_base_in_bfloat16_keeps_every_bit_under_a_float32_rest():
     state = after(trainer, begun(trainer, config), batches())
     names = frozenset(
         name
-        for name in partition.by_name(before)
+        for name in mammut.core.params.by_name(before)
         if name.startswith(("vision.", "image_projection."))
     )
     require_frozen(before, state.all_params, names)
@@ -156,11 +157,13 @@ def test_adapters_in_float32_are_trained_on_a_base_in_bfloat16_that_keeps_every_
     config = dataclasses.replace(CONFIG, model=model, compute=compute, trainable=("adapters.*",))
     trainer = trainer_of(config)
     before = nnx_params(config)
-    names = frozenset(name for name in partition.by_name(before) if name.startswith("adapters."))
+    names = frozenset(
+        name for name in mammut.core.params.by_name(before) if name.startswith("adapters.")
+    )
     state = after(trainer, begun(trainer, config), batches(config=config))
     require_frozen(before, state.all_params, names)
     require_no_optimizer_state(state.opt_state, state.all_params, names)
-    assert partition.by_name(state.params).keys() == names
+    assert mammut.core.params.by_name(state.params).keys() == names
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.params)} == {"float32"}
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.frozen["text"])} == {"bfloat16"}
 
@@ -235,7 +238,7 @@ def a_few_steps(trainer, trained):
     """Of a mistake: parameters before and after two steps with it, and the optimizer's state."""
     before, task = nnx_params(CONFIG), TASKS["caption"](CONFIG.loss)
     mask = jax.tree_util.tree_map_with_path(
-        lambda path, _: partition.path_name(path) in trained, before
+        lambda path, _: mammut.core.params.path_name(path) in trained, before
     )
 
     def loss(params, batch):
@@ -399,9 +402,9 @@ def test_every_group_is_adamw_with_its_own_peak():
         )
         params = optax.apply_updates(params, updates)
 
-    flat = partition.by_name(start)
+    flat = mammut.core.params.by_name(start)
     first, second = ({name: np.zeros_like(x) for name, x in flat.items()} for _ in range(2))
-    for count, grad in enumerate(map(partition.by_name, grads)):
+    for count, grad in enumerate(map(mammut.core.params.by_name, grads)):
         norm = np.sqrt(sum((g**2).sum() for g in grad.values()))
         # of the schedule: from 0 to 1, and to 0 again
         shape = min(count / 2, (steps - count) / (steps - 2))
@@ -414,8 +417,8 @@ def test_every_group_is_adamw_with_its_own_peak():
             )
             decay = 0.1 * flat[name] if name.endswith("kernel") else 0
             flat[name] = flat[name] - peaks[name] * shape * (step + decay)
-    for name, got in partition.by_name(params).items():
-        moved = np.abs(flat[name] - partition.by_name(start)[name]).max()
+    for name, got in mammut.core.params.by_name(params).items():
+        moved = np.abs(flat[name] - mammut.core.params.by_name(start)[name]).max()
         np.testing.assert_allclose(got, flat[name], atol=2e-5 * moved + 1e-7, rtol=0)
 
 
@@ -436,15 +439,15 @@ def test_a_group_has_the_bits_of_the_common_update_times_its_share_of_the_rate()
 
     params = draw()
     peaks = dict(RATES)
-    of = partition.first_fitting(partition.by_name(params), list(peaks))
-    assert set(of.values()) == set(peaks) and len(of) < len(partition.by_name(params))
+    of = mammut.core.params.first_fitting(mammut.core.params.by_name(params), list(peaks))
+    assert set(of.values()) == set(peaks) and len(of) < len(mammut.core.params.by_name(params))
     states = [optimizer.init(params) for optimizer in (alike, grouped)]
     for _ in range(2):
         grads = draw()
         expected, states[0] = alike.update(grads, states[0], params)
         got, states[1] = grouped.update(grads, states[1], params)
-        got = partition.by_name(got)
-        for name, update in partition.by_name(expected).items():
+        got = mammut.core.params.by_name(got)
+        for name, update in mammut.core.params.by_name(expected).items():
             if name in of:
                 update = update * (peaks[of[name]] / config.learning_rate)
             assert np.asarray(got[name]).tobytes() == np.asarray(update).tobytes(), name
@@ -488,13 +491,13 @@ def test_statistics_of_batch_norms_are_never_trained():
         "vision": {"norm": {"mean": 1, "variance": 2, "scale": 3, "bias": 4}},
         "text": {"norm": {"scale": 5}},
     }
-    trained = partition.trained_names(partition.by_name(params), ("*",))
-    own, frozen = partition.split(params, trained)
+    trained = mammut.core.params.trained_names(mammut.core.params.by_name(params), ("*",))
+    own, frozen = mammut.core.params.split(params, trained)
     assert frozen == {"vision": {"norm": {"mean": 1, "variance": 2}}}
     assert own == {"vision": {"norm": {"scale": 3, "bias": 4}}, "text": {"norm": {"scale": 5}}}
-    assert partition.merged(own, frozen) == params
+    assert mammut.core.params.merged(own, frozen) == params
     with pytest.raises(ValueError, match="fits no parameter to train"):
-        partition.trained_names(partition.by_name(params), ("vision.norm.mean",))
+        mammut.core.params.trained_names(mammut.core.params.by_name(params), ("vision.norm.mean",))
 
 
 def test_where_all_is_trained_the_checkpoint_is_that_of_earlier_versions():

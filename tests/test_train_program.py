@@ -27,8 +27,8 @@ from PIL import Image
 
 import mammut
 from mammut.config import MeshConfig, TokenizerConfig, TrainConfig
-from mammut.core import params as partition
 from mammut.core import sharding
+from mammut.core.params import by_name
 from mammut.data import synthetic
 from mammut.data.images import ImageTransform
 from mammut.data.processor import Processor
@@ -36,8 +36,9 @@ from mammut.data.sources import open_source
 from mammut.evaluation.predictions import Predictions
 from mammut.performance.out_of_memory import enough_memory, out_of_memory_advice
 from mammut.testing import tiny_config, tiny_model, tiny_processor
-from mammut.training import new_processor as run_processor
-from mammut.training import run as recipes
+from mammut.training.command_line import load_recipe
+from mammut.training.new_processor import make_processor
+from mammut.training.run import resolve, with_overrides
 from mammut.training.run_folder import read_run, write_run
 from mammut.training.step import TrainState, make_trainer
 from mammut.training.tasks import ImageTextTask
@@ -355,7 +356,7 @@ def test_a_run_starts_from_an_image_encoder_alone_and_would_resume_without_it(pr
 
     model, processor = mammut.load(program.folder / "seen")
     assert model.config.vision == dataclasses.replace(tower, image_size=24)
-    assert model.config.text == recipes.load_recipe(program.recipe).model.text
+    assert model.config.text == load_recipe(program.recipe).model.text
     assert (
         processor.image == dataclasses.replace(transform, image_size=24)
         and processor.max_length == 16
@@ -370,7 +371,7 @@ def test_a_run_starts_from_an_image_encoder_alone_and_would_resume_without_it(pr
     assert 0 < abs(np.asarray(model.text.token_embed.embedding[...])).mean() < 0.1
 
     shutil.rmtree(program.folder / "tower")
-    run = recipes.resolve(None, TRAIN, program.folder / "seen", ["--steps", "3"], resume=True)
+    run = resolve(None, TRAIN, program.folder / "seen", ["--steps", "3"], resume=True)
     assert (
         run.starts == {} and run.config.init_vision == "tower" and run.config.model == model.config
     )
@@ -420,8 +421,8 @@ def test_the_sizes_of_a_model_to_start_from_can_be_overridden(
     """Sizes that the recipe's own patches would not fit are no error."""
     path = write_recipe(tmp_path)
     path.write_text(path.read_text().replace("patch_size=8", "patch_size=16"))
-    recipe = recipes.load_recipe(path)
-    config, starts = recipes.with_overrides(recipe, ["--init", str(model_folder), *overrides])
+    recipe = load_recipe(path)
+    config, starts = with_overrides(recipe, ["--init", str(model_folder), *overrides])
     vision, text = config.model.vision, config.model.text
     assert (vision.image_size, vision.patch_size, text.max_length, text.vocab_size) == sizes
     assert list(starts) == ["init"] and vision.width == 32 and config.optimizer == recipe.optimizer
@@ -434,16 +435,16 @@ def test_a_run_whose_recipe_does_not_fit_the_model_it_started_from_is_resumed_wi
     path = TRAIN.parent / "configs" / "magma.py"
     overrides = ["--augment.prefix-dropout", "0", "--tokenizer.max-length", "12"]
     overrides += ["--init", str(model_folder), "--model.vision.image-size", "24"]
-    recipe = recipes.load_recipe(path)
+    recipe = load_recipe(path)
     assert recipe.augment.prefix_dropout and recipe.model.text.has_prefix
-    config, _ = recipes.with_overrides(recipe, overrides)
+    config, _ = with_overrides(recipe, overrides)
     assert not config.model.text.has_prefix and config.model.vision.image_size == 24
     (tmp_path / "run").mkdir()
     write_run(tmp_path / "run", config, overrides)
-    resumed = recipes.resolve(path, TRAIN, tmp_path / "run", ["--steps", "5000"], resume=True)
+    resumed = resolve(path, TRAIN, tmp_path / "run", ["--steps", "5000"], resume=True)
     assert resumed.config == dataclasses.replace(config, steps=5000)
     with pytest.raises(ValueError, match="augment.patch_drop is 0.5, it was 0.0"):
-        recipes.resolve(path, TRAIN, tmp_path / "run", ["--augment.patch-drop", "0.5"], resume=True)
+        resolve(path, TRAIN, tmp_path / "run", ["--augment.patch-drop", "0.5"], resume=True)
 
 
 def test_a_task_that_the_model_cannot_do_is_refused():
@@ -470,14 +471,14 @@ def test_a_model_without_a_tokenizer_wants_to_be_told_of_one(tmp_path, model_fol
     with pytest.raises(
         ValueError, match="init_text .*model comes without a tokenizer: tokenizer.path says where"
     ):
-        run_processor.make_processor(config, source, bare)
+        make_processor(config, source, bare)
     path = str(tmp_path / "vocabulary" / "tokenizer.model")
     config = dataclasses.replace(config, tokenizer=TokenizerConfig(path=path))
-    processor = run_processor.make_processor(config, source, bare)
+    processor = make_processor(config, source, bare)
     text = ["one red circle"]
     assert np.array_equal(processor.encode_text(text)[0], tiny_processor().encode_text(text)[0])
     with pytest.raises(ValueError, match="tokenizer.path and init_text are given"):
-        run_processor.make_processor(config, source, {"init_text": opened})
+        make_processor(config, source, {"init_text": opened})
 
 
 def test_compile_only_tells_the_memory_of_the_step_and_trains_nothing(program, straight):
@@ -575,7 +576,7 @@ def test_a_run_that_makes_its_language_model_first_is_resumed_in_either_stage(pr
     whole = program.folder / "language"
     weights = mammut.load(whole)[0], mammut.load(whole / "language_model")[0]
     ours, theirs = (
-        partition.by_name(nnx.to_pure_dict(nnx.state(model.text, nnx.Param))) for model in weights
+        by_name(nnx.to_pure_dict(nnx.state(model.text, nnx.Param))) for model in weights
     )
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value)
@@ -731,10 +732,10 @@ def refusal(train, tmp_path, monkeypatch) -> Callable[..., str]:
     return refuse
 
 
-def write_small_run(workdir: pathlib.Path, train) -> None:
+def write_small_run(workdir: pathlib.Path) -> None:
     """A run that was killed before its first checkpoint."""
     workdir.mkdir()
-    write_run(workdir, recipes.load_recipe(pathlib.Path("small.py")), [])
+    write_run(workdir, load_recipe(pathlib.Path("small.py")), [])
     tiny_processor().save(workdir)
 
 
@@ -744,8 +745,8 @@ def test_compilations_would_be_seen():
             jax.jit(lambda x: x * 3 + 1)(np.arange(random.randint(1000, 100_000)))
 
 
-def test_a_used_folder_is_refused_without_resume(refusal, train, tmp_path):
-    write_small_run(tmp_path / "used", train)
+def test_a_used_folder_is_refused_without_resume(refusal, tmp_path):
+    write_small_run(tmp_path / "used")
     message = refusal("small.py", "--workdir", "used")
     assert (
         message.startswith("--workdir used is not empty (it holds ")
@@ -758,17 +759,6 @@ def test_a_folder_with_a_model_that_is_no_run_is_refused(refusal, tmp_path):
     assert refusal("small.py", "--workdir", "exported").startswith(
         "--workdir exported is not empty (it holds "
     )
-
-
-def test_without_a_workdir_a_fresh_run_takes_the_first_folder_that_is_free(
-    train, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    assert str(recipes.default_workdir("small", resume=False)) == "runs/small"
-    for name in ("small", "small-2"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-    assert str(recipes.default_workdir("small", resume=False)) == "runs/small-3"
-    assert str(recipes.default_workdir("small", resume=True)) == "runs/small-2"
 
 
 @pytest.mark.parametrize("argv", [["--workdir", "nowhere"], []])
@@ -786,10 +776,8 @@ def test_a_run_that_does_not_exist_cannot_be_resumed(refusal, argv):
      "data.train is synthetic:train[:300], it was synthetic:train[:200]"),
     (["--seed", "1"], "seed is 1, it was 0"),
 ])  # fmt: skip
-def test_a_run_is_not_resumed_with_what_would_make_it_another(
-    refusal, train, tmp_path, argv, changed
-):
-    write_small_run(tmp_path / "run", train)
+def test_a_run_is_not_resumed_with_what_would_make_it_another(refusal, tmp_path, argv, changed):
+    write_small_run(tmp_path / "run")
     message = refusal("--workdir", "run", "--resume", *argv)
     assert (
         message.startswith("the run in run cannot go on with another config: ")
@@ -797,16 +785,16 @@ def test_a_run_is_not_resumed_with_what_would_make_it_another(
     )
 
 
-def test_a_recipe_of_another_model_does_not_resume_a_run(refusal, train, tmp_path):
-    write_small_run(tmp_path / "run", train)
+def test_a_recipe_of_another_model_does_not_resume_a_run(refusal, tmp_path):
+    write_small_run(tmp_path / "run")
     write_recipe(tmp_path, width=32)
     assert "model.vision.width is 32, it was 16" in refusal(
         "small.py", "--workdir", "run", "--resume"
     )
 
 
-def test_a_run_whose_config_is_damaged_is_not_resumed(refusal, train, tmp_path):
-    write_small_run(tmp_path / "run", train)
+def test_a_run_whose_config_is_damaged_is_not_resumed(refusal, tmp_path):
+    write_small_run(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text("{")
     assert refusal("--workdir", "run", "--resume").startswith("run/run.json is not JSON")
 

@@ -11,9 +11,9 @@ import pytest
 from embedding_recall import embedding_recall
 from flax import nnx
 
+import mammut
 from mammut import presets
 from mammut.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
-from mammut.core import params as partition
 from mammut.core import sharding
 from mammut.models.compute import Augment, AugmentConfig
 from mammut.models.mammut import MaMMUT
@@ -337,7 +337,7 @@ def test_two_micro_batches_are_the_same_training_as_one_batch(trainer):
 def test_a_run_that_starts_from_other_weights_keeps_their_scale_and_bias():
     """What it starts from has learnt them; a parameter that it lacks starts as in a fresh run."""
     trainer = one_device_trainer(dataclasses.replace(CONFIG, loss=LossConfig("sigmoid")))
-    given = partition.by_name(nnx.to_pure_dict(nnx.state(tiny_model(), nnx.Param)))
+    given = mammut.core.params.by_name(nnx.to_pure_dict(nnx.state(tiny_model(), nnx.Param)))
 
     def read(name, value):
         return given[name] if value is None else value
