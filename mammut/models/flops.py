@@ -160,11 +160,11 @@ def _projection_flops(config: ModelConfig, seen: int) -> int:
     The maps lead to the decoder's width and to the embedding.
     """
     flops = 0
-    if config.image_projection in ("shared", "separate", "decoder"):
+    if config.maps_tokens:
         # Prefix tokens are made from the pooled image.
         tokens = seen if config.prefix_tokens is None else config.prefix_tokens
         flops += _product(tokens, config.vision_size, config.text.width)
-    if config.image_projection in ("separate", "embedding"):
+    if config.maps_embedding:
         flops += _product(config.vision_size, config.embed_size)
     return flops
 
