@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int, Int32, Key, UInt8
 
 from mammut.core.typing import Array
 from mammut.data.processor import Processor
-from mammut.generation.rows import GeneratedRow, Row, generate_rows, row_keys
+from mammut.generation.rows import GeneratedRow, Row, generate_rows, require_batch_size, row_keys
 from mammut.generation.search import GenerateConfig, Generation
 from mammut.generation.text import Text, generate_after, require_same_vocabulary, text_of
 from mammut.models.mammut import MaMMUT, ModelConfig
@@ -254,8 +254,7 @@ def generate_prompts(
       >>> mammut.generate_prompts(model, processor, [prompt], config)[0].text
       'a dog'
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    require_batch_size(batch_size)
     room = prompt_room(model.config, config.max_new_tokens)
     require_same_vocabulary(model, processor)
 
