@@ -6,7 +6,7 @@ Recipes import them from here. Each class is defined beside the code that it con
 contains it. Named architectures are in `mammut.presets`, named runs in `configs/`.
 """
 
-from mammut.core.fields import differences, from_dict, to_dict
+from mammut.core.fields import from_dict, to_dict
 from mammut.core.sharding import MeshConfig
 from mammut.data.config import DataConfig, TokenizerConfig
 from mammut.models.adapter_modules import AdapterConfig
@@ -31,7 +31,6 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "VisionConfig",
-    "differences",
     "from_dict",
     "to_dict",
 ]

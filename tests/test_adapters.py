@@ -231,7 +231,7 @@ def test_cached_steps_are_adapted_as_the_whole_pass_is(config):
         (AdapterConfig(reduction=49), "reduction is 49, expected at most the width 48"),
         (
             AdapterConfig(kind="lora", sites=("*.up",), rank=33),
-            "rank is 33, expected at most 32, as vision.layers.mlp",
+            "rank is 33, expected at most 32, the smaller size of vision.layers.mlp",
         ),
         (AdapterConfig(name="items"), "name is 'items', which has another meaning"),
     ],

@@ -177,7 +177,7 @@ def test_a_question_that_does_not_fit_is_answered_with_nothing_and_its_neighbour
 
 
 @pytest.mark.parametrize("program, argv, model, message", [
-    (vqa, ["--shots", "2"], "other", "the model sees images by 'cross_attention'"),
+    (vqa, ["--shots", "2"], "other", "DecoderConfig.cross_attn_every is 2, expected 0"),
     (vqa, ["--shots", "20"], "model", "has 6 examples to show, expected at least 20"),
     (vqa, ["--shots", "6"], "model", "has 5 examples to show beside"),
     (vqa, ["--shots", "5", "--max-new-tokens", "45"], "model",

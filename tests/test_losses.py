@@ -24,7 +24,6 @@ from mammut.models.losses import (
     focal_contrastive,
     sigmoid_contrastive,
     softmax_contrastive,
-    summed_caption_loss,
 )
 from mammut.testing import tiny_config, tiny_model
 from mammut.training.step import random_params
@@ -384,15 +383,18 @@ def test_the_summed_loss_has_the_value_and_the_gradients_of_the_sum(
             *arrays
         )
 
-    expected, got = run(caption_loss), run(summed_caption_loss)
+    expected, got = run(caption_loss), run(caption_sum)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert np.abs(a - b).max() <= 1e-6 * np.abs(b).max()
 
 
 def test_a_masked_token_has_no_gradient_in_the_summed_loss_either(caption):
     def loss(features):
-        return summed_caption_loss(
-            **{**caption, "features": features}, label_smoothing=0.1, z_loss=0.1, chunk=4
+        return caption_sum(
+            **{**caption, "features": features, "vocab_bias": None},
+            label_smoothing=0.1,
+            z_loss=0.1,
+            chunk=4,
         )
 
     grad = np.asarray(jax.grad(loss)(caption["features"]))
@@ -405,8 +407,8 @@ def test_the_gradients_of_the_summed_loss_are_of_the_types_of_its_arguments(capt
     rounded = [jnp.bfloat16(caption[name]) for name in ("features", "vocab_kernel")]
 
     def loss(features, vocab_kernel):
-        return summed_caption_loss(
-            features, vocab_kernel, caption["labels"], caption["loss_mask"], chunk=4
+        return caption_sum(
+            features, vocab_kernel, None, caption["labels"], caption["loss_mask"], chunk=4
         )
 
     grads = jax.grad(loss, argnums=(0, 1))

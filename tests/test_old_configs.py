@@ -265,6 +265,18 @@ def test_a_layer_without_mlp_is_a_position_of_cross_attention(position, today):
     assert upgraded(whole).config == {"model": {"text": position}}
 
 
+@pytest.mark.parametrize("position", ["last", "first", "inside"])
+def test_every_position_of_no_cross_attention_is_read(position):
+    """Version 0.1 took "inside" there, too, where it means nothing."""
+    text = {"cross_attn_every": 0, "cross_attn_position": position}
+    got = upgraded({"model": {"text": text}}).config
+    today = "last" if position == "inside" else position
+    assert got == {"model": {"text": {"cross_attn_every": 0, "cross_attn_position": today}}}
+    assert from_dict(DecoderConfig, got["model"]["text"]).has_prefix
+    seen = {"cross_attn_every": 2, "cross_attn_position": position}
+    assert upgraded({"model": {"text": seen}}).config == {"model": {"text": seen}}
+
+
 def test_a_layer_without_mlp_has_no_cross_attention_inside():
     text = {"cross_attn_position": "inside", "mlp_before_cross_attn": False}
     with pytest.raises((ValueError, TypeError), match="inside_bare"):

@@ -57,14 +57,20 @@ def test_the_presets_are_the_sizes_of_the_field_and_of_the_paper():
     }
 
 
+COMPUTE = [ComputeConfig(), ComputeConfig(dtype="bfloat16", remat="dots")]
+
+
+@pytest.mark.parametrize("compute", COMPUTE, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", TWO_PASS)
-def test_every_preset_runs_both_passes(name):
+def test_every_preset_runs_both_passes(name, compute):
     config = getattr(presets, name)()
     assert isinstance(config, ModelConfig)
     length, size = config.text.max_length, config.vision.image_size
     image = jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8)
     tokens, valid = (jax.ShapeDtypeStruct((2, length), dtype) for dtype in (jnp.int32, jnp.bool))
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: MaMMUT(config, compute=compute, rngs=nnx.Rngs(0)))
+    )
 
     def forward(params, *batch):
         out = nnx.merge(graphdef, params).two_pass(*batch)
@@ -73,19 +79,24 @@ def test_every_preset_runs_both_passes(name):
     image_embed, text_embed, features = jax.eval_shape(forward, params, image, tokens, valid)
     assert image_embed.shape == text_embed.shape == (2, config.text.width)
     assert features.shape == (2, length, config.text.width)
-    assert features.dtype == jnp.float32
+    assert image_embed.dtype == text_embed.dtype == jnp.float32
+    assert features.dtype == compute.dtypes.compute
 
 
+@pytest.mark.parametrize("compute", COMPUTE, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", WITH_PREFIX)
-def test_every_preset_with_an_image_prefix_runs_its_caption_pass(name):
+def test_every_preset_with_an_image_prefix_runs_its_caption_pass(name, compute):
     config = getattr(presets, name)()
     length, size = config.text_length, config.vision.image_size
     image = jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8)
     tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: MaMMUT(config, compute=compute, rngs=nnx.Rngs(0)))
+    )
     logits_of = lambda params, *batch: nnx.merge(graphdef, params).caption_logits(*batch)  # noqa: E731
     logits = jax.eval_shape(logits_of, params, image, tokens)
     assert logits.shape == (2, length, config.text.vocab_size)
+    assert logits.dtype == jnp.float32
     assert length - 1 + config.num_prefix_tokens == config.text.max_length
 
 

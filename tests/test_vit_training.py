@@ -236,19 +236,25 @@ def test_patches_are_not_drawn_with_the_numbers_of_the_crops():
     assert numbers(jax.random.fold_in(KEY, vit._DROP_STREAM)) not in of_crops
 
 
+@pytest.mark.parametrize("every", [2, 0], ids=["cross_attention", "prefix"])
 @pytest.mark.parametrize("pooling", ["mean", "mean_all", "queries"])
-def test_the_flops_of_a_training_step_are_those_of_the_patches_that_are_kept(pooling):
+def test_the_flops_of_a_training_step_are_those_of_the_patches_that_are_kept(pooling, every):
     """Counted in the program; causal attention counts half there and whole here."""
     options = {"class_token": True, "pooling": pooling, "pool_queries": 5, "pool_heads": 4}
-    config = with_vision(dataclasses.replace(WIDE, image_projection="separate"), **options)
+    text = dataclasses.replace(WIDE.text, cross_attn_every=every, max_length=32)
+    config = dataclasses.replace(WIDE, text=text, image_projection="separate")
+    config = with_vision(config, **options)
     augment = Augment(KEY, AugmentConfig(patch_drop=0.5))
     graphdef, params = nnx.split(nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0))))
-    batch, text = tiny_batch(config, batch_size=1), config.text
+    batch = tiny_batch(config, batch_size=1)
     program = jax.make_jaxpr(lambda p: nnx.merge(graphdef, p).two_pass(*batch.values(), augment))(
         params
     )
     flops = forward_flops(config, patch_drop=0.5)
-    causal = 2 * text.max_length**2 * text.width * text.depth
+    # Half of the 16 patches stand in front of the text; or the queries, one of which is pooled.
+    prefix = {"mean": 8, "mean_all": 9, "queries": 4}[pooling]
+    positions = text.max_length if every else config.text_length + prefix - 1
+    causal = 2 * positions**2 * text.width * text.depth
     assert product_flops(program.jaxpr) == sum(flops.values()) - flops["vocabulary"] + causal
     assert forward_flops(config)["vision"] > 1.4 * flops["vision"]
 

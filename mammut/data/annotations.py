@@ -61,8 +61,8 @@ def read(kind: str, form: str) -> tuple[pathlib.Path, pathlib.Path, list[dict[st
       The first file, the folder of the images, and the records.
 
     Raises:
-      ValueError: `form` has not the form in `FORMS`, IMAGES is not a folder, or a file does not
-        have the format that its reader expects.
+      ValueError: `form` does not have the form in `FORMS`, IMAGES is not a folder, or a file does
+        not have the format that its reader expects.
     """
     match (kind, *form.split(",")):
         case "coco", file, images if file and images:

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import UInt8
 
+from mammut.core.fields import require_choices
+
 # Bytes, a path, a PIL image, or uint8[height, width], [height, width, 1], [height, width, 3] or
 # [height, width, 4].
 ImageLike = Any
@@ -77,15 +79,7 @@ class ImageTransform:
     max_image_pixels: int = 100_000_000
 
     def __post_init__(self):
-        choices = {
-            "mode": ("squash", "shortest", "longest"),
-            "interpolation": ("bicubic", "bilinear", "bilinear_aliased"),
-        }
-        for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"ImageTransform.{name} is {getattr(self, name)!r}, expected one of {values}"
-                )
+        require_choices(self)
         for name, low, high in (
             ("image_size", 1, 2**14),
             ("fill", 0, 255),

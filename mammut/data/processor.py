@@ -111,7 +111,8 @@ class Processor:
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
         """Encodes texts as `tokens` and `text_valid`.
 
-        An empty text has only its start and end.
+        An empty text has only the special tokens of `text_form`: start and end, or the end
+        alone.
 
         Raises:
           ValueError: `texts` is one str, or holds something else.

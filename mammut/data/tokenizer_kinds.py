@@ -279,8 +279,7 @@ class MissingTokenizer(Tokenizer):
     """A tokenizer without its vocabulary file.
 
     Its model still takes images and ready tokens. Texts are refused, and so are special ids that
-    are not known (None). `needs` names the file that is
-    missing and its folder.
+    are not known (None). `needs` tells the user which file is missing and where to put it.
     """
 
     kind = "missing"
@@ -335,7 +334,7 @@ class MissingTokenizer(Tokenizer):
         )
 
     def settings(self) -> dict[str, Any]:
-        """Returns its special ids and the file that it needs.
+        """Returns its special ids and what the user has to do.
 
         An id that is not known is None.
         """

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int, Int32, Key, UInt8
 
 from mammut.core.typing import Array
 from mammut.data.processor import Processor
-from mammut.generation.rows import GeneratedRow, Row, generate_rows, row_keys
+from mammut.generation.rows import GeneratedRow, Row, generate_rows, require_batch_size, row_keys
 from mammut.generation.search import GenerateConfig, Generation
 from mammut.generation.text import Text, generate_after, require_same_vocabulary, text_of
 from mammut.models.mammut import MaMMUT, ModelConfig
@@ -75,8 +75,8 @@ def encode_prompt(pieces: Sequence[Any], processor: Processor, image_tokens: int
     last = next(piece for piece in reversed(pieces) if not isinstance(piece, str) or piece)
     if isinstance(last, str) and last[-1] == " ":
         raise ValueError(
-            f"ends in a space, {last[-40:]!r}, expected none: the words a model learnt begin with "
-            "their space, and after one it has to go on with what is rare"
+            f"ends in a space, {last[-40:]!r}, expected none: a model learns a word with the space "
+            "before it, and rarely sees a text go on after a space"
         )
     return EncodedPrompt(tuple(images), np.array(tokens, np.int32), np.array(image_row, np.int32))
 
@@ -87,16 +87,16 @@ def prompt_room(config: ModelConfig, max_new_tokens: int | None) -> int:
     Raises:
       ValueError: the model has no image prefix, or the new tokens leave no room for a prompt.
     """
-    if config.conditioning != "prefix":
+    if not config.text.has_prefix:
         raise ValueError(
-            f"the model sees images by {config.conditioning!r} (ModelConfig.conditioning), prompts "
-            "of images and texts need 'prefix'"
+            f"DecoderConfig.cross_attn_every is {config.text.cross_attn_every}, expected 0: only a "
+            "model with an image prefix reads prompts of images and texts"
         )
     room = config.text.max_length - (max_new_tokens or 1)
     if room < 1:
         raise ValueError(
             f"GenerateConfig.max_new_tokens is {max_new_tokens}, expected fewer than "
-            f"DecoderConfig.max_length {config.text.max_length}: a prompt has places, too"
+            f"DecoderConfig.max_length {config.text.max_length}: the prompt needs positions, too"
         )
     return room
 
@@ -254,8 +254,7 @@ def generate_prompts(
       >>> mammut.generate_prompts(model, processor, [prompt], config)[0].text
       'a dog'
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    require_batch_size(batch_size)
     room = prompt_room(model.config, config.max_new_tokens)
     require_same_vocabulary(model, processor)
 

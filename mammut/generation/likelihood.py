@@ -20,6 +20,6 @@ def text_logprob(
     Text r is about the image at row `rows[r]`.
     """
     features = model.decoder.caption_pass(tokens, text_valid, image_tokens[rows])
-    targets, loss_mask = model.caption_labels(tokens, text_valid)
+    labels, loss_mask = model.caption_labels(tokens, text_valid)
     head = {"vocab_kernel": model.text.vocab_kernel, "vocab_bias": model.text.vocab_bias}
-    return -caption_loss(features, labels=targets, loss_mask=loss_mask, **head).sum(1)
+    return -caption_loss(features, labels=labels, loss_mask=loss_mask, **head).sum(1)

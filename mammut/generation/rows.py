@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Key
 
+from mammut.core.fields import require
 from mammut.core.typing import Array
 from mammut.data.processor import Processor
 from mammut.generation.search import GenerateConfig, Generation
@@ -34,6 +35,11 @@ class GeneratedRow:
     logprobs: Float[np.ndarray, " L"]  # of each generated token, 0 in all other columns
     token_logprobs: Float[np.ndarray, " n"]  # of the generated tokens alone, the end token included
     is_finite: bool  # False: the model's logits were not numbers
+
+
+def require_batch_size(batch_size: int) -> None:
+    """Raises ValueError where there is no row in a batch."""
+    require(batch_size >= 1, f"batch_size is {batch_size}, expected at least 1")
 
 
 def generate_rows(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Float, Int, Key
 
+from mammut.core.fields import require
 from mammut.core.typing import Array
 
 
@@ -81,8 +82,7 @@ class GenerateConfig:
             self._require(sampling or is_neutral, name, f"{neutral} with temperature 0")
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
-        if not condition:
-            raise ValueError(f"GenerateConfig.{name} is {getattr(self, name)}, expected {expected}")
+        require(condition, f"GenerateConfig.{name} is {getattr(self, name)}, expected {expected}")
 
 
 @struct.dataclass

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int, Int32, Key, UInt8
 
 from mammut.core.typing import Array
 from mammut.data.processor import Processor
-from mammut.generation.rows import GeneratedRow, Row, generate_rows, row_keys
+from mammut.generation.rows import GeneratedRow, Row, generate_rows, require_batch_size, row_keys
 from mammut.generation.search import Decoding, GenerateConfig, Generation, search
 from mammut.models.cached_decoder import DecodeCache, cached_step, prefill
 from mammut.models.mammut import Image, MaMMUT
@@ -202,8 +202,7 @@ def generate_text(
       >>> texts[0].text
       'a dog on the grass'
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    require_batch_size(batch_size)
     ids = _prompt_ids(model, processor, images, prompts)
     if not ids:
         return []

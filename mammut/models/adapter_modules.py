@@ -119,10 +119,10 @@ class Bottleneck(nnx.Module):
         self.norm = LayerNorm(width, _NORM_EPS, dtypes=dtypes) if config.norm else None
         if config.init == "zero":
             self.down = Linear(outside, inside, dtypes=dtypes)
-            self.up = Linear(inside, outside, dtypes=dtypes, start=Constant(0.0))
+            self.up = Linear(inside, outside, dtypes=dtypes, kernel_init=Constant(0.0))
         else:
-            start = Normal(_MAGMA_STDDEV, cut=2.0)
-            options = {"dtypes": dtypes, "start": start, "bias_start": start}
+            initializer = Normal(_MAGMA_STDDEV, cut=2.0)
+            options = {"dtypes": dtypes, "kernel_init": initializer, "bias_init": initializer}
             self.down = Linear(outside, inside, **options)
             self.up = Linear(inside, outside, **options)
         if self.kind == "scaled_parallel":
@@ -157,9 +157,9 @@ class LoRA(nnx.Module):
     ):
         self.scale = config.alpha / config.rank
         rank = {"rank": config.rank}
-        start = Uniform(1 / math.sqrt(math.prod(inputs.values())))
-        self.down = Linear(inputs, rank, dtypes=dtypes, use_bias=False, start=start)
-        self.up = Linear(rank, outputs, dtypes=dtypes, use_bias=False, start=Constant(0.0))
+        kernel_init = Uniform(1 / math.sqrt(math.prod(inputs.values())))
+        self.down = Linear(inputs, rank, dtypes=dtypes, use_bias=False, kernel_init=kernel_init)
+        self.up = Linear(rank, outputs, dtypes=dtypes, use_bias=False, kernel_init=Constant(0.0))
 
     def __call__(self, function: Function, x: jax.Array) -> jax.Array:
         return function(x) + self.scale * self.up(constrain(self.down(x), "batch", None, "rank"))
@@ -253,9 +253,10 @@ def chosen(config: AdapterConfig, modules: Mapping[str, nnx.Module]) -> list[str
         if not fnmatch.filter(right, pattern):
             problem = f"not {what}" if fnmatch.filter(modules, pattern) else "no site"
             close = ", ".join(difflib.get_close_matches(pattern, right, 4, cutoff=0))
+            right_sites = f"such as {close}" if close else "which this model does not have"
             raise ValueError(
                 f"AdapterConfig.sites has {pattern!r}, which is {problem} of this model: "
-                f"{config.kind!r} goes on {what}, such as {close or 'this model has none of'}"
+                f"{config.kind!r} goes on {what}, {right_sites}"
             )
     return [
         site
@@ -347,6 +348,7 @@ def _make(config: AdapterConfig, site: str, module: nnx.Module, dtypes: Dtypes) 
     largest = min(math.prod(inputs.values()), math.prod(outputs.values()))
     if config.rank > largest:
         raise ValueError(
-            f"AdapterConfig.rank is {config.rank}, expected at most {largest}, as {site} has"
+            f"AdapterConfig.rank is {config.rank}, expected at most {largest}, the smaller size of "
+            f"{site}"
         )
     return stack(LoRA(config, inputs, outputs, dtypes=dtypes), depth)

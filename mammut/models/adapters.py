@@ -1,14 +1,7 @@
 """Adds adapters to a model, removes, switches and merges them.
 
-Every function returns a new model over the same arrays; the given model does not change. An adapter
-can be saved in a small folder of its own, beside a large base that many adapters share
-(`mammut.weights.adapter_folder`):
-
-    adapter.json          format, version, the `AdapterConfig`s, config and hash of the base, and
-                          the names of other parameters that were trained with the adapter
-    adapter.safetensors   the parameters of the adapter and the other trained parameters, by
-                          their path in the model
-    manifest.json         size and SHA-256 of both files, which `load_adapter` checks
+Every function returns a new model over the same arrays; the given model does not change.
+`mammut.weights.adapter_folder` saves adapters.
 """
 
 import dataclasses
@@ -21,7 +14,7 @@ from flax import nnx
 
 from mammut.models.adapter_modules import IA3, AdapterConfig, Adapters, LoRA
 from mammut.models.layers import Linear, initialise
-from mammut.models.mammut import MaMMUT, ModelConfig
+from mammut.models.mammut import MaMMUT
 
 
 def add_adapter(model: MaMMUT, *configs: AdapterConfig, rngs: nnx.Rngs) -> MaMMUT:
@@ -81,7 +74,7 @@ def set_active_adapters(model: MaMMUT, *names: str) -> MaMMUT:
     """
     require_adapters(model, *names)
     model = _copy(model)
-    model.active_adapters = tuple(name for name in _names(model.config) if name in names)
+    model.active_adapters = tuple(name for name in model.config.adapter_names if name in names)
     return model
 
 
@@ -100,15 +93,15 @@ def merge_adapter(model: MaMMUT, name: str) -> MaMMUT:
       >>> plain = mammut.merge_adapter(model, "shapes")
     """
     require_adapters(model, name)
-    names = _names(model.config)
+    names = model.config.adapter_names
     earlier = [model.adapters[other] for other in names[: names.index(name)]]
     merged = remove_adapter(model, name)
     for key, adapter in model.adapters[name].items():
         site = key.replace("/", ".")
         if not isinstance(adapter, LoRA | IA3):
             raise ValueError(
-                f"the adapter {name!r} is a bottleneck on {site}, which plain weights cannot stand "
-                "for"
+                f"the adapter {name!r} is a bottleneck on {site}, which cannot be merged into "
+                "weights"
             )
         before = [other[key] for other in earlier if key in other]
         # Sums of weights may be taken in any order, products of sums may not.
@@ -154,14 +147,9 @@ def _copy(model: MaMMUT) -> MaMMUT:
     return jax.tree.map(lambda leaf: leaf, model)
 
 
-def _names(config: ModelConfig) -> tuple[str, ...]:
-    """Lists the names of a model's adapters, each once."""
-    return tuple(dict.fromkeys(adapter.name for adapter in config.adapters))
-
-
 def require_adapters(model: MaMMUT, *names: str) -> None:
     """Raises ValueError where the model lacks an adapter of `names`."""
-    there = _names(model.config)
+    there = model.config.adapter_names
     for name in names:
         if name not in there:
             raise ValueError(
@@ -182,7 +170,7 @@ def extended(model: MaMMUT, configs: Sequence[AdapterConfig], fresh: Adapters) -
     Raises:
       ValueError: the model has an adapter of this name already.
     """
-    there = _names(model.config)
+    there = model.config.adapter_names
     if taken := [name for name in fresh if name in there]:
         raise ValueError(
             f"the model has an adapter {taken[0]!r} already: give the new one another name"
@@ -192,6 +180,6 @@ def extended(model: MaMMUT, configs: Sequence[AdapterConfig], fresh: Adapters) -
         fresh[name] = model.adapters[name]
     model.adapters = nnx.data(fresh)
     model.config = dataclasses.replace(model.config, adapters=(*model.config.adapters, *configs))
-    new = tuple(name for name in _names(model.config) if name not in there)
+    new = tuple(name for name in model.config.adapter_names if name not in there)
     model.active_adapters = (*model.active_adapters, *new)
     return model

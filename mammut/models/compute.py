@@ -177,10 +177,10 @@ def stack(module: nnx.Module, depth: int) -> nnx.Module:
     return module
 
 
-def keeping(step: Callable, remat: Remat) -> Callable:
+def with_remat(step: Callable, remat: Remat) -> Callable:
     """Wraps a step so that its backward pass recomputes values.
 
-    `remat` says which values are computed again.
+    `remat` says which values are kept.
     """
     if remat == "none":
         return step
@@ -195,10 +195,10 @@ def scan(step: Callable, x: jax.Array, layers: Any, *, remat: Remat, unroll: int
     Each turn of the loop runs `unroll` layers: on CPUs a loop of one turn, with all layers in it,
     is up to 1.7 times faster.
     """
-    keep = keeping(step, remat)
+    step = with_remat(step, remat)
     depth = jax.tree.leaves(layers)[0].shape[0]
 
     def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-        return keep(x, layer), None
+        return step(x, layer), None
 
     return jax.lax.scan(body, x, layers, unroll=min(unroll, depth))[0]

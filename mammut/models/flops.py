@@ -107,7 +107,7 @@ def resnet_flops(config: ResNetConfig) -> int:
     half = width // 2
     norm_free = config.kind == "nf"
 
-    # Multiply-adds. The stem's convolutions have stride 2, the pooling after them has 2 again.
+    # Multiply-adds. The stem's first convolution has stride 2, the pooling behind it 2 again.
     side = config.image_size // 2
     if norm_free:
         macs = 7 * 7 * 3 * width * side**2
@@ -160,11 +160,11 @@ def _projection_flops(config: ModelConfig, seen: int) -> int:
     The maps lead to the decoder's width and to the embedding.
     """
     flops = 0
-    if config.image_projection in ("shared", "separate", "decoder"):
+    if config.maps_tokens:
         # Prefix tokens are made from the pooled image.
         tokens = seen if config.prefix_tokens is None else config.prefix_tokens
         flops += _product(tokens, config.vision_size, config.text.width)
-    if config.image_projection in ("separate", "embedding"):
+    if config.maps_embedding:
         flops += _product(config.vision_size, config.embed_size)
     return flops
 
@@ -195,8 +195,9 @@ def _caption_flops(config: ModelConfig, length: int, seen: int, sees_image: bool
         return 0
 
     positions = length
-    if sees_image and config.num_prefix_tokens:
-        positions += config.num_prefix_tokens - 1  # a prefix takes the place of the start token
+    if sees_image and text.has_prefix:
+        prefix = seen if config.prefix_tokens is None else config.prefix_tokens
+        positions += prefix - 1  # the prefix takes the place of the start token
     flops = _text_only_layers(config, positions, causal=True)
     flops += _self_attention_layers(config, positions, causal=True)
 

@@ -1,14 +1,24 @@
-"""Contrastive and caption pass, stacked, in one traversal of the decoder."""
+"""Both passes on one batch: their results, and one traversal of the decoder for both."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Bool, Float, Int
 
 from mammut.core.typing import Array
 from mammut.models.decoder import Stacks, TextDecoder
 from mammut.models.transformer import Layer
+
+
+@struct.dataclass
+class TwoPassOutput:
+    """Results of both passes on one batch, whose images were encoded once."""
+
+    image_embed: jax.Array  # float[B, E], unit vectors
+    text_embed: jax.Array  # float[B, E], unit vectors
+    features: jax.Array  # float[B, L, D] of the caption pass; `model.text.logits` scores them
 
 
 def both_passes(

@@ -24,17 +24,33 @@ def require_pixels(config: Any) -> None:
         )
 
 
+def require_image_sizes(config: Any, stride: int, named: str) -> None:
+    """Raises ValueError where an encoder's image sizes are no multiples of `stride`.
+
+    `named` is what the message calls the stride. `low_image_size` has to be the smaller size.
+    """
+    name = type(config).__name__
+    size = config.image_size
+    low = config.low_image_size
+    require(size % stride == 0, f"{name}.image_size {size} is not a multiple of {named}")
+    require(
+        low is None or (0 < low < size and low % stride == 0),
+        f"{name}.low_image_size is {low}, expected a multiple of {named} below image_size {size}",
+    )
+
+
 @struct.dataclass
 class EncoderOutput:
     """Output of an image encoder: tokens, one vector, and the grid.
 
-    Dv is the width of the encoder. `MaMMUT.image_tokens` turns it into an `EncodedImage`, in the
-    decoder's terms.
+    Dv is the width of the encoder, E the size of the embedding. `MaMMUT.image_tokens` turns the
+    output into an `EncodedImage`, in the decoder's terms.
     """
 
-    # float[B, P, Dv]: the patches row by row, after the class token where there is one.
+    # float[B, P, Dv]: the patches row by row, after the class token with pooling "mean_all" only.
+    # With pooling "queries": float[B, P, E], what the learned queries of size E read.
     tokens: jax.Array
-    # float32[B, Dv]: the whole image, pooled as in `VisionConfig.pooling`.
+    # float32[B, Dv], or float32[B, E]: the whole image, pooled as in `VisionConfig.pooling`.
     pooled: jax.Array
     # Patches down and across; None where patches were dropped (`AugmentConfig.patch_drop`), which
     # are others in each image.

@@ -153,23 +153,25 @@ class FanIn:
         return stddev * jax.random.truncated_normal(key, -2, 2, shape, jnp.float32)
 
 
-Start = Constant | Normal | Uniform | FanIn
+Initializer = Constant | Normal | Uniform | FanIn
 
 
-def param(start: Start, sizes: tuple[int, ...], dtype: Any, *axes: str | None) -> nnx.Param:
+def param(
+    initializer: Initializer, sizes: tuple[int, ...], dtype: Any, *axes: str | None
+) -> nnx.Param:
     """Makes a parameter without numbers yet.
 
     It has a logical axis name for each dimension.
 
     Args:
-      start: how `initialise` draws it.
+      initializer: how `initialise` draws it.
       sizes: its shape.
       dtype: the number type that it is stored in.
       axes: the names; None: the dimension is never split over devices.
     """
     if len(axes) != len(sizes):
         raise ValueError(f"a parameter of shape {sizes} was given {len(axes)} axis names: {axes}")
-    return nnx.Param(jax.ShapeDtypeStruct(sizes, dtype), axes=axes, start=start)
+    return nnx.Param(jax.ShapeDtypeStruct(sizes, dtype), axes=axes, initializer=initializer)
 
 
 def initialise(module: Module, key: jax.Array, path: str = "") -> Module:
@@ -188,7 +190,7 @@ def initialise(module: Module, key: jax.Array, path: str = "") -> Module:
             name = ".".join(filter(None, (path, *map(str, steps))))
             spec = variable.get_value()
             number = np.uint32(zlib.crc32(name.encode()))
-            drawn = _draw(variable.start, spec.shape, spec.dtype, key, number)
+            drawn = _draw(variable.initializer, spec.shape, spec.dtype, key, number)
             variable.set_value(drawn)
     return module
 
@@ -196,13 +198,17 @@ def initialise(module: Module, key: jax.Array, path: str = "") -> Module:
 # Compiled as one program: otherwise a new model would compile four programs for each shape.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _draw(
-    start: Start, shape: tuple[int, ...], dtype: Any, key: jax.Array, number: jax.Array | np.uint32
+    initializer: Initializer,
+    shape: tuple[int, ...],
+    dtype: Any,
+    key: jax.Array,
+    number: jax.Array | np.uint32,
 ) -> jax.Array:
     """Draws one parameter.
 
     The key is folded from `number`, which comes from the parameter's path.
     """
-    return start(jax.random.fold_in(key, number), shape).astype(dtype)
+    return initializer(jax.random.fold_in(key, number), shape).astype(dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -284,16 +290,16 @@ class Linear(nnx.Module):
         *,
         dtypes: Dtypes,
         use_bias: bool = True,
-        start: Start | None = None,
-        bias_start: Start = Constant(0.0),
+        kernel_init: Initializer | None = None,
+        bias_init: Initializer = Constant(0.0),
     ):
         self.num_inputs = len(inputs)
         self.dtype = dtypes.compute
-        start = start or FanIn(math.prod(inputs.values()))
+        kernel_init = kernel_init or FanIn(math.prod(inputs.values()))
         sizes = (*inputs.values(), *outputs.values())
-        self.kernel = param(start, sizes, dtypes.param, *inputs, *outputs)
+        self.kernel = param(kernel_init, sizes, dtypes.param, *inputs, *outputs)
         if use_bias:
-            self.bias = param(bias_start, tuple(outputs.values()), dtypes.param, *outputs)
+            self.bias = param(bias_init, tuple(outputs.values()), dtypes.param, *outputs)
         else:
             self.bias = None
         self.adapter: nnx.Module | None = nnx.data(None)

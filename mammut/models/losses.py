@@ -197,7 +197,7 @@ def caption_loss(
     time, float32[B, chunk, V], and are computed again in the backward pass: all at once they would
     take 33 MB an example at V = 64,000. `label_smoothing` spreads that share of the target evenly
     over the vocabulary; `z_loss` weighs log(Z)^2, which keeps the logits from drifting. For
-    training, `summed_caption_loss` is faster.
+    training, `caption_sum` is faster.
     """
 
     @jax.checkpoint
@@ -210,29 +210,45 @@ def caption_loss(
     return jnp.where(loss_mask, losses, 0)
 
 
-def summed_caption_loss(
+def caption_sum(
     features: Float[Array, "B L D"],
     vocab_kernel: Float[Array, "D V"],
+    vocab_bias: Float[Array, "V"] | None,
     labels: Int[Array, "B L"],
     loss_mask: Bool[Array, "B L"],
     *,
-    vocab_bias: Float[Array, "V"] | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     chunk: int = 16,
 ) -> Float[Array, ""]:
-    """Sums `caption_loss` with fewer matrix products.
+    """Sums `caption_loss` over a batch, with fewer matrix products.
 
-    Returns a float32 scalar.
+    Returns a float32 scalar. The options are those of `caption_loss`.
 
     The gradient of a sum is known up to one factor. So it is computed in the forward pass, chunk by
     chunk, while the logits of the chunk exist: three matrix products in place of four, and the same
     peak of memory. The gradient is summed in float32; its products are in the type of `features`,
     as in any backward pass.
+
+    Every device sums its own rows. Otherwise the kernel of the vocabulary would be gathered, and
+    its gradient reduced, once for every chunk.
     """
-    return _summed(
-        label_smoothing, z_loss, chunk, features, vocab_kernel, vocab_bias, labels, loss_mask
-    )
+
+    def summed(*arrays):
+        return _summed(label_smoothing, z_loss, chunk, *arrays)[None]
+
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = None if mesh.empty else partition_spec(("batch",), labels.shape[:1], mesh)[0]
+    if axes:
+        rows, whole = PartitionSpec(axes), PartitionSpec()
+        summed = jax.shard_map(
+            summed,
+            in_specs=(rows, whole, whole, rows, rows),
+            out_specs=rows,
+            axis_names={axes} if isinstance(axes, str) else set(axes),
+            check_vma=False,
+        )
+    return summed(features, vocab_kernel, vocab_bias, labels, loss_mask).sum()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -325,42 +341,3 @@ def _chunks(tree: Any, chunk: int) -> Any:
 def _joined(x: Array, shape: tuple[int, int]) -> Array:
     """Puts together what `_chunks` cut, [B, L, ...]."""
     return jnp.moveaxis(x, 0, 1).reshape(shape[0], -1, *x.shape[3:])[:, : shape[1]]
-
-
-def caption_sum(
-    features: Float[Array, "B L D"],
-    vocab_kernel: Float[Array, "D V"],
-    vocab_bias: Float[Array, "V"] | None,
-    labels: Int[Array, "B L"],
-    loss_mask: Bool[Array, "B L"],
-    *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    chunk: int = 16,
-) -> Float[Array, ""]:
-    """Sums the caption losses of a batch.
-
-    Returns a float32 scalar. Every device sums its own rows.
-
-    Takes the arguments of `summed_caption_loss`. That function alone would gather the kernel of the
-    vocabulary, and reduce its gradient, once for every chunk.
-    """
-    options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "chunk": chunk}
-
-    def summed(features, vocab_kernel, vocab_bias, labels, loss_mask):
-        return summed_caption_loss(
-            features, vocab_kernel, labels, loss_mask, vocab_bias=vocab_bias, **options
-        )[None]
-
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = None if mesh.empty else partition_spec(("batch",), labels.shape[:1], mesh)[0]
-    if axes:
-        rows, whole = PartitionSpec(axes), PartitionSpec()
-        summed = jax.shard_map(
-            summed,
-            in_specs=(rows, whole, whole, rows, rows),
-            out_specs=rows,
-            axis_names={axes} if isinstance(axes, str) else set(axes),
-            check_vma=False,
-        )
-    return summed(features, vocab_kernel, vocab_bias, labels, loss_mask).sum()

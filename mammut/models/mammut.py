@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from mammut.core.fields import require, require_choices
@@ -15,7 +15,7 @@ from mammut.core.typing import Array
 from mammut.models.adapter_modules import AdapterConfig, Adapters
 from mammut.models.compute import Augment, AugmentConfig, ComputeConfig
 from mammut.models.decoder import DecoderConfig, TextDecoder
-from mammut.models.fused_passes import both_passes
+from mammut.models.fused_passes import TwoPassOutput, both_passes
 from mammut.models.image_encoder import EncodedImage, Image
 from mammut.models.layers import Constant, LayerNorm, Linear, dropout, initialise, param, unit
 from mammut.models.masks import caption_labels
@@ -164,11 +164,19 @@ class ModelConfig:
         return self.embed_size if self.vision.pooling == "queries" else self.vision.width
 
     @property
+    def maps_tokens(self) -> bool:
+        """Whether a linear map takes image tokens to the decoder's width."""
+        return self.image_projection in ("shared", "separate", "decoder")
+
+    @property
+    def maps_embedding(self) -> bool:
+        """Whether a linear map of its own makes the image embedding."""
+        return self.image_projection in ("separate", "embedding")
+
+    @property
     def image_token_size(self) -> int:
         """The size of an image token as the decoder attends to it."""
-        if self.image_projection in ("shared", "separate", "decoder"):
-            return self.text.width
-        return self.vision_size
+        return self.text.width if self.maps_tokens else self.vision_size
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -182,6 +190,11 @@ class ModelConfig:
         """Longest text beside an image, in tokens, start and end included."""
         # an image prefix takes the place of the start
         return self.text.max_length - max(self.num_prefix_tokens - 1, 0)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Names of the adapters, each once."""
+        return tuple(dict.fromkeys(adapter.name for adapter in self.adapters))
 
 
 def require_computable(
@@ -203,11 +216,10 @@ def require_computable(
         compute.passes != "fused" or not text.has_prefix,
         "ComputeConfig.passes is 'fused', which has no place for a prefix",
     )
-    is_vit = isinstance(config.vision, VisionConfig)
     for name in ("patch_drop", "crop_positions"):
         value = getattr(augment, name)
         require(
-            is_vit or not value,
+            isinstance(config.vision, VisionConfig) or not value,
             f"AugmentConfig.{name} is {value}, which a ResNet has no patches for",
         )
     require(
@@ -215,15 +227,6 @@ def require_computable(
         f"AugmentConfig.prefix_dropout is {augment.prefix_dropout}, which needs an image prefix: "
         "DecoderConfig.cross_attn_every 0",
     )
-
-
-@struct.dataclass
-class TwoPassOutput:
-    """Results of both passes on one batch, whose images were encoded once."""
-
-    image_embed: jax.Array  # float[B, E], unit vectors
-    text_embed: jax.Array  # float[B, E], unit vectors
-    features: jax.Array  # float[B, L, D] of the caption pass; `model.text.logits` scores them
 
 
 class MaMMUT(nnx.Module):
@@ -266,16 +269,14 @@ class MaMMUT(nnx.Module):
                 return None
             return Linear(inputs, outputs, dtypes=dtypes, use_bias=config.projection_bias)
 
-        kind = config.image_projection
-        maps_tokens = kind in ("shared", "separate", "decoder")
         vision = {"embed": config.vision_size}
         text = {"embed": config.text.width}
         embedding = {"shared": config.embed_size}
         to_decoder = {"shared": config.text.width}
         if config.prefix_tokens is not None:
             to_decoder = {"patch": config.prefix_tokens, **to_decoder}
-        self.image_projection = linear(maps_tokens, vision, to_decoder)
-        self.image_embed_projection = linear(kind in ("separate", "embedding"), vision, embedding)
+        self.image_projection = linear(config.maps_tokens, vision, to_decoder)
+        self.image_embed_projection = linear(config.maps_embedding, vision, embedding)
         self.text_embed_projection = linear(config.text_projection, text, embedding)
         prefix_norm = LayerNorm(config.text.width, _PREFIX_NORM_EPS, dtypes=dtypes)
         self.prefix_norm = prefix_norm if config.prefix_norm else None
@@ -290,7 +291,7 @@ class MaMMUT(nnx.Module):
             self.adapters = Adapters(config.adapters, towers, dtypes=dtypes)
         else:
             self.adapters = None
-        self.active_adapters = tuple(dict.fromkeys(adapter.name for adapter in config.adapters))
+        self.active_adapters = config.adapter_names
         initialise(self, rngs.params())
 
     @property
@@ -348,8 +349,7 @@ class MaMMUT(nnx.Module):
         Raises:
           ValueError: the model has no contrastive pass, or the images have another size.
         """
-        if self.config.text.pooling == "none":
-            raise ValueError("the model has no contrastive pass: DecoderConfig.pooling is 'none'")
+        self.config.text.require_contrastive_pass()
         return unit(self.image_tokens(image, augment).vector)
 
     def encode_text(

@@ -24,12 +24,18 @@ from mammut.models.compute import (
     ComputeConfig,
     Dtypes,
     Remat,
-    keeping,
     recomputed,
     scan,
     stack,
+    with_remat,
 )
-from mammut.models.image_encoder import EncoderOutput, Image, normalised, require_pixels
+from mammut.models.image_encoder import (
+    EncoderOutput,
+    Image,
+    normalised,
+    require_image_sizes,
+    require_pixels,
+)
 from mammut.models.layers import Constant, FanIn, param
 
 _NORM_EPS = 1e-5
@@ -90,16 +96,7 @@ class ResNetConfig:
             f"ResNetConfig.stem_width is {self.stem_width}, expected an even number: the stem "
             "begins with half of it",
         )
-        require(
-            self.image_size % 32 == 0,
-            f"ResNetConfig.image_size {self.image_size} is not a multiple of 32, its stride",
-        )
-        low = self.low_image_size
-        require(
-            low is None or (0 < low < self.image_size and low % 32 == 0),
-            f"ResNetConfig.low_image_size is {low}, expected a multiple of 32 below image_size "
-            f"{self.image_size}",
-        )
+        require_image_sizes(self, 32, "32")
         require_pixels(self)
 
     @property
@@ -136,9 +133,9 @@ class ResNetConfig:
 def _kernel(size: int, inputs: int, outputs: int, *, dtypes: Dtypes) -> nnx.Param:
     """Makes a kernel [size, size, inputs, outputs]."""
     # A variance of 2 / fan-in: a ReLU halves the variance of its input.
-    start = FanIn(size * size * inputs, gain=2.0)
+    kernel_init = FanIn(size * size * inputs, gain=2.0)
     sizes = (size, size, inputs, outputs)
-    return param(start, sizes, dtypes.param, None, None, None, "embed")
+    return param(kernel_init, sizes, dtypes.param, None, None, None, "embed")
 
 
 def _vector(size: int, value: float, dtype: Any) -> nnx.Param:
@@ -146,8 +143,10 @@ def _vector(size: int, value: float, dtype: Any) -> nnx.Param:
 
 
 def _convolved(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "K K C E"], stride: int
-) -> Float[Array, "B h w E"]:
+    x: Float[Array, "B height width inputs"],
+    kernel: Float[Array, "size size inputs outputs"],
+    stride: int,
+) -> Float[Array, "B new_height new_width outputs"]:
     """Convolves with zeros around the image.
 
     With stride 1 the image keeps its size.
@@ -161,13 +160,23 @@ def _convolved(
     return constrain(y, "batch", None, None, "embed")
 
 
-def _halved(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+def _halved(
+    x: Float[Array, "B height width channels"],
+) -> Float[Array, "B new_height new_width channels"]:
     """Averages 2 x 2 pixels."""
     batch, height, width, channels = x.shape
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
 
 
-class NormedConvolution(nnx.Module):
+class Convolution(nnx.Module):
+    """What both kinds of convolution have: a kernel and a bias."""
+
+    def __init__(self, size: int, inputs: int, outputs: int, *, dtypes: Dtypes):
+        self.kernel = _kernel(size, inputs, outputs, dtypes=dtypes)
+        self.bias = _vector(outputs, 0.0, dtypes.param)
+
+
+class NormedConvolution(Convolution):
     """A convolution, then a batch norm with stored statistics.
 
     The statistics never come from the batch: an image has the same tokens in training as at
@@ -176,22 +185,15 @@ class NormedConvolution(nnx.Module):
     a scale of zero, so that a new bottleneck is the identity.
     """
 
-    def __init__(
-        self,
-        size: int,
-        inputs: int,
-        outputs: int,
-        *,
-        dtypes: Dtypes,
-        last: bool = False,
-    ):
-        self.kernel = _kernel(size, inputs, outputs, dtypes=dtypes)
+    def __init__(self, size: int, inputs: int, outputs: int, *, dtypes: Dtypes, last: bool = False):
+        super().__init__(size, inputs, outputs, dtypes=dtypes)
         self.scale = _vector(outputs, 0.0 if last else 1.0, dtypes.param)
-        self.bias = _vector(outputs, 0.0, dtypes.param)
         self.mean = _vector(outputs, 0.0, jnp.float32)
         self.variance = _vector(outputs, 1.0, jnp.float32)
 
-    def __call__(self, x: Float[Array, "B H W C"], stride: int = 1) -> Float[Array, "B h w E"]:
+    def __call__(
+        self, x: Float[Array, "B height width inputs"], stride: int = 1
+    ) -> Float[Array, "B new_height new_width outputs"]:
         @recomputed
         def normed(x, scale, bias, mean, variance):
             mean, variance = jax.lax.stop_gradient((mean, variance))
@@ -202,27 +204,20 @@ class NormedConvolution(nnx.Module):
         return normed(_convolved(x, self.kernel[...], stride), *vectors)
 
 
-class StandardisedConvolution(nnx.Module):
+class StandardisedConvolution(Convolution):
     """A convolution with a standardised kernel, and a bias.
 
     For each output the kernel has mean 0 and variance gain^2 / fan-in: scaled weight
     standardisation (arXiv 2101.08692, section 4.1). `last` starts with a gain of zero.
     """
 
-    def __init__(
-        self,
-        size: int,
-        inputs: int,
-        outputs: int,
-        *,
-        dtypes: Dtypes,
-        last: bool = False,
-    ):
-        self.kernel = _kernel(size, inputs, outputs, dtypes=dtypes)
+    def __init__(self, size: int, inputs: int, outputs: int, *, dtypes: Dtypes, last: bool = False):
+        super().__init__(size, inputs, outputs, dtypes=dtypes)
         self.gain = _vector(outputs, 0.0 if last else 1.0, dtypes.param)
-        self.bias = _vector(outputs, 0.0, dtypes.param)
 
-    def __call__(self, x: Float[Array, "B H W C"], stride: int = 1) -> Float[Array, "B h w E"]:
+    def __call__(
+        self, x: Float[Array, "B height width inputs"], stride: int = 1
+    ) -> Float[Array, "B new_height new_width outputs"]:
         kernel = self.kernel[...].astype(jnp.float32)
         gain = self.gain[...].astype(jnp.float32)
         centred = kernel - kernel.mean((0, 1, 2))
@@ -231,26 +226,37 @@ class StandardisedConvolution(nnx.Module):
         return _convolved(x, centred * scale, stride) + self.bias[...].astype(x.dtype)
 
 
-class ClipBottleneck(nnx.Module):
-    """CLIP's bottleneck: three convolutions beside a shortcut.
+class Bottleneck(nnx.Module):
+    """Three convolutions beside a shortcut.
 
     The convolutions are 1 x 1, 3 x 3 and 1 x 1.
-
-    Where it halves the image, it averages.
     """
+
+    convolution: ClassVar[type[NormedConvolution] | type[StandardisedConvolution]]
 
     def __init__(self, inputs: int, width: int, *, stride: int, dtypes: Dtypes):
         self.stride = stride
         outputs = 4 * width
-        self.conv1 = NormedConvolution(1, inputs, width, dtypes=dtypes)
-        self.conv2 = NormedConvolution(3, width, width, dtypes=dtypes)
-        self.conv3 = NormedConvolution(1, width, outputs, dtypes=dtypes, last=True)
+        self.conv1 = self.convolution(1, inputs, width, dtypes=dtypes)
+        self.conv2 = self.convolution(3, width, width, dtypes=dtypes)
+        self.conv3 = self.convolution(1, width, outputs, dtypes=dtypes, last=True)
         if stride > 1 or inputs != outputs:
-            self.shortcut = NormedConvolution(1, inputs, outputs, dtypes=dtypes)
+            self.shortcut = self.convolution(1, inputs, outputs, dtypes=dtypes)
         else:
             self.shortcut = None
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
+
+class ClipBottleneck(Bottleneck):
+    """CLIP's bottleneck.
+
+    Where it halves the image, it averages.
+    """
+
+    convolution = NormedConvolution
+
+    def __call__(
+        self, x: Float[Array, "B height width inputs"]
+    ) -> Float[Array, "B new_height new_width outputs"]:
         y = jax.nn.relu(self.conv2(jax.nn.relu(self.conv1(x))))
         if self.stride > 1:
             x = _halved(x)
@@ -260,26 +266,17 @@ class ClipBottleneck(nnx.Module):
         return jax.nn.relu(self.conv3(y) + x)
 
 
-class NormFreeBottleneck(nnx.Module):
+class NormFreeBottleneck(Bottleneck):
     """The norm-free bottleneck, with its activations in front.
 
     It is called with `beta`, which is 1 over the standard deviation of `x`.
     """
 
-    def __init__(self, inputs: int, width: int, *, stride: int, dtypes: Dtypes):
-        self.stride = stride
-        outputs = 4 * width
-        self.conv1 = StandardisedConvolution(1, inputs, width, dtypes=dtypes)
-        self.conv2 = StandardisedConvolution(3, width, width, dtypes=dtypes)
-        self.conv3 = StandardisedConvolution(1, width, outputs, dtypes=dtypes, last=True)
-        if stride > 1 or inputs != outputs:
-            self.shortcut = StandardisedConvolution(1, inputs, outputs, dtypes=dtypes)
-        else:
-            self.shortcut = None
+    convolution = StandardisedConvolution
 
     def __call__(
-        self, x: Float[Array, "B H W C"], beta: Float[Array, ""]
-    ) -> Float[Array, "B h w E"]:
+        self, x: Float[Array, "B height width inputs"], beta: Float[Array, ""]
+    ) -> Float[Array, "B new_height new_width outputs"]:
         y = jax.nn.relu(x) * beta.astype(x.dtype)
         if self.shortcut is not None:
             x = self.shortcut(_halved(y) if self.stride > 1 else y)
@@ -298,7 +295,9 @@ class ClipStem(nnx.Module):
         self.conv2 = NormedConvolution(3, width // 2, width // 2, dtypes=dtypes)
         self.conv3 = NormedConvolution(3, width // 2, width, dtypes=dtypes)
 
-    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+    def __call__(
+        self, x: Float[Array, "B height width 3"]
+    ) -> Float[Array, "B new_height new_width channels"]:
         x = jax.nn.relu(self.conv2(jax.nn.relu(self.conv1(x, 2))))
         return _halved(jax.nn.relu(self.conv3(x)))
 
@@ -312,7 +311,9 @@ class NormFreeStem(nnx.Module):
     def __init__(self, width: int, *, dtypes: Dtypes):
         self.conv = StandardisedConvolution(7, 3, width, dtypes=dtypes)
 
-    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+    def __call__(
+        self, x: Float[Array, "B height width 3"]
+    ) -> Float[Array, "B new_height new_width channels"]:
         around = (0, 0), (1, 1), (1, 1), (0, 0)
         return jax.lax.reduce_window(
             self.conv(x, 2), -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), around
@@ -348,8 +349,8 @@ class Stage(nnx.Module):
             self.betas = None
 
     def __call__(
-        self, x: Float[Array, "B H W C"], *, remat: Remat, unroll: int
-    ) -> Float[Array, "B h w E"]:
+        self, x: Float[Array, "B height width inputs"], *, remat: Remat, unroll: int
+    ) -> Float[Array, "B new_height new_width outputs"]:
         def step(x: jax.Array, layer: tuple) -> jax.Array:
             bottleneck, *beta = layer
             return bottleneck(x, *beta)
@@ -359,7 +360,7 @@ class Stage(nnx.Module):
         if self.betas is not None:
             first += (jnp.array(self.betas[0]),)
             others += (jnp.array(self.betas[1:]),)
-        x = keeping(step, remat)(x, first)
+        x = with_remat(step, remat)(x, first)
         if self.others is None:
             return x
         return scan(step, x, others, remat=remat, unroll=unroll)

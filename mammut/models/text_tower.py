@@ -129,6 +129,13 @@ class TextTowerConfig(LayerConfig):
         """
         return self.pooling in ("mean_all", "last", "class")
 
+    def require_contrastive_pass(self) -> None:
+        """Raises ValueError where the model has no contrastive pass."""
+        require(
+            self.pooling != "none",
+            "the model has no contrastive pass: DecoderConfig.pooling is 'none'",
+        )
+
 
 class TextTower(nnx.Module):
     """Token embeddings, positions and text-only layers; what both passes begin with."""
@@ -181,8 +188,7 @@ class TextTower(nnx.Module):
         Raises:
           ValueError: the model has no contrastive pass, or the texts are too long.
         """
-        if self.config.pooling == "none":
-            raise ValueError("the model has no contrastive pass: DecoderConfig.pooling is 'none'")
+        self.config.require_contrastive_pass()
         x = self.embed(tokens, class_token=self.config.class_token)
         mask = self.contrastive_mask(tokens, text_valid, x.shape[1])
         rotate = self.rotation_at(jnp.arange(x.shape[1]))
@@ -211,8 +217,8 @@ class TextTower(nnx.Module):
         return features[:, -1]
 
     def run_layers(self, x: jax.Array, mask: jax.Array, rotate: Rotation | None) -> jax.Array:
-        """Runs the layers of the contrastive pass that are the decoder's own."""
-        raise ValueError("the model has no layers of its own: DecoderConfig.text_only_depth is 0")
+        """Runs the decoder's own layers in the contrastive pass; abstract here."""
+        raise NotImplementedError
 
     def run_text_only(self, x: jax.Array, mask: jax.Array, rotate: Rotation | None) -> jax.Array:
         """Runs the text-only layers, float[B, L, D]."""

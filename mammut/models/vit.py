@@ -16,7 +16,13 @@ from mammut.core.fields import require, require_at_most, require_positive
 from mammut.core.sharding import constrain
 from mammut.core.typing import Array
 from mammut.models.compute import Augment, ComputeConfig, Dtypes, scan, stack
-from mammut.models.image_encoder import EncoderOutput, Image, normalised, require_pixels
+from mammut.models.image_encoder import (
+    EncoderOutput,
+    Image,
+    normalised,
+    require_image_sizes,
+    require_pixels,
+)
 from mammut.models.layers import LayerConfig, Linear, Normal, make_norm, param
 from mammut.models.transformer import MLP, Attention, Layer
 
@@ -84,17 +90,7 @@ class VisionConfig(LayerConfig):
         super().__post_init__()
         require_positive(self, "depth", "image_size", "patch_size", "pool_queries", "pool_heads")
         require_at_most(self, {"image_size": 2**14, "pool_queries": 2**14})
-        require(
-            self.image_size % self.patch_size == 0,
-            f"VisionConfig.image_size {self.image_size} is not a multiple of patch_size "
-            f"{self.patch_size}",
-        )
-        low = self.low_image_size
-        require(
-            low is None or (0 < low < self.image_size and low % self.patch_size == 0),
-            f"VisionConfig.low_image_size is {low}, expected a multiple of patch_size "
-            f"{self.patch_size} below image_size {self.image_size}",
-        )
+        require_image_sizes(self, self.patch_size, f"patch_size {self.patch_size}")
         require_pixels(self)
         require(
             self.class_token or self.pooling != "class",
@@ -160,8 +156,8 @@ class MapPool(nnx.Module):
     """
 
     def __init__(self, config: VisionConfig, *, dtypes: Dtypes):
-        start = Normal(1 / math.sqrt(config.width))
-        self.query = param(start, (config.width,), dtypes.param, "embed")
+        initializer = Normal(1 / math.sqrt(config.width))
+        self.query = param(initializer, (config.width,), dtypes.param, "embed")
         self.attn = Attention(config, dtypes=dtypes)
         self.mlp_norm = make_norm(config, dtypes=dtypes)
         self.mlp = MLP(config, dtypes=dtypes)

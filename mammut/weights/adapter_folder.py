@@ -1,6 +1,12 @@
 """Adapters as small folders, saved without their base model.
 
-They are loaded onto the same base model again.
+They are loaded onto the same base model again, which many adapters may share. A folder has:
+
+    adapter.json          format, version, the `AdapterConfig`s, config and hash of the base, and
+                          the names of other parameters that were trained with the adapter
+    adapter.safetensors   the parameters of the adapter and the other trained parameters, by
+                          their path in the model
+    manifest.json         size and SHA-256 of both files, which `load_adapter` checks
 """
 
 import dataclasses

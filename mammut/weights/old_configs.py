@@ -65,6 +65,9 @@ def upgraded(config: dict[str, Any]) -> Upgraded:
     _taken(config, "model.text.mlp_before_cross_attn", True)
     if _taken(config, "model.text.mlp_before_cross_attn", False) is False:
         text["cross_attn_position"] = f"{text.get('cross_attn_position', 'last')}_bare"
+    # Without cross-attention version 0.1 accepted every position of it, though none has an effect.
+    if conditioning == "prefix" and text.get("cross_attn_position") == "inside":
+        text["cross_attn_position"] = "last"
     return Upgraded(config, tuple(without))
 
 
