@@ -90,7 +90,7 @@ def resolve(
     if not resume:
         config, starts = with_overrides(load_recipe(recipe or default_recipe), overrides)
         return Run(config, workdir, overrides, starts)
-    saved, saved_overrides = read_run(workdir)
+    saved, saved_overrides = read_run(workdir, resume=True)
     base = saved
     if recipe:
         base = load_recipe(recipe)

@@ -10,6 +10,8 @@ from mammut.core.files import read_json_object, write_json
 from mammut.data.processor import Processor
 from mammut.training.config import TrainConfig
 from mammut.weights.files.tensor_file import CheckpointError
+from mammut.weights.formats.mammut_folder import MANIFEST_FILE
+from mammut.weights.formats.mammut_run import RUN_FILE
 from mammut.weights.old_configs import upgraded
 from mammut.weights.opened import read_config
 
@@ -21,16 +23,19 @@ def write_run(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) 
 
     The overrides are part of the config; a run that is resumed with a recipe applies them again.
     """
-    write_json(workdir / "run.json", {"config": to_dict(config), "overrides": overrides})
+    write_json(workdir / RUN_FILE, {"config": to_dict(config), "overrides": overrides})
 
 
-def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
+def read_run(workdir: pathlib.Path, *, resume: bool = False) -> tuple[TrainConfig, list[str]]:
     """Reads the config and the overrides in `run.json`.
 
+    `resume` says whether the run is to go on.
+
     Raises:
-      CheckpointError: it is missing or not what `write_run` writes.
+      CheckpointError: it is missing or not what `write_run` writes; or the run is to go on and has
+        layer norms without a bias, which version 0.1 could train.
     """
-    path = workdir / "run.json"
+    path = workdir / RUN_FILE
     run = read_json_object(path)
     if run.keys() != {"config", "overrides"}:
         raise CheckpointError(
@@ -38,7 +43,13 @@ def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
         )
     config = run["config"]
     if isinstance(config, dict):
-        config = upgraded(config).config
+        current = upgraded(config)
+        config = current.config
+        if resume and current.without_norm_bias:
+            raise CheckpointError(
+                f"{path} has model.{current.without_norm_bias[0]}.norm_bias False, expected True: "
+                "a run whose layer norms have no bias can be loaded, but not resumed"
+            )
     return read_config(TrainConfig, config, path), run["overrides"]
 
 
@@ -48,7 +59,7 @@ def require_shared(workdir: pathlib.Path) -> None:
     Raises:
       ValueError: it does not see the file.
     """
-    if not (workdir / "run.json").is_file():
+    if not (workdir / RUN_FILE).is_file():
         raise ValueError(
             f"--workdir {workdir} is without the run.json that process 0 has written there: "
             "expected a folder on a file system that all processes share"
@@ -85,7 +96,7 @@ def renew_folder(workdir: pathlib.Path, config: TrainConfig, overrides: list[str
     write_run(workdir, config, overrides)
     # Until the run is done again, the newest checkpoint has the model, not the folder that an
     # earlier end exported.
-    (workdir / "manifest.json").unlink(missing_ok=True)
+    (workdir / MANIFEST_FILE).unlink(missing_ok=True)
 
 
 def position_of_all(step: int, position: dict[str, Any], share: int) -> dict[str, Any]:
