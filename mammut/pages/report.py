@@ -30,6 +30,7 @@ from mammut.pages.report_pictures import Album, Pictures, folder_config
 from mammut.pages.report_scores import MAX_ROWS, read_scores, read_training
 from mammut.training.config import TrainConfig
 from mammut.training.run_folder import read_run
+from mammut.weights.formats.mammut_run import RUN_FILE
 
 _SUFFIX = ".predictions.jsonl"
 _TOP = 5  # of a ranking
@@ -59,7 +60,7 @@ def write_report(
     if items < 1:
         raise ValueError(f"items is {items}, expected at least 1 of each kind to show")
     target = pathlib.Path(target)
-    if (target / "run.json").is_file():
+    if (target / RUN_FILE).is_file():
         page = _of_run(target, items)
         default = target / "report.html"
     elif target.is_file():
@@ -92,6 +93,7 @@ def _of_run(run: pathlib.Path, items: int) -> dict[str, Any]:
 
     optimizer = config.optimizer
     facts = _model_facts(config.model) | {
+        "computed in": config.compute.dtype,
         "training": f"{config.task}, {config.steps:,} steps of {config.data.batch_size:,} "
         f"examples, {optimizer.name} at {optimizer.learning_rate:g}",
         "data": config.data.train,
@@ -241,7 +243,8 @@ def _classes(records: list[dict[str, Any]], pictures: Pictures, items: int) -> d
         record = records[row]
         top = _ranking(record["ranked"], record.get("scores"), [record["label"]])
         scores = [entry["score"] or 0 for entry in top]
-        low = min(0, *scores)  # log-probabilities are below 0: their bars start at the least shown
+        # Log-probabilities are below 0: their bars start at the least that is shown.
+        low = min([0, *scores])
         extent = max(scores, default=0) - low or 1
         for entry, score in zip(top, scores):
             entry["bar"] = round(100 * (score - low) / extent)
