@@ -1,6 +1,7 @@
 """The HTML page of a run or predictions file: its content, its isolation, its attention maps."""
 
 import base64
+import configparser
 import functools
 import html.parser
 import io
@@ -213,6 +214,12 @@ def test_page_describes_the_run(page, run):
     ):
         assert text in page.words
     assert f"by mammut {mammut.__version__}" in page.words
+
+
+def test_the_version_on_a_page_is_that_of_the_package():
+    package = configparser.ConfigParser()
+    package.read(pathlib.Path(__file__).parents[1] / "setup.cfg")
+    assert package["metadata"]["version"] == mammut.__version__
 
 
 def test_scores_are_percent_where_they_are_shares(page):

@@ -9,7 +9,6 @@ is missing, the page says so and shows the rest.
 
 import collections
 import datetime
-import importlib.metadata
 import importlib.resources
 import json
 import os
@@ -21,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from mammut.core.files import replacing_file
+from mammut.core.version import VERSION
 from mammut.evaluation.metrics.vqa import exact_match
-from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, Predictions
 from mammut.evaluation.scoring import EVALUATIONS, load_predictions
 from mammut.models.flops import num_params
 from mammut.models.mammut import ModelConfig
@@ -32,7 +32,6 @@ from mammut.training.config import TrainConfig
 from mammut.training.run_folder import read_run
 from mammut.weights.formats.mammut_run import RUN_FILE
 
-_SUFFIX = ".predictions.jsonl"
 _TOP = 5  # of a ranking
 _MAX_TEXT = 400  # characters of a text
 # Marks that reorder the text around them.
@@ -82,13 +81,15 @@ def _of_run(run: pathlib.Path, items: int) -> dict[str, Any]:
     config, overrides = read_run(run)
     notices = []
     files = {}
-    for path in sorted(run.glob(f"eval/*{_SUFFIX}")):
+    for path in sorted(run.glob(f"eval/*{PREDICTIONS_SUFFIX}")):
         try:
             files[path] = load_predictions(path)
         except ValueError as error:
             notices.append(f"{error}.")
     others = [
-        path for path in sorted(run.glob("eval/*.json")) if path.with_suffix(_SUFFIX) not in files
+        path
+        for path in sorted(run.glob("eval/*.json"))
+        if path.with_suffix(PREDICTIONS_SUFFIX) not in files
     ]
 
     optimizer = config.optimizer
@@ -141,7 +142,7 @@ def _page(
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {
         "title": title,
-        "facts": facts | {"written": f"{now} by mammut {_version()}"},
+        "facts": facts | {"written": f"{now} by mammut {VERSION}"},
         "notices": notices,
         "scores": [score for score in scores if score is not None],
         "last": {},
@@ -422,11 +423,4 @@ def _clip(value: Any) -> str:
 
 def _name(path: pathlib.Path) -> str:
     """Returns the name of a predictions file without its endings."""
-    return path.name.removesuffix(_SUFFIX).removesuffix(".jsonl")
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("mammut")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "of a checkout"
+    return path.name.removesuffix(PREDICTIONS_SUFFIX).removesuffix(".jsonl")

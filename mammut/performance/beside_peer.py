@@ -62,7 +62,7 @@ def require_equal(ours: dict[str, float], theirs: dict[str, float]) -> dict[str,
     if wrong:
         raise PeerError(
             f"on the same weights and batch {'; '.join(wrong)}: "
-            "what is not the same work is not timed"
+            "only sides that compute the same are timed"
         )
     return differences
 
@@ -211,7 +211,7 @@ def generation(
         if row["texts_equal"] < images:
             raise PeerError(
                 f"greedy texts of {images - row['texts_equal']} of {images} images differ on the "
-                "same weights: what is not the same work is not timed"
+                "same weights: only sides that compute the same are timed"
             )
     call, row["compile_s"] = our_loop(dtype)
     calls = {"mammut": call, "peer": lambda: peer.generate(images, beams, new_tokens, dtype)}
