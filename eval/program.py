@@ -23,7 +23,7 @@ from mammut.config import MeshConfig
 from mammut.core import distributed, sharding
 from mammut.data.examples import Source
 from mammut.data.sources import open_source
-from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, Predictions
 from mammut.evaluation.predictor import Predictor, place_on_mesh
 from mammut.evaluation.scores import Scores, save_scores
 from mammut.evaluation.scoring import (
@@ -33,9 +33,7 @@ from mammut.evaluation.scoring import (
     require_same_set,
     score,
 )
-
-_SUFFIX = ".predictions.jsonl"
-_MODEL_FILES = (".npz", ".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt")
+from mammut.weights.files.tensor_file import SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +104,7 @@ def run(
         distributed.require_one_process(program)
         options = tyro.cli(options_class, args=argv, prog=program, description=description)
         path = pathlib.Path(options.checkpoint).expanduser()
-        if path.is_file() and not path.name.endswith(_MODEL_FILES):
+        if path.is_file() and not path.name.endswith(SUFFIXES):
             return _score_again(options, path, task)
         return _evaluate(options, path, task, predict)
     except (ValueError, OSError) as error:
@@ -120,7 +118,7 @@ def _score_again(options: Options, path: pathlib.Path, task: str) -> Scores:
     if options.data is not None:
         image_size = predictions.settings["image_size"]
         require_same_set(predictions, _open_data(options, image_size, task))
-    out = options.out or path.with_name(path.name.removesuffix(_SUFFIX) + ".json")
+    out = options.out or path.with_name(path.name.removesuffix(PREDICTIONS_SUFFIX) + ".json")
     return _scored(predictions, out)
 
 
@@ -164,7 +162,7 @@ def _evaluate(
         )
         predictions = predict(predictor, params, source, options)
     require_records(predictions)
-    path = out.with_name(out.stem + _SUFFIX)
+    path = out.with_name(out.stem + PREDICTIONS_SUFFIX)
     predictions.save(path)
     print(f"predictions: {path}")
     return _scored(load_predictions(path, task), out)

@@ -191,21 +191,32 @@ def generation_rows(options: Options, model: mammut.MaMMUT, bos_id: int) -> list
 
 
 def growth_rows(
-    options: Options, model: ModelConfig, steps: int, peak: float
+    options: Options, model: mammut.MaMMUT, steps: int, peak: float
 ) -> list[dict[str, Any]]:
     """Measures and prints the step over everything that --grow names."""
+    architecture = model.config
     measured = []
     for axis in options.grow:
         if axis == "devices":
             counts = options.grow_sizes
             counts = counts or [n for n in (1, 2, 4, 8) if options.batch_size % n == 0]
-            config = options.run.train_config(model, options.batch_size)
+            config = options.run.train_config(architecture, options.batch_size, model.compute)
             measured.append(child.over_devices(config, list(counts)))
         else:
-            sizes = options.grow_sizes or growth.default_sizes(axis, model, options.batch_size)
+            sizes = options.grow_sizes or growth.default_sizes(
+                axis, architecture, options.batch_size
+            )
             timed = {"steps": steps, "warmup": options.warmup, "peak": peak}
             measured.append(
-                growth.measure_growth(axis, sizes, model, options.batch_size, options.run, **timed)
+                growth.measure_growth(
+                    axis,
+                    sizes,
+                    architecture,
+                    options.batch_size,
+                    options.run,
+                    model.compute,
+                    **timed,
+                )
             )
         print(tables.grown(measured[-1]), flush=True)
     return measured
@@ -229,7 +240,7 @@ def reading(
 def measure_model(options: Options) -> dict[str, Any]:
     """Measures everything that --what names, and prints it part by part."""
     model, processor, source = load_model(options)
-    compute = options.run.compute(model.config)
+    compute = options.run.compute(model.config, model.compute)
     bos_id = processor.bos_id if processor else 1
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
     print(
@@ -244,7 +255,8 @@ def measure_model(options: Options) -> dict[str, Any]:
         print(f"peak: {peak / 1e12:.3g} TFLOP/s, measured in {compute.dtype} products")
         print(f"TFLOP/s: {FORMULA}")
     if {"train", "parts"} & {*options.what}:
-        step = make_step(options.run.train_config(model.config, options.batch_size), model)
+        run = options.run.train_config(model.config, options.batch_size, model.compute)
+        step = make_step(run, model)
     if "train" in options.what:
         result["train"] = measure(step, steps, options.warmup, peak)
         print(tables.steps([result["train"]]), flush=True)
@@ -257,10 +269,10 @@ def measure_model(options: Options) -> dict[str, Any]:
         result["rounds"] = options.rounds
         result["generate"] = generation_rows(options, computed(model, options.run), bos_id)
     if "growth" in options.what:
-        result["growth"] = growth_rows(options, model.config, steps, peak)
+        result["growth"] = growth_rows(options, model, steps, peak)
     if "startup" in options.what:
         with tempfile.TemporaryDirectory() as cache:
-            run = options.run.train_config(model.config, options.batch_size)
+            run = options.run.train_config(model.config, options.batch_size, model.compute)
             result["startup"] = child.startup(run, cache)
         print(tables.startup(result["startup"]), flush=True)
     if "data" in options.what:
@@ -291,7 +303,7 @@ def measure_peer(options: Options) -> dict[str, Any]:
         "model_cfg": peer.model_cfg,
         "parameters": parameters,
         "config": to_dict(ours.config),
-        "compute": to_dict(options.run.compute(ours.config)),
+        "compute": to_dict(beside_peer.as_peer(options.run).compute(ours.config, ours.compute)),
         "threads": num_cores(),
         "environment": {
             name: os.environ.get(name)

@@ -6,6 +6,7 @@ are first used, and TensorFlow and PyTorch never.
 
 from mammut import presets
 from mammut.core.sharding import MeshConfig, make_mesh
+from mammut.core.version import VERSION
 from mammut.data.config import DataConfig, TokenizerConfig
 from mammut.data.images import BadImage, ImageTransform
 from mammut.data.processor import Processor
@@ -75,4 +76,4 @@ __all__ = [
     "CheckpointError",
 ]
 
-__version__ = "0.2.0"
+__version__ = VERSION

@@ -212,6 +212,21 @@ def test_cropped_positions_are_drawn_in_training_alone(changes):
         assert np.abs(drawn - kept).max() > 1e-3
 
 
+def test_without_draws_training_needs_no_dropout_key():
+    """Trainers give a key to a model that has dropout, or keys of other names."""
+    image, _ = batch()
+    variables = {"params": params_of(tiny_model())}
+    keys = {"params": jax.random.key(0)}
+
+    def embed(model):
+        return jax.jit(lambda v: model.apply(v, image, None, train=True, rngs=keys)[0])(variables)
+
+    without = big_vision.Model(**fields())
+    np.testing.assert_allclose(embed(without), directly("encode_image", image), atol=1e-6)
+    with pytest.raises(KeyError, match="dropout"):
+        embed(big_vision.Model(**fields(augment=Nested(crop_positions=True))))
+
+
 def test_a_preset_is_changed_by_fields():
     expected = presets.mammut_s16()
     expected = dataclasses.replace(expected, text=dataclasses.replace(expected.text, depth=6))
@@ -271,6 +286,8 @@ def test_a_folder_in_bfloat16_stays_so_without_arguments(tmp_path):
             {"logit_scale_init": 0.0},
             "logit_scale_init is 0.0, expected more than 0 and at most 100",
         ),
+        ({"vision": {"norm_bias": False}}, "vision.norm_bias is False, expected True"),
+        ({"text": {"norm_bias": False}}, "text.norm_bias is False, expected True"),
         ({"conditioning": "prefix"}, "conditioning, which ModelConfig does not know"),
         ({"outputs": "both"}, "outputs.*both"),
         ({"text": {"pooling": "none"}}, "outputs is 'embeddings', which needs a contrastive pass"),

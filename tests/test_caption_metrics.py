@@ -316,7 +316,7 @@ def test_without_java_on_the_path_the_rest_is_scored_and_the_reason_told(monkeyp
 def test_without_pycocoevalcap_the_reason_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     scores = caption_scores(["a dog", "a cat"], [["a dog"], ["a bird"]])
-    assert "pip install 'mammut[eval]'" in scores.left_out["meteor"]
+    assert "pip install 'mammut-jax[eval]'" in scores.left_out["meteor"]
 
 
 @needs_pycocoevalcap

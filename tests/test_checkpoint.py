@@ -321,8 +321,11 @@ with Checkpoints(pathlib.Path({str(tmp_path)!r}), keep=2) as checkpoints:
     ('{"config": {}, "config": {}, "overrides": []}', "the key 'config' is there 2 times"),
     ('{"config": {"steps": NaN}, "overrides": []}', "NaN is no number"),
     (" " * 4_000_001 + "{}", "has 4000003 bytes, expected at most 4000000"),
-    ('{"config": {}}', "is not a run's config, expected the key config with an object that has"),
-    ('{"config": {"model": {"colour": 1}}}', "has colour, which ModelConfig does not know"),
+    ('{"config": {}}', "is not a run's config, expected the keys config and overrides"),
+    ('{"config": {"model": {}}, "overrides": [], "colour": 1}', "expected the keys config and"),
+    ('{"config": {}, "overrides": []}', "expected the key config with an object that has model"),
+    ('{"config": {"model": {"colour": 1}}, "overrides": []}',
+     "has colour, which ModelConfig does not know"),
     (None, "is missing"),
 ])  # fmt: skip
 def test_a_run_whose_config_cannot_be_read_is_an_error_that_names_the_file(

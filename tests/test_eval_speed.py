@@ -20,6 +20,7 @@ from mammut.config import (
     TrainConfig,
     VisionConfig,
 )
+from mammut.core.fields import to_dict
 from mammut.models.flops import forward_flops, num_params
 from mammut.performance import beside_peer, child, growth, peers, tables
 from mammut.performance import step_time as train_step
@@ -28,6 +29,7 @@ from mammut.performance.timing import exponent, in_turns, ratio, summary
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 
 pytestmark = pytest.mark.long
+DOTS = train_step.RunSettings(remat="dots")
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +293,43 @@ def test_a_peer_with_our_weights_has_our_losses_and_both_are_timed(peer):
     assert "ahead of the peer, eager" in tables.beside(row)
 
 
+def test_beside_a_peer_nothing_is_computed_again_and_the_file_says_so(tmp_path, monkeypatch):
+    """On an accelerator, too, where our steps alone run in bfloat16 and recompute."""
+    monkeypatch.setattr(train_step.jax, "default_backend", lambda: "gpu")
+    assert train_step.RunSettings().compute(tiny_config()).remat == "dots"
+    measured = []
+
+    class Stop(Exception):
+        pass
+
+    def make_step(config, model, batch):
+        measured.append(config.compute)
+        raise Stop
+
+    monkeypatch.setattr(beside_peer, "make_step", make_step)
+    tokens = np.ones((2, 4), int)
+
+    class Peer(peers.OpenClip):
+        version = "0"
+
+        def __init__(self):
+            self.batch = {"image": np.zeros((2, 16, 16, 3), np.uint8), "tokens": tokens}
+            self.model_cfg = {}
+
+    fake = Peer()
+    for settings, remat in ((train_step.RunSettings(), "none"), (DOTS, "dots")):
+        with pytest.raises(Stop):
+            beside_peer.train(fake, tiny_model(), settings, rounds=1, per_turn=1)
+        assert (measured[-1].dtype, measured[-1].remat) == ("float32", remat)
+
+    monkeypatch.setattr(speed, "OpenClip", lambda *arguments: fake)
+    monkeypatch.setattr(beside_peer, "load_ours", lambda peer: tiny_model())
+    monkeypatch.setattr(beside_peer, "train", lambda *arguments, **others: None)
+    monkeypatch.setattr(tables, "beside", str)
+    result = speed.measure_peer(speed.Options(peer="open_clip", what=("train",)))
+    assert result["compute"] == to_dict(measured[0])
+
+
 def test_a_peer_with_one_other_weight_is_not_timed(peer):
     ours = beside_peer.load_ours(peer)
     peer.model.visual.proj.data[0, 0] += 1
@@ -348,6 +387,32 @@ def test_another_compute_type_changes_no_weight(checkpoint):
     compute = jax.jit(lambda: tuple(m.caption_logits(image, tokens) for m in (model, tiny_model())))
     in_bfloat16, in_float32 = map(np.asarray, compute())
     assert 0 < np.abs(in_bfloat16 - in_float32).max() < 0.1 * np.abs(in_float32).max()
+
+
+def test_parameters_are_measured_in_the_number_types_of_the_checkpoint(monkeypatch):
+    stored = ComputeConfig(text_param_dtype="bfloat16")
+    model = mammut.MaMMUT(tiny_config(), compute=stored, rngs=nnx.Rngs(0))
+    told = train_step.computed(model, train_step.RunSettings())
+    assert told.compute.text_param_dtype == "bfloat16"
+    assert told.compute.param_dtype == "float32"
+
+    monkeypatch.setattr(speed, "load_model", lambda options: (model, None, "a model"))
+    monkeypatch.setattr(speed, "measured_peak", lambda dtype: 1.0)
+    monkeypatch.setattr(tables, "grown", str)
+    monkeypatch.setattr(tables, "steps", str)
+    monkeypatch.setattr(speed, "make_step", lambda config, model: config)
+    monkeypatch.setattr(growth, "make_step", lambda config: config)
+    monkeypatch.setattr(speed, "measure", lambda config, *others: to_dict(config.compute))
+    measured = []
+
+    def measure(config, *others):
+        measured.append(to_dict(config.compute))
+        return {"seconds": 1.0, "tflops": 1.0, "memory_gib": {"temporaries": 1.0}}
+
+    monkeypatch.setattr(growth, "measure", measure)
+    result = speed.measure_model(speed.Options(what=("train", "growth"), grow=("batch",)))
+    assert result["compute"] == result["train"] == measured[0]
+    assert result["compute"]["text_param_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("arguments, expected", [

@@ -635,7 +635,7 @@ def test_windows_are_cut_to_their_shortest_period(depth, kinds, windows):
 )
 def test_a_setting_that_our_decoder_does_not_have_is_refused(kind, changes, problem):
     with pytest.raises(
-        CheckpointError, match="the file tells of a model that mammut does not have: "
+        CheckpointError, match="the file describes a model that mammut does not have: "
     ) as caught:
         decoder_config(OF_TRANSFORMERS_4[kind] | changes, "the file")
     assert problem in str(caught.value)

@@ -435,7 +435,7 @@ BAD = {
         {"word_embedding.weight": (9, 9)},
         "word_embedding.weight is not a tensor",
     ),
-    "no embedding": ({WTE: None}, f"has no {WTE}, which tells a size"),
+    "no embedding": ({WTE: None}, f"has no {WTE}, which gives a size"),
     "no matrix": ({WTE: (32,)}, rf"{WTE} is \[32\], expected 2 axes"),
     "empty": (
         {"lm.transformer.h.0.mlp.1.adapter.0.weight": (0, 32)},

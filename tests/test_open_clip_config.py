@@ -76,7 +76,7 @@ def test_a_model_that_mammut_does_not_have_is_refused_by_the_key(name, key, valu
         )
     message = str(error.value)
     assert message.startswith(
-        "folder/open_clip_config.json tells of a model that mammut does not have: "
+        "folder/open_clip_config.json describes a model that mammut does not have: "
     )
     assert key.rpartition(".")[2] in message and "\n" not in message and len(message) < 500
 

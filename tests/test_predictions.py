@@ -8,7 +8,7 @@ from mammut.evaluation.predictions import Predictions
 from mammut.evaluation.scores import Scores, save_scores
 from mammut.evaluation.scoring import (
     EVALUATIONS,
-    Evaluation,
+    EvaluationKind,
     load_predictions,
     require_records,
     score,
@@ -113,7 +113,7 @@ def test_a_new_evaluation_is_one_row_of_the_table(tmp_path, monkeypatch):
         return Scores({"acc": sum(right) / len(right)}, [], {"images": len(right)})
 
     record = {"key": str, "count": int, "truth": int}
-    row = Evaluation(score_counts, field="captions", record=record, identity=("key",))
+    row = EvaluationKind(score_counts, field="captions", record=record, identity=("key",))
     monkeypatch.setitem(EVALUATIONS, "counting", row)
     records = [{"key": "a", "count": 1, "truth": 1}, {"key": "b", "count": 2, "truth": 3}]
     path = tmp_path / "x.predictions.jsonl"

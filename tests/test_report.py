@@ -1,6 +1,7 @@
 """The HTML page of a run or predictions file: its content, its isolation, its attention maps."""
 
 import base64
+import configparser
 import functools
 import html.parser
 import io
@@ -18,13 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from old_version import as_version_0_1
 from PIL import Image
 
 import mammut
 from mammut import testing
-from mammut.config import DataConfig, TrainConfig
+from mammut.config import ComputeConfig, DataConfig, TrainConfig
 from mammut.data.tokenizer import train_sentencepiece
 from mammut.evaluation.predictions import Predictions
+from mammut.models.flops import num_params
 from mammut.pages.report import write_report
 from mammut.pages.report_pictures import curves
 from mammut.pages.word_maps import overlay, split_words, word_maps
@@ -149,7 +152,10 @@ def run(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("reports") / "run"
     data = make_data(folder.parent / "data")
     config = TrainConfig(
-        model=testing.tiny_config(), data=DataConfig(train=data, val=data, batch_size=8), steps=1234
+        model=testing.tiny_config(),
+        data=DataConfig(train=data, val=data, batch_size=8),
+        steps=1234,
+        compute=ComputeConfig(dtype="bfloat16"),
     )
     model_folder.save(folder, testing.tiny_model(), testing.tiny_processor())
     write_run(folder, config, ["--steps", "1234"])
@@ -203,10 +209,17 @@ def test_page_describes_the_run(page, run):
         f"{total:,} parameters",
         "16 pixels; patches of 8; 2 layers",
         "1,234 steps of 8",
+        "computed in bfloat16",
         "--steps 1234",
     ):
         assert text in page.words
     assert f"by mammut {mammut.__version__}" in page.words
+
+
+def test_the_version_on_a_page_is_that_of_the_package():
+    package = configparser.ConfigParser()
+    package.read(pathlib.Path(__file__).parents[1] / "setup.cfg")
+    assert package["metadata"]["version"] == mammut.__version__
 
 
 def test_scores_are_percent_where_they_are_shares(page):
@@ -382,6 +395,24 @@ def test_a_model_that_cannot_be_loaded_costs_only_the_maps(run, tmp_path):
     said, page = notices(write_report(tmp_path / "a.predictions.jsonl"))
     assert "The model cannot be described" in said and "There are no heat maps" in said
     assert len(page.all("img")) == 3
+
+
+def test_a_model_folder_of_version_0_1_is_described(tmp_path):
+    config = testing.tiny_config()
+    model_folder.save(tmp_path / "old", testing.tiny_model(), testing.tiny_processor())
+    about = {"format": "mammut", "version": 1, "model": as_version_0_1(config)}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(about))
+    data = make_data(tmp_path / "data")
+    all_predictions(data, str(tmp_path / "old"))["vqa"].save(tmp_path / "a.predictions.jsonl")
+    said, page = notices(write_report(tmp_path / "a.predictions.jsonl"))
+    assert said == "" and f"{num_params(config)['total']:,} parameters" in page.words
+
+
+def test_a_picture_whose_classes_were_not_ranked_is_shown(run, tmp_path):
+    given = all_predictions(make_data(tmp_path / "data"), str(run))["classify"]
+    given.records[0].update(ranked=[], scores=[])
+    given.save(tmp_path / "a.predictions.jsonl")
+    assert given.records[0]["label"] in Page(write_report(tmp_path / "a.predictions.jsonl")).words
 
 
 def test_a_blind_model_has_no_maps_over_pictures_it_never_saw(run, tmp_path):

@@ -192,10 +192,13 @@ def score_answers(predictions: Predictions) -> Scores:
     if without := sum(not record["answers"] for record in records):
         raise ValueError(
             f"{without} of {len(records)} questions of {predictions.data!r} have no answers to "
-            "score against: the predictions are there to be sent to whoever keeps the answers"
+            "score against: send the predictions file to the server that has the answers"
         )
     scores = vqa_scores(records)
-    types = {"records": "the set's", "derived": "told by the answer, not the official ones"}
+    types = {
+        "records": "those of the set",
+        "derived": "derived from the answers, they are not the official ones",
+    }
     notes = [
         f"always saying {scores.most_common_answer!r}, the commonest answer here: "
         f"exact match {scores.most_common_exact_match:.2%}",
@@ -214,8 +217,8 @@ def score_answers(predictions: Predictions) -> Scores:
         ]
         metrics["magma_truncated_accuracy"] = sum(truncated) / len(truncated)
         notes.append(
-            "magma_truncated_accuracy, MAGMA's own score, cuts what was said to the word count of "
-            "the longest answer: a leak that raises it, not to be compared with vqa_acc"
+            "magma_truncated_accuracy, MAGMA's own score, cuts a prediction to the number of words "
+            "of the longest answer: this raises the score, so do not compare it with vqa_acc"
         )
     metrics["exact_match"] = scores.exact_match
     metrics["most_common_exact_match"] = scores.most_common_exact_match
@@ -286,7 +289,8 @@ def _generated_few_shot(
     """
     if prompt.endswith(" "):
         raise ValueError(
-            f"the prompt {prompt!r} ends in a space, expected none: what is said begins with it"
+            f"the prompt {prompt!r} ends in a space, expected none: the generated text begins with "
+            "one"
         )
     processor = predictor.processor
     model_config = predictor.model_of(params).config

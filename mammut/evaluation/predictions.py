@@ -31,6 +31,7 @@ from typing import Any
 
 from mammut.core.files import replacing_file
 
+PREDICTIONS_SUFFIX = ".predictions.jsonl"  # end of the name of a predictions file
 _FORMAT = "mammut predictions"
 _VERSION = 1
 

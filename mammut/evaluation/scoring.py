@@ -19,7 +19,7 @@ from mammut.evaluation.scores import Scores
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class EvaluationKind:
     """A row of the table of evaluations.
 
     It has the field that an evaluation needs, the values of its records, and the function that
@@ -39,20 +39,20 @@ class Evaluation:
 
 # The evaluations by `Predictions.task`.
 EVALUATIONS = {
-    "retrieval": Evaluation(
+    "retrieval": EvaluationKind(
         score_rankings,
         field="captions",
         record={"query": str, "id": int, "relevant": list, "ranked": list},
         identity=("query", "id"),
     ),
-    "caption": Evaluation(
+    "caption": EvaluationKind(
         score_captions,
         field="captions",
         record={"key": str, "index": int, "prediction": str, "references": list},
         identity=("key",),
         uses_java=True,
     ),
-    "vqa": Evaluation(
+    "vqa": EvaluationKind(
         score_answers,
         field="qa",
         record={
@@ -65,7 +65,7 @@ EVALUATIONS = {
         },
         identity=("id",),
     ),
-    "classify": Evaluation(
+    "classify": EvaluationKind(
         score_classes,
         field="name",
         record={"key": str, "index": int, "label": str, "ranked": list},

@@ -200,7 +200,7 @@ class Model:
             tokens, pooled = model.image_tokens(image).tokens, model.encoder(image).pooled
             return tokens, {"encoded": tokens, "pre_logits": pooled}
         augment = Augment()
-        if train and rngs:
+        if train and rngs and self._augment != AugmentConfig():
             key = rngs["dropout"]
             if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
                 key = jax.random.wrap_key_data(key)
@@ -282,7 +282,13 @@ def _configs(
         value = value.to_dict() if hasattr(value, "to_dict") else value  # a ConfigDict
         values[name] = values.get(name, {}) | value if name in ("vision", "text") else value
     beside = {name: values.pop(name) for name in ("compute", "augment") if name in values}
-    config = upgraded({"model": values, **beside}).config
+    current = upgraded({"model": values, **beside})
+    if current.without_norm_bias:
+        raise ValueError(
+            f"{current.without_norm_bias[0]}.norm_bias is False, expected True: every layer norm "
+            "of mammut has a bias"
+        )
+    config = current.config
     model = from_dict(ModelConfig, config["model"], "the model")
     compute = from_dict(ComputeConfig, config.get("compute", {}), "compute")
     augment = from_dict(AugmentConfig, config.get("augment", {}), "augment")

@@ -9,7 +9,6 @@ is missing, the page says so and shows the rest.
 
 import collections
 import datetime
-import importlib.metadata
 import importlib.resources
 import json
 import os
@@ -21,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from mammut.core.files import replacing_file
+from mammut.core.version import VERSION
 from mammut.evaluation.metrics.vqa import exact_match
-from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, Predictions
 from mammut.evaluation.scoring import EVALUATIONS, load_predictions
 from mammut.models.flops import num_params
 from mammut.models.mammut import ModelConfig
@@ -30,8 +30,8 @@ from mammut.pages.report_pictures import Album, Pictures, folder_config
 from mammut.pages.report_scores import MAX_ROWS, read_scores, read_training
 from mammut.training.config import TrainConfig
 from mammut.training.run_folder import read_run
+from mammut.weights.formats.mammut_run import RUN_FILE
 
-_SUFFIX = ".predictions.jsonl"
 _TOP = 5  # of a ranking
 _MAX_TEXT = 400  # characters of a text
 # Marks that reorder the text around them.
@@ -59,7 +59,7 @@ def write_report(
     if items < 1:
         raise ValueError(f"items is {items}, expected at least 1 of each kind to show")
     target = pathlib.Path(target)
-    if (target / "run.json").is_file():
+    if (target / RUN_FILE).is_file():
         page = _of_run(target, items)
         default = target / "report.html"
     elif target.is_file():
@@ -81,17 +81,20 @@ def _of_run(run: pathlib.Path, items: int) -> dict[str, Any]:
     config, overrides = read_run(run)
     notices = []
     files = {}
-    for path in sorted(run.glob(f"eval/*{_SUFFIX}")):
+    for path in sorted(run.glob(f"eval/*{PREDICTIONS_SUFFIX}")):
         try:
             files[path] = load_predictions(path)
         except ValueError as error:
             notices.append(f"{error}.")
     others = [
-        path for path in sorted(run.glob("eval/*.json")) if path.with_suffix(_SUFFIX) not in files
+        path
+        for path in sorted(run.glob("eval/*.json"))
+        if path.with_suffix(PREDICTIONS_SUFFIX) not in files
     ]
 
     optimizer = config.optimizer
     facts = _model_facts(config.model) | {
+        "computed in": config.compute.dtype,
         "training": f"{config.task}, {config.steps:,} steps of {config.data.batch_size:,} "
         f"examples, {optimizer.name} at {optimizer.learning_rate:g}",
         "data": config.data.train,
@@ -139,7 +142,7 @@ def _page(
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {
         "title": title,
-        "facts": facts | {"written": f"{now} by mammut {_version()}"},
+        "facts": facts | {"written": f"{now} by mammut {VERSION}"},
         "notices": notices,
         "scores": [score for score in scores if score is not None],
         "last": {},
@@ -241,7 +244,8 @@ def _classes(records: list[dict[str, Any]], pictures: Pictures, items: int) -> d
         record = records[row]
         top = _ranking(record["ranked"], record.get("scores"), [record["label"]])
         scores = [entry["score"] or 0 for entry in top]
-        low = min(0, *scores)  # log-probabilities are below 0: their bars start at the least shown
+        # Log-probabilities are below 0: their bars start at the least that is shown.
+        low = min([0, *scores])
         extent = max(scores, default=0) - low or 1
         for entry, score in zip(top, scores):
             entry["bar"] = round(100 * (score - low) / extent)
@@ -419,11 +423,4 @@ def _clip(value: Any) -> str:
 
 def _name(path: pathlib.Path) -> str:
     """Returns the name of a predictions file without its endings."""
-    return path.name.removesuffix(_SUFFIX).removesuffix(".jsonl")
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("mammut")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "of a checkout"
+    return path.name.removesuffix(PREDICTIONS_SUFFIX).removesuffix(".jsonl")

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from mammut.core.fields import from_dict
 from mammut.data.images import ImageTransform
 from mammut.data.sources import open_source
 from mammut.evaluation.predictions import Predictions
@@ -27,6 +25,7 @@ from mammut.pages.word_maps import overlay, word_maps
 from mammut.training.config import TrainConfig
 from mammut.training.run_folder import read_run
 from mammut.weights import model_folder
+from mammut.weights.formats.mammut_run import RUN_FILE
 
 _PICTURE = 160  # pixels of the longer side of a picture
 _MAP = 96  # pixels of the side of a heat map
@@ -44,13 +43,9 @@ def folder_config(folder: pathlib.Path) -> TrainConfig | ModelConfig:
     Raises:
       ValueError: there is neither, or it cannot be read.
     """
-    if (folder / "run.json").is_file():
+    if (folder / RUN_FILE).is_file():
         return read_run(folder)[0]
-    try:
-        values = json.loads((folder / "config.json").read_text("utf-8"))
-        return from_dict(ModelConfig, values["model"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} is no model folder that can be read: {error}") from error
+    return model_folder.read_model_config(folder)
 
 
 class Album:

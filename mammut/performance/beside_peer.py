@@ -62,9 +62,19 @@ def require_equal(ours: dict[str, float], theirs: dict[str, float]) -> dict[str,
     if wrong:
         raise PeerError(
             f"on the same weights and batch {'; '.join(wrong)}: "
-            "what is not the same work is not timed"
+            "only sides that compute the same are timed"
         )
     return differences
+
+
+def as_peer(settings: RunSettings) -> RunSettings:
+    """Fills in how our side is computed beside a peer.
+
+    Unless given, it is float32 as the peer's, and keeps every intermediate result as PyTorch does.
+    """
+    return dataclasses.replace(
+        settings, dtype=settings.dtype or "float32", remat=settings.remat or "none"
+    )
 
 
 def train(
@@ -92,6 +102,7 @@ def train(
     Raises:
       PeerError: the losses or gradients differ.
     """
+    settings = as_peer(settings)
     optimizer = OptimizerConfig(
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
@@ -122,7 +133,7 @@ def train(
     mine = {name: step.metrics[own] for name, own in names.items()}
     theirs = peer.losses_and_gradient()
     differences = require_equal(mine, theirs)
-    dtype = settings.dtype or "float32"
+    dtype = settings.dtype
     if dtype != "float32":
         step = our_step(dtype)
     calls = {"mammut": step, **{mode: peer.stepper(mode, dtype) for mode in modes}}
@@ -172,7 +183,8 @@ def generation(
     Raises:
       PeerError: greedy texts differ.
     """
-    dtype = settings.dtype or "float32"
+    settings = as_peer(settings)
+    dtype = settings.dtype
     row: dict[str, Any] = {
         "batch": images,
         "beams": beams,
@@ -199,7 +211,7 @@ def generation(
         if row["texts_equal"] < images:
             raise PeerError(
                 f"greedy texts of {images - row['texts_equal']} of {images} images differ on the "
-                "same weights: what is not the same work is not timed"
+                "same weights: only sides that compute the same are timed"
             )
     call, row["compile_s"] = our_loop(dtype)
     calls = {"mammut": call, "peer": lambda: peer.generate(images, beams, new_tokens, dtype)}

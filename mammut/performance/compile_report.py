@@ -86,7 +86,7 @@ def topology_devices(topology: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"--topology {topology} needs libtpu, which is not installed "
-            "(pip install 'mammut[tpu]')"
+            "(pip install 'mammut-jax[tpu]')"
         )
     # There may be no TPU here: libtpu must not look for one, nor claim it, and JAX computes on the
     # CPU. The last two variables only keep libtpu from warning that it does not know its host.
@@ -217,7 +217,7 @@ def _loop_lines(program: Program) -> list[str]:
         return []
     return [
         f"  {program.unknown_loops} loops do not say how often they run: "
-        "what is in them is counted once"
+        "their operations are counted once"
     ]
 
 

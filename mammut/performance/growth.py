@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from mammut.models.compute import ComputeConfig
 from mammut.models.mammut import ModelConfig
 from mammut.performance.step_time import RunSettings, make_step, measure
 from mammut.performance.timing import exponent
@@ -45,6 +46,7 @@ def measure_growth(
     model: ModelConfig,
     batch_size: int,
     settings: RunSettings,
+    stored: ComputeConfig = ComputeConfig(),
     *,
     steps: int,
     warmup: int,
@@ -60,6 +62,7 @@ def measure_growth(
       model: the model at its own size.
       batch_size: examples of a step, where the batch does not grow.
       settings: how the step is computed.
+      stored: as for `RunSettings.compute`.
       steps: steps that are timed at each size.
       warmup: steps before them.
       peak: FLOP/s of one device.
@@ -75,7 +78,7 @@ def measure_growth(
     rows = []
     for size in sizes:
         examples = size if axis == "batch" else batch_size
-        config = settings.train_config(grown(model, axis, size), examples)
+        config = settings.train_config(grown(model, axis, size), examples, stored)
         rows.append(measure(make_step(config), steps, warmup, peak))
     seconds = [row["seconds"] for row in rows]
     tflop = [row["tflops"] * row["seconds"] for row in rows]

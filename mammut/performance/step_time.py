@@ -58,8 +58,12 @@ class RunSettings:
     accumulation: int = 1
     mesh: MeshConfig = MeshConfig()
 
-    def compute(self, model: ModelConfig) -> ComputeConfig:
-        """Makes the compute config of `model` with these settings."""
+    def compute(self, model: ModelConfig, stored: ComputeConfig = ComputeConfig()) -> ComputeConfig:
+        """Makes the compute config of `model` with these settings.
+
+        The number types of the stored parameters are those of `stored`, the compute config of a
+        loaded model.
+        """
         if jax.default_backend() == "cpu":
             depths = (model.vision.depth, model.text.depth, model.text.text_only_depth)
             usual = ComputeConfig(unroll=max(depths))
@@ -67,16 +71,23 @@ class RunSettings:
             usual = ComputeConfig(dtype="bfloat16", remat="dots")
         names = ("dtype", "remat", "unroll", "passes", "image_attention")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given |= {name: getattr(stored, name) for name in ("param_dtype", "text_param_dtype")}
         return dataclasses.replace(usual, **given)
 
-    def train_config(self, model: ModelConfig, batch_size: int, **others: Any) -> TrainConfig:
+    def train_config(
+        self,
+        model: ModelConfig,
+        batch_size: int,
+        stored: ComputeConfig = ComputeConfig(),
+        **others: Any,
+    ) -> TrainConfig:
         """Makes a run that trains `model` with these settings.
 
-        `others` are fields of `TrainConfig`.
+        `stored` is as for `compute`; `others` are fields of `TrainConfig`.
         """
         return TrainConfig(
             model=model,
-            compute=self.compute(model),
+            compute=self.compute(model, stored),
             data=DataConfig(batch_size=batch_size),
             loss=LossConfig(vocab_chunk=self.vocab_chunk),
             accumulation=self.accumulation,
@@ -87,7 +98,7 @@ class RunSettings:
 
 def computed(model: MaMMUT, settings: RunSettings) -> MaMMUT:
     """Makes a model with the same weights and the given settings."""
-    compute = settings.compute(model.config)
+    compute = settings.compute(model.config, model.compute)
 
     def make() -> MaMMUT:
         return MaMMUT(model.config, compute=compute, rngs=nnx.Rngs(0))

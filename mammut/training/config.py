@@ -197,7 +197,8 @@ class TrainConfig:
     task: Literal["image_text", "caption", "vqa", "classify", "text"] = "image_text"
     # Model to start from, of any format that mammut.load reads: its weights, its processor and its
     # `model` settings; image size, patch size and text length may differ
-    # (mammut.weights.warm_start has the rules). None: random weights.
+    # (mammut.weights.warm_start has the rules). Its number types (`compute`) and the random draws
+    # of its training (`augment`) are not taken over. None: random weights.
     init: str | None = None
     # Image encoder to start from: its weights, its `model.vision` settings except the pooling, and
     # its image preprocessing.

@@ -11,7 +11,7 @@ from typing import Any
 
 from mammut.core.files import replacing_file
 from mammut.data.batches import describe_bad
-from mammut.training.validation import Evaluation
+from mammut.training.validation import ValidationResult
 
 
 class RunLog:
@@ -95,7 +95,7 @@ class RunLog:
         self._time = time.perf_counter()
         self._waited = 0.0
 
-    def evaluation(self, step: int, name: str, evaluation: Evaluation, samples: int) -> None:
+    def evaluation(self, step: int, name: str, evaluation: ValidationResult, samples: int) -> None:
         """Records an evaluation and prints it.
 
         The first `samples` texts of the model are printed, too.

@@ -90,7 +90,7 @@ def resolve(
     if not resume:
         config, starts = with_overrides(load_recipe(recipe or default_recipe), overrides)
         return Run(config, workdir, overrides, starts)
-    saved, saved_overrides = read_run(workdir)
+    saved, saved_overrides = read_run(workdir, resume=True)
     base = _of_recipe(load_recipe(recipe), saved, saved_overrides) if recipe else saved
     config = parse_overrides(base, overrides)
     if changed := differences(_settings(saved), _settings(config), RESUMABLE):

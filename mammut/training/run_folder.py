@@ -11,6 +11,8 @@ from mammut.core.files import read_json_object, remove_partial_files, write_json
 from mammut.data.processor import Processor
 from mammut.training.config import TrainConfig
 from mammut.weights.files.tensor_file import CheckpointError
+from mammut.weights.formats.mammut_folder import MANIFEST_FILE
+from mammut.weights.formats.mammut_run import RUN_FILE
 from mammut.weights.old_configs import MOVED, upgraded
 from mammut.weights.opened import read_config
 
@@ -22,20 +24,21 @@ def write_run(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) 
 
     The overrides are part of the config; a run that is resumed with a recipe applies them again.
     """
-    write_json(workdir / "run.json", {"config": to_dict(config), "overrides": overrides})
+    write_json(workdir / RUN_FILE, {"config": to_dict(config), "overrides": overrides})
 
 
-def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
+def read_run(workdir: pathlib.Path, *, resume: bool = False) -> tuple[TrainConfig, list[str]]:
     """Reads the config and the overrides in `run.json`.
 
     A run of version 0.1 that started from another model took that model's settings of
     `old_configs.MOVED` with the architecture. Such settings come as overrides, the first ones: the
-    recipe does not have them.
+    recipe does not have them. `resume` says whether the run is to go on.
 
     Raises:
-      CheckpointError: it is missing or not what `write_run` writes.
+      CheckpointError: it is missing or not what `write_run` writes; or the run is to go on and has
+        layer norms without a bias, which version 0.1 could train.
     """
-    path = workdir / "run.json"
+    path = workdir / RUN_FILE
     run = read_json_object(path)
     if run.keys() != {"config", "overrides"}:
         raise CheckpointError(
@@ -46,7 +49,13 @@ def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
         raise CheckpointError(f"{path} has overrides that are not a list of texts")
     values = run["config"]
     if isinstance(values, dict):
-        values = upgraded(values).config
+        current = upgraded(values)
+        values = current.config
+        if resume and current.without_norm_bias:
+            raise CheckpointError(
+                f"{path} has model.{current.without_norm_bias[0]}.norm_bias False, expected True: "
+                "a run whose layer norms have no bias can be loaded, but not resumed"
+            )
     config = read_config(TrainConfig, values, path)
     is_old = values != run["config"]
     if is_old and config.starts_from:
@@ -67,7 +76,7 @@ def require_shared(workdir: pathlib.Path) -> None:
     Raises:
       ValueError: it does not see the file.
     """
-    if not (workdir / "run.json").is_file():
+    if not (workdir / RUN_FILE).is_file():
         raise ValueError(
             f"--workdir {workdir} is without the run.json that process 0 has written there: "
             "expected a folder on a file system that all processes share"
@@ -109,7 +118,7 @@ def renew_folder(workdir: pathlib.Path, config: TrainConfig, overrides: list[str
     write_run(workdir, config, overrides)
     # Until the run is done again, the newest checkpoint has the model, not the folder that an
     # earlier end exported.
-    (workdir / "manifest.json").unlink(missing_ok=True)
+    (workdir / MANIFEST_FILE).unlink(missing_ok=True)
 
 
 def position_of_all(step: int, position: dict[str, Any], shard_index: int) -> dict[str, Any]:

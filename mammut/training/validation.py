@@ -16,7 +16,7 @@ from mammut.data.examples import BadExample, Source
 from mammut.data.processor import Processor
 from mammut.evaluation.classification import class_names, predict_classes
 from mammut.evaluation.generated_texts import predict_answers, predict_captions
-from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, Predictions
 from mammut.evaluation.predictor import Predictor
 from mammut.evaluation.retrieval import predict_rankings
 from mammut.evaluation.scores import save_scores
@@ -28,7 +28,7 @@ from mammut.training.tasks import TASKS
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class ValidationResult:
     """Metrics by name, and the predictions that they score.
 
     Shares are numbers from 0 to 1.
@@ -47,7 +47,7 @@ class Evaluation:
         """
         for predictions in self.predictions:
             stem = workdir / "eval" / f"{predictions.task}_{name}"
-            predictions.save(stem.with_name(stem.name + ".predictions.jsonl"))
+            predictions.save(stem.with_name(stem.name + PREDICTIONS_SUFFIX))
             scores = score(predictions, java=False)
             save_scores(stem.with_name(stem.name + ".json"), predictions, scores)
 
@@ -126,7 +126,7 @@ class Evaluator:
         if config.task == "text":
             self._language_loss = _LanguageLoss(processor, config, trainer, alive)
 
-    def __call__(self, params: Any) -> Evaluation:
+    def __call__(self, params: Any) -> ValidationResult:
         """Evaluates parameters, inside `jax.set_mesh`.
 
         Raises:
@@ -134,7 +134,7 @@ class Evaluator:
         """
         return self._evaluate(params)
 
-    def _image_text(self, params: Any) -> Evaluation:
+    def _image_text(self, params: Any) -> ValidationResult:
         """Scores retrieval and exact captions.
 
         A caption is exact where it equals one of its references.
@@ -145,23 +145,23 @@ class Evaluator:
         metrics = score(retrieval).metrics | {"caption_exact": self._exact(captions)}
         images = retrieval.settings["images"]
         texts = retrieval.settings["texts"]
-        return Evaluation(metrics, [retrieval, captions], images, texts, retrieval.left_out)
+        return ValidationResult(metrics, [retrieval, captions], images, texts, retrieval.left_out)
 
-    def _captions(self, params: Any) -> Evaluation:
+    def _captions(self, params: Any) -> ValidationResult:
         settings = {"prompt": self._caption_prompt, "limit": self._limit}
         return _scored(predict_captions(self._predictor, params, self._source, **settings))
 
-    def _answers(self, params: Any) -> Evaluation:
+    def _answers(self, params: Any) -> ValidationResult:
         settings = {"prompt": self._prompt, "limit": self._limit}
         return _scored(predict_answers(self._predictor, params, self._source, **settings))
 
-    def _classes(self, params: Any) -> Evaluation:
+    def _classes(self, params: Any) -> ValidationResult:
         template = f"{self._caption_prompt} {{}}".strip()
         settings = {"templates": (template,), "method": "likelihood", "limit": self._limit}
         inputs = (self._predictor, params, self._source, self._class_names)
         return _scored(predict_classes(*inputs, **settings))
 
-    def _language(self, params: Any) -> Evaluation:
+    def _language(self, params: Any) -> ValidationResult:
         return self._language_loss(params, self._source, self._limit)
 
     def _exact(self, captions: Predictions) -> float:
@@ -176,7 +176,7 @@ class Evaluator:
         return sum(exact) / len(exact)
 
 
-def _scored(predictions: Predictions) -> Evaluation:
+def _scored(predictions: Predictions) -> ValidationResult:
     """Scores one set of predictions.
 
     The evaluation has the metrics that are numbers.
@@ -185,7 +185,7 @@ def _scored(predictions: Predictions) -> Evaluation:
     metrics = {name: value for name, value in metrics.items() if isinstance(value, float)}
     images = len({record["index"] for record in predictions.records})
     texts = len(predictions.records)
-    return Evaluation(metrics, [predictions], images, texts, predictions.left_out)
+    return ValidationResult(metrics, [predictions], images, texts, predictions.left_out)
 
 
 class _LanguageLoss:
@@ -207,7 +207,7 @@ class _LanguageLoss:
         replicated = jax.NamedSharding(trainer.mesh, jax.P())
         self._loss = distributed.compiled_by_all(jax.jit(loss, out_shardings=replicated))
 
-    def __call__(self, params: Any, source: Source, limit: int) -> Evaluation:
+    def __call__(self, params: Any, source: Source, limit: int) -> ValidationResult:
         """Computes the loss of a token and its perplexity.
 
         The texts belong to the first `limit` examples.
@@ -230,7 +230,7 @@ class _LanguageLoss:
             total += float(loss)
             tokens += int(count)
         metrics = {"loss_caption": total / tokens, "perplexity": math.exp(min(total / tokens, 700))}
-        return Evaluation(metrics, [], limit, len(pairs), bad)
+        return ValidationResult(metrics, [], limit, len(pairs), bad)
 
     def _pairs(self, source: Source, limit: int) -> tuple[list[tuple[str, str]], dict[str, int]]:
         """Lists the prompts and texts of the first examples.

@@ -212,7 +212,7 @@ def _read_about(path: pathlib.Path, config: ModelConfig) -> tuple[list[AdapterCo
     if about.get("format") != _FORMAT or about.get("version") not in (1, _VERSION):
         raise CheckpointError(
             f"{path} has format {about.get('format')!r} version {about.get('version')!r}, "
-            f"expected {_FORMAT!r} version {_VERSION}"
+            f"expected {_FORMAT!r} version 1 or {_VERSION}"
         )
     match about:
         case {
@@ -226,6 +226,9 @@ def _read_about(path: pathlib.Path, config: ModelConfig) -> tuple[list[AdapterCo
             raise CheckpointError(
                 f"{path} does not have the keys adapters, also, base_hash and base of an adapter"
             )
+    for item in others:
+        if not isinstance(item, str):
+            raise CheckpointError(f"{path} has {item!r} in also, expected paths of parameters")
     if len({adapter.name for adapter in configs}) > 1:
         raise CheckpointError(f"{path} has adapters of several names, expected one")
     if about["version"] == 1:

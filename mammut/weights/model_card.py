@@ -12,6 +12,7 @@ from mammut.data.processor import Processor
 from mammut.models.compute import ComputeConfig
 from mammut.models.flops import num_params
 from mammut.models.mammut import ModelConfig
+from mammut.weights.formats.mammut_run import RUN_FILE
 
 _MARK = "library_name: mammut"
 
@@ -82,7 +83,7 @@ def write_card(
         f"of width {text.width}; {sight} |",
         f"| embedding | {config.embed_size} numbers |",
         f"| stored as | {compute.param_dtype} |",
-        *_training(folder / "run.json"),
+        *_training(folder / RUN_FILE),
         "",
         *_scores(folder),
     ]

@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh
 from mammut.core import distributed
 from mammut.core.fields import to_dict
 from mammut.core.files import make_manifest, read_json_object, replacing, write_json
-from mammut.core.params import by_name, logical_axes
+from mammut.core.params import by_name, logical_axes, path_name
 from mammut.core.sharding import MESH_AXES, param_shardings
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer, Tokenizer
@@ -166,10 +166,12 @@ def save_opened(
     folder = pathlib.Path(folder)
     files = []
     if opened.processor is not None:
-        files = ["config.json", "processor.json", *opened.processor.tokenizer.files]
+        files = [mammut_folder.CONFIG_FILE, "processor.json", *opened.processor.tokenizer.files]
     weights = sorted(path.name for path in folder.glob("*") if _WEIGHT_FILES.fullmatch(path.name))
-    require_target(folder, opened, [*files, "manifest.json", *weights], [CONFIG_FILE], overwrite)
-    with replacing(folder, "manifest.json", stale=weights) as new:
+    require_target(
+        folder, opened, [*files, mammut_folder.MANIFEST_FILE, *weights], [CONFIG_FILE], overwrite
+    )
+    with replacing(folder, mammut_folder.MANIFEST_FILE, stale=weights) as new:
         opened.processor.save(new)
         files += write_sharded(
             new,
@@ -181,7 +183,7 @@ def save_opened(
             progress=progress,
         )
         write_json(
-            new / "config.json",
+            new / mammut_folder.CONFIG_FILE,
             {
                 "format": "mammut",
                 "version": mammut_folder.VERSION,
@@ -189,7 +191,8 @@ def save_opened(
                 "compute": to_dict(opened.compute),
             },
         )
-        write_json(new / "manifest.json", make_manifest(new, [new / name for name in files]))
+        manifest = make_manifest(new, [new / name for name in files])
+        write_json(new / mammut_folder.MANIFEST_FILE, manifest)
     write_card(folder, opened.config, opened.processor, opened.compute)
     tokenizer = opened.processor.tokenizer
     if isinstance(tokenizer, MissingTokenizer):
@@ -358,7 +361,7 @@ def place(
     shardings = mesh and param_shardings(state, logical_axes(abstract), mesh)
 
     def put(path, leaf, sharding=None):
-        array = opened.tensors.read(prefix + ".".join(entry.key for entry in path))
+        array = opened.tensors.read(prefix + path_name(path))
         if not array.flags.writeable:
             # A copy of the mapped file: an array on the CPU may share its memory, and files change.
             array = np.array(array)

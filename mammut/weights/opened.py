@@ -16,6 +16,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from mammut.core.fields import from_dict
+from mammut.core.params import by_name
 from mammut.data.processor import Processor
 from mammut.models.compute import ComputeConfig
 from mammut.models.mammut import MaMMUT, ModelConfig
@@ -164,10 +165,9 @@ def model_specs(
         return MaMMUT(config, compute=compute, rngs=nnx.Rngs(0))
 
     state = nnx.state(nnx.eval_shape(make), nnx.Param)
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
     return {
-        ".".join(entry.key for entry in path): TensorSpec(leaf.shape, np.dtype(leaf.dtype))
-        for path, leaf in leaves
+        name: TensorSpec(leaf.shape, np.dtype(leaf.dtype))
+        for name, leaf in by_name(nnx.to_pure_dict(state)).items()
     }
 
 

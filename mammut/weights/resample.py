@@ -117,10 +117,11 @@ def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
     Raises:
       ValueError: `image_size` is not a multiple of the patch size, or of the stride of a ResNet.
     """
-    # A smaller size at the start of training need not divide the new one, and is no longer used.
+    # `low_image_size` is for the start of a training run. Here it is not used, and it need not be
+    # below the new size.
     vision = dataclasses.replace(opened.config.vision, image_size=image_size, low_image_size=None)
     tensors = opened.tensors
-    resampling = _resampling(_POSITIONS, opened, vision)
+    resampling = find_resampling(_POSITIONS, opened, vision)
     if resampling is not None:
         _, resample = resampling
         spec = tensors.specs[_POSITIONS]
@@ -141,7 +142,7 @@ def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
     return dataclasses.replace(opened, config=config, tensors=tensors, processor=processor)
 
 
-def _resampling(
+def find_resampling(
     path: str, opened: OpenedModel, vision: Tower
 ) -> tuple[str, Callable[[np.ndarray], np.ndarray]] | None:
     """Finds how a parameter gets the sizes of `vision`.

@@ -202,6 +202,32 @@ class Entry:
     layer: int | None = None
 
 
+def linear_entries(
+    theirs: str,
+    ours: str,
+    layer: int | None = None,
+    layout: Layout = Transposed(),
+    *,
+    bias: bool = True,
+) -> Iterator[Entry]:
+    """Lists the entries of a torch.nn.Linear.
+
+    With the layout `Kernel` it is a Conv1D.
+    """
+    yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), layout, layer)
+    if bias:
+        yield Entry(f"{theirs}.bias", (f"{ours}.bias",), Same(flat=True), layer)
+
+
+def norm_entries(
+    theirs: str, ours: str, layer: int | None = None, *, bias: bool = True
+) -> Iterator[Entry]:
+    """Lists the entries of a torch.nn.LayerNorm, or of a norm without a bias."""
+    yield Entry(f"{theirs}.weight", (f"{ours}.scale",), layer=layer)
+    if bias:
+        yield Entry(f"{theirs}.bias", (f"{ours}.bias",), layer=layer)
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """A format for one config.
@@ -324,7 +350,12 @@ class Table:
         for entry in self.entries:
             for path in entry.ours:
                 covered.setdefault(path, set()).add(entry.layer)
-        problems = [f"there is no parameter {path} for it" for path in covered if path not in ours]
+        sources = {path: entry.theirs for entry in self.entries for path in entry.ours}
+        problems = [
+            f"there is no parameter {path} for {sources.get(path, 'a constant')}"
+            for path in covered
+            if path not in ours
+        ]
         for path, spec in ours.items():
             layers = covered.get(path, set())
             depth = spec.shape[0] if spec.shape else 0

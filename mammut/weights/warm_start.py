@@ -33,7 +33,7 @@ from mammut.models.mammut import ModelConfig
 from mammut.models.resnet import ResNetConfig
 from mammut.models.vit import VisionConfig
 from mammut.weights.opened import OpenedModel, Tensors, model_specs
-from mammut.weights.resample import _resampling
+from mammut.weights.resample import find_resampling
 
 Start = Literal["init", "init_vision", "init_text"]  # the fields of `TrainConfig`
 What = Literal["loaded", "resampled", "cut", "in part", "random", "left out"]
@@ -238,7 +238,7 @@ def _start_of(
     tower = f"init_{path.partition('.')[0]}"
     name = tower if tower in starts else "init"
     if name not in starts:
-        return None, "in nothing it starts from"
+        return None, "no start has this part"
     if new_vocabulary and path in _OF_VOCABULARY:
         return None, "another vocabulary"
     if path.startswith("adapters.") and not starts[name].config.adapters:
@@ -280,7 +280,7 @@ def _rule(
     Returns:
       What, why, and a function that makes the new value from the stored one and a random one.
     """
-    resampling = _resampling(path, opened, config.vision)
+    resampling = find_resampling(path, opened, config.vision)
     if resampling is not None:
         why, resample = resampling
         return "resampled", why, lambda value, random: resample(value)
@@ -303,8 +303,8 @@ def _rule(
     why = ""
     after_pooling = opened.config.vision.norm_after_pooling
     if path.startswith("vision.norm.") and after_pooling != config.vision.norm_after_pooling:
-        normed = "the pooled image" if after_pooling else "the tokens"
-        why = f"there of {normed}, here not"
+        names = "the tokens", "the pooled image"
+        why = f"the start norms {names[after_pooling]}, the model norms {names[not after_pooling]}"
     return "loaded", why, lambda value, random: value
 
 

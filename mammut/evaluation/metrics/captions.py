@@ -277,7 +277,7 @@ def _missing_for_java() -> str:
     The reason is a clause; it is "" if the tool can run.
     """
     if importlib.util.find_spec("pycocoevalcap") is None:
-        return "pycocoevalcap is not installed: pip install 'mammut[eval]'"
+        return "pycocoevalcap is not installed: pip install 'mammut-jax[eval]'"
     return "" if shutil.which("java") else "Java was not found on the PATH"
 
 

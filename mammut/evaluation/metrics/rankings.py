@@ -78,12 +78,13 @@ def ranking_recall(
     Args:
       ranked: ids for each query, the best first.
       relevant: the ids that are right for each query.
-      num_candidates: the number of ids that could be ranked; a ranking shorter than the largest k
-        must hold them all.
+      num_candidates: the number of ids that could be ranked, counted from 0; a ranking shorter than
+        the largest k must hold them all.
 
     Raises:
-      ValueError: no queries, no ks, lengths that differ, a query without relevant ids, an id ranked
-        twice, or a ranking that is too short or longer than `num_candidates`.
+      ValueError: no queries, no ks, lengths that differ, a query without relevant ids, a relevant
+        id that is none of `num_candidates`, an id ranked twice, or a ranking that is too short or
+        longer than `num_candidates`.
     """
     _check_ks(ks)
     if not len(ranked) or len(ranked) != len(relevant):
@@ -94,6 +95,12 @@ def ranking_recall(
     for query, (ids, right) in enumerate(zip(ranked, relevant)):
         if not len(right):
             raise ValueError(f"query {query} has no relevant ids")
+        for candidate in right:
+            if num_candidates is not None and not 0 <= candidate < num_candidates:
+                raise ValueError(
+                    f"query {query} has the relevant id {candidate}, expected ids from 0 to "
+                    f"{num_candidates - 1} for {num_candidates} candidates"
+                )
         _check_ranking(f"query {query}", ids, max(ks), num_candidates)
     ranks = [_first_rank(ids, set(right)) for ids, right in zip(ranked, relevant)]
     return {f"r{k}": sum(rank <= k for rank in ranks) / len(ranked) for k in ks}

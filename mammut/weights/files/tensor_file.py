@@ -209,7 +209,7 @@ def _safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, s
         at = end
     if data_start + at != file.size:
         raise CheckpointError(
-            f"{file.path} has {file.size - data_start} bytes of tensors, its header tells of {at}"
+            f"{file.path} has {file.size - data_start} bytes of tensors, its header gives {at}"
         )
     return tensors, metadata
 
@@ -228,7 +228,7 @@ def _safetensors_entry(where: str, entry: Any) -> tuple[int, int, TensorSpec]:
         } if not rest:
             pass
         case _:
-            raise CheckpointError(f"{where} is not told by dtype, shape and data_offsets")
+            raise CheckpointError(f"{where} does not give dtype, shape and data_offsets alone")
     if kind not in _DTYPES:
         raise CheckpointError(f"{where} has dtype {kind!r}, expected one of {', '.join(_DTYPES)}")
     return start, end, tensor_spec(where, shape, _DTYPES[kind])

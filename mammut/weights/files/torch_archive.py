@@ -337,8 +337,12 @@ def _unpickle(program: bytes | bytearray, where: str) -> Any:  # noqa: C901, PLR
         raise ValueError("it does not stop")
     except CheckpointError:
         raise
-    except LookupError:
-        raise CheckpointError(f"{where} is a damaged pickle: it takes what is not there") from None
+    except KeyError as error:
+        raise CheckpointError(f"{where} is a damaged pickle: its memo has no {error}") from None
+    except IndexError:
+        raise CheckpointError(
+            f"{where} is a damaged pickle: its stack lacks a value or a mark that an opcode takes"
+        ) from None
     # DeprecationWarning: a bad escape in a text, where warnings are errors.
     except (ValueError, DeprecationWarning) as error:
         raise CheckpointError(f"{where} is a damaged pickle: {error}") from error
@@ -378,7 +382,7 @@ def _storage(arguments: Any) -> _Storage:
             name in _STORAGES and 0 <= count <= _MAX_SIZE
         ):
             return _Storage(key, _STORAGES[name], count)
-    raise ValueError("a storage is not told by its type, key, device and size")
+    raise ValueError("a storage does not give its type, key, device and size")
 
 
 def _call(name: str, arguments: Any) -> Any:

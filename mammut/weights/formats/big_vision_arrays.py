@@ -50,7 +50,7 @@ class Arrays:
         names = [key.removeprefix(self._top) for key in specs if key not in self.outside]
         self._keys: dict[str, str] = {}
         for old in names:
-            name = _todays_name(old, "probe" in names)
+            name = _current_name(old, "probe" in names)
             self.require(
                 name not in self._keys,
                 f"{self._top}{old} and {self.key(name)} are names of the same array",
@@ -109,7 +109,7 @@ class Arrays:
         )
 
 
-def _todays_name(name: str, inlined_head: bool) -> str:
+def _current_name(name: str, inlined_head: bool) -> str:
     """Renames an array as `fix_old_checkpoints` of models/vit.py does."""
     if name in _OLD_POSITIONS:
         return "pos_embedding"

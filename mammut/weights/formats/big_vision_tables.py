@@ -194,7 +194,7 @@ class _Vision:
     def pooling_note(self) -> tuple[str, ...]:
         """Notes what the file does not tell about pooling.
 
-        The tuple is empty where the file tells everything.
+        The tuple is empty where the file gives everything.
         """
         if self.config.pooling != "mean":
             return ()

@@ -84,7 +84,7 @@ def decoder_config(values: dict[str, Any], where: str) -> DecoderConfig:
         except ValueError as error:
             problems = [str(error)]
     raise CheckpointError(
-        f"{where} tells of a model that mammut does not have: {'; '.join(problems)}"
+        f"{where} describes a model that mammut does not have: {'; '.join(problems)}"
     )
 
 
@@ -178,7 +178,7 @@ def _windows(config: JsonObject, depth: int) -> tuple[int, ...]:
         listed = kinds
         kinds = _expanded(groups)
         if listed not in (None, kinds):
-            config.refuse("attention_layers", "what attention_types tells")
+            config.refuse("attention_layers", "what attention_types gives")
     key = "attention_layers" if groups is None else "attention_types"
     if not isinstance(kinds, list) or any(
         not isinstance(kind, str) or kind not in sizes for kind in kinds
@@ -248,7 +248,7 @@ def _gpt_neox(config: JsonObject, problems: list[str]) -> dict[str, Any]:
     rope = JsonObject("config.rope_parameters", {} if nested is None else nested, problems)
     rope.only("rope_type", "default")
     config.only("rope_scaling", None)
-    share = _told_once(
+    share = _given_once(
         0.25,
         1e-6,
         1.0,
@@ -256,7 +256,7 @@ def _gpt_neox(config: JsonObject, problems: list[str]) -> dict[str, Any]:
         (config, "rotary_pct"),
         (config, "partial_rotary_factor"),
     )
-    theta = _told_once(
+    theta = _given_once(
         1e4, 1.0, 1e12, (rope, "rope_theta"), (config, "rotary_emb_base"), (config, "rope_theta")
     )
     rope.close()
@@ -269,7 +269,7 @@ def _gpt_neox(config: JsonObject, problems: list[str]) -> dict[str, Any]:
     }
 
 
-def _told_once(default: float, low: float, high: float, *places: tuple[JsonObject, str]) -> float:
+def _given_once(default: float, low: float, high: float, *places: tuple[JsonObject, str]) -> float:
     """Reads a number that may stand under several keys.
 
     All keys that are present must have the same value.

@@ -11,7 +11,18 @@ import numpy as np
 
 from mammut.models.decoder import DecoderConfig
 from mammut.weights.files.tensor_file import TensorSpec
-from mammut.weights.tables import Entry, Joined, Kernel, Layout, Same, Shape, Table, Transposed
+from mammut.weights.tables import (
+    Entry,
+    Joined,
+    Kernel,
+    Layout,
+    Same,
+    Shape,
+    Table,
+    Transposed,
+    linear_entries,
+    norm_entries,
+)
 
 _QKV = "query", "key", "value"
 _OURS = "text.layers"
@@ -74,29 +85,6 @@ def table(model_type: str, text: DecoderConfig, theirs: Mapping[str, TensorSpec]
     return Table(entries, {name: reason for name, reason in buffers.items() if name in theirs})
 
 
-def _affine(
-    theirs: str,
-    ours: str,
-    layer: int,
-    layout: Layout = Transposed(),
-    *,
-    weight: bool = True,
-    bias: bool = True,
-) -> Iterable[Entry]:
-    """Lists the entries of a torch.nn.Linear.
-
-    With the layout `Kernel` it is a Conv1D.
-    """
-    yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), layout, layer)
-    if bias:
-        yield Entry(f"{theirs}.bias", (f"{ours}.bias",), Same(flat=True), layer)
-
-
-def _norm(theirs: str, ours: str, layer: int | None = None) -> Iterable[Entry]:
-    yield Entry(f"{theirs}.weight", (f"{ours}.scale",), layer=layer)
-    yield Entry(f"{theirs}.bias", (f"{ours}.bias",), layer=layer)
-
-
 def _fused(
     theirs: str, layer: int, weight: Layout, vector: Layout, *, bias: bool = True
 ) -> Iterable[Entry]:
@@ -119,14 +107,14 @@ def _gpt2(prefix: str, text: DecoderConfig) -> _Made:
     entries.append(Entry(f"{prefix}wpe.weight", ("text.pos_embed",)))
     for i in range(text.depth):
         block = f"{prefix}h.{i}"
-        entries += _norm(f"{block}.ln_1", f"{_OURS}.attn_norm", i)
+        entries += norm_entries(f"{block}.ln_1", f"{_OURS}.attn_norm", i)
         entries += _fused(
             f"{block}.attn.c_attn", i, Joined(Kernel(), axis=1), Joined(Same(flat=True))
         )
-        entries += _affine(f"{block}.attn.c_proj", f"{_OURS}.attn.out", i, Kernel(2))
-        entries += _norm(f"{block}.ln_2", f"{_OURS}.mlp_norm", i)
-        entries += _affine(f"{block}.mlp.c_fc", f"{_OURS}.mlp.up", i, Kernel())
-        entries += _affine(f"{block}.mlp.c_proj", f"{_OURS}.mlp.down", i, Kernel())
+        entries += linear_entries(f"{block}.attn.c_proj", f"{_OURS}.attn.out", i, Kernel(2))
+        entries += norm_entries(f"{block}.ln_2", f"{_OURS}.mlp_norm", i)
+        entries += linear_entries(f"{block}.mlp.c_fc", f"{_OURS}.mlp.up", i, Kernel())
+        entries += linear_entries(f"{block}.mlp.c_proj", f"{_OURS}.mlp.down", i, Kernel())
         buffers |= {f"{block}.attn.{name}": _MASK for name in ("bias", "masked_bias")}
     return entries, buffers
 
@@ -138,13 +126,15 @@ def _gpt_neo(prefix: str, text: DecoderConfig) -> _Made:
     for i in range(text.depth):
         block = f"{prefix}h.{i}"
         attention = f"{block}.attn.attention"
-        entries += _norm(f"{block}.ln_1", f"{_OURS}.attn_norm", i)
+        entries += norm_entries(f"{block}.ln_1", f"{_OURS}.attn_norm", i)
         for name in _QKV:
-            entries += _affine(f"{attention}.{name[0]}_proj", f"{_OURS}.attn.{name}", i, bias=False)
-        entries += _affine(f"{attention}.out_proj", f"{_OURS}.attn.out", i, Transposed(2))
-        entries += _norm(f"{block}.ln_2", f"{_OURS}.mlp_norm", i)
-        entries += _affine(f"{block}.mlp.c_fc", f"{_OURS}.mlp.up", i)
-        entries += _affine(f"{block}.mlp.c_proj", f"{_OURS}.mlp.down", i)
+            entries += linear_entries(
+                f"{attention}.{name[0]}_proj", f"{_OURS}.attn.{name}", i, bias=False
+            )
+        entries += linear_entries(f"{attention}.out_proj", f"{_OURS}.attn.out", i, Transposed(2))
+        entries += norm_entries(f"{block}.ln_2", f"{_OURS}.mlp_norm", i)
+        entries += linear_entries(f"{block}.mlp.c_fc", f"{_OURS}.mlp.up", i)
+        entries += linear_entries(f"{block}.mlp.c_proj", f"{_OURS}.mlp.down", i)
         buffers |= {f"{attention}.{name}": _MASK for name in ("bias", "masked_bias")}
     return entries, buffers
 
@@ -154,16 +144,16 @@ def _gptj(prefix: str, text: DecoderConfig) -> _Made:
     buffers = {}
     for i in range(text.depth):
         block = f"{prefix}h.{i}"
-        entries += _norm(f"{block}.ln_1", f"{_OURS}.attn_norm", i)
+        entries += norm_entries(f"{block}.ln_1", f"{_OURS}.attn_norm", i)
         for name in _QKV:
-            entries += _affine(
+            entries += linear_entries(
                 f"{block}.attn.{name[0]}_proj", f"{_OURS}.attn.{name}", i, bias=False
             )
-        entries += _affine(
+        entries += linear_entries(
             f"{block}.attn.out_proj", f"{_OURS}.attn.out", i, Transposed(2), bias=False
         )
-        entries += _affine(f"{block}.mlp.fc_in", f"{_OURS}.mlp.up", i)
-        entries += _affine(f"{block}.mlp.fc_out", f"{_OURS}.mlp.down", i)
+        entries += linear_entries(f"{block}.mlp.fc_in", f"{_OURS}.mlp.up", i)
+        entries += linear_entries(f"{block}.mlp.fc_out", f"{_OURS}.mlp.down", i)
         buffers |= {f"{block}.attn.{name}": _MASK for name in ("bias", "masked_bias")}
         buffers[f"{block}.attn.embed_positions"] = _ANGLES
     return entries, buffers
@@ -174,15 +164,15 @@ def _gpt_neox(prefix: str, text: DecoderConfig) -> _Made:
     buffers = {f"{prefix}rotary_emb.inv_freq": _ANGLES}
     for i in range(text.depth):
         block = f"{prefix}layers.{i}"
-        entries += _norm(f"{block}.input_layernorm", f"{_OURS}.attn_norm", i)
-        entries += _norm(f"{block}.post_attention_layernorm", f"{_OURS}.mlp_norm", i)
+        entries += norm_entries(f"{block}.input_layernorm", f"{_OURS}.attn_norm", i)
+        entries += norm_entries(f"{block}.post_attention_layernorm", f"{_OURS}.mlp_norm", i)
         fused = f"{block}.attention.query_key_value"
         entries += _fused(fused, i, HeadByHead(), HeadByHead(), bias=text.attn_bias)
-        entries += _affine(
+        entries += linear_entries(
             f"{block}.attention.dense", f"{_OURS}.attn.out", i, Transposed(2), bias=text.attn_bias
         )
-        entries += _affine(f"{block}.mlp.dense_h_to_4h", f"{_OURS}.mlp.up", i)
-        entries += _affine(f"{block}.mlp.dense_4h_to_h", f"{_OURS}.mlp.down", i)
+        entries += linear_entries(f"{block}.mlp.dense_h_to_4h", f"{_OURS}.mlp.up", i)
+        entries += linear_entries(f"{block}.mlp.dense_4h_to_h", f"{_OURS}.mlp.down", i)
         buffers |= {f"{block}.attention.{name}": _MASK for name in ("bias", "masked_bias")}
         buffers[f"{block}.attention.rotary_emb.inv_freq"] = _ANGLES
     return entries, buffers
@@ -192,7 +182,7 @@ def _ends(prefix: str, embedding: str, norm: str) -> list[Entry]:
     """Lists the entries of the embedding and of the last norm."""
     return [
         Entry(f"{prefix}{embedding}.weight", ("text.token_embed.embedding",)),
-        *_norm(f"{prefix}{norm}", "text.norm"),
+        *norm_entries(f"{prefix}{norm}", "text.norm"),
     ]
 
 

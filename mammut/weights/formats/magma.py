@@ -47,7 +47,16 @@ from mammut.weights.files.tensor_file import (
 from mammut.weights.formats.huggingface_tokenizer import open_tokenizer
 from mammut.weights.formats.resnets import clip_entries, stages
 from mammut.weights.opened import LazyTensors, OpenedModel, Tensors, model_specs
-from mammut.weights.tables import Entry, Layout, Reshaped, Shape, Table, Transposed, unused_notes
+from mammut.weights.tables import (
+    Entry,
+    Reshaped,
+    Shape,
+    Table,
+    Transposed,
+    linear_entries,
+    norm_entries,
+    unused_notes,
+)
 
 KIND = "file of MAGMA's weights"
 _BLOCKS = "lm.transformer.h."
@@ -185,7 +194,7 @@ def _config(
     def shape(name: str, axes: int) -> Shape:
         if name not in specs:
             raise CheckpointError(
-                f"{where} has no {name}, which tells a size of a MAGMA with CLIP's ResNet"
+                f"{where} has no {name}, which gives a size of a MAGMA with CLIP's ResNet"
             )
         if len(specs[name].shape) != axes or 0 in specs[name].shape:
             raise CheckpointError(
@@ -239,7 +248,7 @@ def _config(
         raise
     except ValueError as error:
         raise CheckpointError(
-            f"{where} tells of a model that mammut does not have: {error}"
+            f"{where} describes a model that mammut does not have: {error}"
         ) from error
     return config, sites
 
@@ -301,48 +310,29 @@ def _compared(theirs: Tensors, second: Mapping[str, str], where: str) -> LazyTen
     return LazyTensors(theirs.specs, read)
 
 
-def _affine(
-    theirs: str,
-    ours: str,
-    layer: int | None = None,
-    layout: Layout = Transposed(),
-    *,
-    bias: bool = True,
-) -> Iterable[Entry]:
-    """Lists the entries of a torch.nn.Linear."""
-    yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), layout, layer)
-    if bias:
-        yield Entry(f"{theirs}.bias", (f"{ours}.bias",), layer=layer)
-
-
-def _norm(theirs: str, ours: str, layer: int | None = None) -> Iterable[Entry]:
-    yield Entry(f"{theirs}.weight", (f"{ours}.scale",), layer=layer)
-    yield Entry(f"{theirs}.bias", (f"{ours}.bias",), layer=layer)
-
-
 def _entries(config: ModelConfig, sites: Mapping[str, _Site]) -> Iterable[Entry]:
     yield from clip_entries(config.vision, _TOWER)
-    yield from _affine("image_prefix.proj", "image_projection")
+    yield from linear_entries("image_prefix.proj", "image_projection")
     if config.prefix_norm:
-        yield from _norm("image_prefix.ln", "prefix_norm")
+        yield from norm_entries("image_prefix.ln", "prefix_norm")
     yield Entry("lm.transformer.wte.weight", ("text.token_embed.embedding",))
-    yield from _norm("lm.transformer.ln_f", "text.norm")
+    yield from norm_entries("lm.transformer.ln_f", "text.norm")
     yield Entry("lm.lm_head.weight", ("text.vocab_head.kernel",), Transposed())
     yield Entry("lm.lm_head.bias", ("text.vocab_head_bias",))
     for i in range(config.text.depth):
         block = f"{_BLOCKS}{i}"
         attention = f"{block}.{sites['attn'].inner}.attention"
         mlp = f"{block}.{sites['mlp'].inner}"
-        yield from _norm(f"{block}.ln_1", "text.layers.attn_norm", i)
+        yield from norm_entries(f"{block}.ln_1", "text.layers.attn_norm", i)
         for name in ("query", "key", "value"):
-            yield from _affine(
+            yield from linear_entries(
                 f"{attention}.{name[0]}_proj", f"text.layers.attn.{name}", i, bias=False
             )
-        yield from _affine(
+        yield from linear_entries(
             f"{attention}.out_proj", "text.layers.attn.out", i, Transposed(2), bias=False
         )
-        yield from _affine(f"{mlp}.c_fc", "text.layers.mlp.up", i)
-        yield from _affine(f"{mlp}.c_proj", "text.layers.mlp.down", i)
+        yield from linear_entries(f"{mlp}.c_fc", "text.layers.mlp.up", i)
+        yield from linear_entries(f"{mlp}.c_proj", "text.layers.mlp.down", i)
         for name, site in sites.items():
             if site.kind is not None:
                 yield from _adapter(block, name, site, i)
@@ -351,8 +341,8 @@ def _entries(config: ModelConfig, sites: Mapping[str, _Site]) -> Iterable[Entry]
 def _adapter(block: str, name: str, site: _Site, layer: int) -> Iterable[Entry]:
     ours = f"adapters.{AdapterConfig.name}.text/layers/{name}"
     if site.norm:
-        yield from _norm(f"{block}.{site.adapter}.0", f"{ours}.norm", layer)
+        yield from norm_entries(f"{block}.{site.adapter}.0", f"{ours}.norm", layer)
     for theirs, part in zip(site.maps, ("down", "up")):
-        yield from _affine(f"{block}.{theirs}", f"{ours}.{part}", layer)
+        yield from linear_entries(f"{block}.{theirs}", f"{ours}.{part}", layer)
     if site.kind == "scaled_parallel":
         yield Entry(f"{block}.{name}.adapter_scale", (f"{ours}.scale",), Reshaped((1,)), layer)

@@ -87,7 +87,7 @@ def read_configs(folder: pathlib.Path) -> tuple[ModelConfig, ComputeConfig, tupl
     if config.get("format") != "mammut" or config.get("version") not in (1, VERSION):
         raise CheckpointError(
             f"{path} has format {config.get('format')!r} version {config.get('version')!r}, "
-            f"expected 'mammut' version {VERSION}"
+            f"expected 'mammut' version 1 or {VERSION}"
         )
     return read_model(config, path)
 

@@ -60,10 +60,15 @@ def read_configs(folder: pathlib.Path) -> tuple[ModelConfig, ComputeConfig, tupl
     have no bias.
 
     Raises:
-      CheckpointError: the file is missing, or holds no `ModelConfig` there.
+      CheckpointError: the file is missing, has other keys than a run's, or holds no `ModelConfig`.
     """
     path = folder / RUN_FILE
-    config = read_json_object(path).get("config")
+    run = read_json_object(path)
+    if run.keys() != {"config", "overrides"}:
+        raise CheckpointError(
+            f"{path} is not a run's config, expected the keys config and overrides"
+        )
+    config = run["config"]
     if not isinstance(config, dict) or "model" not in config:
         raise CheckpointError(
             f"{path} is not a run's config, expected the key config with an object that has model"

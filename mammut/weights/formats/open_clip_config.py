@@ -128,7 +128,7 @@ def model_config(model_cfg: Any, preprocess_cfg: Any, where: str) -> ModelConfig
     config, problems = try_model_config(model_cfg, preprocess_cfg)
     if config is None:
         raise CheckpointError(
-            f"{where} tells of a model that mammut does not have: {'; '.join(problems)}"
+            f"{where} describes a model that mammut does not have: {'; '.join(problems)}"
         )
     return config
 

@@ -16,6 +16,7 @@ from mammut.models.mammut import ModelConfig
 from mammut.models.resnet import ResNetConfig
 from mammut.models.vit import VisionConfig
 from mammut.weights.files.tensor_file import TensorSpec, write_safetensors
+from mammut.weights.formats import mammut_folder, mammut_run
 from mammut.weights.formats.open_clip_config import CLIP_VOCAB, NORM_EPS, mlp_dim, try_model_config
 from mammut.weights.formats.open_clip_folder import CONFIG_FILE, WEIGHTS_FILE
 from mammut.weights.formats.open_clip_tables import table
@@ -51,7 +52,9 @@ def save(
     """
     folder = pathlib.Path(folder)
     files = CONFIG_FILE, WEIGHTS_FILE, "processor.json"
-    require_target(folder, opened, files, ("manifest.json", "run.json"), overwrite)
+    require_target(
+        folder, opened, files, (mammut_folder.MANIFEST_FILE, mammut_run.RUN_FILE), overwrite
+    )
     model_cfg = to_open_clip(opened.config)
     preprocess_cfg = _preprocess_json(opened.processor, opened.config.vision)
     names = {"logit_scale", "text.lm_head.weight"}

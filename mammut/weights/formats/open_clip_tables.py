@@ -6,19 +6,19 @@
 from collections.abc import Iterable, Mapping
 
 from mammut.models.decoder import DecoderConfig
-from mammut.models.layers import LayerConfig
 from mammut.models.mammut import ModelConfig
 from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.tables import (
     Entry,
     Joined,
-    Layout,
     Patches,
     Reshaped,
     Rows,
     Same,
     Table,
     Transposed,
+    linear_entries,
+    norm_entries,
 )
 
 _MASKS = "attn_mask", "text.attn_mask", "text_decoder.attn_mask"  # older releases saved them
@@ -60,27 +60,6 @@ def table(config: ModelConfig, theirs: Mapping[str, TensorSpec]) -> Table:
     return Table(entries, unused, constant)
 
 
-def _affine(
-    theirs: str,
-    ours: str,
-    layout: Layout = Transposed(),
-    bias: bool = True,
-    layer: int | None = None,
-) -> Iterable[Entry]:
-    """Lists the entries of a torch.nn.Linear."""
-    yield Entry(f"{theirs}.weight", (f"{ours}.kernel",), layout, layer)
-    if bias:
-        yield Entry(f"{theirs}.bias", (f"{ours}.bias",), Same(flat=True), layer)
-
-
-def _norm(
-    theirs: str, ours: str, config: LayerConfig | None = None, layer: int | None = None
-) -> Iterable[Entry]:
-    yield Entry(f"{theirs}.weight", (f"{ours}.scale",), layer=layer)
-    if config is None or config.norm == "layer":
-        yield Entry(f"{theirs}.bias", (f"{ours}.bias",), layer=layer)
-
-
 def _joined(
     theirs: str,
     ours: str,
@@ -107,15 +86,15 @@ def _block(
     theirs: str, ours: str, layer: int, *, mlp: bool = True, image: bool = False
 ) -> Iterable[Entry]:
     """Lists the entries of a layer, except the modern decoder's."""
-    yield from _norm(f"{theirs}.ln_1", f"{ours}.attn_norm", layer=layer)
+    yield from norm_entries(f"{theirs}.ln_1", f"{ours}.attn_norm", layer=layer)
     if image:
-        yield from _norm(f"{theirs}.ln_1_kv", f"{ours}.image_norm", layer=layer)
+        yield from norm_entries(f"{theirs}.ln_1_kv", f"{ours}.image_norm", layer=layer)
     yield from _joined(f"{theirs}.attn.in_proj", f"{ours}.attn", _QKV, layer=layer, dot="_")
-    yield from _affine(f"{theirs}.attn.out_proj", f"{ours}.attn.out", Transposed(2), layer=layer)
+    yield from linear_entries(f"{theirs}.attn.out_proj", f"{ours}.attn.out", layer, Transposed(2))
     if mlp:
-        yield from _norm(f"{theirs}.ln_2", f"{ours}.mlp_norm", layer=layer)
-        yield from _affine(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up", layer=layer)
-        yield from _affine(f"{theirs}.mlp.c_proj", f"{ours}.mlp.down", layer=layer)
+        yield from norm_entries(f"{theirs}.ln_2", f"{ours}.mlp_norm", layer=layer)
+        yield from linear_entries(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up", layer=layer)
+        yield from linear_entries(f"{theirs}.mlp.c_proj", f"{ours}.mlp.down", layer=layer)
 
 
 def _vision(config: ModelConfig) -> Iterable[Entry]:
@@ -128,12 +107,12 @@ def _vision(config: ModelConfig) -> Iterable[Entry]:
         Joined(Rows()),
     )
     if vision.input_norm:
-        yield from _norm("visual.ln_pre", "vision.input_norm")
+        yield from norm_entries("visual.ln_pre", "vision.input_norm")
     for i in range(vision.depth):
         yield from _block(f"visual.transformer.resblocks.{i}", "vision.layers", i)
     if vision.pooling == "queries":
         yield from _pool(config)
-    yield from _norm("visual.ln_post", "vision.norm")
+    yield from norm_entries("visual.ln_post", "vision.norm")
     yield Entry("visual.proj", ("image_embed_projection.kernel",))
 
 
@@ -141,8 +120,8 @@ def _pool(config: ModelConfig) -> Iterable[Entry]:
     theirs = "visual.attn_pool"
     ours = "vision.pool"
     yield Entry(f"{theirs}.query", (f"{ours}.query",))
-    yield from _norm(f"{theirs}.ln_q", f"{ours}.query_norm")
-    yield from _norm(f"{theirs}.ln_k", f"{ours}.token_norm")
+    yield from norm_entries(f"{theirs}.ln_q", f"{ours}.query_norm")
+    yield from norm_entries(f"{theirs}.ln_k", f"{ours}.token_norm")
     fused, *biases = _joined(f"{theirs}.attn.in_proj", f"{ours}.attn", _QKV, dot="_")
     yield from biases
     if config.vision.width == config.vision_size:
@@ -154,7 +133,7 @@ def _pool(config: ModelConfig) -> Iterable[Entry]:
                 (f"{ours}.attn.{name}.kernel",),
                 Transposed(),
             )
-    yield from _affine(f"{theirs}.attn.out_proj", f"{ours}.attn.out", Transposed(2))
+    yield from linear_entries(f"{theirs}.attn.out_proj", f"{ours}.attn.out", layout=Transposed(2))
 
 
 def _own_layers(text: DecoderConfig) -> Iterable[tuple[str, int, bool]]:
@@ -180,7 +159,7 @@ def _classic(config: ModelConfig, head: str) -> Iterable[Entry]:
         yield from _block(f"text.resblocks.{i}", ours, index, mlp=mlp)
     for i in range(config.text.num_cross_layers):
         yield from _block(f"text.cross_attn.{i}", "text.cross_layers", i, image=True)
-    yield from _norm("text.ln_final", "text.norm")
+    yield from norm_entries("text.ln_final", "text.norm")
     yield Entry(head, ("text.vocab_head.kernel",))
     if config.text_projection:
         yield Entry("text.text_projection", ("text_embed_projection.kernel",))
@@ -192,13 +171,13 @@ def _coca(config: ModelConfig) -> Iterable[Entry]:
     yield Entry("text.cls_emb", ("text.class_embed",), Same(flat=True))
     for i in range(config.text.text_only_depth):
         yield from _block(f"text.transformer.resblocks.{i}", "text.text_only_layers", i)
-    yield from _norm("text.ln_final", "text.text_only_norm")
+    yield from norm_entries("text.ln_final", "text.text_only_norm")
     if config.text_projection:
         yield Entry("text.text_projection", ("text_embed_projection.kernel",))
     for i in range(config.text.depth):
         yield from _block(f"text_decoder.resblocks.{i}", "text.layers", i)
         yield from _block(f"text_decoder.cross_attn.{i}", "text.cross_layers", i, image=True)
-    yield from _norm("text_decoder.ln_final", "text.norm")
+    yield from norm_entries("text_decoder.ln_final", "text.norm")
     yield Entry("text_decoder.text_projection", ("text.vocab_head.kernel",))
 
 
@@ -209,29 +188,35 @@ def _modern(config: ModelConfig, head: bool) -> Iterable[Entry]:
     yield Entry("text.token_embedding.weight", ("text.token_embed.embedding",))
     for i in range(text.depth):
         block = f"text.blocks.{i}"
-        yield from _norm(f"{block}.norm1", f"{own}.attn_norm", text, i)
+        yield from norm_entries(f"{block}.norm1", f"{own}.attn_norm", i, bias=text.norm == "layer")
         yield from _joined(f"{block}.attn.qkv", f"{own}.attn", _QKV, text.attn_bias, i)
         yield from _modern_attention(f"{block}.attn", f"{own}.attn", text, i)
-        yield from _norm(f"{block}.norm2", f"{own}.mlp_norm", text, i)
+        yield from norm_entries(f"{block}.norm2", f"{own}.mlp_norm", i, bias=text.norm == "layer")
         if text.activation == "swiglu":
             yield from _joined(f"{block}.mlp.w12", f"{own}.mlp", ("up", "gate"), text.mlp_bias, i)
-            yield from _affine(f"{block}.mlp.w3", f"{own}.mlp.down", bias=text.mlp_bias, layer=i)
+            yield from linear_entries(
+                f"{block}.mlp.w3", f"{own}.mlp.down", bias=text.mlp_bias, layer=i
+            )
         else:
-            yield from _affine(f"{block}.mlp.c_fc", f"{own}.mlp.up", bias=text.mlp_bias, layer=i)
-            yield from _affine(
+            yield from linear_entries(
+                f"{block}.mlp.c_fc", f"{own}.mlp.up", bias=text.mlp_bias, layer=i
+            )
+            yield from linear_entries(
                 f"{block}.mlp.c_proj", f"{own}.mlp.down", bias=text.mlp_bias, layer=i
             )
     for group in range(text.num_cross_layers):
         block = f"text.blocks.{group * text.cross_attn_every}"
-        yield from _norm(f"{block}.norm_x", f"{cross}.attn_norm", text, group)
-        yield from _affine(
+        yield from norm_entries(
+            f"{block}.norm_x", f"{cross}.attn_norm", group, bias=text.norm == "layer"
+        )
+        yield from linear_entries(
             f"{block}.xattn.q", f"{cross}.attn.query", bias=text.attn_bias, layer=group
         )
         yield from _joined(
             f"{block}.xattn.kv", f"{cross}.attn", ("key", "value"), text.attn_bias, group
         )
         yield from _modern_attention(f"{block}.xattn", f"{cross}.attn", text, group)
-    yield from _norm("text.ln_final", "text.norm", text)
+    yield from norm_entries("text.ln_final", "text.norm", bias=text.norm == "layer")
     if not text.tie_embeddings:
         yield Entry("text.lm_head.weight", ("text.vocab_head.kernel",), Transposed())
     elif head:  # after the embedding: where the two differ, open_clip also uses the head for both
@@ -242,8 +227,16 @@ def _modern(config: ModelConfig, head: bool) -> Iterable[Entry]:
 
 def _modern_attention(theirs: str, ours: str, text: DecoderConfig, layer: int) -> Iterable[Entry]:
     if text.qk_norm:
-        yield from _norm(f"{theirs}.q_norm", f"{ours}.query_norm", text, layer)
-        yield from _norm(f"{theirs}.k_norm", f"{ours}.key_norm", text, layer)
+        yield from norm_entries(
+            f"{theirs}.q_norm", f"{ours}.query_norm", layer, bias=text.norm == "layer"
+        )
+        yield from norm_entries(
+            f"{theirs}.k_norm", f"{ours}.key_norm", layer, bias=text.norm == "layer"
+        )
     if text.attn_gate:
-        yield from _affine(f"{theirs}.gate", f"{ours}.gate", bias=text.gate_bias, layer=layer)
-    yield from _affine(f"{theirs}.proj", f"{ours}.out", Transposed(2), text.attn_bias, layer)
+        yield from linear_entries(
+            f"{theirs}.gate", f"{ours}.gate", bias=text.gate_bias, layer=layer
+        )
+    yield from linear_entries(
+        f"{theirs}.proj", f"{ours}.out", layer, Transposed(2), bias=text.attn_bias
+    )

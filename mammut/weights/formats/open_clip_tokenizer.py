@@ -13,9 +13,9 @@ from mammut.core.files import read_json_object
 from mammut.core.mapped_file import MAX_HEADER
 from mammut.data.tokenizer import ClipTokenizer, MissingTokenizer, Tokenizer, load_tokenizer
 from mammut.weights.formats.json_object import shown
+from mammut.weights.formats.open_clip_config import CLIP_VOCAB
 
 _CLIP_IDS = 49_406, 49_407, 0  # start, end, pad
-_CLIP_VOCAB = 49_408
 _CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _CLIP_MERGES = 48_894
 _SPECIAL = "bos", "eos", "pad"
@@ -78,7 +78,7 @@ def _clip(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int) -> To
             return ClipTokenizer(merges, True)
         except Exception as error:  # the library raises its own kinds of errors
             raise ValueError(f"{path} has merges that are not CLIP's: {error}") from error
-    if vocab_size < _CLIP_VOCAB:
+    if vocab_size < CLIP_VOCAB:
         needs = (
             f"its {vocab_size} ids are too few for CLIP's: "
             f"put its *.model or *.txt.gz into {folder}"
@@ -90,7 +90,7 @@ def _clip(folder: pathlib.Path, text_cfg: dict[str, Any], vocab_size: int) -> To
             vocabulary = pathlib.Path(location) / _CLIP_FILE
             if vocabulary.exists():
                 return load_tokenizer(vocabulary, lowercase=True)
-    return MissingTokenizer(_CLIP_IDS, _CLIP_VOCAB, f"put open_clip's {_CLIP_FILE} into {folder}")
+    return MissingTokenizer(_CLIP_IDS, CLIP_VOCAB, f"put open_clip's {_CLIP_FILE} into {folder}")
 
 
 def _merges(path: pathlib.Path) -> bytes | None:

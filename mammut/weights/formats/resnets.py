@@ -37,7 +37,7 @@ from mammut.weights.formats.open_clip_config import read_preprocess
 from mammut.weights.opened import OpenedModel, model_specs
 from mammut.weights.tables import Entry, Reshaped, Same, Shape, Table, unused_notes
 
-KIND = "ResNet of CLIP's or of timm's"
+KIND = "ResNet of CLIP or timm"
 # Mean and deviation of the pixels of ImageNet, timm's defaults.
 _IMAGENET_MEAN = [0.485, 0.456, 0.406]
 _IMAGENET_STD = [0.229, 0.224, 0.225]
@@ -218,7 +218,7 @@ def _config(where: str, **fields: Any) -> ResNetConfig:
         return ResNetConfig(**fields)
     except ValueError as error:
         raise CheckpointError(
-            f"{where} tells of a model that mammut does not have: {error}"
+            f"{where} describes a model that mammut does not have: {error}"
         ) from error
 
 
@@ -283,9 +283,7 @@ def _norm_free(
     notes: list[str] = []
     pretrained_cfg = _timm_config(folder).get("pretrained_cfg")
     if not pretrained_cfg:
-        notes.append(
-            f"vision.image_size is {_NF_SIZE}: there is no config.json of timm's that tells it"
-        )
+        notes.append(f"vision.image_size is {_NF_SIZE}: no config.json of timm gives it")
     cfg = JsonObject("pretrained_cfg", pretrained_cfg or {}, problems)
     preprocess = {"mean": _IMAGENET_MEAN, "std": _IMAGENET_STD}
     for key in ("mean", "std", "interpolation"):
