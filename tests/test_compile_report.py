@@ -353,7 +353,7 @@ needs_libtpu = pytest.mark.skipif(
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_a_topology_without_libtpu_says_what_to_install():
-    with pytest.raises(ValueError, match=r"^--topology v5e:8x8 needs libtpu, .*mammut\[tpu\]"):
+    with pytest.raises(ValueError, match=r"^--topology v5e:8x8 needs libtpu, .*mammut-jax\[tpu\]"):
         topology_devices("v5e:8x8")
 
 
