@@ -313,7 +313,11 @@ def test_every_parameter_is_trained_by_the_losses_the_model_has(name):
     assert untrained == scalars and (config.text.pooling == "none") == bool(scalars)
 
 
-@pytest.mark.parametrize("name", ["openmammut_small", "moderntext", "coca", "siglip", "prefix"])
+@pytest.mark.parametrize("name", [
+    pytest.param("openmammut_small", marks=pytest.mark.long),
+    pytest.param("moderntext", marks=pytest.mark.long),
+    "coca", "siglip", "prefix",
+])  # fmt: skip
 def test_eight_devices_say_what_one_says(name):
     config, batch = CONFIGS[name], batch_of(name)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, model=2))

@@ -230,7 +230,10 @@ def test_a_step_that_was_never_finished_is_no_step(workdir, abstract):
     assert sorted(path.name for path in steps.iterdir()) == ["12", "9"]
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, model=2)])
+@pytest.mark.parametrize("mesh", [
+    MeshConfig(data=1, fsdp=8),
+    pytest.param(MeshConfig(data=2, fsdp=2, model=2), marks=pytest.mark.long),
+])  # fmt: skip
 def test_a_state_saved_on_one_device_is_restored_onto_a_mesh_and_back(
     workdir, abstract, mesh, tmp_path
 ):
