@@ -3,6 +3,7 @@
 They make a tiny model, processor and batch, and find the folder of shared data.
 """
 
+import functools
 import os
 import pathlib
 import zlib
@@ -56,11 +57,6 @@ def tiny_model(
       (4, 48)
     """
 
-    def make() -> MaMMUT:
-        return MaMMUT(config or tiny_config(), compute=compute, rngs=nnx.Rngs(0))
-
-    abstract = nnx.eval_shape(make)
-
     def draw(path, leaf):
         name = jax.tree_util.keystr(path)
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -71,8 +67,18 @@ def tiny_model(
             values = 1 + values
         return jnp.asarray(values, leaf.dtype)
 
-    graphdef, params = nnx.split(abstract)
+    graphdef, params = _abstract_model(config or tiny_config(), compute)
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, params))
+
+
+@functools.cache
+def _abstract_model(config: ModelConfig, compute: ComputeConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """Splits a model without numbers; most tests make the same few models again and again."""
+
+    def make() -> MaMMUT:
+        return MaMMUT(config, compute=compute, rngs=nnx.Rngs(0))
+
+    return nnx.split(nnx.eval_shape(make))
 
 
 def tiny_processor(config: ModelConfig | None = None) -> Processor:

@@ -32,7 +32,17 @@ from mammut.testing import shared_dir  # noqa: E402
 
 # The files that take longest. pytest-xdist gives out whole files, those with most tests first: a
 # long file of few tests would start last, and one worker would wait for it.
-LONGEST = ("test_sharding.py", "test_train_program.py", "test_training.py", "test_version_0_1.py")
+LONGEST = (
+    "test_compile_report.py",
+    "test_eval_programs.py",
+    "test_frozen.py",
+    "test_fused_passes.py",
+    "test_resnet.py",
+    "test_sharding.py",
+    "test_train_program.py",
+    "test_training.py",
+    "test_version_0_1.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

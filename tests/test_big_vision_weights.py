@@ -4,6 +4,7 @@ Their numerics are written once more in Flax Linen, whose modules name their par
 big_vision's do.
 """
 
+import functools
 import pathlib
 import re
 
@@ -20,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mammut.models.image_encoder import EncoderOutput
 from mammut.models.mammut import MaMMUT
 from mammut.weights.files.tensor_file import CheckpointError, TensorSpec
+from mammut.weights.formats import big_vision
 from mammut.weights.formats.big_vision import open_model
 from mammut.weights.formats.big_vision_arrays import Arrays
 from mammut.weights.formats.big_vision_tables import cappa, two_towers
@@ -207,15 +209,27 @@ def arrays_and_outputs(module: nn.Module, *args) -> tuple[dict[str, np.ndarray],
     return arrays, outputs_of(module, arrays, *args)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _applied(module: nn.Module, params: dict, *args):
+    """Compiled once for all tests with the same module."""
+    return module.apply({"params": params}, *args)
+
+
 def outputs_of(module: nn.Module, arrays: dict[str, np.ndarray], *args) -> list[np.ndarray]:
     with jax.default_matmul_precision("highest"):
-        outputs = jax.jit(module.apply)({"params": unflatten_dict(arrays, sep="/")}, *args)
+        outputs = _applied(module, unflatten_dict(arrays, sep="/"), *args)
     return [np.asarray(x) for x in jax.tree.leaves(outputs)]
 
 
 def written(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> pathlib.Path:
     np.savez(folder / "model.npz", **arrays)
     return folder / "model.npz"
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _called(method: str, graphdef: nnx.GraphDef, params: nnx.State | dict, *args):
+    """Compiled once for all tests with the same model."""
+    return getattr(nnx.merge(graphdef, params), method)(*args)
 
 
 def encoded_by(opened: OpenedModel, image: np.ndarray) -> EncoderOutput:
@@ -232,17 +246,13 @@ def encoded_by(opened: OpenedModel, image: np.ndarray) -> EncoderOutput:
 
     params = jax.tree_util.tree_map_with_path(read, nnx.to_pure_dict(state))
     with jax.default_matmul_precision("highest"):
-        return jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))(params, image)
+        return _called("__call__", graphdef, params, image)
 
 
 def called(model: MaMMUT, method: str, *args) -> np.ndarray:
     graphdef, params = nnx.split(model)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(
-            jax.jit(lambda params, *x: getattr(nnx.merge(graphdef, params), method)(*x))(
-                params, *args
-            )
-        )
+        return np.asarray(_called(method, graphdef, params, *args))
 
 
 def embeddings(model: MaMMUT, image: np.ndarray, text: np.ndarray) -> list[np.ndarray]:
@@ -574,7 +584,8 @@ def siglip() -> dict[str, np.ndarray]:
     return arrays_of(Siglip(), *image_and_text())
 
 
-def test_whatever_array_is_missing_is_named(tmp_path):
+def test_whatever_array_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(big_vision, "model_specs", functools.cache(big_vision.model_specs))
     # `b` may be missing; the rest is as in `img`
     for make, seen in ((Siglip, "b$|txt/Encoder"), (Cappa, "encoder")):
         arrays = arrays_of(make(), *image_and_text())

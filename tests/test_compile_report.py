@@ -28,7 +28,13 @@ from mammut.core import sharding
 from mammut.models.flops import forward_flops
 from mammut.performance import chips
 from mammut.performance.chips import Chip, find_chip
-from mammut.performance.compile_report import compile_report, estimate, step_flops, topology_devices
+from mammut.performance.compile_report import (
+    compile_report,
+    compile_step,
+    estimate,
+    step_flops,
+    topology_devices,
+)
 from mammut.performance.hlo import Collective, Program
 
 CONFIG = TrainConfig(
@@ -296,11 +302,28 @@ def test_known_chips_are_found_by_the_kind_of_their_devices_and_others_are_not()
 # --- the report
 
 
+@pytest.fixture(scope="module")
+def compile_once():
+    """Compiles the step of a run the first time: reports differ in the figures of the device."""
+    compiled = {}
+
+    def once(config, trainer):
+        if config not in compiled:
+            compiled[config] = compile_step(config, trainer)
+        return compiled[config]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mammut.performance.compile_report.compile_step", once)
+        yield
+
+
 def number(report: str, line: str) -> float:
     return float(re.search(rf"^ *{line} +([\d,.]+)", report, re.MULTILINE)[1].replace(",", ""))
 
 
-def test_the_report_says_memory_flops_and_collectives_of_a_device_without_known_figures():
+def test_the_report_says_memory_flops_and_collectives_of_a_device_without_known_figures(
+    compile_once,
+):
     report = compile_report(CONFIG)
     assert "8 x cpu, mesh data 1 x fsdp 8 x model 1; 2 examples a device" in report
     sizes = {
@@ -316,7 +339,7 @@ def test_the_report_says_memory_flops_and_collectives_of_a_device_without_known_
 
 
 def test_with_figures_of_the_device_there_is_an_estimate_or_advice_where_the_step_does_not_fit(
-    monkeypatch,
+    monkeypatch, compile_once
 ):
     monkeypatch.setitem(chips.CHIPS, "cpu", Chip(1e12, 1e9, 1e11, 1e10, 1e9))
     report = compile_report(CONFIG)

@@ -110,7 +110,8 @@ def test_questions_are_asked_after_examples_and_scored_both_ways(folder, capsys)
     )
 
 
-def test_captions_are_asked_after_examples_with_beams(folder):
+def test_captions_are_asked_after_examples_with_beams(folder, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # without Java, which takes seconds to start
     ask(
         caption,
         folder,

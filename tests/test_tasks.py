@@ -52,7 +52,10 @@ def test_the_loss_is_the_mean_over_the_answers_tokens(params):
     batch = qa_batch()
     model = tiny_model()
     logits = np.asarray(
-        model.caption_logits(batch["image"], batch["tokens"], batch["text_valid"]), np.float64
+        jax.jit(type(model).caption_logits)(
+            model, batch["image"], batch["tokens"], batch["text_valid"]
+        ),
+        np.float64,
     )
     logits -= logits.max(-1, keepdims=True)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -94,6 +97,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(params, grads):
         np.testing.assert_allclose(parts, whole, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long
 def test_eight_devices_take_the_step_of_one(params):
     config = TrainConfig(
         task="vqa", model=tiny_config(), data=DataConfig(batch_size=8), steps=10,

@@ -22,9 +22,13 @@ from mammut.training.optimizer import learning_rate_schedule, make_optimizer
 from mammut.training.step import Trainer, TrainState, make_trainer
 from mammut.training.tasks import ImageTextTask
 
-BATCH = jax.tree.map(jnp.asarray, tiny_batch(batch_size=8))
+# Half as deep as `tiny_config`, which compiles faster.
+MODEL = dataclasses.replace(
+    tiny_config(), text=dataclasses.replace(tiny_config().text, depth=2, cross_attn_every=1)
+)
+BATCH = jax.tree.map(jnp.asarray, tiny_batch(MODEL, batch_size=8))
 CONFIG = TrainConfig(
-    model=tiny_config(),
+    model=MODEL,
     data=DataConfig(batch_size=8),
     loss=LossConfig(contrastive_weight=0.5, caption_weight=3.0),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
@@ -44,7 +48,7 @@ def trainer() -> Trainer:
 
 def random_state(trainer: Trainer) -> TrainState:
     """A state at step 0 with random numbers in every parameter; nothing is compiled."""
-    params = nnx.to_pure_dict(nnx.state(tiny_model(), nnx.Param))
+    params = nnx.to_pure_dict(nnx.state(tiny_model(MODEL), nnx.Param))
     zero = np.int32(0)
     state = TrainState(
         zero, params, make_optimizer(CONFIG.optimizer, CONFIG.steps).init(params), zero, zero
@@ -162,7 +166,7 @@ def test_adamw_equals_its_formula_in_numpy(clip_norm):
 
 def test_weight_decay_touches_the_kernels_and_nothing_else():
     config = OptimizerConfig(learning_rate=0.5, weight_decay=0.1)
-    params = nnx.to_pure_dict(nnx.state(tiny_model(), nnx.Param))
+    params = nnx.to_pure_dict(nnx.state(tiny_model(MODEL), nnx.Param))
     optimizer = make_optimizer(config, steps=10)
     no_gradient = jax.tree.map(jnp.zeros_like, params)
     updates, _ = jax.jit(optimizer.update)(no_gradient, optimizer.init(params), params)
@@ -337,7 +341,7 @@ def test_two_micro_batches_are_the_same_training_as_one_batch(trainer):
 def test_a_run_that_starts_from_other_weights_keeps_their_scale_and_bias():
     """What it starts from has learnt them; a parameter that it lacks starts as in a fresh run."""
     trainer = one_device_trainer(dataclasses.replace(CONFIG, loss=LossConfig("sigmoid")))
-    given = mammut.core.params.by_name(nnx.to_pure_dict(nnx.state(tiny_model(), nnx.Param)))
+    given = mammut.core.params.by_name(nnx.to_pure_dict(nnx.state(tiny_model(MODEL), nnx.Param)))
 
     def read(name, value):
         return given[name] if value is None else value
@@ -369,7 +373,7 @@ class AllContrastive(ImageTextTask):
 def whole_batch():
     """A task, a model in two halves, and the gradient and metrics of the whole batch at once."""
     loss = LossConfig(contrastive_weight=0.7, caption_weight=1.3, label_smoothing=0.1, z_loss=1e-3)
-    task, (graphdef, state) = AllContrastive(loss), nnx.split(tiny_model())
+    task, (graphdef, state) = AllContrastive(loss), nnx.split(tiny_model(MODEL))
     params = nnx.to_pure_dict(state)
 
     @jax.jit
@@ -408,7 +412,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumul
 @pytest.mark.parametrize("what", ["patches and positions", "prefix"])
 def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
     """Each micro-batch crops and drops by a key of its own, which a direct gradient uses once."""
-    config = tiny_config()
+    config = MODEL
     if what == "prefix":
         # and 12 beside an image
         text = dataclasses.replace(config.text, cross_attn_every=0, max_length=15)
@@ -451,7 +455,7 @@ def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
 
 def test_one_device_takes_a_step_of_32768_pairs_without_their_matrix():
     """Compiled, not run: in micro-batches of 512 it needs a quarter of a byte for a pair."""
-    batch_size, config = 32_768, tiny_config()
+    batch_size, config = 32_768, MODEL
     config = dataclasses.replace(
         CONFIG,
         model=dataclasses.replace(config, text=dataclasses.replace(config.text, max_length=4)),
@@ -474,7 +478,7 @@ def test_the_mean_over_micro_batches_would_be_another_loss(contrastive):
     """The gradients compared above could tell: a micro-batch on its own has fewer negatives."""
     task, model, rng = (
         ImageTextTask(LossConfig(contrastive)),
-        tiny_model(),
+        tiny_model(MODEL),
         np.random.default_rng(0),
     )
     image_embed, text_embed = (
