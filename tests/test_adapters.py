@@ -492,6 +492,7 @@ def test_a_model_folder_holds_the_adapters_too(several, tmp_path):
 # --- on a mesh
 
 
+@pytest.mark.long
 def test_adapters_on_a_mesh_do_what_they_do_on_one_device():
     model = with_adapters(
         *(adapter(kind, norm=True) for kind in BOTTLENECKS), adapter("lora"), adapter("ia3")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from marks import long
 
 from mammut.config import DecoderConfig, LossConfig, MeshConfig, ModelConfig, VisionConfig
 from mammut.core import sharding
@@ -170,7 +171,16 @@ def _cached_logits(graphdef, params, image, tokens):
 
 @pytest.mark.parametrize(
     "name",
-    ["openmammut_small", "bare_last", "moderntext", "coca", "cappa", "pad_by_id", "prefix", "gptj"],
+    [
+        long("openmammut_small"),
+        long("bare_last"),
+        "moderntext",
+        "coca",
+        "cappa",
+        "pad_by_id",
+        "prefix",
+        "gptj",
+    ],
 )
 def test_the_cached_step_equals_the_full_pass(name):
     """Also behind a token that passes for a pad: id 0 inside a text."""
@@ -287,7 +297,16 @@ def test_with_an_image_prefix_the_caption_pass_alone_sees_the_image():
 
 
 @pytest.mark.parametrize(
-    "name", ["openmammut_small", "moderntext", "coca", "siglip", "cappa", "prefix", "gptj"]
+    "name",
+    [
+        long("openmammut_small"),
+        long("moderntext"),
+        "coca",
+        "siglip",
+        "cappa",
+        "prefix",
+        long("gptj"),
+    ],
 )
 def test_every_parameter_is_trained_by_the_losses_the_model_has(name):
     config = CONFIGS[name]
@@ -314,9 +333,7 @@ def test_every_parameter_is_trained_by_the_losses_the_model_has(name):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param("openmammut_small", marks=pytest.mark.long),
-    pytest.param("moderntext", marks=pytest.mark.long),
-    "coca", "siglip", "prefix",
+    long("openmammut_small"), long("moderntext"), "coca", "siglip", "prefix",
 ])  # fmt: skip
 def test_eight_devices_say_what_one_says(name):
     config, batch = CONFIGS[name], batch_of(name)

@@ -179,6 +179,7 @@ def test_scores_with_java_are_the_official_ones_with_meteor(shared):
     assert "pycocoevalcap" in scores.tool and "Stanford" in scores.tokenizer
 
 
+@pytest.mark.long
 @needs_java
 def test_empty_captions_and_line_breaks_score_alike_with_and_without_java(capfd):
     predictions = ["", "a cat", "a dog\u2028runs\ron\n\n\tthe\x85grass", "two\vbirds\f", "\n"]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from damage import assert_identical, flip, one_sentence
 from flax import nnx
+from marks import long
 
 import mammut
 from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
@@ -233,7 +234,7 @@ def test_a_step_that_was_never_finished_is_no_step(workdir, abstract):
 
 @pytest.mark.parametrize("mesh", [
     MeshConfig(data=1, fsdp=8),
-    pytest.param(MeshConfig(data=2, fsdp=2, model=2), marks=pytest.mark.long),
+    long(MeshConfig(data=2, fsdp=2, model=2)),
 ])  # fmt: skip
 def test_a_state_saved_on_one_device_is_restored_onto_a_mesh_and_back(
     workdir, abstract, mesh, tmp_path

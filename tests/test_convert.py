@@ -218,6 +218,7 @@ def test_a_source_that_is_no_model_is_refused(tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_conversion_holds_few_tensors_at_a_time(tmp_path):
     """Of 500 MB, in both directions: peak memory stays below the size of the file."""
     code = f"""

@@ -110,6 +110,7 @@ def test_questions_are_asked_after_examples_and_scored_both_ways(folder, capsys)
     )
 
 
+@pytest.mark.long
 def test_captions_are_asked_after_examples_with_beams(folder, monkeypatch):
     monkeypatch.setenv("PATH", "")  # without Java, which takes seconds to start
     ask(

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from damage import assert_identical, by_name, flip, one_sentence
+from marks import long
 from prefix_models import prefix_config
 
 import mammut
@@ -121,9 +122,9 @@ def trained() -> frozenset[str]:
 
 @pytest.mark.parametrize("changes, mesh", [
     ({}, MeshConfig()),
-    ({"accumulation": 4}, MeshConfig()),
+    long({"accumulation": 4}, MeshConfig()),
     ({"task": "image_text", "accumulation": 2}, MeshConfig(data=2, fsdp=2)),
-    ({"task": "image_text"}, MeshConfig(data=1, fsdp=4)),
+    long({"task": "image_text"}, MeshConfig(data=1, fsdp=4)),
 ])  # fmt: skip
 def test_the_base_keeps_every_bit_through_decay_momentum_micro_batches_and_a_batch_of_nan(
     changes, mesh, trained

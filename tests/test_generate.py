@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from marks import long
 
 import mammut
 from mammut.config import MeshConfig
@@ -596,7 +597,7 @@ def test_beams_share_the_keys_and_values_of_their_image(model, images):
 
 
 @pytest.mark.parametrize("mesh, num_beams", [
-    (MeshConfig(data=1, fsdp=8), 1), (MeshConfig(data=2, fsdp=2, model=2), 4),
+    long(MeshConfig(data=1, fsdp=8), 1), (MeshConfig(data=2, fsdp=2, model=2), 4),
 ])  # fmt: skip
 def test_a_mesh_of_devices_says_what_one_device_says(
     model, generated, images, end, mesh, num_beams

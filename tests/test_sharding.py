@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
+from marks import long
 
 from mammut.config import (
     ComputeConfig,
@@ -109,7 +110,7 @@ def by_name(tree) -> dict:
 # --- the same training on every mesh
 
 
-@pytest.mark.parametrize("name", ["data 8", "fsdp 8", "2 x 2 x 2"])
+@pytest.mark.parametrize("name", [long("data 8"), "fsdp 8", long("2 x 2 x 2")])
 def test_a_mesh_of_devices_trains_as_one_device_does(name):
     one, many = run("one device"), run(name)
     for step, (metrics, expected) in enumerate(zip(many.metrics, one.metrics, strict=True)):
@@ -217,7 +218,9 @@ def fsdp_program(passes: str, accumulation: int) -> Program:
         return Program(trainer.step.lower(trainer.abstract_state, batch).compile().as_text())
 
 
-@pytest.mark.parametrize("passes, accumulation", [("two_calls", 1), ("fused", 1), ("two_calls", 2)])
+@pytest.mark.parametrize(
+    "passes, accumulation", [("two_calls", 1), ("fused", 1), long("two_calls", 2)]
+)
 def test_the_fsdp_step_gathers_and_reduces_and_never_reshuffles(passes, accumulation):
     program = fsdp_program(passes, accumulation)
     kinds = {collective.kind for collective in program.collectives()}

@@ -652,6 +652,7 @@ def jsonl(program) -> str:
     return "jsonl:pictures/set.jsonl"
 
 
+@pytest.mark.long
 def test_pictures_that_cannot_be_used_are_counted_and_named_once(program, straight, jsonl):
     out, err = program.run(
         "small.py", "--workdir", "bad", "--data.train", jsonl, "--data.max-bad-share", "0.3",
@@ -868,6 +869,7 @@ TERABYTES = [
 ]
 
 
+@pytest.mark.long
 def test_a_model_that_no_memory_holds_ends_in_one_sentence_with_what_helps(
     train, tmp_path, monkeypatch
 ):

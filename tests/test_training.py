@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from embedding_recall import embedding_recall
 from flax import nnx
+from marks import long
 
 import mammut
 from mammut import presets
@@ -385,7 +386,7 @@ def whole_batch():
     return task, graphdef, params, gradient(params, BATCH)
 
 
-@pytest.mark.parametrize("accumulation, form", [(2, "matrix"), (4, "matrix"), (8, "ring")])
+@pytest.mark.parametrize("accumulation, form", [long(2, "matrix"), (4, "matrix"), long(8, "ring")])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumulation, form):
     """The last have one pair each; the ring takes the eight in tiles of three."""
     task, graphdef, params, (expected, expected_metrics) = whole_batch
@@ -409,7 +410,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumul
         assert np.abs(grads[name] - want).max() <= 1e-5 * max(np.abs(want).max(), 1), name
 
 
-@pytest.mark.parametrize("what", ["patches and positions", "prefix"])
+@pytest.mark.parametrize("what", [long("patches and positions"), "prefix"])
 def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
     """Each micro-batch crops and drops by a key of its own, which a direct gradient uses once."""
     config = MODEL
@@ -453,6 +454,7 @@ def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
         assert np.abs(grads[name] - want).max() <= 1e-5 * max(np.abs(want).max(), 1), name
 
 
+@pytest.mark.long
 def test_one_device_takes_a_step_of_32768_pairs_without_their_matrix():
     """Compiled, not run: in micro-batches of 512 it needs a quarter of a byte for a pair."""
     batch_size, config = 32_768, MODEL

@@ -51,6 +51,7 @@ def test_a_model_folder_gives_the_numbers_that_it_gave(old, name):
     assert mammut.caption(model, processor, IMAGES) == expected["captions"]
 
 
+@pytest.mark.long
 def test_a_run_goes_on_as_it_would_have_gone_on(old, monkeypatch):
     """A run of version 0.1.0 goes on with the same losses.
 
