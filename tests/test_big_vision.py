@@ -126,6 +126,7 @@ def test_one_tower_alone_gives_none_for_the_other():
     np.testing.assert_allclose(ztxt, both[1], atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_step_of_the_siglip_trainer_lowers_its_loss():
     model, params = big_vision.Model(**fields()), params_of(tiny_model())
     image, text = batch()

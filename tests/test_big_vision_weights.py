@@ -584,6 +584,7 @@ def siglip() -> dict[str, np.ndarray]:
     return arrays_of(Siglip(), *image_and_text())
 
 
+@pytest.mark.long
 def test_whatever_array_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(big_vision, "model_specs", functools.cache(big_vision.model_specs))
     # `b` may be missing; the rest is as in `img`

@@ -593,6 +593,7 @@ def test_the_wait_in_the_log_is_the_share_of_time_without_a_batch(tmp_path, slow
     assert low < last["perf/data_wait"] < high
 
 
+@pytest.mark.long
 def test_the_rate_of_reading_is_that_of_the_source():
     batches = train(Slow(), dataclasses.replace(CONFIG, threads=1))
     found = measure_reading(batches, seconds=0.5)

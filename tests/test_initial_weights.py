@@ -71,7 +71,9 @@ def constants(config: ModelConfig) -> frozenset[str]:
     model = nnx.eval_shape(lambda: MaMMUT(config, rngs=nnx.Rngs(0)))
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return frozenset(
-        ".".join(map(str, path)) for path, param in params if isinstance(param.start, Constant)
+        ".".join(map(str, path))
+        for path, param in params
+        if isinstance(param.initializer, Constant)
     )
 
 

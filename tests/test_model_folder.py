@@ -457,6 +457,7 @@ def test_parameters_go_straight_to_their_devices(saved, mesh):
     np.testing.assert_allclose(got, expected(one_device, image), atol=1e-5)
 
 
+@pytest.mark.long
 def test_loading_and_saving_hold_one_copy_of_the_model(tmp_path):
     """Of 500 MB of parameters; a second copy would be 500 MB more."""
     code = f"""

@@ -200,6 +200,7 @@ def test_a_question_longer_than_the_context_is_answered_with_nothing_and_marked(
     assert [record for record in records if not record.get("too_long")] == expected
 
 
+@pytest.mark.long
 def test_eight_devices_say_what_one_says(ask, ask_eight):
     for method, config in (
         ("captions", GenerateConfig(num_beams=2)),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from marks import long
 from resnet_originals import original
 
 import mammut
@@ -152,7 +153,7 @@ def test_a_new_encoder_keeps_its_numbers_in_bounds(vision):
     assert 0.05 < tokens.std() < 5
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("dots", 2), ("full", 1)])
+@pytest.mark.parametrize(("remat", "unroll"), [long("dots", 2), ("full", 1)])
 def test_recomputing_and_unrolling_change_no_gradient(remat, unroll):
     def gradients(compute):
         graphdef, params = nnx.split(tiny_model(with_tower(NORM_FREE), compute=compute).vision)

@@ -136,7 +136,7 @@ def test_a_mesh_of_devices_trains_as_one_device_does(name):
             assert apart.max() < CONFIG.optimizer.learning_rate and np.median(apart) < 1e-6, leaf
 
 
-@pytest.mark.parametrize("name", ["data 8", "fsdp 8"])
+@pytest.mark.parametrize("name", [long("data 8"), "fsdp 8"])
 def test_the_caption_loss_is_a_mean_over_tokens_not_over_devices(name):
     batch = uneven_batch()
     graphdef, params = nnx.split(tiny_model(MODEL))

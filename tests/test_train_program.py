@@ -482,6 +482,7 @@ def test_a_model_without_a_tokenizer_wants_to_be_told_of_one(tmp_path, model_fol
         make_processor(config, source, {"init_text": opened})
 
 
+@pytest.mark.long
 def test_compile_only_tells_the_memory_of_the_step_and_trains_nothing(program, straight):
     out, _ = program.run(
         "small.py", "--workdir", "compiled", "--compile-only", "--init", "straight"
@@ -603,6 +604,7 @@ def test_a_run_that_makes_its_language_model_first_is_resumed_in_either_stage(pr
 # --- what stops a run
 
 
+@pytest.mark.long
 def test_a_run_whose_loss_stays_nan_stops_and_says_so(program, straight):
     """A state with a NaN in it, three steps before the end: every step skips its update."""
     workdir = program.folder / "poisoned"

@@ -321,6 +321,7 @@ def test_a_step_whose_loss_is_not_finite_changes_no_parameter_and_no_moment(
     assert float(after["learning_rate"]) == float(expected["learning_rate"])
 
 
+@pytest.mark.long
 def test_two_micro_batches_are_the_same_training_as_one_batch(trainer):
     halves = one_device_trainer(dataclasses.replace(CONFIG, accumulation=2))
     with jax.set_mesh(trainer.mesh):
