@@ -28,14 +28,18 @@ from mammut.pages.report import write_report
 from mammut.performance.compile_report import compile_report
 from mammut.performance.out_of_memory import enough_memory
 from mammut.training import command_line
+from mammut.training.claim import claim
 from mammut.training.log import RunLog
 from mammut.training.new_processor import shared_processor
 from mammut.training.run import Run, require_same, resolve, stages
 from mammut.training.run_folder import (
     claim_folder,
+    is_fresh,
     position_of_all,
     position_of_one,
     renew_folder,
+    write_run,
+    write_state,
 )
 from mammut.training.start_report import start_report
 from mammut.training.step import Trainer, TrainState, make_trainer
@@ -60,7 +64,7 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
     """
     config = run.config
     workdir = run.workdir
-    fresh = not (workdir / "processor.json").exists()
+    fresh = run.overwrite or is_fresh(workdir)
     use_compilation_cache(config)
     mesh = sharding.make_mesh(config.mesh)
     shard, shard_count = distributed.batch_shard(mesh)
@@ -87,8 +91,13 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
         open_batches = batches_of(config, task, source, processor, shard, shard_count)
         batches = open_batches()
         distributed.say(start_report(run, trainer, source, processor.vocab_size, warm, fresh))
-        claim_folder(workdir, config, run.overrides, processor, fresh)
-        checkpoints = Checkpoints(workdir, config.keep_checkpoints, cleanup=True)
+        claim_folder(workdir, config, run.overrides, processor, fresh, run.overwrite)
+        checkpoints = Checkpoints(
+            workdir,
+            config.keep_checkpoints,
+            cleanup=True,
+            saved=functools.partial(write_state, workdir, "running", after="begun"),
+        )
         start = 0
         restored = newest_checkpoint(checkpoints, trainer, watchdog)
         if restored:
@@ -100,7 +109,7 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
                 "fewer"
             )
         if not fresh:
-            renew_folder(workdir, config, run.overrides)
+            renew_folder(workdir, config, run.overrides, processor)
 
         log = RunLog(
             workdir,
@@ -123,6 +132,7 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
     # Outside of the mesh: the first process runs the model alone, and would wait for the others
     # without end.
     if distributed.first():
+        write_run(workdir, config, run.overrides, "done", processor)
         watchdog.doing("the report")
         print(f"report: {write_report(workdir)}")
     return True
@@ -269,6 +279,7 @@ def loop(
             # The check is one step behind: waiting for this step's metrics would leave the device
             # idle while the host goes on.
             check_finite(before, config)
+            checkpoints.poll()
             log.step(step, metrics, waited, record=step % config.log_every == 0)
 
             stop = termination.now()
@@ -334,8 +345,19 @@ def main(argv: list[str]) -> None:
             run = resolve(recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
             print(compile_report(run.config, args.topology))
             return
-        with distributed.processes(asked, "train.py"):
-            run = resolve(recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
+        name = (recipe or DEFAULT_RECIPE).stem
+        with (
+            distributed.processes(asked, "train.py"),
+            claim(args.workdir, name, args.resume) as workdir,
+        ):
+            run = resolve(
+                recipe,
+                DEFAULT_RECIPE,
+                workdir,
+                overrides,
+                resume=args.resume,
+                overwrite=args.overwrite,
+            )
             require_same(run)
             with distributed.Watchdog(run.config.step_timeout, "train.py") as watchdog:
                 # a stage that a SIGTERM ended is the last

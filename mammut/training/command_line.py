@@ -9,6 +9,7 @@ settings.
 import dataclasses
 import importlib.util
 import operator
+import os
 import pathlib
 from typing import Annotated, Any
 
@@ -26,6 +27,8 @@ class Program:
     workdir: pathlib.Path | None = None
     # Continue the run in the folder, bit for bit.
     resume: bool = False
+    # Start afresh in a folder that holds a run; all that this run wrote is removed.
+    overwrite: bool = False
     # Compile the step and report its memory, FLOPs and traffic; nothing is trained or written.
     compile_only: bool = False
     # TPU slice to compile for with --compile-only, such as v5e:8x8; no TPU is needed.
@@ -217,7 +220,7 @@ def default_workdir(recipe: str, resume: bool) -> pathlib.Path:
     """
     newest = workdir = pathlib.Path("runs") / recipe
     number = 1
-    while workdir.exists():
+    while os.path.lexists(workdir):
         newest = workdir
         number += 1
         workdir = pathlib.Path("runs") / f"{recipe}-{number}"

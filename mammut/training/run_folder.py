@@ -1,28 +1,211 @@
-"""The folder of a run: its config and data position."""
+"""The folder of a run: its config, its state and its data position.
+
+`run.json` says what the folder is:
+
+  begun    the run has saved no step: the folder counts as unused
+  running  it has saved a step, and goes on from the newest one
+  done     the folder holds the model of its last step, too
+
+The run.json of an earlier version has no state.
+"""
 
 import collections
+import contextlib
 import operator
 import pathlib
-from typing import Any
+import re
+import shutil
+from typing import Any, Literal, get_args
 
 from mammut.core import distributed
 from mammut.core.fields import to_dict
-from mammut.core.files import read_json_object, remove_partial_files, write_json
+from mammut.core.files import (
+    check_files,
+    make_manifest,
+    read_json_object,
+    remove_partial_files,
+    write_json,
+)
 from mammut.data.processor import Processor
 from mammut.training.config import TrainConfig
+from mammut.weights.checkpoints import saved_steps
 from mammut.weights.files.tensor_file import CheckpointError
+from mammut.weights.formats.open_clip_folder import CONFIG_FILE as OPEN_CLIP_FILE
 from mammut.weights.old_configs import MOVED, upgraded
 from mammut.weights.opened import read_config
 
+State = Literal["begun", "running", "done"]
 
-def write_run(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) -> None:
+# What a run writes, by the folder that it lies in. README.md is not among it: a user may edit it.
+_WRITTEN = {
+    "checkpoints": re.compile(r"[0-9]+(\.orbax-checkpoint-tmp.*)?"),
+    "checkpoint_manifests": re.compile(r"[0-9]+\.json"),
+    "frozen": re.compile(r"frozen\.safetensors|manifest\.json|\.partial"),
+    "eval": re.compile(r"\w+_val\.(predictions\.jsonl|json)"),
+    "tensorboard": re.compile(r"events\.out\.tfevents\..*"),
+    "": re.compile(
+        r"metrics\.jsonl|report\.html|config\.json|manifest\.json|processor\.json|\.partial|"
+        r"tokenizer\.(model|txt\.gz|json)|tokenizer_config\.json|"
+        r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    ),
+}
+_RUN_FILE = "run.json"
+_LANGUAGE_MODEL = "language_model"
+
+
+def write_run(
+    workdir: pathlib.Path,
+    config: TrainConfig,
+    overrides: list[str],
+    state: State | None = None,
+    processor: Processor | None = None,
+) -> None:
     """Writes `run.json`: the resolved config and its overrides.
 
     The overrides come from the command line.
 
     The overrides are part of the config; a run that is resumed with a recipe applies them again.
+
+    Args:
+      workdir: the folder of the run.
+      config: the config of the run.
+      overrides: the overrides that are part of it.
+      state: what the folder is; None: as a run.json of an earlier version, which does not say.
+      processor: the processor that is saved in the folder, whose files the run needs.
     """
-    write_json(workdir / "run.json", {"config": to_dict(config), "overrides": overrides})
+    run = {"config": to_dict(config), "overrides": overrides}
+    if state is not None:
+        run["state"] = state
+    if processor is not None:
+        names = ["processor.json", *processor.tokenizer.files]
+        run["processor"] = make_manifest(workdir, [workdir / name for name in names])
+    write_json(workdir / _RUN_FILE, run)
+
+
+def write_state(workdir: pathlib.Path, state: State, *, after: State | None = None) -> None:
+    """Changes the state in `run.json`; with `after`, only where it is that one."""
+    run = read_json_object(workdir / _RUN_FILE)
+    if after is None or run.get("state") == after:
+        write_json(workdir / _RUN_FILE, run | {"state": state})
+
+
+def is_unused(workdir: pathlib.Path) -> bool:
+    """Whether a run has begun in the folder and left no step.
+
+    Its language model (`TrainConfig.text_steps`) has left none, either.
+    """
+    language_model = workdir / _LANGUAGE_MODEL
+    return (
+        _state(workdir) == "begun"
+        and not saved_steps(workdir)
+        and not saved_steps(language_model)
+        and not (language_model / "manifest.json").exists()
+    )
+
+
+def is_fresh(workdir: pathlib.Path) -> bool:
+    """Whether the run in the folder starts at step 0, with a new processor."""
+    if saved_steps(workdir):
+        return False
+    return _state(workdir) == "begun" or not (workdir / "processor.json").exists()
+
+
+def _state(workdir: pathlib.Path) -> State | None:
+    """Reads the state of a folder; None where there is no run, or one of an earlier version.
+
+    Raises:
+      CheckpointError: `run.json` holds another state.
+    """
+    path = workdir / _RUN_FILE
+    if not path.exists():
+        return None
+    state = read_json_object(path).get("state")
+    if state is not None and state not in get_args(State):
+        raise CheckpointError(
+            f"{path} has the state {state!r}, expected one of {', '.join(get_args(State))}"
+        )
+    return state
+
+
+def require_free(workdir: pathlib.Path, overwrite: bool) -> None:
+    """Checks that a fresh run may start in a folder.
+
+    Files of names that no run writes, such as train.log or lost+found, are nobody's business.
+
+    Raises:
+      ValueError: the folder holds a run or a model, or with `overwrite` something else.
+    """
+    names = sorted(path.name for path in workdir.iterdir()) if workdir.exists() else []
+    ours = {_RUN_FILE, _LANGUAGE_MODEL, *_WRITTEN}
+    used = [name for name in names if name in ours or _WRITTEN[""].fullmatch(name)]
+    if OPEN_CLIP_FILE in names:
+        raise ValueError(f"--workdir {workdir} holds {OPEN_CLIP_FILE} of another model")
+    if not used:
+        return
+    if overwrite and _RUN_FILE not in names:
+        raise ValueError(
+            f"--overwrite is given, but {workdir} (it holds {used[0]}) is no run: run.json is "
+            "missing"
+        )
+    if not (overwrite or is_unused(workdir)):
+        raise ValueError(
+            f"--workdir {workdir} is not empty (it holds {used[0]}): give another, or --resume its "
+            "run, or --overwrite it"
+        )
+
+
+def require_whole(workdir: pathlib.Path) -> None:
+    """Checks that a folder has what its `run.json` says that the run needs.
+
+    Raises:
+      CheckpointError: its checkpoints are gone; or its processor is gone, or another one.
+    """
+    run = read_json_object(workdir / _RUN_FILE)
+    state = _state(workdir)
+    if state is None and (workdir / "manifest.json").exists():
+        state = "done"
+    if not saved_steps(workdir):
+        if state in ("running", "done"):
+            raise CheckpointError(
+                f"the run in {workdir} is {state}, but {workdir / 'checkpoints'} has none of its "
+                "steps: put them back, or start afresh with --overwrite"
+            )
+        return
+    needed = run.get("processor", {})
+    if not isinstance(needed, dict):
+        raise CheckpointError(f"{workdir / _RUN_FILE} has a processor that is not an object")
+    problems = check_files(workdir, needed, str(workdir / _RUN_FILE))
+    if not (needed or (workdir / "processor.json").exists()):
+        problems = ["processor.json is missing"]
+    if problems:
+        raise CheckpointError(
+            f"the run in {workdir} needs the processor that it began with: {'; '.join(problems)}"
+        )
+
+
+def clear(workdir: pathlib.Path, *, language_model: bool) -> None:
+    """Removes what a run has written, by the names; run.json stays, to be replaced.
+
+    With `language_model`, that of the run's language model is removed, too.
+    """
+    for name, pattern in _WRITTEN.items():
+        folder = workdir / name
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        for path in list(folder.iterdir()):
+            if not pattern.fullmatch(path.name):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        if name:
+            with contextlib.suppress(OSError):  # a stranger's file is in it
+                folder.rmdir()
+    folder = workdir / _LANGUAGE_MODEL
+    if language_model and (folder / _RUN_FILE).exists():
+        clear(folder, language_model=False)
+        (folder / _RUN_FILE).unlink()
 
 
 def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
@@ -37,7 +220,7 @@ def read_run(workdir: pathlib.Path) -> tuple[TrainConfig, list[str]]:
     """
     path = workdir / "run.json"
     run = read_json_object(path)
-    if run.keys() != {"config", "overrides"}:
+    if not {"config", "overrides"} <= run.keys() <= {"config", "overrides", "state", "processor"}:
         raise CheckpointError(
             f"{path} is not a run's config, expected the keys config and overrides"
         )
@@ -80,11 +263,13 @@ def claim_folder(
     overrides: list[str],
     processor: Processor,
     fresh: bool,
+    overwrite: bool = False,
 ) -> None:
     """Makes a folder the folder of a run, on process 0.
 
     It does so only when no process refuses anything. What a killed process left half-written there
-    is removed.
+    is removed; in the folder of a fresh run, also what a run without a step has left there, or with
+    `overwrite` any run.
 
     Raises:
       ValueError: this process does not see the folder.
@@ -95,18 +280,22 @@ def claim_folder(
         for folder in (workdir, workdir / "checkpoint_manifests"):
             remove_partial_files(folder)
     if distributed.first() and fresh:
+        clear(workdir, language_model=overwrite)
         processor.save(workdir)
-        write_run(workdir, config, overrides)
+        write_run(workdir, config, overrides, "begun", processor)
     distributed.barrier("the folder is made")
     require_shared(workdir)
 
 
-def renew_folder(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) -> None:
+def renew_folder(
+    workdir: pathlib.Path, config: TrainConfig, overrides: list[str], processor: Processor
+) -> None:
     """Renews the folder of a resumed run, on process 0."""
     if not distributed.first():
         return
     # The changed settings of a resumed run are kept for later.
-    write_run(workdir, config, overrides)
+    state = "running" if saved_steps(workdir) else "begun"
+    write_run(workdir, config, overrides, state, processor)
     # Until the run is done again, the newest checkpoint has the model, not the folder that an
     # earlier end exported.
     (workdir / "manifest.json").unlink(missing_ok=True)
