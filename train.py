@@ -42,7 +42,7 @@ from mammut.training.run_folder import (
     write_state,
 )
 from mammut.training.start_report import start_report
-from mammut.training.step import Trainer, TrainState, make_trainer
+from mammut.training.step import Trainer, TrainState, make_trainer, require_precise
 from mammut.training.tasks import TASKS, Task
 from mammut.training.validation import Evaluator
 from mammut.weights import model_folder
@@ -85,6 +85,8 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
 
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, task, mesh)
+        if fresh:
+            require_precise(trainer.abstract_state.params)
         evaluator = None
         if val:
             evaluator = Evaluator(val, processor, config, trainer, str(workdir), watchdog.alive)
@@ -92,24 +94,13 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
         batches = open_batches()
         distributed.say(start_report(run, trainer, source, processor.vocab_size, warm, fresh))
         claim_folder(workdir, config, run.overrides, processor, fresh, run.overwrite)
-        checkpoints = Checkpoints(
-            workdir,
-            config.keep_checkpoints,
-            cleanup=True,
-            saved=functools.partial(write_state, workdir, "running", after="begun"),
-        )
+        checkpoints, restored = open_checkpoints(run, trainer, watchdog)
         start = 0
-        restored = newest_checkpoint(checkpoints, trainer, watchdog)
         if restored:
             start = restored.step
             batches = open_batches(state=position_of_one(restored.data, shard))
-        if start > config.steps:
-            raise ValueError(
-                f"steps is {config.steps}, {workdir} has a checkpoint of step {start}: expected no "
-                "fewer"
-            )
         if not fresh:
-            renew_folder(workdir, config, run.overrides, processor)
+            renew_folder(workdir, config, run.overrides, processor, start)
 
         log = RunLog(
             workdir,
@@ -191,17 +182,33 @@ def batches_of(
     )
 
 
-def newest_checkpoint(
-    checkpoints: Checkpoints, trainer: Trainer, watchdog: distributed.Watchdog
-) -> Restored | None:
-    """Finds the newest good checkpoint; None if there is no checkpoint."""
+def open_checkpoints(
+    run: Run, trainer: Trainer, watchdog: distributed.Watchdog
+) -> tuple[Checkpoints, Restored | None]:
+    """Opens the checkpoints of a run and restores the newest good one, if there is any.
+
+    Raises:
+      ValueError: the run is to have fewer steps than it has.
+    """
+    checkpoints = Checkpoints(
+        run.workdir,
+        run.config.keep_checkpoints,
+        cleanup=True,
+        saved=functools.partial(write_state, run.workdir, "running", after="begun"),
+    )
     # By the list of process 0: another list may be a moment older, and all have to restore.
     if not distributed.broadcast_from_first(
         "has checkpoints", lambda: b"yes" if checkpoints.steps else b""
     ):
-        return None
+        return checkpoints, None
     watchdog.doing("restoring")
-    return checkpoints.restore(trainer.abstract_state)
+    restored = checkpoints.restore(trainer.abstract_state)
+    if restored.step > run.config.steps:
+        raise ValueError(
+            f"steps is {run.config.steps}, {run.workdir} has a checkpoint of step {restored.step}: "
+            "expected no fewer"
+        )
+    return checkpoints, restored
 
 
 def fresh_state(config: TrainConfig, trainer: Trainer, warm: WarmStart | None) -> TrainState:

@@ -14,7 +14,7 @@ import time
 import pytest
 from damage import one_sentence
 
-from mammut.config import DataConfig, TrainConfig
+from mammut.config import DataConfig, OptimizerConfig, TrainConfig
 from mammut.testing import tiny_config, tiny_processor
 from mammut.training import claim as claims
 from mammut.training.claim import InUse, claim, claimed
@@ -79,7 +79,7 @@ def test_a_run_goes_from_begun_to_running_to_done_in_its_run_json(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["state"] == "done"
     longer = dataclasses.replace(CONFIG, steps=20)
     (tmp_path / "manifest.json").write_text("{}")
-    renew_folder(tmp_path, longer, ["--steps", "20"], tiny_processor())
+    renew_folder(tmp_path, longer, ["--steps", "20"], tiny_processor(), start=3)
     assert json.loads((tmp_path / "run.json").read_text())["state"] == "running"
     assert not (tmp_path / "manifest.json").exists()
     assert read_run(tmp_path) == (longer, ["--steps", "20"])
@@ -284,6 +284,57 @@ def test_overwrite_is_for_runs(tmp_path):
         resolve(None, TINY, tmp_path, [], resume=True, overwrite=True)
     (tmp_path / "run.json").write_text("{")  # a damaged one is overwritten too
     assert start(tmp_path, overwrite=True).overwrite
+
+
+# --- the number of steps
+
+
+def test_a_run_that_is_too_short_for_its_recipes_warm_up_says_what_it_does(tmp_path, capsys):
+    run = start(tmp_path / "run", "--steps", "60")
+    assert (
+        "warm-up of 100 steps does not fit into --steps: it is 6 steps" in capsys.readouterr().out
+    )
+    assert (run.config.steps, run.config.optimizer.warmup_steps) == (60, 6)
+    assert run.overrides == ["--steps", "60", "--optimizer.warmup-steps", "6"]
+    # It is part of the run, with its recipe as without, and however long the run goes on.
+    (tmp_path / "run" / "checkpoints" / "60").mkdir(parents=True)
+    tiny_processor().save(tmp_path / "run")
+    write_run(tmp_path / "run", run.config, run.overrides, "done", tiny_processor())
+    longer = dataclasses.replace(run.config, steps=2000)
+    for recipe in (None, TINY):
+        resumed = resolve(recipe, TINY, tmp_path / "run", ["--steps", "2000"], resume=True)
+        assert resumed.config == longer
+    assert capsys.readouterr().out == ""
+
+
+def test_a_language_model_of_few_steps_warms_up_in_fewer(tmp_path, capsys):
+    optimizer = OptimizerConfig(warmup_steps=100)
+    config = dataclasses.replace(
+        CONFIG, task="caption", text_steps=60, steps=200, optimizer=optimizer
+    )
+    write_run(tmp_path, config, [], "begun")
+    language_model = next(stages(resume(tmp_path)))
+    assert language_model.config.optimizer.warmup_steps == 6
+    assert "the language model's 60 steps warm up in 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimizer, steps, is_said", [
+    (OptimizerConfig(), 20, True),
+    (OptimizerConfig(schedule="linear"), 5, True),
+    (OptimizerConfig(), 10, False),
+    (OptimizerConfig(schedule="constant"), 20, False),
+    (OptimizerConfig(decay_steps=30), 20, False),
+])  # fmt: skip
+def test_a_schedule_that_other_steps_stretch_is_said(tmp_path, capsys, optimizer, steps, is_said):
+    make_run(tmp_path, "running", steps=(4,))
+    config = dataclasses.replace(CONFIG, optimizer=optimizer, steps=steps)
+    renew_folder(tmp_path, config, [], tiny_processor(), start=4)
+    said = capsys.readouterr().out
+    expected = (
+        f"steps is {steps}, it was 10: from step 4 on the learning rate follows the "
+        f"{optimizer.schedule} schedule that reaches 0 at step {steps}, not at 10\n"
+    )
+    assert said == (expected if is_said else "")
 
 
 # --- the claim

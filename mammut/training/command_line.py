@@ -8,6 +8,7 @@ settings.
 
 import dataclasses
 import importlib.util
+import itertools
 import operator
 import os
 import pathlib
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 
 from mammut.core.coordination import Processes
 from mammut.core.fields import field_texts
-from mammut.training.config import TrainConfig
+from mammut.training.config import TrainConfig, fitting_warmup
 from mammut.weights.old_configs import DERIVED, MOVED
 
 
@@ -174,6 +175,31 @@ def _in_todays_names(overrides: list[str]) -> tuple[list[str], dict[str, str]]:
             continue
         todays.append(arg)
     return todays, derived
+
+
+def with_fitting_warmup(config: TrainConfig, overrides: list[str]) -> list[str]:
+    """Adds a shorter warm-up where `--steps` leaves no room for that of the recipe `config`.
+
+    A warm-up that is given stays as it is.
+    """
+    steps = _value(overrides, "steps")
+    warmup = config.optimizer.warmup_steps
+    if steps is None or not steps.isdecimal():
+        return overrides
+    fitting = fitting_warmup(warmup, int(steps))
+    if fitting == warmup or _value(overrides, "optimizer.warmup_steps") is not None:
+        return overrides
+    return [*overrides, "--optimizer.warmup-steps", str(fitting)]
+
+
+def _value(overrides: list[str], name: str) -> str | None:
+    """Finds the value of the option `name`, the last one; None where it is not given."""
+    value = None
+    for arg, after in itertools.pairwise([*overrides, ""]):
+        option, equals, inline = arg.partition("=")
+        if option.startswith("--") and option[2:].replace("-", "_") == name:
+            value = inline if equals else after
+    return value
 
 
 def without(overrides: list[str], names: set[str]) -> list[str]:

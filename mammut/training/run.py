@@ -18,9 +18,10 @@ from mammut.training.command_line import (
     default_workdir,
     load_recipe,
     parse_overrides,
+    with_fitting_warmup,
     without,
 )
-from mammut.training.config import TrainConfig
+from mammut.training.config import TrainConfig, fitting_warmup
 from mammut.training.run_folder import (
     clear,
     is_unused,
@@ -92,7 +93,9 @@ def resolve(
         raise ValueError(f"--workdir {workdir} is a file, expected a folder or a new name")
     if not resume:
         require_free(workdir, overwrite)
-        config, starts = with_overrides(load_recipe(recipe or default_recipe), overrides)
+        base = load_recipe(recipe or default_recipe)
+        overrides = _with_fitting_warmup(base, overrides)
+        config, starts = with_overrides(base, overrides)
         return Run(config, workdir, overrides, starts, overwrite)
     if overwrite:
         raise ValueError("--resume and --overwrite are given, expected one of them")
@@ -101,8 +104,9 @@ def resolve(
     saved, saved_overrides = read_run(workdir)
     if is_unused(workdir):  # there is nothing that other settings could contradict
         base = load_recipe(recipe) if recipe else saved
-        config, starts = with_overrides(base, saved_overrides + overrides)
-        return Run(config, workdir, saved_overrides + overrides, starts)
+        overrides = _with_fitting_warmup(base, saved_overrides + overrides)
+        config, starts = with_overrides(base, overrides)
+        return Run(config, workdir, overrides, starts)
     require_whole(workdir)
     base = _of_recipe(load_recipe(recipe), saved, saved_overrides) if recipe else saved
     config = parse_overrides(base, overrides)
@@ -113,6 +117,17 @@ def resolve(
         )
     starts = {} if saved_steps(workdir) else _opened(config)
     return Run(config, workdir, saved_overrides + overrides, starts)
+
+
+def _with_fitting_warmup(base: TrainConfig, overrides: list[str]) -> list[str]:
+    """Adds a warm-up that fits `--steps`, and says so."""
+    fitting = with_fitting_warmup(base, overrides)
+    if fitting != overrides:
+        distributed.say(
+            f"the recipe's warm-up of {base.optimizer.warmup_steps} steps does not fit into "
+            f"--steps: it is {fitting[-1]} steps (--optimizer.warmup-steps sets it)"
+        )
+    return fitting
 
 
 def _of_recipe(recipe: TrainConfig, saved: TrainConfig, overrides: list[str]) -> TrainConfig:
@@ -182,6 +197,9 @@ def stages(run: Run) -> Iterator[Run]:
 
 
 def _language_config(config: TrainConfig) -> TrainConfig:
+    warmup = fitting_warmup(config.optimizer.warmup_steps, config.text_steps)
+    if warmup != config.optimizer.warmup_steps:
+        distributed.say(f"the language model's {config.text_steps} steps warm up in {warmup}")
     return dataclasses.replace(
         config,
         task="text",
@@ -193,7 +211,9 @@ def _language_config(config: TrainConfig) -> TrainConfig:
         accumulation=1,
         model=dataclasses.replace(config.model, adapters=()),
         data=dataclasses.replace(config.data, prompt="{}"),
-        optimizer=dataclasses.replace(config.optimizer, learning_rates=(), decay_steps=None),
+        optimizer=dataclasses.replace(
+            config.optimizer, warmup_steps=warmup, learning_rates=(), decay_steps=None
+        ),
     )
 
 

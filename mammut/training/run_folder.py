@@ -288,11 +288,27 @@ def claim_folder(
 
 
 def renew_folder(
-    workdir: pathlib.Path, config: TrainConfig, overrides: list[str], processor: Processor
+    workdir: pathlib.Path,
+    config: TrainConfig,
+    overrides: list[str],
+    processor: Processor,
+    start: int,
 ) -> None:
-    """Renews the folder of a resumed run, on process 0."""
+    """Renews the folder of a run that is resumed at step `start`, on process 0.
+
+    It says so where another number of steps changes the learning rate from there on.
+    """
     if not distributed.first():
         return
+    old_steps = read_run(workdir)[0].steps
+    optimizer = config.optimizer
+    is_fixed = optimizer.schedule == "constant" or optimizer.decay_steps is not None
+    if config.steps != old_steps and not is_fixed:
+        distributed.say(
+            f"steps is {config.steps}, it was {old_steps}: from step {start} on the learning rate "
+            f"follows the {optimizer.schedule} schedule that reaches 0 at step {config.steps}, not "
+            f"at {old_steps}"
+        )
     # The changed settings of a resumed run are kept for later.
     state = "running" if saved_steps(workdir) else "begun"
     write_run(workdir, config, overrides, state, processor)
