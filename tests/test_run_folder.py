@@ -274,6 +274,39 @@ def test_overwrite_follows_no_link_out_of_the_folder(tmp_path):
     assert content(elsewhere) == {"3/x": b"mine"}
 
 
+def test_overwrite_of_a_run_whose_folder_is_a_link_is_refused(tmp_path):
+    """Else the fresh run would go on from the old one's checkpoints, which are not removed."""
+    (tmp_path / "elsewhere" / "3").mkdir(parents=True)
+    make_run(tmp_path / "run", "done")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    assert resume(tmp_path / "run").config == CONFIG  # with its checkpoints on another disk
+    with pytest.raises(ValueError, match="checkpoints is a link") as error:
+        start(tmp_path / "run", overwrite=True)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_manifests", "eval", "tensorboard", "frozen"])
+@pytest.mark.parametrize("kind", ["file", "dangling link", "without rights"])
+def test_what_stands_where_a_run_saves_later_is_refused_at_the_start(
+    tmp_path, monkeypatch, name, kind
+):
+    path = tmp_path / name
+    make_run(tmp_path, "running", steps=(3,))
+    if kind == "file":
+        path.write_text("")
+    elif kind == "dangling link":
+        path.symlink_to(tmp_path / "nowhere")
+    else:
+        path.mkdir()
+        monkeypatch.setattr(os, "access", lambda path, *_: path.name != name)
+    with pytest.raises(ValueError, match=f"{name} is no folder that can be written to") as error:
+        require_whole(tmp_path)
+    one_sentence(error)
+    if kind != "dangling link":
+        with pytest.raises(ValueError, match=f"{name} is no folder that can be written to"):
+            require_free(tmp_path, overwrite=True)
+
+
 def test_overwrite_is_for_runs(tmp_path):
     tiny_processor().save(tmp_path)
     with pytest.raises(ValueError, match="--overwrite is given, but .* is no run: run.json") as no:

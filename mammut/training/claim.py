@@ -101,8 +101,8 @@ def _lock(path: pathlib.Path) -> tuple[int, str]:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            reaches_all = _try_lock(path, descriptor)
-            _require_gone(path, reaches_all)
+            locked = _try_lock(path, descriptor)
+            _require_gone(path, locked)
             # A run that ended in the meantime has removed the file: the lock is on nothing then.
             if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
                 content = json.dumps(

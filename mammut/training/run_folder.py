@@ -12,6 +12,7 @@ The run.json of an earlier version has no state.
 import collections
 import contextlib
 import operator
+import os
 import pathlib
 import re
 import shutil
@@ -152,6 +153,19 @@ def require_free(workdir: pathlib.Path, overwrite: bool) -> None:
             f"--workdir {workdir} is not empty (it holds {used[0]}): give another, or --resume its "
             "run, or --overwrite it"
         )
+    linked = [name for name in _WRITTEN if name and (workdir / name).is_symlink()]
+    if linked:  # what lies there may be of other runs, too
+        raise ValueError(f"{workdir / linked[0]} is a link, which a fresh run does not empty")
+    _require_folders(workdir)
+
+
+def _require_folders(workdir: pathlib.Path) -> None:
+    """Checks early that nothing stands where a run saves later."""
+    for name in filter(None, _WRITTEN):
+        path = workdir / name
+        usable = path.is_dir() and os.access(path, os.W_OK | os.X_OK)
+        if os.path.lexists(path) and not usable:
+            raise ValueError(f"{path} is no folder that can be written to, which the run needs")
 
 
 def require_whole(workdir: pathlib.Path) -> None:
@@ -159,6 +173,7 @@ def require_whole(workdir: pathlib.Path) -> None:
 
     Raises:
       CheckpointError: its checkpoints are gone; or its processor is gone, or another one.
+      ValueError: a file stands in place of a folder, or one cannot be written to.
     """
     run = read_json_object(workdir / _RUN_FILE)
     state = _state(workdir)
@@ -181,6 +196,7 @@ def require_whole(workdir: pathlib.Path) -> None:
         raise CheckpointError(
             f"the run in {workdir} needs the processor that it began with: {'; '.join(problems)}"
         )
+    _require_folders(workdir)
 
 
 def clear(workdir: pathlib.Path, *, language_model: bool) -> None:
@@ -190,7 +206,7 @@ def clear(workdir: pathlib.Path, *, language_model: bool) -> None:
     """
     for name, pattern in _WRITTEN.items():
         folder = workdir / name
-        if folder.is_symlink() or not folder.is_dir():
+        if name and (folder.is_symlink() or not folder.is_dir()):
             continue
         for path in list(folder.iterdir()):
             if not pattern.fullmatch(path.name):
