@@ -28,17 +28,21 @@ from mammut.pages.report import write_report
 from mammut.performance.compile_report import compile_report
 from mammut.performance.out_of_memory import enough_memory
 from mammut.training import command_line
+from mammut.training.claim import claim
 from mammut.training.log import RunLog
 from mammut.training.new_processor import shared_processor
 from mammut.training.run import Run, require_same, resolve, stages
 from mammut.training.run_folder import (
     claim_folder,
+    is_fresh,
     position_of_all,
     position_of_one,
     renew_folder,
+    write_run,
+    write_state,
 )
 from mammut.training.start_report import start_report
-from mammut.training.step import Trainer, TrainState, make_trainer
+from mammut.training.step import Trainer, TrainState, make_trainer, require_precise
 from mammut.training.tasks import TASKS, Task
 from mammut.training.validation import Evaluator
 from mammut.weights import model_folder
@@ -60,7 +64,7 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
     """
     config = run.config
     workdir = run.workdir
-    fresh = not (workdir / "processor.json").exists()
+    fresh = run.overwrite or is_fresh(workdir)
     use_compilation_cache(config)
     mesh = sharding.make_mesh(config.mesh)
     shard, shard_count = distributed.batch_shard(mesh)
@@ -81,26 +85,22 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
 
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, task, mesh)
+        if fresh:
+            require_precise(trainer.abstract_state.params)
         evaluator = None
         if val:
             evaluator = Evaluator(val, processor, config, trainer, str(workdir), watchdog.alive)
         open_batches = batches_of(config, task, source, processor, shard, shard_count)
         batches = open_batches()
         distributed.say(start_report(run, trainer, source, processor.vocab_size, warm, fresh))
-        claim_folder(workdir, config, run.overrides, processor, fresh)
-        checkpoints = Checkpoints(workdir, config.keep_checkpoints, cleanup=True)
+        claim_folder(workdir, config, run.overrides, processor, fresh, run.overwrite)
+        checkpoints, restored = open_checkpoints(run, trainer, watchdog)
         start = 0
-        restored = newest_checkpoint(checkpoints, trainer, watchdog)
         if restored:
             start = restored.step
             batches = open_batches(state=position_of_one(restored.data, shard))
-        if start > config.steps:
-            raise ValueError(
-                f"steps is {config.steps}, {workdir} has a checkpoint of step {start}: expected no "
-                "fewer"
-            )
         if not fresh:
-            renew_folder(workdir, config, run.overrides)
+            renew_folder(workdir, config, run.overrides, processor, start)
 
         log = RunLog(
             workdir,
@@ -123,6 +123,7 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
     # Outside of the mesh: the first process runs the model alone, and would wait for the others
     # without end.
     if distributed.first():
+        write_run(workdir, config, run.overrides, "done", processor)
         watchdog.doing("the report")
         print(f"report: {write_report(workdir)}")
     return True
@@ -181,17 +182,33 @@ def batches_of(
     )
 
 
-def newest_checkpoint(
-    checkpoints: Checkpoints, trainer: Trainer, watchdog: distributed.Watchdog
-) -> Restored | None:
-    """Finds the newest good checkpoint; None if there is no checkpoint."""
+def open_checkpoints(
+    run: Run, trainer: Trainer, watchdog: distributed.Watchdog
+) -> tuple[Checkpoints, Restored | None]:
+    """Opens the checkpoints of a run and restores the newest good one, if there is any.
+
+    Raises:
+      ValueError: the run is to have fewer steps than it has.
+    """
+    checkpoints = Checkpoints(
+        run.workdir,
+        run.config.keep_checkpoints,
+        cleanup=True,
+        saved=functools.partial(write_state, run.workdir, "running", after="begun"),
+    )
     # By the list of process 0: another list may be a moment older, and all have to restore.
     if not distributed.broadcast_from_first(
         "has checkpoints", lambda: b"yes" if checkpoints.steps else b""
     ):
-        return None
+        return checkpoints, None
     watchdog.doing("restoring")
-    return checkpoints.restore(trainer.abstract_state)
+    restored = checkpoints.restore(trainer.abstract_state)
+    if restored.step > run.config.steps:
+        raise ValueError(
+            f"steps is {run.config.steps}, {run.workdir} has a checkpoint of step {restored.step}: "
+            "expected no fewer"
+        )
+    return checkpoints, restored
 
 
 def fresh_state(config: TrainConfig, trainer: Trainer, warm: WarmStart | None) -> TrainState:
@@ -269,6 +286,7 @@ def loop(
             # The check is one step behind: waiting for this step's metrics would leave the device
             # idle while the host goes on.
             check_finite(before, config)
+            checkpoints.poll()
             log.step(step, metrics, waited, record=step % config.log_every == 0)
 
             stop = termination.now()
@@ -334,8 +352,19 @@ def main(argv: list[str]) -> None:
             run = resolve(recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
             print(compile_report(run.config, args.topology))
             return
-        with distributed.processes(asked, "train.py"):
-            run = resolve(recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
+        name = (recipe or DEFAULT_RECIPE).stem
+        with (
+            distributed.processes(asked, "train.py"),
+            claim(args.workdir, name, args.resume) as workdir,
+        ):
+            run = resolve(
+                recipe,
+                DEFAULT_RECIPE,
+                workdir,
+                overrides,
+                resume=args.resume,
+                overwrite=args.overwrite,
+            )
             require_same(run)
             with distributed.Watchdog(run.config.step_timeout, "train.py") as watchdog:
                 # a stage that a SIGTERM ended is the last

@@ -5,9 +5,12 @@ import hashlib
 import json
 import logging
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +23,13 @@ from marks import long
 import mammut
 from mammut.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mammut.core import sharding
+from mammut.core.files import make_manifest
 from mammut.testing import tiny_config, tiny_processor
 from mammut.training.run import resolve
 from mammut.training.run_folder import read_run, write_run
 from mammut.training.step import TrainState, make_trainer
 from mammut.training.tasks import ImageTextTask
-from mammut.weights.checkpoints import CheckpointError, Checkpoints
+from mammut.weights.checkpoints import CheckpointError, Checkpoints, saved_steps
 
 TEXTS = ["one red circle on the left", "two squares", ""]
 CONFIG = TrainConfig(model=tiny_config(), data=DataConfig(batch_size=8), steps=10)
@@ -145,7 +149,10 @@ def test_every_file_of_a_step_is_guarded_against_every_damage(three_steps, tmp_p
             workdir = shutil.copytree(three_steps, tmp_path / "run")
             damage(workdir / name)
             with Checkpoints(workdir, keep=2) as checkpoints:
-                assert checkpoints._newest_good() == 6, name
+                step = 6
+                if name.suffix == ".json" and not (workdir / name).exists():
+                    step = 9  # as a kill between the step and its checksums leaves it
+                assert next(checkpoints._candidates()) == (step, step == 6), name
             shutil.rmtree(workdir)
 
 
@@ -162,16 +169,93 @@ def test_a_flipped_bit_in_the_newest_step_means_the_step_before_and_a_warning(
     assert largest_file(workdir, 9).name in warnings[0]
 
 
-def test_a_step_without_checksums_gives_way_to_a_verified_one(workdir, abstract):
+def test_a_step_that_a_kill_left_without_checksums_is_read_used_and_said(workdir, abstract, caplog):
+    manifest = workdir / "checkpoint_manifests" / "9.json"
+    checksums = manifest.read_bytes()
+    manifest.unlink()
+    with caplog.at_level(logging.WARNING):
+        assert_restores(workdir, abstract, 9)  # a reader, which writes nothing
+    assert "checkpoint 9 has no checksums" in caplog.text and "is used" in caplog.text
+    assert not manifest.exists()
+    with Checkpoints(workdir, keep=2, cleanup=True) as checkpoints:  # the run itself
+        assert checkpoints.restore(abstract).step == 9
+    assert manifest.read_bytes() == checksums
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: shutil.rmtree(folder / "state"),
+    lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+    lambda folder: [path.write_bytes(b"") for path in folder.rglob("*") if path.is_file()],
+])  # fmt: skip
+def test_a_step_without_checksums_that_cannot_be_read_gives_way_to_a_verified_one(
+    workdir, abstract, caplog, damage
+):
+    """It is replaced by the next save, which is whole before anything else is removed."""
     (workdir / "checkpoint_manifests" / "9.json").unlink()
-    assert_restores(workdir, abstract, 6)
+    damage(workdir / "checkpoints" / "9")
+    with caplog.at_level(logging.WARNING), Checkpoints(workdir, 1, cleanup=True) as checkpoints:
+        assert checkpoints.restore(abstract).step == 6
+        checkpoints.save(7, random_state(abstract, 7), position(7))
+    assert "checkpoint 9 has no checksums and cannot be read (" in caplog.text
+    assert_restores(workdir, abstract, 7)
 
 
 def test_where_no_step_has_checksums_the_newest_is_used_with_a_warning(workdir, abstract, caplog):
     shutil.rmtree(workdir / "checkpoint_manifests")
     with caplog.at_level(logging.WARNING):
         assert_restores(workdir, abstract, 9)
-    assert "checkpoint 9 has no checksums and is used unchecked" in caplog.text
+    assert "checkpoint 9 has no checksums" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        mammut.load(workdir)
+
+
+def test_no_step_is_removed_before_a_newer_one_has_its_checksums(tmp_path, abstract, monkeypatch):
+    """With one step kept, a kill while the checksums of the next are made leaves the old one."""
+    seen = []
+
+    def manifest(folder, files):
+        seen.append(sorted(path.name for path in (tmp_path / "checkpoints").iterdir()))
+        return make_manifest(folder, files)
+
+    monkeypatch.setattr("mammut.weights.checkpoints.make_manifest", manifest)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step in (3, 6, 9):
+            checkpoints.save(step, random_state(abstract, step), position(step))
+    assert seen == [["3"], ["3", "6"], ["6", "9"]]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["9"]
+    assert [path.name for path in (tmp_path / "checkpoint_manifests").iterdir()] == ["9.json"]
+
+
+@pytest.mark.parametrize("name", [
+    "._9", "._9.json", "lost+found", ".DS_Store", "nohup.out", "9.bak", "7.json.tmp", "x.json",
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
+def test_names_of_strangers_in_the_folders_of_checkpoints_change_nothing(
+    workdir, abstract, name, kind
+):
+    strangers = [workdir / "checkpoints" / name, workdir / "checkpoint_manifests" / name]
+    for path in strangers:
+        if kind == "file":
+            path.write_text("{")
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            path.symlink_to(workdir / "nowhere")
+    assert saved_steps(workdir) == [6, 9]
+    with Checkpoints(workdir, keep=1, cleanup=True) as checkpoints:
+        assert checkpoints.steps == [6, 9]
+        checkpoints.save(12, random_state(abstract, 12), position(12))
+        checkpoints.wait()
+        assert checkpoints.restore(abstract).step == 12
+    assert saved_steps(workdir) == [12] and all(path in path.parent.iterdir() for path in strangers)
+
+
+def test_a_file_named_like_a_step_is_no_step(workdir):
+    (workdir / "checkpoints" / "12").write_text("")
+    (workdir / "checkpoints" / "15").symlink_to(workdir / "nowhere")
+    assert saved_steps(workdir) == [6, 9]
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        assert checkpoints.steps == [6, 9]
 
 
 def test_a_run_whose_every_step_is_damaged_is_an_error(workdir, abstract):
@@ -353,16 +437,48 @@ def test_a_run_whose_config_or_overrides_cannot_be_is_not_resumed(tmp_path, cont
     assert str(resumed.value) == str(read.value)
 
 
-def test_an_error_of_the_writing_thread_is_raised_by_the_next_save(tmp_path, abstract, monkeypatch):
+@pytest.mark.parametrize("check", ["poll", "save"])
+def test_an_error_of_the_writing_thread_is_raised_at_the_next_step(
+    tmp_path, abstract, monkeypatch, check
+):
+    """At the next save, too, but not again at the end."""
+    asked = threading.Event()
+
     def full(*_):
+        asked.wait()
         raise OSError("no space left on device")
 
     checkpoints = Checkpoints(tmp_path, keep=2)
     with monkeypatch.context() as patch:
         patch.setattr("mammut.weights.checkpoints.make_manifest", full)
         checkpoints.save(3, random_state(abstract, 3), position(3))
-        with pytest.raises(OSError, match="no space left"):
-            checkpoints.save(6, random_state(abstract, 6), position(6))
+        checkpoints.poll()  # nothing has failed yet: it does not wait
+        asked.set()
+        with pytest.raises(OSError, match="step 3 could not be saved: no space left") as error:
+            if check == "save":
+                checkpoints.save(6, random_state(abstract, 6), position(6))
+            while check == "poll":
+                time.sleep(0.01)
+                checkpoints.poll()
+    one_sentence(error)
     checkpoints.save(9, random_state(abstract, 9), position(9))
     checkpoints.close()
     assert_restores(tmp_path, abstract, 9)
+
+
+def test_a_step_that_the_disk_has_no_room_for_is_refused_in_one_sentence(workdir, abstract):
+    """A limit on the size of files stands for a full disk; the steps before stay whole."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="step 12 could not be saved: ") as error:
+            with Checkpoints(workdir, keep=1) as checkpoints:
+                checkpoints.save(12, random_state(abstract, 12), position(12))
+                while True:
+                    time.sleep(0.01)
+                    checkpoints.poll()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    one_sentence(error)
+    assert saved_steps(workdir) == [9]  # one is kept
+    assert_restores(workdir, abstract, 9)

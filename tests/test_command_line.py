@@ -7,10 +7,10 @@ import re
 import pytest
 
 import mammut
-from mammut.config import ComputeConfig, ResNetConfig, TrainConfig
+from mammut.config import ComputeConfig, OptimizerConfig, ResNetConfig, TrainConfig
 from mammut.training import command_line
 
-PROGRAM = {"--workdir", "--resume", "--compile-only", "--topology", "--distributed"}
+PROGRAM = {"--workdir", "--resume", "--overwrite", "--compile-only", "--topology", "--distributed"}
 PROGRAM |= {"--coordinator", "--num-processes", "--process-id", "--peer-timeout"}
 RESNET = TrainConfig(
     task="caption",
@@ -135,6 +135,30 @@ def test_options_are_left_out_with_their_values():
     ]
     names = {"model.text.max_length", "model.vision.image_size"}
     assert command_line.without(overrides, names) == ["--steps=3", "--seed", "1"]
+
+
+@pytest.mark.parametrize("given, added", [
+    (["--steps", "60"], ["--optimizer.warmup-steps", "6"]),
+    (["--seed", "3", "--steps=100", "--task", "caption"], ["--optimizer.warmup-steps", "10"]),
+    (["--steps", "3"], ["--optimizer.warmup-steps", "0"]),
+    (["--steps", "2000", "--steps", "60"], ["--optimizer.warmup-steps", "6"]),
+    (["--steps", "60", "--steps", "2000"], []),
+    (["--steps", "101"], []),
+    (["--steps", "60", "--optimizer.warmup-steps", "100"], []),
+    (["--optimizer.warmup_steps=70", "--steps", "60"], []),
+    (["--steps", "many"], []),
+    (["--steps"], []),
+    (["--log-every", "60"], []),
+    ([], []),
+])  # fmt: skip
+def test_steps_alone_shorten_a_warm_up_that_they_leave_no_room_for(given, added):
+    """A warm-up that is given stays, and is refused where it does not fit."""
+    config = TrainConfig(optimizer=OptimizerConfig(warmup_steps=100))
+    overrides = command_line.with_fitting_warmup(config, given)
+    assert overrides == given + added
+    if added:
+        run = command_line.parse_overrides(config, overrides)
+        assert run.optimizer.warmup_steps == int(added[1]) < run.steps
 
 
 def test_a_new_run_gets_a_new_folder(tmp_path, monkeypatch):

@@ -193,6 +193,8 @@ def test_a_run_leaves_its_log_its_config_and_a_model_that_loads(straight):
         and config.loss.caption_weight == 2
         and "--compilation-cache" in overrides
     )
+    assert json.loads((workdir / "run.json").read_text())["state"] == "done"
+    assert not (workdir / "run.lock").exists()
 
     rows = metrics(workdir)
     assert [row["step"] for row in rows] == [*range(1, STEPS + 1)]
@@ -551,6 +553,34 @@ def test_help_tells_of_the_program_and_of_every_setting(train, capsys):
         "One process drives all devices of its machine" in said
         and "--optimizer.learning-rate" in said
     )
+
+
+@pytest.mark.long
+def test_a_folder_is_refused_while_a_run_goes_on_and_free_when_that_was_killed(program):
+    """Killed before its first checkpoint, the run blocks neither a fresh one nor other settings."""
+    argv = ("small.py", "--workdir", "held", "--checkpoint-every", "1000")
+    process = program.start(*argv)
+    deadline = time.monotonic() + 300
+    while not metrics(program.folder / "held"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # it would end too soon
+    for more in ([], ["--resume"], ["--overwrite"]):
+        _, err = program.run("small.py", "--workdir", "held", *more, code=1)
+        assert f"held is in use by train.py, process {process.pid} on " in err
+    process.kill()
+    process.communicate()
+    workdir = program.folder / "held"
+    assert json.loads((workdir / "run.json").read_text())["state"] == "begun"
+    short = ("--steps", "4", "--checkpoint-every", "2", "--data.val", "None")
+    out, _ = program.run("--workdir", "held", "--resume", "--seed", "3", *short)
+    assert "starting at step 0 of 4 in held" in out and read_run(workdir)[0].seed == 3
+    assert [row["step"] for row in metrics(workdir)] == [1, 2, 3, 4]
+    out, _ = program.run("small.py", "--workdir", "held", "--overwrite", *short)
+    assert "starting at step 0 of 4 in held" in out and read_run(workdir)[0].seed == 0
+    shutil.rmtree(workdir / "checkpoints")
+    _, err = program.run("--workdir", "held", "--resume", "--steps", "8", code=1)
+    assert "the run in held is done, but held/checkpoints has none of its steps" in err
 
 
 # --- a language model first

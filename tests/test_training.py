@@ -16,11 +16,11 @@ import mammut
 from mammut import presets
 from mammut.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mammut.core import sharding
-from mammut.models.compute import Augment, AugmentConfig
+from mammut.models.compute import Augment, AugmentConfig, ComputeConfig
 from mammut.models.mammut import MaMMUT
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 from mammut.training.optimizer import learning_rate_schedule, make_optimizer
-from mammut.training.step import Trainer, TrainState, make_trainer
+from mammut.training.step import Trainer, TrainState, make_trainer, require_precise
 from mammut.training.tasks import ImageTextTask
 
 # Half as deep as `tiny_config`, which compiles faster.
@@ -506,3 +506,22 @@ def test_a_batch_that_does_not_split_into_micro_batches_is_refused():
         ValueError, match=r"^data.batch_size / accumulation 4 does not divide over the 8 devices"
     ):
         make_trainer(dataclasses.replace(CONFIG, accumulation=2), ImageTextTask(CONFIG.loss), mesh)
+
+
+@pytest.mark.parametrize("compute, first", [
+    (ComputeConfig(param_dtype="bfloat16"), "image_projection.bias"),
+    (ComputeConfig(text_param_dtype="bfloat16"), "text."),
+    (ComputeConfig("bfloat16", param_dtype="bfloat16", text_param_dtype="float32"), "image_proj"),
+])  # fmt: skip
+def test_trained_parameters_that_are_stored_in_bfloat16_are_refused(compute, first):
+    config = TrainConfig(model=tiny_config(), compute=compute, data=DataConfig(batch_size=8))
+    with pytest.raises(ValueError, match=f"^{first}.* is trained and stored in bfloat16") as error:
+        require_precise(one_device_trainer(config).abstract_state.params)
+    assert "expected float32 in compute.param_dtype" in str(error.value)
+    # Frozen ones may be, and so may the products.
+    frozen = dataclasses.replace(
+        config,
+        trainable=("vision.patch_embed.*",),
+        compute=ComputeConfig("bfloat16", text_param_dtype="bfloat16"),
+    )
+    require_precise(one_device_trainer(frozen).abstract_state.params)

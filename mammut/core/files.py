@@ -37,9 +37,17 @@ def check_manifest(folder: pathlib.Path, manifest: pathlib.Path) -> list[str]:
     Returns:
       The errors in the files or in the manifest, in sentences; an empty list where all is right.
     """
+    try:
+        return check_files(folder, read_json_object(manifest, MAX_HEADER), str(manifest))
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def check_files(folder: pathlib.Path, entries: dict[str, Any], manifest: str) -> list[str]:
+    """Compares the files of `folder` with the entries of a manifest, as `check_manifest` does."""
     problems = []
     try:
-        for name, entry in read_json_object(manifest, MAX_HEADER).items():
+        for name, entry in entries.items():
             size = entry["bytes"]
             sha256 = entry["sha256"]
             path = folder / name
@@ -52,8 +60,6 @@ def check_manifest(folder: pathlib.Path, manifest: pathlib.Path) -> list[str]:
                 problems.append(f"{name} has {path.stat().st_size} bytes, its manifest says {size}")
             elif _sha256(path) != sha256:
                 problems.append(f"{name} does not have the SHA-256 of its manifest")
-    except CheckpointError as error:
-        return [str(error)]
     # The structure is another one, or a name cannot be a file's.
     except (KeyError, TypeError, ValueError, OSError):
         return [f"{manifest} does not give the bytes and sha256 of every file"]

@@ -8,13 +8,15 @@ settings.
 
 import dataclasses
 import importlib.util
+import itertools
 import operator
+import os
 import pathlib
 from typing import Annotated, Any
 
 from mammut.core.coordination import Processes
 from mammut.core.fields import field_texts
-from mammut.training.config import TrainConfig
+from mammut.training.config import TrainConfig, fitting_warmup
 from mammut.weights.old_configs import DERIVED, MOVED
 
 
@@ -26,6 +28,8 @@ class Program:
     workdir: pathlib.Path | None = None
     # Continue the run in the folder, bit for bit.
     resume: bool = False
+    # Start afresh in a folder that holds a run; all that this run wrote is removed.
+    overwrite: bool = False
     # Compile the step and report its memory, FLOPs and traffic; nothing is trained or written.
     compile_only: bool = False
     # TPU slice to compile for with --compile-only, such as v5e:8x8; no TPU is needed.
@@ -173,6 +177,31 @@ def _in_todays_names(overrides: list[str]) -> tuple[list[str], dict[str, str]]:
     return todays, derived
 
 
+def with_fitting_warmup(config: TrainConfig, overrides: list[str]) -> list[str]:
+    """Adds a shorter warm-up where `--steps` leaves no room for that of the recipe `config`.
+
+    A warm-up that is given stays as it is.
+    """
+    steps = _value(overrides, "steps")
+    warmup = config.optimizer.warmup_steps
+    if steps is None or not steps.isdecimal():
+        return overrides
+    fitting = fitting_warmup(warmup, int(steps))
+    if fitting == warmup or _value(overrides, "optimizer.warmup_steps") is not None:
+        return overrides
+    return [*overrides, "--optimizer.warmup-steps", str(fitting)]
+
+
+def _value(overrides: list[str], name: str) -> str | None:
+    """Finds the value of the option `name`, the last one; None where it is not given."""
+    value = None
+    for arg, after in itertools.pairwise([*overrides, ""]):
+        option, equals, inline = arg.partition("=")
+        if option.startswith("--") and option[2:].replace("-", "_") == name:
+            value = inline if equals else after
+    return value
+
+
 def without(overrides: list[str], names: set[str]) -> list[str]:
     """Leaves out the options `names` and their values."""
     kept = []
@@ -217,7 +246,7 @@ def default_workdir(recipe: str, resume: bool) -> pathlib.Path:
     """
     newest = workdir = pathlib.Path("runs") / recipe
     number = 1
-    while workdir.exists():
+    while os.path.lexists(workdir):
         newest = workdir
         number += 1
         workdir = pathlib.Path("runs") / f"{recipe}-{number}"

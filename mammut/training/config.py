@@ -179,6 +179,11 @@ class OptimizerConfig:
             )
 
 
+def fitting_warmup(warmup_steps: int, steps: int) -> int:
+    """Returns the warm-up of a run of so many steps: a tenth where it would fill the whole run."""
+    return warmup_steps if warmup_steps < steps else steps // 10
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training run; the resolved config is saved beside its checkpoints.

@@ -18,10 +18,20 @@ from mammut.training.command_line import (
     default_workdir,
     load_recipe,
     parse_overrides,
+    with_fitting_warmup,
     without,
 )
-from mammut.training.config import TrainConfig
-from mammut.training.run_folder import read_run, write_run
+from mammut.training.config import TrainConfig, fitting_warmup
+from mammut.training.run_folder import (
+    clear,
+    is_unused,
+    read_run,
+    require_free,
+    require_whole,
+    write_run,
+)
+from mammut.weights.checkpoints import saved_steps
+from mammut.weights.formats.mammut_run import RUN_FILE
 from mammut.weights.model_folder import open_model
 from mammut.weights.opened import OpenedModel, model_specs
 from mammut.weights.warm_start import SIZES, VOCABULARY, Start, start_config
@@ -61,6 +71,8 @@ class Run:
     overrides: list[str]  # all overrides of the config, with those that a resumed run had already
     # The models that a run without checkpoints starts from, by the field that names each.
     starts: dict[Start, OpenedModel]
+    # Whether the run starts afresh where another one was (`--overwrite`).
+    overwrite: bool = False
 
 
 def resolve(
@@ -70,6 +82,7 @@ def resolve(
     overrides: list[str],
     *,
     resume: bool,
+    overwrite: bool = False,
 ) -> Run:
     """Finds the run that a command line asks for.
 
@@ -79,18 +92,23 @@ def resolve(
     workdir = workdir or default_workdir((recipe or default_recipe).stem, resume)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file, expected a folder or a new name")
-    used = sorted(path.name for path in workdir.iterdir()) if workdir.exists() else []
-    if resume and "run.json" not in used:
-        raise ValueError(f"there is no run to resume in {workdir}: run.json is missing")
-    if used and not resume:
-        raise ValueError(
-            f"--workdir {workdir} is not empty (it holds {used[0]}): give another, or --resume its "
-            f"run"
-        )
     if not resume:
-        config, starts = with_overrides(load_recipe(recipe or default_recipe), overrides)
-        return Run(config, workdir, overrides, starts)
+        require_free(workdir, overwrite)
+        base = load_recipe(recipe or default_recipe)
+        overrides = _with_fitting_warmup(base, overrides)
+        config, starts = with_overrides(base, overrides)
+        return Run(config, workdir, overrides, starts, overwrite)
+    if overwrite:
+        raise ValueError("--resume and --overwrite are given, expected one of them")
+    if not (workdir / RUN_FILE).exists():
+        raise ValueError(f"there is no run to resume in {workdir}: run.json is missing")
     saved, saved_overrides = read_run(workdir, resume=True)
+    if is_unused(workdir):  # there is nothing that other settings could contradict
+        base = load_recipe(recipe) if recipe else saved
+        overrides = _with_fitting_warmup(base, saved_overrides + overrides)
+        config, starts = with_overrides(base, overrides)
+        return Run(config, workdir, overrides, starts)
+    require_whole(workdir)
     base = _of_recipe(load_recipe(recipe), saved, saved_overrides) if recipe else saved
     config = parse_overrides(base, overrides)
     if changed := differences(_settings(saved), _settings(config), RESUMABLE):
@@ -98,8 +116,19 @@ def resolve(
             f"the run in {workdir} cannot go on with another config: {'; '.join(changed)} in its "
             f"run.json"
         )
-    starts = {} if _has_checkpoints(workdir) else _opened(config)
+    starts = {} if saved_steps(workdir) else _opened(config)
     return Run(config, workdir, saved_overrides + overrides, starts)
+
+
+def _with_fitting_warmup(base: TrainConfig, overrides: list[str]) -> list[str]:
+    """Adds a warm-up that fits `--steps`, and says so."""
+    fitting = with_fitting_warmup(base, overrides)
+    if fitting != overrides:
+        distributed.say(
+            f"the recipe's warm-up of {base.optimizer.warmup_steps} steps does not fit into "
+            f"--steps: it is {fitting[-1]} steps (--optimizer.warmup-steps sets it)"
+        )
+    return fitting
 
 
 def _of_recipe(recipe: TrainConfig, saved: TrainConfig, overrides: list[str]) -> TrainConfig:
@@ -139,7 +168,7 @@ def stages(run: Run) -> Iterator[Run]:
       other; or the run after the language model cannot work.
     """
     config, folder = run.config, run.workdir / "language_model"
-    if config.makes_language_model and not _has_checkpoints(run.workdir):
+    if config.makes_language_model and (run.overwrite or not saved_steps(run.workdir)):
         if jax.process_count() > 1:
             raise ValueError(
                 f"text_steps is {config.text_steps} with several processes, expected --init-text, "
@@ -155,15 +184,23 @@ def stages(run: Run) -> Iterator[Run]:
         # Errors that would come later are raised before the language model is trained.
         trained = trained_names(model_specs(config.model, config.compute), config.trainable)
         first_fitting(trained, [pattern for pattern, _ in config.optimizer.learning_rates])
+        if run.overwrite:
+            clear(run.workdir, language_model=True)
+            run = dataclasses.replace(run, overwrite=False)
         if not (folder / "manifest.json").exists():
             run.workdir.mkdir(parents=True, exist_ok=True)
-            write_run(run.workdir, config, run.overrides)  # to be resumed from here on
+            write_run(run.workdir, config, run.overrides, "begun")  # to be resumed from here on
+            if (folder / RUN_FILE).exists():
+                require_whole(folder)
             yield Run(language_config, folder, [], {})
         run = dataclasses.replace(run, starts={**run.starts, "init_text": open_model(folder)})
     yield run
 
 
 def _language_config(config: TrainConfig) -> TrainConfig:
+    warmup = fitting_warmup(config.optimizer.warmup_steps, config.text_steps)
+    if warmup != config.optimizer.warmup_steps:
+        distributed.say(f"the language model's {config.text_steps} steps warm up in {warmup}")
     return dataclasses.replace(
         config,
         task="text",
@@ -175,12 +212,10 @@ def _language_config(config: TrainConfig) -> TrainConfig:
         accumulation=1,
         model=dataclasses.replace(config.model, adapters=()),
         data=dataclasses.replace(config.data, prompt="{}"),
-        optimizer=dataclasses.replace(config.optimizer, learning_rates=(), decay_steps=None),
+        optimizer=dataclasses.replace(
+            config.optimizer, warmup_steps=warmup, learning_rates=(), decay_steps=None
+        ),
     )
-
-
-def _has_checkpoints(workdir: pathlib.Path) -> bool:
-    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
 def _opened(config: TrainConfig) -> dict[Start, OpenedModel]:

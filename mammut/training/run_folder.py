@@ -1,30 +1,228 @@
-"""The folder of a run: its config and data position."""
+"""The folder of a run: its config, its state and its data position.
+
+`run.json` says what the folder is:
+
+  begun    the run has saved no step: the folder counts as unused
+  running  it has saved a step, and goes on from the newest one
+  done     the folder holds the model of its last step, too
+
+The run.json of an earlier version has no state.
+"""
 
 import collections
+import contextlib
 import operator
+import os
 import pathlib
-from typing import Any
+import re
+import shutil
+from typing import Any, Literal, get_args
 
 from mammut.core import distributed
 from mammut.core.fields import to_dict
-from mammut.core.files import read_json_object, remove_partial_files, write_json
+from mammut.core.files import (
+    check_files,
+    make_manifest,
+    read_json_object,
+    remove_partial_files,
+    write_json,
+)
 from mammut.data.processor import Processor
 from mammut.training.config import TrainConfig
+from mammut.weights.checkpoints import saved_steps
 from mammut.weights.files.tensor_file import CheckpointError
 from mammut.weights.formats.mammut_folder import MANIFEST_FILE
-from mammut.weights.formats.mammut_run import RUN_FILE
+from mammut.weights.formats.mammut_run import RUN_FILE, read_run_file
+from mammut.weights.formats.open_clip_folder import CONFIG_FILE as OPEN_CLIP_FILE
 from mammut.weights.old_configs import MOVED, upgraded
 from mammut.weights.opened import read_config
 
+State = Literal["begun", "running", "done"]
 
-def write_run(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) -> None:
+# What a run writes, by the folder that it lies in. README.md is not among it: a user may edit it.
+_WRITTEN = {
+    "checkpoints": re.compile(r"[0-9]+(\.orbax-checkpoint-tmp.*)?"),
+    "checkpoint_manifests": re.compile(r"[0-9]+\.json"),
+    "frozen": re.compile(r"frozen\.safetensors|manifest\.json|\.partial"),
+    "eval": re.compile(r"\w+_val\.(predictions\.jsonl|json)"),
+    "tensorboard": re.compile(r"events\.out\.tfevents\..*"),
+    "": re.compile(
+        r"metrics\.jsonl|report\.html|config\.json|manifest\.json|processor\.json|\.partial|"
+        r"tokenizer\.(model|txt\.gz|json)|tokenizer_config\.json|"
+        r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    ),
+}
+_LANGUAGE_MODEL = "language_model"
+
+
+def write_run(
+    workdir: pathlib.Path,
+    config: TrainConfig,
+    overrides: list[str],
+    state: State | None = None,
+    processor: Processor | None = None,
+) -> None:
     """Writes `run.json`: the resolved config and its overrides.
 
     The overrides come from the command line.
 
     The overrides are part of the config; a run that is resumed with a recipe applies them again.
+
+    Args:
+      workdir: the folder of the run.
+      config: the config of the run.
+      overrides: the overrides that are part of it.
+      state: what the folder is; None: as a run.json of an earlier version, which does not say.
+      processor: the processor that is saved in the folder, whose files the run needs.
     """
-    write_json(workdir / RUN_FILE, {"config": to_dict(config), "overrides": overrides})
+    run = {"config": to_dict(config), "overrides": overrides}
+    if state is not None:
+        run["state"] = state
+    if processor is not None:
+        names = ["processor.json", *processor.tokenizer.files]
+        run["processor"] = make_manifest(workdir, [workdir / name for name in names])
+    write_json(workdir / RUN_FILE, run)
+
+
+def write_state(workdir: pathlib.Path, state: State, *, after: State | None = None) -> None:
+    """Changes the state in `run.json`; with `after`, only where it is that one."""
+    run = read_json_object(workdir / RUN_FILE)
+    if after is None or run.get("state") == after:
+        write_json(workdir / RUN_FILE, run | {"state": state})
+
+
+def is_unused(workdir: pathlib.Path) -> bool:
+    """Whether a run has begun in the folder and left no step.
+
+    Its language model (`TrainConfig.text_steps`) has left none, either.
+    """
+    language_model = workdir / _LANGUAGE_MODEL
+    return (
+        _state(workdir) == "begun"
+        and not saved_steps(workdir)
+        and not saved_steps(language_model)
+        and not (language_model / MANIFEST_FILE).exists()
+    )
+
+
+def is_fresh(workdir: pathlib.Path) -> bool:
+    """Whether the run in the folder starts at step 0, with a new processor."""
+    if saved_steps(workdir):
+        return False
+    return _state(workdir) == "begun" or not (workdir / "processor.json").exists()
+
+
+def _state(workdir: pathlib.Path) -> State | None:
+    """Reads the state of a folder; None where there is no run, or one of an earlier version.
+
+    Raises:
+      CheckpointError: `run.json` holds another state.
+    """
+    path = workdir / RUN_FILE
+    if not path.exists():
+        return None
+    state = read_json_object(path).get("state")
+    if state is not None and state not in get_args(State):
+        raise CheckpointError(
+            f"{path} has the state {state!r}, expected one of {', '.join(get_args(State))}"
+        )
+    return state
+
+
+def require_free(workdir: pathlib.Path, overwrite: bool) -> None:
+    """Checks that a fresh run may start in a folder.
+
+    Files of names that no run writes, such as train.log or lost+found, are nobody's business.
+
+    Raises:
+      ValueError: the folder holds a run or a model, or with `overwrite` something else.
+    """
+    names = sorted(path.name for path in workdir.iterdir()) if workdir.exists() else []
+    ours = {RUN_FILE, _LANGUAGE_MODEL, *_WRITTEN}
+    used = [name for name in names if name in ours or _WRITTEN[""].fullmatch(name)]
+    if OPEN_CLIP_FILE in names:
+        raise ValueError(f"--workdir {workdir} holds {OPEN_CLIP_FILE} of another model")
+    if not used:
+        return
+    if overwrite and RUN_FILE not in names:
+        raise ValueError(
+            f"--overwrite is given, but {workdir} (it holds {used[0]}) is no run: run.json is "
+            "missing"
+        )
+    if not (overwrite or is_unused(workdir)):
+        raise ValueError(
+            f"--workdir {workdir} is not empty (it holds {used[0]}): give another, or --resume its "
+            "run, or --overwrite it"
+        )
+    linked = [name for name in _WRITTEN if name and (workdir / name).is_symlink()]
+    if linked:  # what lies there may be of other runs, too
+        raise ValueError(f"{workdir / linked[0]} is a link, which a fresh run does not empty")
+    _require_folders(workdir)
+
+
+def _require_folders(workdir: pathlib.Path) -> None:
+    """Checks early that nothing stands where a run saves later."""
+    for name in filter(None, _WRITTEN):
+        path = workdir / name
+        usable = path.is_dir() and os.access(path, os.W_OK | os.X_OK)
+        if os.path.lexists(path) and not usable:
+            raise ValueError(f"{path} is no folder that can be written to, which the run needs")
+
+
+def require_whole(workdir: pathlib.Path) -> None:
+    """Checks that a folder has what its `run.json` says that the run needs.
+
+    Raises:
+      CheckpointError: its checkpoints are gone; or its processor is gone, or another one.
+      ValueError: a file stands in place of a folder, or one cannot be written to.
+    """
+    run = read_json_object(workdir / RUN_FILE)
+    state = _state(workdir)
+    if state is None and (workdir / MANIFEST_FILE).exists():
+        state = "done"
+    if not saved_steps(workdir):
+        if state in ("running", "done"):
+            raise CheckpointError(
+                f"the run in {workdir} is {state}, but {workdir / 'checkpoints'} has none of its "
+                "steps: put them back, or start afresh with --overwrite"
+            )
+        return
+    needed = run.get("processor", {})
+    if not isinstance(needed, dict):
+        raise CheckpointError(f"{workdir / RUN_FILE} has a processor that is not an object")
+    problems = check_files(workdir, needed, str(workdir / RUN_FILE))
+    if not (needed or (workdir / "processor.json").exists()):
+        problems = ["processor.json is missing"]
+    if problems:
+        raise CheckpointError(
+            f"the run in {workdir} needs the processor that it began with: {'; '.join(problems)}"
+        )
+    _require_folders(workdir)
+
+
+def clear(workdir: pathlib.Path, *, language_model: bool) -> None:
+    """Removes what a run has written, by the names; run.json stays, to be replaced.
+
+    With `language_model`, that of the run's language model is removed, too.
+    """
+    for name, pattern in _WRITTEN.items():
+        folder = workdir / name
+        if name and (folder.is_symlink() or not folder.is_dir()):
+            continue
+        for path in list(folder.iterdir()):
+            if not pattern.fullmatch(path.name):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        if name:
+            with contextlib.suppress(OSError):  # a stranger's file is in it
+                folder.rmdir()
+    folder = workdir / _LANGUAGE_MODEL
+    if language_model and (folder / RUN_FILE).exists():
+        clear(folder, language_model=False)
+        (folder / RUN_FILE).unlink()
 
 
 def read_run(workdir: pathlib.Path, *, resume: bool = False) -> tuple[TrainConfig, list[str]]:
@@ -39,11 +237,7 @@ def read_run(workdir: pathlib.Path, *, resume: bool = False) -> tuple[TrainConfi
         layer norms without a bias, which version 0.1 could train.
     """
     path = workdir / RUN_FILE
-    run = read_json_object(path)
-    if run.keys() != {"config", "overrides"}:
-        raise CheckpointError(
-            f"{path} is not a run's config, expected the keys config and overrides"
-        )
+    run = read_run_file(workdir)
     overrides = run["overrides"]
     if not (isinstance(overrides, list) and all(isinstance(item, str) for item in overrides)):
         raise CheckpointError(f"{path} has overrides that are not a list of texts")
@@ -89,11 +283,13 @@ def claim_folder(
     overrides: list[str],
     processor: Processor,
     fresh: bool,
+    overwrite: bool = False,
 ) -> None:
     """Makes a folder the folder of a run, on process 0.
 
     It does so only when no process refuses anything. What a killed process left half-written there
-    is removed.
+    is removed; in the folder of a fresh run, also what a run without a step has left there, or with
+    `overwrite` any run.
 
     Raises:
       ValueError: this process does not see the folder.
@@ -104,18 +300,38 @@ def claim_folder(
         for folder in (workdir, workdir / "checkpoint_manifests"):
             remove_partial_files(folder)
     if distributed.first() and fresh:
+        clear(workdir, language_model=overwrite)
         processor.save(workdir)
-        write_run(workdir, config, overrides)
+        write_run(workdir, config, overrides, "begun", processor)
     distributed.barrier("the folder is made")
     require_shared(workdir)
 
 
-def renew_folder(workdir: pathlib.Path, config: TrainConfig, overrides: list[str]) -> None:
-    """Renews the folder of a resumed run, on process 0."""
+def renew_folder(
+    workdir: pathlib.Path,
+    config: TrainConfig,
+    overrides: list[str],
+    processor: Processor,
+    start: int,
+) -> None:
+    """Renews the folder of a run that is resumed at step `start`, on process 0.
+
+    It says so where another number of steps changes the learning rate from there on.
+    """
     if not distributed.first():
         return
+    old_steps = read_run(workdir)[0].steps
+    optimizer = config.optimizer
+    is_fixed = optimizer.schedule == "constant" or optimizer.decay_steps is not None
+    if config.steps != old_steps and not is_fixed:
+        distributed.say(
+            f"steps is {config.steps}, it was {old_steps}: from step {start} on the learning rate "
+            f"follows the {optimizer.schedule} schedule that reaches 0 at step {config.steps}, not "
+            f"at {old_steps}"
+        )
     # The changed settings of a resumed run are kept for later.
-    write_run(workdir, config, overrides)
+    state = "running" if saved_steps(workdir) else "begun"
+    write_run(workdir, config, overrides, state, processor)
     # Until the run is done again, the newest checkpoint has the model, not the folder that an
     # earlier end exported.
     (workdir / MANIFEST_FILE).unlink(missing_ok=True)

@@ -98,6 +98,25 @@ class Trainer:
     model: Callable[[Params], MaMMUT]
 
 
+def require_precise(params: Params) -> None:
+    """Checks that no parameter that is trained is stored in bfloat16.
+
+    bfloat16 has 8 significant bits: an update of less than 1/512 of a number leaves it as it is,
+    and most updates are that small.
+
+    Raises:
+      ValueError: one is.
+    """
+    names = [name for name, param in by_name(params).items() if param.dtype == jnp.bfloat16]
+    if names:
+        raise ValueError(
+            f"{names[0]} is trained and stored in bfloat16 (as {len(names)} in all), in which most "
+            "updates are lost to rounding: expected float32 in compute.param_dtype and "
+            "compute.text_param_dtype, with compute.dtype bfloat16 for the products; only frozen "
+            "parameters may be stored in bfloat16"
+        )
+
+
 def make_trainer(config: TrainConfig, task: Task, mesh: Mesh) -> Trainer:
     """Builds the pieces of a run, without computing anything.
 

@@ -2,16 +2,22 @@
 
 The checkpoints are Orbax steps. Each is atomic, and its metadata has the position in the data.
 Orbax restores a flipped bit silently. Each step therefore has a manifest of checksums, too, and
-`restore` falls back to the newest step that passes. The frozen parameters are the same in all
-checkpoints: they are written once, as safetensors with a manifest, to `frozen/`.
+`restore` falls back to the newest step that passes. A step that a killed run has finished without
+its manifest passes if it can be read. The frozen parameters are the same in all checkpoints: they
+are written once, as safetensors with a manifest, to `frozen/`.
 """
 
+import contextlib
 import dataclasses
+import itertools
+import json
 import logging
 import os
 import pathlib
+import re
 import threading
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -31,6 +37,15 @@ _log = logging.getLogger(__name__)
 
 _FROZEN_FILE = "frozen.safetensors"
 _FROZEN_MANIFEST = "manifest.json"
+_STEP = re.compile(r"[0-9]+")
+_MANIFEST = re.compile(r"([0-9]+)\.json")
+_Loaded = TypeVar("_Loaded")
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """Lists the steps under `workdir/checkpoints` by their folders' names, without reading them."""
+    folders = (workdir / "checkpoints").glob("*")
+    return sorted(int(x.name) for x in folders if _STEP.fullmatch(x.name) and x.is_dir())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,30 +69,45 @@ class Checkpoints:
 
     Args:
       workdir: the folder of the run.
-      keep: how many of the newest checkpoints are kept; None: all.
-      cleanup: removes what a killed run left half-written. Only the run itself may ask for it: a
-        reader would remove what the run is writing.
+      keep: how many of the newest checkpoints are kept; None: all. One more is there between two
+        saves: the next save removes it, once the newest has its checksums.
+      cleanup: removes what a killed run left half-written, and adds checksums that it left out.
+        Only the run itself may ask for it: a reader would remove what the run is writing.
+      saved: called on process 0, in the background, when a step and its checksums are written.
 
     Raises:
       CheckpointError: Orbax cannot open the folder, since a step is damaged.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int | None, *, cleanup: bool = False):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        keep: int | None,
+        *,
+        cleanup: bool = False,
+        saved: Callable[[], None] | None = None,
+    ):
         from orbax.checkpoint import v1 as ocp
 
         logging.getLogger("absl").setLevel(logging.WARNING)  # at INFO, Orbax logs every file
+        logging.getLogger("absl").addFilter(_without_traceback)  # Orbax raises these errors, too
         self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self._frozen = self._folder.parent / "frozen"
         self._manifests = self._folder.parent / "checkpoint_manifests"
-        latest = ocp.training.preservation_policies.LatestN(keep)
+        self._keep = keep
+        self._owned = cleanup
+        self._saved = saved
+        # Orbax keeps all: it would remove an old step before the new one has its checksums.
+        all_steps = ocp.training.preservation_policies.PreserveAll()
         try:
             self._checkpointer = ocp.training.Checkpointer(
-                self._folder, preservation_policy=latest, cleanup_tmp_directories=cleanup
+                self._folder, preservation_policy=all_steps, cleanup_tmp_directories=cleanup
             )
         except ValueError as error:  # Orbax reads a little of every step here
-            manifests = sorted(self._manifests.glob("*.json"))
             damaged = [
-                path.stem for path in manifests if check_manifest(self._folder / path.stem, path)
+                str(step)
+                for step, path in self._manifest_files().items()
+                if check_manifest(self._folder / str(step), path)
             ]
             raise CheckpointError(
                 f"{self._folder} cannot be opened ({error}): "
@@ -86,7 +116,8 @@ class Checkpoints:
         # Steps newer than the one restored: they are damaged or unchecked.
         self._left_behind: list[int] = []
         self._writing: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: OSError | None = None
+        self._has_saved = False
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -94,8 +125,11 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         # Once this process has failed, a write that needs the other processes, too, may never end:
         # the step is left half-written.
-        if kind is None or jax.process_count() == 1:
+        if kind is None:
             self.close()
+        elif jax.process_count() == 1:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                self.close()
 
     @property
     def steps(self) -> list[int]:
@@ -106,7 +140,8 @@ class Checkpoints:
         """Saves one step.
 
         The first save of a run also writes the frozen parameters, before it returns. A second save
-        of a step does nothing. An error of an earlier background write is raised here.
+        of a step does nothing. An error of an earlier background write is raised here, unless
+        `poll` has raised it.
 
         Args:
           step: the number of the step.
@@ -119,6 +154,7 @@ class Checkpoints:
         self._left_behind = []
         if step in self.steps:
             return
+        self._remove_old()
         # Either all processes have to take part or none, so they use the list of process 0: the
         # list of another process may be a moment older.
         if state.frozen:
@@ -132,6 +168,7 @@ class Checkpoints:
         response = self._checkpointer.save_checkpointables_async(
             step, saved, custom_metadata={"data": data}
         )
+        self._has_saved = True
         self._writing = threading.Thread(target=self._finish, args=(step, response), daemon=True)
         self._writing.start()
 
@@ -139,13 +176,35 @@ class Checkpoints:
         try:
             response.result()
             if distributed.first():  # Orbax has waited for all processes
-                folder = self._folder / str(step)
-                write_json(self._manifests / f"{step}.json", make_manifest(folder, _files(folder)))
-                for manifest in self._manifests.glob("*.json"):
-                    if int(manifest.stem) not in self.steps:
-                        manifest.unlink()
+                self._write_manifest(step)
+                if self._saved:
+                    self._saved()
         except BaseException as error:
-            self._error = error  # the next wait() raises the error
+            self._error = OSError(f"step {step} could not be saved: {_reason(error)}")
+            self._error.__cause__ = error
+
+    def _write_manifest(self, step: int) -> None:
+        folder = self._folder / str(step)
+        self._manifests.mkdir(parents=True, exist_ok=True)
+        write_json(self._manifests / f"{step}.json", make_manifest(folder, _files(folder)))
+
+    def _manifest_files(self) -> dict[int, pathlib.Path]:
+        """Finds the manifests by their step; files of other names are not ours."""
+        found = {}
+        for path in sorted(self._manifests.glob("*.json")):
+            if match := _MANIFEST.fullmatch(path.name):
+                found[int(match[1])] = path
+        return found
+
+    def _remove_old(self) -> None:
+        """Removes all but the newest `keep` steps; all of them are whole."""
+        if self._keep is not None:
+            for old in self.steps[: -self._keep]:
+                self._checkpointer.delete(old, missing_ok=True)
+        if distributed.first():
+            for step, manifest in self._manifest_files().items():
+                if step not in self.steps:
+                    manifest.unlink(missing_ok=True)
 
     def _save_frozen(self, frozen: Any) -> None:
         specs, read = host_tensors(by_name(frozen))
@@ -167,8 +226,17 @@ class Checkpoints:
             )
         return open_tensors(self._frozen / _FROZEN_FILE)
 
+    def poll(self) -> None:
+        """Raises the error of a background write that has failed; waits for nothing."""
+        if self._error is not None:
+            self.wait()
+
     def wait(self) -> None:
-        """Waits for the background write, and raises its error."""
+        """Waits for the background write, and raises its error.
+
+        Raises:
+          OSError: the step could not be saved, for example since the disk is full.
+        """
         if self._writing is not None:
             self._writing.join()
             self._writing = None
@@ -180,6 +248,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the background write, then closes the folder."""
         self.wait()
+        if self._has_saved:
+            self._remove_old()
         self._checkpointer.close()
 
     def restore(self, abstract_state: Any) -> Restored:
@@ -192,27 +262,27 @@ class Checkpoints:
           CheckpointError: there is no good checkpoint, or the saved state is of another model or
             optimizer.
         """
-        # One process reads all files for their checksums; all processes restore the same step.
-        step = int(
-            distributed.broadcast_from_first("restored", lambda: str(self._newest_good()).encode())
-        )
-        saved = self._checkpointer.checkpointables_metadata(step)
         changing = _changing(abstract_state)
-        if problems := _mismatches(saved.metadata["state"], changing):
-            raise CheckpointError(
-                f"{self._folder / str(step)} does not fit this run's model and optimizer: "
-                f"{'; '.join(problems)}"
-            )
+
+        def load(step: int) -> tuple[Any, Any]:
+            saved = self._checkpointer.checkpointables_metadata(step)
+            if problems := _mismatches(saved.metadata["state"], changing):
+                raise CheckpointError(
+                    f"{self._folder / str(step)} does not fit this run's model and optimizer: "
+                    f"{'; '.join(problems)}"
+                )
+            loaded = self._checkpointer.load_checkpointables(step, {"state": changing})
+            return loaded["state"], saved.custom_metadata["data"]
+
+        # One process reads all files for their checksums; all processes restore the same step.
+        step, (state, data) = self._newest_good(_of_first(self._candidates()), load)
         frozen = {}
         if abstract_state.frozen:
             frozen = self._restore_frozen(abstract_state.frozen)
-        loaded = self._checkpointer.load_checkpointables(step, {"state": changing})
         self._left_behind = [newer for newer in self.steps if newer > step]
-        return Restored(
-            step,
-            abstract_state.replace(**loaded["state"], frozen=frozen),
-            saved.custom_metadata["data"],
-        )
+        if self._owned and distributed.first() and step not in self._manifest_files():
+            self._write_manifest(step)
+        return Restored(step, abstract_state.replace(**state, frozen=frozen), data)
 
     def _restore_frozen(self, abstract: Any) -> Any:
         # One process reads the file for its checksum.
@@ -244,40 +314,85 @@ class Checkpoints:
         """
         from orbax.checkpoint import v1 as ocp
 
-        step = self._newest_good()
-        saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]["params"]
-        abstract = {"params": jax.tree.map(lambda x: np.empty(x.shape, x.dtype), saved)}
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            loaded = self._checkpointer.load_checkpointables(step, {"state": abstract})
-        params = by_name(loaded["state"]["params"])
+        def load(step: int) -> dict[str, np.ndarray]:
+            saved = self._checkpointer.checkpointables_metadata(step).metadata["state"]["params"]
+            abstract = {"params": jax.tree.map(lambda x: np.empty(x.shape, x.dtype), saved)}
+            context = ocp.Context()
+            context.pytree.loading.partial_load = True
+            with context:
+                loaded = self._checkpointer.load_checkpointables(step, {"state": abstract})
+            return by_name(loaded["state"]["params"])
+
+        _, params = self._newest_good(self._candidates(), load)
         if self._frozen.exists():
             file = self._open_frozen(self._frozen_problems())
             params |= {name: file.read(name) for name in file.specs}
         return params
 
-    def _newest_good(self) -> int:
-        steps = self.steps
-        unchecked = []
-        for step in reversed(steps):
-            manifest = self._manifests / f"{step}.json"
-            if not manifest.exists():
-                # The run was killed between the step and its checksums.
-                unchecked.append(step)
-            elif problems := check_manifest(self._folder / str(step), manifest):
+    def _newest_good(
+        self, candidates: Iterator[tuple[int, bool]], load: Callable[[int], _Loaded]
+    ) -> tuple[int, _Loaded]:
+        """Loads the newest good step."""
+        for step, checked in candidates:
+            if checked:
+                return step, load(step)
+            try:
+                loaded = load(step)
+            except Exception as error:
+                message = (
+                    f"checkpoint {step} has no checksums and cannot be read ({_reason(error)})"
+                )
+                if jax.process_count() > 1:  # the others may have read their part
+                    raise CheckpointError(
+                        f"{message}: remove {self._folder / str(step)}"
+                    ) from error
+                _log.warning("%s: trying the one before", message)
+            else:
+                _log.warning(
+                    "checkpoint %d has no checksums, as the run was killed before they were "
+                    "written: it can be read, and is used",
+                    step,
+                )
+                return step, loaded
+        damaged = ""
+        if self.steps:
+            damaged = f": all of {self.steps} are damaged"
+        raise CheckpointError(f"{self._folder} holds no good checkpoint{damaged}")
+
+    def _candidates(self) -> Iterator[tuple[int, bool]]:
+        """Lists the steps that may be good, newest first, and whether checksums say so."""
+        manifests = self._manifest_files()
+        for step in reversed(self.steps):
+            if step not in manifests:
+                yield step, False
+            elif problems := check_manifest(self._folder / str(step), manifests[step]):
                 _log.warning(
                     "checkpoint %d is damaged (%s): trying the one before", step, problems[0]
                 )
             else:
-                return step
-        if unchecked:
-            _log.warning("checkpoint %d has no checksums and is used unchecked", unchecked[0])
-            return unchecked[0]
-        damaged = ""
-        if steps:
-            damaged = f": all of {steps} are damaged"
-        raise CheckpointError(f"{self._folder} holds no good checkpoint{damaged}")
+                yield step, True
+
+
+def _of_first(candidates: Iterator[tuple[int, bool]]) -> Iterator[tuple[int, bool]]:
+    """Lists the candidates of process 0, on every process."""
+    for number in itertools.count():
+        candidate = json.loads(
+            distributed.broadcast_from_first(
+                f"restored/{number}", lambda: json.dumps(next(candidates, None)).encode()
+            )
+        )
+        if candidate is None:
+            return
+        yield candidate
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the beginning of an error's text; Orbax writes whole pages."""
+    return (str(error) or type(error).__name__).splitlines()[0][:500]
 
 
 def _changing(state: Any) -> dict[str, Any]:

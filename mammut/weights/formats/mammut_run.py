@@ -7,6 +7,7 @@ A run that has ended is a model folder (`mammut_folder`).
 
 import os
 import pathlib
+from typing import Any
 
 from mammut.core.files import read_json_object
 from mammut.models.compute import ComputeConfig
@@ -53,6 +54,21 @@ def open_model(folder: pathlib.Path, *, image_size: int | None = None) -> Opened
     return OpenedModel(config, tensors, processor, str(folder), compute=compute)
 
 
+def read_run_file(folder: pathlib.Path) -> dict[str, Any]:
+    """Reads `run.json`: `config` and `overrides`, of newer versions also `state` and `processor`.
+
+    Raises:
+      CheckpointError: the file is missing, or has other keys than a run's.
+    """
+    path = folder / RUN_FILE
+    run = read_json_object(path)
+    if not {"config", "overrides"} <= run.keys() <= {"config", "overrides", "state", "processor"}:
+        raise CheckpointError(
+            f"{path} is not a run's config, expected the keys config and overrides"
+        )
+    return run
+
+
 def read_configs(folder: pathlib.Path) -> tuple[ModelConfig, ComputeConfig, tuple[str, ...]]:
     """Reads the model and compute configs in `run.json`.
 
@@ -63,12 +79,7 @@ def read_configs(folder: pathlib.Path) -> tuple[ModelConfig, ComputeConfig, tupl
       CheckpointError: the file is missing, has other keys than a run's, or holds no `ModelConfig`.
     """
     path = folder / RUN_FILE
-    run = read_json_object(path)
-    if run.keys() != {"config", "overrides"}:
-        raise CheckpointError(
-            f"{path} is not a run's config, expected the keys config and overrides"
-        )
-    config = run["config"]
+    config = read_run_file(folder)["config"]
     if not isinstance(config, dict) or "model" not in config:
         raise CheckpointError(
             f"{path} is not a run's config, expected the key config with an object that has model"
