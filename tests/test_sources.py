@@ -3,6 +3,7 @@
 import collections
 import copy
 import json
+import os
 import pathlib
 import re
 
@@ -13,6 +14,7 @@ from PIL import Image
 from mammut.data import sources
 from mammut.data.config import Field
 from mammut.data.examples import BadExample, Example, Question, Source
+from mammut.evaluation.predictions import Predictions
 
 
 def open_set(spec: str, field: Field = "captions", **options) -> Source:
@@ -554,7 +556,34 @@ def asked(**question) -> dict:
             "missing field",
             "a list of objects with a question and answers",
         ),
-        ("qa", asked(answers="so"), "missing field", "answers 'so', expected a list of texts"),
+        ("qa", asked(answers={"so": 1}), "missing field", "answers {'so': 1}, expected a list"),
+        ("qa", asked(answer=2), "missing field", "answers 2, expected a list of texts"),
+        ("qa", asked(question="\0\u200b"), "missing field", "for a question, expected a text"),
+        (
+            "name",
+            {"file": "1.png", "name": "\0\0"},
+            "missing field",
+            "for its name, expected a text",
+        ),
+        ("captions", {"file": "1.png", "captions": "\u200b"}, "no caption", "has no caption"),
+        (
+            "captions",
+            {"file": "1.png", "captions": ["\0\0", "\ufeff "]},
+            "no caption",
+            "no caption",
+        ),
+        (
+            "captions",
+            {"file": "1.png", "sentences": ["x"], "url": 3},
+            "missing field",
+            """has no "captions", its fields are 'file', 'sentences', 'url'""",
+        ),
+        (
+            "captions",
+            {"picture": "1.png", "captions": ["x"]},
+            "missing field",
+            """has no "file", its fields are 'picture', 'captions'""",
+        ),
         ("qa", asked(answers=[2]), "missing field", "2 for an answer, expected a text"),
         ("qa", asked(answers=2), "missing field", "answers 2, expected a list of texts"),
         (
@@ -601,6 +630,69 @@ def test_a_line_without_the_field_says_what_is_wrong(tmp_path, field, line, caus
         one_line(tmp_path, line, field)
     assert bad.value.cause == cause
     assert "set.jsonl, line 1 " in str(bad.value) and "\n" not in str(bad.value)
+
+
+@pytest.mark.parametrize("name", ["file", "image", "file_name", "filename", "image_path", "path"])
+def test_the_names_that_sets_give_to_the_image_are_taken(tmp_path, name):
+    example = one_line(tmp_path, {name: "a/1.png", "captions": ["x"]}, "captions")
+    assert (example.image, example.key) == (tmp_path / "a/1.png", "a/1.png")
+
+
+@pytest.mark.parametrize(
+    ("field", "line", "expected"),
+    [
+        ("captions", {"captions": "x"}, [("", "x")]),
+        ("captions", {"caption": "x"}, [("", "x")]),
+        ("captions", {"caption": ["x", "y"]}, [("", "x"), ("", "y")]),
+        ("captions", {"text": "x"}, [("", "x")]),
+        ("captions", {"captions": ["x"], "caption": "y", "text": "z"}, [("", "x")]),
+        ("captions", {"captions": ["\0", "x\u200by", "\u200b"]}, [("", "x\u200by")]),
+        ("name", {"label": "cat"}, [("", "cat")]),
+        ("name", {"class": "cat"}, [("", "cat")]),
+        ("qa", {"qa": [{"question": "why?", "answer": "so"}]}, [("why?", "so")]),
+        ("qa", {"qa": [{"question": "why?", "answers": "so"}]}, [("why?", "so")]),
+        (
+            "qa",
+            {"qa": [{"question": "why?", "answers": [{"answer": "so", "answer_id": 1}]}]},
+            [("why?", "so")],
+        ),
+        ("qa", {"question": "why?", "answer": "so", "question_id": 7}, [("why?", "so")]),
+        ("qa", {"question": "why?", "answers": ["so", "\u200b"]}, [("why?", "so")]),
+    ],
+)
+def test_the_names_that_sets_give_to_texts_are_taken(tmp_path, field, line, expected):
+    assert one_line(tmp_path, {"file": "1.png", **line}, field).pairs == expected
+
+
+def test_files_of_macos_beside_a_jsonl_are_not_taken_for_one(tmp_path):
+    write(tmp_path / "set.jsonl", {"file": "1.png", "captions": ["x"]})
+    (tmp_path / "._set.jsonl").write_bytes(b"\0\5\x16\7")
+    assert open_set(f"jsonl:{tmp_path}")[0].captions == ["x"]
+
+
+def test_names_that_are_not_utf8_are_read_told_apart_and_saved(tmp_path):
+    names = [os.fsdecode(b"caf\xe9.png"), os.fsdecode(b"caf\xe8.png"), "café.png"]
+    for name in names:
+        picture(tmp_path / name)
+    lines = [
+        {"file": name, "qa": [{"question": "why?", "question_id": f"{name}?"}]} for name in names
+    ]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    spec = f"jsonl:{tmp_path}/set.jsonl"
+    examples = list(open_set(spec, "qa"))
+    assert [example.key for example in examples] == [
+        "caf\\udce9.png",
+        "caf\\udce8.png",
+        "café.png",
+    ]
+    assert all(example.image.is_file() for example in examples)
+    records = [
+        {"id": question.id, "key": example.key} for example in examples for question in example.qa
+    ]
+    # A path on the command line comes as Python decodes it.
+    made = Predictions("vqa", records, os.fsdecode(b"jsonl:\xe9.jsonl"), "runs/tiny")
+    made.save(tmp_path / "made.predictions.jsonl")
+    assert Predictions.load(tmp_path / "made.predictions.jsonl") == made
 
 
 # Prepared sets

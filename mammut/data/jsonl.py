@@ -7,8 +7,8 @@ import weakref
 
 import numpy as np
 
-from mammut.data.examples import BadExample, Example, Source, SourceOptions
-from mammut.data.records import make_example, parse_object
+from mammut.data.examples import Example, Source, SourceOptions
+from mammut.data.records import file_of, make_example, parse_object, value_of
 
 
 class JsonlSource(Source):
@@ -44,16 +44,9 @@ class JsonlSource(Source):
         where = f"{self._path}, line {self._numbers[index]}"
         start, end = self._bounds[index : index + 2].tolist()
         record = parse_object(os.pread(self._file, end - start, start), where)
-        file = record.get("file")
-        if not isinstance(file, str) or not file:
-            video = ""
-            if "frames" in record:
-                video = ", but the frames of a video, which cannot be read yet"
-            raise BadExample(f'{where} has no "file"{video}', "missing field")
-        if self._field not in record:
-            raise BadExample(f'{where} has no "{self._field}"', "missing field")
-        image = self._path.parent / file
-        return make_example(image, file, self._field, record[self._field], where)
+        file = file_of(record, where)
+        value = value_of(record, self._field, where)
+        return make_example(self._path.parent / file, file, self._field, value, where)
 
 
 def _file(spec: str, path: pathlib.Path) -> pathlib.Path:
@@ -62,7 +55,8 @@ def _file(spec: str, path: pathlib.Path) -> pathlib.Path:
     It is `path` itself, or the only `.jsonl` file in the folder `path`.
     """
     if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
+        # macOS puts `._NAME` beside a file on other file systems.
+        files = [file for file in sorted(path.glob("*.jsonl")) if not file.name.startswith(".")]
         if len(files) != 1:
             raise ValueError(
                 f"data source {spec!r} is a folder with {len(files)} .jsonl files, expected one"
