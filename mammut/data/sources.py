@@ -35,6 +35,7 @@ A slice may follow: `[1000:]`, `[:90%]`, or `[::5]`, every fifth example; `[!::5
 others.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -91,6 +92,8 @@ def open_source(
         format, or does not have the field.
     """
     whole, others, start, stop, step = _SPEC.fullmatch(spec).groups()
+    if os.path.exists(os.path.expanduser(spec.partition(":")[2])):
+        whole, others, start, stop, step = spec, *[None] * 4  # a path that ends like a slice
     name, _, rest = whole.partition(":")
     kind = KINDS.get(name)
     if kind is None or not re.fullmatch(kind.pattern, rest, re.DOTALL):
