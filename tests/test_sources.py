@@ -869,6 +869,79 @@ def test_captions_of_tensorflow_datasets_own_coco(prepared):
     )
 
 
+@pytest.fixture
+def greys(prepared, tmp_path):
+    """A prepared set of 20 captions, and its one shard."""
+    _, texts, features = tfds_features()
+    rows = [
+        {"captions": [f"level {n}"], "image/filename": b"caf\xe9%d.png" % (n % 10)}
+        for n in range(20)
+    ]
+    source = prepared(
+        {"captions": texts, "image/filename": features.Text()}, rows, field="captions"
+    )
+    (shard,) = (tmp_path / "prepared/1.0.0").glob("*.array_record*")
+    return source, shard
+
+
+def test_a_damaged_record_is_a_bad_example_and_the_others_are_read(greys, tmp_path):
+    _, shard = greys
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"level 7")] ^= 1
+    shard.write_bytes(content)
+    source = open_set("tfds:prepared/val", tfds_dir=str(tmp_path))
+    for index in range(20):
+        if index == 7:
+            with pytest.raises(BadExample, match="val, example 7 cannot be read: Corrupted") as bad:
+                source[index]
+            assert bad.value.cause == "corrupt record" and "\n" not in str(bad.value)
+        else:
+            assert source[index].captions == [f"level {index}"]
+    assert list(sources.texts(source)) == [f"level {n}" for n in range(20) if n != 7]
+
+
+def test_a_shard_that_is_not_whole_is_refused_at_the_start(greys, tmp_path):
+    _, shard = greys
+    whole = shard.read_bytes()
+    for content in (
+        b"",
+        whole[:100],
+        whole[: len(whole) // 2],
+        whole[:-1],
+        whole[:-5000],
+        whole + bytes(9),
+        bytes(len(whole)),
+    ):
+        shard.write_bytes(content)
+        said = refusal("tfds:prepared/val", tfds_dir=str(tmp_path))
+        assert shard.name in said and "missing, cut short or damaged" in said
+    shard.unlink()
+    assert "No such file" in refusal("tfds:prepared/val", tfds_dir=str(tmp_path))
+
+
+def test_a_shard_of_fewer_records_than_its_set_is_refused(greys, tmp_path):
+    _, shard = greys
+    info = shard.with_name("dataset_info.json")
+    info.write_text(info.read_text().replace('"20"', '"21"'))
+    said = refusal("tfds:prepared/val", tfds_dir=str(tmp_path))
+    assert "has 20 records, expected 21" in said
+
+
+def test_a_prepared_set_without_its_description_is_refused_in_one_sentence(greys, tmp_path):
+    _, shard = greys
+    info = shard.with_name("dataset_info.json")
+    for content in (b"", b"{", info.read_bytes()[:200]):
+        info.write_bytes(content)
+        assert "dataset_info.json" in refusal("tfds:prepared/val", tfds_dir=str(tmp_path))
+    info.unlink()
+    assert "dataset_info.json" in refusal("tfds:prepared/val", tfds_dir=str(tmp_path))
+
+
+def test_names_of_a_prepared_set_that_are_not_utf8_are_spelled(greys):
+    source, _ = greys
+    assert source[3].key == "caf\\udce93.png"
+
+
 # Real sets
 
 
