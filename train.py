@@ -77,7 +77,10 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
             new_vocabulary=config.tokenizer.replace,
         )
     watchdog.doing("making the vocabulary")
-    processor = shared_processor(config, source, run.starts) if fresh else Processor.load(workdir)
+    if fresh:
+        processor = shared_processor(config, source, run.starts, watchdog.alive)
+    else:
+        processor = Processor.load(workdir)
 
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, task, mesh)

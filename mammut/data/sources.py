@@ -122,12 +122,13 @@ def open_source(
     return _Slice(spec, source, rows)
 
 
-def texts(source: Source) -> Iterator[str]:
+def texts(source: Source, begun: Callable[[int], None] = lambda index: None) -> Iterator[str]:
     """Yields all texts in order, to train a tokenizer on.
 
-    Unreadable examples are left out.
+    Unreadable examples are left out. `begun` is called with the index of every example.
     """
     for index in range(len(source)):
+        begun(index)
         try:
             yield from (text for pair in source.pairs(index) for text in pair if text)
         except BadExample:
