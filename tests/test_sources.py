@@ -2,19 +2,25 @@
 
 import collections
 import copy
+import io
 import json
 import os
 import pathlib
 import re
+import shutil
+import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mammut.config import DataConfig
 from mammut.data import sources
+from mammut.data.batches import TrainBatches
 from mammut.data.config import Field
 from mammut.data.examples import BadExample, Example, Question, Source
 from mammut.evaluation.predictions import Predictions
+from mammut.testing import tiny_processor
 
 
 def open_set(spec: str, field: Field = "captions", **options) -> Source:
@@ -940,6 +946,111 @@ def test_a_prepared_set_without_its_description_is_refused_in_one_sentence(greys
 def test_names_of_a_prepared_set_that_are_not_utf8_are_spelled(greys):
     source, _ = greys
     assert source[3].key == "caf\\udce93.png"
+
+
+# Fingerprints
+
+
+def write_tar(path: pathlib.Path, texts: list[str]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, text in enumerate(texts):
+            for name, content in ((f"{number}.jpg", b"x"), (f"{number}.txt", text.encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def write_jsonl(path: pathlib.Path, texts: list[str]) -> None:
+    lines = [
+        json.dumps({"file": f"{number}.jpg", "captions": [text]})
+        for number, text in enumerate(texts)
+    ]
+    path.write_text("\n".join(lines))
+
+
+def write_coco(path: pathlib.Path, texts: list[str]) -> None:
+    images = [{"id": n, "file_name": f"{n}.jpg"} for n in range(len(texts))]
+    annotations = [{"image_id": n, "caption": text} for n, text in enumerate(texts)]
+    write(path, {"images": images, "annotations": annotations})
+
+
+@pytest.mark.parametrize(
+    ("write_set", "spec"),
+    [
+        (write_tar, "tar:{path}"),
+        (write_tar, "tar:{path}[1:]"),
+        (write_jsonl, "jsonl:{path}"),
+        (write_coco, "coco:{path},{folder}"),
+    ],
+)
+def test_a_fingerprint_is_of_the_examples_and_not_of_their_place_or_age(
+    tmp_path, monkeypatch, write_set, spec
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = []
+    for folder, texts, age in (
+        ("a", ["one", "two"], 1),
+        ("b", ["one", "two"], 2),
+        ("c", ["one", "owt"], 1),  # of the same length
+        ("d", ["two", "one"], 1),
+    ):
+        path = tmp_path / folder / "set.tar"
+        path.parent.mkdir()
+        write_set(path, texts)
+        os.utime(path, (age, age))
+        source = open_set(spec.format(path=path, folder=path.parent))
+        found.append(source.fingerprint())
+    assert found[0] == found[1] and len({*found}) == 3
+
+
+def test_the_fingerprint_of_a_prepared_set_is_that_of_its_shards(greys, tmp_path):
+    source, shard = greys
+    before = source.fingerprint()
+    assert open_set("tfds:prepared/val", tfds_dir=str(tmp_path)).fingerprint() == before
+    moved = shutil.copytree(tmp_path / "prepared", tmp_path / "moved/prepared")
+    assert open_set(f"tfds:{moved}/1.0.0/val").fingerprint() == before
+
+
+def test_a_set_of_the_users_own_needs_no_fingerprint():
+    class Own(Source):
+        spec = "own"
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return Example(None, ["x"], "0")
+
+    assert Own().fingerprint() is None
+
+
+def test_a_run_does_not_go_on_with_other_examples_of_the_same_number(tmp_path):
+    path = tmp_path / "set.jsonl"
+    config = DataConfig(batch_size=2, threads=1)
+
+    def batches(state=None):
+        source = open_set(f"jsonl:{path}")
+        return TrainBatches(source, tiny_processor(), config, seed=0, images=False, state=state)
+
+    write_jsonl(path, ["one", "two", "six", "ten"])
+    begun = batches()
+    next(begun)
+    state = json.loads(json.dumps(begun.state()))
+    begun.close()
+    resumed = batches(state)
+    assert resumed.state() == state
+    resumed.close()
+
+    write_jsonl(path, ["one", "two", "six", "net"])
+    with pytest.raises(ValueError) as error:
+        batches(state)
+    assert "set.jsonl' has changed since the run began, though it still has 4 examples" in str(
+        error.value
+    )
+    # A run of an older version has no fingerprint: it takes that of the set that it goes on with.
+    older = batches({name: value for name, value in state.items() if name != "fingerprint"})
+    assert older.state()["fingerprint"] not in (None, state["fingerprint"])
+    older.close()
 
 
 # Real sets

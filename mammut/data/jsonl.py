@@ -1,6 +1,7 @@
 """JSON lines as a source: one object a line, read when needed."""
 
 import array
+import hashlib
 import os
 import pathlib
 import weakref
@@ -22,16 +23,19 @@ class JsonlSource(Source):
         starts = array.array("q")
         numbers = array.array("q")
         end = 0
+        digest = hashlib.sha256()
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.isspace():
                     starts.append(end)
                     numbers.append(number)
                 end += len(line)
+                digest.update(line)
         starts.append(end)
 
         self._path = path
         self._field = options.field
+        self._digest = digest.hexdigest()
         self._bounds = np.array(starts)
         self._numbers = np.array(numbers)
         self._file = os.open(path, os.O_RDONLY)
@@ -47,6 +51,9 @@ class JsonlSource(Source):
         file = file_of(record, where)
         value = value_of(record, self._field, where)
         return make_example(self._path.parent / file, file, self._field, value, where)
+
+    def fingerprint(self) -> str:
+        return self._digest
 
 
 def _file(spec: str, path: pathlib.Path) -> pathlib.Path:

@@ -151,3 +151,7 @@ class _Slice(Source):
 
     def pairs(self, index: int) -> list[tuple[str, str]]:
         return self._source.pairs(self._rows[index])
+
+    def fingerprint(self) -> str | None:
+        # The rows follow from the spec, which a resumed run keeps.
+        return self._source.fingerprint()
