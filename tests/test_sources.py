@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mammut.config import DataConfig
-from mammut.data import sources
+from mammut.data import jsonl, sources
 from mammut.data.batches import TrainBatches
 from mammut.data.config import Field
 from mammut.data.examples import BadExample, Example, Question, Source
@@ -670,6 +670,13 @@ def test_the_names_that_sets_give_to_texts_are_taken(tmp_path, field, line, expe
     assert one_line(tmp_path, {"file": "1.png", **line}, field).pairs == expected
 
 
+def test_lines_of_one_question_each_about_one_image_have_ids_of_their_own(tmp_path):
+    lines = [{"image": "1.png", "question": "why?", "answer": text} for text in ("so", "no")]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = open_set(f"jsonl:{tmp_path}", "qa")
+    assert [example.qa[0].id for example in source] == ["1.png, line 1#0", "1.png, line 2#0"]
+
+
 def test_files_of_macos_beside_a_jsonl_are_not_taken_for_one(tmp_path):
     write(tmp_path / "set.jsonl", {"file": "1.png", "captions": ["x"]})
     (tmp_path / "._set.jsonl").write_bytes(b"\0\5\x16\7")
@@ -946,6 +953,22 @@ def test_a_prepared_set_without_its_description_is_refused_in_one_sentence(greys
 def test_names_of_a_prepared_set_that_are_not_utf8_are_spelled(greys):
     source, _ = greys
     assert source[3].key == "caf\\udce93.png"
+
+
+def test_opening_a_large_set_gives_signs_of_life(greys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(jsonl, "_LINES", 10)
+    write_jsonl(tmp_path / "set.jsonl", ["x"] * 35)
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", ["x"])
+    for spec, expected in (
+        (f"jsonl:{tmp_path}/set.jsonl", 3),
+        (f"tar:{tmp_path}/*.tar", 3),
+        ("tfds:prepared/val", 1),
+    ):
+        calls = []
+        open_set(spec, tfds_dir=str(tmp_path), alive=lambda calls=calls: calls.append(0))
+        assert len(calls) == expected
 
 
 # Fingerprints

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 from mammut.data.config import Field
@@ -145,3 +146,4 @@ class SourceOptions:
     field: Field  # the field that every example must have
     image_size: int  # pixels, of drawn scenes
     tfds_dir: str | None  # the `data_dir` of tensorflow-datasets; None: its default
+    alive: Callable[[], None] = lambda: None  # called again and again while a large set is opened

@@ -11,6 +11,8 @@ import numpy as np
 from mammut.data.examples import Example, Source, SourceOptions
 from mammut.data.records import file_of, make_example, parse_object, value_of
 
+_LINES = 10_000  # between two signs of life while a file is read
+
 
 class JsonlSource(Source):
     """The lines of a `.jsonl` file.
@@ -31,6 +33,8 @@ class JsonlSource(Source):
                     numbers.append(number)
                 end += len(line)
                 digest.update(line)
+                if number % _LINES == 0:
+                    options.alive()
         starts.append(end)
 
         self._path = path
@@ -50,7 +54,9 @@ class JsonlSource(Source):
         record = parse_object(os.pread(self._file, end - start, start), where)
         file = file_of(record, where)
         value = value_of(record, self._field, where)
-        return make_example(self._path.parent / file, file, self._field, value, where)
+        # Lines of one question each may be about one image.
+        questions = file if "qa" in record else f"{file}, line {self._numbers[index]}"
+        return make_example(self._path.parent / file, file, self._field, value, where, questions)
 
     def fingerprint(self) -> str:
         return self._digest

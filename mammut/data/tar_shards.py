@@ -99,13 +99,14 @@ class TarShards:
 
     Args:
       pattern: the shards; see `shard_paths`.
+      alive: is called after every shard.
 
     Raises:
       ValueError: the pattern matches no shard, or one that is missing, cut short, compressed or
         damaged.
     """
 
-    def __init__(self, pattern: str):
+    def __init__(self, pattern: str, alive: Callable[[], None] = lambda: None):
         from tqdm import tqdm
 
         self.paths = shard_paths(pattern)
@@ -114,8 +115,11 @@ class TarShards:
         try:
             opened = [pool.submit(open_index, path) for path in self.paths]
             progress = tqdm(opened, "indexing shards", unit="shard", delay=2, disable=None)
-            raised = [future.exception() for future in progress]
-            errors = [error for error in raised if isinstance(error, ValueError)]
+            errors = []
+            for future in progress:
+                if isinstance(future.exception(), ValueError):
+                    errors.append(future.exception())
+                alive()
         finally:
             pool.shutdown(cancel_futures=True)
         if errors:
@@ -186,7 +190,7 @@ class TarSource(Source):
 
     def __init__(self, options: SourceOptions):
         try:
-            self._shards = TarShards(options.name)
+            self._shards = TarShards(options.name, options.alive)
         except ValueError as error:
             raise ValueError(f"data source {options.spec!r}: {error}") from error
         paths = [os.path.abspath(path) for path in self._shards.paths]

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pathlib
+from collections.abc import Callable
 from concurrent import futures
 from typing import Any
 
@@ -60,7 +61,9 @@ class TfdsSource(Source):
                 "expected array_record: prepare it again with file_format='array_record'"
             ) from error
         try:
-            self._digest = _checked_shards(builder.info.splits[split].file_instructions)
+            self._digest = _checked_shards(
+                builder.info.splits[split].file_instructions, options.alive
+            )
         except ValueError as error:
             raise ValueError(f"data source {self._spec!r}: {error}") from error
 
@@ -154,13 +157,14 @@ class TfdsSource(Source):
         return [{"answers": [q["answer"]]} | q if "answer" in q else q for q in questions]
 
 
-def _checked_shards(shards: list[Any]) -> str:
+def _checked_shards(shards: list[Any], alive: Callable[[], None]) -> str:
     """Checks that every shard is there with all of its records.
 
     A shard is opened when its first record is read, which may be hours later.
 
     Args:
       shards: the file instructions of tensorflow-datasets.
+      alive: is called after every shard.
 
     Returns:
       SHA-256 of the sizes of the shards and of the places of their records.
@@ -178,7 +182,10 @@ def _checked_shards(shards: list[Any]) -> str:
             for shard in shards
         ]
         progress = tqdm(opened, "opening shards", unit="shard", delay=2, disable=None)
-        digests = [future.result() for future in progress]
+        digests = []
+        for future in progress:
+            digests.append(future.result())
+            alive()
     finally:
         pool.shutdown(cancel_futures=True)
     return hashlib.sha256("".join(digests).encode()).hexdigest()
