@@ -71,7 +71,7 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
     task = TASKS[config.task](config.loss)
 
     watchdog.doing("opening the data")
-    source, val = open_sources(config, task)
+    source, val = open_sources(config, task, watchdog.alive)
     warm = None
     if run.starts:
         warm = warm_start(
@@ -81,7 +81,10 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
             new_vocabulary=config.tokenizer.replace,
         )
     watchdog.doing("making the vocabulary")
-    processor = shared_processor(config, source, run.starts) if fresh else Processor.load(workdir)
+    if fresh:
+        processor = shared_processor(config, source, run.starts, watchdog.alive)
+    else:
+        processor = Processor.load(workdir)
 
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, task, mesh)
@@ -143,13 +146,19 @@ def use_compilation_cache(config: TrainConfig) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
 
 
-def open_sources(config: TrainConfig, task: Task) -> tuple[sources.Source, sources.Source | None]:
-    """Opens the training set, and the validation set if any."""
+def open_sources(
+    config: TrainConfig, task: Task, alive: Callable[[], None]
+) -> tuple[sources.Source, sources.Source | None]:
+    """Opens the training set, and the validation set if any.
+
+    `alive` is called again and again meanwhile.
+    """
     open_source = functools.partial(
         sources.open_source,
         image_size=config.model.vision.image_size,
         tfds_dir=config.data.tfds_dir,
         field=task.field,
+        alive=alive,
     )
     source = open_source(config.data.train)
     val = open_source(config.data.val) if config.data.val else None

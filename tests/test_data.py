@@ -76,7 +76,7 @@ def bad_lines(folder) -> dict[bytes, str]:
         b'{"captions": ["no file"]}': "missing field",
         b'{"file": 3, "captions": ["the file is a number"]}': "missing field",
         b'{"file": "0.png"}': "missing field",
-        b'{"file": "0.png", "captions": "not a list"}': "missing field",
+        b'{"file": "0.png", "captions": 3}': "missing field",
         b'{"file": "0.png", "captions": []}': "no caption",
         b'{"file": "0.png", "captions": ["", " \\n"]}': "no caption",
         b'{"file": "nowhere.png", "captions": ["x"]}': "missing file",

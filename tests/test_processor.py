@@ -402,6 +402,102 @@ def test_the_header_decides_what_is_oversized():
     assert ImageTransform(2, max_image_pixels=25)(PIL.Image.new("L", (5, 5))).shape == (2, 2, 3)
 
 
+@pytest.mark.parametrize("format", ["TIFF", "PNG", "WEBP", "GIF", "JPEG", "BMP", "PPM"])
+def test_pillows_own_limit_is_not_asked_in_any_format(format, monkeypatch):
+    file = encoded(PIL.Image.new("RGB", (8, 8), "red"), format)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 3)  # 64 is more than twice that
+    assert SAME(file).shape == (2, 2, 3)
+    assert cause_of(file, ImageTransform(2, max_image_pixels=63)) == "oversized"
+    assert PIL.Image.MAX_IMAGE_PIXELS == 3
+
+
+def test_pillows_own_limit_is_back_when_the_last_thread_has_read(monkeypatch):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 3)
+    seen = []
+    decode = ImageTransform._decoded
+
+    def slow(self, content, sides):
+        if content == second:
+            SAME(first)  # another picture is begun and done meanwhile
+        seen.append(PIL.Image.MAX_IMAGE_PIXELS)
+        return decode(self, content, sides)
+
+    monkeypatch.setattr(ImageTransform, "_decoded", slow)
+    first, second = (
+        encoded(PIL.Image.new("RGB", (8, 8), name), "TIFF") for name in ("red", "blue")
+    )
+    assert (SAME(second) == BLUE).all()
+    assert seen == [None, None] and PIL.Image.MAX_IMAGE_PIXELS == 3
+
+
+def test_a_limit_that_the_program_sets_meanwhile_stays(monkeypatch):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 3)
+    monkeypatch.setattr(
+        ImageTransform,
+        "_decoded",
+        lambda *_: setattr(PIL.Image, "MAX_IMAGE_PIXELS", 5) or PIL.Image.new("RGB", (2, 2)),
+    )
+    SAME(b"a picture")
+    assert PIL.Image.MAX_IMAGE_PIXELS == 5
+
+
+BROKEN_EXIF = b"Exif\0\0" + b"no TIFF header"
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize(
+    "metadata", [{"exif": BROKEN_EXIF}, {"icc_profile": b"no profile"}, {"xmp": b"\xff<x:xmpmeta"}]
+)
+def test_pixels_are_taken_where_metadata_is_damaged(format, metadata):
+    options = {"lossless": True} if format == "WEBP" else {}
+    plain = encoded(PIL.Image.fromarray(noise()), format, **options)
+    file = encoded(PIL.Image.fromarray(noise()), format, **options, **metadata)
+    assert file != plain or "xmp" in metadata  # this Pillow may not write XMP to every format
+    assert np.array_equal(ImageTransform(16)(file), ImageTransform(16)(plain))
+
+
+def png_with(kind: bytes, data: bytes, checksum: int | None = None) -> bytes:
+    """A PNG of noise with one more chunk behind its header."""
+    file = encoded(PIL.Image.fromarray(noise()))
+    checksum = zlib.crc32(kind + data) if checksum is None else checksum
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+    return file[:33] + chunk + file[33:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (b"iCCP", b"name\0\7not deflated"),
+        (b"iTXt", b"key\0\1\0en\0key\0not deflated"),
+        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0\xff\xfe"),
+        (b"zTXt", b"key\0\7of another method"),
+        (b"zTXt", b"key\0\0" + zlib.compress(bytes(2**21))),  # more than Pillow unpacks
+        (b"tEXt", b"\xff" * 9),
+        (b"eXIf", b""),
+        (b"gAMA", b"\1"),
+        (b"acTL", b"\1"),
+        (b"pHYs", b""),
+    ],
+)
+@pytest.mark.parametrize("checksum", [None, 0])
+def test_a_png_is_read_whatever_its_metadata_is(kind, data, checksum):
+    plain = encoded(PIL.Image.fromarray(noise()))
+    file = png_with(kind, data, checksum)
+    assert np.array_equal(ImageTransform(16)(file), ImageTransform(16)(plain))
+    assert cause_of(file[: int(len(file) * 0.9)]) == "truncated"
+
+
+def test_damage_to_what_a_png_shows_is_no_metadata():
+    assert cause_of(png_with(b"tRNS", bytes(6), checksum=0)) == "corrupt"
+    assert cause_of(png_with(b"PLTE", bytes(6), checksum=0)) == "corrupt"
+
+
+def test_a_picture_of_pillow_with_damaged_exif_is_read():
+    picture = PIL.Image.open(io.BytesIO(encoded(PIL.Image.new("RGB", (2, 2), "red"))))
+    picture.info["exif"] = BROKEN_EXIF
+    assert (SAME(picture) == RED).all()
+
+
 # ---- text ----
 
 

@@ -2,17 +2,25 @@
 
 import collections
 import copy
+import io
 import json
+import os
 import pathlib
 import re
+import shutil
+import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mammut.data import sources
+from mammut.config import DataConfig
+from mammut.data import jsonl, sources
+from mammut.data.batches import TrainBatches
 from mammut.data.config import Field
 from mammut.data.examples import BadExample, Example, Question, Source
+from mammut.evaluation.predictions import Predictions
+from mammut.testing import tiny_processor
 
 
 def open_set(spec: str, field: Field = "captions", **options) -> Source:
@@ -554,7 +562,34 @@ def asked(**question) -> dict:
             "missing field",
             "a list of objects with a question and answers",
         ),
-        ("qa", asked(answers="so"), "missing field", "answers 'so', expected a list of texts"),
+        ("qa", asked(answers={"so": 1}), "missing field", "answers {'so': 1}, expected a list"),
+        ("qa", asked(answer=2), "missing field", "answers 2, expected a list of texts"),
+        ("qa", asked(question="\0\u200b"), "missing field", "for a question, expected a text"),
+        (
+            "name",
+            {"file": "1.png", "name": "\0\0"},
+            "missing field",
+            "for its name, expected a text",
+        ),
+        ("captions", {"file": "1.png", "captions": "\u200b"}, "no caption", "has no caption"),
+        (
+            "captions",
+            {"file": "1.png", "captions": ["\0\0", "\ufeff "]},
+            "no caption",
+            "no caption",
+        ),
+        (
+            "captions",
+            {"file": "1.png", "sentences": ["x"], "url": 3},
+            "missing field",
+            """has no "captions", its fields are 'file', 'sentences', 'url'""",
+        ),
+        (
+            "captions",
+            {"picture": "1.png", "captions": ["x"]},
+            "missing field",
+            """has no "file", its fields are 'picture', 'captions'""",
+        ),
         ("qa", asked(answers=[2]), "missing field", "2 for an answer, expected a text"),
         ("qa", asked(answers=2), "missing field", "answers 2, expected a list of texts"),
         (
@@ -601,6 +636,76 @@ def test_a_line_without_the_field_says_what_is_wrong(tmp_path, field, line, caus
         one_line(tmp_path, line, field)
     assert bad.value.cause == cause
     assert "set.jsonl, line 1 " in str(bad.value) and "\n" not in str(bad.value)
+
+
+@pytest.mark.parametrize("name", ["file", "image", "file_name", "filename", "image_path", "path"])
+def test_the_names_that_sets_give_to_the_image_are_taken(tmp_path, name):
+    example = one_line(tmp_path, {name: "a/1.png", "captions": ["x"]}, "captions")
+    assert (example.image, example.key) == (tmp_path / "a/1.png", "a/1.png")
+
+
+@pytest.mark.parametrize(
+    ("field", "line", "expected"),
+    [
+        ("captions", {"captions": "x"}, [("", "x")]),
+        ("captions", {"caption": "x"}, [("", "x")]),
+        ("captions", {"caption": ["x", "y"]}, [("", "x"), ("", "y")]),
+        ("captions", {"text": "x"}, [("", "x")]),
+        ("captions", {"captions": ["x"], "caption": "y", "text": "z"}, [("", "x")]),
+        ("captions", {"captions": ["\0", "x\u200by", "\u200b"]}, [("", "x\u200by")]),
+        ("name", {"label": "cat"}, [("", "cat")]),
+        ("name", {"class": "cat"}, [("", "cat")]),
+        ("qa", {"qa": [{"question": "why?", "answer": "so"}]}, [("why?", "so")]),
+        ("qa", {"qa": [{"question": "why?", "answers": "so"}]}, [("why?", "so")]),
+        (
+            "qa",
+            {"qa": [{"question": "why?", "answers": [{"answer": "so", "answer_id": 1}]}]},
+            [("why?", "so")],
+        ),
+        ("qa", {"question": "why?", "answer": "so", "question_id": 7}, [("why?", "so")]),
+        ("qa", {"question": "why?", "answers": ["so", "\u200b"]}, [("why?", "so")]),
+    ],
+)
+def test_the_names_that_sets_give_to_texts_are_taken(tmp_path, field, line, expected):
+    assert one_line(tmp_path, {"file": "1.png", **line}, field).pairs == expected
+
+
+def test_lines_of_one_question_each_about_one_image_have_ids_of_their_own(tmp_path):
+    lines = [{"image": "1.png", "question": "why?", "answer": text} for text in ("so", "no")]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = open_set(f"jsonl:{tmp_path}", "qa")
+    assert [example.qa[0].id for example in source] == ["1.png, line 1#0", "1.png, line 2#0"]
+
+
+def test_files_of_macos_beside_a_jsonl_are_not_taken_for_one(tmp_path):
+    write(tmp_path / "set.jsonl", {"file": "1.png", "captions": ["x"]})
+    (tmp_path / "._set.jsonl").write_bytes(b"\0\5\x16\7")
+    assert open_set(f"jsonl:{tmp_path}")[0].captions == ["x"]
+
+
+def test_names_that_are_not_utf8_are_read_told_apart_and_saved(tmp_path):
+    names = [os.fsdecode(b"caf\xe9.png"), os.fsdecode(b"caf\xe8.png"), "café.png"]
+    for name in names:
+        picture(tmp_path / name)
+    lines = [
+        {"file": name, "qa": [{"question": "why?", "question_id": f"{name}?"}]} for name in names
+    ]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    spec = f"jsonl:{tmp_path}/set.jsonl"
+    examples = list(open_set(spec, "qa"))
+    assert [example.key for example in examples] == [
+        "caf\\udce9.png",
+        "caf\\udce8.png",
+        "café.png",
+    ]
+    assert all(example.image.is_file() for example in examples)
+    records = [
+        {"id": question.id, "key": example.key} for example in examples for question in example.qa
+    ]
+    # A path on the command line comes as Python decodes it.
+    made = Predictions("vqa", records, os.fsdecode(b"jsonl:\xe9.jsonl"), "runs/tiny")
+    made.save(tmp_path / "made.predictions.jsonl")
+    assert Predictions.load(tmp_path / "made.predictions.jsonl") == made
 
 
 # Prepared sets
@@ -775,6 +880,200 @@ def test_captions_of_tensorflow_datasets_own_coco(prepared):
         "COCO_val2014_000000000042.jpg",
         ["A cat.", "Eine Katze, süß."],
     )
+
+
+@pytest.fixture
+def greys(prepared, tmp_path):
+    """A prepared set of 20 captions, and its one shard."""
+    _, texts, features = tfds_features()
+    rows = [
+        {"captions": [f"level {n}"], "image/filename": b"caf\xe9%d.png" % (n % 10)}
+        for n in range(20)
+    ]
+    source = prepared(
+        {"captions": texts, "image/filename": features.Text()}, rows, field="captions"
+    )
+    (shard,) = (tmp_path / "prepared/1.0.0").glob("*.array_record*")
+    return source, shard
+
+
+def test_a_damaged_record_is_a_bad_example_and_the_others_are_read(greys, tmp_path):
+    _, shard = greys
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"level 7")] ^= 1
+    shard.write_bytes(content)
+    source = open_set("tfds:prepared/val", tfds_dir=str(tmp_path))
+    for index in range(20):
+        if index == 7:
+            with pytest.raises(BadExample, match="val, example 7 cannot be read: Corrupted") as bad:
+                source[index]
+            assert bad.value.cause == "corrupt record" and "\n" not in str(bad.value)
+        else:
+            assert source[index].captions == [f"level {index}"]
+    assert list(sources.texts(source)) == [f"level {n}" for n in range(20) if n != 7]
+
+
+def test_a_shard_that_is_not_whole_is_refused_at_the_start(greys, tmp_path):
+    _, shard = greys
+    whole = shard.read_bytes()
+    for content in (
+        b"",
+        whole[:100],
+        whole[: len(whole) // 2],
+        whole[:-1],
+        whole[:-5000],
+        whole + bytes(9),
+        bytes(len(whole)),
+    ):
+        shard.write_bytes(content)
+        said = refusal("tfds:prepared/val", tfds_dir=str(tmp_path))
+        assert shard.name in said and "missing, cut short or damaged" in said
+    shard.unlink()
+    assert "No such file" in refusal("tfds:prepared/val", tfds_dir=str(tmp_path))
+
+
+def test_a_shard_of_fewer_records_than_its_set_is_refused(greys, tmp_path):
+    _, shard = greys
+    info = shard.with_name("dataset_info.json")
+    info.write_text(info.read_text().replace('"20"', '"21"'))
+    said = refusal("tfds:prepared/val", tfds_dir=str(tmp_path))
+    assert "has 20 records, expected 21" in said
+
+
+def test_a_prepared_set_without_its_description_is_refused_in_one_sentence(greys, tmp_path):
+    _, shard = greys
+    info = shard.with_name("dataset_info.json")
+    for content in (b"", b"{", info.read_bytes()[:200]):
+        info.write_bytes(content)
+        assert "dataset_info.json" in refusal("tfds:prepared/val", tfds_dir=str(tmp_path))
+    info.unlink()
+    assert "dataset_info.json" in refusal("tfds:prepared/val", tfds_dir=str(tmp_path))
+
+
+def test_names_of_a_prepared_set_that_are_not_utf8_are_spelled(greys):
+    source, _ = greys
+    assert source[3].key == "caf\\udce93.png"
+
+
+def test_opening_a_large_set_gives_signs_of_life(greys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(jsonl, "_LINES", 10)
+    write_jsonl(tmp_path / "set.jsonl", ["x"] * 35)
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", ["x"])
+    for spec, expected in (
+        (f"jsonl:{tmp_path}/set.jsonl", 3),
+        (f"tar:{tmp_path}/*.tar", 3),
+        ("tfds:prepared/val", 1),
+    ):
+        calls = []
+        open_set(spec, tfds_dir=str(tmp_path), alive=lambda calls=calls: calls.append(0))
+        assert len(calls) == expected
+
+
+# Fingerprints
+
+
+def write_tar(path: pathlib.Path, texts: list[str]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, text in enumerate(texts):
+            for name, content in ((f"{number}.jpg", b"x"), (f"{number}.txt", text.encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def write_jsonl(path: pathlib.Path, texts: list[str]) -> None:
+    lines = [
+        json.dumps({"file": f"{number}.jpg", "captions": [text]})
+        for number, text in enumerate(texts)
+    ]
+    path.write_text("\n".join(lines))
+
+
+def write_coco(path: pathlib.Path, texts: list[str]) -> None:
+    images = [{"id": n, "file_name": f"{n}.jpg"} for n in range(len(texts))]
+    annotations = [{"image_id": n, "caption": text} for n, text in enumerate(texts)]
+    write(path, {"images": images, "annotations": annotations})
+
+
+@pytest.mark.parametrize(
+    ("write_set", "spec"),
+    [
+        (write_tar, "tar:{path}"),
+        (write_tar, "tar:{path}[1:]"),
+        (write_jsonl, "jsonl:{path}"),
+        (write_coco, "coco:{path},{folder}"),
+    ],
+)
+def test_a_fingerprint_is_of_the_examples_and_not_of_their_place_or_age(
+    tmp_path, monkeypatch, write_set, spec
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = []
+    for folder, texts, age in (
+        ("a", ["one", "two"], 1),
+        ("b", ["one", "two"], 2),
+        ("c", ["one", "owt"], 1),  # of the same length
+        ("d", ["two", "one"], 1),
+    ):
+        path = tmp_path / folder / "set.tar"
+        path.parent.mkdir()
+        write_set(path, texts)
+        os.utime(path, (age, age))
+        source = open_set(spec.format(path=path, folder=path.parent))
+        found.append(source.fingerprint())
+    assert found[0] == found[1] and len({*found}) == 3
+
+
+def test_the_fingerprint_of_a_prepared_set_is_that_of_its_shards(greys, tmp_path):
+    source, shard = greys
+    before = source.fingerprint()
+    assert open_set("tfds:prepared/val", tfds_dir=str(tmp_path)).fingerprint() == before
+    moved = shutil.copytree(tmp_path / "prepared", tmp_path / "moved/prepared")
+    assert open_set(f"tfds:{moved}/1.0.0/val").fingerprint() == before
+
+
+def test_a_set_of_the_users_own_needs_no_fingerprint():
+    class Own(Source):
+        spec = "own"
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return Example(None, ["x"], "0")
+
+    assert Own().fingerprint() is None
+
+
+def test_a_run_does_not_go_on_with_other_examples_of_the_same_number(tmp_path):
+    path = tmp_path / "set.jsonl"
+    config = DataConfig(batch_size=2, threads=1)
+
+    def batches(state=None):
+        source = open_set(f"jsonl:{path}")
+        return TrainBatches(source, tiny_processor(), config, seed=0, images=False, state=state)
+
+    write_jsonl(path, ["one", "two", "six", "ten"])
+    begun = batches()
+    next(begun)
+    state = json.loads(json.dumps(begun.state()))
+    begun.close()
+    resumed = batches(state)
+    assert resumed.state() == state
+    resumed.close()
+
+    write_jsonl(path, ["one", "two", "six", "net"])
+    with pytest.raises(ValueError) as error:
+        batches(state)
+    assert "set.jsonl' has changed since the run began, though it still has 4 examples" in str(
+        error.value
+    )
+    # A run of an older version has no fingerprint: it takes that of the set that it goes on with.
+    older = batches({name: value for name, value in state.items() if name != "fingerprint"})
+    assert older.state()["fingerprint"] not in (None, state["fingerprint"])
+    older.close()
 
 
 # Real sets

@@ -263,6 +263,30 @@ def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "folder", ["set[1]", "set[0-9]", "a::b", "a*b", "{a,b}", "[2:]", "v{0..3}"]
+)
+def test_a_path_that_exists_is_meant_before_a_pattern(tmp_path, folder):
+    for name in (folder, "set1"):  # `set[1]` as a wildcard is this one
+        (tmp_path / name).mkdir()
+        write_shards(tmp_path / name, count=3 if name == folder else 1)
+    path = tmp_path / folder
+    assert len(open_set(f"tar:{path}/00000.tar")) == 4
+    assert len(open_set(f"tar:{path}/00000.tar[1:3]")) == 2
+    if "{" not in folder:  # braces in a folder are a list or a range, but in the path of a shard
+        for pattern in ("*.tar", "0000[0-2].tar", "{00000..00002}.tar"):
+            assert len(open_set(f"tar:{path}/{pattern}")) == 12
+        assert len(open_set(f"tar:{path}/0000?.tar[:50%]")) == 6
+
+
+def test_a_path_that_ends_like_a_slice_is_a_path(tmp_path):
+    (tmp_path / "photos[1:2]").mkdir()
+    lines = [json.dumps({"file": f"{n}.jpg", "captions": ["x"]}) for n in range(5)]
+    (tmp_path / "photos[1:2]" / "set.jsonl").write_text("\n".join(lines))
+    assert len(open_set(f"jsonl:{tmp_path}/photos[1:2]")) == 5
+    assert len(open_set(f"jsonl:{tmp_path}/photos[1:2][1:]")) == 4
+
+
+@pytest.mark.parametrize(
     ("pattern", "expected"),
     [
         ("/nowhere/{00..11}.tar", "12 of the 12 shards do not exist, the first is /nowhere/00.tar"),
@@ -439,6 +463,115 @@ def test_a_pipe_in_place_of_a_shard_is_refused_at_once(tmp_path):
     assert "is not a file" in refusal(f"tar:{tmp_path}/0.tar")
 
 
+def test_a_tail_of_zeros_is_damage_and_no_short_shard(tmp_path):
+    path = write_tar(tmp_path / "0.tar", pairs_of(0, 40))
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    for member in members[:60:7]:  # those behind start in the last record, as files may end
+        for start in (member.offset, member.offset_data, member.offset_data + member.size // 2):
+            path.write_bytes(whole[:start] + bytes(len(whole) - start))
+            said = refusal(f"tar:{path}")
+            assert "zeros from byte" in said and "files may be missing" in said, start
+
+
+@pytest.mark.parametrize("length", [512, 1024, 4096, 8192, 20_480])
+def test_zeros_between_files_are_damage(tmp_path, length):
+    path = write_tar(tmp_path / "0.tar", pairs_of(0, 40))
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[7].offset
+    content[start : start + length] = bytes(length)
+    path.write_bytes(content)
+    assert "damaged" in refusal(f"tar:{path}")
+
+
+def test_a_shard_of_zeros_is_damage_unless_it_is_an_empty_tar(tmp_path):
+    (tmp_path / "0.tar").write_bytes(bytes(10_240))
+    (tmp_path / "1.tar").write_bytes(bytes(51_200))
+    assert "the set has 0" in refusal(f"tar:{tmp_path}/0.tar")
+    assert "zeros from byte 0 to 51,200" in refusal(f"tar:{tmp_path}/1.tar")
+
+
+@pytest.mark.parametrize("record", [512, 10_240, 32_768, 65_536, 2**20])
+def test_every_size_of_a_record_is_taken(tmp_path, record):
+    path = write_tar(tmp_path / "0.tar", pairs_of(0, 11))
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    used = last.offset_data + 512
+    content = path.read_bytes()[:used]
+    path.write_bytes(content + bytes(-(-(used + 1024) // record) * record - used))
+    assert len(open_set(f"tar:{path}")) == 11
+
+
+def test_checksums_of_signed_bytes_are_taken(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("ü.jpg", b"x"), ("ü.txt", b"a")], tarfile.USTAR_FORMAT)
+    content = bytearray(path.read_bytes())
+    signed = sum(content[:148]) + sum(content[156:512]) + 8 * 32 - 2 * 256
+    content[148:156] = b"%06o\0 " % signed
+    path.write_bytes(content)
+    assert outcomes(open_set(f"tar:{path}")) == [["a"]]
+    content[148:156] = b"%06o\0 " % (signed + 256)
+    path.write_bytes(content)
+    assert "damaged" in refusal(f"tar:{path}")
+
+
+# Files that are left out
+
+STRANGE = {
+    "b.second.jpg": "files with a second dot in their names",
+    "b.second.txt": "files with a second dot in their names",
+    "._a.jpg": "hidden files",
+    "README": "files without an extension",
+    "a.npy": "files .npy",
+}
+
+
+def test_files_that_are_no_part_of_an_example_are_counted_and_named(tmp_path, caplog):
+    for shard in range(2):
+        write_tar(
+            tmp_path / f"{shard}.tar",
+            [("a.jpg", b"x"), ("a.txt", b"y"), *((name, b"") for name in STRANGE)],
+        )
+    with tarfile.open(tmp_path / "1.tar", "a") as tar:
+        link = tarfile.TarInfo("c.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
+        tar.addfile(link)
+    for _ in range(2):  # from the headers, and from the kept index
+        caplog.clear()
+        assert outcomes(open_set(f"tar:{tmp_path}/*.tar")) == [["y"]] * 2
+        (said,) = caplog.messages
+        assert said == (
+            f"tar:{tmp_path}/*.tar: 4 files with a second dot in their names (such as "
+            "'b.second.jpg'), 2 hidden files (such as '._a.jpg'), 2 files without an extension "
+            "(such as 'README'), 2 files .npy (such as 'a.npy'), 1 links (such as 'c.jpg') are "
+            "left out, expected names of a key, one dot, and one of jpg, jpeg, png, webp, txt, "
+            "json, cls"
+        )
+
+
+def test_a_set_of_nothing_but_files_that_are_left_out_says_why(tmp_path):
+    files = [(f"img.{n:04d}.{end}", b"x") for n in range(9) for end in ("jpg", "txt")]
+    said = refusal(f"tar:{write_tar(tmp_path / '0.tar', files)}")
+    assert "is empty" in said and "18 files with a second dot" in said and "img.0000.jpg" in said
+
+
+def test_many_kinds_of_files_that_are_left_out_are_told_in_one_line(tmp_path, caplog):
+    files = [("a.jpg", b"x"), ("a.txt", b"y"), *((f"a.{n}", b"") for n in range(99))]
+    open_set(f"tar:{write_tar(tmp_path / '0.tar', files)}")
+    (said,) = caplog.messages
+    assert said.count("files .") == 20 and "79 other files" in said
+
+
+def test_what_macos_puts_beside_shards_is_not_matched(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    spec = write_shards(folder)
+    for name in ("._00000.tar", ".DS_Store"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    assert len(open_set(spec)) == len(open_set(f"tar:{folder}/*")) == 12
+
+
 # Examples
 
 
@@ -500,6 +633,44 @@ def test_json_has_the_fields_that_json_lines_have(tmp_path):
     with pytest.raises(BadExample, match='0.tar, 1.json has no "qa"') as error:
         open_set(spec, "qa")[1]
     assert error.value.cause == "missing field"
+
+
+def test_a_class_is_read_from_cls_or_json(tmp_path):
+    files = [
+        ("0.jpg", b"x"),
+        ("0.cls", b"7\n"),
+        ("0.txt", b"a caption"),
+        ("1.jpg", b"y"),
+        ("1.json", b'{"label": "cat"}'),
+    ]
+    write_tar(tmp_path / "0.tar", files)
+    write_tar(tmp_path / "1.tar", files[3:])  # without a column of classes
+    spec = f"tar:{tmp_path}/*.tar"
+    assert [example.name for example in open_set(spec, "name")] == ["7", "cat", "cat"]
+    assert open_set(spec)[0].captions == ["a caption"]
+    assert [example.name for example in open_set(spec, "name")] == ["7", "cat", "cat"]  # kept
+
+
+def test_names_that_are_not_utf8_are_told_apart(tmp_path):
+    files = [
+        (os.fsdecode(name) + end, content)
+        for name in (b"caf\xe9", b"caf\xe8")
+        for end, content in ((".jpg", b"x"), (".json", b'{"qa": [{"question": "why?"}]}'))
+    ]
+    source = open_set(f"tar:{write_tar(tmp_path / '0.tar', files)}", "qa")
+    assert [example.key for example in source] == [
+        "0.tar/caf\\udce9.jpg",
+        "0.tar/caf\\udce8.jpg",
+    ]
+    assert len({question.id for example in source for question in example.qa}) == 2
+
+
+def test_a_caption_of_nuls_is_none(tmp_path):
+    files = [("0.jpg", b"x"), ("0.txt", bytes(20)), ("1.jpg", b"x"), ("1.txt", b"a dog")]
+    assert outcomes(open_set(f"tar:{write_tar(tmp_path / '0.tar', files)}")) == [
+        "no caption",
+        ["a dog"],
+    ]
 
 
 def test_a_caption_in_txt_comes_before_one_in_json(tmp_path):
@@ -662,7 +833,7 @@ def test_a_damaged_index_is_made_again(tmp_path, indexed, cache):
         whole[:-36],
         whole[: len(whole) // 2],
         flipped,
-        whole.replace(b'"format": 1', b'"format": 9'),
+        whole.replace(b'"format": 2', b'"format": 9'),
     ):
         kept.write_bytes(damaged)
         indexed.clear()

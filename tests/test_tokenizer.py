@@ -254,6 +254,30 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path):
         load_tokenizer(tmp_path / "vocab.txt", lowercase=True)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "zebra " * 2_000,  # longer than SentencePiece takes by default
+        "ü" * 5_000 + " zebra",
+        "zebra \u2585 zebra",  # its mark of unknown pieces
+        "zebra\tzebra",
+        "zebra\0zebra",
+        "zebra\u200bzebra",
+        "zebra \ud800",
+    ],
+)
+def test_no_caption_is_left_out_of_a_trained_vocabulary(text):
+    # The pieces of the other captions have no z.
+    tokenizer = train_sentencepiece([*CAPTIONS * 4, *[text] * 9], 300, lowercase=True)
+    assert len(tokenizer.encode("zebra")) < len("zebra")
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\0\0", "\u200b\ufeff", "\u0301"])
+def test_captions_that_show_nothing_make_no_vocabulary(blank):
+    with pytest.raises(ValueError, match="no captions to train a vocabulary on"):
+        train_sentencepiece([blank] * 5, 300, lowercase=True)
+
+
 def test_saved_and_restored_alike_for_every_kind(tmp_path):
     # what names the end must not be needed again
     config = tmp_path / "source" / "tokenizer_config.json"

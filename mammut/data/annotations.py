@@ -5,6 +5,7 @@ Each reader returns the set as records, the objects that its JSON lines would be
 `mammut.data.records` checks the texts, as it checks the texts of JSON lines.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -40,6 +41,7 @@ class BenchmarkSource(Source):
         except ValueError as error:
             raise ValueError(f"data source {options.spec!r}: {error}") from error
         self._field = options.field
+        self._digest = _digest(options.name)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -49,6 +51,19 @@ class BenchmarkSource(Source):
         file = record["file"]
         where = f"{self._path}, image {file}"
         return make_example(self._images / file, file, self._field, record[self._field], where)
+
+    def fingerprint(self) -> str:
+        return self._digest
+
+
+def _digest(form: str) -> str:
+    """Returns SHA-256 of the files that a spec names, one after the other."""
+    digest = hashlib.sha256()
+    for path in map(_path, filter(None, form.split(","))):
+        if path.is_file():  # neither the folder of the images nor the name of a split
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def read(kind: str, form: str) -> tuple[pathlib.Path, pathlib.Path, list[dict[str, Any]]]:

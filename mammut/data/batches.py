@@ -130,15 +130,7 @@ class TrainBatches:
         self._low_image_size = low_image_size
         self._low_end = low_steps * config.batch_size  # in examples of all processes
 
-        start = {"examples": len(source), "seed": seed, "position": 0, "read": 0, "bad": {}}
-        self._state = start if state is None else state
-        for name in ("examples", "seed"):
-            if self._state[name] != start[name]:
-                raise ValueError(
-                    f"the data position to resume from is of a run with {name} "
-                    f"{self._state[name]}, this one has {name} {start[name]} ({source.spec!r}): "
-                    "expected the same data and seed"
-                )
+        self._state = _start(source, seed, state)
         self._read = self._state["read"]
         self._bad = collections.Counter(self._state["bad"])
         self._position = self._state["position"]  # in examples of all processes
@@ -291,6 +283,40 @@ class TrainBatches:
                 f"{bad} of {self._read} examples read from {self.source.spec!r} could not be used "
                 f"({describe_bad(self._bad)}), data.max_bad_share allows {allowed:.0%}"
             )
+
+
+def _start(source: Source, seed: int, state: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns the position to start from: that of `state`, or the beginning.
+
+    Raises:
+      ValueError: `state` belongs to another set or seed, or the set has changed since.
+    """
+    fingerprint = source.fingerprint()
+    start = {
+        "examples": len(source),
+        "fingerprint": fingerprint,
+        "seed": seed,
+        "position": 0,
+        "read": 0,
+        "bad": {},
+    }
+    if state is None:
+        return start
+    for name in ("examples", "seed"):
+        if state[name] != start[name]:
+            raise ValueError(
+                f"the data position to resume from is of a run with {name} {state[name]}, this one "
+                f"has {name} {start[name]} ({source.spec!r}): expected the same data and seed"
+            )
+    # Runs of older versions have none, as have sets that cannot tell.
+    before = state.get("fingerprint")
+    if None not in (before, fingerprint) and before != fingerprint:
+        raise ValueError(
+            f"{source.spec!r} has changed since the run began, though it still has {len(source)} "
+            "examples: put the former data there, or begin a new run, which can take this one's "
+            "weights (--init)"
+        )
+    return state | {"fingerprint": before or fingerprint}
 
 
 @dataclasses.dataclass

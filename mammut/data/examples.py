@@ -2,9 +2,27 @@
 
 import abc
 import dataclasses
+import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 from mammut.data.config import Field
+
+# Unicode's categories of characters that show nothing alone: control, format, marks and separators.
+_INVISIBLE = {"Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp"}
+
+
+def is_blank(text: str) -> bool:
+    """Tells whether a text shows nothing: it is empty, of NULs, or of zero-width characters."""
+    return all(unicodedata.category(character) in _INVISIBLE for character in text)
+
+
+def spelled(name: str) -> str:
+    r"""Spells a file's name in UTF-8.
+
+    A byte that is not UTF-8 is a lone surrogate in Python's names and `\udcff` here.
+    """
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 class BadExample(ValueError):
@@ -69,7 +87,9 @@ class Example:
         if self.name is not None:
             pairs.append(("", self.name))
         for question in self.qa:
-            pairs += [(question.text, answer) for answer in question.answers if answer.strip()]
+            pairs += [
+                (question.text, answer) for answer in question.answers if not is_blank(answer)
+            ]
         return pairs
 
 
@@ -108,6 +128,13 @@ class Source(abc.ABC):
         """
         return self[index].pairs
 
+    def fingerprint(self) -> str | None:
+        """Returns a text that differs where the examples do, and says nothing of where they lie.
+
+        A resumed run compares it. None: the set cannot tell.
+        """
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceOptions:
@@ -119,3 +146,4 @@ class SourceOptions:
     field: Field  # the field that every example must have
     image_size: int  # pixels, of drawn scenes
     tfds_dir: str | None  # the `data_dir` of tensorflow-datasets; None: its default
+    alive: Callable[[], None] = lambda: None  # called again and again while a large set is opened

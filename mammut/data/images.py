@@ -3,13 +3,11 @@
 They are opened, turned upright, resized and cropped.
 """
 
-import contextlib
 import dataclasses
 import io
 import math
 import pathlib
 import threading
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +22,12 @@ Cause = Literal["missing file", "empty", "corrupt", "truncated", "oversized", "u
 # A fixed list, so that no picture from the web reaches the formats that Pillow hands to other
 # programs (EPS to Ghostscript).
 _FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"
-_PILLOW_LIMIT = threading.Lock()
+_PNG = b"\x89PNG\r\n\x1a\n"
+# The chunks of a PNG that its pixels do not need: of all others, damage is damage to the picture.
+_PNG_METADATA = (
+    *(b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"mDCV"),
+    *(b"cLLI", b"sBIT", b"bKGD", b"hIST", b"pHYs", b"sPLT", b"tIME", b"acTL", b"fcTL", b"fdAT"),
+)
 
 
 class BadImage(ValueError):
@@ -197,21 +200,17 @@ class ImageTransform:
 
         name = f"image {image}" if isinstance(image, str | pathlib.Path) else "image"
         try:
-            if isinstance(image, PIL.Image.Image):
-                picture = image
-            elif isinstance(image, np.ndarray):
-                picture = _from_array(image)
-            else:
-                picture = _open(image)
-            if math.prod(picture.size) > self.max_image_pixels:
-                size = f"{picture.width} x {picture.height} pixels"
-                raise BadImage(
-                    f"has {size}, more than max_image_pixels {self.max_image_pixels}", "oversized"
-                )
-            if picture is not image and sides is not None:
-                picture.draft(None, (sides, sides))
-            picture.load()
-            return _upright_rgb(picture)
+            content = _content(image)
+            with _PILLOW_LIMIT:
+                try:
+                    return self._decoded(content, sides)
+                except BadImage:
+                    raise
+                except Exception:
+                    plain = _without_metadata(content)
+                    if plain is None:
+                        raise
+                    return self._decoded(plain, sides)
         except BadImage as error:
             raise BadImage(f"{name} {error}", error.cause) from error.__cause__
         except PIL.UnidentifiedImageError as error:
@@ -222,19 +221,56 @@ class ImageTransform:
             cause = "truncated" if "truncated" in str(error).lower() else "corrupt"
             raise BadImage(f"{name} is {cause}: {error}", cause) from error
 
+    def _decoded(self, content: Any, sides: int | None):
+        """Decodes what `_content` returns; `sides` as in `_read`."""
+        import PIL.Image
 
-@contextlib.contextmanager
-def _no_pillow_limit() -> Iterator[None]:
-    """Lifts Pillow's own pixel limit, of the whole process; `max_image_pixels` replaces it."""
-    import PIL.Image
+        picture = content
+        if isinstance(content, bytes):
+            picture = PIL.Image.open(io.BytesIO(content), formats=_FORMATS)
+        if math.prod(picture.size) > self.max_image_pixels:
+            size = f"{picture.width} x {picture.height} pixels"
+            raise BadImage(
+                f"has {size}, more than max_image_pixels {self.max_image_pixels}", "oversized"
+            )
+        if isinstance(content, bytes) and sides is not None:
+            picture.draft(None, (sides, sides))
+        picture.load()
+        return _upright_rgb(picture)
 
-    with _PILLOW_LIMIT:
-        limit = PIL.Image.MAX_IMAGE_PIXELS
-        PIL.Image.MAX_IMAGE_PIXELS = None
-        try:
-            yield
-        finally:
-            PIL.Image.MAX_IMAGE_PIXELS = limit
+
+class _PillowLimit:
+    """Lifts Pillow's own pixel limit: `max_image_pixels` replaces it.
+
+    Pillow's limit is one of the whole process, asked when a file is opened and, in some formats,
+    when it is decoded. The first thread that reads lifts it, the last one puts it back.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._readers = 0
+        self._limit: int | None = None
+
+    def __enter__(self) -> None:
+        import PIL.Image
+
+        with self._lock:
+            if not self._readers:
+                self._limit = PIL.Image.MAX_IMAGE_PIXELS
+                PIL.Image.MAX_IMAGE_PIXELS = None
+            self._readers += 1
+
+    def __exit__(self, *_) -> None:
+        import PIL.Image
+
+        with self._lock:
+            self._readers -= 1
+            # Another value than None was set meanwhile, by the program that uses this library.
+            if not self._readers and PIL.Image.MAX_IMAGE_PIXELS is None:
+                PIL.Image.MAX_IMAGE_PIXELS = self._limit
+
+
+_PILLOW_LIMIT = _PillowLimit()
 
 
 def _resized_without_antialiasing(
@@ -259,13 +295,14 @@ def _resized_without_antialiasing(
 
 
 # The three functions below raise BadImage with a message that continues after the image's name.
-def _open(image: ImageLike):
-    """Opens encoded bytes or a path as a PIL image.
-
-    Only the header is read; nothing is decoded.
-    """
+def _content(image: ImageLike):
+    """Returns the encoded bytes of a picture, or the PIL image where it is decoded already."""
     import PIL.Image
 
+    if isinstance(image, PIL.Image.Image):
+        return image
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
     if isinstance(image, str | pathlib.Path):
         try:
             image = pathlib.Path(image).read_bytes()
@@ -276,8 +313,7 @@ def _open(image: ImageLike):
         raise BadImage(f"is of type {type(image).__name__}, expected {kinds}", "unsupported")
     if not image:
         raise BadImage("is empty, expected an image file", "empty")
-    with _no_pillow_limit():
-        return PIL.Image.open(io.BytesIO(image), formats=_FORMATS)
+    return image
 
 
 def _from_array(array: np.ndarray):
@@ -295,6 +331,33 @@ def _from_array(array: np.ndarray):
     return PIL.Image.fromarray(array)
 
 
+def _without_metadata(content: Any) -> bytes | None:
+    """Drops the metadata of a PNG; None where there is none.
+
+    Pillow refuses a PNG for its texts, its colour profile or its animation, too. Format: W3C, "PNG
+    Specification (Third Edition)", section 5.3.
+    """
+    if not isinstance(content, bytes) or not content.startswith(_PNG):
+        return None
+    kept = [_PNG]
+    start = len(_PNG)
+    while start < len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        if content[start + 4 : start + 8] not in _PNG_METADATA:
+            kept.append(content[start:end])
+        start = end
+    plain = b"".join(kept)
+    return plain if len(plain) < len(content) else None
+
+
+def _orientation(picture) -> Any:
+    """Returns the orientation of the picture's EXIF; None where that is absent or damaged."""
+    try:
+        return picture.getexif().get(0x0112)
+    except Exception:  # Pillow's readers of metadata raise many kinds of errors
+        return None
+
+
 def _upright_rgb(picture):
     import PIL.Image
     from PIL.Image import Transpose
@@ -308,7 +371,7 @@ def _upright_rgb(picture):
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }
-    turn = turns.get(picture.getexif().get(0x0112))  # EXIF's orientation
+    turn = turns.get(_orientation(picture))
     # Pillow would clip the values, not scale them.
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):
         picture = PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))

@@ -1,14 +1,17 @@
 """JSON lines as a source: one object a line, read when needed."""
 
 import array
+import hashlib
 import os
 import pathlib
 import weakref
 
 import numpy as np
 
-from mammut.data.examples import BadExample, Example, Source, SourceOptions
-from mammut.data.records import make_example, parse_object
+from mammut.data.examples import Example, Source, SourceOptions
+from mammut.data.records import file_of, make_example, parse_object, value_of
+
+_LINES = 10_000  # between two signs of life while a file is read
 
 
 class JsonlSource(Source):
@@ -22,16 +25,21 @@ class JsonlSource(Source):
         starts = array.array("q")
         numbers = array.array("q")
         end = 0
+        digest = hashlib.sha256()
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.isspace():
                     starts.append(end)
                     numbers.append(number)
                 end += len(line)
+                digest.update(line)
+                if number % _LINES == 0:
+                    options.alive()
         starts.append(end)
 
         self._path = path
         self._field = options.field
+        self._digest = digest.hexdigest()
         self._bounds = np.array(starts)
         self._numbers = np.array(numbers)
         self._file = os.open(path, os.O_RDONLY)
@@ -44,16 +52,14 @@ class JsonlSource(Source):
         where = f"{self._path}, line {self._numbers[index]}"
         start, end = self._bounds[index : index + 2].tolist()
         record = parse_object(os.pread(self._file, end - start, start), where)
-        file = record.get("file")
-        if not isinstance(file, str) or not file:
-            video = ""
-            if "frames" in record:
-                video = ", but the frames of a video, which cannot be read yet"
-            raise BadExample(f'{where} has no "file"{video}', "missing field")
-        if self._field not in record:
-            raise BadExample(f'{where} has no "{self._field}"', "missing field")
-        image = self._path.parent / file
-        return make_example(image, file, self._field, record[self._field], where)
+        file = file_of(record, where)
+        value = value_of(record, self._field, where)
+        # Lines of one question each may be about one image.
+        questions = file if "qa" in record else f"{file}, line {self._numbers[index]}"
+        return make_example(self._path.parent / file, file, self._field, value, where, questions)
+
+    def fingerprint(self) -> str:
+        return self._digest
 
 
 def _file(spec: str, path: pathlib.Path) -> pathlib.Path:
@@ -62,7 +68,8 @@ def _file(spec: str, path: pathlib.Path) -> pathlib.Path:
     It is `path` itself, or the only `.jsonl` file in the folder `path`.
     """
     if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
+        # macOS puts `._NAME` beside a file on other file systems.
+        files = [file for file in sorted(path.glob("*.jsonl")) if not file.name.startswith(".")]
         if len(files) != 1:
             raise ValueError(
                 f"data source {spec!r} is a folder with {len(files)} .jsonl files, expected one"

@@ -4,15 +4,26 @@ The values of a record have JSON's types. A record that cannot be used raises Ba
 names its place in messages, such as "set.jsonl, line 7".
 """
 
+import itertools
 import json
 import reprlib
 from typing import Any
 
 from mammut.data.config import Field
-from mammut.data.examples import BadExample, Example, Question
+from mammut.data.examples import BadExample, Example, Question, is_blank, spelled
 
 # The cause under which an example without the field is counted.
 ABSENT: dict[Field, str] = {"captions": "no caption", "qa": "no question", "name": "no name"}
+
+# The names that sets give to our fields. The first that a record has counts.
+SPELLINGS: dict[str, tuple[str, ...]] = {
+    "file": ("file", "image", "file_name", "filename", "image_path", "path"),
+    "captions": ("captions", "caption", "texts", "text"),
+    "qa": ("qa",),
+    "name": ("name", "label", "class", "class_name"),
+    "answers": ("answers", "answer"),
+}
+_FIELDS_SHOWN = 8  # fields of a record, in messages
 
 
 def parse_object(content: bytes, where: str) -> dict[str, Any]:
@@ -39,6 +50,47 @@ def decode_text(content: bytes, where: str) -> str:
         raise BadExample(f"{where} is not UTF-8", "not UTF-8") from error
 
 
+def file_of(record: dict[str, Any], where: str) -> str:
+    """Returns the file of the image that a record names.
+
+    Raises:
+      BadExample: it names none.
+    """
+    name = _spelling(record, "file")
+    if name is not None and isinstance(record[name], str) and record[name]:
+        return record[name]
+    video = ""
+    if "frames" in record:
+        video = ", but the frames of a video, which cannot be read yet"
+    raise BadExample(f'{where} has no "file"{video or _fields(record)}', "missing field")
+
+
+def value_of(record: dict[str, Any], field: Field, where: str) -> Any:
+    """Returns the value of a field of a record.
+
+    Raises:
+      BadExample: the record has the field under no name of `SPELLINGS`.
+    """
+    name = _spelling(record, field)
+    if name is not None:
+        return record[name]
+    # A record of one question has its parts itself.
+    if field == "qa" and isinstance(record.get("question"), str):
+        return [record]
+    raise BadExample(f'{where} has no "{field}"{_fields(record)}', "missing field")
+
+
+def _spelling(record: dict[str, Any], field: str) -> str | None:
+    """Returns the name that a record has for a field; the first of `SPELLINGS` counts."""
+    return next((name for name in SPELLINGS[field] if name in record), None)
+
+
+def _fields(record: dict[str, Any]) -> str:
+    names = ", ".join(reprlib.repr(name) for name in itertools.islice(record, _FIELDS_SHOWN))
+    more = ", ..." if len(record) > _FIELDS_SHOWN else ""
+    return f", its fields are {names}{more}" if record else ""
+
+
 def make_example(
     image: Any, key: str, field: Field, value: Any, where: str, questions: str | None = None
 ) -> Example:
@@ -48,15 +100,16 @@ def make_example(
 
     Args:
       image: anything that `Example.image` may be.
-      key: names the example.
+      key: names the example; bytes that are not UTF-8 are spelled out.
       field: the field that has `value`.
-      value: a list of captions, a list of questions, or a name.
+      value: a list of captions or one caption, a list of questions, or a name.
       where: the place of the record, for messages.
       questions: the start of the ids of questions that have none; None: `key`.
 
     Raises:
       BadExample: the value cannot be used.
     """
+    key = spelled(key)
     # null differs from a missing field: the set has the field, but this image has no annotation
     if value is None:
         raise BadExample(f'{where} is not annotated: its "{field}" is null', ABSENT[field])
@@ -64,7 +117,7 @@ def make_example(
         return Example(image, _captions(value, where), key)
     if field == "name":
         return Example(image, [], key, name=_text(value, where, "its name"))
-    return Example(image, [], key, _questions(value, where, questions or key))
+    return Example(image, [], key, _questions(value, where, spelled(questions or key)))
 
 
 def _text(value: Any, where: str, what: str, blank: bool = False) -> str:
@@ -72,7 +125,7 @@ def _text(value: Any, where: str, what: str, blank: bool = False) -> str:
 
     `what` names the text in messages.
     """
-    if not isinstance(value, str) or not (blank or value.strip()):
+    if not isinstance(value, str) or (is_blank(value) and not blank):
         raise BadExample(
             f"{where} has {reprlib.repr(value)} for {what}, expected a text", "missing field"
         )
@@ -85,9 +138,11 @@ def _text(value: Any, where: str, what: str, blank: bool = False) -> str:
 
 
 def _captions(values: Any, where: str) -> list[str]:
+    if isinstance(values, str):
+        values = [values]
     if not isinstance(values, list) or not all(isinstance(caption, str) for caption in values):
         raise BadExample(f'{where} has no "captions", a list of texts', "missing field")
-    captions = [_text(caption, where, "a caption") for caption in values if caption.strip()]
+    captions = [_text(caption, where, "a caption") for caption in values if not is_blank(caption)]
     if not captions:
         raise BadExample(f"{where} has no caption", "no caption")
     return captions
@@ -101,7 +156,7 @@ def _questions(values: Any, where: str, prefix: str) -> list[Question]:
     questions = {}
     for number, value in enumerate(values):
         value = {name: item for name, item in value.items() if item is not None}
-        answers = value.get("answers", [])
+        answers = _answers(value)
         identity = value.get("question_id", f"{prefix}#{number}")
         if not isinstance(answers, list):
             raise BadExample(
@@ -113,7 +168,8 @@ def _questions(values: Any, where: str, prefix: str) -> list[Question]:
                 f"{where} has question_id {reprlib.repr(identity)}, expected a text",
                 "missing field",
             )
-        if str(identity) in questions:
+        identity = spelled(str(identity))
+        if identity in questions:
             raise BadExample(f"{where} has the question_id {identity!r} twice", "duplicate id")
 
         question = _text(value.get("question"), where, "a question")
@@ -124,7 +180,21 @@ def _questions(values: Any, where: str, prefix: str) -> list[Question]:
             for name in ("answer_type", "question_type")
             if name in value
         }
-        questions[str(identity)] = Question(question, answers, str(identity), **types)
+        questions[identity] = Question(question, answers, identity, **types)
     if not questions:
         raise BadExample(f"{where} has no question", "no question")
     return list(questions.values())
+
+
+def _answers(question: dict[str, Any]) -> Any:
+    """Returns the answers to a question in our form, a list of texts, as far as they have another.
+
+    One answer is a list of one, and each answer of VQA v2 is an object.
+    """
+    name = _spelling(question, "answers")
+    value = [] if name is None else question[name]
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        return value
+    return [item.get("answer") if isinstance(item, dict) else item for item in value]

@@ -11,12 +11,15 @@ A spec is a kind, a colon, and the name of the set:
     has a "file", relative to the .jsonl, and the field asked for: "captions", a list of texts;
     "qa", a list of `{"question", "answers": [...]}`, optionally with "question_id",
     "answer_type" and "question_type"; or "name". Only the place of each line is kept in memory.
+    Other sets' names for these are taken, too: `SPELLINGS` of `mammut.data.records`, one text in
+    place of a list, and a line of one question that has "question" and "answer" itself.
 
   `tar:PATTERN`: plain tar files as webdataset has them, such as `tar:data/{00000..00127}.tar`.
-    Wildcards work too, and several patterns joined by `::`. Files that share a key are an
-    example: an image (jpg, jpeg, png, webp) and either a caption in a `txt`, or a `json` that
-    has the field asked for as a JSON line has it, or one "caption", as img2dataset writes it.
-    The shards' headers are read once; see `mammut.data.tar_shards`.
+    Wildcards work too, and several patterns joined by `::`; a path that exists is meant before a
+    pattern. Files that share a key are an example: an image (jpg, jpeg, png, webp) and either a
+    caption in a `txt`, the name of a class in a `cls`, or a `json` that has the field asked for
+    as a JSON line has it. Other files are counted and named in a warning. The shards' headers are
+    read once; see `mammut.data.tar_shards`.
 
   `coco:ANNOTATIONS.json,IMAGES`, `karpathy:DATASET.json,IMAGES,SPLIT` (captions) and
     `vqav2:QUESTIONS.json,ANNOTATIONS.json,IMAGES` (qa; without answers where ANNOTATIONS.json
@@ -35,6 +38,7 @@ A slice may follow: `[1000:]`, `[:90%]`, or `[::5]`, every fifth example; `[!::5
 others.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -71,7 +75,12 @@ _SPEC = re.compile(r"(.*?)(?:\[(!)?(-?\d+%?)?:(-?\d+%?)?(?::([1-9]\d*)?)?\])?", 
 
 
 def open_source(
-    spec: str, *, image_size: int, tfds_dir: str | None = None, field: Field = "captions"
+    spec: str,
+    *,
+    image_size: int,
+    tfds_dir: str | None = None,
+    field: Field = "captions",
+    alive: Callable[[], None] = lambda: None,
 ) -> Source:
     """Opens a set of images with captions, questions or names.
 
@@ -85,12 +94,15 @@ def open_source(
       image_size: pixels of the drawn scenes; other sources give their images as they are stored.
       tfds_dir: the `data_dir` of tensorflow-datasets; None: its default.
       field: the field that an example must have; an example without it raises BadExample.
+      alive: is called again and again while a large set is opened.
 
     Raises:
       ValueError: the spec has none of these forms; or the set does not exist, is empty, has another
         format, or does not have the field.
     """
     whole, others, start, stop, step = _SPEC.fullmatch(spec).groups()
+    if os.path.exists(os.path.expanduser(spec.partition(":")[2])):
+        whole, others, start, stop, step = spec, *[None] * 4  # a path that ends like a slice
     name, _, rest = whole.partition(":")
     kind = KINDS.get(name)
     if kind is None or not re.fullmatch(kind.pattern, rest, re.DOTALL):
@@ -100,7 +112,9 @@ def open_source(
             "each with an optional [a:b] in examples or percent, [a:b:step], or [!a:b:step] for "
             "all the others"
         )
-    options = SourceOptions(spec, name, rest, field, image_size=image_size, tfds_dir=tfds_dir)
+    options = SourceOptions(
+        spec, name, rest, field, image_size=image_size, tfds_dir=tfds_dir, alive=alive
+    )
     source = kind.open(options)
 
     def bound(text: str | None) -> int | None:
@@ -119,12 +133,13 @@ def open_source(
     return _Slice(spec, source, rows)
 
 
-def texts(source: Source) -> Iterator[str]:
+def texts(source: Source, begun: Callable[[int], None] = lambda index: None) -> Iterator[str]:
     """Yields all texts in order, to train a tokenizer on.
 
-    Unreadable examples are left out.
+    Unreadable examples are left out. `begun` is called with the index of every example.
     """
     for index in range(len(source)):
+        begun(index)
         try:
             yield from (text for pair in source.pairs(index) for text in pair if text)
         except BadExample:
@@ -147,3 +162,7 @@ class _Slice(Source):
 
     def pairs(self, index: int) -> list[tuple[str, str]]:
         return self._source.pairs(self._rows[index])
+
+    def fingerprint(self) -> str | None:
+        # The rows follow from the spec, which a resumed run keeps.
+        return self._source.fingerprint()

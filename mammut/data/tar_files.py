@@ -4,11 +4,14 @@ The tar format: POSIX.1-2017, pax, "EXTENDED DESCRIPTION", and GNU's long names 
 (GNU tar manual, "Basic Tar Format").
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 _BLOCK = 512
 _MAX_EXTENSION = 2**20  # bytes of a long name or of pax records
+_END = 2 * _BLOCK  # the end mark, which zeros follow up to a whole record
+_RECORD = 20 * _BLOCK  # of GNU tar and Python's tarfile; some programs write none
+_LONG_RECORDS = tuple(2**power for power in range(14, 21))  # of `tar -b`
 
 
 class Damage(Exception):
@@ -19,16 +22,17 @@ class Damage(Exception):
 
 
 class TarFile(NamedTuple):
-    """A file inside a tar: its name and its position in bytes."""
+    """A file or link inside a tar: its name and its position in bytes."""
 
     name: bytes
     start: int  # offset of its first header
     data: int  # offset of its content
     size: int  # bytes of its content
+    is_link: bool = False
 
 
 def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile]:
-    """Finds the regular files of a tar.
+    """Finds the regular files and the links of a tar.
 
     It may be several tars joined one after the other.
 
@@ -37,9 +41,10 @@ def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile
       size: bytes of the tar.
 
     Raises:
-      Damage: the tar is cut short, damaged, or has a sparse file.
+      Damage: the tar is cut short, damaged, has a sparse file, or more zeros than a tar ends with.
     """
     offset = start = 0
+    first = end = 0  # where this one of several tars starts, and the zeros at its end
     ended = False
     name = None  # of the file that follows, from GNU's header for long names
     pax: dict[bytes, bytes] = {}  # records of the file that follows
@@ -47,10 +52,14 @@ def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile
         block = read(offset, _BLOCK)
         # A block of zeros is the end; it may be incomplete, as the last block of the tar.
         if block.count(0) == len(block):
+            end = end if ended else offset
             ended = not pax and name is None
             offset += _BLOCK
             start = offset
             continue
+        if ended:
+            _check_zeros(first, end, offset)
+            first = offset
         ended = False
         kind, plain_name, length = _header(block, offset)
         data = offset + _BLOCK
@@ -72,6 +81,8 @@ def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile
         # Folders, links and devices have no content, even if their headers have a size.
         if kind in b"123456" or (kind == b"\0" and name.endswith(b"/")):
             length = 0
+            if kind in b"12":
+                yield TarFile(name, start, data, length, is_link=True)
         elif data + length > size:
             raise Damage(
                 f"is cut short or damaged: its file {shown(name)} should end at byte "
@@ -83,16 +94,45 @@ def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile
         offset = start = data + _padded(length)
         name = None
         pax = {}
-    if not ended:
+    _check_end(first, end if ended else None, size)
+
+
+def _check_end(first: int, end: int | None, size: int) -> None:
+    """Checks the end of the last tar; `end` None: it has no end mark."""
+    if end is None:
         raise Damage(
             "is cut short: it has no end mark, so files may be missing; get it again, or leave it "
             "out by a narrower pattern"
         )
+    # The last record may be incomplete.
+    if size - first > _padded(end - first + _END, _RECORD):
+        _check_zeros(first, end, size, _LONG_RECORDS)
 
 
-def _padded(length: int) -> int:
+def _check_zeros(
+    first: int, end: int, size: int, records: Collection[int] = (_BLOCK, _RECORD)
+) -> None:
+    """Checks the zeros that a tar ends with: they go on to the end of a record.
+
+    Args:
+      first: the byte where the tar starts.
+      end: the byte where its last file ends and the zeros start.
+      size: the byte where they end.
+      records: the possible sizes of a record.
+
+    Raises:
+      Damage: there are more or fewer zeros.
+    """
+    if size - first not in {_padded(end - first + _END, record) for record in records}:
+        raise Damage(
+            f"is damaged: it has zeros from byte {end:,} to {size:,}, other than a tar ends with, "
+            "so files may be missing; get it again, or leave it out by a narrower pattern"
+        )
+
+
+def _padded(length: int, block: int = _BLOCK) -> int:
     """Counts the bytes that a content takes, in whole blocks."""
-    return -(-length // _BLOCK) * _BLOCK
+    return -(-length // block) * block
 
 
 def _extension(read: Callable[[int, int], bytes], offset: int, length: int) -> bytes:
@@ -104,9 +144,7 @@ def _extension(read: Callable[[int, int], bytes], offset: int, length: int) -> b
 
 def _header(block: bytes, offset: int) -> tuple[bytes, bytes, int]:
     """Reads a header: the entry's kind, name, and size in bytes."""
-    # The checksum is the sum of all bytes, with spaces in its own place.
-    checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
-    if len(block) < _BLOCK or checksum != _number(block[148:156], offset):
+    if len(block) < _BLOCK or not _has_checksum(block, _number(block[148:156], offset)):
         raise Damage(
             f"is damaged at byte {offset:,}, where the header of a file should be, or no tar file; "
             "get it again, or leave it out by a narrower pattern"
@@ -115,6 +153,15 @@ def _header(block: bytes, offset: int) -> tuple[bytes, bytes, int]:
     if block[257:263] == b"ustar\0" and block[345]:  # GNU's own format has other things there
         name = block[345:500].partition(b"\0")[0] + b"/" + name
     return block[156:157], name, _number(block[124:136], offset)
+
+
+def _has_checksum(block: bytes, stored: int) -> bool:
+    """Tells whether the checksum stored in a header is that of its bytes.
+
+    It is their sum, with spaces in its own place. Some old programs add them as signed numbers.
+    """
+    counted = block[:148] + b" " * 8 + block[156:]
+    return stored == sum(counted) or stored == sum(memoryview(counted).cast("b"))
 
 
 def _number(field: bytes, offset: int) -> int:

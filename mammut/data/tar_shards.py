@@ -4,22 +4,20 @@ They are indexed once, read at random, and never unpacked.
 
 The files of an example share a key: the name up to the first dot after the last slash. The
 extension after that dot gives the kind of a file: `jpg`, `jpeg`, `png` or `webp` is the image,
-`txt` and `json` are its texts; other files are ignored. This is the convention of webdataset
-(github.com/webdataset/webdataset, "The WebDataset Format"), but here the files of an example need
-not stand side by side.
+`txt` and `json` are its texts, and `cls` is the name of its class; other files and links are left
+out, and counted. This is the convention of webdataset (github.com/webdataset/webdataset, "The
+WebDataset Format"), but here the files of an example need not stand side by side.
 """
 
 import array
 import bisect
 import functools
-import glob
 import hashlib
 import itertools
 import json
 import logging
 import os
 import pathlib
-import re
 import stat
 import weakref
 import zlib
@@ -31,14 +29,19 @@ import numpy as np
 from jaxtyping import Int64, UInt32
 
 from mammut.core.files import replacing_file
-from mammut.data.examples import BadExample, Example, Source, SourceOptions
-from mammut.data.records import ABSENT, decode_text, make_example, parse_object
+from mammut.data import tar_left_out
+from mammut.data.config import Field
+from mammut.data.examples import BadExample, Example, Source, SourceOptions, spelled
+from mammut.data.records import ABSENT, decode_text, make_example, parse_object, value_of
 from mammut.data.tar_files import Damage, read_files, shown
+from mammut.data.tar_left_out import LeftOut
+from mammut.data.tar_paths import shard_paths
 
 _log = logging.getLogger(__name__)
 
-# The columns of an index: the files of an example.
+# The columns of an index: the files of an example. CLS is there only where a shard has such files.
 IMAGE, TXT, JSON = COLUMNS = range(3)
+CLS = 3
 # The start of an absent file in an index. Where two files have one name, it is -2 - start.
 _ABSENT = -1
 
@@ -50,21 +53,27 @@ _COLUMNS = {
     b"webp": IMAGE,
     b"txt": TXT,
     b"json": JSON,
+    b"cls": CLS,
+}
+# The columns with the texts of a field, the first choice first.
+_TEXT_COLUMNS: dict[Field, tuple[int, ...]] = {
+    "captions": (TXT, JSON),
+    "qa": (JSON,),
+    "name": (CLS, JSON),
 }
 _RANKS = {extension: rank for rank, extension in enumerate(_COLUMNS)}
 
 _MAX_FILE = 2**32 - 1  # bytes of a file with its headers: an index has 32 bits for them
-_MAX_SHARDS = 10**6
 _MAX_OPEN = 256  # shards; a process may have 1,024 files open by default
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_FORMAT = 1  # version of the stored indexes
-_BRACES = re.compile(r"\{(?:([0-9]+)\.\.([0-9]+)|([^{}]*,[^{}]*))\}")
+_FIRST_BYTES = 4096  # of every file go into the fingerprint
+_FORMAT = 2  # version of the stored indexes
 
 
 class Index(NamedTuple):
     """The positions of the files in one shard.
 
-    A row is an example; the columns are IMAGE, TXT and JSON.
+    A row is an example; the columns are IMAGE, TXT and JSON, and CLS in a shard with such files.
 
     A file is everything from its first header, long names and pax records included, to the last of
     its bytes.
@@ -72,10 +81,14 @@ class Index(NamedTuple):
     Attributes:
       starts: the byte where a file starts; -1 without a file, -2 - start where there are two.
       lengths: bytes of a file.
+      left_out: counts of the files that are not in the index, by the reason, each with a name.
+      digest: SHA-256 of the names, the sizes and the first bytes of the files in the index.
     """
 
-    starts: Int64[np.ndarray, "examples 3"]
-    lengths: UInt32[np.ndarray, "examples 3"]
+    starts: Int64[np.ndarray, "examples columns"]
+    lengths: UInt32[np.ndarray, "examples columns"]
+    left_out: LeftOut
+    digest: str
 
 
 class TarShards:
@@ -86,13 +99,14 @@ class TarShards:
 
     Args:
       pattern: the shards; see `shard_paths`.
+      alive: is called after every shard.
 
     Raises:
       ValueError: the pattern matches no shard, or one that is missing, cut short, compressed or
         damaged.
     """
 
-    def __init__(self, pattern: str):
+    def __init__(self, pattern: str, alive: Callable[[], None] = lambda: None):
         from tqdm import tqdm
 
         self.paths = shard_paths(pattern)
@@ -101,8 +115,11 @@ class TarShards:
         try:
             opened = [pool.submit(open_index, path) for path in self.paths]
             progress = tqdm(opened, "indexing shards", unit="shard", delay=2, disable=None)
-            raised = [future.exception() for future in progress]
-            errors = [error for error in raised if isinstance(error, ValueError)]
+            errors = []
+            for future in progress:
+                if isinstance(future.exception(), ValueError):
+                    errors.append(future.exception())
+                alive()
         finally:
             pool.shutdown(cancel_futures=True)
         if errors:
@@ -111,8 +128,12 @@ class TarShards:
                 others = f" ({len(errors) - 1} of the other shards cannot be used either)"
             raise ValueError(f"{errors[0]}{others}") from errors[0]
         indexes = [future.result() for future in opened]
-        self._starts = np.concatenate([index.starts for index in indexes])
-        self._lengths = np.concatenate([index.lengths for index in indexes])
+        columns = max(index.starts.shape[1] for index in indexes)
+        self._starts = _joined([index.starts for index in indexes], columns, _ABSENT)
+        self._lengths = _joined([index.lengths for index in indexes], columns, 0)
+        self.left_out = tar_left_out.summed(index.left_out for index in indexes)
+        digests = "".join(index.digest for index in indexes)
+        self.digest = hashlib.sha256(digests.encode()).hexdigest()
         self._ends = list(itertools.accumulate(len(index.starts) for index in indexes))
         self._open = functools.lru_cache(_MAX_OPEN)(_OpenShard)
 
@@ -128,14 +149,14 @@ class TarShards:
 
         The count is 2 where the shard has two files of one name.
         """
-        start = self._starts[example, column]
-        if start == _ABSENT:
+        starts = self._starts[example]
+        if column >= len(starts) or starts[column] == _ABSENT:
             return 0
-        return 1 if start >= 0 else 2
+        return 1 if starts[column] >= 0 else 2
 
     def name(self, example: int) -> str:
         """Returns the name of a file of the example."""
-        column = next(column for column in COLUMNS if self.count(example, column))
+        column = next(column for column in (*COLUMNS, CLS) if self.count(example, column))
         return self.read(example, column)[0]
 
     def read(self, example: int, column: int) -> tuple[str, bytes]:
@@ -156,7 +177,7 @@ class TarShards:
         try:
             file = next(read_files(lambda offset, size: content[offset : offset + size], length))
             if len(content) == length == file.data + file.size:
-                return file.name.decode(errors="replace"), content[file.data :]
+                return spelled(os.fsdecode(file.name)), content[file.data :]
         except (Damage, StopIteration):
             pass
         raise ValueError(
@@ -169,14 +190,22 @@ class TarSource(Source):
 
     def __init__(self, options: SourceOptions):
         try:
-            self._shards = TarShards(options.name)
+            self._shards = TarShards(options.name, options.alive)
         except ValueError as error:
             raise ValueError(f"data source {options.spec!r}: {error}") from error
         paths = [os.path.abspath(path) for path in self._shards.paths]
         folder = os.path.commonpath([os.path.dirname(path) for path in paths])
         self._names = [os.path.relpath(path, folder) for path in paths]
         self._field = options.field
-        self._text_columns = (TXT, JSON) if options.field == "captions" else (JSON,)
+        self._text_columns = _TEXT_COLUMNS[options.field]
+        if self._shards.left_out:
+            left_out = tar_left_out.described(self._shards.left_out, _COLUMNS)
+            if not len(self._shards):
+                raise ValueError(
+                    f"data source {options.spec!r} is empty, expected at least one example: "
+                    f"{left_out}"
+                )
+            _log.warning("%s: %s", options.spec, left_out)
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -188,19 +217,17 @@ class TarSource(Source):
     def pairs(self, index: int) -> list[tuple[str, str]]:
         return self._example(index, None, "").pairs
 
+    def fingerprint(self) -> str:
+        return self._shards.digest
+
     def _example(self, index: int, image: Any, image_name: str) -> Example:
         name, content = self._read(index, self._text_columns, ABSENT[self._field])
         shard = self._shards.shard(index)
         where = f"{self._shards.paths[shard]}, {name}"
         if name.lower().endswith(".json"):
-            record = parse_object(content, where)
-            if self._field == "captions" and isinstance(record.get("caption"), str):
-                record = {"captions": [record["caption"]]} | record
-            if self._field not in record:
-                raise BadExample(f'{where} has no "{self._field}"', "missing field")
-            value = record[self._field]
+            value = value_of(parse_object(content, where), self._field, where)
         else:
-            value = [decode_text(content, where).strip()]
+            value = decode_text(content, where).strip()
         # Named with the shard: another may have the same names.
         key = f"{self._names[shard]}/{image_name}"
         questions = f"{self._names[shard]}/{name}"
@@ -236,60 +263,6 @@ class _OpenShard:
         # Not mapped into memory: if another program shortened a mapped file, reading it would end
         # the process.
         return os.pread(self._file, length, start)
-
-
-def shard_paths(pattern: str) -> list[pathlib.Path]:
-    """Lists the shards of a pattern, in its order.
-
-    The shards of a wildcard are sorted.
-
-    Args:
-      pattern: a path with ranges `{00000..00127}`, lists `{a,b}` and the wildcards `*`, `**`, `?`
-        and `[...]`; several are joined by `::`.
-
-    Raises:
-      ValueError: a shard of a range or list is missing, or a wildcard finds none.
-    """
-    paths = []
-    for part in pattern.split("::"):
-        if "://" in part or part.startswith("pipe:"):
-            raise ValueError(
-                f"{part} is not a path: shards are read at random, so copy or mount them first"
-            )
-        for name in _expanded(os.path.expanduser(part)):
-            names = [name]
-            if glob.has_magic(name):
-                names = sorted(glob.glob(name, recursive=True))
-            if not names:
-                raise ValueError(f"no file is called {name}, expected at least one shard")
-            paths += map(pathlib.Path, names)
-    missing = [path for path in paths if not path.exists()]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of the {len(paths)} shards do not exist, the first is {missing[0]}: "
-            "get them, or leave them out by a narrower pattern; several are joined by ::"
-        )
-    return paths
-
-
-def _expanded(text: str) -> list[str]:
-    """Expands ranges and lists in braces, as a shell does."""
-    match = _BRACES.search(text)
-    if match is None:
-        return [text]
-    low, high, names = match.groups()
-    if names is None:
-        if abs(int(high) - int(low)) >= _MAX_SHARDS:
-            raise ValueError(f"{match[0]} is a range of more than {_MAX_SHARDS:,} shards")
-        width = max(len(low), len(high)) if "0" in (low[0], high[0]) else 1
-        step = 1 if int(low) <= int(high) else -1
-        choices = [f"{number:0{width}}" for number in range(int(low), int(high) + step, step)]
-    else:
-        choices = names.split(",")
-    rest = _expanded(text[match.end() :])
-    if len(choices) * len(rest) > _MAX_SHARDS:
-        raise ValueError(f"{text} means more than {_MAX_SHARDS:,} shards")
-    return [text[: match.start()] + choice + end for choice in choices for end in rest]
 
 
 def open_index(path: pathlib.Path) -> Index:
@@ -360,14 +333,25 @@ def _load(path: pathlib.Path, identity: dict[str, str | int]) -> Index | None:
         return None
     if head != json.dumps(identity | {"crc32": zlib.crc32(content)}).encode():
         return None
-    examples = len(content) // 36
-    starts = np.frombuffer(content, "<i8", 3 * examples).reshape(-1, 3)
-    return Index(starts, np.frombuffer(content, "<u4", 3 * examples, 24 * examples).reshape(-1, 3))
+    about, _, content = content.partition(b"\n")
+    about = json.loads(about)
+    columns = about["columns"]
+    count = len(content) // 12  # of the starts, 8 bytes each, and of the lengths, 4 bytes each
+    starts = np.frombuffer(content, "<i8", count).reshape(-1, columns)
+    lengths = np.frombuffer(content, "<u4", count, 8 * count).reshape(-1, columns)
+    left_out = {reason: (count, name) for reason, (count, name) in about["left_out"].items()}
+    return Index(starts, lengths, left_out, about["digest"])
 
 
 def _store(folder: pathlib.Path, name: str, identity: dict[str, str | int], index: Index) -> None:
     """Stores an index, whole or not at all."""
-    content = index.starts.astype("<i8").tobytes() + index.lengths.astype("<u4").tobytes()
+    about = {
+        "columns": index.starts.shape[1],
+        "left_out": index.left_out,
+        "digest": index.digest,
+    }
+    content = json.dumps(about).encode() + b"\n"
+    content += index.starts.astype("<i8").tobytes() + index.lengths.astype("<u4").tobytes()
     head = json.dumps(identity | {"crc32": zlib.crc32(content)}).encode()
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / name) as new:
@@ -386,27 +370,33 @@ def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
                 f"is compressed ({name}), which has no random access: unpack it into a plain .tar"
             )
     rows: dict[bytes, int] = {}  # of each key
-    # Three numbers a row: starts, lengths, and how far the extensions are from the first choice.
+    # Four numbers a row: starts, lengths, and how far the extensions are from the first choice.
+    columns = CLS + 1
     starts = array.array("q")
     lengths = array.array("I")
     ranks = array.array("b")
+    left_out: LeftOut = {}
+    digest = hashlib.sha256()
     for file in read_files(read, size):
         folder, slash, name = file.name.rpartition(b"/")
         stem, _, extension = name.partition(b".")
         extension = extension.lower()
-        if not stem or extension not in _COLUMNS:
+        if file.is_link or not stem or extension not in _COLUMNS:
+            tar_left_out.count(left_out, file, _COLUMNS)
             continue
         length = file.data + file.size - file.start
         if length > _MAX_FILE:
             raise Damage(
                 f"has the file {shown(file.name)} of {file.size:,} bytes, expected less than 4 GiB"
             )
+        digest.update(b"%d %s\0%d\0" % (len(file.name), file.name, file.size))
+        digest.update(read(file.data, min(file.size, _FIRST_BYTES)))
         row = rows.setdefault(folder + slash + stem, len(rows))
-        if 3 * row == len(starts):
-            starts.extend((_ABSENT, _ABSENT, _ABSENT))
-            lengths.extend((0, 0, 0))
-            ranks.extend((len(_RANKS),) * 3)
-        cell = 3 * row + _COLUMNS[extension]
+        if columns * row == len(starts):
+            starts.extend((_ABSENT,) * columns)
+            lengths.extend((0,) * columns)
+            ranks.extend((len(_RANKS),) * columns)
+        cell = columns * row + _COLUMNS[extension]
         rank = _RANKS[extension]
         if rank < ranks[cell]:
             starts[cell] = file.start
@@ -414,6 +404,24 @@ def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
             ranks[cell] = rank
         elif rank == ranks[cell]:
             starts[cell] = min(starts[cell], -2 - starts[cell])
+    all_starts = np.array(starts, np.int64).reshape(-1, columns)
+    all_lengths = np.array(lengths, np.uint32).reshape(-1, columns)
+    if not all_lengths[:, CLS].any():
+        columns = CLS
     return Index(
-        np.array(starts, np.int64).reshape(-1, 3), np.array(lengths, np.uint32).reshape(-1, 3)
+        np.ascontiguousarray(all_starts[:, :columns]),
+        np.ascontiguousarray(all_lengths[:, :columns]),
+        left_out,
+        digest.hexdigest(),
+    )
+
+
+def _joined(arrays: list[np.ndarray], columns: int, absent: int) -> np.ndarray:
+    """Joins the rows of arrays; those with fewer columns get `absent` in the others."""
+    widths = [((0, 0), (0, columns - array.shape[1])) for array in arrays]
+    return np.concatenate(
+        [
+            np.pad(array, width, constant_values=absent) if any(width[1]) else array
+            for array, width in zip(arrays, widths, strict=True)
+        ]
     )

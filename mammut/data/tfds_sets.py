@@ -1,7 +1,10 @@
 """Prepared sets of tensorflow-datasets as a source of examples."""
 
+import hashlib
 import os
 import pathlib
+from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,8 @@ from mammut.data.examples import BadExample, Example, Source, SourceOptions
 from mammut.data.records import make_example
 
 _QUESTION = ("question", "answers", "answer", "question_id", "answer_type", "question_type")
+
+_TAIL = 2**16  # bytes at the end of a shard, with the places of its records
 
 # Where a prepared set has a field: the first of these features that is of one of these types.
 _FEATURES: dict[Field, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -55,23 +60,39 @@ class TfdsSource(Source):
                 f"data source {self._spec!r} is prepared as {builder.info.file_format.value}, "
                 "expected array_record: prepare it again with file_format='array_record'"
             ) from error
+        try:
+            self._digest = _checked_shards(
+                builder.info.splits[split].file_instructions, options.alive
+            )
+        except ValueError as error:
+            raise ValueError(f"data source {self._spec!r}: {error}") from error
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
         where = f"{self._spec}, example {index}"
+        try:
+            record = self._records[index]
+        except MemoryError:
+            raise
+        except (
+            Exception
+        ) as error:  # array_record, protobuf and their caller have errors of their own
+            raise BadExample(f"{where} cannot be read: {_line(error)}", "corrupt record") from error
         try:
             value = self._value(record)
         except UnicodeDecodeError as error:
             raise BadExample(f"{where} is not UTF-8", "not UTF-8") from error
-        file = record.get("image/filename", b"").decode(errors="replace")
+        file = os.fsdecode(record.get("image/filename", b""))
         # Questions are not named by the file: in some sets every question comes with its image
         # anew.
         return make_example(
             record["image"], file or where, self._field, value, where, questions=where
         )
+
+    def fingerprint(self) -> str:
+        return self._digest
 
     def _builder(self, name: str, tfds_dir: str | None) -> Any:
         """Makes the builder of a prepared set, by name or folder.
@@ -93,6 +114,11 @@ class TfdsSource(Source):
                 "`python -m mammut.prepare jsonl:PATH --data-dir DIR --name NAME` or "
                 "tfds.builder(NAME, data_dir=DIR, file_format='array_record')"
                 ".download_and_prepare()"
+            ) from error
+        except Exception as error:  # its readers of descriptions have errors of their own
+            raise ValueError(
+                f"data source {self._spec!r} cannot be opened: its dataset_info.json is missing or "
+                f"damaged ({_line(error)})"
             ) from error
 
     def _find_feature(self, features: Any) -> str:
@@ -129,6 +155,69 @@ class TfdsSource(Source):
             dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
         ]
         return [{"answers": [q["answer"]]} | q if "answer" in q else q for q in questions]
+
+
+def _checked_shards(shards: list[Any], alive: Callable[[], None]) -> str:
+    """Checks that every shard is there with all of its records.
+
+    A shard is opened when its first record is read, which may be hours later.
+
+    Args:
+      shards: the file instructions of tensorflow-datasets.
+      alive: is called after every shard.
+
+    Returns:
+      SHA-256 of the sizes of the shards and of the places of their records.
+
+    Raises:
+      ValueError: a shard is missing, cut short or damaged.
+    """
+    from tqdm import tqdm
+
+    # In threads: a disk or a network needs time to return each of the many ends.
+    pool = futures.ThreadPoolExecutor(8, thread_name_prefix="mammut-shards")
+    try:
+        opened = [
+            pool.submit(_checked_shard, os.fspath(shard.filename), shard.examples_in_shard)
+            for shard in shards
+        ]
+        progress = tqdm(opened, "opening shards", unit="shard", delay=2, disable=None)
+        digests = []
+        for future in progress:
+            digests.append(future.result())
+            alive()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _checked_shard(path: str, records: int) -> str:
+    from array_record.python import array_record_module
+
+    try:
+        reader = array_record_module.ArrayRecordReader(path)
+        found = reader.num_records()
+        reader.close()
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL))
+            end = file.read()
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"shard {path} is missing, cut short or damaged ({_line(error)}): get it again, or "
+            "prepare the set again"
+        ) from error
+    if found != records:
+        raise ValueError(
+            f"shard {path} has {found} records, expected {records}: get it again, or prepare the "
+            "set again"
+        )
+    return hashlib.sha256(b"%d %d " % (size, found) + end).hexdigest()
+
+
+def _line(error: Exception) -> str:
+    """Describes an error of a library in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from mammut.data.examples import is_blank
 from mammut.data.tokenizer_kinds import (
     SETTINGS,
     ClipTokenizer,
@@ -29,6 +30,10 @@ from mammut.data.tokenizer_kinds import (
 
 # Pieces for single bytes take 256 ids; a smaller vocabulary needs those for characters and words.
 _MIN_VOCAB_FOR_BYTES = 512
+# SentencePiece leaves out texts, without a word, that are longer than this by default or have the
+# character that it marks unknown pieces with.
+_SENTENCEPIECE_BYTES = 4192
+_SENTENCEPIECE_MARK = "\u2585"
 
 
 def load_tokenizer(path: str | pathlib.Path, lowercase: bool, **named: Any) -> Tokenizer:
@@ -106,17 +111,23 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int, lowercase: boo
     """
     import sentencepiece
 
-    texts = [text for text in (clean(caption, lowercase) for caption in captions) if text.strip()]
+    texts = [
+        clean(caption, lowercase).replace(_SENTENCEPIECE_MARK, " ")
+        for caption in captions
+        if not is_blank(caption)
+    ]
     if not texts:
         raise ValueError(
             "there are no captions to train a vocabulary on; give captions or set tokenizer.path"
         )
+    longest = max(len(text.encode()) for text in texts)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=model,
             vocab_size=vocab_size,
+            max_sentence_length=max(longest, _SENTENCEPIECE_BYTES),
             hard_vocab_limit=False,
             byte_fallback=vocab_size >= _MIN_VOCAB_FOR_BYTES,
             pad_id=0,

@@ -68,7 +68,9 @@ class Predictions:
         }
         for name in ("data", "checkpoint", "settings", "left_out"):
             header[name] = getattr(self, name)
-        with replacing_file(path) as new, new.open("w", encoding="utf-8") as file:
+        # A lone surrogate, as of a path that is not UTF-8, is written as JSON spells it.
+        options = {"encoding": "utf-8", "errors": "backslashreplace"}
+        with replacing_file(path) as new, new.open("w", **options) as file:
             for value in (header, *self.records):
                 file.write(json.dumps(value, ensure_ascii=False) + "\n")
 

@@ -4,32 +4,47 @@ It is the processor of a model to start from, or one with a given or a new vocab
 """
 
 import base64
+import contextlib
 import dataclasses
 import json
 import pathlib
 import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
 
 from mammut.core import distributed
 from mammut.data import sources
 from mammut.data.images import ImageTransform
 from mammut.data.processor import Processor
-from mammut.data.tokenizer import MissingTokenizer, load_tokenizer, train_sentencepiece
+from mammut.data.tokenizer import (
+    MissingTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
 from mammut.training.config import TrainConfig
 from mammut.weights.opened import OpenedModel
 from mammut.weights.warm_start import Start
 
+_ALIVE_EVERY = 5.0  # seconds between signs of life where nothing can be counted
+_TOLD_EVERY = 30.0  # seconds between lines on the screen
+
 
 def shared_processor(
-    config: TrainConfig, source: sources.Source, starts: dict[Start, OpenedModel]
+    config: TrainConfig,
+    source: sources.Source,
+    starts: dict[Start, OpenedModel],
+    alive: Callable[[], None] = lambda: None,
 ) -> Processor:
     """Calls `make_processor` on process 0 and shares the result.
 
-    The other processes of the run get its files.
+    The other processes of the run get its files. `alive` is called again and again meanwhile.
     """
     made = []
 
     def files() -> bytes:
-        made.append(make_processor(config, source, starts))
+        made.append(make_processor(config, source, starts, alive))
         with tempfile.TemporaryDirectory() as folder:
             made[0].save(folder)
             paths = pathlib.Path(folder).iterdir()
@@ -37,7 +52,9 @@ def shared_processor(
                 {path.name: base64.b64encode(path.read_bytes()).decode() for path in paths}
             ).encode()
 
-    given = json.loads(distributed.broadcast_from_first("processor", files))
+    # The others wait for process 0, whose own watchdog sees whether it goes on.
+    with contextlib.nullcontext() if distributed.first() else _repeated(alive):
+        given = json.loads(distributed.broadcast_from_first("processor", files))
     if made:
         return made[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -47,11 +64,15 @@ def shared_processor(
 
 
 def make_processor(
-    config: TrainConfig, source: sources.Source, starts: dict[Start, OpenedModel]
+    config: TrainConfig,
+    source: sources.Source,
+    starts: dict[Start, OpenedModel],
+    alive: Callable[[], None] = lambda: None,
 ) -> Processor:
     """Makes the processor of a fresh run.
 
     It comes from the model that the run starts from, or has a given or a newly trained vocabulary.
+    `alive` is called again and again while a vocabulary is trained.
     """
     of = {name: opened.processor for name, opened in starts.items()}
     text, settings = config.model.text, config.tokenizer
@@ -75,7 +96,7 @@ def make_processor(
     if tokenizer is None and settings.path:
         tokenizer = load_tokenizer(settings.path, settings.lowercase)
     elif tokenizer is None:
-        tokenizer = train_sentencepiece(sources.texts(source), text.vocab_size, settings.lowercase)
+        tokenizer = _trained_vocabulary(source, text.vocab_size, settings.lowercase, alive)
     if tokenizer.vocab_size > text.vocab_size:
         raise ValueError(
             f"tokenizer.path {settings.path} has {tokenizer.vocab_size} pieces, more than the "
@@ -99,3 +120,50 @@ def make_processor(
             f"{processor.pad_id}"
         )
     return processor
+
+
+def _trained_vocabulary(
+    source: sources.Source, vocab_size: int, lowercase: bool, alive: Callable[[], None]
+) -> Tokenizer:
+    """Trains a vocabulary on all texts of a set, which may take hours.
+
+    It calls `alive` meanwhile, and prints how far it is now and then.
+    """
+    told = time.monotonic()
+
+    def tell(doing: str) -> None:
+        nonlocal told
+        alive()
+        if time.monotonic() - told >= _TOLD_EVERY:
+            told = time.monotonic()
+            distributed.say(f"making the vocabulary: {doing}")
+
+    def begun(index: int) -> None:
+        tell(f"read {index:,} of {len(source):,} examples")
+
+    with contextlib.ExitStack() as training:
+
+        def captions() -> Iterator[str]:
+            yield from sources.texts(source, begun)
+            # From here on SentencePiece works, which calls nothing.
+            training.enter_context(_repeated(lambda: tell(f"training on {len(source):,} examples")))
+
+        return train_sentencepiece(captions(), vocab_size, lowercase)
+
+
+@contextlib.contextmanager
+def _repeated(call: Callable[[], None]) -> Iterator[None]:
+    """Repeats a call in a thread until the context ends."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(_ALIVE_EVERY):
+            call()
+
+    thread = threading.Thread(target=repeat, name="mammut-vocabulary", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
