@@ -652,6 +652,23 @@ def test_a_model_that_diverged_says_nothing_and_is_named(processor, images, gene
         ValueError, match="^the model's logits for image 0 are not numbers: .* training diverged$"
     ):
         mammut.caption(diverged, processor, images, batch_size=6)
+    sampling = GenerateConfig(temperature=0.5, top_k=3)
+    for config in (GenerateConfig(num_beams=3), sampling):
+        with pytest.raises(ValueError, match="^the model's logits for image 0 are not numbers"):
+            generate_text(diverged, processor, images, config=config, batch_size=6)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_an_image_whose_search_meets_logits_that_are_not_numbers_has_no_text(num_groups):
+    """Its first token is scored by numbers, so that a beam has ended when the rest breaks."""
+    config = GenerateConfig(num_beams=4, num_groups=num_groups)
+    table = np.full((2, 9, 9), -1.0, np.float32)
+    table[:, 1, 2] = 0.0  # the end, after the start
+    expected = by_table(config, table)
+    table[1, 3:] = np.nan
+    out = by_table(config, table)
+    assert (out.scores[1] == -np.inf).all() and np.isfinite(expected.scores).all()
+    np.testing.assert_array_equal(out.scores[0], expected.scores[0])
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])

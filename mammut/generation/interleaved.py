@@ -281,14 +281,14 @@ def generate_prompts(
             return _generate(graphdef, params, batch, config, keys=keys, **ids)
 
         prompts = ((number, _with_pixels(encoded[number], processor)) for number in numbers)
-        rows = (Row(prompt, START_LENGTH, number) for number, prompt in prompts)
+        rows = (Row(prompt, START_LENGTH, n, f"prompt {n}") for n, prompt in prompts)
         own_batch_size = min(batch_size, padded_size(len(numbers)))
         return generate_rows(rows, run, processor, batch_size=own_batch_size)
 
     texts: dict[int, Text] = {}
     for size, numbers in by_size.items():
         for number, row in zip(numbers, generated(size, numbers), strict=True):
-            texts[number] = text_of(row, f"prompt {number}")
+            texts[number] = text_of(row)
     return [texts[number] for number in range(len(encoded))]
 
 

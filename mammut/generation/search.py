@@ -262,18 +262,20 @@ def _beam_search(decoding: Decoding, tokens, lengths, limit, config, eos_id) -> 
     rules = _BeamRules(lengths, limit, config, eos_id)
 
     def step(carry):
-        position, state, running, finished, _ = carry
+        position, state, running, finished, done, broken = carry
         rows = running.text.reshape(images * beams, length)
         logits, state = decoding.step(rows, position - 1, state)
         logprobs = jax.nn.log_softmax(logits).reshape(images, beams, -1)
-        # Logits that are not numbers give no text.
-        logprobs = jnp.where(jnp.isnan(logprobs), -jnp.inf, logprobs)
+        # Where logits are not numbers the search ends: its image has no text at all.
+        nan = jnp.isnan(logprobs)
+        broken |= rules.is_broken(nan, position, running) & ~done
+        logprobs = jnp.where(nan, -jnp.inf, logprobs)
         running, finished, beam = rules.advance_all(logprobs, position, running, finished)
-        done = rules.is_done(position, running, finished)
-        return position + 1, decoding.take(state, beam), running, finished, done
+        done = rules.is_done(position, running, finished) | broken
+        return position + 1, decoding.take(state, beam), running, finished, done, broken
 
     def searching(carry):
-        *_, done = carry
+        *_, done, _ = carry
         return ~done.all()  # at its limit an image has no running beam
 
     # All beams of a group start alike: all but the first are held back until they differ.
@@ -282,9 +284,11 @@ def _beam_search(decoding: Decoding, tokens, lengths, limit, config, eos_id) -> 
     running = _Beams(jnp.tile(score, (images, 1)), text, jnp.zeros(text.shape))
     finished = running._replace(score=jnp.full((images, beams), -jnp.inf))
     state = decoding.take(decoding.state, jnp.zeros((images, beams), int))
-    carry = (start, state, running, finished, jnp.zeros(images, bool))
-    position, _, _, finished, _ = jax.lax.while_loop(searching, step, carry)
+    none = jnp.zeros(images, bool)
+    carry = (start, state, running, finished, none, none)
+    position, _, _, finished, _, broken = jax.lax.while_loop(searching, step, carry)
 
+    finished = finished._replace(score=jnp.where(broken[:, None], -jnp.inf, finished.score))
     best = finished.pick(jnp.argsort(-finished.score, axis=1, stable=True))
     num_tokens = _num_tokens(best.text, lengths, limit, eos_id)
     return Generation(best.text, best.logprobs, num_tokens, best.score, position - start)
@@ -368,6 +372,14 @@ class _BeamRules:
         counts = jnp.isfinite(running.score) & ~forced
         choices = jax.nn.one_hot(running.text[:, :, position], vocab) * counts[..., None]
         return running, finished, beam, chosen + choices.sum(1)
+
+    def is_broken(self, nan, position, running) -> jax.Array:
+        """Tells for each image whether the logits of a running beam are not numbers.
+
+        `nan` is bool[B, n, V]. In a prompt no logits are used.
+        """
+        beams = nan.any(2) & jnp.isfinite(running.score)
+        return (position >= self.lengths) & beams.any(1)
 
     def is_done(self, position, running, finished) -> jax.Array:
         """Tells for each image whether its search is done.

@@ -218,7 +218,7 @@ def generate_text(
         for start in range(0, len(ids), batch_size):
             pixels = processor(images=images[start : start + batch_size])["image"]
             for number, image in enumerate(pixels, start):
-                yield Row((image, ids[number]), len(ids[number]), number)
+                yield Row((image, ids[number]), len(ids[number]), number, f"image {number}")
 
     def run(rows: list[Row]) -> Generation:
         batch = image_prompt_batch(rows, width, processor.pad_id)
@@ -226,7 +226,7 @@ def generate_text(
         return _generate(graphdef, params, *batch, config, keys=keys, **settings)
 
     generated = generate_rows(rows(), run, processor, batch_size=batch_size)
-    return [text_of(row, f"image {number}") for number, row in enumerate(generated)]
+    return [text_of(row) for row in generated]
 
 
 def image_prompt_batch(
@@ -258,17 +258,8 @@ def with_text_limit(config: GenerateConfig, processor: Processor) -> GenerateCon
     return dataclasses.replace(config, max_new_tokens=limit)
 
 
-def text_of(row: GeneratedRow, name: str) -> Text:
-    """Returns the text of a row, without the spaces around it.
-
-    Raises:
-      ValueError: the model's logits were not numbers; the message calls the row `name`.
-    """
-    if not row.is_finite:
-        raise ValueError(
-            f"the model's logits for {name} are not numbers: its parameters are damaged, "
-            "or its training diverged"
-        )
+def text_of(row: GeneratedRow) -> Text:
+    """Returns the text of a row, without the spaces around it."""
     logprobs = row.token_logprobs.tolist()
     return Text(row.text.strip(), sum(logprobs), tuple(logprobs))
 
