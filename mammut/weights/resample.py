@@ -115,7 +115,8 @@ def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
       image_size: pixels along one side.
 
     Raises:
-      ValueError: `image_size` is not a multiple of the patch size, or of the stride of a ResNet.
+      ValueError: `image_size` is not a multiple of the patch size where the model cuts off no rest
+        (`VisionConfig.cut_rest`), or of the stride of a ResNet.
     """
     # A smaller size at the start of training need not divide the new one, and is no longer used.
     vision = dataclasses.replace(opened.config.vision, image_size=image_size, low_image_size=None)
