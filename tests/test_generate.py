@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import re
 
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mammut
 from mammut.config import MeshConfig
@@ -665,7 +668,7 @@ def test_an_image_whose_search_meets_logits_that_are_not_numbers_has_no_text(num
     table = np.full((2, 9, 9), -1.0, np.float32)
     table[:, 1, 2] = 0.0  # the end, after the start
     expected = by_table(config, table)
-    table[1, 3:] = np.nan
+    table[1, np.arange(9) != 1] = np.nan
     out = by_table(config, table)
     assert (out.scores[1] == -np.inf).all() and np.isfinite(expected.scores).all()
     np.testing.assert_array_equal(out.scores[0], expected.scores[0])
@@ -704,6 +707,20 @@ def test_what_no_text_can_be_made_of_is_refused(model, images, rows, config, exp
 
 @pytest.mark.parametrize("field, value, others", [
     ("max_new_tokens", 0, {}),
+    ("max_new_tokens", True, {}),
+    ("max_new_tokens", 2**40, {}),
+    ("num_beams", 2.0, {}),
+    ("num_beams", 2**31, {}),
+    ("num_groups", 2.0, {"num_beams": 4}),
+    ("length_penalty", True, {}),
+    ("diversity_penalty", float("inf"), {"num_beams": 2, "num_groups": 2}),
+    ("temperature", float("inf"), {}),
+    ("temperature", None, {}),
+    ("top_k", 2**31, {"temperature": 1.0}),
+    ("top_k", 1.0, {"temperature": 1.0}),
+    ("top_p", None, {"temperature": 1.0}),
+    ("repetition_penalty", float("inf"), {}),
+    ("repetition_penalty", float("nan"), {}),
     ("num_beams", 0, {}),
     ("length_penalty", float("nan"), {}),
     ("num_groups", 2, {"num_beams": 3}),
@@ -724,3 +741,38 @@ def test_what_no_text_can_be_made_of_is_refused(model, images, rows, config, exp
 def test_settings_that_cannot_work_are_refused_by_name(field, value, others):
     with pytest.raises(ValueError, match=f"^GenerateConfig.{field} is {value}, expected "):
         GenerateConfig(**{field: value, **others})
+
+
+_NUMBERS = st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from([field.name for field in dataclasses.fields(GenerateConfig)]), _NUMBERS
+    )
+)
+def test_any_settings_are_taken_as_they_are_or_refused_by_name(values):
+    try:
+        config = GenerateConfig(**values)
+    except ValueError as error:
+        assert re.match(r"GenerateConfig\.\w+ is .*, expected ", str(error))
+        return
+    assert json.loads(json.dumps(vars(config), allow_nan=False)) == vars(config)
+
+
+@pytest.mark.parametrize("name, value, expected", [
+    ("batch_size", 0, "a whole number from 1 to"),
+    ("batch_size", 2.0, "a whole number from 1 to"),
+    ("batch_size", True, "a whole number from 1 to"),
+    ("batch_size", 2**40, "a whole number from 1 to"),
+    ("seed", 2**80, "a whole number from "),
+    ("seed", 0.5, "a whole number from "),
+    ("config", {"num_beams": 2}, "a GenerateConfig"),
+])  # fmt: skip
+def test_numbers_beside_the_settings_are_refused_by_name(
+    model, processor, images, name, value, expected
+):
+    given = f"^{name} is {re.escape(repr(value))}, expected {expected}"
+    with pytest.raises(ValueError, match=given):
+        generate_text(model, processor, images, **{name: value})

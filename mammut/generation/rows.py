@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Key
 
-from mammut.core.fields import require
+from mammut.core.fields import require, require_whole
 from mammut.core.typing import Array
 from mammut.data.processor import Processor
 from mammut.generation.search import GenerateConfig, Generation
@@ -37,9 +37,13 @@ class GeneratedRow:
     token_logprobs: Float[np.ndarray, " n"]  # of the generated tokens alone, the end token included
 
 
-def require_batch_size(batch_size: int) -> None:
-    """Raises ValueError where there is no row in a batch."""
-    require(batch_size >= 1, f"batch_size is {batch_size}, expected at least 1")
+def require_settings(config: Any, batch_size: Any, seed: Any) -> None:
+    """Raises ValueError where the settings of a generation are of another kind or range."""
+    require(
+        isinstance(config, GenerateConfig), f"config is {config!r:.80}, expected a GenerateConfig"
+    )
+    require_whole("batch_size", batch_size, 1, 2**20)
+    require_whole("seed", seed, -(2**63), 2**63 - 1)
 
 
 def generate_rows(

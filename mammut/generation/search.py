@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Float, Int, Key
 
-from mammut.core.fields import require
+from mammut.core.fields import require, require_number, require_whole
 from mammut.core.typing import Array
 
 
@@ -53,23 +53,27 @@ class GenerateConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
+        if self.max_new_tokens is not None:
+            require_whole("GenerateConfig.max_new_tokens", self.max_new_tokens, 1, 2**17)
+        require_whole("GenerateConfig.num_beams", self.num_beams, 1, 2**12)
+        require_whole("GenerateConfig.num_groups", self.num_groups, 1, 2**12)
+        require_whole("GenerateConfig.top_k", self.top_k, 0, 2**24)
+        for name, low, high in (
+            ("length_penalty", -10, 10),  # a power in float32
+            ("diversity_penalty", 0, 1e6),
+            ("temperature", 0, 1e6),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("repetition_penalty", 1e-6, 1e6),
+        ):
+            require_number(f"GenerateConfig.{name}", getattr(self, name), low, high)
         sampling = self.temperature > 0
         searching = self.num_beams > 1
-        tokens = self.max_new_tokens
-        self._require(tokens is None or tokens >= 1, "max_new_tokens", "at least 1")
-        self._require(self.num_beams >= 1, "num_beams", "at least 1")
-        # a power in float32
-        in_range = -10 <= self.length_penalty <= 10
-        self._require(in_range, "length_penalty", "a number from -10 to 10")
-        divides = self.num_groups >= 1 and self.num_beams % self.num_groups == 0
+        divides = self.num_beams % self.num_groups == 0
         self._require(divides, "num_groups", "a divisor of num_beams")
-        self._require(self.diversity_penalty >= 0, "diversity_penalty", "at least 0")
         usable = self.temperature == 0 or self.temperature >= 1e-6
         self._require(usable, "temperature", "0, or at least 1e-6")
-        self._require(self.top_k >= 0, "top_k", "at least 0")
-        self._require(0 < self.top_p <= 1, "top_p", "0 < p <= 1")
-        self._require(0 <= self.min_p <= 1, "min_p", "0 <= p <= 1")
-        self._require(self.repetition_penalty > 0, "repetition_penalty", "a positive number")
+        self._require(self.top_p > 0, "top_p", "0 < p <= 1")
 
         # A setting without an effect is a misunderstanding.
         undiversified = self.diversity_penalty == 0 or self.num_groups > 1

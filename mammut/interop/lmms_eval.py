@@ -24,8 +24,8 @@ from lmms_eval.utils import simple_parse_args_string
 
 import mammut.weights.model_folder
 from mammut.data.processor import Processor
-from mammut.generation.search import GenerateConfig
 from mammut.generation.rows import require_numbers
+from mammut.generation.search import GenerateConfig
 from mammut.generation.text import generate_text
 from mammut.models.mammut import MaMMUT
 
