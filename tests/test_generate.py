@@ -12,14 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mammut
 from mammut.config import MeshConfig
 from mammut.core import sharding
 from mammut.core.params import logical_axes
-from mammut.generation.search import Decoding, GenerateConfig, filter_logits, search
+from mammut.generation.search import (
+    Decoding,
+    GenerateConfig,
+    Generation,
+    filter_logits,
+    search,
+)
 from mammut.generation.text import _generate, generate, generate_text
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 
@@ -215,7 +221,10 @@ def test_no_images_have_no_captions(model, processor):
     assert mammut.caption(model, processor, []) == []
 
 
-@pytest.mark.parametrize("num_beams, expected", [(0, "at least 1"), (VOCAB, "fewer than the 60")])
+@pytest.mark.parametrize(
+    "num_beams, expected",
+    [(0, "a whole number from 1 to 4096"), (VOCAB, "fewer than the 60")],
+)
 def test_impossible_numbers_of_beams_are_refused(model, processor, images, num_beams, expected):
     with pytest.raises(ValueError, match=f"num_beams is {num_beams}, expected {expected}"):
         mammut.caption(model, processor, list(images), num_beams=num_beams)
@@ -513,7 +522,8 @@ def test_prompts_that_cannot_be_continued_are_refused(model, processor, images):
         mammut.answer(model, processor, images[:2], ["one", long])
     with pytest.raises(ValueError, match="^there are 5 prompts for 6 images$"):
         mammut.answer(model, processor, images, ["one"] * 5)
-    with pytest.raises(ValueError, match="^prompts is 'onered', expected a list of str$"):
+    alone = r"^questions is one str 'onered', expected a list of str: give \[...\]$"
+    with pytest.raises(ValueError, match=alone):
         mammut.answer(model, processor, images, "onered")
 
 
@@ -529,7 +539,9 @@ def test_the_processor_of_another_model_is_refused(model, images):
 
 
 def test_a_batch_of_no_images_at_a_time_is_refused(model, processor, images):
-    with pytest.raises(ValueError, match="^batch_size is 0, expected at least 1$"):
+    with pytest.raises(
+        ValueError, match="^batch_size is 0, expected a whole number from 1 to 1048576$"
+    ):
         mammut.caption(model, processor, images, batch_size=0)
 
 
@@ -738,7 +750,7 @@ def test_what_no_text_can_be_made_of_is_refused(model, images, rows, config, exp
     ("top_p", 0.9, {}),
     ("min_p", 0.1, {}),
 ])  # fmt: skip
-def test_settings_that_cannot_work_are_refused_by_name(field, value, others):
+def test_settings_that_cannot_work_are_refused_by_name(as_users_have_it, field, value, others):
     with pytest.raises(ValueError, match=f"^GenerateConfig.{field} is {value}, expected "):
         GenerateConfig(**{field: value, **others})
 
@@ -746,13 +758,15 @@ def test_settings_that_cannot_work_are_refused_by_name(field, value, others):
 _NUMBERS = st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=2)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.dictionaries(
         st.sampled_from([field.name for field in dataclasses.fields(GenerateConfig)]), _NUMBERS
     )
 )
-def test_any_settings_are_taken_as_they_are_or_refused_by_name(values):
+def test_any_settings_are_taken_as_they_are_or_refused_by_name(as_users_have_it, values):
     try:
         config = GenerateConfig(**values)
     except ValueError as error:
@@ -771,8 +785,78 @@ def test_any_settings_are_taken_as_they_are_or_refused_by_name(values):
     ("config", {"num_beams": 2}, "a GenerateConfig"),
 ])  # fmt: skip
 def test_numbers_beside_the_settings_are_refused_by_name(
-    model, processor, images, name, value, expected
+    as_users_have_it, model, processor, images, name, value, expected
 ):
     given = f"^{name} is {re.escape(repr(value))}, expected {expected}"
     with pytest.raises(ValueError, match=given):
         generate_text(model, processor, images, **{name: value})
+
+
+# --- whatever is given
+
+
+@pytest.fixture
+def without_a_search(monkeypatch, as_users_have_it):
+    """Ends every text at once, so that nothing is compiled."""
+
+    def ended(graphdef, params, image, prompt, prompt_valid, config, *, eos_id, vocab_size, keys):
+        assert image.dtype == np.uint8 and len(image) == len(prompt) == len(prompt_valid)
+        tokens = np.full((len(prompt), 1, prompt.shape[1] + 1), eos_id)
+        ones = np.ones((len(prompt), 1))
+        return Generation(tokens, np.zeros(tokens.shape), ones.astype(int), -ones, np.ones(()))
+
+    monkeypatch.setattr("mammut.generation.text._generate", ended)
+
+
+def test_any_list_of_images_and_questions_is_one(without_a_search, model, processor, images):
+    for some in (list(images), iter(images), tuple(images), jnp.asarray(images), images):
+        assert mammut.caption(model, processor, some) == [""] * 6
+    for some in (["why"] * 6, ("why",) * 6, iter(["why"] * 6), np.array(["why"] * 6)):
+        assert mammut.answer(model, processor, images, some, prompt="Q: {}") == [""] * 6
+
+
+@pytest.mark.parametrize("prompt", ["{}", "Q: {} A:"])
+@pytest.mark.parametrize("questions", ["why", "why???", b"why", 3, None, {"why": 1}])
+def test_a_question_alone_is_no_list_of_letters(
+    without_a_search, model, processor, images, questions, prompt
+):
+    with pytest.raises(ValueError, match="^questions is one .*, expected a list of str"):
+        mammut.answer(model, processor, images, questions, prompt=prompt)
+
+
+def test_a_model_and_its_processor_are_expected(without_a_search, model, processor, images):
+    for first, second in (("runs/x", processor), (model, None), (processor, model)):
+        with pytest.raises(ValueError, match="mammut.load returns both"):
+            mammut.caption(first, second, images)
+
+
+PIXELS = np.zeros((3, 5, 3), np.uint8)
+JUNK = st.none() | st.integers() | st.binary(max_size=3) | st.text(max_size=3)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.lists(st.just(PIXELS) | JUNK, max_size=3) | JUNK | st.just(PIXELS),
+    st.lists(st.text(max_size=3) | JUNK, max_size=3) | JUNK,
+    JUNK | st.just("{}") | st.just("Q: {}"),
+    JUNK | st.integers(-1, 3),
+    JUNK | st.integers(-1, 3),
+)
+def test_whatever_is_asked_is_answered_or_refused(
+    without_a_search, model, processor, some, questions, prompt, num_beams, batch_size
+):
+    settings = {"num_beams": num_beams, "batch_size": batch_size}
+    for ask in (
+        lambda: mammut.caption(model, processor, some, **settings),
+        lambda: mammut.answer(model, processor, some, questions, prompt=prompt, **settings),
+        lambda: generate_text(model, processor, some, questions, seed=num_beams),
+    ):
+        try:
+            texts = ask()
+        except ValueError:
+            continue
+        assert len(texts) == len(some)

@@ -41,14 +41,15 @@ def require_images(image: Any, config: Any) -> None:
         jnp.issubdtype(image.dtype, jnp.floating),
         f"image is {given}, expected {expected}, or {normal}",
     )
-    numbers = _numbers(image)
-    if numbers is None or not numbers.size:
+    if not _has_numbers(image):
         return
     farthest = max(
         max(abs(mean), abs(1 - mean)) / std
         for mean, std in zip(config.image_mean, config.image_std, strict=True)
     )
-    largest = float(np.abs(numbers).max())
+    # On its own device: images are large.
+    own = jnp if isinstance(image, jax.Array) else np
+    largest = float(own.abs(image).max())
     require(
         bool(largest <= _MARGIN * farthest),  # NaN is not
         f"image is {image.dtype} with numbers up to {largest:.6g}, expected {normal}",
@@ -80,12 +81,12 @@ def require_texts(
         whole and tokens.ndim == 2 and tokens.shape[1] > 0,
         f"tokens is {given}, expected int[B, L] with a token or more",
     )
-    images = getattr(image, "shape", ())
-    require(
-        not images or images[0] == tokens.shape[0],
-        f"there are {tokens.shape[0]} texts in tokens for {images[0] if images else 0} images, "
-        "expected one for each",
-    )
+    if getattr(image, "ndim", None) == 4:  # the encoder refuses others
+        require(
+            len(image) == len(tokens),
+            f"there are {len(tokens)} texts in tokens for {len(image)} images, "
+            "expected one for each",
+        )
     if text_valid is None:
         text_valid = np.ones(tokens.shape, bool)
     for name, marks in (("text_valid", text_valid), ("target", target)):
@@ -97,10 +98,10 @@ def require_texts(
             f"{name} is {marks.dtype}{list(marks.shape)}, expected bool{list(tokens.shape)} as "
             f"tokens {given}",
         )
-    ids = _numbers(tokens)
-    if ids is not None and ids.size:
+    if _has_numbers(tokens):
+        ids = np.asarray(tokens)
         most = config.vocab_size - 1
-        worst = ids.min() if ids.min() < 0 else ids.max()
+        worst = int(ids.min() if ids.min() < 0 else ids.max())
         require(
             0 <= worst <= most,
             f"tokens hold the id {worst}, expected 0 to {most} by DecoderConfig.vocab_size",
@@ -115,10 +116,9 @@ def _require_array(name: str, value: Any, expected: str) -> None:
     )
 
 
-def _numbers(array: np.ndarray | jax.Array) -> np.ndarray | None:
-    """Fetches the numbers of an array; None: a trace or other processes have them."""
-    if isinstance(array, jax.core.Tracer):
-        return None
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return None
-    return np.asarray(array)
+def _has_numbers(array: np.ndarray | jax.Array) -> bool:
+    """Whether this process knows the numbers of an array, and there are some."""
+    if isinstance(array, jax.Array):
+        if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
+            return False
+    return array.size > 0

@@ -233,9 +233,10 @@ def load(
       >>> batch = processor(images=["dog.jpg"], text=["a dog on grass"])
       >>> image_embed = model.encode_image(batch["image"])
     """
-    if image_size is not None and (type(image_size) is not int or image_size < 1):
+    if image_size is not None and (type(image_size) is not int or not 1 <= image_size <= 2**14):
         raise ValueError(
-            f"image_size is {image_size!r}, expected a positive whole number of pixels"
+            f"image_size is {image_size!r}, expected a positive whole number of pixels, "
+            f"at most {2**14}"
         )
     opened = open_model(path, image_size=image_size)
     if opened.processor is None or set(opened.parts) != {"vision", "text", "rest"}:
