@@ -811,8 +811,8 @@ def without_a_search(monkeypatch, as_users_have_it):
 def test_any_list_of_images_and_questions_is_one(without_a_search, model, processor, images):
     for some in (list(images), iter(images), tuple(images), jnp.asarray(images), images):
         assert mammut.caption(model, processor, some) == [""] * 6
-    for some in (["why"] * 6, ("why",) * 6, iter(["why"] * 6), np.array(["why"] * 6)):
-        assert mammut.answer(model, processor, images, some, prompt="Q: {}") == [""] * 6
+    for some in (["red"] * 6, ("red",) * 6, iter(["red"] * 6), np.array(["red"] * 6)):
+        assert mammut.answer(model, processor, images, some, prompt="one {}") == [""] * 6
 
 
 @pytest.mark.parametrize("prompt", ["{}", "Q: {} A:"])
@@ -849,10 +849,10 @@ JUNK = st.none() | st.integers() | st.binary(max_size=3) | st.text(max_size=3)
 def test_whatever_is_asked_is_answered_or_refused(
     without_a_search, model, processor, some, questions, prompt, num_beams, batch_size
 ):
-    settings = {"num_beams": num_beams, "batch_size": batch_size}
+    options = {"num_beams": num_beams, "batch_size": batch_size}
     for ask in (
-        lambda: mammut.caption(model, processor, some, **settings),
-        lambda: mammut.answer(model, processor, some, questions, prompt=prompt, **settings),
+        lambda: mammut.caption(model, processor, some, **options),
+        lambda: mammut.answer(model, processor, some, questions, prompt=prompt, **options),
         lambda: generate_text(model, processor, some, questions, seed=num_beams),
     ):
         try:

@@ -259,8 +259,8 @@ def generate_prompts(
       'a dog'
     """
     require_settings(config, batch_size, seed)
-    room = prompt_room(model.config, config.max_new_tokens)
     require_same_vocabulary(model, processor)
+    room = prompt_room(model.config, config.max_new_tokens)
 
     encoded = _encode_all(prompts, model.config, processor, room)
     by_size: dict[int, list[int]] = {}

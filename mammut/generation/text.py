@@ -271,8 +271,8 @@ def _prompt_ids(
     model: MaMMUT, processor: Processor, images: list[Any], prompts: Any
 ) -> list[list[int]]:
     """Encodes each image's prompt, with the start token first."""
-    text_length = model.config.text_length
     require_same_vocabulary(model, processor)
+    text_length = model.config.text_length
     if prompts is None:
         prompts = [""] * len(images)
     prompts = as_texts(prompts, "prompts")
