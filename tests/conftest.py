@@ -25,7 +25,9 @@ install_import_hook("mammut", "beartype.beartype")
 
 import collections  # noqa: E402
 import pathlib  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 from mammut.testing import shared_dir  # noqa: E402
@@ -63,3 +65,11 @@ def shared() -> pathlib.Path:
     if path is None:
         pytest.skip("the shared data is not here: set MAMMUT_SHARED to its folder")
     return path
+
+
+@pytest.fixture
+def as_users_have_it() -> Iterator[None]:
+    """Without the checks of types and shapes that only tests have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

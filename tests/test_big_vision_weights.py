@@ -468,6 +468,41 @@ def test_a_caption_model_with_computed_positions_needs_both_sizes(tmp_path):
         open_model(path)
 
 
+def test_an_image_that_is_larger_than_its_patches_gives_what_the_original_gives(tmp_path):
+    """As So400m/14 of SigLIP: 384 pixels, of which 27 patches of 14 cover 378."""
+    image, text = image_and_text()
+    larger = np.random.default_rng(2).uniform(-1, 1, (3, 30, 30, 3)).astype(np.float32)
+    arrays, embeds = arrays_and_outputs(Siglip(), larger, text)
+    path = written(tmp_path, arrays)
+    model, processor = load(path, image_size=30)
+    vision = model.config.vision
+    assert (vision.image_size, vision.grid, vision.cut_rest) == (30, (3, 3), True)
+    assert processor.image.image_size == 30
+    assert_close(called(model, "encode_image", larger), embeds[0])
+    assert load(path)[0].config.vision.image_size == SIZE
+    assert load(path, image_size=40)[0].config.vision.grid == (5, 5)
+    save(tmp_path / "ours", model, processor)
+    ours, again = load(tmp_path / "ours")
+    assert ours.config == model.config and again.image == processor.image
+
+
+def test_the_published_size_is_taken_where_it_is_no_multiple_of_the_patch_size(tmp_path):
+    arrays = arrays_of(Siglip(), *image_and_text())
+    kernel = np.ones((14, 14, 3, WIDTH), np.float32)
+    positions = np.ones((1, 27 * 27, WIDTH), np.float32)
+    path = written(
+        tmp_path, arrays | {"img/embedding/kernel": kernel, "img/pos_embedding": positions}
+    )
+    opened = open_model(path)
+    assert opened.config.vision.image_size == opened.processor.image.image_size == 384
+    assert opened.config.vision.grid == (27, 27)
+    [note] = [note for note in opened.notes if "image_size" in note]
+    assert note.startswith("vision.image_size is 384, as published for 27 x 27 patches of 14")
+    assert open_model(path, image_size=378).config.vision.image_size == 378
+    larger = load(path, image_size=448)[0].config.vision
+    assert (larger.image_size, larger.grid) == (448, (32, 32))
+
+
 def test_positions_are_resampled_to_another_image_size_with_corners_on_corners(tmp_path):
     image, text = image_and_text()
     arrays = arrays_of(Siglip(), image, text)

@@ -124,6 +124,7 @@ REFUSED = [
     (DecoderConfig, "num_heads", 7),
     (VisionConfig, "image_size", 0),
     (VisionConfig, "image_size", 225),
+    (VisionConfig, "image_size", 50),
     (VisionConfig, "patch_size", -16),
     (VisionConfig, "patch_size", 15),
     (VisionConfig, "image_std", (0.5, 0.0, 0.5)),

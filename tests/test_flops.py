@@ -56,6 +56,7 @@ CONFIGS = ARCHITECTURES | {
         image_projection="separate",
         prefix_tokens=3,
     ),
+    "cut_rest": ModelConfig(dataclasses.replace(VISION, image_size=21, cut_rest=True), TEXT),
     "norm_free": ModelConfig(dataclasses.replace(RESNET, kind="nf"), TEXT),
 }
 CONTRASTIVE = [name for name, config in CONFIGS.items() if config.text.pooling != "none"]

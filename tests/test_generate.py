@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import re
 
@@ -11,13 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from marks import long
 
 import mammut
 from mammut.config import MeshConfig
 from mammut.core import sharding
 from mammut.core.params import logical_axes
-from mammut.generation.search import Decoding, GenerateConfig, filter_logits, search
+from mammut.generation.search import (
+    Decoding,
+    GenerateConfig,
+    Generation,
+    filter_logits,
+    search,
+)
 from mammut.generation.text import _generate, generate, generate_text
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 
@@ -213,7 +222,10 @@ def test_no_images_have_no_captions(model, processor):
     assert mammut.caption(model, processor, []) == []
 
 
-@pytest.mark.parametrize("num_beams, expected", [(0, "at least 1"), (VOCAB, "fewer than the 60")])
+@pytest.mark.parametrize(
+    "num_beams, expected",
+    [(0, "a whole number from 1 to 4096"), (VOCAB, "fewer than the 60")],
+)
 def test_impossible_numbers_of_beams_are_refused(model, processor, images, num_beams, expected):
     with pytest.raises(ValueError, match=f"num_beams is {num_beams}, expected {expected}"):
         mammut.caption(model, processor, list(images), num_beams=num_beams)
@@ -511,7 +523,8 @@ def test_prompts_that_cannot_be_continued_are_refused(model, processor, images):
         mammut.answer(model, processor, images[:2], ["one", long])
     with pytest.raises(ValueError, match="^there are 5 prompts for 6 images$"):
         mammut.answer(model, processor, images, ["one"] * 5)
-    with pytest.raises(ValueError, match="^prompts is 'onered', expected a list of str$"):
+    alone = r"^questions is one str 'onered', expected a list of str: give \[...\]$"
+    with pytest.raises(ValueError, match=alone):
         mammut.answer(model, processor, images, "onered")
 
 
@@ -527,7 +540,9 @@ def test_the_processor_of_another_model_is_refused(model, images):
 
 
 def test_a_batch_of_no_images_at_a_time_is_refused(model, processor, images):
-    with pytest.raises(ValueError, match="^batch_size is 0, expected at least 1$"):
+    with pytest.raises(
+        ValueError, match="^batch_size is 0, expected a whole number from 1 to 1048576$"
+    ):
         mammut.caption(model, processor, images, batch_size=0)
 
 
@@ -653,6 +668,23 @@ def test_a_model_that_diverged_says_nothing_and_is_named(processor, images, gene
         ValueError, match="^the model's logits for image 0 are not numbers: .* training diverged$"
     ):
         mammut.caption(diverged, processor, images, batch_size=6)
+    sampling = GenerateConfig(temperature=0.5, top_k=3)
+    for config in (GenerateConfig(num_beams=3), sampling):
+        with pytest.raises(ValueError, match="^the model's logits for image 0 are not numbers"):
+            generate_text(diverged, processor, images, config=config, batch_size=6)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_an_image_whose_search_meets_logits_that_are_not_numbers_has_no_text(num_groups):
+    """Its first token is scored by numbers, so that a beam has ended when the rest breaks."""
+    config = GenerateConfig(num_beams=4, num_groups=num_groups)
+    table = np.full((2, 9, 9), -1.0, np.float32)
+    table[:, 1, 2] = 0.0  # the end, after the start
+    expected = by_table(config, table)
+    table[1, np.arange(9) != 1] = np.nan
+    out = by_table(config, table)
+    assert (out.scores[1] == -np.inf).all() and np.isfinite(expected.scores).all()
+    np.testing.assert_array_equal(out.scores[0], expected.scores[0])
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
@@ -688,6 +720,20 @@ def test_what_no_text_can_be_made_of_is_refused(model, images, rows, config, exp
 
 @pytest.mark.parametrize("field, value, others", [
     ("max_new_tokens", 0, {}),
+    ("max_new_tokens", True, {}),
+    ("max_new_tokens", 2**40, {}),
+    ("num_beams", 2.0, {}),
+    ("num_beams", 2**31, {}),
+    ("num_groups", 2.0, {"num_beams": 4}),
+    ("length_penalty", True, {}),
+    ("diversity_penalty", float("inf"), {"num_beams": 2, "num_groups": 2}),
+    ("temperature", float("inf"), {}),
+    ("temperature", None, {}),
+    ("top_k", 2**31, {"temperature": 1.0}),
+    ("top_k", 1.0, {"temperature": 1.0}),
+    ("top_p", None, {"temperature": 1.0}),
+    ("repetition_penalty", float("inf"), {}),
+    ("repetition_penalty", float("nan"), {}),
     ("num_beams", 0, {}),
     ("length_penalty", float("nan"), {}),
     ("num_groups", 2, {"num_beams": 3}),
@@ -705,6 +751,113 @@ def test_what_no_text_can_be_made_of_is_refused(model, images, rows, config, exp
     ("top_p", 0.9, {}),
     ("min_p", 0.1, {}),
 ])  # fmt: skip
-def test_settings_that_cannot_work_are_refused_by_name(field, value, others):
+def test_settings_that_cannot_work_are_refused_by_name(as_users_have_it, field, value, others):
     with pytest.raises(ValueError, match=f"^GenerateConfig.{field} is {value}, expected "):
         GenerateConfig(**{field: value, **others})
+
+
+_NUMBERS = st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=2)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.dictionaries(
+        st.sampled_from([field.name for field in dataclasses.fields(GenerateConfig)]), _NUMBERS
+    )
+)
+def test_any_settings_are_taken_as_they_are_or_refused_by_name(as_users_have_it, values):
+    try:
+        config = GenerateConfig(**values)
+    except ValueError as error:
+        assert re.match(r"GenerateConfig\.\w+ is .*, expected ", str(error))
+        return
+    assert json.loads(json.dumps(vars(config), allow_nan=False)) == vars(config)
+
+
+@pytest.mark.parametrize("name, value, expected", [
+    ("batch_size", 0, "a whole number from 1 to"),
+    ("batch_size", 2.0, "a whole number from 1 to"),
+    ("batch_size", True, "a whole number from 1 to"),
+    ("batch_size", 2**40, "a whole number from 1 to"),
+    ("seed", 2**80, "a whole number from "),
+    ("seed", 0.5, "a whole number from "),
+    ("config", {"num_beams": 2}, "a GenerateConfig"),
+])  # fmt: skip
+def test_numbers_beside_the_settings_are_refused_by_name(
+    as_users_have_it, model, processor, images, name, value, expected
+):
+    given = f"^{name} is {re.escape(repr(value))}, expected {expected}"
+    with pytest.raises(ValueError, match=given):
+        generate_text(model, processor, images, **{name: value})
+
+
+# --- whatever is given
+
+
+@pytest.fixture
+def without_a_search(monkeypatch, as_users_have_it):
+    """Ends every text at once, so that nothing is compiled."""
+
+    def ended(graphdef, params, image, prompt, prompt_valid, config, *, eos_id, vocab_size, keys):
+        assert image.dtype == np.uint8 and len(image) == len(prompt) == len(prompt_valid)
+        tokens = np.full((len(prompt), 1, prompt.shape[1] + 1), eos_id)
+        ones = np.ones((len(prompt), 1))
+        return Generation(tokens, np.zeros(tokens.shape), ones.astype(int), -ones, np.ones(()))
+
+    monkeypatch.setattr("mammut.generation.text._generate", ended)
+
+
+def test_any_list_of_images_and_questions_is_one(without_a_search, model, processor, images):
+    for some in (list(images), iter(images), tuple(images), jnp.asarray(images), images):
+        assert mammut.caption(model, processor, some) == [""] * 6
+    for some in (["red"] * 6, ("red",) * 6, iter(["red"] * 6), np.array(["red"] * 6)):
+        assert mammut.answer(model, processor, images, some, prompt="one {}") == [""] * 6
+
+
+@pytest.mark.parametrize("prompt", ["{}", "Q: {} A:"])
+@pytest.mark.parametrize("questions", ["why", "why???", b"why", 3, None, {"why": 1}])
+def test_a_question_alone_is_no_list_of_letters(
+    without_a_search, model, processor, images, questions, prompt
+):
+    with pytest.raises(ValueError, match="^questions is one .*, expected a list of str"):
+        mammut.answer(model, processor, images, questions, prompt=prompt)
+
+
+def test_a_model_and_its_processor_are_expected(without_a_search, model, processor, images):
+    for first, second in (("runs/x", processor), (model, None), (processor, model)):
+        with pytest.raises(ValueError, match="mammut.load returns both"):
+            mammut.caption(first, second, images)
+
+
+PIXELS = np.zeros((3, 5, 3), np.uint8)
+JUNK = st.none() | st.integers() | st.binary(max_size=3) | st.text(max_size=3)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.lists(st.just(PIXELS) | JUNK, max_size=3) | JUNK | st.just(PIXELS),
+    st.lists(st.text(max_size=3) | JUNK, max_size=3) | JUNK,
+    JUNK | st.just("{}") | st.just("Q: {}"),
+    JUNK | st.integers(-1, 3),
+    JUNK | st.integers(-1, 3),
+)
+def test_whatever_is_asked_is_answered_or_refused(
+    without_a_search, model, processor, some, questions, prompt, num_beams, batch_size
+):
+    options = {"num_beams": num_beams, "batch_size": batch_size}
+    for ask in (
+        lambda: mammut.caption(model, processor, some, **options),
+        lambda: mammut.answer(model, processor, some, questions, prompt=prompt, **options),
+        lambda: generate_text(model, processor, some, questions, seed=num_beams),
+    ):
+        try:
+            texts = ask()
+        except ValueError:
+            continue
+        assert len(texts) == len(some)

@@ -397,6 +397,35 @@ def test_patches_are_cut_row_by_row():
         np.testing.assert_array_equal(patch, image[0, top : top + 3, left : left + 3])
 
 
+def test_what_no_whole_patch_covers_is_cut_off_as_by_a_convolution_without_padding():
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(2, 13, 11, 3)).astype(np.float32)
+    kernel = rng.normal(size=(4, 4, 3, 5)).astype(np.float32)
+    expected = np.zeros((2, 3, 2, 5))
+    for down in range(3):
+        for across in range(2):
+            part = image[:, 4 * down : 4 * down + 4, 4 * across : 4 * across + 4]
+            expected[:, down, across] = np.einsum("bhwc,hwcd->bd", part, kernel)
+    ours = np.asarray(vit.patchify(image, 4)) @ kernel.reshape(48, 5)
+    np.testing.assert_allclose(ours.reshape(2, 3, 2, 5), expected, atol=1e-4)
+
+
+def test_an_encoder_that_cuts_the_rest_off_gives_the_tokens_of_the_part_that_is_left():
+    whole = tiny_config().vision
+    cut = dataclasses.replace(whole, image_size=21, low_image_size=11, cut_rest=True)
+    assert (cut.grid, cut.num_tokens, cut.covered_size) == ((2, 2), 4, 16)
+    config = dataclasses.replace(tiny_config(), vision=cut)
+    image = np.random.default_rng(0).integers(0, 256, (1, 21, 21, 3), np.uint8)
+    model, other = tiny_model(config), tiny_model()
+    expected = other.encode_image(image[:, :16, :16])
+    np.testing.assert_array_equal(model.encode_image(image), expected)
+    assert model.image_tokens(image[:, :11, :11]).grid == (1, 1)  # the smaller size
+    half = model.image_tokens(image, Augment(jax.random.key(0), AugmentConfig(patch_drop=0.5)))
+    assert half.tokens.shape[1] == 2
+    with pytest.raises(ValueError, match=r"\(16, 16, 3\), expected \(21, 21, 3\)"):
+        model.encode_image(image[:, :16, :16])
+
+
 @pytest.mark.parametrize("patch", range(6))
 def test_one_bright_patch_is_one_token(patch):
     image = np.zeros((1, 8, 12, 3), np.float32)

@@ -163,6 +163,19 @@ def test_a_mammut_that_open_clip_cannot_express_is_refused_with_every_field(pres
         assert field in str(error.value)
 
 
+def test_a_size_that_is_no_multiple_of_the_patch_size_stays_as_open_clip_computes_it():
+    """Its convolution has no padding: a rest below and on the right belongs to no patch."""
+    model_cfg = changed(CONFIGS["mammut2"], "vision_cfg.image_size", 21)
+    config = open_clip.model_config(model_cfg, None, "it")
+    assert config.vision.image_size == 21 and config.vision.cut_rest
+    assert config.vision.grid == (21 // config.vision.patch_size,) * 2
+    again = open_clip.model_config(open_clip.to_open_clip(config), None, "it")
+    assert again.vision == config.vision
+    small = changed(CONFIGS["mammut2"], "vision_cfg.image_size", 3)
+    with pytest.raises(CheckpointError, match="image_size 3 is smaller than patch_size"):
+        open_clip.model_config(small, None, "it")
+
+
 def test_settings_of_training_and_arithmetic_do_not_stand_in_the_way_of_open_clip(tmp_path):
     config = open_clip.model_config(CONFIGS["mammut2"], None, "it")
     vision = dataclasses.replace(config.vision, low_image_size=8)

@@ -1,20 +1,24 @@
 """The tokenizer and the image transform that come along with a model of open_clip's."""
 
 import gzip
+import importlib.util
 import json
 import pathlib
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from open_clip_models import CONFIGS, JSON, MODERN, changed, random_arrays, write_folder
 from safetensors.numpy import load_file
+from test_tokenizer import TEXTS
 
 from mammut.data.images import ImageTransform
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import MissingTokenizer, load_tokenizer
+from mammut.data.tokenizer_kinds import clean
 from mammut.testing import tiny_processor
 from mammut.weights.files.tensor_file import CheckpointError
 from mammut.weights.formats import open_clip
@@ -29,6 +33,29 @@ def test_texts_become_the_tokens_of_open_clip(shared, tmp_path):
         shutil.copy(next((shared / "vocabs").rglob("*.txt.gz")), folder)
         processor = open_clip.open_model(folder).processor
         assert processor(text=golden["texts"])["tokens"].tolist() == golden[f"ctx{length}"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS)
+def test_any_text_has_the_ids_of_open_clip(both_tokenizers, text):
+    ours, theirs = both_tokenizers
+    text = clean(text, lowercase=False, tidy=True)
+    # Two libraries of regular expressions may know other letters of Unicode's newest versions.
+    assume(all(unicodedata.category(sign) != "Cn" for sign in text))
+    assert ours.encode(text) == theirs.encode(text)
+
+
+@pytest.fixture(scope="module")
+def both_tokenizers():
+    """Our tokenizer and open_clip's, of one vocabulary."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None or importlib.util.find_spec("torch") is None:
+        pytest.skip("open_clip's own tokenizer needs open_clip and torch")
+    path = pathlib.Path(package.submodule_search_locations[0], "tokenizer.py")
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # its file alone: the package imports much more
+    return load_tokenizer(module.default_bpe(), lowercase=True), module.SimpleTokenizer()
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])

@@ -72,14 +72,18 @@ def model():
     return model
 
 
-@pytest.fixture(scope="module")
-def ask(model, processor):
-    """Runs an evaluation on a mesh of one device: `ask("captions", source, ...)`."""
+def one_device():
     axes = {
         "axis_names": ("data", "fsdp", "model"),
         "axis_types": (jax.sharding.AxisType.Auto,) * 3,
     }
-    return asker(model, processor, jax.make_mesh((1, 1, 1), devices=jax.devices()[:1], **axes))
+    return jax.make_mesh((1, 1, 1), devices=jax.devices()[:1], **axes)
+
+
+@pytest.fixture(scope="module")
+def ask(model, processor):
+    """Runs an evaluation on a mesh of one device: `ask("captions", source, ...)`."""
+    return asker(model, processor, one_device())
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +139,36 @@ def images(indices=GOOD) -> np.ndarray:
 
 def all_texts() -> list[str]:
     return [text for index in GOOD for text in Pictures()[index].captions]
+
+
+@pytest.fixture(scope="module")
+def ask_diverged(processor):
+    diverged = tiny_model()
+    diverged.text.norm.bias[...] = jnp.full(48, jnp.nan)
+    return asker(diverged, processor, one_device())
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("captions", [GenerateConfig()]),
+    ("captions", [GenerateConfig(num_beams=3)]),
+    ("captions", [GenerateConfig(num_beams=4, num_groups=2, diversity_penalty=0.5)]),
+    ("answers", [GenerateConfig(num_beams=3)]),
+])  # fmt: skip
+def test_a_model_that_diverged_is_asked_for_no_text(ask_diverged, name, settings):
+    with pytest.raises(ValueError, match="logits for a prompt are not numbers: .* diverged$"):
+        ask_diverged(name, Pictures(), *settings)
+
+
+@pytest.mark.parametrize("name, args, settings", [
+    ("retrieval", [], {}),
+    ("retrieval", [], {"rerank": 2}),
+    ("classes", [SHAPES], {}),
+    ("classes", [SHAPES], {"method": "likelihood"}),
+    ("classes", [SHAPES], {"method": "likelihood", "prior": 1.0}),
+])  # fmt: skip
+def test_a_model_that_diverged_ranks_nothing(ask_diverged, name, args, settings):
+    with pytest.raises(ValueError, match="not finite: the model has diverged"):
+        ask_diverged(name, Pictures(), *args, **settings)
 
 
 # Captions and answers

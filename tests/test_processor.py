@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pathlib
 import pickle
 import struct
 import subprocess
@@ -10,16 +11,19 @@ import sys
 import warnings
 import zlib
 
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import PIL.Image
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from mammut.data.images import BadImage, ImageTransform
 from mammut.data.processor import Processor
 from mammut.data.tokenizer import load_tokenizer, train_sentencepiece
-from mammut.testing import shared_dir
+from mammut.testing import shared_dir, tiny_processor
 
 SHARED = shared_dir()
 needs_shared = pytest.mark.skipif(
@@ -691,3 +695,105 @@ def test_importing_it_loads_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- whatever is given
+
+TINY = tiny_processor()
+WITH_FIXTURE = {"suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+def some_pictures():
+    """The same picture as everything that a picture may be."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "PNG")  # its position is now the end
+    encoded = file.getvalue()
+    return pixels, [
+        pixels, jnp.asarray(pixels), PIL.Image.fromarray(pixels), file, encoded,
+        bytearray(encoded), memoryview(encoded),
+    ]  # fmt: skip
+
+
+def test_a_picture_is_read_from_whatever_holds_it(tmp_path):
+    pixels, pictures = some_pictures()
+    (tmp_path / "a.png").write_bytes(pictures[4])
+    pictures += [tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").open("rb")]
+    for picture in pictures:
+        np.testing.assert_array_equal(TINY(images=[picture])["image"][0], pixels)
+
+
+def test_any_list_of_pictures_or_texts_is_one():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    for images in (list(pixels), tuple(pixels), iter(pixels), pixels, jnp.asarray(pixels)):
+        np.testing.assert_array_equal(TINY(images=images)["image"], pixels)
+    texts = ["one red circle", "right"]
+    expected = TINY(text=texts)["tokens"]
+    for text in (tuple(texts), iter(texts), np.array(texts), (text for text in texts)):
+        np.testing.assert_array_equal(TINY(text=text)["tokens"], expected)
+
+
+@pytest.mark.parametrize("alone", [
+    "photo.jpg", b"photo", pathlib.Path("photo.jpg"), io.BytesIO(b"photo"),
+    PIL.Image.new("RGB", (3, 3)), np.zeros((3, 3, 3), np.uint8), jnp.zeros((3, 3), np.uint8), 3,
+    {"a": 1}, {"a"}, None,
+])  # fmt: skip
+def test_a_picture_or_text_alone_is_no_list(as_users_have_it, alone):
+    if alone is not None:
+        with pytest.raises(ValueError, match="^images is one .*expected a list of images: give"):
+            TINY(images=alone)
+        with pytest.raises(ValueError, match="^text is one .*, expected a list of str: give"):
+            TINY(text=alone)
+    with pytest.raises(ValueError, match="^text is one .*, expected a list of str"):
+        TINY.encode_text(alone)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+@pytest.mark.parametrize("mode", ["squash", "shortest", "longest"])
+def test_a_picture_without_pixels_is_refused(size, mode):
+    for picture in (PIL.Image.new("RGB", size), np.zeros((*size, 3), np.uint8)):
+        with pytest.raises(BadImage, match="pixel") as error:
+            ImageTransform(8, mode)(picture)
+        assert error.value.cause == "empty"
+
+
+PICTURES = (
+    st.builds(
+        np.zeros,
+        st.lists(st.sampled_from([0, 1, 3, 4, 9]), max_size=4).map(tuple),
+        st.sampled_from([np.uint8, np.int32, np.float32, bool, object]),
+    )
+    | st.builds(
+        PIL.Image.new,
+        st.sampled_from(["1", "L", "P", "RGB", "RGBA", "CMYK", "I", "F", "LA", "I;16", "HSV"]),
+        st.tuples(st.sampled_from([0, 1, 7]), st.sampled_from([0, 1, 9])),
+    )
+    | st.binary(max_size=8) | st.binary(max_size=8).map(io.BytesIO) | st.just(io.StringIO("a"))
+    | st.text(max_size=4) | st.text(max_size=4).map(pathlib.PurePosixPath)
+    | st.sampled_from([None, 3, 1.5, [], {}, (), iter(()), object(), "nul\0", "\ud800"])
+)  # fmt: skip
+LISTS = st.sampled_from([list, tuple, iter, lambda items: items, lambda items: {"a": items}])
+
+
+@settings(max_examples=150, deadline=None, **WITH_FIXTURE)
+@given(st.lists(PICTURES, max_size=2), LISTS, st.sampled_from(["squash", "shortest", "longest"]))
+def test_whatever_is_given_as_pictures_is_read_or_refused(as_users_have_it, pictures, make, mode):
+    eight = Processor(TINY.tokenizer, ImageTransform(8, mode), 12)
+    for images in (make(pictures), *pictures):
+        try:
+            image = eight(images=images)["image"]
+        except ValueError:
+            continue
+        assert image.dtype == np.uint8 and image.shape[1:] == (8, 8, 3)
+
+
+@settings(max_examples=100, deadline=None, **WITH_FIXTURE)
+@given(st.lists(st.text(max_size=9) | PICTURES, max_size=3), LISTS)
+def test_whatever_is_given_as_texts_is_encoded_or_refused(as_users_have_it, texts, make):
+    for text in (make(texts), *texts):
+        try:
+            batch = TINY(text=text)
+        except ValueError:
+            continue
+        assert batch["tokens"].shape == batch["text_valid"].shape
+        assert batch["tokens"].shape[1] == TINY.max_length

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from prefix_models import IMAGES, prefix_model, prefix_processor
 
 import mammut
@@ -16,7 +18,7 @@ from mammut.generation.interleaved import (
     padded_size,
     prompt_batch,
 )
-from mammut.generation.search import GenerateConfig
+from mammut.generation.search import GenerateConfig, Generation
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 
 TEN = GenerateConfig(max_new_tokens=10)
@@ -250,3 +252,46 @@ def test_sizes_are_few_and_waste_little():
     sizes = [padded_size(n) for n in range(2049)]
     assert all(n <= size < max(1.25 * n, n + 1) for n, size in enumerate(sizes))
     assert sizes == sorted(sizes) and len(set(sizes)) == 1 + 8 + 4 * 8
+
+
+@pytest.fixture
+def without_a_search(monkeypatch, as_users_have_it):
+    """Ends every text at once, so that nothing is compiled."""
+
+    def ended(graphdef, params, batch, config, *, bos_id, eos_id, vocab_size, keys):
+        rows = len(batch[0])
+        tokens = np.full((rows, 1, 2), eos_id)
+        ones = np.ones((rows, 1))
+        return Generation(tokens, np.zeros(tokens.shape), ones.astype(int), -ones, np.ones(()))
+
+    monkeypatch.setattr("mammut.generation.interleaved._generate", ended)
+
+
+def test_any_list_of_prompts_of_any_lists_is_one(without_a_search, model, processor):
+    prompts = [IMAGES, iter([IMAGES[0], "what?"]), (IMAGES[0],), np.stack(IMAGES)]
+    for some in (list(prompts), tuple(map(list, prompts[:1])), (prompt for prompt in [["a"]])):
+        assert {text.text for text in mammut.generate_prompts(model, processor, some)} == {""}
+    with pytest.raises(ValueError, match="^prompts is one str 'what', expected a list"):
+        mammut.generate_prompts(model, processor, "what")
+    with pytest.raises(ValueError, match="mammut.load returns both"):
+        mammut.generate_prompts("runs/x", processor, [["a"]])
+
+
+PIECES = (
+    st.sampled_from(list(IMAGES)) | st.text(max_size=4) | st.none() | st.integers() | st.binary()
+)
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(st.lists(PIECES, max_size=3) | PIECES, max_size=3) | PIECES, PIECES)
+def test_whatever_is_prompted_is_continued_or_refused(
+    without_a_search, model, processor, prompts, number
+):
+    for options in ({}, {"batch_size": number}, {"seed": number}, {"config": number}):
+        try:
+            texts = mammut.generate_prompts(model, processor, prompts, **options)
+        except ValueError:
+            continue
+        assert len(texts) == len(prompts)

@@ -627,6 +627,15 @@ def test_colour_lies_where_the_model_looks_and_nowhere_at_an_even_share():
     )
 
 
+def test_colour_does_not_lie_where_the_model_cuts_a_rest_off():
+    picture = np.full((50, 50, 3), 128, np.uint8)
+    weights = np.array([[0.0, 0.0], [0.0, 1.0]])
+    shown = overlay(picture, weights, 1.0, 0.8).astype(int)
+    colour = shown[..., 0] - shown[..., 2]
+    assert colour[30:38, 30:38].min() > 100
+    assert (colour[40:] == 0).all() and (colour[:, 40:] == 0).all()
+
+
 def test_unequal_images_and_texts_are_refused(model):
     with pytest.raises(ValueError, match="0 images for 1 texts"):
         word_maps(model, testing.tiny_processor(), [], ["one"])

@@ -1,10 +1,14 @@
 """Vocabularies against their reference encodings, special ids, training and what saving keeps."""
 
 import gzip
+import html
 import json
 
+import ftfy
 import pytest
 import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from mammut.data.tokenizer import (
     MissingTokenizer,
@@ -12,6 +16,7 @@ from mammut.data.tokenizer import (
     restore_tokenizer,
     train_sentencepiece,
 )
+from mammut.data.tokenizer_kinds import clean
 from mammut.testing import shared_dir
 
 SHARED = shared_dir()
@@ -357,3 +362,70 @@ def test_settings_of_a_missing_vocabulary_that_cannot_be_are_refused(tmp_path, c
     settings = MissingTokenizer((1, 2, None), 60, "put it into here").settings() | change
     with pytest.raises(ValueError, match="settings of a missing tokenizer are"):
         restore_tokenizer(tmp_path, settings)
+
+
+_PIECES = st.one_of(
+    st.sampled_from(
+        ("CAFÉ", "cafÃ©", "ÃƒÂ©", "&AMP;lt;", "Σ", "İ", "’S", "\ud83d", "<end_of_text>")
+    ),
+    st.text(max_size=6),
+    # mojibake of both usual kinds
+    st.text(max_size=5).map(lambda text: text.encode("utf-8", "replace").decode("latin-1")),
+    st.text(max_size=5).map(
+        lambda text: text.encode("utf-8", "replace").decode("cp1252", "replace")
+    ),
+)
+TEXTS = st.lists(_PIECES, max_size=5).map(" ".join) | st.lists(_PIECES, max_size=5).map("".join)
+
+
+def cleaned_as_in_open_clip(text):
+    """The `_clean_lower` of open_clip's tokenizer.py."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return " ".join(text.split()).strip().lower()
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXTS)
+@example("CAFÃ© &AMP;")
+def test_texts_are_repaired_before_they_are_lowercased(text):
+    assert clean(text, lowercase=True, tidy=True) == cleaned_as_in_open_clip(text)
+    assert clean("cafÃ©", lowercase=True, tidy=True) == "café"
+
+
+@needs_shared
+def test_mojibake_has_the_ids_of_the_text_that_it_was(clip):
+    assert clip.encode("cafÃ©") == clip.encode("café") == [15304]
+
+
+def test_huggingface_texts_are_repaired_before_they_are_lowercased(tmp_path):
+    model = tokenizers.models.WordLevel({"[UNK]": 0, "café": 1, "</s>": 2}, unk_token="[UNK]")
+    path = save_pipeline(
+        tmp_path / "tokenizer.json", model, tokenizers.pre_tokenizers.WhitespaceSplit(), ["</s>"]
+    )
+    assert load_tokenizer(path, lowercase=True, fix_text=True).encode("CAFÃ©") == [1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(TEXTS)
+def test_a_huggingface_text_is_normalised_by_its_own_tokenizer_alone(normalising, text):
+    ours, theirs = normalising
+    text = clean(text, lowercase=False)  # lone surrogates, which tokenizers itself refuses
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+@pytest.fixture(scope="module")
+def normalising(tmp_path_factory):
+    """Our tokenizer and the library's, both of CLIP's normalizer in a tokenizer.json."""
+    path = tmp_path_factory.mktemp("normalising") / "tokenizer.json"
+    signs = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pipeline = tokenizers.Tokenizer(
+        tokenizers.models.BPE({sign: token for token, sign in enumerate(signs)}, [])
+    )
+    pipeline.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()]
+    )
+    pipeline.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pipeline.add_special_tokens(["</s>"])
+    pipeline.save(str(path))
+    pipeline.encode_special_tokens = True
+    return load_tokenizer(path, lowercase=False), pipeline

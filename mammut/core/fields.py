@@ -20,6 +20,33 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_types(config: Any) -> None:
+    """Checks that every field has a value of its type; a whole number is a float, too."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+        require(
+            _fits(value, field.type),
+            f"{type(config).__name__}.{field.name} is {value!r:.80}, expected {kind}",
+        )
+
+
+def require_whole(name: str, value: Any, low: int, high: int) -> None:
+    """Checks that a value is a whole number from `low` to `high`; True is none."""
+    require(
+        type(value) is int and low <= value <= high,
+        f"{name} is {value!r}, expected a whole number from {low} to {high}",
+    )
+
+
+def require_number(name: str, value: Any, low: int | float, high: int | float) -> None:
+    """Checks that a value is a number from `low` to `high`; NaN and True are none."""
+    require(
+        isinstance(value, int | float) and type(value) is not bool and low <= value <= high,
+        f"{name} is {value!r}, expected a number from {low} to {high}",
+    )
+
+
 def require_positive(config: Any, *names: str) -> None:
     """Checks that the named fields are positive and finite."""
     for name in names:

@@ -6,6 +6,7 @@ They are opened, turned upright, resized and cropped.
 import dataclasses
 import io
 import math
+import os
 import pathlib
 import threading
 from typing import Any, Literal
@@ -15,8 +16,8 @@ from jaxtyping import UInt8
 
 from mammut.core.fields import require_choices
 
-# Bytes, a path, a PIL image, or uint8[height, width], [height, width, 1], [height, width, 3] or
-# [height, width, 4].
+# Bytes, a path, an open file, a PIL image, or an array uint8[height, width], [height, width, 1],
+# [height, width, 3] or [height, width, 4].
 ImageLike = Any
 Cause = Literal["missing file", "empty", "corrupt", "truncated", "oversized", "unsupported"]
 # A fixed list, so that no picture from the web reaches the formats that Pillow hands to other
@@ -228,6 +229,8 @@ class ImageTransform:
         picture = content
         if isinstance(content, bytes):
             picture = PIL.Image.open(io.BytesIO(content), formats=_FORMATS)
+        if not all(picture.size):
+            raise BadImage(f"has {picture.width} x {picture.height} pixels", "empty")
         if math.prod(picture.size) > self.max_image_pixels:
             size = f"{picture.width} x {picture.height} pixels"
             raise BadImage(
@@ -301,15 +304,20 @@ def _content(image: ImageLike):
 
     if isinstance(image, PIL.Image.Image):
         return image
-    if isinstance(image, np.ndarray):
-        return _from_array(image)
-    if isinstance(image, str | pathlib.Path):
+    if hasattr(image, "__array__"):  # of NumPy, of JAX
+        return _from_array(np.asarray(image))
+    if isinstance(image, str | os.PathLike):
         try:
             image = pathlib.Path(image).read_bytes()
         except (OSError, ValueError) as error:
             raise BadImage(f"cannot be read: {error}", "missing file") from error
+    if hasattr(image, "seek") and hasattr(image, "read"):  # an open file
+        image.seek(0)  # as Pillow does
+        image = image.read()
+    if isinstance(image, bytearray | memoryview):
+        image = bytes(image)
     if not isinstance(image, bytes):
-        kinds = "bytes, a path, a PIL image or a NumPy array"
+        kinds = "bytes, a path, an open file, a PIL image or an array"
         raise BadImage(f"is of type {type(image).__name__}, expected {kinds}", "unsupported")
     if not image:
         raise BadImage("is empty, expected an image file", "empty")

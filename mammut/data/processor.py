@@ -17,7 +17,7 @@ Images stay uint8: the model itself subtracts the mean and divides by the standa
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -33,6 +33,43 @@ TextForm = Literal["start_end", "end", "end_filled"]
 _FILE = "processor.json"
 _FORMAT = 1
 _MAX_LENGTH = 2**17  # the limit of DecoderConfig.max_length, too
+
+
+def as_images(images: Any, name: str = "images") -> list[Any]:
+    """Lists the pictures of any list of them: a tuple, a generator, an array of four axes.
+
+    Raises:
+      ValueError: `images` is a picture alone, or no list; the message calls it `name`.
+    """
+    return _as_list(images, name, "images", axes=4)
+
+
+def as_texts(texts: Any, name: str) -> list[str]:
+    """Lists the texts of any list of str.
+
+    Raises:
+      ValueError: `texts` is a text alone, or no list of str; the message calls it `name`.
+    """
+    texts = _as_list(texts, name, "str", axes=1)
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} {row} is a {type(text).__name__}, expected a list of str")
+    return texts
+
+
+def _as_list(values: Any, name: str, of: str, axes: int) -> list[Any]:
+    """Lists the elements of any list; an array counts as one where it has `axes` axes."""
+    dims = getattr(values, "ndim", None)
+    listed = isinstance(values, Iterable) if dims is None else dims == axes
+    # Text, bytes and open files can be iterated too, and so can what has no order.
+    alone = isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set)
+    if not listed or alone or hasattr(values, "read"):
+        shown = f" {values!r:.50}" if isinstance(values, str) else ""
+        shown = f" of shape {list(values.shape)}" if hasattr(values, "shape") else shown
+        raise ValueError(
+            f"{name} is one {type(values).__name__}{shown}, expected a list of {of}: give [...]"
+        )
+    return list(values)
 
 
 class Processor:
@@ -79,35 +116,32 @@ class Processor:
         """Makes a batch of images, of texts, or of both.
 
         Args:
-          images: a sequence of images, anything that `ImageTransform.read` takes.
-          text: a sequence of str.
+          images: any list of images that `ImageTransform.read` takes: a list, a tuple, a generator,
+            an array uint8[B, height, width, 3].
+          text: any list of str.
 
         Returns:
           A dict with `image` uint8[B, height, width, 3], where images are given, and `tokens`
           int32[B, L] and `text_valid` bool[B, L], False on pads, where texts are given.
 
         Raises:
-          ValueError: an image or a text is not in a list, or there are neither images nor texts.
+          ValueError: an image or a text is alone, not in a list; a text is no str; or there are
+            neither images nor texts.
           BadImage: an image cannot be used.
         """
         if images is None and text is None:
             raise ValueError("neither images nor text is given, expected at least one of them")
         batch = {}
         if images is not None:
-            is_array = isinstance(images, np.ndarray) and images.ndim == 4
-            if not (isinstance(images, list | tuple) or is_array):
-                raise ValueError(
-                    f"images is one {type(images).__name__}, expected a list of images"
-                )
             size = self.image.image_size
-            pixels = np.array([self.image(image) for image in images], np.uint8)
+            pixels = np.array([self.image(image) for image in as_images(images)], np.uint8)
             batch["image"] = pixels.reshape(-1, size, size, 3)
         if text is not None:
             batch["tokens"], batch["text_valid"] = self.encode_text(text)
         return batch
 
     def encode_text(
-        self, texts: Sequence
+        self, texts: Iterable
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
         """Encodes texts as `tokens` and `text_valid`.
 
@@ -117,12 +151,7 @@ class Processor:
         Raises:
           ValueError: `texts` is one str, or holds something else.
         """
-        if isinstance(texts, str):
-            raise ValueError(f"text is the str {texts!r:.50}, expected a list of str")
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(f"text {row} is a {type(text).__name__}, expected a list of str")
-        return self.encode_pairs([("", text) for text in texts])[:2]
+        return self.encode_pairs([("", text) for text in as_texts(texts, "text")])[:2]
 
     def encode_pairs(
         self, pairs: Sequence[tuple[str, str]]

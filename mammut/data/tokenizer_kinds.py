@@ -70,6 +70,7 @@ class Tokenizer(abc.ABC):
     kind: str
     files: tuple[str, ...]
     needs_space = False
+    _repairs_text = False  # whether texts are tidied as open_clip does, before they are lower-cased
 
     def __init__(
         self, content: bytes, lowercase: bool, special_ids: tuple[int, int, int], vocab_size: int
@@ -89,7 +90,7 @@ class Tokenizer(abc.ABC):
 
         In CLIP's vocabulary alone, special tokens written out in the text become their ids.
         """
-        return self._encode(clean(text, self.lowercase))
+        return self._encode(clean(text, self.lowercase, self._repairs_text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes ids up to the first end; start ids are skipped.
@@ -139,6 +140,7 @@ class ClipTokenizer(Tokenizer):
 
     kind = "clip"
     files = ("tokenizer.txt.gz",)
+    _repairs_text = True
 
     def __init__(self, content: bytes, lowercase: bool):
         from tokenizers import Regex, models, pre_tokenizers
@@ -162,7 +164,6 @@ class ClipTokenizer(Tokenizer):
         super().__init__(content, True, (_CLIP_START, _CLIP_END, 0), _CLIP_END + 1)
 
     def _encode(self, text: str) -> list[int]:
-        text = _tidy(text).lower()
         if not any(special in text for special in _CLIP_SPECIAL):
             return self._pipeline.encode(text, add_special_tokens=False).ids
         ids = []
@@ -221,7 +222,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._pipeline.no_truncation()
         self._pipeline.no_padding()
         self._pipeline.encode_special_tokens = True  # "</s>" in a text is text
-        self._fix_text = named.get("fix_text") is True
+        self._repairs_text = named.get("fix_text") is True
         special_ids = _special_ids(*(self._find(role, named) for role in ("bos", "eos", "pad")))
         vocab_size = 1 + max(*self._pipeline.get_vocab().values(), *special_ids)
         super().__init__(content, lowercase, special_ids, vocab_size)
@@ -249,7 +250,7 @@ class HuggingFaceTokenizer(Tokenizer):
             for role, token in ids.items()
             if named[f"{role}_token"] is None
         }
-        if self._fix_text:
+        if self._repairs_text:
             named["fix_text"] = True
         write_json(folder / self.files[1], named)
         return super().save(folder)
@@ -265,8 +266,6 @@ class HuggingFaceTokenizer(Tokenizer):
         return next((token for token in ids if token is not None), None)
 
     def _encode(self, text: str) -> list[int]:
-        if self._fix_text:
-            text = _tidy(text)
         # A unigram vocabulary has "</s>" among its pieces, so a text can give its id.
         ids = self._pipeline.encode(text, add_special_tokens=False).ids
         return [token for token in ids if token not in (self.bos_id, self.eos_id)]
@@ -383,11 +382,14 @@ def _special_ids(bos: int | None, eos: int | None, pad: int | None) -> tuple[int
     return start, eos, eos if pad is None else pad
 
 
-def clean(text: str, lowercase: bool) -> str:
-    """Replaces lone surrogates, and lower-cases where asked.
+def clean(text: str, lowercase: bool, tidy: bool = False) -> str:
+    """Tidies a text where asked, replaces lone surrogates, and lower-cases where asked.
 
-    A JSON escape may hold half an emoji, a lone surrogate, which none of the libraries takes.
+    A JSON escape may hold half an emoji, a lone surrogate, which none of the libraries takes. The
+    order is open_clip's: "cafÃ©" is a "café" in the wrong encoding, "cafã©" cannot be repaired.
     """
+    if tidy:
+        text = _tidy(text)
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.lower() if lowercase else text
 

@@ -23,8 +23,8 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int, Int32, Key, UInt8
 
 from mammut.core.typing import Array
-from mammut.data.processor import Processor
-from mammut.generation.rows import GeneratedRow, Row, generate_rows, require_batch_size, row_keys
+from mammut.data.processor import Processor, as_images
+from mammut.generation.rows import GeneratedRow, Row, generate_rows, require_settings, row_keys
 from mammut.generation.search import GenerateConfig, Generation
 from mammut.generation.text import Text, generate_after, require_same_vocabulary, text_of
 from mammut.models.mammut import MaMMUT, ModelConfig
@@ -56,8 +56,12 @@ def encode_prompt(pieces: Sequence[Any], processor: Processor, image_tokens: int
       ValueError: `pieces` is not a list or tuple, is empty, or ends in a space. The message is the
         rest of a sentence that begins with the prompt's name.
     """
-    if not isinstance(pieces, list | tuple):
-        raise ValueError(f"is a {type(pieces).__name__}, expected a list of images and str")
+    try:
+        pieces = as_images(pieces)
+    except ValueError:
+        raise ValueError(
+            f"is a {type(pieces).__name__}, expected a list of images and str"
+        ) from None
     images = []
     tokens = []
     image_row = []
@@ -254,9 +258,9 @@ def generate_prompts(
       >>> mammut.generate_prompts(model, processor, [prompt], config)[0].text
       'a dog'
     """
-    require_batch_size(batch_size)
-    room = prompt_room(model.config, config.max_new_tokens)
+    require_settings(config, batch_size, seed)
     require_same_vocabulary(model, processor)
+    room = prompt_room(model.config, config.max_new_tokens)
 
     encoded = _encode_all(prompts, model.config, processor, room)
     by_size: dict[int, list[int]] = {}
@@ -281,14 +285,14 @@ def generate_prompts(
             return _generate(graphdef, params, batch, config, keys=keys, **ids)
 
         prompts = ((number, _with_pixels(encoded[number], processor)) for number in numbers)
-        rows = (Row(prompt, START_LENGTH, number) for number, prompt in prompts)
+        rows = (Row(prompt, START_LENGTH, n, f"prompt {n}") for n, prompt in prompts)
         own_batch_size = min(batch_size, padded_size(len(numbers)))
         return generate_rows(rows, run, processor, batch_size=own_batch_size)
 
     texts: dict[int, Text] = {}
     for size, numbers in by_size.items():
         for number, row in zip(numbers, generated(size, numbers), strict=True):
-            texts[number] = text_of(row, f"prompt {number}")
+            texts[number] = text_of(row)
     return [texts[number] for number in range(len(encoded))]
 
 
@@ -300,7 +304,7 @@ def _encode_all(
     An error names the prompt by its position in the list.
     """
     encoded = []
-    for number, pieces in enumerate(prompts):
+    for number, pieces in enumerate(as_images(prompts, "prompts")):
         try:
             prompt = encode_prompt(pieces, processor, config.num_prefix_tokens)
             require_room(len(prompt.images), len(prompt), room, config)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Key
 
-from mammut.core.fields import require
+from mammut.core.fields import require, require_whole
 from mammut.core.typing import Array
 from mammut.data.processor import Processor
 from mammut.generation.search import GenerateConfig, Generation
@@ -25,6 +25,7 @@ class Row:
     prompt: Any
     length: int  # columns of the prompt in the generated tokens; the text begins after them
     number: int = 0  # position in the caller's list; the random key of a sample depends on it
+    name: str = "a prompt"  # in errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +35,15 @@ class GeneratedRow:
     text: str  # as the tokenizer decodes it, with the spaces around it
     logprobs: Float[np.ndarray, " L"]  # of each generated token, 0 in all other columns
     token_logprobs: Float[np.ndarray, " n"]  # of the generated tokens alone, the end token included
-    is_finite: bool  # False: the model's logits were not numbers
 
 
-def require_batch_size(batch_size: int) -> None:
-    """Raises ValueError where there is no row in a batch."""
-    require(batch_size >= 1, f"batch_size is {batch_size}, expected at least 1")
+def require_settings(config: Any, batch_size: Any, seed: Any) -> None:
+    """Raises ValueError where the settings of a generation are of another kind or range."""
+    require(
+        isinstance(config, GenerateConfig), f"config is {config!r:.80}, expected a GenerateConfig"
+    )
+    require_whole("batch_size", batch_size, 1, 2**20)
+    require_whole("seed", seed, -(2**63), 2**63 - 1)
 
 
 def generate_rows(
@@ -52,6 +56,9 @@ def generate_rows(
     """Generates the best text of each row, in order.
 
     `run` always gets `batch_size` rows. Rows are taken from the iterable one batch at a time.
+
+    Raises:
+      ValueError: the model's logits are not numbers. A text of such a model is never given.
     """
     for batch in batched(rows, batch_size):
         # Copies of the last row fill the batch up: they end when that row ends and cost no further
@@ -60,6 +67,7 @@ def generate_rows(
         out = jax.device_get(run(batch + padding))
 
         for position, row in enumerate(batch):
+            require_numbers(out.scores[position, 0], f"the model's logits for {row.name}")
             tokens = out.tokens[position, 0, row.length :].tolist()
             logprobs = out.logprobs[position, 0]
             end = row.length + out.num_tokens[position, 0]
@@ -67,8 +75,15 @@ def generate_rows(
                 text=processor.tokenizer.decode(tokens),
                 logprobs=logprobs,
                 token_logprobs=logprobs[row.length : end],
-                is_finite=bool(np.isfinite(out.scores[position, 0])),
             )
+
+
+def require_numbers(values: Any, what: str) -> None:
+    """Raises ValueError where numbers that a model computed are not finite."""
+    require(
+        bool(np.isfinite(values).all()),
+        f"{what} are not numbers: its parameters are damaged, or its training diverged",
+    )
 
 
 def row_keys(rows: list[Row], config: GenerateConfig, seed: int) -> Key[Array, " B"] | None:

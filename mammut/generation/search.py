@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Float, Int, Key
 
-from mammut.core.fields import require
+from mammut.core.fields import require, require_number, require_whole
 from mammut.core.typing import Array
 
 
@@ -53,23 +53,27 @@ class GenerateConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
+        if self.max_new_tokens is not None:
+            require_whole("GenerateConfig.max_new_tokens", self.max_new_tokens, 1, 2**17)
+        require_whole("GenerateConfig.num_beams", self.num_beams, 1, 2**12)
+        require_whole("GenerateConfig.num_groups", self.num_groups, 1, 2**12)
+        require_whole("GenerateConfig.top_k", self.top_k, 0, 2**24)
+        for name, low, high in (
+            ("length_penalty", -10, 10),  # a power in float32
+            ("diversity_penalty", 0, 1e6),
+            ("temperature", 0, 1e6),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("repetition_penalty", 1e-6, 1e6),
+        ):
+            require_number(f"GenerateConfig.{name}", getattr(self, name), low, high)
         sampling = self.temperature > 0
         searching = self.num_beams > 1
-        tokens = self.max_new_tokens
-        self._require(tokens is None or tokens >= 1, "max_new_tokens", "at least 1")
-        self._require(self.num_beams >= 1, "num_beams", "at least 1")
-        # a power in float32
-        in_range = -10 <= self.length_penalty <= 10
-        self._require(in_range, "length_penalty", "a number from -10 to 10")
-        divides = self.num_groups >= 1 and self.num_beams % self.num_groups == 0
+        divides = self.num_beams % self.num_groups == 0
         self._require(divides, "num_groups", "a divisor of num_beams")
-        self._require(self.diversity_penalty >= 0, "diversity_penalty", "at least 0")
         usable = self.temperature == 0 or self.temperature >= 1e-6
         self._require(usable, "temperature", "0, or at least 1e-6")
-        self._require(self.top_k >= 0, "top_k", "at least 0")
-        self._require(0 < self.top_p <= 1, "top_p", "0 < p <= 1")
-        self._require(0 <= self.min_p <= 1, "min_p", "0 <= p <= 1")
-        self._require(self.repetition_penalty > 0, "repetition_penalty", "a positive number")
+        self._require(self.top_p > 0, "top_p", "0 < p <= 1")
 
         # A setting without an effect is a misunderstanding.
         undiversified = self.diversity_penalty == 0 or self.num_groups > 1
@@ -262,18 +266,20 @@ def _beam_search(decoding: Decoding, tokens, lengths, limit, config, eos_id) -> 
     rules = _BeamRules(lengths, limit, config, eos_id)
 
     def step(carry):
-        position, state, running, finished, _ = carry
+        position, state, running, finished, done, broken = carry
         rows = running.text.reshape(images * beams, length)
         logits, state = decoding.step(rows, position - 1, state)
         logprobs = jax.nn.log_softmax(logits).reshape(images, beams, -1)
-        # Logits that are not numbers give no text.
-        logprobs = jnp.where(jnp.isnan(logprobs), -jnp.inf, logprobs)
+        # Where logits are not numbers the search ends: its image has no text at all.
+        nan = jnp.isnan(logprobs)
+        broken |= rules.is_broken(nan, position, running) & ~done
+        logprobs = jnp.where(nan, -jnp.inf, logprobs)
         running, finished, beam = rules.advance_all(logprobs, position, running, finished)
-        done = rules.is_done(position, running, finished)
-        return position + 1, decoding.take(state, beam), running, finished, done
+        done = rules.is_done(position, running, finished) | broken
+        return position + 1, decoding.take(state, beam), running, finished, done, broken
 
     def searching(carry):
-        *_, done = carry
+        *_, done, _ = carry
         return ~done.all()  # at its limit an image has no running beam
 
     # All beams of a group start alike: all but the first are held back until they differ.
@@ -282,9 +288,11 @@ def _beam_search(decoding: Decoding, tokens, lengths, limit, config, eos_id) -> 
     running = _Beams(jnp.tile(score, (images, 1)), text, jnp.zeros(text.shape))
     finished = running._replace(score=jnp.full((images, beams), -jnp.inf))
     state = decoding.take(decoding.state, jnp.zeros((images, beams), int))
-    carry = (start, state, running, finished, jnp.zeros(images, bool))
-    position, _, _, finished, _ = jax.lax.while_loop(searching, step, carry)
+    none = jnp.zeros(images, bool)
+    carry = (start, state, running, finished, none, none)
+    position, _, _, finished, _, broken = jax.lax.while_loop(searching, step, carry)
 
+    finished = finished._replace(score=jnp.where(broken[:, None], -jnp.inf, finished.score))
     best = finished.pick(jnp.argsort(-finished.score, axis=1, stable=True))
     num_tokens = _num_tokens(best.text, lengths, limit, eos_id)
     return Generation(best.text, best.logprobs, num_tokens, best.score, position - start)
@@ -368,6 +376,14 @@ class _BeamRules:
         counts = jnp.isfinite(running.score) & ~forced
         choices = jax.nn.one_hot(running.text[:, :, position], vocab) * counts[..., None]
         return running, finished, beam, chosen + choices.sum(1)
+
+    def is_broken(self, nan, position, running) -> jax.Array:
+        """Tells for each image whether the logits of a running beam are not numbers.
+
+        `nan` is bool[B, n, V]. In a prompt no logits are used.
+        """
+        beams = nan.any(2) & jnp.isfinite(running.score)
+        return (position >= self.lengths) & beams.any(1)
 
     def is_done(self, position, running, finished) -> jax.Array:
         """Tells for each image whether its search is done.

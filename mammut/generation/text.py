@@ -7,7 +7,7 @@ a time, and a row with a longer prompt reads its own prompt until the prompt end
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +17,11 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int, Int32, Key, UInt8
 
 from mammut.core.typing import Array
-from mammut.data.processor import Processor
-from mammut.generation.rows import GeneratedRow, Row, generate_rows, require_batch_size, row_keys
+from mammut.data.processor import Processor, as_images, as_texts
+from mammut.generation.rows import GeneratedRow, Row, generate_rows, require_settings, row_keys
 from mammut.generation.search import Decoding, GenerateConfig, Generation, search
 from mammut.models.cached_decoder import DecodeCache, cached_step, prefill
+from mammut.models.inputs import require_texts
 from mammut.models.mammut import Image, MaMMUT
 
 
@@ -43,7 +44,7 @@ def generate(
     is smaller.
 
     Args:
-      image: uint8[B, height, width, 3].
+      image: uint8[B, height, width, 3]; or float, normalised as for `MaMMUT.image_tokens`.
       prompt: int[B, Q], the start token first; no end token.
       prompt_valid: bool[B, Q], True for the prompt's tokens, which come before all pads. The first
         token always counts.
@@ -64,6 +65,7 @@ def generate(
             f"there are {len(prompt)} prompts for {len(image)} images, expected one each, "
             "and at least one"
         )
+    require_texts(prompt, prompt_valid, model.config.text, image=image)
     image_tokens = model.image_tokens(image).tokens
     settings = {"eos_id": eos_id, "vocab_size": vocab_size, "keys": keys}
     return generate_after(model, image_tokens, prompt, prompt_valid, config, **settings)
@@ -173,8 +175,8 @@ class Text:
 def generate_text(
     model: MaMMUT,
     processor: Processor,
-    images: Sequence[Any] | np.ndarray,
-    prompts: Sequence[str] | None = None,
+    images: Iterable[Any],
+    prompts: Iterable[str] | None = None,
     config: GenerateConfig = GenerateConfig(),
     *,
     batch_size: int = 32,
@@ -185,7 +187,7 @@ def generate_text(
     All batches have one shape, the last one is padded: the program is compiled once.
 
     Args:
-      images: whatever `processor` reads: arrays, PIL images, paths, bytes.
+      images: any list of what `processor` reads: arrays, PIL images, paths, open files, bytes.
       prompts: the beginning of each text, which is not part of the result. None: no beginning.
       batch_size: images at a time; fewer images make a smaller batch.
       seed: the seed of sampling. The text of an image depends on it and on the image's position in
@@ -202,7 +204,8 @@ def generate_text(
       >>> texts[0].text
       'a dog on the grass'
     """
-    require_batch_size(batch_size)
+    require_settings(config, batch_size, seed)
+    images = as_images(images)
     ids = _prompt_ids(model, processor, images, prompts)
     if not ids:
         return []
@@ -218,7 +221,7 @@ def generate_text(
         for start in range(0, len(ids), batch_size):
             pixels = processor(images=images[start : start + batch_size])["image"]
             for number, image in enumerate(pixels, start):
-                yield Row((image, ids[number]), len(ids[number]), number)
+                yield Row((image, ids[number]), len(ids[number]), number, f"image {number}")
 
     def run(rows: list[Row]) -> Generation:
         batch = image_prompt_batch(rows, width, processor.pad_id)
@@ -226,7 +229,7 @@ def generate_text(
         return _generate(graphdef, params, *batch, config, keys=keys, **settings)
 
     generated = generate_rows(rows(), run, processor, batch_size=batch_size)
-    return [text_of(row, f"image {number}") for number, row in enumerate(generated)]
+    return [text_of(row) for row in generated]
 
 
 def image_prompt_batch(
@@ -258,31 +261,21 @@ def with_text_limit(config: GenerateConfig, processor: Processor) -> GenerateCon
     return dataclasses.replace(config, max_new_tokens=limit)
 
 
-def text_of(row: GeneratedRow, name: str) -> Text:
-    """Returns the text of a row, without the spaces around it.
-
-    Raises:
-      ValueError: the model's logits were not numbers; the message calls the row `name`.
-    """
-    if not row.is_finite:
-        raise ValueError(
-            f"the model's logits for {name} are not numbers: its parameters are damaged, "
-            "or its training diverged"
-        )
+def text_of(row: GeneratedRow) -> Text:
+    """Returns the text of a row, without the spaces around it."""
     logprobs = row.token_logprobs.tolist()
     return Text(row.text.strip(), sum(logprobs), tuple(logprobs))
 
 
 def _prompt_ids(
-    model: MaMMUT, processor: Processor, images: Sequence[Any] | np.ndarray, prompts: Any
+    model: MaMMUT, processor: Processor, images: list[Any], prompts: Any
 ) -> list[list[int]]:
     """Encodes each image's prompt, with the start token first."""
-    text_length = model.config.text_length
     require_same_vocabulary(model, processor)
+    text_length = model.config.text_length
     if prompts is None:
         prompts = [""] * len(images)
-    if isinstance(prompts, str) or not all(isinstance(text, str) for text in prompts):
-        raise ValueError(f"prompts is {prompts!r:.80}, expected a list of str")
+    prompts = as_texts(prompts, "prompts")
     if len(prompts) != len(images):
         raise ValueError(f"there are {len(prompts)} prompts for {len(images)} images")
 
@@ -301,8 +294,13 @@ def require_same_vocabulary(model: MaMMUT, processor: Processor) -> None:
     """Checks that the model has all ids of the processor.
 
     Raises:
-      ValueError: the processor has ids that the model does not have.
+      ValueError: the processor has ids that the model does not have, or one of them is none.
     """
+    for value, kind in ((model, MaMMUT), (processor, Processor)):
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{value!r:.60} is given, expected a {kind.__name__}: mammut.load returns both"
+            )
     vocab_size = model.config.text.vocab_size
     if processor.vocab_size > vocab_size:
         raise ValueError(
@@ -319,7 +317,7 @@ def _power_of_two(n: int) -> int:
 def caption(
     model: MaMMUT,
     processor: Processor,
-    images: Sequence[Any] | np.ndarray,
+    images: Iterable[Any],
     *,
     num_beams: int = 1,
     batch_size: int = 32,
@@ -327,7 +325,7 @@ def caption(
     """Captions images, one caption each.
 
     Args:
-      images: whatever `processor` reads: arrays, PIL images, paths, bytes.
+      images: any list of what `processor` reads: arrays, PIL images, paths, open files, bytes.
       num_beams: 1 for greedy decoding, more for beam search.
       batch_size: images at a time.
 
@@ -346,8 +344,8 @@ def caption(
 def answer(
     model: MaMMUT,
     processor: Processor,
-    images: Sequence[Any] | np.ndarray,
-    questions: Sequence[str],
+    images: Iterable[Any],
+    questions: Iterable[str],
     *,
     prompt: str = "{}",
     num_beams: int = 1,
@@ -356,7 +354,7 @@ def answer(
     """Answers questions, one about each image.
 
     Args:
-      images: whatever `processor` reads: arrays, PIL images, paths, bytes.
+      images: any list of what `processor` reads: arrays, PIL images, paths, open files, bytes.
       questions: one for each image.
       prompt: a text with {} in place of the question, as in the model's training: "Q: {} A:".
       num_beams: 1 for greedy decoding, more for beam search.
@@ -369,13 +367,12 @@ def answer(
       >>> mammut.answer(model, processor, ["dog.jpg"], ["what animal is this?"])
       ['dog']
     """
-    if "{}" not in prompt:
+    if not isinstance(prompt, str) or "{}" not in prompt:
         raise ValueError(
             f"prompt is {prompt!r}, expected a text with {{}} in it, the place of the question"
         )
     config = GenerateConfig(num_beams=num_beams)
-    prompts = questions
-    if prompt != "{}":
-        prompts = [prompt.replace("{}", question) for question in questions]
+    questions = as_texts(questions, "questions")
+    prompts = [prompt.replace("{}", question) for question in questions]
     texts = generate_text(model, processor, images, prompts, config, batch_size=batch_size)
     return [text.text for text in texts]

@@ -22,6 +22,7 @@ from flax import nnx
 import mammut.weights.model_folder
 from mammut.data.images import ImageLike, ImageTransform
 from mammut.data.processor import Processor
+from mammut.generation.rows import require_numbers
 from mammut.generation.text import caption
 from mammut.models.mammut import MaMMUT
 
@@ -125,6 +126,7 @@ class ClipBenchmarkModel:
             fill = self._batch_size - len(chunk[0])
             chunk = [np.pad(array, ((0, fill), *((0, 0),) * (array.ndim - 1))) for array in chunk]
             embeds.append(np.asarray(encode(*self._split, *chunk)))
+            require_numbers(embeds[-1], "the model's embeddings")
         return torch.from_numpy(np.concatenate(embeds)[: len(inputs)].copy()).to(inputs.device)
 
 

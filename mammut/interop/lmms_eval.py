@@ -24,6 +24,7 @@ from lmms_eval.utils import simple_parse_args_string
 
 import mammut.weights.model_folder
 from mammut.data.processor import Processor
+from mammut.generation.rows import require_numbers
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import generate_text
 from mammut.models.mammut import MaMMUT
@@ -131,6 +132,7 @@ class LmmsEvalModel(lmms):
             for prompt, text, logprobs, likeliest in zip(prompts, texts, *map(np.asarray, scores)):
                 # Each token is scored at the position before it.
                 own = slice(len(prompt) - 1, len(prompt) + len(text) - 1)
+                require_numbers(logprobs[own], "the model's log-probabilities")
                 results.append((-float(logprobs[own].sum()), bool(likeliest[own].all())))
         return results
 

@@ -29,7 +29,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mammut.core.fields import require, require_choices, require_positive
+from mammut.core.fields import (
+    require,
+    require_choices,
+    require_positive,
+    require_types,
+)
 from mammut.core.sharding import constrain
 from mammut.models.compute import Dtypes, stack
 from mammut.models.layers import Constant, LayerNorm, Linear, Normal, Uniform, param
@@ -83,6 +88,7 @@ class AdapterConfig:
     init: Literal["magma", "zero"] = "magma"
 
     def __post_init__(self):
+        require_types(self)
         require_choices(self)
         require_positive(self, "reduction", "rank", "alpha")
         require(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mammut.core.fields import require
 from mammut.models.adapter_modules import IA3, AdapterConfig, Adapters, LoRA
 from mammut.models.layers import Linear, initialise
 from mammut.models.mammut import MaMMUT
@@ -30,6 +31,10 @@ def add_adapter(model: MaMMUT, *configs: AdapterConfig, rngs: nnx.Rngs) -> MaMMU
       >>> lora = mammut.AdapterConfig(name="shapes", kind="lora", sites=("text.layers.attn.*",))
       >>> model = mammut.add_adapter(model, lora, rngs=nnx.Rngs(0))
     """
+    for config in configs:
+        require(
+            isinstance(config, AdapterConfig), f"{config!r:.60} is given, expected an AdapterConfig"
+        )
 
     # Compiled as one program: otherwise each site would be compiled on its own.
     @nnx.jit

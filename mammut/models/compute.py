@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from mammut.core.fields import require_choices, require_fraction, require_positive
+from mammut.core.fields import (
+    require,
+    require_choices,
+    require_fraction,
+    require_positive,
+    require_types,
+)
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
@@ -64,6 +70,7 @@ class ComputeConfig:
     image_attention: Literal["auto", "xla"] = "auto"
 
     def __post_init__(self):
+        require_types(self)
         require_choices(self)
         require_positive(self, "unroll")
 
@@ -100,6 +107,43 @@ class AugmentConfig:
 
     def __post_init__(self):
         require_fraction(self, "patch_drop", "prefix_dropout")
+
+
+def require_computable(
+    config: Any, compute: ComputeConfig, augment: AugmentConfig = AugmentConfig()
+) -> None:
+    """Checks that a model can be computed and trained as configured.
+
+    Args:
+      config: its `ModelConfig`.
+      compute: the way of computing.
+      augment: the random draws of training.
+
+    Raises:
+      ValueError: the configs do not fit together.
+    """
+    text = config.text
+    same_passes = text.pooling not in ("none", "class") and text.text_only_depth == 0
+    require(
+        compute.passes != "fused" or same_passes,
+        "ComputeConfig.passes is 'fused', which needs two passes over the same tokens and layers: "
+        f"not DecoderConfig.pooling {text.pooling!r} with text_only_depth {text.text_only_depth}",
+    )
+    require(
+        compute.passes != "fused" or not text.has_prefix,
+        "ComputeConfig.passes is 'fused', which has no place for a prefix",
+    )
+    for name in ("patch_drop", "crop_positions"):
+        value = getattr(augment, name)
+        require(
+            hasattr(config.vision, "patch_size") or not value,
+            f"AugmentConfig.{name} is {value}, which a ResNet has no patches for",
+        )
+    require(
+        text.has_prefix or not augment.prefix_dropout,
+        f"AugmentConfig.prefix_dropout is {augment.prefix_dropout}, which needs an image prefix: "
+        "DecoderConfig.cross_attn_every 0",
+    )
 
 
 @struct.dataclass

@@ -32,6 +32,7 @@ from mammut.core.fields import require
 from mammut.core.sharding import constrain
 from mammut.core.typing import Array
 from mammut.models.compute import ComputeConfig, stack
+from mammut.models.inputs import require_texts
 from mammut.models.layers import Constant, Linear, make_norm, param
 from mammut.models.masks import attn_mask, behind_prefix, shift_valid, within
 from mammut.models.text_tower import TextTower, TextTowerConfig
@@ -239,6 +240,7 @@ class TextDecoder(TextTower):
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
     ) -> Float[Array, "B L D"]:
         """Computes causal features of a text alone, float[B, L, D]."""
+        text_valid = require_texts(tokens, text_valid, self.config)
         return self.causal_pass(self.token_embed(tokens), self.valid(tokens, text_valid))
 
     def causal_pass(

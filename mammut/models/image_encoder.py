@@ -10,6 +10,7 @@ from jaxtyping import Float, UInt8
 
 from mammut.core.fields import require
 from mammut.core.typing import Array
+from mammut.models.inputs import require_images
 
 Image = UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"]
 
@@ -24,15 +25,26 @@ def require_pixels(config: Any) -> None:
         )
 
 
-def require_image_sizes(config: Any, stride: int, named: str) -> None:
+def require_image_sizes(config: Any, stride: int, named: str, *, cut_rest: bool = False) -> None:
     """Raises ValueError where an encoder's image sizes are no multiples of `stride`.
 
-    `named` is what the message calls the stride. `low_image_size` has to be the smaller size.
+    `named` is what the message calls the stride. `low_image_size` has to be the smaller size. With
+    `cut_rest` the sizes are any that have room for a patch.
     """
     name = type(config).__name__
     size = config.image_size
     low = config.low_image_size
-    require(size % stride == 0, f"{name}.image_size {size} is not a multiple of {named}")
+    if cut_rest:
+        require(size >= stride, f"{name}.image_size {size} is smaller than {named}")
+        require(
+            low is None or stride <= low < size,
+            f"{name}.low_image_size is {low}, expected {named} or more, below image_size {size}",
+        )
+        return
+    hint = ""
+    if hasattr(config, "cut_rest"):
+        hint = f", and {name}.cut_rest, with which some published models cut the rest off, is False"
+    require(size % stride == 0, f"{name}.image_size {size} is not a multiple of {named}{hint}")
     require(
         low is None or (0 < low < size and low % stride == 0),
         f"{name}.low_image_size is {low}, expected a multiple of {named} below image_size {size}",
@@ -77,17 +89,14 @@ def normalised(image: Image, config: Any) -> Float[Array, "B height width 3"]:
     Float pixels are returned unchanged.
 
     Args:
-      image: uint8[B, height, width, 3] RGB, or float, taken as normalised already.
+      image: uint8[B, height, width, 3] RGB; or float of that shape, normalised already as here:
+        (pixel / 255 - `image_mean`) / `image_std`.
       config: the encoder's `VisionConfig` or `ResNetConfig`.
 
     Raises:
-      ValueError: the images have none of its sizes.
+      ValueError: the images are none of its images (`mammut.models.inputs`).
     """
-    sizes = [size for size in (config.image_size, config.low_image_size) if size is not None]
-    if image.shape[1:] not in [(size, size, 3) for size in sizes]:
-        low = "" if len(sizes) == 1 else f" or {(sizes[1], sizes[1], 3)} from low_image_size"
-        expected = f"{(sizes[0], sizes[0], 3)} from {type(config).__name__}.image_size{low}"
-        raise ValueError(f"images are {image.shape[1:]}, expected {expected}")
+    require_images(image, config)
     if image.dtype != jnp.uint8:
         return image
     scaled = image.astype(jnp.float32) / 255

@@ -23,7 +23,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int, Key
 
-from mammut.core.fields import require, require_at_most, require_choices, require_positive
+from mammut.core.fields import (
+    require,
+    require_at_most,
+    require_choices,
+    require_positive,
+    require_types,
+)
 from mammut.core.sharding import constrain
 from mammut.core.typing import Array
 from mammut.models.compute import Dtypes, recomputed
@@ -89,6 +95,7 @@ class LayerConfig:
     gate_bias: bool = True
 
     def __post_init__(self):
+        require_types(self)
         require_choices(self)
         require_positive(self, "width", "num_heads", "mlp_dim", "norm_eps")
         require_at_most(self, {"width": 2**16, "depth": 2**10, "mlp_dim": 2**18})

@@ -9,14 +9,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from mammut.core.fields import require, require_choices
+from mammut.core.fields import (
+    require,
+    require_choices,
+    require_types,
+)
 from mammut.core.sharding import constrain
 from mammut.core.typing import Array
 from mammut.models.adapter_modules import AdapterConfig, Adapters
-from mammut.models.compute import Augment, AugmentConfig, ComputeConfig
+from mammut.models.compute import Augment, ComputeConfig, require_computable
 from mammut.models.decoder import DecoderConfig, TextDecoder
 from mammut.models.fused_passes import TwoPassOutput, both_passes
 from mammut.models.image_encoder import EncodedImage, Image
+from mammut.models.inputs import require_texts
 from mammut.models.layers import Constant, LayerNorm, Linear, dropout, initialise, param, unit
 from mammut.models.masks import caption_labels
 from mammut.models.resnet import ResNet, ResNetConfig
@@ -71,6 +76,7 @@ class ModelConfig:
     projection_bias: bool = True
 
     def __post_init__(self):
+        require_types(self)
         require_choices(self)
         self._require_embedding()
         self._require_prefix()
@@ -197,38 +203,6 @@ class ModelConfig:
         return tuple(dict.fromkeys(adapter.name for adapter in self.adapters))
 
 
-def require_computable(
-    config: ModelConfig, compute: ComputeConfig, augment: AugmentConfig = AugmentConfig()
-) -> None:
-    """Checks that a model can be computed and trained as configured.
-
-    Raises:
-      ValueError: the configs do not fit together.
-    """
-    text = config.text
-    same_passes = text.pooling not in ("none", "class") and text.text_only_depth == 0
-    require(
-        compute.passes != "fused" or same_passes,
-        "ComputeConfig.passes is 'fused', which needs two passes over the same tokens and layers: "
-        f"not DecoderConfig.pooling {text.pooling!r} with text_only_depth {text.text_only_depth}",
-    )
-    require(
-        compute.passes != "fused" or not text.has_prefix,
-        "ComputeConfig.passes is 'fused', which has no place for a prefix",
-    )
-    for name in ("patch_drop", "crop_positions"):
-        value = getattr(augment, name)
-        require(
-            isinstance(config.vision, VisionConfig) or not value,
-            f"AugmentConfig.{name} is {value}, which a ResNet has no patches for",
-        )
-    require(
-        text.has_prefix or not augment.prefix_dropout,
-        f"AugmentConfig.prefix_dropout is {augment.prefix_dropout}, which needs an image prefix: "
-        "DecoderConfig.cross_attn_every 0",
-    )
-
-
 class MaMMUT(nnx.Module):
     """The MaMMUT model (arXiv 2303.16839); with a prefix, MAGMA (2112.05253).
 
@@ -315,11 +289,12 @@ class MaMMUT(nnx.Module):
         Returns tokens float[B, P, D] and a vector float32[B, E].
 
         Args:
-          image: uint8[B, height, width, 3] RGB; or float, taken as normalised already.
+          image: uint8[B, height, width, 3] RGB; or float of that shape, normalised already:
+            (pixel / 255 - `VisionConfig.image_mean`) / `VisionConfig.image_std`.
           augment: the random draws of a training step.
 
         Raises:
-          ValueError: the images have another size.
+          ValueError: the images are of another size or type, or their float pixels not normalised.
         """
         encoded = self.encoder(image, augment)
         # Without this line the backward pass of micro-batches moved the tokens between devices.
@@ -344,10 +319,14 @@ class MaMMUT(nnx.Module):
         return EncodedImage(tokens, vector, encoded.grid)
 
     def encode_image(self, image: Image, augment: Augment = Augment()) -> Float[Array, "B E"]:
-        """Embeds images as unit vectors float32[B, E]; see `image_tokens`.
+        """Embeds images as unit vectors float32[B, E].
+
+        Args:
+          image: uint8[B, height, width, 3] RGB; or float, normalised as for `image_tokens`.
+          augment: the random draws of a training step.
 
         Raises:
-          ValueError: the model has no contrastive pass, or the images have another size.
+          ValueError: the model has no contrastive pass, or `image_tokens` refuses the images.
         """
         self.config.text.require_contrastive_pass()
         return unit(self.image_tokens(image, augment).vector)
@@ -361,7 +340,8 @@ class MaMMUT(nnx.Module):
         poolings "mean_all" and "last" need texts padded to `max_length`, as in training.
 
         Raises:
-          ValueError: the model has no contrastive pass, or the texts are too long.
+          ValueError: the model has no contrastive pass; the texts are too long; an id is not in
+            the vocabulary; or the arrays are of another shape or type.
         """
         return unit(self.text_vector(tokens, text_valid))
 
@@ -369,6 +349,7 @@ class MaMMUT(nnx.Module):
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
     ) -> Float[Array, "B E"]:
         """Computes the embedding of texts before normalisation, float32[B, E] of any length."""
+        text_valid = require_texts(tokens, text_valid, self.config.text)
         features = self.decoder.contrastive_pass(tokens, text_valid)
         return self._projected_text(self.text.pooled(features, tokens, text_valid))
 
@@ -383,14 +364,12 @@ class MaMMUT(nnx.Module):
         """Scores the token after each of `tokens`, given the image.
 
         Returns float32[B, L, V]. Without `text_valid` all tokens count as real. Either way pads at
-        the end change no score before them.
+        the end change no score before them. Float images are normalised as for `image_tokens`.
 
         Raises:
-          ValueError: the model has no caption pass, the images have another size, or the texts are
-            too long.
+          ValueError: the model has no caption pass, or what `image_tokens` or `encode_text` refuse.
         """
-        if text_valid is None:
-            text_valid = jnp.ones(tokens.shape, bool)
+        text_valid = require_texts(tokens, text_valid, self.config.text, image=image)
         image_tokens = self.image_tokens(image).tokens
         return self.text.logits(self.decoder.caption_pass(tokens, text_valid, image_tokens))
 
@@ -405,6 +384,7 @@ class MaMMUT(nnx.Module):
         Returns int[B, L] and bool[B, L], as `masks.caption_labels` does, but a
         `DecoderConfig.pad_id` is never a label.
         """
+        text_valid = require_texts(tokens, text_valid, self.config.text, target=target)
         if self.config.text.pad_id is not None:
             real = self.text.valid(tokens, text_valid)
             target = real if target is None else target & real
@@ -418,10 +398,9 @@ class MaMMUT(nnx.Module):
         Returns float32[G, B, N, L, P], with G cross-attention layers. Row i of a text holds the
         weights of the image tokens when token i + 1 is predicted, and sums to 1. With an image
         prefix the layers are those of self-attention, and a row sums to 1 with the weights of the
-        text.
+        text. It takes and refuses what `caption_logits` does.
         """
-        if text_valid is None:
-            text_valid = jnp.ones(tokens.shape, bool)
+        text_valid = require_texts(tokens, text_valid, self.config.text, image=image)
         return self.decoder.cross_attention(tokens, text_valid, self.image_tokens(image).tokens)
 
     def two_pass(
@@ -434,7 +413,9 @@ class MaMMUT(nnx.Module):
         """Runs both passes on one batch, for a training step.
 
         Images are encoded once; `ComputeConfig.passes` says whether the decoder runs once or twice.
+        It takes and refuses what `caption_logits` does.
         """
+        text_valid = require_texts(tokens, text_valid, self.config.text, image=image)
         encoded = self.image_tokens(image, augment)
         decoder = self.decoder
         if self.compute.passes == "fused":

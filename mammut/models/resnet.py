@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from mammut.core.fields import require, require_at_most, require_choices, require_positive
+from mammut.core.fields import (
+    require,
+    require_at_most,
+    require_choices,
+    require_positive,
+    require_types,
+)
 from mammut.core.sharding import constrain
 from mammut.core.typing import Array
 from mammut.models.compute import (
@@ -84,6 +90,7 @@ class ResNetConfig:
     class_token: ClassVar[bool] = False
 
     def __post_init__(self):
+        require_types(self)
         require_choices(self)
         require_positive(self, "stem_width", "image_size")
         require_at_most(self, {"stem_width": 2**11, "image_size": 2**14})
@@ -113,6 +120,11 @@ class ResNetConfig:
     def grid(self) -> tuple[int, int]:
         """Image tokens down and across."""
         return self.image_size // 32, self.image_size // 32
+
+    @property
+    def covered_size(self) -> int:
+        """Height and width of the part of an image that tokens cover, in pixels: all of it."""
+        return self.image_size
 
     @property
     def num_tokens(self) -> int:
@@ -390,8 +402,8 @@ class ResNet(nnx.Module):
         The images have `image_size` or `low_image_size`.
 
         Args:
-          image: uint8[B, height, width, 3] RGB, normalised here; or float, taken as normalised
-            already.
+          image: uint8[B, height, width, 3] RGB, normalised here; or float, normalised already:
+            (pixel / 255 - `image_mean`) / `image_std`.
           augment: not used, since nothing is random here; every encoder takes it.
 
         Raises:

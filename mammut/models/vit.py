@@ -55,12 +55,16 @@ class VisionConfig(LayerConfig):
         "input_norm",
         "norm_after_pooling",
         "pool_heads",
+        "cut_rest",
     )
 
     # Height and width of an image in pixels; images are square.
     image_size: int = 224
     # Height and width of a patch in pixels.
     patch_size: int = 16
+    # Whether the image may be larger than its whole patches; the rest, below and on the right, is
+    # cut off, as a convolution without padding does (SigLIP So400m/14 at 384 pixels).
+    cut_rest: bool = False
     # Whether the patch projection has a bias.
     patch_bias: bool = True
     # Whether a learned token stands before the patches.
@@ -90,7 +94,8 @@ class VisionConfig(LayerConfig):
         super().__post_init__()
         require_positive(self, "depth", "image_size", "patch_size", "pool_queries", "pool_heads")
         require_at_most(self, {"image_size": 2**14, "pool_queries": 2**14})
-        require_image_sizes(self, self.patch_size, f"patch_size {self.patch_size}")
+        named = f"patch_size {self.patch_size}"
+        require_image_sizes(self, self.patch_size, named, cut_rest=self.cut_rest)
         require_pixels(self)
         require(
             self.class_token or self.pooling != "class",
@@ -119,6 +124,11 @@ class VisionConfig(LayerConfig):
             return self.pool_queries - 1
         with_class_token = self.class_token and self.pooling == "mean_all"
         return self.grid[0] * self.grid[1] + with_class_token
+
+    @property
+    def covered_size(self) -> int:
+        """Height and width of the part of an image that patches cover, in pixels."""
+        return self.grid[0] * self.patch_size
 
     @property
     def summary(self) -> str:
@@ -224,8 +234,8 @@ class ViT(nnx.Module):
         no weights change when the size does.
 
         Args:
-          image: uint8[B, height, width, 3] RGB, normalised here; or float, taken as normalised
-            already.
+          image: uint8[B, height, width, 3] RGB, normalised here; or float, normalised already:
+            (pixel / 255 - `image_mean`) / `image_std`.
           augment: the random draws of a training step: which patches to drop, a crop of the
             position table for each image.
 
@@ -296,12 +306,14 @@ class ViT(nnx.Module):
 def patchify(image: Float[Array, "B height width 3"], patch_size: int) -> Float[Array, "B P F"]:
     """Cuts images into patches, row by row.
 
-    Returns float[B, P, patch_size * patch_size * 3].
+    What is left over below and on the right belongs to no patch. Returns
+    float[B, P, patch_size * patch_size * 3].
     """
     batch, height, width, channels = image.shape
     down = height // patch_size
     across = width // patch_size
-    x = image.reshape(batch, down, patch_size, across, patch_size, channels)
+    x = image[:, : down * patch_size, : across * patch_size]
+    x = x.reshape(batch, down, patch_size, across, patch_size, channels)
     x = x.transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, down * across, patch_size * patch_size * channels)
 

@@ -152,11 +152,12 @@ class Pictures:
             return words
         # The picture as the model sees it, at the size of the page.
         view = dataclasses.replace(processor.image, image_size=_MAP)
+        covered = model.config.vision.covered_size / model.config.vision.image_size
         for row, image, maps_of_words in zip(usable, images, maps):
             pixels = view(image)
             full = max((float(weights.max()) for _, weights in maps_of_words), default=0.0)
             for word, weights in maps_of_words:
-                uri = self._album.uri(overlay(pixels, weights, full))
+                uri = self._album.uri(overlay(pixels, weights, full, covered))
                 words[row].append(
                     {"word": word, "picture": uri, "peak": float(weights.max()) * weights.size}
                 )

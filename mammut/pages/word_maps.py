@@ -116,21 +116,24 @@ def overlay(
     picture: UInt8[np.ndarray, "height width 3"],
     weights: Float[np.ndarray, "down across"],
     full: float,
+    covered: float = 1.0,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Draws the picture in grey, with colour where the model looks.
 
     A patch has no colour at an even share, 1 / patches, or less, and full colour at the weight
-    `full`. The map is enlarged smoothly to the picture's size.
+    `full`. The map is enlarged smoothly to the picture's size, or to the share `covered` of its
+    sides: a model may cut off a rest, below and on the right (`VisionConfig.cut_rest`).
     """
     from PIL import Image
 
     height, width = picture.shape[:2]
     even = 1 / weights.size
     strength = np.clip((weights - even) / max(full - even, 1e-9), 0, 1).astype(np.float32)
-    strength = np.asarray(
-        Image.fromarray(strength).resize((width, height), Image.Resampling.BICUBIC)
-    )
-    alpha = 0.8 * np.clip(strength, 0, 1)[..., None]
+    down = round(height * covered)
+    across = round(width * covered)
+    enlarged = Image.fromarray(strength).resize((across, down), Image.Resampling.BICUBIC)
+    alpha = np.zeros((height, width, 1), np.float32)
+    alpha[:down, :across, 0] = 0.8 * np.clip(np.asarray(enlarged), 0, 1)
     # Neither black nor white, so that the colour stands out.
     grey = 70 + 0.6 * picture.mean(-1, keepdims=True)
     return np.round(grey * (1 - alpha) + _COLOUR * alpha).astype(np.uint8)

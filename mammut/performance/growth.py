@@ -22,7 +22,7 @@ def default_sizes(axis: Axis, model: ModelConfig, batch_size: int) -> tuple[int,
     """
     if axis == "image_size":
         side = model.vision.grid[0]
-        pixels = model.vision.image_size // side  # size of one image token
+        pixels = model.vision.covered_size // side  # size of one image token
         return tuple(sorted({pixels * max(1, round(side * share)) for share in (0.5, 1, 1.5)}))
     whole = batch_size if axis == "batch" else model.text_length
     return tuple(sorted({max(2, whole // 2), whole, 2 * whole}))

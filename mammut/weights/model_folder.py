@@ -217,7 +217,8 @@ def load(
       mesh: the devices for the parameters, split by `mammut.core.sharding.RULES`. None: the default
         device.
       image_size: pixels along one side. The position table is resampled to it as the makers of the
-        model do. None: the size that the model was trained with.
+        model do. None: the size that the model was trained with. A `.npz` of big_vision does not
+        tell the size from others with as many patches.
       compute: how the model is computed, and the number types of its parameters. None: as the
         folder says, float32 for third-party models.
 
@@ -227,16 +228,18 @@ def load(
     Raises:
       CheckpointError: there is no model at the path, a file is damaged or missing, or the weights
         do not fit the config. Every mismatch is named.
-      ValueError: `image_size` is not a positive multiple of the patch size.
+      ValueError: `image_size` is not a positive multiple of the patch size, which only some
+        published models allow (`VisionConfig.cut_rest`).
 
     Example:
       >>> model, processor = mammut.load("runs/flickr8k")
       >>> batch = processor(images=["dog.jpg"], text=["a dog on grass"])
       >>> image_embed = model.encode_image(batch["image"])
     """
-    if image_size is not None and (type(image_size) is not int or image_size < 1):
+    if image_size is not None and (type(image_size) is not int or not 1 <= image_size <= 2**14):
         raise ValueError(
-            f"image_size is {image_size!r}, expected a positive whole number of pixels"
+            f"image_size is {image_size!r}, expected a positive whole number of pixels, "
+            f"at most {2**14}"
         )
     opened = open_model(path, image_size=image_size)
     if opened.processor is None or set(opened.parts) != {"vision", "text", "rest"}:
@@ -294,8 +297,8 @@ def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> Ope
 
     Args:
       path: as for `load`; or a folder or file that holds an image encoder or a text decoder alone.
-      image_size: pixels, for a file that does not give them: a model of big_vision with computed
-        positions. All others ignore it.
+      image_size: pixels, for a file that does not give them: a model of big_vision. All others
+        ignore it.
 
     Raises:
       CheckpointError: as for `load`.

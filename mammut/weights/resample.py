@@ -115,7 +115,8 @@ def at_image_size(opened: OpenedModel, image_size: int) -> OpenedModel:
       image_size: pixels along one side.
 
     Raises:
-      ValueError: `image_size` is not a multiple of the patch size, or of the stride of a ResNet.
+      ValueError: `image_size` is not a multiple of the patch size where the model cuts off no rest
+        (`VisionConfig.cut_rest`), or of the stride of a ResNet.
     """
     # `low_image_size` is for the start of a training run. Here it is not used, and it need not be
     # below the new size.

@@ -41,7 +41,12 @@ What = Literal["loaded", "resampled", "cut", "in part", "random", "left out"]
 # Fields of an image encoder that say how a model uses it, not what it is.
 _USE = ("pooling", "pool_queries", "pool_heads", "norm_after_pooling")
 # Fields that may differ from the models to start from: each has a rule above.
-SIZES = {"model.vision.image_size", "model.vision.patch_size", "model.text.max_length"}
+SIZES = {
+    "model.vision.image_size",
+    "model.vision.patch_size",
+    "model.vision.cut_rest",
+    "model.text.max_length",
+}
 VOCABULARY = {"model.text.vocab_size", "model.text.pad_id"}
 _OF_VOCABULARY = {"text.token_embed.embedding", "text.vocab_head.kernel", "text.vocab_head_bias"}
 

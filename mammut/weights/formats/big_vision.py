@@ -59,8 +59,8 @@ def open_model(
     Args:
       path: the file; "FILE.npz:img" is the image encoder of a SigLIP, as in big_vision's own
       configs.
-      image_size: pixels, for a model with computed positions (`posemb="sincos2d"`), whose file does
-      not give them.
+      image_size: pixels, which the file does not give: it tells the number and size of the patches,
+      which leave a rest of some sizes out. Needed with computed positions (`posemb="sincos2d"`).
       max_length: tokens of a text, for a CapPa with computed positions.
 
     Raises:
@@ -71,7 +71,7 @@ def open_model(
     theirs = open_tensors(file)
     arrays = Arrays(str(path), theirs.specs, f"{part}/" if part else "")
     if arrays.under("img/") and arrays.under("txt/"):
-        model = two_towers(arrays)
+        model = two_towers(arrays, image_size)
     elif arrays.under("encoder/") and arrays.under("decoder/"):
         model = cappa(arrays, image_size, max_length)
     else:

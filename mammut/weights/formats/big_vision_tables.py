@@ -22,6 +22,9 @@ _KERNEL = ("kernel", "bias")
 _SCALE = ("scale", "bias")
 # The vocabulary of SigLIP 2, whose texts are filled up with pads; SigLIP's are filled up with ends.
 _GEMMA_VOCAB = 256_000
+# Pixels along one side by patch size and patches along one side, where they are no multiple of the
+# patch size: So400m/14 of SigLIP and SigLIP 2.
+_PUBLISHED_SIZES = {(14, 27): 384}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ def image_encoder(arrays: Arrays, image_size: int | None) -> Model:
 
     Args:
       arrays: the arrays of the file.
-      image_size: pixels, for computed positions.
+      image_size: pixels, as in `open_model`.
 
     Raises:
       CheckpointError: the arrays do not belong to a ViT that mammut has.
@@ -57,10 +60,14 @@ def image_encoder(arrays: Arrays, image_size: int | None) -> Model:
     return Model(config, vision.entries, None, unused, vision.zero, vision.computed, notes)
 
 
-def two_towers(arrays: Arrays) -> Model:
+def two_towers(arrays: Arrays, image_size: int | None = None) -> Model:
     """Reads an image and a text encoder.
 
     They are big_vision's models/proj/image_text/two_towers.py.
+
+    Args:
+      arrays: the arrays of the file.
+      image_size: pixels, as in `open_model`.
 
     Raises:
       CheckpointError: the arrays do not belong to two towers that mammut has.
@@ -77,7 +84,7 @@ def two_towers(arrays: Arrays) -> Model:
     }
     for prefix, why in refused.items():
         arrays.require(not arrays.under(prefix), f"{arrays.key(prefix)}: {why}")
-    vision = _vision(arrays, "img/", None)
+    vision = _vision(arrays, "img/", image_size)
     text = arrays.build(
         DecoderConfig, vocab_size=vocab_size, max_length=max_length, depth=0,
         text_only_depth=layers.depth, pooling="last", pad_masking="none", **sizes,
@@ -114,7 +121,7 @@ def cappa(arrays: Arrays, image_size: int | None, max_length: int | None) -> Mod
 
     Args:
       arrays: the arrays of the file.
-      image_size: pixels, for computed positions of the image encoder.
+      image_size: pixels, as in `open_model`.
       max_length: tokens of a text, for computed positions of the decoder.
 
     Raises:
@@ -229,7 +236,7 @@ def _vision(arrays: Arrays, prefix: str, image_size: int | None) -> _Vision:
             count - side**2 in (0, 1),
             f"{arrays.key(positions)} is of {count} positions, expected those of a square",
         )
-        image_size = patch * side
+        image_size = _image_size(patch, side, image_size, notes)
         if count > side**2 and class_token:  # an old file, in which the class token has a position
             ours = ("vision.class_pos_embed", *ours)
             layout = Joined(Rows())
@@ -253,6 +260,7 @@ def _vision(arrays: Arrays, prefix: str, image_size: int | None) -> _Vision:
     # The config is made before the entries: it limits the number of layers.
     config = arrays.build(
         VisionConfig, image_size=image_size, patch_size=patch, class_token=class_token,
+        cut_rest=(image_size or 0) % patch != 0,
         depth=layers.depth, pooling=pooling, **sizes,
     )  # fmt: skip
     entries = [
@@ -270,6 +278,24 @@ def _vision(arrays: Arrays, prefix: str, image_size: int | None) -> _Vision:
         entries += _each(f"{head}/LayerNorm_0", "vision.pool.mlp_norm", _SCALE)
         entries += _mlp(f"{head}/MlpBlock_0", "vision.pool.mlp", _KERNEL)
     return _Vision(config, entries, zero, computed, tuple(notes))
+
+
+def _image_size(patch: int, side: int, given: int | None, notes: list[str]) -> int:
+    """Finds the pixels along one side of images of `side` patches.
+
+    A convolution without padding makes as many patches of a somewhat larger image.
+    """
+    least, most = side * patch, side * patch + patch - 1
+    if given is not None and least <= given <= most:
+        return given
+    if (patch, side) not in _PUBLISHED_SIZES:
+        return least
+    size = _PUBLISHED_SIZES[patch, side]
+    notes.append(
+        f"vision.image_size is {size}, as published for {side} x {side} patches of {patch}: the "
+        f"file does not tell it from {least} to {most}, an image_size given to mammut.load does"
+    )
+    return size
 
 
 def _require_computable(

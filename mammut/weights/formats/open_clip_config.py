@@ -283,6 +283,8 @@ def _vision(cfg: JsonObject, quick: bool, coca: bool) -> dict[str, Any]:
         read["pooling"] = cfg.choice(
             "pool_type", "tok", {"tok": "class", "avg": "mean", "avg_all": "mean_all"}
         )
+    # open_clip's convolution has no padding.
+    read["cut_rest"] = read["image_size"] % max(read["patch_size"], 1) != 0
     cfg.only("timm_model_name", None)
     cfg.only("ls_init_value", None)
     cfg.only("pos_embed_type", "learnable")

@@ -250,7 +250,7 @@ def _comparable(config: ModelConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     vision, text = fields["vision"], fields["text"]
     fields["embed_dim"] = config.embed_size
-    for name in ("image_mean", "image_std", "low_image_size"):
+    for name in ("image_mean", "image_std", "low_image_size", "cut_rest"):
         del vision[name]
     if config.vision.pooling == "queries":
         del vision["norm_after_pooling"]
