@@ -93,7 +93,7 @@ def test_questions_are_asked_after_examples_and_scored_both_ways(folder, capsys)
     ]
     assert scores["metrics"]["magma_truncated_accuracy"] == pytest.approx(sum(own) / 6)
     assert "vqa_acc" in scores["metrics"] and any(
-        "a leak that raises it" in note for note in scores["notes"]
+        "this raises the score" in note for note in scores["notes"]
     )
     before = capsys.readouterr().out
     vqa.main(
@@ -182,7 +182,9 @@ def test_a_question_that_does_not_fit_is_answered_with_nothing_and_its_neighbour
     (vqa, ["--shots", "6"], "model", "has 5 examples to show beside"),
     (vqa, ["--shots", "5", "--max-new-tokens", "45"], "model",
      "a query after 5 shots has 6 images of 4 tokens each"),
-    (vqa, ["--shots", "-1"], "model", "the number of shots is -1"),
+    (vqa, ["--shots", "-1"], "model", "--shots is -1, expected at least 0"),
+    (vqa, ["--shots", "1", "--shots-seed", "-2"], "model", "--shots-seed is -2, expected at least"),
+    (vqa, ["--max-new-tokens", "0"], "model", "--max-new-tokens is 0, expected at least 1"),
     (vqa, ["--shots-seed", "3"], "model", "--shots-seed is 3, which needs --shots"),
     (caption, ["--instruction", "Look."], "model", "--instruction is 'Look.', which needs --shots"),
     (vqa, ["--shots", "1", "--prompt", "Q: {} A: "], "model",
