@@ -124,7 +124,7 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
     # without end.
     if distributed.first():
         watchdog.doing("the report")
-        print(f"report: {write_report(workdir)}")
+        distributed.say(f"report: {write_report(workdir)}")
     return True
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mammut.core import sharding
+from mammut.core import sharding, terminal
 from mammut.core.coordination import EXPECTED as EXPECTED
 from mammut.core.coordination import (
     LONG,
@@ -108,7 +108,7 @@ def first() -> bool:
 def say(text: str) -> None:
     """Prints on process 0."""
     if first():
-        print(text, flush=True)
+        terminal.say(text)
 
 
 def barrier(name: str) -> None:
