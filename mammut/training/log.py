@@ -218,9 +218,6 @@ class _Records:
             if not self._said:
                 cause = error.strerror or error
                 say(f"{self._path} cannot be written, and is left out so long: {cause}", "stderr")
-                say(
-                    "stderr",
-                )
             self._said = True
 
     def _write_pending(self) -> None:
