@@ -21,6 +21,7 @@ import tyro
 import mammut
 from mammut.config import MeshConfig
 from mammut.core import distributed, sharding
+from mammut.core.environment import require_device, set_arithmetic
 from mammut.data.examples import Source
 from mammut.data.sources import open_source
 from mammut.evaluation.predictions import Predictions
@@ -105,7 +106,9 @@ def run(
     try:
         distributed.require_one_process(program)
         options = tyro.cli(options_class, args=argv, prog=program, description=description)
-        path = pathlib.Path(options.checkpoint).expanduser()
+        set_arithmetic()
+        require_device()
+        path = pathlib.Path(os.path.expanduser(options.checkpoint))
         if path.is_file() and not path.name.endswith(_MODEL_FILES):
             return _score_again(options, path, task)
         return _evaluate(options, path, task, predict)

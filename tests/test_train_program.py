@@ -523,7 +523,7 @@ def test_a_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_from_there(prog
     code, out = program.interrupt(
         "terminated", at, signal.SIGTERM, "small.py", "--workdir", "terminated"
     )
-    assert code == 0
+    assert code == 75
     workdir = program.folder / "terminated"
     last = metrics(workdir)[-1]["step"]
     assert at <= last < STEPS and f"SIGTERM: saved step {last}, go on with --resume" in out
@@ -586,10 +586,10 @@ def test_a_run_that_makes_its_language_model_first_is_resumed_in_either_stage(pr
     )
 
     args = ("small.py", "--workdir", "stopped", *only)
-    assert program.interrupt("stopped/language_model", 2, signal.SIGTERM, *args)[0] == 0
+    assert program.interrupt("stopped/language_model", 2, signal.SIGTERM, *args)[0] == 75
     assert not (program.folder / "stopped" / "processor.json").exists()
     assert (
-        program.interrupt("stopped", 2, signal.SIGTERM, "--workdir", "stopped", "--resume")[0] == 0
+        program.interrupt("stopped", 2, signal.SIGTERM, "--workdir", "stopped", "--resume")[0] == 75
     )
     # the run is on its own from its first checkpoint on
     shutil.rmtree(program.folder / "stopped" / "language_model")

@@ -42,12 +42,16 @@ def prefetch(
     Raises:
       Exception: any that the thread raised.
     """
-    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: for a batch; False: the end
+    asked: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item for each batch to read
     ready: queue.SimpleQueue[tuple | BaseException] = queue.SimpleQueue()
+    ended = threading.Event()
 
     def read() -> None:
         try:
-            while asked.get():
+            while True:
+                asked.get()
+                if ended.is_set():
+                    return
                 batch = next(batches)
                 ready.put((transfer(batch), batches.state()))
         except BaseException as error:
@@ -58,7 +62,7 @@ def prefetch(
     reader.start()
     try:
         for _ in range(size):
-            asked.put(True)
+            asked.put(None)
         while True:
             start = time.perf_counter()
             first = _waited_for(ready, batches.spec, stop)
@@ -66,12 +70,11 @@ def prefetch(
                 return
             if isinstance(first, BaseException):
                 raise first
-            asked.put(True)
+            asked.put(None)
             yield *first, time.perf_counter() - start
     finally:
-        while not asked.empty():
-            asked.get()
-        asked.put(False)
+        ended.set()
+        asked.put(None)
         reader.join(_PATIENCE)
 
 

@@ -5,6 +5,7 @@ A resumed run may change some settings only.
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,7 @@ RESUMABLE = {
     "steps",
     "log_every",
     "eval_every",
+    "stop_on_failed_evaluation",
     "checkpoint_every",
     "keep_checkpoints",
     "max_nonfinite_steps",
@@ -185,7 +187,7 @@ def _has_checkpoints(workdir: pathlib.Path) -> bool:
 
 def _opened(config: TrainConfig) -> dict[Start, OpenedModel]:
     return {
-        name: open_model(pathlib.Path(path).expanduser())
+        name: open_model(pathlib.Path(os.path.expanduser(path)))
         for name, path in config.starts_from.items()
     }
 

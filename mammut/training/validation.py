@@ -17,7 +17,7 @@ from mammut.data.processor import Processor
 from mammut.evaluation.classification import class_names, predict_classes
 from mammut.evaluation.generated_texts import predict_answers, predict_captions
 from mammut.evaluation.predictions import Predictions
-from mammut.evaluation.predictor import Predictor
+from mammut.evaluation.predictor import Predictor, require_new
 from mammut.evaluation.retrieval import predict_rankings
 from mammut.evaluation.scores import save_scores
 from mammut.evaluation.scoring import score
@@ -74,7 +74,8 @@ class Evaluator:
 
     Raises:
       ValueError: the task has no evaluation, `data.eval_batch_size` does not divide over the mesh,
-        or more than `data.max_bad_share` of the first batch could not be used.
+        more than `data.max_bad_share` of the first batch could not be used, or the set cannot be
+        scored.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Evaluator:
         self._first_batch = min(data.eval_batch_size, data.val_examples)
         # A set that cannot be used is an error now, not after hours of training.
         self._predictor.check(source, self._first_batch)
+        require_scorable(source, self._limit, config.task)
 
         evaluate = {
             "image_text": self._image_text,
@@ -186,6 +188,41 @@ def _scored(predictions: Predictions) -> Evaluation:
     images = len({record["index"] for record in predictions.records})
     texts = len(predictions.records)
     return Evaluation(metrics, [predictions], images, texts, predictions.left_out)
+
+
+def require_scorable(source: Source, limit: int, task: str) -> None:
+    """Checks that what a model says of the first examples of a set can be scored.
+
+    No image is decoded. Examples that cannot be used are passed over.
+
+    Raises:
+      ValueError: two examples have one key, or two questions one id; or there is nothing to compare
+        with.
+    """
+    if task == "text":
+        return
+    seen: set[str] = set()
+    for index in range(min(limit, len(source))):
+        try:
+            example = source[index]
+        except BadExample:
+            continue
+        if task == "vqa":
+            truth = {question.id: question.answers for question in example.qa}
+            names = [question.id for question in example.qa]
+        else:
+            truth = {example.key: example.name if task == "classify" else example.captions}
+            names = [example.key]
+        for name in names:
+            if not isinstance(name, str):
+                raise ValueError(f"{source.spec!r} has the key or id {name!r}, expected a text")
+            require_new(name, seen, source)
+        for name, value in truth.items():
+            if not value:
+                raise ValueError(
+                    f"{source.spec!r} has nothing to score {name!r} against, expected it for every "
+                    "example of data.val"
+                )
 
 
 class _LanguageLoss:
