@@ -22,7 +22,11 @@ from collections.abc import Callable
 
 if __name__ == "__main__":
     # Ctrl-C while the libraries below are read, which takes seconds, shows no traceback of them.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+    def interrupted(*_) -> None:
+        os.write(2, b"train.py: Ctrl-C: stopped before there was anything to save\n")
+        os._exit(128 + signal.SIGINT)
+
+    signal.signal(signal.SIGINT, interrupted)
 
 import jax
 

@@ -340,6 +340,19 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_start(number, status
     assert not isinstance(stopped.value, Exception)
 
 
+@pytest.mark.parametrize("unsaved, statuses", [(False, [75]), (True, [])])
+def test_a_compilation_is_not_waited_for_where_nothing_is_lost(
+    monkeypatch, no_exit, unsaved, statuses
+):
+    """The main thread is in one call; the watch ends the program beside it."""
+    monkeypatch.setattr(stopping, "_PATIENCE", 0.05)
+    with Stopping("train.py") as asked, asked.deferred():
+        asked.unsaved = unsaved
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.6)
+    assert no_exit == statuses
+
+
 def test_what_does_not_end_when_all_is_saved_is_not_waited_for(monkeypatch, no_exit):
     monkeypatch.setattr(stopping, "_PATIENCE", 0.05)
     with Stopping("train.py") as asked, asked.deferred():

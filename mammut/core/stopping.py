@@ -15,7 +15,7 @@ from mammut.core.terminal import say
 STOPPED = 75  # status of a run that was stopped and saved: EX_TEMPFAIL of sysexits.h
 
 _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
-_PATIENCE = 5.0  # seconds for an end that threads of others may keep waiting
+_PATIENCE = 5.0  # seconds after which an end that loses nothing is not waited for
 _DOUBLE = 0.2  # seconds in which a second Ctrl-C is the first one, passed on by a parent process
 
 
@@ -35,7 +35,8 @@ class Stopping:
     """Whether a SIGTERM or a Ctrl-C stops the run.
 
     Inside the context a signal raises `Stopped` in the main thread, but not in `deferred`: what
-    runs there asks `now`. A second Ctrl-C ends the program at once.
+    runs there asks `now`, and sets `unsaved` once it has something to save. Until then the program
+    ends within seconds whatever it does. A second Ctrl-C ends it at once.
 
     With several processes nothing is raised: a signal to any of them stops all, at the next call of
     `now` that all of them make. They agree in the background (JAX's preemption service). Outside
@@ -43,9 +44,10 @@ class Stopping:
     """
 
     def __init__(self, program: str):
+        self.unsaved = False  # whether there are steps that no checkpoint has
         self._program = program
         self._number = signal.SIGTERM  # the signal
-        self._in_main_thread = False
+        self._watching: threading.Thread | None = None
         self._received = threading.Event()
         self._agreed = False
         self._deferred = False
@@ -55,7 +57,6 @@ class Stopping:
 
     def __enter__(self) -> "Stopping":
         if threading.current_thread() is threading.main_thread():
-            self._in_main_thread = True
             # Python's handlers run between two steps of the main thread, which may be in a long
             # compilation: the watch learns of a signal at once.
             read, write = os.pipe()
@@ -65,13 +66,17 @@ class Stopping:
             # SIGTERM to one of several processes is JAX's.
             for number in [signal.SIGINT] if connected() else _NAMES:
                 self._before.callback(signal.signal, number, signal.signal(number, self._handle))
-            threading.Thread(
+            watch = threading.Thread(
                 target=self._watch, args=[read], name="mammut-signals", daemon=True
-            ).start()
+            )
+            watch.start()
+            self._watching = watch
         return self
 
     def __exit__(self, *_) -> None:
         self._before.close()
+        if self._watching:
+            self._watching.join(1.0)  # it may be about to start the timer
         if self._timer:
             self._timer.cancel()
 
@@ -110,6 +115,7 @@ class Stopping:
     def deferred(self) -> Iterator[None]:
         """A signal is not raised inside of it."""
         self._deferred = True
+        self.unsaved = False
         try:
             yield
         finally:
@@ -127,7 +133,7 @@ class Stopping:
             self._deferred = True
 
     def saved(self) -> None:
-        """Says that all is saved: what hangs from now on is not waited for."""
+        """Notes that all is saved: what hangs from now on is not waited for."""
         self._end_soon(STOPPED)
 
     def _handle(self, number: int, _) -> None:
@@ -158,20 +164,24 @@ class Stopping:
     def _received_first(self, number: int) -> None:
         if connected():
             os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the others
-        elif not self._deferred:
-            self._end_soon(128 + number)
-            return
-        name = _NAMES[number]
-        say(f"{self._program}: {name}: stopping, Ctrl-C stops at once", "stderr")
+        elif not self.unsaved:
+            # Nothing is lost, and a compilation may take minutes.
+            self._end_soon(STOPPED if self._deferred else 128 + number)
+        if self._deferred or connected():
+            say(f"{self._program}: {_NAMES[number]}: stopping, Ctrl-C stops at once", "stderr")
 
     def _end_soon(self, status: int) -> None:
-        if connected() or not self._in_main_thread:
+        if connected() or self._watching is None:
             return
-        self._timer = threading.Timer(_PATIENCE, os._exit, [status])
+        self._timer = threading.Timer(_PATIENCE, self._end, [status])
         self._timer.daemon = True
         self._timer.start()
 
-    def _end_at_once(self) -> NoReturn:
+    def _end(self, status: int) -> None:
+        say(f"{self._program}: ended without waiting any longer, nothing is lost", "stderr")
+        os._exit(status)
+
+    def _end_at_once(self) -> None:
         message = "Ctrl-C twice: ended at once, nothing was saved"
         if connected():
             end(self._program, message)

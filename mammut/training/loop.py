@@ -73,6 +73,7 @@ class Loop:
                     state, metrics = take_step(state, batch)
                     if before is None:
                         jax.block_until_ready(metrics)
+                self.stopping.unsaved = True
                 # The check is one step behind: waiting for this step's metrics would leave the
                 # device idle while the host goes on.
                 check_finite(before, config)
