@@ -228,6 +228,7 @@ def save_model(run: Run, state: TrainState, processor: Processor, loop: Loop) ->
     model_folder.save(run.workdir, model, processor, overwrite=True)
     if loop.evaluator:
         loop.checkpoints.wait()
+        loop.stopping.unsaved = False
         save = functools.partial(Evaluation.save, workdir=run.workdir, name="val")
         if not loop.evaluate(run.config.steps, state, SAMPLES_PRINTED, save):
             loop.say_stopped(run.config.steps)

@@ -340,6 +340,16 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_start(number, status
     assert not isinstance(stopped.value, Exception)
 
 
+def test_a_signal_that_was_raised_where_nothing_raises_ends_the_start_all_the_same():
+    with pytest.raises(Stopped):
+        with Stopping("train.py") as asked:
+            with contextlib.suppress(Stopped):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            with asked.deferred():
+                raise AssertionError("the run has begun")
+
+
 @pytest.mark.parametrize("unsaved, statuses", [(False, [75]), (True, [])])
 def test_a_compilation_is_not_waited_for_where_nothing_is_lost(
     monkeypatch, no_exit, unsaved, statuses

@@ -51,6 +51,7 @@ class Stopping:
         self._received = threading.Event()
         self._agreed = False
         self._deferred = False
+        self._begun = False  # whether the run can be resumed
         self._calls = 0
         self._timer: threading.Timer | None = None
         self._before = contextlib.ExitStack()  # puts back what was before
@@ -114,7 +115,9 @@ class Stopping:
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """A signal is not raised inside of it."""
-        self._deferred = True
+        if self.alone:  # it was raised where nothing raises, as in a destructor
+            self._raise()
+        self._deferred = self._begun = True
         self.unsaved = False
         try:
             yield
@@ -166,7 +169,7 @@ class Stopping:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the others
         elif not self.unsaved:
             # Nothing is lost, and a compilation may take minutes.
-            self._end_soon(STOPPED if self._deferred else 128 + number)
+            self._end_soon(STOPPED if self._begun else 128 + number)
         if self._deferred or connected():
             say(f"{self._program}: {_NAMES[number]}: stopping, Ctrl-C stops at once", "stderr")
 

@@ -87,6 +87,7 @@ class Loop:
                     position = self._save(step, state, position)
                 if evaluates and not stop:
                     self.checkpoints.wait()  # no evaluation can lose what was saved
+                    self.stopping.unsaved = self._saved != step
                     stop = not self.evaluate(step, state, samples=2)
                 if stop and not last:
                     return self._stop(step, state, position)
