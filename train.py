@@ -7,8 +7,8 @@ dotted name (`--optimizer.learning-rate 1e-3`). A fresh run never writes into a 
 `--resume` continues one bit for bit. One process drives all devices of its machine. A run over
 several machines is this command on each, with the same folder.
 
-SIGTERM and Ctrl-C stop a run, which is saved first: exit status 75. Where there was nothing to save
-it is 143 and 130. A second Ctrl-C ends the program at once.
+SIGTERM, SIGHUP and Ctrl-C stop a run, which is saved first: exit status 75. Where there was nothing
+to save it is 128 and the signal's number. A second Ctrl-C ends the program at once.
 """
 
 import contextlib

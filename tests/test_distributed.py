@@ -366,6 +366,22 @@ distributed.say("once")"""
     assert other_out == "9000001 b'0' [] False\ndone\n"
 
 
+def test_what_fails_alike_everywhere_is_told_from_what_fails_on_one_alone(tmp_path):
+    body = """
+print(distributed.same_everywhere("a", "cause", 60))
+print(distributed.same_everywhere("b", f"cause {index}", 60))
+distributed.barrier("b")
+if index == 1:
+    print(distributed.same_everywhere("c", "cause", 0.5))
+distributed.barrier("c")
+"""
+    outs = [out.split() for code, out, _ in ended(run_two(tmp_path, body)) if code == 0]
+    assert [[word for word in out if word in ("True", "False")] for out in outs] == [
+        ["True", "False"],
+        ["True", "False", "False"],
+    ]
+
+
 def test_each_process_reads_the_rows_that_its_devices_hold(tmp_path):
     """Where the axis `model` goes across processes, all rows; over the devices each row once."""
     body = """

@@ -258,6 +258,7 @@ def test_a_run_that_was_killed_in_an_evaluation_has_the_records_of_one_that_was_
 @pytest.mark.parametrize("number, name", [
     (signal.SIGTERM, "SIGTERM"),
     (signal.SIGINT, "Ctrl-C"),
+    (signal.SIGHUP, "SIGHUP"),
 ])  # fmt: skip
 def test_a_signal_saves_the_step_it_came_in(tmp_path, capsys, number, name):
     run = Run(tmp_path, lambda step: {"score": 1.0})
@@ -376,6 +377,17 @@ def test_handlers_are_put_back(no_exit):
     with Stopping("train.py"):
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_hangup_is_ignored_where_nohup_ignores_it(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stopping("train.py") as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+            assert not asked.now()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_in_a_thread_has_no_signals(tmp_path, no_exit):

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run is asked to stop, and stops where its state is whole."""
+"""Signals ask a run to stop; it stops where its state is whole."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from mammut.core.terminal import say
 
 STOPPED = 75  # status of a run that was stopped and saved: EX_TEMPFAIL of sysexits.h
 
-_NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+_NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP"}
 _PATIENCE = 5.0  # seconds after which an end that loses nothing is not waited for
 _DOUBLE = 0.2  # seconds in which a second Ctrl-C is the first one, passed on by a parent process
 
@@ -32,7 +32,7 @@ class Stopped(BaseException):
 
 
 class Stopping:
-    """Whether a SIGTERM or a Ctrl-C stops the run.
+    """Whether a SIGTERM, a Ctrl-C or a SIGHUP stops the run.
 
     Inside the context a signal raises `Stopped` in the main thread, but not in `deferred`: what
     runs there asks `now`, and sets `unsaved` once it has something to save. Until then the program
@@ -64,8 +64,11 @@ class Stopping:
             os.set_blocking(write, False)
             self._before.callback(os.close, write)
             self._before.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write))
-            # SIGTERM to one of several processes is JAX's.
-            for number in [signal.SIGINT] if connected() else _NAMES:
+            for number in _NAMES:
+                if number == signal.SIGTERM and connected():
+                    continue  # it is JAX's
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup
                 self._before.callback(signal.signal, number, signal.signal(number, self._handle))
             watch = threading.Thread(
                 target=self._watch, args=[read], name="mammut-signals", daemon=True
@@ -83,7 +86,7 @@ class Stopping:
 
     @property
     def name(self) -> str:
-        """The name of the signal, "SIGTERM" or "Ctrl-C"."""
+        """The name of the signal, such as "SIGTERM" or "Ctrl-C"."""
         return _NAMES[self._number]
 
     def now(self) -> bool:
