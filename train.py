@@ -6,6 +6,9 @@ The recipe's `get_config()` returns the run's `TrainConfig`; an option changes a
 dotted name (`--optimizer.learning-rate 1e-3`). A fresh run never writes into a used folder;
 `--resume` continues one bit for bit. One process drives all devices of its machine. A run over
 several machines is this command on each, with the same folder.
+
+SIGTERM, SIGHUP and Ctrl-C stop a run, which is saved first: exit status 75. Where there was nothing
+to save it is 128 and the signal's number. A second Ctrl-C ends the program at once.
 """
 
 import contextlib
@@ -13,16 +16,27 @@ import functools
 import logging
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable
+
+if __name__ == "__main__":
+    # Ctrl-C while the libraries below are read, which takes seconds, shows no traceback of them.
+    def interrupted(*_) -> None:
+        os.write(2, b"train.py: Ctrl-C: stopped before there was anything to save\n")
+        os._exit(128 + signal.SIGINT)
+
+    signal.signal(signal.SIGINT, interrupted)
 
 import jax
 
 from mammut.config import TrainConfig
 from mammut.core import distributed, sharding
+from mammut.core.environment import require_device, set_arithmetic, use_compilation_cache
+from mammut.core.stopping import STOPPED, Stopped, Stopping, leave
+from mammut.core.terminal import say
 from mammut.data import batches as data
 from mammut.data import sources
-from mammut.data.prefetch import prefetch
 from mammut.data.processor import Processor
 from mammut.pages.report import write_report
 from mammut.performance.compile_report import compile_report
@@ -30,12 +44,12 @@ from mammut.performance.out_of_memory import enough_memory
 from mammut.training import command_line
 from mammut.training.claim import claim
 from mammut.training.log import RunLog
+from mammut.training.loop import Loop
 from mammut.training.new_processor import shared_processor
 from mammut.training.run import Run, require_same, resolve, stages
 from mammut.training.run_folder import (
     claim_folder,
     is_fresh,
-    position_of_all,
     position_of_one,
     renew_folder,
     write_run,
@@ -44,7 +58,7 @@ from mammut.training.run_folder import (
 from mammut.training.start_report import start_report
 from mammut.training.step import Trainer, TrainState, make_trainer, require_precise
 from mammut.training.tasks import TASKS, Task
-from mammut.training.validation import Evaluator
+from mammut.training.validation import Evaluator, ValidationResult
 from mammut.weights import model_folder
 from mammut.weights.checkpoints import Checkpoints, Restored
 from mammut.weights.model_card import write_card
@@ -54,10 +68,10 @@ DEFAULT_RECIPE = pathlib.Path(__file__).parent / "configs" / "tiny.py"
 SAMPLES_PRINTED = 10
 
 
-def train(run: Run, watchdog: distributed.Watchdog) -> bool:
+def train(run: Run, watchdog: distributed.Watchdog, stopping: Stopping) -> bool:
     """Trains the run, or the rest of one.
 
-    Returns False if a SIGTERM ended it early.
+    Returns False if a SIGTERM or Ctrl-C ended it early.
 
     What can be refused is refused before anything is compiled and before anything is written. Every
     process of the run calls this. Each reads its part of the data; the first writes and prints.
@@ -65,7 +79,7 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
     config = run.config
     workdir = run.workdir
     fresh = run.overwrite or is_fresh(workdir)
-    use_compilation_cache(config)
+    use_compilation_cache(config.compilation_cache)
     mesh = sharding.make_mesh(config.mesh)
     shard, shard_count = distributed.batch_shard(mesh)
     task = TASKS[config.task](config.loss)
@@ -92,7 +106,12 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
             require_precise(trainer.abstract_state.params)
         evaluator = None
         if val:
-            evaluator = Evaluator(val, processor, config, trainer, str(workdir), watchdog.alive)
+
+            def alive() -> None:
+                watchdog.alive()
+                stopping.check()
+
+            evaluator = Evaluator(val, processor, config, trainer, str(workdir), alive)
         open_batches = batches_of(config, task, source, processor, shard, shard_count)
         batches = open_batches()
         distributed.say(start_report(run, trainer, source, processor.vocab_size, warm, fresh))
@@ -114,36 +133,28 @@ def train(run: Run, watchdog: distributed.Watchdog) -> bool:
         )
         beginning = "starting" if fresh else "resuming"
         log.print(f"{beginning} at step {start} of {config.steps} in {workdir}")
-        with contextlib.closing(log), checkpoints, contextlib.closing(batches):
+        memory = functools.partial(enough_memory, config)
+        parts = (batches, shard, evaluator, checkpoints, log, watchdog, stopping, memory)
+        with (
+            stopping.deferred(),
+            contextlib.closing(log),
+            checkpoints,
+            contextlib.closing(batches),
+        ):
             state = restored.state if restored else fresh_state(config, trainer, warm)
-            state, done = loop(
-                config, trainer, state, start, batches, shard, evaluator, checkpoints, log, watchdog
-            )
-            if not done:
+            loop = Loop(config, trainer, *parts)
+            state, done = loop.loop(state, start)
+            if not (done and save_model(run, state, processor, loop)):
                 return False
-            save_model(run, trainer, state, processor, evaluator, log, watchdog)
 
     # Outside of the mesh: the first process runs the model alone, and would wait for the others
     # without end.
     if distributed.first():
         write_run(workdir, config, run.overrides, "done", processor)
         watchdog.doing("the report")
-        print(f"report: {write_report(workdir)}")
+        with stopping.deferred():
+            distributed.say(f"report: {write_report(workdir)}")
     return True
-
-
-def use_compilation_cache(config: TrainConfig) -> None:
-    """Keeps XLA's compiled programs in the configured folder.
-
-    It does so only where that is safe.
-    """
-    if config.compilation_cache:
-        folder = pathlib.Path(config.compilation_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        # A program for several CPU devices that is read from the cache runs its collectives in no
-        # fixed order: a deadlock.
-        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def open_sources(
@@ -231,158 +242,92 @@ def fresh_state(config: TrainConfig, trainer: Trainer, warm: WarmStart | None) -
         return trainer.init_from(trainer.start_params(config.seed, warm.random, warm.read))
 
 
-def save_model(
-    run: Run,
-    trainer: Trainer,
-    state: TrainState,
-    processor: Processor,
-    evaluator: Evaluator | None,
-    log: RunLog,
-    watchdog: distributed.Watchdog,
-) -> None:
+def save_model(run: Run, state: TrainState, processor: Processor, loop: Loop) -> bool:
     """Writes the model of a finished run.
 
     Its last evaluation and its card are written, too.
+
+    Returns False where a signal ended the last evaluation.
     """
-    watchdog.doing("saving the model")
-    model = trainer.model(state.all_params)
+    loop.watchdog.doing("saving the model")
+    model = loop.trainer.model(state.all_params)
     model_folder.save(run.workdir, model, processor, overwrite=True)
-    watchdog.doing("the last evaluation")
-    evaluation = evaluator(state.all_params) if evaluator else None
-    if not distributed.first():
-        return
-    if evaluation:
-        log.evaluation(run.config.steps, "val", evaluation, samples=SAMPLES_PRINTED)
-        evaluation.save(run.workdir, "val")
-    write_card(run.workdir, run.config.model, processor, run.config.compute)
-    log.print(f"model saved: mammut.load({str(run.workdir)!r})")
+    if loop.evaluator:
+        loop.checkpoints.wait()
+        loop.stopping.unsaved = False
+        save = functools.partial(ValidationResult.save, workdir=run.workdir, name="val")
+        if not loop.evaluate(run.config.steps, state, SAMPLES_PRINTED, save):
+            loop.say_stopped(run.config.steps)
+            return False
+    if distributed.first():
+        write_card(run.workdir, run.config.model, processor, run.config.compute)
+        loop.log.print(f"model saved: mammut.load({str(run.workdir)!r})")
+    return True
 
 
-def loop(
-    config: TrainConfig,
-    trainer: Trainer,
-    state: TrainState,
-    start: int,
-    batches: data.TrainBatches,
-    shard: int,
-    evaluator: Evaluator | None,
-    checkpoints: Checkpoints,
-    log: RunLog,
-    watchdog: distributed.Watchdog,
-) -> tuple[TrainState, bool]:
-    """Steps from `start` to `config.steps`.
+def main(argv: list[str]) -> int:
+    """Runs the program and returns its exit status.
 
-    Returns the state, and whether the run is done.
-
-    It is not done if a SIGTERM ended it early; the state is saved then.
+    An error ends it with one sentence and status 1.
     """
-    termination = distributed.Termination()
-    metrics = None
-    position = batches.state()
-    take_step = distributed.compiled_by_all(trainer.step)
-    transfer = functools.partial(sharding.device_batch, mesh=trainer.mesh)
-    with contextlib.closing(prefetch(batches, transfer)) as transferred:
-        for step in range(start + 1, config.steps + 1):
-            watchdog.doing(f"waiting for the batch of step {step}")
-            batch, position, waited = next(transferred)
-
-            watchdog.doing(f"step {step}")
-            before = metrics
-            with enough_memory(config):
-                state, metrics = take_step(state, batch)
-                if before is None:
-                    jax.block_until_ready(metrics)
-            # The check is one step behind: waiting for this step's metrics would leave the device
-            # idle while the host goes on.
-            check_finite(before, config)
-            checkpoints.poll()
-            log.step(step, metrics, waited, record=step % config.log_every == 0)
-
-            stop = termination.now()
-            last = step == config.steps
-            evaluates = evaluator and config.eval_every and step % config.eval_every == 0
-            # The evaluation comes before the checkpoint: a run killed in it evaluates again when it
-            # is resumed.
-            if evaluates and not (stop or last):
-                watchdog.doing(f"the evaluation at step {step}")
-                log.evaluation(step, "val", evaluator(state.all_params), samples=2)
-            if step % config.checkpoint_every == 0 or last or stop:
-                watchdog.doing(f"saving step {step}")
-                position = position_of_all(step, position, shard)
-                checkpoints.save(step, state, position)
-            if stop and not last:
-                log.print(f"SIGTERM: saved step {step}, go on with --resume")
-                return state, False
-
-    check_finite(metrics, config)
-    if position["bad"]:
-        log.print(f"examples that could not be used: {data.describe_bad(position['bad'])}")
-    return state, True
-
-
-def check_finite(metrics: dict[str, jax.Array] | None, config: TrainConfig) -> None:
-    """Stops the run after too many skipped updates in a row.
-
-    All processes have the same metrics.
-
-    Raises:
-      FloatingPointError: the last `config.max_nonfinite_steps` updates were skipped.
-    """
-    if metrics is not None and int(metrics["nonfinite_in_a_row"]) >= config.max_nonfinite_steps:
-        raise FloatingPointError(
-            f"the loss or its gradient was not finite {config.max_nonfinite_steps} steps in a row "
-            "(max_nonfinite_steps); the parameters are those before"
-        )
-
-
-def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    recipe, args, overrides = command_line.parse(argv)
     try:
-        if {"-h", "--help"} & {*argv}:
-            command_line.print_help(command_line.load_recipe(recipe or DEFAULT_RECIPE), __doc__)
-        asked = distributed.Processes(
-            args.distributed,
-            args.coordinator,
-            args.num_processes,
-            args.process_id,
-            args.peer_timeout,
-        )
-        if args.topology and not args.compile_only:
-            raise ValueError(
-                f"--topology {args.topology} is given without --compile-only, which compiles for it"
-            )
-        if args.compile_only and (asked.cluster or asked.count is not None):
-            raise ValueError(
-                "--compile-only is given with several processes, expected one process for all "
-                "devices"
-            )
-        if args.compile_only:
-            run = resolve(recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
-            print(compile_report(run.config, args.topology))
-            return
-        name = (recipe or DEFAULT_RECIPE).stem
-        with (
-            distributed.processes(asked, "train.py"),
-            claim(args.workdir, name, args.resume) as workdir,
-        ):
-            run = resolve(
-                recipe,
-                DEFAULT_RECIPE,
-                workdir,
-                overrides,
-                resume=args.resume,
-                overwrite=args.overwrite,
-            )
-            require_same(run)
-            with distributed.Watchdog(run.config.step_timeout, "train.py") as watchdog:
-                # a stage that a SIGTERM ended is the last
-                all(train(stage, watchdog) for stage in stages(run))
+        return run_program(argv)
+    except Stopped as stopped:
+        say(f"train.py: {stopped}", "stderr")
+        return stopped.status
     except distributed.EXPECTED as error:
         if os.environ.get("MAMMUT_TRACEBACK"):
             raise
         sys.exit(f"train.py: {error}")
 
 
+def run_program(argv: list[str]) -> int:
+    """Does what a command line asks for, and returns the exit status."""
+    recipe, args, overrides = command_line.parse(argv)
+    if {"-h", "--help"} & {*argv}:
+        command_line.print_help(command_line.load_recipe(recipe or DEFAULT_RECIPE), __doc__)
+    asked = distributed.Processes(
+        args.distributed,
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        args.peer_timeout,
+    )
+    if args.topology and not args.compile_only:
+        raise ValueError(
+            f"--topology {args.topology} is given without --compile-only, which compiles for it"
+        )
+    if args.compile_only and (asked.cluster or asked.count is not None):
+        raise ValueError(
+            "--compile-only is given with several processes, expected one process for all devices"
+        )
+    set_arithmetic()
+    if args.compile_only:
+        run = resolve(recipe, DEFAULT_RECIPE, args.workdir, overrides, resume=args.resume)
+        print(compile_report(run.config, args.topology))
+        return 0
+    name = (recipe or DEFAULT_RECIPE).stem
+    with (
+        distributed.processes(asked, "train.py"),
+        Stopping("train.py") as stopping,
+        claim(args.workdir, name, args.resume) as workdir,
+    ):
+        require_device()
+        run = resolve(
+            recipe,
+            DEFAULT_RECIPE,
+            workdir,
+            overrides,
+            resume=args.resume,
+            overwrite=args.overwrite,
+        )
+        require_same(run)
+        with distributed.Watchdog(run.config.step_timeout, "train.py") as watchdog:
+            # a stage that a signal ended is the last
+            done = all(train(stage, watchdog, stopping) for stage in stages(run))
+    return 0 if done else STOPPED
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    leave(main(sys.argv[1:]))

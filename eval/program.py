@@ -27,6 +27,7 @@ import tyro
 import mammut
 from mammut.config import MeshConfig
 from mammut.core import distributed, sharding
+from mammut.core.environment import require_device, set_arithmetic
 from mammut.data.examples import Source
 from mammut.data.sources import open_source
 from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, Predictions
@@ -140,7 +141,9 @@ def run(
         options.check()
         if options.out is not None and options.out.suffix != ".json":
             raise ValueError(f"--out is {options.out}, expected a name that ends in .json")
-        path = pathlib.Path(options.checkpoint).expanduser()
+        set_arithmetic()
+        require_device()
+        path = pathlib.Path(os.path.expanduser(options.checkpoint))
         if path.is_file() and not path.name.endswith(SUFFIXES):
             return _score_again(options, path, task)
         return _evaluate(options, path, task, predict)

@@ -11,6 +11,7 @@ TensorFlow is not needed.
 
 import argparse
 import collections
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def prepare(
             f"--name is {name!r}, expected lower-case letters, digits and underscores, "
             "a letter first"
         )
-    folder = pathlib.Path(data_dir).expanduser().resolve()
+    folder = pathlib.Path(os.path.expanduser(data_dir)).resolve()
     if (folder / name / _VERSION).exists():
         raise ValueError(
             f"{folder / name / _VERSION} exists already: remove it or choose another --name"

@@ -231,7 +231,7 @@ def test_two_processes_lose_one_are_terminated_and_one_process_ends_what_they_be
         assert pair[0].poll() is None, pair[0].communicate()
     pair[1].send_signal(signal.SIGTERM)  # long before the first step
     (code, out, err), (other, other_out, other_err) = ended(pair)
-    assert code == other == 0, err + other_err
+    assert code == other == 75, err + other_err
     began = int(re.search(rf"resuming at step (\d+) of {STEPS} in by_two", out)[1])
     stopped = int(re.search(r"SIGTERM: saved step (\d+), go on with --resume", out)[1])
     assert began % EVERY == 0 and stopped == began + 1 and "SIGTERM: saved" not in other_out
@@ -364,6 +364,22 @@ distributed.say("once")"""
     assert code == other == 0, err
     assert out == "9000001 b'0' [{'index': 0}, {'index': 1}] True\nonce\ndone\n"
     assert other_out == "9000001 b'0' [] False\ndone\n"
+
+
+def test_what_fails_alike_everywhere_is_told_from_what_fails_on_one_alone(tmp_path):
+    body = """
+print(distributed.same_everywhere("a", "cause", 60))
+print(distributed.same_everywhere("b", f"cause {index}", 60))
+distributed.barrier("b")
+if index == 1:
+    print(distributed.same_everywhere("c", "cause", 0.5))
+distributed.barrier("c")
+"""
+    outs = [out.split() for code, out, _ in ended(run_two(tmp_path, body)) if code == 0]
+    assert [[word for word in out if word in ("True", "False")] for out in outs] == [
+        ["True", "False"],
+        ["True", "False", "False"],
+    ]
 
 
 def test_each_process_reads_the_rows_that_its_devices_hold(tmp_path):

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mammut.core import sharding
+from mammut.core import sharding, terminal
 from mammut.core.coordination import EXPECTED as EXPECTED
 from mammut.core.coordination import (
     LONG,
@@ -108,7 +107,7 @@ def first() -> bool:
 def say(text: str) -> None:
     """Prints on process 0."""
     if first():
-        print(text, flush=True)
+        terminal.say(text)
 
 
 def barrier(name: str) -> None:
@@ -154,6 +153,25 @@ def gather(name: str, value: Any) -> list[Any]:
     ]
     client.key_value_delete(key)
     return values
+
+
+def same_everywhere(name: str, value: str, seconds: float = 60.0) -> bool:
+    """Tells whether every process gives the same value within some seconds.
+
+    Each name is for one value.
+    """
+    if not connected():
+        return True
+    client = state().client
+    key = f"mammut/same/{name}/"
+    client.key_value_set(f"{key}{state().process_id}", value)
+    try:
+        for index in range(state().num_processes):
+            if client.blocking_key_value_get(f"{key}{index}", int(1000 * seconds)) != value:
+                return False
+    except jax.errors.JaxRuntimeError:  # one of them has no value to give
+        return False
+    return True
 
 
 def compiled_by_all(function: Callable) -> Callable:
@@ -207,34 +225,6 @@ def batch_shard(mesh: Mesh) -> tuple[int, int]:
             "devices of a process"
         )
     return shards.index(tuple(sorted(held[jax.process_index()]))), len(shards)
-
-
-class Termination:
-    """Whether a SIGTERM to any of the processes stops the run.
-
-    Several processes agree on the step in the background (JAX's preemption service: the step after
-    the furthest that any process has reached). A call of `now` reads a number and costs nothing.
-    """
-
-    def __init__(self):
-        self._received = threading.Event()
-        self._calls = 0
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, lambda *_: self._received.set())
-
-    def now(self) -> bool:
-        """Tells whether to stop after this step.
-
-        All processes call it once a step and get the same answer.
-        """
-        if jax.process_count() == 1:
-            return self._received.is_set()
-        from jax.experimental import multihost_utils
-
-        # Counted from 1, not from the step that a run is resumed at: a SIGTERM before the first
-        # call means call 1.
-        self._calls += 1
-        return multihost_utils.reached_preemption_sync_point(self._calls)
 
 
 class Watchdog:

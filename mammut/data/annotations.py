@@ -208,7 +208,7 @@ def read_vqav2(
 
 
 def _path(text: str) -> pathlib.Path:
-    return pathlib.Path(text).expanduser()
+    return pathlib.Path(os.path.expanduser(text))
 
 
 def _folder(text: str) -> pathlib.Path:

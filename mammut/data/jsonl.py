@@ -21,7 +21,7 @@ class JsonlSource(Source):
     """
 
     def __init__(self, options: SourceOptions):
-        path = _file(options.spec, pathlib.Path(options.name).expanduser())
+        path = _file(options.spec, pathlib.Path(os.path.expanduser(options.name)))
         starts = array.array("q")
         numbers = array.array("q")
         end = 0

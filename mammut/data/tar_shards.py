@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt32
 
+from mammut.core.environment import cache_folder
 from mammut.core.files import replacing_file
 from mammut.data import tar_left_out
 from mammut.data.config import Field
@@ -287,13 +288,12 @@ def open_index(path: pathlib.Path) -> Index:
                 "mtime_ns": before.st_mtime_ns,
             }
             name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-            folder = (
-                pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-                / "mammut/shards"
-            )
-            kept = _load(folder / name, identity)
-            if kept is not None:
-                return kept
+            cache = cache_folder(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+            if cache is not None:
+                folder = cache / "mammut" / "shards"
+                kept = _load(folder / name, identity)
+                if kept is not None:
+                    return kept
 
             def read(offset: int, size: int) -> bytes:
                 file.seek(offset)
@@ -307,6 +307,8 @@ def open_index(path: pathlib.Path) -> Index:
         raise ValueError(f"shard {path} {error}") from error
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise ValueError(f"shard {path} is being written, expected one that is done")
+    if cache is None:
+        return index
     try:
         _store(folder, name, identity, index)
     except OSError as error:

@@ -5,6 +5,7 @@ They come from score files and from a run's metrics.jsonl.
 
 import collections
 import json
+import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -150,8 +151,10 @@ def _read_series(path: pathlib.Path) -> dict[str, Series]:
         try:
             values = json.loads(line)
             step = int(values.pop("step"))
-            numbers = {name: float(value) for name, value in values.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+            numbers = {
+                name: math.nan if value is None else float(value) for name, value in values.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             continue  # cut short by a kill
         for name, value in numbers.items():
             series[name][0].append(step)

@@ -236,6 +236,8 @@ class TrainConfig:
     log_every: int = 50
     # Steps between two evaluations; 0: one at the end only.
     eval_every: int = 1_000
+    # Stop when an evaluation fails. False: the failure is logged, and training goes on.
+    stop_on_failed_evaluation: bool = False
     # Steps between two checkpoints; the last step always has one.
     checkpoint_every: int = 1_000
     # Number of newest checkpoints that are kept.

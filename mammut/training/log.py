@@ -3,26 +3,39 @@
 The terminal shows a progress bar or plain lines. The files hold TensorBoard events and JSON lines.
 """
 
+import collections
+import contextlib
+import errno
 import json
+import math
+import os
 import pathlib
+import socket
+import struct
 import sys
 import time
 from typing import Any
 
 from mammut.core.files import replacing_file
+from mammut.core.terminal import is_terminal, say
 from mammut.data.batches import describe_bad
 from mammut.training.validation import ValidationResult
+
+_MAX_PENDING = 10_000  # records that wait for a file that cannot be written
 
 
 class RunLog:
     """The log of a run in `workdir`: `metrics.jsonl` and TensorBoard events.
 
-    `metrics.jsonl` has one JSON object a line, for each step that is recorded. On a terminal a
-    progress bar shows the losses, the rates and the time left; elsewhere a line is printed for each
-    recorded step.
+    `metrics.jsonl` has one JSON object a line, for each step that is recorded; a number that is not
+    finite is null. On a terminal a progress bar shows the losses, the rates and the time left;
+    elsewhere a line is printed for each recorded step.
 
     What a run logged past the checkpoint that it is resumed from, at step `start`, is dropped: it
     is logged again. One of several processes logs; with `silent`, nothing is printed or written.
+
+    No log is waited for, and none ends the run: what cannot be written is said once on stderr, and
+    left out.
     """
 
     def __init__(
@@ -36,18 +49,21 @@ class RunLog:
         self._step: int | None = None  # step of the last record
         self._time = time.perf_counter()  # time of the last record
         self._waited = 0.0  # seconds that steps have waited for data since the last record
-        from tensorboardX import SummaryWriter
         from tqdm import tqdm
 
         path = workdir / "metrics.jsonl"
-        _drop_after(path, start)
-        self._file = open(path, "a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        kept = _kept_records(path, start, steps)
+        # The steps that were evaluated, and those of them whose evaluation failed.
+        self._evaluated = {row["step"] for row in kept if any(key[:4] == "eval" for key in row)}
+        self._failed = sum("eval_failed" in row for row in kept)
+        self._file = _Records(path)
+        self._board = _TensorBoard(workdir / "tensorboard", purge_step=start + 1)
         self._bar = tqdm(
             total=steps,
             initial=start,
             unit="step",
-            disable=not sys.stderr.isatty(),
+            file=_Terminal(),
+            disable=not is_terminal("stderr"),
             dynamic_ncols=True,
         )
 
@@ -87,7 +103,7 @@ class RunLog:
             self._bar.set_postfix_str(text)
         else:
             left = "" if compiled else f"  {_duration((self._steps - step) * seconds / done)} left"
-            print(f"step {step}/{self._steps}  {text}{left}", flush=True)
+            say(f"step {step}/{self._steps}  {text}{left}")
         self._restart_clock(step)
 
     def _restart_clock(self, step: int) -> None:
@@ -102,6 +118,7 @@ class RunLog:
         """
         if self._silent:
             return
+        self._evaluated.add(step)
         self.record(
             step, {f"eval/{name}/{metric}": value for metric, value in evaluation.metrics.items()}
         )
@@ -131,42 +148,177 @@ class RunLog:
         self.print("\n".join(lines))
         self._restart_clock(step)  # the rates do not count the evaluation
 
+    def evaluated(self, step: int) -> bool:
+        """Tells whether the log has an evaluation of a step, a failed one too."""
+        return not self._silent and step in self._evaluated
+
+    def evaluation_failed(self, step: int, cause: str) -> None:
+        """Records and prints that an evaluation failed, in one line."""
+        if self._silent:
+            return
+        self._evaluated.add(step)
+        self._failed += 1
+        self._file.write(_json_line({"step": step, "eval_failed": cause}))
+        self.print(
+            f"the evaluation at step {step} failed, number {self._failed} of this run that did: "
+            f"{cause}"
+        )
+        self._restart_clock(step)
+
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes values to the JSON lines and to TensorBoard."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._file.write(_json_line({"step": step, **values}))
+        self._board.write(step, values)
 
     def print(self, text: str) -> None:
         """Prints between the bar's updates."""
         if self._silent:
             return
-        self._bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        self._bar.clear()
+        say(text)
+        self._bar.refresh()
 
     def close(self) -> None:
-        """Closes the files."""
-        if self._silent:
-            return
-        self._bar.close()
-        self._board.close()
-        self._file.close()
+        """Ends the bar."""
+        if not self._silent:
+            self._bar.close()
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Drops the records after `step`.
+class _Terminal:
+    """stderr, on which the bar is drawn; one that is gone is left out."""
 
-    A last line that a kill has cut short is dropped, too.
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
+class _Records:
+    """A file of records, to which whole records are appended.
+
+    Records that cannot be written, as on a full disk, are written with a later one.
     """
-    if not path.exists():
-        return
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._pending: collections.deque[bytes] = collections.deque(maxlen=_MAX_PENDING)
+        self._said = False
+
+    def write(self, record: bytes) -> None:
+        self._pending.append(record)
+        try:
+            self._write_pending()
+        except OSError as error:
+            if not self._said:
+                cause = error.strerror or error
+                say(f"{self._path} cannot be written, and is left out so long: {cause}", "stderr")
+            self._said = True
+
+    def _write_pending(self) -> None:
+        with open(self._path, "ab", buffering=0) as file:
+            whole = file.tell()
+            records = b"".join(self._pending)
+            if file.write(records) < len(records):
+                file.truncate(whole)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._pending.clear()
+
+
+class _TensorBoard:
+    """TensorBoard's events, written at once.
+
+    The writer of tensorboardX writes in a thread: where that has ended, on a full disk, its queue
+    fills up and the run would wait for ever.
+    """
+
+    def __init__(self, folder: pathlib.Path, purge_step: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        with contextlib.suppress(OSError):  # the first record says it
+            folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        self._records = _Records(folder / name)
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        # Later steps of the files before are not shown.
+        session = SessionLog(status=SessionLog.START)
+        self._append(Event(wall_time=time.time(), step=purge_step, session_log=session))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes one event with all values."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        summary = Summary(value=scalars)
+        self._append(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _append(self, event: Any) -> None:
+        """Appends an event as a record of TFRecord: its length and itself, with their checksums."""
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checksums = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+        self._records.write(length + next(checksums) + data + next(checksums))
+
+
+def _json_line(row: dict[str, Any]) -> bytes:
+    """Makes a line of JSON, which has no NaN and no infinity."""
+    row = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+    return (json.dumps(row, allow_nan=False) + "\n").encode()
+
+
+def _kept_records(path: pathlib.Path, start: int, steps: int) -> list[dict[str, Any]]:
+    """Drops the records after step `start` from the file, and returns those that are kept.
+
+    An evaluation of the last step is dropped, too: it is made again. A line that is no record, as
+    one that a kill has cut short, is dropped and said.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        say(f"{path} cannot be read: {error}", "stderr")
+        return []
+    rows = []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
+    foreign = 0
+    for line in lines:
+        row = _row(line)
+        if row is None:
+            foreign += 1
+        elif row["step"] <= start and not (
+            row["step"] == steps and any(key[:4] == "eval" for key in row)
+        ):
+            rows.append(row)
             kept.append(line)
-    with replacing_file(path) as new:
-        new.write_text("".join(kept), encoding="utf-8")
+    if foreign:
+        say(f"{path}: {foreign} lines that are no records are dropped", "stderr")
+    if len(kept) < len(lines):
+        try:
+            with replacing_file(path) as new:
+                new.write_bytes(b"".join(kept))
+        except OSError as error:
+            say(f"{path} cannot be written: {error}", "stderr")
+    return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """Reads a record; None where the line is none."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    is_record = line.endswith(b"\n") and isinstance(row, dict) and type(row.get("step")) is int
+    return row if is_record else None
 
 
 def _sample(record: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ A resumed run may change some settings only.
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -42,6 +43,7 @@ RESUMABLE = {
     "steps",
     "log_every",
     "eval_every",
+    "stop_on_failed_evaluation",
     "checkpoint_every",
     "keep_checkpoints",
     "max_nonfinite_steps",
@@ -220,7 +222,7 @@ def _language_config(config: TrainConfig) -> TrainConfig:
 
 def _opened(config: TrainConfig) -> dict[Start, OpenedModel]:
     return {
-        name: open_model(pathlib.Path(path).expanduser())
+        name: open_model(pathlib.Path(os.path.expanduser(path)))
         for name, path in config.starts_from.items()
     }
 

@@ -18,6 +18,7 @@ from mammut.evaluation.classification import class_names, predict_classes
 from mammut.evaluation.generated_texts import predict_answers, predict_captions
 from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, Predictions
 from mammut.evaluation.predictor import Predictor
+from mammut.evaluation.requirements import readable, require_scorable
 from mammut.evaluation.retrieval import predict_rankings
 from mammut.evaluation.scores import save_scores
 from mammut.evaluation.scoring import score
@@ -25,6 +26,14 @@ from mammut.models.compute import Augment
 from mammut.training.config import LossConfig, TrainConfig
 from mammut.training.step import Trainer
 from mammut.training.tasks import TASKS
+
+# The evaluation, of `mammut.evaluation.scoring.EVALUATIONS`, that scores a task.
+_EVALUATIONS = {
+    "image_text": "retrieval",
+    "caption": "caption",
+    "vqa": "vqa",
+    "classify": "classify",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +83,8 @@ class Evaluator:
 
     Raises:
       ValueError: the task has no evaluation, `data.eval_batch_size` does not divide over the mesh,
-        or more than `data.max_bad_share` of the first batch could not be used.
+        more than `data.max_bad_share` of the first batch could not be used, or the set cannot be
+        scored.
     """
 
     def __init__(
@@ -107,6 +117,7 @@ class Evaluator:
         self._first_batch = min(data.eval_batch_size, data.val_examples)
         # A set that cannot be used is an error now, not after hours of training.
         self._predictor.check(source, self._first_batch)
+        require_scored(source, self._limit, config.task)
 
         evaluate = {
             "image_text": self._image_text,
@@ -206,6 +217,32 @@ def _scored(predictions: Predictions) -> ValidationResult:
     images = len({record["index"] for record in predictions.records})
     texts = len(predictions.records)
     return ValidationResult(metrics, [predictions], images, texts, predictions.left_out)
+
+
+def require_scored(source: Source, limit: int, task: str) -> None:
+    """Checks that what a model says of the first examples of a set can be scored.
+
+    No image is decoded. Examples that cannot be used are passed over.
+
+    Raises:
+      ValueError: two examples have one key, or two questions one id; or there is nothing to compare
+        with.
+    """
+    if task not in _EVALUATIONS:
+        return
+    require_scorable(source, _EVALUATIONS[task], limit)
+    for example in readable(source, limit):
+        truth = {example.key: example.captions}
+        if task == "classify":
+            truth = {example.key: example.name}
+        if task == "vqa":
+            truth = {question.id: question.answers for question in example.qa}
+        for name, value in truth.items():
+            if not value:
+                raise ValueError(
+                    f"{source.spec!r} has nothing to score {name!r} against, expected it for every "
+                    "example of data.val"
+                )
 
 
 class _LanguageLoss:

@@ -25,6 +25,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from mammut.core import distributed
+from mammut.core.environment import require_arithmetic
 from mammut.core.fields import to_dict
 from mammut.core.files import make_manifest, read_json_object, replacing, write_json
 from mammut.core.params import by_name, logical_axes, path_name
@@ -241,6 +242,7 @@ def load(
             f"image_size is {image_size!r}, expected a positive whole number of pixels, "
             f"at most {2**14}"
         )
+    require_arithmetic()
     opened = open_model(path, image_size=image_size)
     if opened.processor is None or set(opened.parts) != {"vision", "text", "rest"}:
         use = "a run can start from it with --init"
@@ -277,6 +279,7 @@ def load_language_model(
       >>> decoder, tokenizer = mammut.load_language_model("downloads/pythia-70m")
       >>> ids = tokenizer.encode("a dog")
     """
+    require_arithmetic()
     opened = open_model(path)
     if "text" not in opened.parts:
         raise CheckpointError(

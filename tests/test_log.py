@@ -1,0 +1,243 @@
+"""The log of a run: no output that is full, broken or foreign ends a run or stops it."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import pathlib
+import resource
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from mammut.core.terminal import is_terminal, say
+from mammut.pages.report_scores import read_training
+from mammut.training.log import RunLog
+
+
+def make_log(folder: pathlib.Path, start: int = 0, steps: int = 100) -> RunLog:
+    return RunLog(folder, start=start, steps=steps, batch_size=4, silent=False)
+
+
+def log_steps(log: RunLog, first: int, last: int, loss: float = 1.0) -> None:
+    for step in range(first, last + 1):
+        log.step(step, {"loss": loss, "nonfinite": 0}, 0.0, record=True)
+
+
+def rows(folder: pathlib.Path) -> list[dict]:
+    def refuse(name: str):
+        raise ValueError(f"{name} is no JSON")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def events(folder: pathlib.Path) -> list[bytes]:
+    """The records of the one file of events, each with its length before it."""
+    (path,) = (folder / "tensorboard").iterdir()
+    content = path.read_bytes()
+    found = []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        assert len(content) >= 16 + length
+        found.append(content[12 : 12 + length])
+        content = content[16 + length :]
+    return found
+
+
+@contextlib.contextmanager
+def files_at_most(size: int) -> Iterator[None]:
+    """A file cannot grow beyond `size` bytes: what is beyond fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class Broken(io.TextIOWrapper):
+    """An output whose reader has gone."""
+
+    def __init__(self):
+        super().__init__(io.BytesIO(), encoding="utf-8")
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def isatty(self):
+        return True
+
+
+# --- files
+
+
+def test_a_full_disk_neither_ends_nor_stops_a_run_and_is_said_once(tmp_path, capsys):
+    log = make_log(tmp_path)
+    with files_at_most(1_000):
+        log_steps(log, 1, 60)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all("cannot be written, and is left out" in line for line in said)
+    assert all(any(name in line for line in said) for name in ("metrics.jsonl", "events.out"))
+    written = rows(tmp_path)  # whole lines
+    assert 3 < len(written) < 30
+    assert 3 < len(events(tmp_path)) < 30
+
+    log_steps(log, 61, 61)  # the disk has room again
+    log.close()
+    assert [row["step"] for row in rows(tmp_path)] == [*range(1, 62)]
+    assert len(events(tmp_path)) == 2 + 61  # two are of the file itself
+    assert not capsys.readouterr().err
+
+
+def test_logs_that_cannot_be_opened_are_left_out(tmp_path, capfd):
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "tensorboard").write_text("no folder")
+    log = make_log(tmp_path)
+    log_steps(log, 1, 3)
+    log.close()
+    said = capfd.readouterr()
+    assert len(said.out.splitlines()) == 3
+    assert "metrics.jsonl cannot be written, and is left out" in said.err
+    assert said.err.count("events.out") == 1
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_json_lines(tmp_path):
+    log = make_log(tmp_path)
+    log_steps(log, 1, 1, math.nan)
+    log_steps(log, 2, 2, math.inf)
+    log_steps(log, 3, 3, 0.5)
+    log.close()
+    assert [row["train/loss"] for row in rows(tmp_path)] == [None, None, 0.5]
+    (curve,) = read_training(tmp_path / "metrics.jsonl")["curves"][:1]
+    assert "steps 1 to 3" in curve["alt"]
+
+
+FOREIGN = [
+    b"no JSON\n",
+    b'{"train/loss": 1.0}\n',
+    b'{"step": "7"}\n',
+    b'{"step": NaN}\n',
+    b"[1]\n",
+    b"null\n",
+    b"\xff\xfe\n",
+    b"[" * 100_000 + b"\n",
+    b"\n",
+    b'{"step": 1, "train/lo',
+    b"\0" * 50,
+]
+
+
+@pytest.mark.parametrize("line", FOREIGN, ids=lambda line: repr(line[:20]))
+def test_a_line_that_is_no_record_is_dropped_and_said_when_a_run_is_resumed(tmp_path, capfd, line):
+    records = [b'{"step": %d, "train/loss": 1.0}\n' % step for step in range(1, 6)]
+    where = 2 if line.endswith(b"\n") else 5
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([*records[:where], line, *records[where:]]))
+    log = make_log(tmp_path, start=4)
+    log_steps(log, 5, 5)
+    log.close()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
+    assert "metrics.jsonl: 1 lines that are no records are dropped" in capfd.readouterr().err
+
+
+def test_the_evaluations_of_a_resumed_run_are_known(tmp_path):
+    lines = [{"step": 4, "eval/val/t2i_r1": 1.0}, {"step": 6, "eval_failed": "no"}, {"step": 8}]
+    lines += [{"step": 10, "eval/val/t2i_r1": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log = make_log(tmp_path, start=8)
+    assert [step for step in range(12) if log.evaluated(step)] == [4, 6]
+    log.evaluation_failed(8, "ValueError: twice")
+    assert log.evaluated(8)
+    log.close()
+    assert [row["step"] for row in rows(tmp_path)] == [4, 6, 8, 8]
+    assert rows(tmp_path)[-1] == {"step": 8, "eval_failed": "ValueError: twice"}
+
+
+def test_the_last_evaluation_of_a_run_is_logged_once_when_it_is_made_again(tmp_path):
+    lines = [{"step": 4, "eval/val/t2i_r1": 1.0}, {"step": 5}, {"step": 5, "eval/val/t2i_r1": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_log(tmp_path, start=5, steps=5).close()
+    assert rows(tmp_path) == lines[:2]
+
+
+def test_events_are_those_that_tensorboard_reads(tmp_path):
+    """Compared byte by byte with tensorboardX's own writer of records."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import RecordWriter
+
+    log = make_log(tmp_path)
+    log_steps(log, 1, 2)
+    log.close()
+    found = [Event.FromString(record) for record in events(tmp_path)]
+    assert found[0].file_version == "brain.Event:2" and found[1].session_log.status == 1
+    assert [event.step for event in found[1:]] == [1, 1, 2]
+    scalars = {value.tag: value.simple_value for value in found[-1].summary.value}
+    assert scalars["train/loss"] == 1.0
+    writer = RecordWriter(str(tmp_path / "expected"))
+    for record in events(tmp_path):
+        writer.write(record)
+    writer.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert path.read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+# --- the terminal
+
+
+@pytest.mark.parametrize("stdout", [None, Broken(), "closed", "full"], ids=str)
+def test_a_run_goes_on_where_stdout_is_gone(tmp_path, monkeypatch, capfd, stdout):
+    if stdout == "closed":
+        stdout = io.StringIO()
+        stdout.close()
+    if stdout == "full":
+        stdout = open("/dev/full", "w")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    log = make_log(tmp_path)
+    log.print("beginning")
+    log_steps(log, 1, 3)
+    log.close()
+    assert len(rows(tmp_path)) == 3
+    said = capfd.readouterr().err
+    assert said.count("stdout cannot be written to") == (0 if stdout is None else 1)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_stdout_cannot_show_is_escaped(monkeypatch, encoding):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    say("a caf\u00e9 in \u6771\u4eac, \udcff")
+    assert raw.getvalue().decode(encoding).strip() in (
+        "a caf\\xe9 in \\u6771\\u4eac, \\udcff",
+        "a caf\u00e9 in \\u6771\\u4eac, \\udcff",
+    )
+
+
+@pytest.mark.parametrize("stderr", [None, Broken(), "closed"], ids=str)
+def test_a_bar_whose_terminal_is_gone_is_left_out(tmp_path, monkeypatch, capfd, stderr):
+    if stderr == "closed":
+        stderr = io.StringIO()
+        stderr.close()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert is_terminal("stderr") == isinstance(stderr, Broken)
+    log = make_log(tmp_path)
+    log_steps(log, 1, 3)
+    log.print("printed")
+    log.close()
+    assert len(rows(tmp_path)) == 3 and "printed" in capfd.readouterr().out
+
+
+def test_the_end_of_a_run_whose_stdout_broke_does_not_fail(tmp_path):
+    """Python flushes stdout when it ends, and exits with 120 where that fails."""
+    read, write = os.pipe()
+    os.close(read)
+    path = pathlib.Path(__file__).parents[1] / "mammut" / "core" / "terminal.py"
+    code = f"import runpy; say = runpy.run_path({str(path)!r})['say']; say('a'); say('b')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert done.returncode == 0 and done.stderr.count(b"stdout cannot be written") == 1
