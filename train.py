@@ -94,11 +94,7 @@ def train(run: Run, watchdog: distributed.Watchdog, stopping: Stopping) -> bool:
             compute=config.compute,
             new_vocabulary=config.tokenizer.replace,
         )
-    watchdog.doing("making the vocabulary")
-    if fresh:
-        processor = shared_processor(config, source, run.starts, watchdog.alive)
-    else:
-        processor = Processor.load(workdir)
+    processor = processor_of(run, source, fresh, watchdog)
 
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, task, mesh)
@@ -174,6 +170,16 @@ def open_sources(
     source = open_source(config.data.train)
     val = open_source(config.data.val) if config.data.val else None
     return source, val
+
+
+def processor_of(
+    run: Run, source: sources.Source, fresh: bool, watchdog: distributed.Watchdog
+) -> Processor:
+    """Makes the processor of a fresh run, or reads that of the run to go on with."""
+    if not fresh:
+        return Processor.load(run.workdir)
+    watchdog.doing("making the vocabulary")
+    return shared_processor(run.config, source, run.starts, watchdog.alive)
 
 
 def batches_of(
