@@ -86,14 +86,7 @@ def train(run: Run, watchdog: distributed.Watchdog, stopping: Stopping) -> bool:
 
     watchdog.doing("opening the data")
     source, val = open_sources(config, task, watchdog.alive)
-    warm = None
-    if run.starts:
-        warm = warm_start(
-            config.model,
-            run.starts,
-            compute=config.compute,
-            new_vocabulary=config.tokenizer.replace,
-        )
+    warm = warm_start_of(run)
     processor = processor_of(run, source, fresh, watchdog)
 
     with jax.set_mesh(mesh):
@@ -170,6 +163,18 @@ def open_sources(
     source = open_source(config.data.train)
     val = open_source(config.data.val) if config.data.val else None
     return source, val
+
+
+def warm_start_of(run: Run) -> WarmStart | None:
+    """Reads the models that a run starts from; None where there are none."""
+    if not run.starts:
+        return None
+    return warm_start(
+        run.config.model,
+        run.starts,
+        compute=run.config.compute,
+        new_vocabulary=run.config.tokenizer.replace,
+    )
 
 
 def processor_of(
