@@ -104,6 +104,7 @@ class Run:
         self.exempt_steps: set[int] = set()  # their records were damaged, or not made
         self.strange: list[pathlib.Path] = []
         self.footprint = Footprint()  # of the last program
+        self.refusals = 0  # in a row
         self._begun = False
         self._damage: Fault | None = None  # of files; no start has told yet whether it matters
         self._ended_by: Fault | None = None  # what ended the last program
@@ -219,32 +220,39 @@ class Run:
         is_stopped = is_stopped or is_importing and any(statuses)
         is_done = not any(statuses) and not is_stopped
         is_refused = not (is_done or is_stopped or -9 in statuses or struck.of_peer)
+        self.refusals = self.refusals if is_refused else 0
         if is_refused:
-            self._refused(sentence or errors[-300:], struck, program.began)
-            return False
-        if struck.kind and is_done:
+            self._refused(sentence or errors[-300:], struck, program, bool(beginning))
+        elif struck.kind and is_done:
             self.count("resumed", struck.kind)
         elif struck.kind:
             self._ended_by = struck
-        if beginning and self._damage:
+        if beginning and self._damage:  # the run has gone on
             self.count("resumed", self._damage.kind)
             self._damage = None
             for path in [path for path in self._kept if "checkpoint" not in str(path)]:
                 del self._kept[path]
         return is_done
 
-    def _refused(self, sentence: str, struck: Fault, began: float) -> None:
-        """Judges the sentence of a program that has ended by itself, and repairs."""
+    def _refused(self, sentence: str, struck: Fault, program: Program, begun: bool) -> None:
+        """Judges the sentence of a program that has ended by itself.
+
+        What kept it from the beginning is repaired.
+        """
+        self.refusals += 1
         damage = self._damage or Fault("")
         if any(word in sentence for word in struck.words):
             self.count("refused", struck.kind)
-        elif any(word in sentence for word in damage.words):
+            return
+        if any(word in sentence for word in damage.words):
             self.count("refused", damage.kind)
-            self._took(damage.kind, began)
+            self._took(damage.kind, program.began)
         else:
             kind = damage.kind or struck.kind or "no fault"
             self.problem(f"{kind} is not named: {sentence!r}")
         self._damage = None
+        if begun:
+            return
         self._repair(lambda path: True)
         for path in self.strange:
             if path.name in sentence:
@@ -398,11 +406,9 @@ def straight(soak: Soak, processes: int) -> Run:
 
 def finish(run: Run, undisturbed: pathlib.Path) -> None:
     """Resumes a run to its end, and compares it with the undisturbed one."""
-    deadline = 60  # starts
     while not run.live():
-        deadline -= 1
-        if not deadline:
-            run.problem("the run comes to no end")
+        if run.refusals > 5:
+            run.problem("the run goes on no more")
             return
     run.exempt_steps |= {row["step"] for row in rows(run.workdir) if "eval_failed" in row}
     found = differences(run.workdir, undisturbed, run.exempt_steps)

@@ -140,7 +140,7 @@ class Disk:
 
 @dataclasses.dataclass
 class Footprint:
-    """The memory and the open files of a process, sampled while it runs."""
+    """The most memory and open files of a process, sampled while it runs."""
 
     peak_mb: int = 0
     files: int = 0
@@ -149,10 +149,10 @@ class Footprint:
         with contextlib.suppress(OSError, TypeError):  # the process may have ended
             status = pathlib.Path(f"/proc/{pid}/status").read_text()
             self.peak_mb = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) // 1024
-            self.files = len(os.listdir(f"/proc/{pid}/fd"))
+            self.files = max(self.files, len(os.listdir(f"/proc/{pid}/fd")))
 
     def __str__(self) -> str:
-        return f"{self.peak_mb} MB at its peak, {self.files} open files"
+        return f"at most {self.peak_mb} MB and {self.files} open files"
 
 
 class Program:
