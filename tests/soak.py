@@ -31,7 +31,7 @@ from typing import Any
 import conftest  # noqa: F401  (the settings of JAX that the tests have)
 import jax
 from damage import by_name
-from soak_faults import ENDINGS, FILE_FAULTS, GENTLE, PEER_ENDINGS, Fault
+from soak_faults import ENDINGS, FILE_FAULTS, GENTLE, PEER_ENDINGS, PEER_GENTLE, Fault
 from soak_program import EVAL_EVERY, LIMIT, STEPS, Disk, Footprint, Program, last_step, rows
 from soak_program import write_data as write_data_and_recipe
 
@@ -164,7 +164,7 @@ class Run:
         struck = Fault("")
         if not self.soak.is_over() and self._moment(program, before):
             if self.rng.random() < 0.4:
-                self.rng.choice(GENTLE)(self, program)
+                self.rng.choice(GENTLE if self.processes == 1 else PEER_GENTLE)(self, program)
             endings = ENDINGS if self.processes == 1 else ENDINGS + PEER_ENDINGS
             struck = self.rng.choice(endings)(self, program)
             self.strike(struck.kind)

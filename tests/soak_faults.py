@@ -125,6 +125,7 @@ def start_another(run: "Run", program: Program) -> None:
 
 
 GENTLE = [pause, pause, start_another]
+PEER_GENTLE = [pause]  # several that stand still for longer would miss each other
 
 
 # --- faults of files, None where there is no such file yet
