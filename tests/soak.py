@@ -32,8 +32,17 @@ import conftest  # noqa: F401  (the settings of JAX that the tests have)
 import jax
 from damage import by_name
 from soak_faults import ENDINGS, FILE_FAULTS, GENTLE, PEER_ENDINGS, PEER_GENTLE, Fault
-from soak_program import EVAL_EVERY, LIMIT, STEPS, Disk, Footprint, Program, last_step, rows
-from soak_program import write_data as write_data_and_recipe
+from soak_program import (
+    EVAL_EVERY,
+    LIMIT,
+    STEPS,
+    Disk,
+    Footprint,
+    Program,
+    last_step,
+    rows,
+    write_data,
+)
 
 from mammut.config import MeshConfig
 from mammut.core import sharding
@@ -43,10 +52,11 @@ from mammut.training.step import make_trainer
 from mammut.training.tasks import ImageTextTask
 from mammut.weights.checkpoints import Checkpoints
 
-# Statuses of a run that a signal has ended.
 SIGNALS = {"SIGTERM", "Ctrl-C"}
+# Statuses of a run that a signal has ended.
 STOPPED = {75, 128 + 2, 128 + 15, -2, -15}
 IN_MAIN = re.compile(r'train.py", line \d+, in main')
+STEP = re.compile(r"/(?:checkpoints|checkpoint_manifests)/(\d+)")
 BEGINNING = re.compile(r"^(?:starting|resuming) at step (\d+)", re.M)
 
 
@@ -202,7 +212,7 @@ class Run:
     def _judge(self, program: Program, statuses: list[int], struck: Fault, whole: int) -> bool:
         """Judges how a program has ended; True at the end of the run."""
         out, errors = program.out(), program.errors()
-        sentence = next((x for x in errors.splitlines() if x.startswith("train.py: ")), "")
+        sentence = "; ".join(x for x in errors.splitlines() if x.startswith("train.py: "))
         self.note(f"  statuses {statuses} {sentence}")
         beginning = BEGINNING.search(out)
         if beginning and self._ended_by:
@@ -227,12 +237,19 @@ class Run:
             self.count("resumed", struck.kind)
         elif struck.kind:
             self._ended_by = struck
-        if beginning and self._damage:  # the run has gone on
+        if beginning:
+            self._went_on(int(beginning[1]))
+        return is_done
+
+    def _went_on(self, step: int) -> None:
+        """Notes that the run has begun at a step: newer steps are written anew."""
+        if self._damage:
             self.count("resumed", self._damage.kind)
             self._damage = None
-            for path in [path for path in self._kept if "checkpoint" not in str(path)]:
+        of_step = {path: STEP.search(str(path)) for path in self._kept}
+        for path, found in of_step.items():
+            if found is None or int(found[1]) > step:
                 del self._kept[path]
-        return is_done
 
     def _refused(self, sentence: str, struck: Fault, program: Program, begun: bool) -> None:
         """Judges the sentence of a program that has ended by itself.
@@ -363,7 +380,7 @@ def soak(folder: pathlib.Path, *, seed: int, faults: int, minutes: float, two: b
       two: every third run is one of two processes.
     """
     (folder / "printed").mkdir()
-    write_data_and_recipe(folder)
+    write_data(folder)
     deadline = time.monotonic() + 60 * minutes
     disk = Disk(folder / "disk")
     result = Soak(folder, disk, random.Random(seed), faults, deadline)
