@@ -14,6 +14,7 @@ import zlib
 
 import numpy as np
 import pytest
+from fuzz import damaged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -56,42 +57,6 @@ def read_or_refuse(path):
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 64e6
-
-
-@st.composite
-def damaged(draw, data: bytes) -> bytes:
-    """Return the bytes after random damage.
-
-    The damage is a few flips, overwritten or inserted runs, deletions, repetitions and cuts.
-    """
-    out = bytearray(data)
-    for _ in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, max(0, len(out) - 1)))
-        size = draw(st.integers(1, 16))
-        match draw(
-            st.sampled_from(["flip", "overwrite", "number", "insert", "delete", "repeat", "cut"])
-        ):
-            case "flip" if out:
-                out[at] ^= 1 << draw(st.integers(0, 7))
-            case "overwrite":
-                out[at : at + size] = draw(st.binary(min_size=size, max_size=size))
-            case "number":
-                number = draw(
-                    st.sampled_from(
-                        [0, 1, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
-                    )
-                )
-                width = draw(st.sampled_from([2, 4, 8]))
-                out[at : at + width] = (number % 256**width).to_bytes(width, "little")
-            case "insert":
-                out[at:at] = draw(st.binary(max_size=size))
-            case "delete":
-                del out[at : at + size]
-            case "repeat":
-                out[at:at] = out[at : at + size] * draw(st.integers(1, 100))
-            case "cut":
-                del out[at:]
-    return bytes(out)
 
 
 def zip_of(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
