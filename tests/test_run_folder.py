@@ -187,6 +187,12 @@ def test_a_begun_run_whose_language_model_has_a_step_is_used(tmp_path):
     assert (tmp_path / "language_model" / "checkpoints" / "3").is_dir()
 
 
+def test_a_language_model_makes_its_folder_itself(tmp_path):
+    folder = tmp_path / "run" / "language_model"
+    claim_folder(folder, CONFIG, [], tiny_processor(), fresh=True)
+    assert is_unused(folder)
+
+
 def test_a_language_model_whose_checkpoints_are_gone_is_not_trained_again(tmp_path):
     config = dataclasses.replace(CONFIG, task="caption", text_steps=5, trainable=("vision.*",))
     write_run(tmp_path, config, [], "begun")

@@ -207,7 +207,7 @@ def clear(workdir: pathlib.Path, *, language_model: bool) -> None:
     """
     for name, pattern in _WRITTEN.items():
         folder = workdir / name
-        if name and (folder.is_symlink() or not folder.is_dir()):
+        if not folder.is_dir() or (name and folder.is_symlink()):
             continue
         for path in list(folder.iterdir()):
             if not pattern.fullmatch(path.name):
