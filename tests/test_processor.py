@@ -460,9 +460,11 @@ def test_pixels_are_taken_where_metadata_is_damaged(format, metadata):
     assert np.array_equal(ImageTransform(16)(file), ImageTransform(16)(plain))
 
 
-def png_with(kind: bytes, data: bytes, checksum: int | None = None) -> bytes:
-    """A PNG of noise with one more chunk behind its header."""
-    file = encoded(PIL.Image.fromarray(noise()))
+def png_with(
+    kind: bytes, data: bytes, checksum: int | None = None, file: bytes | None = None
+) -> bytes:
+    """A PNG, by default of noise, with one more chunk behind its header."""
+    file = file or encoded(PIL.Image.fromarray(noise()))
     checksum = zlib.crc32(kind + data) if checksum is None else checksum
     chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
     return file[:33] + chunk + file[33:]
@@ -489,6 +491,13 @@ def test_a_png_is_read_whatever_its_metadata_is(kind, data, checksum):
     file = png_with(kind, data, checksum)
     assert np.array_equal(ImageTransform(16)(file), ImageTransform(16)(plain))
     assert cause_of(file[: int(len(file) * 0.9)]) == "truncated"
+
+
+def test_the_orientation_is_kept_where_other_metadata_is_damaged():
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    turned = png_with(b"iCCP", b"name\0\7", file=encoded(PIL.Image.new("RGB", (8, 4)), exif=exif))
+    assert SAME.read(turned).size == (4, 8)
 
 
 def test_damage_to_what_a_png_shows_is_no_metadata():

@@ -651,6 +651,18 @@ def test_a_class_is_read_from_cls_or_json(tmp_path):
     assert [example.name for example in open_set(spec, "name")] == ["7", "cat", "cat"]  # kept
 
 
+def test_a_field_that_no_file_of_the_key_has_is_named_with_the_files_looked_for(tmp_path):
+    files = [("0.jpg", b"x"), ("0.cls", b"7"), ("1.txt", b"a caption")]
+    spec = f"tar:{write_tar(tmp_path / '0.tar', files)}"
+    for index, field, expected in (
+        (0, "captions", "the key of 0.jpg has no caption, a file of txt, json"),
+        (1, "captions", "the key of 1.txt has no image, a file of jpg, jpeg, png, webp"),
+        (0, "qa", "the key of 0.jpg has no question, a file of json"),
+    ):
+        with pytest.raises(BadExample, match=expected):
+            open_set(spec, field)[index]
+
+
 def test_names_that_are_not_utf8_are_told_apart(tmp_path):
     files = [
         (os.fsdecode(name) + end, content)

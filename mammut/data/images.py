@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import threading
+import zlib
 from typing import Any, Literal
 
 import numpy as np
@@ -340,7 +341,7 @@ def _from_array(array: np.ndarray):
 
 
 def _without_metadata(content: Any) -> bytes | None:
-    """Drops the metadata of a PNG; None where there is none.
+    """Drops the metadata of a PNG, but whole EXIF, for its orientation; None where there is none.
 
     Pillow refuses a PNG for its texts, its colour profile or its animation, too. Format: W3C, "PNG
     Specification (Third Edition)", section 5.3.
@@ -351,7 +352,11 @@ def _without_metadata(content: Any) -> bytes | None:
     start = len(_PNG)
     while start < len(content):
         end = start + 12 + int.from_bytes(content[start : start + 4], "big")
-        if content[start + 4 : start + 8] not in _PNG_METADATA:
+        kind = content[start + 4 : start + 8]
+        is_whole = zlib.crc32(content[start + 4 : end - 4]) == int.from_bytes(
+            content[end - 4 : end]
+        )
+        if kind not in _PNG_METADATA or (kind == b"eXIf" and is_whole):
             kept.append(content[start:end])
         start = end
     plain = b"".join(kept)

@@ -246,7 +246,10 @@ class TarSource(Source):
             return shards.read(index, column)
         where = f"{shards.paths[shards.shard(index)]}, the key of {shards.name(index)}"
         if column is None:
-            raise BadExample(f"{where} has {absent}", absent)
+            looked_for = ", ".join(
+                name.decode() for name, place in _COLUMNS.items() if place in columns
+            )
+            raise BadExample(f"{where} has {absent}, a file of {looked_for}", absent)
         raise BadExample(f"{where} has two files of one name", "duplicate key")
 
 
