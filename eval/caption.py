@@ -38,6 +38,11 @@ class Options(few_shot.Options):
     # Largest number of tokens of a caption. By default 50 with --shots, else as many as fit.
     max_new_tokens: int | None = None
 
+    def check(self) -> None:
+        """See `program.Options`."""
+        super().check()
+        program.require_range(self, "length_penalty", -10, 10)
+
 
 def predict(predictor, params, source, options):
     shown = few_shot.few_shot(predictor, source, options, "captions")

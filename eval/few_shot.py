@@ -33,6 +33,14 @@ class Options(program.Options):
             return super().part
         return f"{super().part}_{self.shots}_shots"
 
+    def check(self) -> None:
+        """See `program.Options`."""
+        super().check()
+        for name in ("shots", "shots_seed"):
+            program.require_range(self, name, 0)
+        for name in ("num_beams", "max_new_tokens"):  # of the programs that generate
+            program.require_range(self, name, 1)
+
 
 def few_shot(
     predictor: Predictor, source: Source, options: Options, field: Field

@@ -4,14 +4,20 @@ It has the options, and the way from a model to scores.
 
 Each program first writes its predictions and then scores that file. Scoring again needs no model: a
 predictions file may be given in place of one. Scores go to `--out NAME.json`, predictions to
-NAME.predictions.jsonl beside it.
+NAME.predictions.jsonl beside it. Files of other settings are not replaced without `--overwrite`.
+
+A program that is stopped by Ctrl-C ends with status 130, one that cannot work with status 1.
 """
 
 import dataclasses
+import hashlib
+import json
+import math
 import os
 import pathlib
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -25,7 +31,8 @@ from mammut.data.examples import Source
 from mammut.data.sources import open_source
 from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, Predictions
 from mammut.evaluation.predictor import Predictor, place_on_mesh
-from mammut.evaluation.scores import Scores, save_scores
+from mammut.evaluation.requirements import require_scorable
+from mammut.evaluation.scores import Scores, require_same_result, save_scores
 from mammut.evaluation.scoring import (
     EVALUATIONS,
     load_predictions,
@@ -47,8 +54,11 @@ class Options:
     # [a:b].
     data: str | None = None
     # File of the scores; the predictions go beside it. By default
-    # CHECKPOINT/eval/PROGRAM_DATA.json, of a file FOLDER/eval/PROGRAM_FILE_DATA.json.
+    # CHECKPOINT/eval/PROGRAM_DATA_HASH.json, of a file FOLDER/eval/PROGRAM_FILE_DATA_HASH.json. The
+    # hash stands for all options that change the result.
     out: pathlib.Path | None = None
+    # Replace files of --out that hold the results of other options or of another model.
+    overwrite: bool = False
     # Number of examples at a time, over all devices.
     batch_size: int = 64
     # Number of examples, from the first on. By default all.
@@ -75,6 +85,28 @@ class Options:
         """
         return f"_first_{self.limit}" if self.limit else ""
 
+    def check(self) -> None:
+        """Checks the ranges of the options.
+
+        Raises:
+          ValueError: an option is out of its range.
+        """
+        for name in ("batch_size", "limit", "image_size", "threads"):
+            require_range(self, name, 1)
+        require_range(self, "max_bad_share", 0, 1)
+
+
+# Options that do not change the result.
+_SAME_RESULT = {
+    "checkpoint",
+    "out",
+    "overwrite",
+    "batch_size",
+    "threads",
+    "mesh",
+    "max_bad_share",
+}
+
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
@@ -100,25 +132,52 @@ def run(
       description: the text of `--help`.
     """
     program = f"python -m eval.{task}"
+    # What the terminal or the log cannot show is escaped: a name must not end hours of work.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         distributed.require_one_process(program)
         options = tyro.cli(options_class, args=argv, prog=program, description=description)
+        options.check()
+        if options.out is not None and options.out.suffix != ".json":
+            raise ValueError(f"--out is {options.out}, expected a name that ends in .json")
         path = pathlib.Path(options.checkpoint).expanduser()
         if path.is_file() and not path.name.endswith(SUFFIXES):
             return _score_again(options, path, task)
         return _evaluate(options, path, task, predict)
+    except KeyboardInterrupt:
+        print(f"{program}: stopped by Ctrl-C, without scores", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         if os.environ.get("MAMMUT_TRACEBACK"):
             raise
         sys.exit(f"{program}: {error}")
 
 
+def require_range(options: Options, name: str, low: float, high: float = math.inf) -> None:
+    """Checks that an option is a finite number from `low` to `high`, or None.
+
+    Raises:
+      ValueError: it is not.
+    """
+    value = getattr(options, name)
+    # Every comparison with NaN is False.
+    if value is None or (low <= value <= high and math.isfinite(value)):
+        return
+    expected = f"at least {low}"
+    if high < math.inf:
+        expected = f"a number from {low} to {high}"
+    raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
+
+
 def _score_again(options: Options, path: pathlib.Path, task: str) -> Scores:
     predictions = load_predictions(path, task)
     if options.data is not None:
-        image_size = predictions.settings["image_size"]
+        image_size = predictions.settings.get("image_size", 1)
         require_same_set(predictions, _open_data(options, image_size, task))
     out = options.out or path.with_name(path.name.removesuffix(PREDICTIONS_SUFFIX) + ".json")
+    if not options.overwrite:
+        names = ("task", "data", "checkpoint", "settings")
+        require_same_result(out, {name: getattr(predictions, name) for name in names})
     return _scored(predictions, out)
 
 
@@ -131,22 +190,26 @@ def _open_data(options: Options, image_size: int, task: str) -> Source:
 def _evaluate(
     options: AnyOptions, checkpoint: pathlib.Path, task: str, predict: Callable
 ) -> Scores:
-    for name in ("batch_size", "limit", "threads"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
     if options.data is None:
         raise ValueError(
             "--data is missing, expected what to evaluate on: jsonl:PATH, tfds:NAME/SPLIT, ..."
         )
+    asked = _asked(options)
     out = options.out or _default_out(checkpoint, task, options)
-    if out.suffix != ".json":
-        raise ValueError(f"--out is {out}, expected a name that ends in .json")
+    predictions_file = out.with_name(out.stem + PREDICTIONS_SUFFIX)
+    if options.out is not None and not options.overwrite:
+        result = {"task": task, "checkpoint": str(options.checkpoint), "options": asked}
+        require_same_result(out, result)
+        require_same_result(predictions_file, result)
     mesh = sharding.make_mesh(options.mesh)
     sharding.require_divisible(options.batch_size, mesh, "--batch-size")
     model, processor = mammut.load(checkpoint, mesh=mesh, image_size=options.image_size)
     source = _open_data(options, processor.image.image_size, task)
+    require_scorable(source, task, options.limit)
     # A folder that cannot be written is an error now, not after the model has run.
     out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out.parent):
+        pass
     with jax.set_mesh(mesh):
         model_of, params = place_on_mesh(model, mesh)
         predictor = Predictor(
@@ -161,19 +224,31 @@ def _evaluate(
             progress=True,
         )
         predictions = predict(predictor, params, source, options)
+    predictions.settings["options"] = asked
     require_records(predictions)
-    path = out.with_name(out.stem + PREDICTIONS_SUFFIX)
-    predictions.save(path)
-    print(f"predictions: {path}")
-    return _scored(load_predictions(path, task), out)
+    try:
+        predictions.save(predictions_file)
+    except OSError as error:
+        raise OSError(
+            f"{predictions_file} cannot be written ({error.strerror}): the predictions for "
+            f"{len(predictions.records)} records are lost"
+        ) from error
+    print(f"predictions: {predictions_file}")
+    return _scored(load_predictions(predictions_file, task), out)
 
 
 def _scored(predictions: Predictions, out: pathlib.Path) -> Scores:
     scores = score(predictions)
-    save_scores(out, predictions, scores)
+    try:
+        save_scores(out, predictions, scores)
+    except OSError as error:
+        raise OSError(
+            f"{out} cannot be written ({error.strerror}): the scores are lost, the predictions are "
+            "there to be scored again"
+        ) from error
     items = ", ".join(f"{count:,} {name}" for name, count in scores.items.items())
     print(f"{predictions.data}: {items}")
-    for line in _lines(scores.metrics):
+    for line in _lines(scores.metrics, scores.chance):
         print(f"  {line}")
     for note in scores.notes:
         print(f"  {note}")
@@ -181,8 +256,10 @@ def _scored(predictions: Predictions, out: pathlib.Path) -> Scores:
     return scores
 
 
-def _lines(metrics: dict[str, Any], most: int = 12) -> list[str]:
-    """Formats the metrics as lines of text.
+def _lines(
+    metrics: dict[str, Any], chance: dict[str, float] | None = None, most: int = 12
+) -> list[str]:
+    """Formats the metrics as lines of text, with the score of a random guess beside each.
 
     A long dict by class or type is cut after its first entries.
     """
@@ -195,27 +272,47 @@ def _lines(metrics: dict[str, Any], most: int = 12) -> list[str]:
             lines.append(title)
             lines += [f"  {line}" for line in _lines(dict(list(value.items())[:most]))]
         elif isinstance(value, float):
-            lines.append(f"{key:<24} {value:.4f}")
+            line = f"{key:<24} {value:.4f}"
+            if chance and key in chance:
+                line += f"  (chance {chance[key]:.4f})"
+            lines.append(line)
         else:
             lines.append(f"{key:<24} {value}")
     return lines
 
 
+def _asked(options: Options) -> dict[str, Any]:
+    """Lists the options that change the result and are not at their defaults."""
+    values = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name not in _SAME_RESULT and value != field.default:
+            values[field.name] = value
+    return json.loads(json.dumps(values, default=str))  # as the file has them
+
+
 def _default_out(checkpoint: pathlib.Path, task: str, options: Options) -> pathlib.Path:
     """Returns the default file of the scores.
 
-    It is named after the set and the part of it that is used.
+    Its name can be read, which loses letters: a hash tells sets and options apart.
     """
-    name = _name(options.data) + options.part
-    # A folder holds one model. A model in a file may have others beside it: its name is needed.
+    asked = json.dumps(_asked(options), sort_keys=True)
     if checkpoint.is_dir():
-        return checkpoint / "eval" / f"{task}_{name}.json"
-    return checkpoint.parent / "eval" / f"{task}_{_name(checkpoint.name)}_{name}.json"
+        folder = checkpoint
+        name = _name(options.data)
+    else:
+        # A folder holds one model. A model in a file may have others beside it.
+        folder = checkpoint.parent
+        name = f"{_name(checkpoint.name)}_{_name(options.data)}"
+        asked += json.dumps(checkpoint.name)
+    number = hashlib.sha256(asked.encode()).hexdigest()[:8]
+    return folder / "eval" / f"{task}_{name}_{number}{options.part}.json"
 
 
-def _name(data: str) -> str:
+def _name(text: str) -> str:
     """Turns a spec into a part of a file name.
 
-    It keeps the last letters and digits.
+    It keeps the last letters and digits of any script, 60 bytes at most.
     """
-    return re.sub(r"[^A-Za-z0-9]+", "_", data).strip("_")[-60:]
+    letters = re.sub(r"[\W_]+", "_", text).strip("_")
+    return letters.encode()[-60:].decode(errors="ignore").strip("_")

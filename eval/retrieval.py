@@ -25,6 +25,12 @@ class Options(program.Options):
     # Share of log P(text) without the image that is subtracted from log P(text | image).
     prior: float = 0.0
 
+    def check(self) -> None:
+        """See `program.Options`."""
+        super().check()
+        program.require_range(self, "rerank", 0)
+        program.require_range(self, "prior", 0, 1)
+
 
 def predict(predictor, params, source, options):
     settings = {"rerank": options.rerank, "prior": options.prior}

@@ -8,10 +8,14 @@ import ast
 import dataclasses
 import inspect
 import math
+import reprlib
 import textwrap
 import types
-from collections.abc import Callable
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NewType, NotRequired, Union, get_args, get_origin
+
+# A whole number of at least 0 in a JSON file: a number of things, or a position.
+Count = NewType("Count", int)
 
 
 def require(condition: bool, message: str) -> None:
@@ -131,6 +135,47 @@ def from_dict(cls: type, values: Any, where: str = "config"):
     return cls(**built)
 
 
+def require_fields(values: Any, kinds: Mapping[str, Any], where: str) -> None:
+    """Checks an object that was read from JSON.
+
+    Fields that `kinds` does not name may hold anything: other versions may write more.
+
+    Args:
+      values: the object; it may be anything.
+      kinds: the type of each field; one that is `NotRequired[...]` may be missing.
+      where: the place of the object, for errors.
+
+    Raises:
+      ValueError: it is no object, a field is missing or of another type, or a number is not finite.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is no object: {reprlib.repr(values)}")
+    for name, kind in kinds.items():
+        optional = get_origin(kind) is NotRequired
+        if optional:
+            (kind,) = get_args(kind)
+        if name not in values and optional:
+            continue
+        value = values.get(name)
+        fits = _fits(value, kind)
+        if get_origin(kind) is Literal:
+            fits = value in get_args(kind)
+        if not fits:
+            given = f": it is {reprlib.repr(value)}" if name in values else ""
+            raise ValueError(f"{where} has no {name!r} of type {_type_name(kind)}{given}")
+
+
+def _type_name(kind: Any) -> str:
+    """Describes the type of a field in an error."""
+    if kind is Count:
+        return "int, at least 0"
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if isinstance(kind, type):
+        return kind.__name__
+    return str(kind).replace(f"{__name__}.", "")
+
+
 def _dataclass_for(value: Any, kind: Any) -> Any:
     """Chooses the type of a field's value.
 
@@ -179,6 +224,16 @@ def _fits(value: Any, kind: Any) -> bool:
         kinds = get_args(kind)
         has_length = isinstance(value, list | tuple) and len(value) == len(kinds)
         return has_length and all(map(_fits, value, kinds))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(
+            _fits(item, get_args(kind)[1]) for item in value.values()
+        )
+    if kind is types.NoneType:
+        return value is None
+    if kind is Count:
+        return type(value) is int and 0 <= value < 2**53
     if kind is float:
         return isinstance(value, float) or type(value) is int and abs(value) < 2**53
     return type(value) is kind

@@ -3,6 +3,7 @@
 A manifest lists the size and SHA-256 of every file of a folder.
 """
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -76,7 +77,9 @@ def read_json_object(path: pathlib.Path, max_bytes: int = _MAX_CONFIG) -> dict[s
     file = MappedFile(path)
     if file.size > max_bytes:
         raise CheckpointError(f"{path} has {file.size} bytes, expected at most {max_bytes}")
-    return json_object(file.bytes(0, file.size), str(path))
+    # An editor may have put a byte order mark before it.
+    raw = file.bytes(0, file.size).removeprefix(codecs.BOM_UTF8)
+    return json_object(raw, str(path))
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from mammut.core.fields import from_dict
+from mammut.core.fields import from_dict, require, require_choices
 from mammut.core.files import read_json_object, write_json
 from mammut.data.images import ImageTransform
 from mammut.data.tokenizer import Tokenizer, restore_tokenizer
@@ -33,6 +33,33 @@ TextForm = Literal["start_end", "end", "end_filled"]
 _FILE = "processor.json"
 _FORMAT = 1
 _MAX_LENGTH = 2**17  # the limit of DecoderConfig.max_length, too
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """The classes that a model was trained to name, and how it was asked for them.
+
+    Attributes:
+      names: the names of the training set, sorted.
+      template: the text that the model was trained on, with {} in place of the name.
+      method: how `eval.classify` ranks the classes by default.
+    """
+
+    names: tuple[str, ...]
+    template: str = "{}"
+    method: Literal["contrastive", "likelihood"] = "likelihood"
+
+    def __post_init__(self):
+        require_choices(self)
+        require(len(self.names) > 0, "Classes.names is empty, expected one name or more")
+        require(
+            len(set(self.names)) == len(self.names),
+            "Classes.names has a name twice, expected each once",
+        )
+        require(
+            "{}" in self.template,
+            f"Classes.template is {self.template!r}, expected a text with {{}} in it",
+        )
 
 
 class Processor:
@@ -47,6 +74,7 @@ class Processor:
       max_length: tokens of a text, start and end included.
       text_form: "start_end" as above; "end": without the start (SigLIP 2); "end_filled": without
         the start, and padded with ends (SigLIP).
+      classes: the classes that the model was trained to name, if it was.
 
     Example:
       >>> model, processor = mammut.load("runs/flickr8k")
@@ -61,6 +89,7 @@ class Processor:
         image: ImageTransform,
         max_length: int,
         text_form: TextForm = "start_end",
+        classes: Classes | None = None,
     ):
         if type(max_length) is not int or not 2 <= max_length <= _MAX_LENGTH:
             raise ValueError(
@@ -74,6 +103,7 @@ class Processor:
         self.image = image
         self.max_length = max_length
         self.text_form = text_form
+        self.classes = classes
 
     def __call__(self, images: Any = None, text: Any = None) -> dict[str, np.ndarray]:
         """Makes a batch of images, of texts, or of both.
@@ -221,6 +251,8 @@ class Processor:
             "text_form": self.text_form,
             "tokenizer": self.tokenizer.save(folder),
         }
+        if self.classes is not None:
+            values["classes"] = dataclasses.asdict(self.classes)
         write_json(folder / _FILE, values)  # last: it names the others
 
     @classmethod
@@ -232,18 +264,21 @@ class Processor:
         """
         path = pathlib.Path(folder) / _FILE
         # The first files had no text_form.
-        values = {"text_form": "start_end"} | read_json_object(path)
+        values = {"text_form": "start_end", "classes": None} | read_json_object(path)
         if values.get("format") != _FORMAT:
             raise ValueError(
                 f"{path} has format {values.get('format')!r}, this version reads {_FORMAT}"
             )
-        if set(values) != {"format", "image", "max_length", "text_form", "tokenizer"}:
-            expected = "format, image, max_length, text_form and tokenizer"
+        if set(values) != {"format", "image", "max_length", "text_form", "tokenizer", "classes"}:
+            expected = "format, image, max_length, text_form, tokenizer and, where it has, classes"
             raise ValueError(f"{path} has {sorted(values)}, expected {expected}")
         try:
             image = from_dict(ImageTransform, values["image"], "image")
             tokenizer = restore_tokenizer(path.parent, values["tokenizer"])
-            return cls(tokenizer, image, values["max_length"], values["text_form"])
+            classes = values["classes"]
+            if classes is not None:
+                classes = from_dict(Classes, classes, "classes")
+            return cls(tokenizer, image, values["max_length"], values["text_form"], classes)
         except (TypeError, AttributeError) as error:
             raise ValueError(f"{path} holds a value of the wrong type: {error}") from error
         except ValueError as error:

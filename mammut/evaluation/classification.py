@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from mammut.data.examples import BadExample, Source
 from mammut.evaluation.likelihood import black_image_tokens, image_tokens, pair_logprobs
 from mammut.evaluation.metrics.rankings import classification_scores, nearest
 from mammut.evaluation.predictions import Predictions
-from mammut.evaluation.predictor import Predictor, require_new, require_slot
+from mammut.evaluation.predictor import Predictor, require_new, require_prior, require_slot
 from mammut.evaluation.scores import Scores
 from mammut.models.mammut import MaMMUT
 
@@ -32,6 +32,25 @@ def class_names(source: Source) -> list[str]:
         except BadExample:
             continue
     return sorted(names)
+
+
+def require_labels(source: Source, classes: Sequence[str], limit: int | None = None) -> None:
+    """Checks that every label of a set is a class; the model is not asked.
+
+    Raises:
+      ValueError: a label is not.
+    """
+    known = set(classes)
+    size = len(source)
+    for index in range(size if limit is None else min(limit, size)):
+        try:
+            labels = [text for _, text in source.pairs(index)]
+        except BadExample:
+            continue
+        if unknown := set(labels) - known:
+            raise ValueError(
+                f"{source[index].key!r} is {unknown.pop()!r}, not one of the {len(classes)} classes"
+            )
 
 
 def predict_classes(
@@ -59,15 +78,23 @@ def predict_classes(
 
     Raises:
       ValueError: there are no classes or no templates; a template has no {}; an example's name is
-        not a class; too many examples cannot be used; or two have one key.
+        not a class; a class is named twice; too many examples cannot be used; two have one key; or
+        `method` or `prior` is none that there is.
     """
     for template in templates:
         require_slot(template, "template")
+    require_prior(prior)
+    if method not in get_args(Method):
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(get_args(Method))}")
     if not classes or not templates:
         raise ValueError(
             f"there are {len(classes)} classes and {len(templates)} templates, "
             "expected some of each"
         )
+    twice = [name for name, count in collections.Counter(classes).items() if count > 1]
+    if twice:
+        raise ValueError(f"the class {twice[0]!r} is named twice, expected each class once")
+    require_labels(source, classes, limit)
     texts = [template.replace("{}", name) for name in classes for template in templates]
     encoded = predictor.processor.encode_text(texts)
     if method == "contrastive":
@@ -84,10 +111,6 @@ def predict_classes(
             if example is None:
                 continue
             require_new(example.key, seen, source)
-            if example.name not in classes:
-                raise ValueError(
-                    f"{example.key!r} is {example.name!r}, not one of the {len(classes)} classes"
-                )
             record = {
                 "key": example.key,
                 "index": int(batch.index[row]),
@@ -103,6 +126,9 @@ def predict_classes(
         "method": method,
         "prior": prior,
     }
+    trained = predictor.processor.classes
+    if trained is not None:
+        settings["untrained"] = sorted(set(classes) - set(trained.names))
     return predictor.predictions("classify", records, source, left_out, settings)
 
 
@@ -172,9 +198,29 @@ class _ByLikelihood:
 
 
 def score_classes(predictions: Predictions) -> Scores:
-    """Computes top-1, top-5 and mean per-class recall."""
+    """Computes top-1, top-5 and mean per-class recall.
+
+    Notes say where the names make the scores higher or lower than they look.
+    """
     classes = predictions.settings["classes"]
     ranked = [record["ranked"] for record in predictions.records]
     labels = [record["label"] for record in predictions.records]
     metrics = classification_scores(ranked, labels, classes)
-    return Scores(metrics, [], {"images": len(labels), "classes": len(classes)})
+    count = len(classes)
+    chance = {"top1": 1 / count, "top5": min(5, count) / count, "mean_per_class_recall": 1 / count}
+    notes = []
+    if count == 1:
+        notes.append(f"{classes[0]!r} is the only class: every image is right, whatever the model")
+    if predictions.settings.get("names_of_set"):
+        notes.append(
+            "the classes are the names in this set: another set or slice has others, and other "
+            "scores"
+        )
+    if unseen := sorted(set(classes) - set(labels)):
+        notes.append(f"{len(unseen)} of {count} classes have no image here, such as {unseen[0]!r}")
+    if untrained := predictions.settings.get("untrained"):
+        notes.append(
+            f"{len(untrained)} of {count} classes are not among those that the model was trained "
+            f"on, such as {untrained[0]!r}"
+        )
+    return Scores(metrics, notes, {"images": len(labels), "classes": count}, chance=chance)

@@ -1,6 +1,6 @@
 """Predictions files: a model's output for a set, as JSON lines.
 
-A file is scored without the model. Its first line describes the rest:
+A file is scored without the model (docs/formats.md). Its first line describes the rest:
 
     {"format": "mammut predictions", "version": 1, "task": "caption", "records": 1000, "data":
      "jsonl:...", "checkpoint": "runs/flickr8k", "settings": {...}, "left_out": {"corrupt": 2}}
@@ -27,13 +27,23 @@ import json
 import math
 import os
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
+from mammut.core.fields import Count, require_fields
 from mammut.core.files import replacing_file
 
 PREDICTIONS_SUFFIX = ".predictions.jsonl"  # end of the name of a predictions file
 _FORMAT = "mammut predictions"
 _VERSION = 1
+# What describes the predictions, in their file and in the file of their scores.
+ABOUT = {
+    "task": str,
+    "data": str,
+    "checkpoint": str,
+    "settings": dict,
+    "left_out": dict[str, Count],
+}
+_HEADER = {"format": Literal[_FORMAT], "version": Literal[_VERSION], "records": Count} | ABOUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Predictions:
             header[name] = getattr(self, name)
         with replacing_file(path) as new, new.open("w", encoding="utf-8") as file:
             for value in (header, *self.records):
-                file.write(json.dumps(value, ensure_ascii=False) + "\n")
+                file.write(json_line(value) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike, task: str | None = None) -> "Predictions":
@@ -82,18 +92,22 @@ class Predictions:
           ValueError: the file is missing, cut short, damaged or not of `task`.
         """
         path = pathlib.Path(path)
+        no_file = f"{path} is not a predictions file of this library"
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-            header, *records = (json.loads(line) for line in lines if line)
+            lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{path} is not a predictions file of this library: {error}"
-            ) from error
+            raise ValueError(f"{no_file}: {error}") from error
+        values = []
+        for number, line in enumerate(lines, 1):
+            try:
+                values.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{no_file}: line {number} is not JSON ({error})") from error
+        header, *records = values
         is_header = isinstance(header, dict) and header.get("format") == _FORMAT
         if not is_header or header.get("version") != _VERSION:
-            raise ValueError(
-                f"{path} is not a predictions file of this library, version {_VERSION}"
-            )
+            raise ValueError(f"{no_file}, version {_VERSION}")
+        require_fields(header, _HEADER, f"{path}, line 1")
         if task is not None and header["task"] != task:
             raise ValueError(
                 f"{path} holds predictions of task {header['task']!r}, expected {task!r}"
@@ -102,23 +116,43 @@ class Predictions:
             raise ValueError(
                 f"{path} has {len(records)} records, its first line promises {header['records']}"
             )
-        _check_records(records, str(path))
-        names = ("task", "data", "checkpoint", "settings", "left_out")
-        return cls(records=records, **{name: header[name] for name in names})
+        _check_records(records, str(path), in_file=True)
+        return cls(records=records, **{name: header[name] for name in ABOUT})
 
 
-def _check_records(records: list[Any], where: str) -> None:
+def json_line(value: Any) -> str:
+    """Writes a value as JSON, with the letters of all scripts as they are.
+
+    Half of a surrogate pair, as in a file name that is not UTF-8, is written as JSON's escape.
+
+    Raises:
+      ValueError: a number is not finite.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False)
+    return text
+
+
+def record_place(where: str, number: int, in_file: bool) -> str:
+    """Names a record in errors; in a file by its line, too."""
+    return (
+        f"{where}, line {number + 2}, record {number}" if in_file else f"{where}, record {number}"
+    )
+
+
+def _check_records(records: list[Any], where: str, in_file: bool = False) -> None:
     if not records:
         raise ValueError(f"{where} holds no records, expected at least one")
     for number, record in enumerate(records):
+        place = record_place(where, number, in_file)
         if not isinstance(record, dict):
-            raise ValueError(f"{where}, record {number} is no object: {record!r:.60}")
+            raise ValueError(f"{place} is no object: {record!r:.60}")
         for name in ("logprob", "scores", "reranked_scores"):
             values = record.get(name, 0)
             if not isinstance(values, list):
                 values = [values]
-            if not all(map(math.isfinite, values)):
-                raise ValueError(
-                    f"{where}, record {number} has a {name} that is not finite: "
-                    "the model has diverged"
-                )
+            if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+                raise ValueError(f"{place} has a {name} that is not finite: the model has diverged")

@@ -182,29 +182,30 @@ class Predictor:
           left_out: counts the examples that cannot be used, by cause.
 
         Raises:
-          ValueError: at the end, if too many examples were left out.
+          ValueError: too many examples were left out, or `limit` is not positive.
         """
         from tqdm import tqdm
 
         settings = {"batch_size": self.batch_size, "threads": self.threads, "blind": self.blind}
         total = len(source)
         if limit is not None:
+            if limit < 1:
+                raise ValueError(f"limit is {limit}, expected at least 1 example")
             total = min(limit, total)
         hidden = None if self._progress else True  # None: hidden where there is no terminal
-        good = 0
         with tqdm(total=total, unit="example", disable=hidden, dynamic_ncols=True) as bar:
             for batch in eval_batches(source, self.processor, limit=limit, **settings):
                 left_out.update(batch.bad)
-                good += int(batch.example_valid.sum())
+                bad = left_out.total()
+                # As soon as there are too many, not after the model has run on all others.
+                if bad == total or bad > self._max_bad_share * total:
+                    raise ValueError(
+                        f"{bad} of {total} examples of {source.spec!r} could not be used "
+                        f"({describe_bad(left_out)}), max_bad_share allows "
+                        f"{self._max_bad_share:.0%}"
+                    )
                 yield batch
                 bar.update(int((batch.index >= 0).sum()))
-
-        bad = left_out.total()
-        if not good or bad > self._max_bad_share * (good + bad):
-            raise ValueError(
-                f"{bad} of {good + bad} examples of {source.spec!r} could not be used "
-                f"({describe_bad(left_out)}), max_bad_share allows {self._max_bad_share:.0%}"
-            )
 
     def examples(
         self, source: Source, limit: int | None, left_out: collections.Counter
@@ -243,6 +244,16 @@ def require_slot(text: str, what: str) -> None:
     """
     if "{}" not in text:
         raise ValueError(f"the {what} is {text!r}, expected a text with {{}} in it")
+
+
+def require_prior(prior: float) -> None:
+    """Checks the share of a prior that is subtracted.
+
+    Raises:
+      ValueError: it is not a number from 0 to 1.
+    """
+    if not 0 <= prior <= 1:  # nor NaN
+        raise ValueError(f"prior is {prior}, expected a number from 0 to 1")
 
 
 def require_new(name: str, seen: set[str], source: Source) -> None:

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 
 from mammut.data.examples import Source
 from mammut.evaluation.likelihood import black_image_tokens, image_tokens, pair_logprobs
-from mammut.evaluation.metrics.rankings import nearest, ranking_recall
+from mammut.evaluation.metrics.rankings import chance_recall, nearest, ranking_recall
 from mammut.evaluation.predictions import Predictions
-from mammut.evaluation.predictor import Predictor, require_new
+from mammut.evaluation.predictor import Predictor, require_new, require_prior
 from mammut.evaluation.scores import Scores
 from mammut.models.mammut import MaMMUT
 
@@ -46,8 +46,12 @@ def predict_rankings(
         same at any prior (arXiv 2306.01879).
 
     Raises:
-      ValueError: too many examples cannot be used, or two have one key.
+      ValueError: too many examples cannot be used, two have one key, or `rerank` or `prior` is out
+        of its range.
     """
+    require_prior(prior)
+    if rerank < 0:
+        raise ValueError(f"rerank is {rerank}, expected at least 0 candidates")
     left_out = collections.Counter()
     captions, image_embed = _embed_images(predictor, params, source, limit, left_out)
     encoded = predictor.processor.encode_text(captions.texts)
@@ -231,6 +235,7 @@ def score_rankings(predictions: Predictions) -> Scores:
     """
     settings = predictions.settings
     metrics = {}
+    chance = {}
     for lists, suffix in (("ranked", ""), ("reranked", "_reranked")):
         if any(lists not in record for record in predictions.records):
             continue
@@ -241,9 +246,13 @@ def score_rankings(predictions: Predictions) -> Scores:
             relevant = [record["relevant"] for record in records]
             recall = ranking_recall(rankings, relevant, num_candidates=settings[candidates])
             recalls |= {f"{way}_{name}": value for name, value in recall.items()}
+            by_chance = chance_recall(relevant, settings[candidates])
+            chance |= {f"{way}_{name}": value for name, value in by_chance.items()}
         recalls["mean_recall"] = sum(recalls.values()) / len(recalls)
         metrics |= {name + suffix: value for name, value in recalls.items()}
-    return Scores(metrics, [], {name: settings[name] for name in ("images", "texts")})
+    chance["mean_recall"] = sum(chance.values()) / len(chance)
+    items = {name: settings[name] for name in ("images", "texts")}
+    return Scores(metrics, [], items, chance=chance)
 
 
 def _whole_ranking(record: dict[str, Any], lists: str) -> list[int]:

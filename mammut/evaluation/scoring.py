@@ -7,13 +7,14 @@ the table and a program in `eval/`.
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, NotRequired
 
+from mammut.core.fields import Count, require_fields
 from mammut.data.config import Field
 from mammut.data.examples import BadExample, Source
 from mammut.evaluation.classification import score_classes
 from mammut.evaluation.generated_texts import score_answers, score_captions
-from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.predictions import Predictions, record_place
 from mammut.evaluation.retrieval import score_rankings
 from mammut.evaluation.scores import Scores
 
@@ -30,46 +31,75 @@ class EvaluationKind:
     score: Callable[..., Scores]
     # field that an example of the set must have, for `mammut.data.sources.open_source`
     field: Field
-    # values that every record must have, and their types
-    record: Mapping[str, type]
+    # values of a record, and their types, as in `mammut.core.fields.require_fields`
+    record: Mapping[str, Any]
     # values that identify a record
     identity: tuple[str, ...]
+    # values of the settings that `score` needs, and their types
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     uses_java: bool = False  # True: `score` also takes `java`
 
+
+# Values of every example in a record, and settings of every evaluation.
+_EXAMPLE = {"key": str, "index": Count}
+_GENERATED = {
+    "prediction": str,
+    "logprob": NotRequired[float],
+    "too_long": NotRequired[bool],
+}
+_SETTINGS = {"image_size": NotRequired[Count], "blind": NotRequired[bool]}
 
 # The evaluations by `Predictions.task`.
 EVALUATIONS = {
     "retrieval": EvaluationKind(
         score_rankings,
         field="captions",
-        record={"query": str, "id": int, "relevant": list, "ranked": list},
+        record={
+            "query": Literal["image", "text"],
+            "id": Count,
+            "relevant": list[Count],
+            "ranked": list[Count],
+            "scores": NotRequired[list[float]],
+            "reranked": NotRequired[list[Count]],
+            "reranked_scores": NotRequired[list[float]],
+            "key": NotRequired[str],
+            "index": NotRequired[Count],
+            "text": NotRequired[str],
+        },
         identity=("query", "id"),
+        settings={"images": Count, "texts": Count},
     ),
     "caption": EvaluationKind(
         score_captions,
         field="captions",
-        record={"key": str, "index": int, "prediction": str, "references": list},
+        record=_EXAMPLE | _GENERATED | {"references": list[str]},
         identity=("key",),
         uses_java=True,
     ),
     "vqa": EvaluationKind(
         score_answers,
         field="qa",
-        record={
+        record=_EXAMPLE
+        | _GENERATED
+        | {
             "id": str,
-            "key": str,
-            "index": int,
             "question": str,
-            "prediction": str,
-            "answers": list,
+            "answers": list[str],
+            "answer_type": NotRequired[str | None],
+            "question_type": NotRequired[str | None],
         },
         identity=("id",),
     ),
     "classify": EvaluationKind(
         score_classes,
         field="name",
-        record={"key": str, "index": int, "label": str, "ranked": list},
+        record=_EXAMPLE | {"label": str, "ranked": list[str], "scores": NotRequired[list[float]]},
         identity=("key",),
+        settings={
+            "classes": list[str],
+            "untrained": NotRequired[list[str]],
+            "names_of_set": NotRequired[bool],
+        },
     ),
 }
 
@@ -85,6 +115,7 @@ def score(predictions: Predictions, *, java: bool | None = None) -> Scores:
         questions without answers, captions without references.
     """
     require_records(predictions)
+    _require_settings(predictions, f"predictions for {predictions.data!r}, settings")
     evaluation = EVALUATIONS[predictions.task]
     settings = {"java": java} if evaluation.uses_java else {}
     scores = evaluation.score(predictions, **settings)
@@ -101,6 +132,7 @@ def load_predictions(path: str | os.PathLike, task: str | None = None) -> Predic
     """
     predictions = Predictions.load(path, task)
     require_records(predictions, str(path))
+    _require_settings(predictions, f"{path}, line 1, settings")
     return predictions
 
 
@@ -114,6 +146,7 @@ def require_records(predictions: Predictions, where: str | None = None) -> None:
       ValueError: the task is not in the table, a record lacks a value or has one of another type,
         or two records are of the same image, question or query.
     """
+    in_file = where is not None
     if where is None:
         where = f"predictions for {predictions.data!r}"
     if predictions.task not in EVALUATIONS:
@@ -123,11 +156,8 @@ def require_records(predictions: Predictions, where: str | None = None) -> None:
     evaluation = EVALUATIONS[predictions.task]
     numbers: dict[tuple, int] = {}
     for number, record in enumerate(predictions.records):
-        for name, kind in evaluation.record.items():
-            if not isinstance(record.get(name), kind):
-                raise ValueError(
-                    f"{where}, record {number} has no {name!r} of type {kind.__name__}"
-                )
+        place = record_place(where, number, in_file)
+        require_fields(record, evaluation.record, place)
         identity = tuple(record[name] for name in evaluation.identity)
         if identity in numbers:
             name = " ".join(map(str, identity))
@@ -136,6 +166,12 @@ def require_records(predictions: Predictions, where: str | None = None) -> None:
                 "expected it once"
             )
         numbers[identity] = number
+
+
+def _require_settings(predictions: Predictions, where: str) -> None:
+    """Checks the settings that scoring reads."""
+    kinds = {**_SETTINGS, **EVALUATIONS[predictions.task].settings}
+    require_fields(predictions.settings, kinds, where)
 
 
 def require_same_set(predictions: Predictions, source: Source) -> None:
@@ -156,8 +192,9 @@ def require_same_set(predictions: Predictions, source: Source) -> None:
             example = source[index]
         except BadExample as error:
             raise ValueError(f"{where} cannot be read: {error}") from error
-        if example.key != record["key"]:
-            raise ValueError(f"{where} is {example.key!r}, the predictions have {record['key']!r}")
+        key = record.get("key")
+        if example.key != key:
+            raise ValueError(f"{where} is {example.key!r}, the predictions have {key!r}")
 
         answers = {question.id: question.answers for question in example.qa}
         truth: dict[str, Any] = {

@@ -12,8 +12,9 @@ import tempfile
 from mammut.core import distributed
 from mammut.data import sources
 from mammut.data.images import ImageTransform
-from mammut.data.processor import Processor
+from mammut.data.processor import Classes, Processor
 from mammut.data.tokenizer import MissingTokenizer, load_tokenizer, train_sentencepiece
+from mammut.evaluation.classification import class_names
 from mammut.training.config import TrainConfig
 from mammut.weights.opened import OpenedModel
 from mammut.weights.warm_start import Start
@@ -90,7 +91,7 @@ def make_processor(
         image, image_size=size, max_image_pixels=config.data.max_image_pixels
     )
     form = of[decoder].text_form if of.get(decoder) else "start_end"
-    processor = Processor(tokenizer, image, config.text_length, form)
+    processor = Processor(tokenizer, image, config.text_length, form, _classes(config, source))
     if missing:
         missing.require_same_ids(tokenizer)
     if settings.replace and text.pad_id not in (None, processor.pad_id):
@@ -99,3 +100,14 @@ def make_processor(
             f"{processor.pad_id}"
         )
     return processor
+
+
+def _classes(config: TrainConfig, source: sources.Source) -> Classes | None:
+    """Finds the classes that a run trains its model to name; other tasks have none.
+
+    They are those of the training set: a validation set may lack some of them.
+    """
+    names = class_names(source) if config.task == "classify" else []
+    if not names:
+        return None
+    return Classes(tuple(names), f"{config.data.prompt_of('')} {{}}".strip())

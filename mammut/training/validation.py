@@ -63,7 +63,7 @@ class Evaluator:
     | | greedy captions of one batch | caption_exact: the share that equals a reference |
     | caption | greedy captions | cider, bleu_1 ... bleu_4, rouge_l (without Java) |
     | vqa | greedy answers | exact_match; vqa_acc if the questions have enough answers |
-    | classify | the likeliest of the set's names | top1, top5, mean_per_class_recall |
+    | classify | the likeliest of the training set's names | top1, top5, mean_per_class_recall |
     | text | - | loss of a token, perplexity |
 
     With several processes all of them evaluate, with the same result.
@@ -121,7 +121,8 @@ class Evaluator:
                 f"{', '.join(evaluate)}, or a row for it in mammut.training.validation.Evaluator"
             )
         self._evaluate = evaluate[config.task]
-        self._class_names = class_names(source) if config.task == "classify" else []
+        if config.task == "classify":
+            self._classes_of = _classes_of(source, processor, self._caption_prompt)
         self._language_loss = None
         if config.task == "text":
             self._language_loss = _LanguageLoss(processor, config, trainer, alive)
@@ -156,9 +157,9 @@ class Evaluator:
         return _scored(predict_answers(self._predictor, params, self._source, **settings))
 
     def _classes(self, params: Any) -> ValidationResult:
-        template = f"{self._caption_prompt} {{}}".strip()
+        names, template = self._classes_of
         settings = {"templates": (template,), "method": "likelihood", "limit": self._limit}
-        inputs = (self._predictor, params, self._source, self._class_names)
+        inputs = (self._predictor, params, self._source, names)
         return _scored(predict_classes(*inputs, **settings))
 
     def _language(self, params: Any) -> ValidationResult:
@@ -174,6 +175,25 @@ class Evaluator:
             )
             exact.append(record["prediction"] in references)
         return sum(exact) / len(exact)
+
+
+def _classes_of(source: Source, processor: Processor, prompt: str) -> tuple[list[str], str]:
+    """Lists the classes to choose from, and the template of their texts.
+
+    They are those of the training set. Names that the validation set alone has are added, so that
+    their images count as they are: not learnt. A run of an older version has no names of its
+    training set.
+    """
+    own = class_names(source)
+    if processor.classes is None:
+        return own, f"{prompt} {{}}".strip()
+    trained = processor.classes.names
+    if new := [name for name in own if name not in set(trained)]:
+        distributed.say(
+            f"{len(new)} of {len(own)} names of {source.spec!r} are not in the training set, such "
+            f"as {new[0]!r}: split a file that is sorted by [!::5] and [::5]"
+        )
+    return [*trained, *new], processor.classes.template
 
 
 def _scored(predictions: Predictions) -> ValidationResult:

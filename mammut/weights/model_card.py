@@ -126,7 +126,8 @@ def _scores(folder: pathlib.Path) -> list[str]:
         if not isinstance(metrics, dict):
             continue
         for name, value in metrics.items():
-            if isinstance(value, int | float):
+            # A file that was edited by hand may have a whole number that is no float.
+            if isinstance(value, int | float) and abs(value) < 2**53:
                 rows.append(
                     f"| {scores.get('task')} | {scores.get('data')} | {name} | {value:.4g} |"
                 )

@@ -106,6 +106,28 @@ def ranking_recall(
     return {f"r{k}": sum(rank <= k for rank in ranks) / len(ranked) for k in ks}
 
 
+def chance_recall(
+    relevant: Sequence[Sequence[int]], num_candidates: int, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """Computes the recall at k that rankings in random order have on average.
+
+    Args:
+      relevant: the ids that are right for each query.
+      num_candidates: the number of ids that are ranked.
+    """
+    recalls = {}
+    for k in ks:
+        # The share of choices of k candidates without any relevant one.
+        missed = [
+            math.comb(num_candidates - count, k) / math.comb(num_candidates, k)
+            if k <= num_candidates
+            else 0.0
+            for count in (len(set(right)) for right in relevant)
+        ]
+        recalls[f"r{k}"] = 1 - sum(missed) / len(missed)
+    return recalls
+
+
 def _first_rank(ids: Sequence[int], relevant: set[int]) -> int | float:
     """Returns the rank of the first relevant id, from 1.
 
@@ -221,5 +243,12 @@ def _check_ranking(
         raise ValueError(
             f"the ranking of {whose} has {len(ranking)} places for {num_candidates} candidates"
         )
+    if num_candidates is not None and isinstance(ranking[0], int):
+        for candidate in ranking:
+            if not 0 <= candidate < num_candidates:
+                raise ValueError(
+                    f"the ranking of {whose} has the id {candidate}, expected ids from 0 to "
+                    f"{num_candidates - 1}"
+                )
     if len(set(ranking)) < len(ranking):
         raise ValueError(f"the ranking of {whose} names a candidate twice")
