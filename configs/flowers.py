@@ -4,7 +4,7 @@ The model writes the name of the flower in the photo.
 
 Run `python train.py configs/flickr8k.py` first; `--init` names another model to start from. The
 file is sorted by class, so every fifth line is kept for validation. Score it with `python -m
-eval.classify runs/flowers --method likelihood --templates '{}' --data jsonl:PATH[::5]`.
+eval.classify runs/flowers --data jsonl:PATH[::5]`.
 """
 
 from mammut.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig

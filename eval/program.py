@@ -226,15 +226,19 @@ def _evaluate(
         predictions = predict(predictor, params, source, options)
     predictions.settings["options"] = asked
     require_records(predictions)
+    _save(predictions, predictions_file)
+    return _scored(load_predictions(predictions_file, task), out)
+
+
+def _save(predictions: Predictions, path: pathlib.Path) -> None:
     try:
-        predictions.save(predictions_file)
+        predictions.save(path)
     except OSError as error:
         raise OSError(
-            f"{predictions_file} cannot be written ({error.strerror}): the predictions for "
+            f"{path} cannot be written ({error.strerror}): the predictions for "
             f"{len(predictions.records)} records are lost"
         ) from error
-    print(f"predictions: {predictions_file}")
-    return _scored(load_predictions(predictions_file, task), out)
+    print(f"predictions: {path}")
 
 
 def _scored(predictions: Predictions, out: pathlib.Path) -> Scores:

@@ -24,8 +24,13 @@ def main(argv: list[str]) -> None:
         "--items", type=int, default=12, help="how many of each kind are shown (default: 12)"
     )
     args = parser.parse_args(argv)
+    if args.items < 1:
+        sys.exit(f"eval.report: --items is {args.items}, expected at least 1")
     try:
         print(write_report(args.target, args.out, items=args.items))
+    except KeyboardInterrupt:
+        print("eval.report: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"eval.report: {error}")
 

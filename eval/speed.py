@@ -120,6 +120,7 @@ class Options:
             ("batch_size", 1),
             ("steps", 1),
             ("warmup", 0),
+            ("threads", 1),
             ("vocab_size", 8),
         ):
             if (value := getattr(self, name)) is not None and value < low:
@@ -143,6 +144,9 @@ class Options:
                 "--what has data, expected --data with what to read: "
                 "jsonl:PATH, tfds:NAME/SPLIT, ..."
             )
+        if self.grow_sizes is not None and min(self.grow_sizes, default=0) < 1:
+            given = " ".join(map(str, self.grow_sizes)) or "empty"
+            raise ValueError(f"--grow-sizes is {given}, expected numbers of at least 1")
         if self.grow_sizes is not None and len(self.grow) != 1:
             raise ValueError(f"--grow-sizes is given for {len(self.grow)} of --grow, expected one")
         if self.out is not None and self.out.suffix != ".json":
@@ -360,6 +364,9 @@ def run(options: Options) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     try:
         run(tyro.cli(Options, args=argv, prog="python -m eval.speed", description=__doc__))
+    except KeyboardInterrupt:
+        print("python -m eval.speed: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("MAMMUT_TRACEBACK"):
             raise

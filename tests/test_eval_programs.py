@@ -1,7 +1,9 @@
 """The evaluation programs end to end: predictions, scores, scores without a model, refusals."""
 
+import errno
 import importlib
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -10,9 +12,12 @@ from embedding_recall import embedding_recall
 from PIL import Image
 
 import mammut
+from eval import caption, classify, program, report, retrieval, speed, vqa
 from mammut.evaluation.metrics import captions
-from mammut.evaluation.predictions import Predictions
-from mammut.evaluation.scoring import score
+from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, Predictions
+from mammut.evaluation.predictor import Predictor
+from mammut.evaluation.scores import load_scores, require_same_result
+from mammut.evaluation.scoring import load_predictions, score
 from mammut.testing import tiny_model, tiny_processor
 from mammut.weights.files.tensor_file import open_tensors, write_sharded
 from mammut.weights.formats import open_clip
@@ -198,6 +203,17 @@ def test_predictions_of_another_set_are_refused(results, folder, refusal):
     ("caption", ["--data", "jsonl:{}/set.jsonl", "--batch-size", "8", "--num-beams", "99"],
      "num_beams"),
     ("caption", ["--data", "jsonl:{}/set.jsonl", "--limit", "0"], "--limit is 0"),
+    ("caption", ["--threads", "-1"], "--threads is -1, expected at least 1"),
+    ("caption", ["--image-size", "0"], "--image-size is 0, expected at least 1"),
+    ("caption", ["--num-beams", "0"], "--num-beams is 0, expected at least 1"),
+    ("caption", ["--length-penalty", "inf"], "--length-penalty is inf, expected a number from -10"),
+    ("vqa", ["--num-beams", "-3"], "--num-beams is -3, expected at least 1"),
+    ("vqa", ["--max-bad-share", "nan"], "--max-bad-share is nan, expected a number from 0 to 1"),
+    ("vqa", ["--max-bad-share", "1.5"], "--max-bad-share is 1.5, expected a number from 0 to 1"),
+    ("retrieval", ["--rerank", "-1"], "--rerank is -1, expected at least 0"),
+    ("retrieval", ["--prior", "nan"], "--prior is nan, expected a number from 0 to 1"),
+    ("classify", ["--prior", "-0.5"], "--prior is -0.5, expected a number from 0 to 1"),
+    ("classify", ["--prior", "inf"], "--prior is inf, expected a number from 0 to 1"),
     ("classify", ["--data", "jsonl:{}/set.jsonl", "--batch-size", "8", "--templates", "a"],
      "expected a text with {}"),
     ("retrieval", ["--data", "nonsense:x"], "data source 'nonsense:x'"),
@@ -267,3 +283,191 @@ def test_two_model_files_of_one_folder_have_their_own_scores(folder, tmp_path):
         str(tmp_path / "open_clip_model.safetensors"),
         str(tmp_path / "large.safetensors.index.json"),
     }
+
+
+# Names of files
+
+
+def default_out(options, checkpoint="model", task="caption") -> pathlib.Path:
+    return program._default_out(pathlib.Path(checkpoint), task, options)
+
+
+def test_every_option_that_changes_the_result_has_a_file_of_its_own(tmp_path):
+    checkpoint = str(tmp_path)
+    data = {
+        "slices": ("jsonl:s[:200]", "jsonl:s[200:]", "jsonl:s"),
+        "other scripts": ("jsonl:写真.jsonl", "jsonl:фото.jsonl", "jsonl:写真", "jsonl:\udcff"),
+        "equal endings": (f"jsonl:a/{'x' * 80}.jsonl", f"jsonl:b/{'x' * 80}.jsonl"),
+        "marks": ("jsonl:a-b", "jsonl:a_b", "jsonl:a b"),
+        "long": ("jsonl:" + "写" * 400,),
+    }
+    options = [caption.Options(checkpoint, data=one) for group in data.values() for one in group]
+    own = [
+        {"num_beams": 1},
+        {"prompt": "a"},
+        {"blind": True},
+        {"limit": 7},
+        {"image_size": 32},
+        {"length_penalty": 0.5},
+        {"max_new_tokens": 4},
+        {"shots": 2},
+        {"shots": 2, "shots_seed": 1},
+        {"shots": 2, "shots_data": "jsonl:other"},
+        {"shots": 2, "instruction": "a"},
+    ]
+    options += [caption.Options(checkpoint, data="jsonl:s", **changed) for changed in own]
+    names = [default_out(item, checkpoint).name for item in options]
+    assert len(set(names)) == len(names)
+    assert all(
+        len(name.encode()) + len(".predictions.jsonl.12345678.partial") < 255 for name in names
+    )
+    assert any("写真" in name for name in names)
+    rankings = [{}, {"rerank": 5}, {"rerank": 5, "prior": 0.5}]
+    classes = [
+        {},
+        {"method": "likelihood"},
+        {"templates": ("{}",)},
+        {"classes": tmp_path / "a.json"},
+    ]
+    for kind, changes in ((retrieval.Options, rankings), (classify.Options, classes)):
+        found = {
+            default_out(kind(checkpoint, data="jsonl:s", **own), checkpoint) for own in changes
+        }
+        assert len(found) == len(changes)
+
+
+def test_an_option_that_does_not_change_the_result_has_the_same_file(tmp_path):
+    plain = vqa.Options("model", data="jsonl:s")
+    other = vqa.Options("./model", data="jsonl:s", batch_size=8, threads=1, max_bad_share=0.5)
+    assert default_out(plain, tmp_path) == default_out(other, tmp_path)
+    files = [tmp_path / "a-b.npz", tmp_path / "a_b.npz"]
+    assert len({default_out(plain, file) for file in files}) == 2
+
+
+def test_files_of_another_result_are_not_replaced(results, folder, tmp_path):
+    scores, path = results["retrieval"]
+    out = path.with_name("retrieval.json")
+    before = path.read_bytes(), out.read_bytes()
+    asked = ["--data", f"jsonl:{folder / 'set.jsonl'}", "--batch-size", "8", "--out", out]
+    for changed in (["--rerank", "3"], ["--rerank", "2", "--blind"], []):
+        with pytest.raises(SystemExit) as stopped:
+            run("retrieval", folder / "model", *asked, *changed)
+        assert f"{out} holds another result (its options is " in stopped.value.code
+        assert "give another --out, or --overwrite" in stopped.value.code
+    with pytest.raises(SystemExit) as stopped:
+        run("vqa", folder / "model", *asked)
+    assert "its task is 'retrieval', not 'vqa'" in stopped.value.code
+    assert (path.read_bytes(), out.read_bytes()) == before
+
+    # The same options again, and a file that is scored again.
+    options = load_predictions(path).settings["options"]
+    assert options == {"data": f"jsonl:{folder / 'set.jsonl'}", "rerank": 2}
+    result = {"task": "retrieval", "checkpoint": str(folder / "model"), "options": options}
+    require_same_result(path, result)
+    require_same_result(out, result)
+    run("retrieval", path)
+    assert json.loads(out.read_text()) == scores
+
+    copy = tmp_path / f"x{PREDICTIONS_SUFFIX}"
+    shutil.copy(path, copy)
+    shutil.copy(results["vqa"][1].with_name("vqa.json"), tmp_path / "x.json")
+    with pytest.raises(SystemExit, match="x.json holds another result"):
+        run("retrieval", copy)
+    run("retrieval", copy, "--overwrite")
+    assert load_scores(tmp_path / "x.json")["metrics"] == scores["metrics"]
+    with pytest.raises(SystemExit, match="expected a name that ends in .json"):
+        run("retrieval", copy, "--out", copy)
+
+
+# What is refused before the model is asked
+
+
+@pytest.mark.parametrize("name, changed, argv, message", [
+    ("caption", {"file": "1.png"}, [], "has '1.png' more than once"),
+    ("retrieval", {"file": "1.png"}, [], "has '1.png' more than once"),
+    ("classify", {"file": "1.png"}, [], "has '1.png' more than once"),
+    ("classify", {}, ["--classes", '["red circle", "blue circle"]'],
+     "'1.png' is 'green circle', not one of the 2 classes"),
+    ("classify", {}, ["--classes", '["red circle", "red circle"]'],
+     "the class 'red circle' is named twice"),
+    ("classify", {}, ["--classes", "[1]"], "is not a JSON list of texts"),
+    ("classify", {}, ["--classes", "["], "is not JSON"),
+    # One question a line: the lines of a picture have the same ids.
+    ("vqa", {"file": "1.png"}, [],
+     "has the question '1.png#0' more than once, expected each once: put all questions of a"),
+    ("vqa", {"qa": [{"question": "why?"}]}, [], "1 of 15 questions of"),
+    ("vqa", {"qa": [{"question": "why?", "answers": ["yes"] * 4}]}, [], "have no answer_type"),
+])  # fmt: skip
+def test_what_cannot_be_scored_is_refused_before_the_model_is_asked(
+    folder, refusal, tmp_path, monkeypatch, name, changed, argv, message
+):
+    lines = [json.loads(line) for line in (folder / "set.jsonl").open()]
+    lines[0] |= changed
+    lines = [line | {"file": str(folder / line["file"])} for line in lines]
+    if "file" in changed:
+        message = message.replace("1.png", str(folder / "1.png"))
+    message = message.replace("'1.png' is", f"{str(folder / '1.png')!r} is")
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    if argv:
+        (tmp_path / "classes.json").write_text(argv[1])
+        argv = [argv[0], tmp_path / "classes.json"]
+
+    def never(*_):
+        raise AssertionError("the model was asked")
+
+    monkeypatch.setattr(Predictor, "_run", never)
+    asked = ["--data", f"jsonl:{tmp_path / 'set.jsonl'}", "--batch-size", "8", *argv]
+    assert message in refusal(name, folder / "model", *asked)
+
+
+# Faults at the end
+
+
+def test_a_full_disk_says_what_is_lost(results, tmp_path, monkeypatch):
+    predictions = load_predictions(results["retrieval"][1])
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(program, "save_scores", full)
+    with pytest.raises(
+        OSError, match="x.json cannot be written .No space .* the predictions are there"
+    ):
+        program._scored(predictions, tmp_path / "x.json")
+    monkeypatch.setattr("pathlib.Path.open", full)
+    with pytest.raises(
+        OSError, match="cannot be written .* the predictions for 27 records are lost"
+    ):
+        program._save(predictions, tmp_path / "x.predictions.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("main, name", [
+    (caption.main, "python -m eval.caption"),
+    (speed.main, "python -m eval.speed"),
+    (report.main, "eval.report"),
+])  # fmt: skip
+def test_ctrl_c_ends_a_program_with_one_line_and_status_130(monkeypatch, capsys, main, name):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for place in ("eval.program._evaluate", "eval.speed.run", "eval.report.write_report"):
+        monkeypatch.setattr(place, interrupted)
+    argv = ["model"] if name.endswith(("caption", "report")) else []
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 130
+    assert error.startswith(f"{name}: stopped by Ctrl-C") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("main, argv, message", [
+    (report.main, ["run", "--items", "0"], "--items is 0, expected at least 1"),
+    (speed.main, ["--threads", "0"], "--threads is 0, expected at least 1"),
+    (speed.main, ["--grow", "batch", "--grow-sizes", "4", "-1"], "--grow-sizes is 4 -1, expected"),
+])  # fmt: skip
+def test_numbers_out_of_range_are_refused_by_their_option(capsys, main, argv, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    printed = f"{stopped.value.code} {capsys.readouterr().err}"
+    assert stopped.value.code != 0 and message in " ".join(printed.replace("│", "").split())
