@@ -147,6 +147,13 @@ def run(
     except KeyboardInterrupt:
         print(f"{program}: stopped by Ctrl-C, without scores", file=sys.stderr)
         sys.exit(130)
+    except jax.errors.JaxRuntimeError as error:
+        if os.environ.get("MAMMUT_TRACEBACK") or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            f"{program}: --batch-size {options.batch_size} needs more memory than the devices "
+            f"have: {str(error).splitlines()[0]}"
+        )
     except (ValueError, OSError) as error:
         if os.environ.get("MAMMUT_TRACEBACK"):
             raise

@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from embedding_recall import embedding_recall
@@ -459,6 +460,15 @@ def test_ctrl_c_ends_a_program_with_one_line_and_status_130(monkeypatch, capsys,
     error = capsys.readouterr().err
     assert stopped.value.code == 130
     assert error.startswith(f"{name}: stopped by Ctrl-C") and error.count("\n") == 1
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_named(monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore lines")
+
+    monkeypatch.setattr(program, "_evaluate", full)
+    with pytest.raises(SystemExit, match="--batch-size 64 needs more memory .*: Out of memory$"):
+        run("caption", "model")
 
 
 @pytest.mark.parametrize("main, argv, message", [

@@ -78,9 +78,11 @@ class Predictions:
         }
         for name in ("data", "checkpoint", "settings", "left_out"):
             header[name] = getattr(self, name)
-        with replacing_file(path) as new, new.open("w", encoding="utf-8") as file:
+        # A lone surrogate, as of a path that is not UTF-8, is written as JSON spells it.
+        options = {"encoding": "utf-8", "errors": "backslashreplace"}
+        with replacing_file(path) as new, new.open("w", **options) as file:
             for value in (header, *self.records):
-                file.write(json_line(value) + "\n")
+                file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike, task: str | None = None) -> "Predictions":
@@ -118,22 +120,6 @@ class Predictions:
             )
         _check_records(records, str(path), in_file=True)
         return cls(records=records, **{name: header[name] for name in ABOUT})
-
-
-def json_line(value: Any) -> str:
-    """Writes a value as JSON, with the letters of all scripts as they are.
-
-    Half of a surrogate pair, as in a file name that is not UTF-8, is written as JSON's escape.
-
-    Raises:
-      ValueError: a number is not finite.
-    """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, allow_nan=False)
-    return text
 
 
 def record_place(where: str, number: int, in_file: bool) -> str:

@@ -20,30 +20,28 @@ def readable(source: Source, limit: int | None = None) -> Iterator[Example]:
             continue
 
 
-def require_scorable(
-    source: Source, task: str, limit: int | None = None, *, with_answers: bool = False
-) -> None:
+def require_scorable(source: Source, task: str, limit: int | None = None) -> None:
     """Checks a set as scoring checks its predictions; no image is decoded.
 
     Args:
       task: a name of `mammut.evaluation.scoring.EVALUATIONS`.
       limit: the number of examples, from the first on; None for all.
-      with_answers: whether every question needs answers. Otherwise none may have them: the
-        predictions are then for a server that has the answers.
 
     Raises:
       ValueError: two examples have one key, or of "vqa" two questions one id; or only some of the
-        questions have answers, or types.
+        questions have answers, or types. Where none has answers, a server has them.
     """
     seen: set[str] = set()
     if task == "vqa":
-        _require_questions(source, limit, with_answers)
+        _require_questions(source, limit)
         return
     for example in readable(source, limit):
+        if not isinstance(example.key, str):
+            raise ValueError(f"{source.spec!r} has the key {example.key!r}, expected a text")
         require_new(example.key, seen, source)
 
 
-def _require_questions(source: Source, limit: int | None, with_answers: bool) -> None:
+def _require_questions(source: Source, limit: int | None) -> None:
     seen: set[str] = set()
     count = 0
     missing = {"answers": 0, "answer_type": 0, "question_type": 0}
@@ -59,11 +57,6 @@ def _require_questions(source: Source, limit: int | None, with_answers: bool) ->
             count += 1
             for name in missing:
                 missing[name] += not getattr(question, name)
-    if with_answers and missing["answers"]:
-        raise ValueError(
-            f"{missing['answers']} of {count} questions of {source.spec!r} have no answers to "
-            "score against"
-        )
     for name, without in missing.items():
         if 0 < without < count and missing["answers"] < count:
             raise ValueError(

@@ -36,8 +36,10 @@ def save_scores(path: str | os.PathLike, predictions: Predictions, scores: Score
     The file also describes the predictions that were scored.
     """
     values = {name: getattr(predictions, name) for name in ABOUT} | dataclasses.asdict(scores)
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
     with replacing_file(pathlib.Path(path)) as new:
-        new.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        # A lone surrogate, as of a path that is not UTF-8, is written as JSON spells it.
+        new.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def load_scores(path: str | os.PathLike) -> dict[str, Any]:

@@ -47,7 +47,11 @@ _GENERATED = {
     "logprob": NotRequired[float],
     "too_long": NotRequired[bool],
 }
-_SETTINGS = {"image_size": NotRequired[Count], "blind": NotRequired[bool]}
+_SETTINGS = {
+    "image_size": NotRequired[Count],
+    "blind": NotRequired[bool],
+    "options": NotRequired[dict],
+}
 
 # The evaluations by `Predictions.task`.
 EVALUATIONS = {

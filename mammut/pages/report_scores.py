@@ -42,9 +42,9 @@ def read_scores(path: pathlib.Path) -> dict[str, Any] | None:
         return None
     try:
         values = json.loads(path.read_text("utf-8"))
-        tables = score_tables(values["metrics"])
+        tables = score_tables(values["metrics"] | {"chance": values.get("chance") or {}})
         notices = [str(note) for note in values.get("notes", [])]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         tables = []
         notices = [f"{path.name} is not a score file: {error!r}."]
     return {"title": path.stem, "tables": tables, "notices": notices}

@@ -18,7 +18,6 @@ from mammut.evaluation.classification import class_names, predict_classes
 from mammut.evaluation.generated_texts import predict_answers, predict_captions
 from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, Predictions
 from mammut.evaluation.predictor import Predictor
-from mammut.evaluation.requirements import require_scorable
 from mammut.evaluation.retrieval import predict_rankings
 from mammut.evaluation.scores import save_scores
 from mammut.evaluation.scoring import score
@@ -122,9 +121,6 @@ class Evaluator:
                 f"{', '.join(evaluate)}, or a row for it in mammut.training.validation.Evaluator"
             )
         self._evaluate = evaluate[config.task]
-        if config.task != "text":
-            of = {"image_text": "retrieval"}.get(config.task, config.task)
-            require_scorable(source, of, self._limit, with_answers=True)
         if config.task == "classify":
             self._classes_of = _classes_of(source, processor, self._caption_prompt)
         self._language_loss = None

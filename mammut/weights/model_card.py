@@ -123,17 +123,25 @@ def _scores(folder: pathlib.Path) -> list[str]:
     for path in sorted(folder.glob("eval/*.json")):
         scores = _read(path)
         metrics = scores.get("metrics")
+        chance = scores.get("chance")
         if not isinstance(metrics, dict):
             continue
+        if not isinstance(chance, dict):  # the file is of an older version
+            chance = {}
         for name, value in metrics.items():
-            # A file that was edited by hand may have a whole number that is no float.
-            if isinstance(value, int | float) and abs(value) < 2**53:
-                rows.append(
-                    f"| {scores.get('task')} | {scores.get('data')} | {name} | {value:.4g} |"
-                )
+            if _is_number(value):
+                cells = f"{scores.get('task')} | {scores.get('data')} | {name} | {value:.4g}"
+                if _is_number(chance.get(name)):
+                    cells += f" (chance {chance[name]:.4g})"
+                rows.append(f"| {cells} |")
     if not rows:
         return ["No evaluation is recorded in this folder."]
     return ["| task | data | metric | value |", "|---|---|---|---|", *rows]
+
+
+def _is_number(value: Any) -> bool:
+    # A file that was edited by hand may have a whole number that no float can hold.
+    return isinstance(value, int | float) and abs(value) < 2**53
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
