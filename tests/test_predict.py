@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxtyping import TypeCheckError
 
 import mammut
 from mammut.config import MeshConfig
@@ -391,6 +392,49 @@ def test_too_many_bad_examples_are_refused_with_their_causes(model, processor, a
         asker(model, processor, mesh, batch_size=12)
     with pytest.raises(ValueError, match="batch_size is 0"):
         asker(model, processor, mesh, batch_size=0)
+
+
+class Broken(Pictures):
+    """The first 8 examples are good, all others are broken."""
+
+    def __init__(self, size: int):
+        super().__init__(size)
+        self.read = 0
+
+    def __getitem__(self, index: int) -> Example:
+        self.read += 1
+        if index >= 8:
+            raise BadExample("broken", "broken")
+        return super().__getitem__(index)
+
+
+def test_too_many_bad_examples_are_refused_as_soon_as_they_are_too_many(ask):
+    source = Broken(1000)
+    with pytest.raises(ValueError, match="of 1000 examples of 'pictures' could not be used"):
+        ask("retrieval", source)
+    assert source.read < 300  # 20 % of 1000 may be broken
+
+
+@pytest.mark.parametrize("name, args, settings, message", [
+    ("retrieval", (), {"rerank": -1}, "rerank is -1, expected at least 0"),
+    ("retrieval", (), {"prior": float("nan")}, "prior is nan, expected a number from 0 to 1"),
+    ("retrieval", (), {"limit": 0}, "limit is 0, expected at least 1"),
+    ("captions", (), {"limit": -1}, "limit is -1, expected at least 1"),
+    ("classes", (SHAPES,), {"prior": float("inf")}, "prior is inf, expected a number from 0 to 1"),
+    ("classes", (SHAPES,), {"method": "luck"}, "luck"),
+    ("classes", (SHAPES[:1] * 2,), {}, "the class 'circle' is named twice"),
+    ("classes", (SHAPES[:1],), {}, "is '.*', not one of the 1 classes"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_before_the_model_is_asked(
+    ask, monkeypatch, name, args, settings, message
+):
+    def never(*_):
+        raise AssertionError("the model was asked")
+
+    monkeypatch.setattr(Predictor, "_run", never)
+    # The tests check types at every call, and see a wrong choice before the function does.
+    with pytest.raises((ValueError, TypeCheckError), match=message):
+        ask(name, Pictures(), *args, **settings)
 
 
 def test_a_set_of_one_image_has_predictions(ask):
