@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 from damage import flip
-from soak import differences, soak
+from soak import soak
+from soak_compare import differences
 
 pytestmark = pytest.mark.long
 
