@@ -107,7 +107,7 @@ class Run:
         self.refusals = 0  # in a row
         self._begun = False
         self._damage: Fault | None = None  # of files; no start has told yet whether it matters
-        self._ended_by: Fault | None = None  # what ended the last program
+        self._ended_by: list[Fault] = []  # what ended programs since the run last began
         self._kept: dict[pathlib.Path, pathlib.Path] = {}  # copies of what was damaged
 
     # --- for the faults
@@ -205,9 +205,10 @@ class Run:
         sentence = "; ".join(x for x in errors.splitlines() if x.startswith("train.py: "))
         self.note(f"  statuses {statuses} {sentence}")
         beginning = BEGINNING.search(out)
-        if beginning and self._ended_by:
-            self.count("resumed", self._ended_by.kind)
-            self._ended_by = None
+        if beginning:
+            for fault in self._ended_by:
+                self.count("resumed", fault.kind)
+            self._ended_by = []
         if beginning and int(beginning[1]) < whole:
             self.problem(f"the run begins at step {beginning[1]}, though step {whole} is whole")
         # A signal that comes while Python imports ends it in Python's own way.
@@ -226,7 +227,7 @@ class Run:
         elif struck.kind and is_done:
             self.count("resumed", struck.kind)
         elif struck.kind:
-            self._ended_by = struck
+            self._ended_by.append(struck)
         if beginning:
             self._went_on(int(beginning[1]))
         return is_done
