@@ -367,7 +367,10 @@ def finish(run: Run, undisturbed: pathlib.Path) -> None:
             run.problem("the run goes on no more")
             return
     run.exempt_steps |= {row["step"] for row in rows(run.workdir) if "eval_failed" in row}
-    found = differences(run.workdir, undisturbed, run.exempt_steps)
+    try:
+        found = differences(run.workdir, undisturbed, run.exempt_steps)
+    except (OSError, ValueError) as error:
+        found = [str(error)]
     if found:
         run.problem(f"the run is another one: {'; '.join(found[:5])}")
         return
