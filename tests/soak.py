@@ -15,6 +15,7 @@ on the machine. The folder of a soak (`--folder`) keeps its history and all that
 import argparse
 import collections
 import dataclasses
+import itertools
 import pathlib
 import random
 import re
@@ -107,7 +108,7 @@ class Run:
         self.refusals = 0  # in a row
         self._begun = False
         self._damage: Fault | None = None  # of files; no start has told yet whether it matters
-        self._ended_by: Fault | None = None  # what ended the last program
+        self._ended_by: list[Fault] = []  # what ended programs since the run last began
         self._kept: dict[pathlib.Path, pathlib.Path] = {}  # copies of what was damaged
 
     # --- for the faults
@@ -205,28 +206,30 @@ class Run:
         sentence = "; ".join(x for x in errors.splitlines() if x.startswith("train.py: "))
         self.note(f"  statuses {statuses} {sentence}")
         beginning = BEGINNING.search(out)
-        if beginning and self._ended_by:
-            self.count("resumed", self._ended_by.kind)
-            self._ended_by = None
+        if beginning:
+            for fault in self._ended_by:
+                self.count("resumed", fault.kind)
+            self._ended_by = []
         if beginning and int(beginning[1]) < whole:
             self.problem(f"the run begins at step {beginning[1]}, though step {whole} is whole")
         # A signal that comes while Python imports ends it in Python's own way.
         is_importing = struck.kind in SIGNALS and not IN_MAIN.search(errors) and not out
         if "Traceback" in errors and not struck.of_peer and not is_importing:
             self.problem(f"a traceback after {struck.kind or self._damage}")
-        self._repair(lambda path: self.workdir not in path.parents)
 
         is_stopped = "SIGTERM: saved" in out or bool(STOPPED & {*statuses})
         is_stopped = is_stopped or is_importing and any(statuses)
         is_done = not any(statuses) and not is_stopped
         is_refused = not (is_done or is_stopped or -9 in statuses or struck.of_peer)
+        if beginning or is_refused or not self._damage:  # the data, whatever became of it
+            self._repair(lambda path: self.workdir not in path.parents)
         self.refusals = self.refusals if is_refused else 0
         if is_refused:
             self._refused(sentence or errors[-300:], struck, program, bool(beginning))
         elif struck.kind and is_done:
             self.count("resumed", struck.kind)
         elif struck.kind:
-            self._ended_by = struck
+            self._ended_by.append(struck)
         if beginning:
             self._went_on(int(beginning[1]))
         return is_done
@@ -303,14 +306,16 @@ class Run:
 # --- all of it
 
 
-def soak(folder: pathlib.Path, *, seed: int, faults: int, minutes: float, two: bool) -> Soak:
+def soak(
+    folder: pathlib.Path, *, seed: int, faults: int, minutes: float, processes: tuple[int, ...]
+) -> Soak:
     """Soaks; the result has the counts and the problems.
 
     Args:
       folder: an empty folder.
       faults: the most faults that are struck.
       minutes: no fault is struck after so many.
-      two: every third run is one of two processes.
+      processes: how many processes each run has, one run after the other.
     """
     (folder / "printed").mkdir()
     write_data(folder)
@@ -321,16 +326,17 @@ def soak(folder: pathlib.Path, *, seed: int, faults: int, minutes: float, two: b
         undisturbed = {}
         first = None
         number = 0
-        while not result.is_over():
+        for count in itertools.cycle(processes):
+            if result.is_over():
+                break
             number += 1
-            processes = 2 if two and number % 3 == 2 else 1
-            if processes not in undisturbed:
-                undisturbed[processes] = straight(result, processes)
-            run = Run(result, disk.folder / f"run{number}", processes)
+            if count not in undisturbed:
+                undisturbed[count] = straight(result, count)
+            run = Run(result, disk.folder / f"run{number}", count)
             if first is None:
-                first = undisturbed[processes].footprint
-            finish(run, undisturbed[processes].workdir)
-            print(f"{time.strftime('%X')}  run {number}, {processes} processes: "
+                first = undisturbed[count].footprint
+            finish(run, undisturbed[count].workdir)
+            print(f"{time.strftime('%X')}  run {number}, processes: {count}: "
                   f"{result.counts['struck'].total()} faults, {result.starts} starts, "
                   f"{len(result.problems)} problems", flush=True)  # fmt: skip
         print(result.table())
@@ -361,7 +367,10 @@ def finish(run: Run, undisturbed: pathlib.Path) -> None:
             run.problem("the run goes on no more")
             return
     run.exempt_steps |= {row["step"] for row in rows(run.workdir) if "eval_failed" in row}
-    found = differences(run.workdir, undisturbed, run.exempt_steps)
+    try:
+        found = differences(run.workdir, undisturbed, run.exempt_steps)
+    except (OSError, ValueError) as error:
+        found = [str(error)]
     if found:
         run.problem(f"the run is another one: {'; '.join(found[:5])}")
         return
@@ -374,7 +383,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--faults", type=int, default=10**6, help="the most faults")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--one", action="store_true", help="no run of two processes")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 1],
+                        help="how many each run has, one run after the other")  # fmt: skip
     parser.add_argument("--folder", type=pathlib.Path, help="kept; a new or empty folder")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # frees the disk
@@ -382,7 +392,7 @@ def main(argv: list[str]) -> int:
         folder = (args.folder or pathlib.Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         result = soak(folder, seed=args.seed, faults=args.faults, minutes=args.minutes,
-                      two=not args.one)  # fmt: skip
+                      processes=tuple(args.processes))  # fmt: skip
     print("\n".join(["", f"{len(result.problems)} problems", *result.problems]))
     return min(1, len(result.problems))
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    return soak(tmp_path_factory.mktemp("soak"), seed=0, faults=8, minutes=20, two=False)
+    return soak(tmp_path_factory.mktemp("soak"), seed=0, faults=8, minutes=20, processes=(1,))
 
 
 def test_a_run_under_faults_goes_on_or_names_them_and_ends_as_the_undisturbed_one(short):
