@@ -21,6 +21,13 @@ import sys
 from collections.abc import Callable
 
 if __name__ == "__main__":
+    # A file opened later would take the place of an output that is closed, and its prints.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
     # Ctrl-C while the libraries below are read, which takes seconds, shows no traceback of them.
     def interrupted(*_) -> None:
         os.write(2, b"train.py: Ctrl-C: stopped before there was anything to save\n")
@@ -44,7 +51,7 @@ from mammut.performance.out_of_memory import enough_memory
 from mammut.training import command_line
 from mammut.training.claim import claim
 from mammut.training.log import RunLog
-from mammut.training.loop import Loop
+from mammut.training.loop import Loop, progress
 from mammut.training.new_processor import shared_processor
 from mammut.training.run import Run, require_same, resolve, stages
 from mammut.training.run_folder import (
@@ -95,11 +102,7 @@ def train(run: Run, watchdog: distributed.Watchdog, stopping: Stopping) -> bool:
             require_precise(trainer.abstract_state.params)
         evaluator = None
         if val:
-
-            def alive() -> None:
-                watchdog.alive()
-                stopping.check()
-
+            alive = functools.partial(progress, watchdog, stopping)
             evaluator = Evaluator(val, processor, config, trainer, str(workdir), alive)
         open_batches = batches_of(config, task, source, processor, shard, shard_count)
         batches = open_batches()
@@ -124,12 +127,8 @@ def train(run: Run, watchdog: distributed.Watchdog, stopping: Stopping) -> bool:
         log.print(f"{beginning} at step {start} of {config.steps} in {workdir}")
         memory = functools.partial(enough_memory, config)
         parts = (batches, shard, evaluator, checkpoints, log, watchdog, stopping, memory)
-        with (
-            stopping.deferred(),
-            contextlib.closing(log),
-            checkpoints,
-            contextlib.closing(batches),
-        ):
+        closing = contextlib.closing
+        with stopping.deferred(), closing(log), checkpoints, closing(batches):
             state = restored.state if restored else fresh_state(config, trainer, warm)
             loop = Loop(config, trainer, *parts)
             state, done = loop.loop(state, start)

@@ -180,6 +180,12 @@ class Loop:
         self.stopping.saved()
 
 
+def progress(watchdog: distributed.Watchdog, stopping: Stopping) -> None:
+    """Notes that an evaluation makes progress, and ends it where a signal stops the run."""
+    watchdog.alive()
+    stopping.check()
+
+
 def check_finite(metrics: dict[str, jax.Array] | None, config: TrainConfig) -> None:
     """Stops the run after too many skipped updates in a row.
 
