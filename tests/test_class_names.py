@@ -1,6 +1,7 @@
 """The classes that a model was trained to name: kept with it, and the default of eval.classify."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 
@@ -20,8 +21,9 @@ from mammut.evaluation.predictions import Predictions
 from mammut.evaluation.predictor import Predictor
 from mammut.evaluation.scoring import score
 from mammut.testing import tiny_config, tiny_model, tiny_processor
+from mammut.training.log import RunLog
 from mammut.training.new_processor import make_processor
-from mammut.training.validation import _classes_of
+from mammut.training.validation import ValidationResult, _classes_of
 
 FLOWERS = ("daisy", "rose", "tulip")
 
@@ -149,6 +151,15 @@ def test_the_chance_level_and_missing_names_stand_beside_the_scores():
         "1 of 3 classes are not among those that the model was" in n for n in untrained.notes
     )
     assert any("the classes are the names in this set" in note for note in untrained.notes)
+
+
+def test_the_log_of_a_run_says_the_chance_level(tmp_path, capsys):
+    predictions = classified(["rose", "daisy"], FLOWERS)
+    metrics = {"top1": 0.5}
+    evaluation = ValidationResult(metrics, [predictions], num_images=2, num_texts=2, bad={})
+    with contextlib.closing(RunLog(tmp_path, start=0, steps=1, batch_size=1, silent=False)) as log:
+        log.evaluation(1, "val", evaluation, samples=0)
+    assert "(chance top-1 33.3%)" in capsys.readouterr().out
 
 
 def test_chance_recall_is_that_of_random_rankings():

@@ -293,18 +293,18 @@ class Processor:
         """
         path = pathlib.Path(folder) / _FILE
         # The first files had no text_form.
-        values = {"text_form": "start_end", "classes": None} | read_json_object(path)
+        values = {"text_form": "start_end"} | read_json_object(path)
+        classes = values.pop("classes", None)  # of a model that was trained to name them
         if values.get("format") != _FORMAT:
             raise ValueError(
                 f"{path} has format {values.get('format')!r}, this version reads {_FORMAT}"
             )
-        if set(values) != {"format", "image", "max_length", "text_form", "tokenizer", "classes"}:
-            expected = "format, image, max_length, text_form, tokenizer and, where it has, classes"
+        if set(values) != {"format", "image", "max_length", "text_form", "tokenizer"}:
+            expected = "format, image, max_length, text_form and tokenizer"
             raise ValueError(f"{path} has {sorted(values)}, expected {expected}")
         try:
             image = from_dict(ImageTransform, values["image"], "image")
             tokenizer = restore_tokenizer(path.parent, values["tokenizer"])
-            classes = values["classes"]
             if classes is not None:
                 classes = from_dict(Classes, classes, "classes")
             return cls(tokenizer, image, values["max_length"], values["text_form"], classes)

@@ -119,7 +119,8 @@ def score(predictions: Predictions, *, java: bool | None = None) -> Scores:
         questions without answers, captions without references.
     """
     require_records(predictions)
-    _require_settings(predictions, f"predictions for {predictions.data!r}, settings")
+    where = f"predictions for {predictions.data!r}, settings"
+    require_fields(predictions.settings, _settings_of(predictions.task), where)
     evaluation = EVALUATIONS[predictions.task]
     settings = {"java": java} if evaluation.uses_java else {}
     scores = evaluation.score(predictions, **settings)
@@ -136,7 +137,13 @@ def load_predictions(path: str | os.PathLike, task: str | None = None) -> Predic
     """
     predictions = Predictions.load(path, task)
     require_records(predictions, str(path))
-    _require_settings(predictions, f"{path}, line 1, settings")
+    # A setting that is missing is refused where it is needed, by `score`: a page shows the rest.
+    kinds = {
+        name: kind
+        for name, kind in _settings_of(predictions.task).items()
+        if name in predictions.settings
+    }
+    require_fields(predictions.settings, kinds, f"{path}, line 1, settings")
     return predictions
 
 
@@ -172,10 +179,9 @@ def require_records(predictions: Predictions, where: str | None = None) -> None:
         numbers[identity] = number
 
 
-def _require_settings(predictions: Predictions, where: str) -> None:
-    """Checks the settings that scoring reads."""
-    kinds = {**_SETTINGS, **EVALUATIONS[predictions.task].settings}
-    require_fields(predictions.settings, kinds, where)
+def _settings_of(task: str) -> dict[str, Any]:
+    """Lists the types of the settings that scoring reads."""
+    return {**_SETTINGS, **EVALUATIONS[task].settings}
 
 
 def require_same_set(predictions: Predictions, source: Source) -> None:

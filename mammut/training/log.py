@@ -127,6 +127,9 @@ class RunLog:
         lines = [f"{name} at step {step}: {images} images, {evaluation.num_texts} texts"]
         if "t2i_r1" in metrics:
             lines[0] += f" (chance R@1 {1 / images:.1%})"
+        if "top1" in metrics:
+            classes = evaluation.predictions[-1].settings["classes"]
+            lines[0] += f" (chance top-1 {1 / len(classes):.1%})"
         for way, key in (("text to image", "t2i"), ("image to text", "i2t")):
             recalls = [
                 f"  R@{k} {metrics.pop(f'{key}_r{k}'):.1%}"
