@@ -176,7 +176,7 @@ def broken_from_the_second_line():
 
 
 def test_an_index_of_a_shard_is_written_whole_or_not_at_all(tmp_path, disk_full):
-    index = tar_shards.Index(np.zeros((2, 3), np.int64), np.zeros((2, 3), np.uint32))
+    index = tar_shards.Index(np.zeros((2, 3), np.int64), np.zeros((2, 3), np.uint32), {}, "")
     tar_shards._store(tmp_path, "x", {"size": 1}, index)
     before = content_of(tmp_path)
     assert set(before) == {"x"}

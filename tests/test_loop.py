@@ -265,7 +265,13 @@ def test_a_run_that_was_killed_in_an_evaluation_has_the_records_of_one_that_was_
 ])  # fmt: skip
 def test_a_signal_saves_the_step_it_came_in(tmp_path, capsys, number, name):
     run = Run(tmp_path, lambda step: {"score": 1.0})
-    run.during = lambda step: os.kill(os.getpid(), number) if step == 4 else None
+
+    def signalled(step: int) -> None:
+        if step == 4:
+            os.kill(os.getpid(), number)
+            time.sleep(0.5)  # a step takes its time: the answer is said meanwhile
+
+    run.during = signalled
     assert not run()
     assert [*run.checkpoints.steps] == [3, 4]
     assert run.events[-2:] == ["save 4", "whole"]

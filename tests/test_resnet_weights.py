@@ -145,7 +145,7 @@ def test_image_size_mean_and_deviation_come_from_the_files_beside_the_weights(tm
     alone = open_model(tmp_path / "model.safetensors")
     assert (
         alone.config.vision.image_size == 256
-        and "there is no config.json of timm's" in alone.notes[-1]
+        and "no config.json of timm gives it" in alone.notes[-1]
     )
     cfg = TIMM["pretrained_cfg"] | {
         "input_size": [3, 96, 96],

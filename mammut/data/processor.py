@@ -35,7 +35,7 @@ _FORMAT = 1
 _MAX_LENGTH = 2**17  # the limit of DecoderConfig.max_length, too
 
 
-def as_images(images: Any, name: str = "images") -> list[Any]:
+def as_images(images: Any, name: str = "images") -> Sequence[Any]:
     """Lists the pictures of any list of them: a tuple, a generator, an array of four axes.
 
     Raises:
@@ -44,7 +44,7 @@ def as_images(images: Any, name: str = "images") -> list[Any]:
     return _as_list(images, name, "images", axes=4)
 
 
-def as_texts(texts: Any, name: str) -> list[str]:
+def as_texts(texts: Any, name: str) -> Sequence[str]:
     """Lists the texts of any list of str.
 
     Raises:
@@ -57,7 +57,7 @@ def as_texts(texts: Any, name: str) -> list[str]:
     return texts
 
 
-def _as_list(values: Any, name: str, of: str, axes: int) -> list[Any]:
+def _as_list(values: Any, name: str, of: str, axes: int) -> Sequence[Any]:
     """Lists the elements of any list; an array counts as one where it has `axes` axes."""
     dims = getattr(values, "ndim", None)
     listed = isinstance(values, Iterable) if dims is None else dims == axes
@@ -69,7 +69,8 @@ def _as_list(values: Any, name: str, of: str, axes: int) -> list[Any]:
         raise ValueError(
             f"{name} is one {type(values).__name__}{shown}, expected a list of {of}: give [...]"
         )
-    return list(values)
+    # A sequence may make its elements when they are asked for: all of them may not fit in memory.
+    return values if isinstance(values, Sequence) else list(values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,12 +44,12 @@ def require_labels(source: Source, classes: Sequence[str], limit: int | None = N
     size = len(source)
     for index in range(size if limit is None else min(limit, size)):
         try:
-            labels = [text for _, text in source.pairs(index)]
+            example = source[index]
         except BadExample:
             continue
-        if unknown := set(labels) - known:
+        if example.name is not None and example.name not in known:
             raise ValueError(
-                f"{source[index].key!r} is {unknown.pop()!r}, not one of the {len(classes)} classes"
+                f"{example.key!r} is {example.name!r}, not one of the {len(classes)} classes"
             )
 
 

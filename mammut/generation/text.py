@@ -268,7 +268,7 @@ def text_of(row: GeneratedRow) -> Text:
 
 
 def _prompt_ids(
-    model: MaMMUT, processor: Processor, images: list[Any], prompts: Any
+    model: MaMMUT, processor: Processor, images: Sequence[Any], prompts: Any
 ) -> list[list[int]]:
     """Encodes each image's prompt, with the start token first."""
     require_same_vocabulary(model, processor)
