@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 import pytest
+from marks import long
 
 from mammut.config import MeshConfig, TrainConfig
 from mammut.core import distributed, sharding, stopping
@@ -317,7 +318,7 @@ def test_a_signal_is_seen_before_every_batch_of_an_evaluation(tmp_path):
     assert not run() and [*run.checkpoints.steps] == [3]
 
 
-@pytest.mark.parametrize("stuck, saved", [(1, 0), (6, 5), (7, 6)])
+@pytest.mark.parametrize("stuck, saved", [long(1, 0), (6, 5), long(7, 6)])
 def test_a_signal_while_waiting_for_a_batch_saves_the_last_whole_step(tmp_path, stuck, saved):
     run = Run(tmp_path, lambda step: {"score": 1.0}, eval_every=0)
     send(signal.SIGINT, after=1.0)

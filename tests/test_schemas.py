@@ -10,6 +10,7 @@ import math
 import pathlib
 
 import pytest
+from marks import long
 
 from mammut.config import TrainConfig, to_dict
 from mammut.data.examples import BadExample
@@ -232,8 +233,8 @@ def lines_of(kind: str, folder: pathlib.Path, task: str) -> list:
     *(("predictions", task) for task in PREDICTIONS),
     *(("scores", task) for task in PREDICTIONS),
     ("examples", ""),
-    ("run", ""),
-    ("config", ""),
+    long("run", ""),
+    long("config", ""),
 ])  # fmt: skip
 def test_a_field_that_is_changed_is_read_or_refused_in_one_sentence(tmp_path, kind, task):
     (tmp_path / "set.jsonl").write_text(json.dumps(EXAMPLE))

@@ -180,6 +180,7 @@ def test_fsdp_keeps_an_eighth_of_every_kernel_and_of_both_its_moments_on_a_devic
         assert split > 20 * whole
 
 
+@pytest.mark.long
 def test_data_parallelism_keeps_every_parameter_whole():
     for leaf, x in by_name(run("data 8").state.params).items():
         assert x.addressable_shards[0].data.shape == x.shape, leaf
