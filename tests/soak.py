@@ -48,6 +48,8 @@ SIGNALS = {"SIGTERM", "Ctrl-C"}
 STOPPED = {75, 128 + 2, 128 + 15, -2, -15}
 IN_MAIN = re.compile(r'train.py", line \d+, in main')
 STEP = re.compile(r"/(?:checkpoints|checkpoint_manifests)/(\d+)")
+# What Python prints where tensorstore reports a failed write to a loop that has ended.
+UNRAISABLE = re.compile(r"Traceback [^\n]*\n(?:  [^\n]*\n)+RuntimeError: Event loop is closed")
 BEGINNING = re.compile(r"^(?:starting|resuming) at step (\d+)", re.M)
 
 
@@ -94,6 +96,14 @@ class Soak:
             seconds = max(self.longest.values()) if kind == "all" else self.longest.get(kind, 0)
             lines.append(f"{kind:<36}{counts[0]:>8}{counts[1]:>9}{counts[2]:>17}{seconds:>11.1f}")
         return "\n".join(lines)
+
+
+def _copy(path: pathlib.Path, copy: pathlib.Path) -> None:
+    """Copies a file or a folder; a link stays one, also one to nothing."""
+    if path.is_dir():
+        shutil.copytree(path, copy, symlinks=True)
+    else:
+        shutil.copy2(path, copy)
 
 
 class Run:
@@ -147,7 +157,7 @@ class Run:
         kept = self.folder / "kept"
         kept.mkdir(exist_ok=True)
         copy = kept / str(len([*kept.iterdir()]))
-        (shutil.copytree if path.is_dir() else shutil.copy2)(path, copy)
+        _copy(path, copy)
         self._kept[path] = copy
 
     # --- the start of a program, and its end
@@ -214,7 +224,7 @@ class Run:
             self.problem(f"the run begins at step {beginning[1]}, though step {whole} is whole")
         # A signal that comes while Python imports ends it in Python's own way.
         is_importing = struck.kind in SIGNALS and not IN_MAIN.search(errors) and not out
-        if "Traceback" in errors and not struck.of_peer and not is_importing:
+        if "Traceback" in UNRAISABLE.sub("", errors) and not struck.of_peer and not is_importing:
             self.problem(f"a traceback after {struck.kind or self._damage}")
 
         is_stopped = "SIGTERM: saved" in out or bool(STOPPED & {*statuses})
@@ -281,7 +291,7 @@ class Run:
             if path.is_dir():
                 shutil.rmtree(path)
             path.unlink(missing_ok=True)
-            (shutil.copytree if copy.is_dir() else shutil.copy2)(copy, path)
+            _copy(copy, path)
 
     def _damage_files(self) -> None:
         if not self.soak.is_over():
