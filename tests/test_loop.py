@@ -259,12 +259,20 @@ def test_a_run_that_was_killed_in_an_evaluation_has_the_records_of_one_that_was_
 # --- signals
 
 
+@pytest.fixture
+def restored_hangup():
+    """SIGHUP as a terminal sets it; tests that run under nohup would ignore it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number, name", [
     (signal.SIGTERM, "SIGTERM"),
     (signal.SIGINT, "Ctrl-C"),
     (signal.SIGHUP, "SIGHUP"),
 ])  # fmt: skip
-def test_a_signal_saves_the_step_it_came_in(tmp_path, capsys, number, name):
+def test_a_signal_saves_the_step_it_came_in(tmp_path, capsys, restored_hangup, number, name):
     run = Run(tmp_path, lambda step: {"score": 1.0})
 
     def signalled(step: int) -> None:

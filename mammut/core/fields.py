@@ -25,9 +25,13 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_types(config: Any) -> None:
-    """Checks that every field has a value of its type; a whole number is a float, too."""
+    """Checks that every field has a value of its type; a whole number is a float, too.
+
+    A list is taken for a tuple, and becomes one: a config can be hashed.
+    """
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        value = _as_tuples(getattr(config, field.name))
+        object.__setattr__(config, field.name, value)
         kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
         require(
             _fits(value, field.type),
