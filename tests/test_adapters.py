@@ -99,6 +99,7 @@ def several() -> MaMMUT:
 # --- what they change
 
 
+@pytest.mark.long
 def test_adapters_that_start_from_zero_change_nothing_at_all(base):
     zeros = [adapter(kind, init="zero", norm=kind == "parallel") for kind in BOTTLENECKS]
     model = mammut.add_adapter(base, *zeros, adapter("lora"), adapter("ia3"), rngs=nnx.Rngs(0))

@@ -333,7 +333,7 @@ def test_every_parameter_is_trained_by_the_losses_the_model_has(name):
 
 
 @pytest.mark.parametrize("name", [
-    long("openmammut_small"), long("moderntext"), "coca", "siglip", "prefix",
+    long("openmammut_small"), long("moderntext"), long("coca"), "siglip", "prefix",
 ])  # fmt: skip
 def test_eight_devices_say_what_one_says(name):
     config, batch = CONFIGS[name], batch_of(name)

@@ -261,6 +261,7 @@ def test_the_scalars_of_the_loss_start_where_they_are_told_to():
         assert params["logit_bias"] == bias
 
 
+@pytest.mark.long
 def test_a_model_stored_in_bfloat16_is_loaded_in_bfloat16(folder):
     """By the arguments of the model, or without them by the folder."""
     compute = ComputeConfig(param_dtype="bfloat16")

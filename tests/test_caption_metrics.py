@@ -163,6 +163,7 @@ def test_scores_without_java_are_the_official_ones(shared, name):
     assert scores.left_out.keys() == {"meteor", "spice"}
 
 
+@pytest.mark.long
 @needs_java
 def test_scores_with_java_are_the_official_ones_with_meteor(shared):
     rows, expected = fixture_rows(shared, SETS[0]), fixture_scores(shared, SETS[0])

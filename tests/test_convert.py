@@ -96,6 +96,7 @@ def assert_same_files(one: pathlib.Path, other: pathlib.Path) -> None:
         assert array.dtype == other[name].dtype and array.tobytes() == other[name].tobytes(), name
 
 
+@pytest.mark.long
 def test_a_model_goes_to_open_clip_and_back_bit_for_bit(ours, tmp_path):
     said = run(ours, tmp_path / "theirs", "--to", "open_clip")
     total = num_params(MAMMUT2)["total"]

@@ -15,6 +15,8 @@ from mammut.evaluation.predictions import Predictions
 from mammut.generation.search import GenerateConfig
 from mammut.testing import tiny_model, tiny_processor
 
+pytestmark = pytest.mark.long
+
 QUESTIONS = "what?", "where?"
 
 
@@ -110,7 +112,6 @@ def test_questions_are_asked_after_examples_and_scored_both_ways(folder, capsys)
     )
 
 
-@pytest.mark.long
 def test_captions_are_asked_after_examples_with_beams(folder, monkeypatch):
     monkeypatch.setenv("PATH", "")  # without Java, which takes seconds to start
     ask(

@@ -61,9 +61,7 @@ def outputs_and_gradients(config: ModelConfig, compute: ComputeConfig):
     return jax.device_get((out, nnx.to_pure_dict(grads)))
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ("own", "openmammut") else long(name) for name in FUSABLE]
-)
+@pytest.mark.parametrize("name", [name if name == "own" else long(name) for name in FUSABLE])
 def test_one_traversal_gives_the_numbers_and_the_gradients_of_two(name):
     """They are equal up to rounding, which adds up in gradients.
 

@@ -656,6 +656,7 @@ def test_a_mesh_of_devices_says_what_one_device_says(
 # --- what cannot be generated
 
 
+@pytest.mark.long
 def test_a_model_that_diverged_says_nothing_and_is_named(processor, images, generated):
     """Its logits are NaN: the text ends there, at a score of minus infinity."""
     diverged = tiny_model(CONFIG, seed=1)

@@ -129,6 +129,7 @@ def test_a_model_made_in_one_program_has_the_weights_of_one_made_step_by_step():
         np.testing.assert_array_equal(np.asarray(param[...]), expected, err_msg=str(path))
 
 
+@pytest.mark.long
 def test_how_a_model_is_computed_changes_no_weight_but_by_rounding():
     compute = ComputeConfig(param_dtype="bfloat16", remat="full", unroll=2, passes="fused")
     model = MaMMUT(BASE, compute=compute, rngs=nnx.Rngs(0))

@@ -248,6 +248,7 @@ def test_eight_devices_say_what_one_says(ask, ask_eight):
         assert one == eight
 
 
+@pytest.mark.long
 def test_a_blind_model_sees_black(model, processor):
     mesh = sharding.make_mesh(MeshConfig(data=8))
     blind = asker(model, processor, mesh, batch_size=8, blind=True)

@@ -478,6 +478,7 @@ def test_no_items_are_refused(run):
         write_report(run, items=0)
 
 
+@pytest.mark.long
 def test_the_program_prints_the_page_and_ends_in_one_sentence(run, tmp_path):
     root = pathlib.Path(__file__).parents[1]
     command = [sys.executable, "-m", "eval.report"]

@@ -123,6 +123,7 @@ def test_every_parameter_but_the_statistics_has_a_gradient(vision):
     assert any(name.endswith(STATISTICS) for name in gradients) == (vision.kind == "clip")
 
 
+@pytest.mark.long
 def test_steps_of_training_move_everything_but_the_statistics():
     config = TrainConfig(
         model=with_tower(CLIP),
@@ -153,6 +154,7 @@ def test_a_new_encoder_keeps_its_numbers_in_bounds(vision):
     assert 0.05 < tokens.std() < 5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("remat", "unroll"), [long("dots", 2), ("full", 1)])
 def test_recomputing_and_unrolling_change_no_gradient(remat, unroll):
     def gradients(compute):

@@ -141,6 +141,7 @@ def compiled(losses, batch, devices):
         return mean.lower(embed, embed, scalar, scalar).compile()
 
 
+@pytest.mark.long
 @LOSSES
 def test_memory_does_not_grow_with_the_devices_and_only_blocks_travel(name):
     """At 64 pairs a device. The matrix has all columns on every device."""

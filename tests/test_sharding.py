@@ -186,6 +186,7 @@ def test_data_parallelism_keeps_every_parameter_whole():
         assert x.addressable_shards[0].data.shape == x.shape, leaf
 
 
+@pytest.mark.long
 def test_heads_mlp_and_vocabulary_are_split_over_the_model_axis():
     params = run("2 x 2 x 2").state.params
     vision = params["vision"]["layers"]
@@ -293,6 +294,7 @@ def test_a_vocabulary_split_over_the_model_axis_is_never_gathered_and_its_gradie
     assert not [c for c in whole if any(CONFIG.model.text.vocab_size in s.dims for s in c.shapes)]
 
 
+@pytest.mark.long
 def test_data_parallelism_gathers_no_parameter_and_fsdp_does():
     shapes = {tuple(x.shape) for x in jax.tree.leaves(run("data 8").state.params) if x.ndim > 1}
 

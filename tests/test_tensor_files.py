@@ -219,6 +219,7 @@ def test_a_file_is_written_from_the_very_file_that_it_replaces(tmp_path):
     assert_same(all_of(path), ARRAYS)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not pathlib.Path("/proc/self/status").exists(), reason="tells the peak of resident memory"
 )

@@ -21,6 +21,8 @@ from safetensors.numpy import save_file
 
 from mammut.weights.files.tensor_file import CheckpointError, open_tensors
 
+pytestmark = pytest.mark.long
+
 _ARRAYS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
     "b": np.array([True]),

@@ -431,6 +431,7 @@ def test_the_sizes_of_a_model_to_start_from_can_be_overridden(
     assert list(starts) == ["init"] and vision.width == 32 and config.optimizer == recipe.optimizer
 
 
+@pytest.mark.long
 def test_a_run_whose_recipe_does_not_fit_the_model_it_started_from_is_resumed_with_it(
     model_folder, tmp_path
 ):

@@ -411,7 +411,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(whole_batch, accumul
         assert np.abs(grads[name] - want).max() <= 1e-5 * max(np.abs(want).max(), 1), name
 
 
-@pytest.mark.parametrize("what", [long("patches and positions"), "prefix"])
+@pytest.mark.parametrize("what", [long("patches and positions"), long("prefix")])
 def test_both_forwards_of_a_micro_batch_see_the_same_of_an_image(what):
     """Each micro-batch crops and drops by a key of its own, which a direct gradient uses once."""
     config = MODEL
