@@ -117,6 +117,7 @@ def test_adapters_that_start_from_zero_change_nothing_at_all(base):
         assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.long
 def test_a_fresh_bottleneck_of_magma_changes_every_output_a_little(base, plain):
     model = mammut.add_adapter(base, *map(adapter, BOTTLENECKS), rngs=nnx.Rngs(0))
     for kind in BOTTLENECKS:
@@ -172,6 +173,7 @@ def test_gradients_reach_every_parameter_of_every_adapter_that_a_pass_goes_throu
     assert silent == (set() if of == "logits" else elsewhere)
 
 
+@pytest.mark.long
 def test_both_passes_in_one_traversal_are_adapted_as_in_two_calls():
     configs = adapter("sequential"), adapter("lora"), adapter("ia3")
 

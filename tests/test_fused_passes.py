@@ -143,6 +143,7 @@ def test_the_contrastive_pass_has_no_product_with_the_vocabulary(name):
     assert vocab in shapes("caption_logits", batch["image"], batch["tokens"])
 
 
+@pytest.mark.long
 def test_over_eight_devices_each_decoder_weight_is_gathered_once_forward_and_once_backward():
     """The layers are laid out one by one.
 

@@ -611,6 +611,7 @@ def test_beams_share_the_keys_and_values_of_their_image(model, images):
 # --- on a mesh
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh, num_beams", [
     long(MeshConfig(data=1, fsdp=8), 1), (MeshConfig(data=2, fsdp=2, model=2), 4),
 ])  # fmt: skip

@@ -139,6 +139,7 @@ def test_embeddings_and_caption_logits_are_those_of_pytorch(reference):
     np.testing.assert_array_equal(logits.argmax(-1), outputs["caption_logits_argmax"])
 
 
+@pytest.mark.long
 def test_losses_and_gradients_are_those_of_pytorch(reference):
     fixture, outputs, opened, model, arrays = reference
     if "losses" not in fixture:

@@ -146,6 +146,7 @@ def test_steps_of_training_move_everything_but_the_statistics():
         assert np.array_equal(before[name], after[name]) == name.endswith(STATISTICS), name
 
 
+@pytest.mark.long
 @BOTH
 def test_a_new_encoder_keeps_its_numbers_in_bounds(vision):
     vision = dataclasses.replace(vision, stages=(2, 2, 2, 2))

@@ -253,6 +253,7 @@ def test_fused_passes_gather_the_decoders_weights_half_as_often():
     assert gathered("fused") < 0.7 * gathered("two_calls")
 
 
+@pytest.mark.long
 def test_a_vocabulary_split_over_the_model_axis_is_never_gathered_and_its_gradient_reduced_once():
     mesh, vocab, width = sharding.make_mesh(MESHES["2 x 2 x 2"]), 1_000, 32
     table = jax.sharding.NamedSharding(
