@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -27,6 +28,7 @@ _NONE = json.dumps(None)  # the failure of a run that had none
 LONG = 7 * 24 * 3600 * 1000  # ms, longer than any run: the watchdog ends what takes too long
 _GOODBYE = 5.0  # seconds that the coordinator waits for the others to learn why it ends
 
+at_end: list[Callable[[], None]] = []  # what `end` still calls; it may not wait or raise
 _ending = threading.Lock()  # taken for good by the thread that ends this process
 _joined = threading.Event()  # this process and the others can talk
 
@@ -190,6 +192,8 @@ def end(program: str, message: str, *, stacks: bool = False) -> NoReturn:
             telling = threading.Thread(target=_tell_others, args=[message, stacks], daemon=True)
             telling.start()
             telling.join(_GOODBYE)
+        for call in at_end:
+            call()
     finally:
         os._exit(1)
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 
 from mammut.core import distributed
-from mammut.core.coordination import end
+from mammut.core.coordination import at_end, end
 from mammut.training.command_line import default_workdir
 
 LOCK = "run.lock"
@@ -80,17 +80,24 @@ def claimed(workdir: pathlib.Path, *, is_new: bool = False) -> Iterator[None]:
         ) from error
     closed = threading.Event()
     threading.Thread(target=_touch, args=(path, content, closed), daemon=True).start()
-    try:
-        yield
-    finally:
+
+    def release() -> None:
         closed.set()
         with contextlib.suppress(OSError):
             if path.read_text("utf-8") == content:
                 path.unlink()  # before the lock ends: never the file of the next run
-        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
         with contextlib.suppress(OSError):  # not empty
             for folder in made:
                 folder.rmdir()
+
+    at_end.append(release)  # a process that ends for another one leaves no claim behind
+    try:
+        yield
+    finally:
+        at_end.remove(release)
+        release()
 
 
 def _lock(path: pathlib.Path) -> tuple[int, str]:
