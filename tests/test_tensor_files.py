@@ -300,7 +300,8 @@ def test_a_header_that_is_not_as_long_as_it_says_is_refused(tmp_path, length, me
 
 
 def test_a_header_that_is_no_object_or_of_too_many_tensors_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_file, "MAX_TENSORS", 1_000)  # of 100,000, to write fewer
+    assert tensor_file.MAX_TENSORS == 100_000
+    monkeypatch.setattr(tensor_file, "MAX_TENSORS", 1_000)  # to write fewer
     with pytest.raises(CheckpointError, match="is a JSON list, expected an object"):
         open_tensors(raw_safetensors(tmp_path / "x.safetensors", [1]))
     entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
