@@ -319,8 +319,16 @@ def _default_out(checkpoint: pathlib.Path, task: str, options: Options) -> pathl
         folder = checkpoint.parent
         name = f"{_name(checkpoint.name)}_{_name(options.data)}"
         asked += json.dumps(checkpoint.name)
+    if _is_relative(options.data):  # the same name is another set in another directory
+        asked += json.dumps(os.getcwd())
     number = hashlib.sha256(asked.encode()).hexdigest()[:8]
     return folder / "eval" / f"{task}_{name}_{number}{options.part}.json"
+
+
+def _is_relative(data: str) -> bool:
+    """Whether the set is looked for in the current directory."""
+    kind, _, path = data.partition(":")
+    return kind not in ("synthetic", "tfds") and not os.path.isabs(os.path.expanduser(path))
 
 
 def _name(text: str) -> str:

@@ -156,6 +156,13 @@ def test_every_file_of_a_step_is_guarded_against_every_damage(three_steps, tmp_p
             shutil.rmtree(workdir)
 
 
+def test_a_manifest_that_lists_no_file_says_nothing_of_its_step(workdir, abstract, caplog):
+    (workdir / "checkpoint_manifests" / "9.json").write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        assert_restores(workdir, abstract, 6)
+    assert "9.json lists no file" in caplog.text
+
+
 def test_a_flipped_bit_in_the_newest_step_means_the_step_before_and_a_warning(
     workdir, abstract, caplog
 ):

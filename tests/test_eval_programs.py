@@ -345,6 +345,18 @@ def test_an_option_that_does_not_change_the_result_has_the_same_file(tmp_path):
     assert len({default_out(plain, file) for file in files}) == 2
 
 
+def test_a_relative_set_of_another_directory_has_another_file(tmp_path, monkeypatch):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    found = {}
+    for data in ("jsonl:val.jsonl", f"jsonl:{tmp_path}/val.jsonl", "synthetic:val"):
+        found[data] = set()
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+            monkeypatch.chdir(folder)
+            found[data].add(default_out(vqa.Options("model", data=data), tmp_path))
+    assert [len(names) for names in found.values()] == [2, 1, 1]
+
+
 def test_files_of_another_result_are_not_replaced(results, folder, tmp_path):
     scores, path = results["retrieval"]
     out = path.with_name("retrieval.json")

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from damage import one_sentence
 
@@ -136,14 +137,34 @@ def test_a_run_of_an_earlier_version_without_its_processor_is_not_resumed(tmp_pa
 
 @pytest.mark.parametrize("change", [
     {"state": "gone"}, {"state": 3}, {"processor": []}, {"processor": {"x": 1}}, {"extra": 1},
+    {"sha256": 3}, {"sha256": "0" * 64},
 ])  # fmt: skip
 def test_a_run_json_that_cannot_be_is_refused_by_name(tmp_path, change):
     make_run(tmp_path, "running", steps=(3,))
     run = json.loads((tmp_path / "run.json").read_text())
+    del run["sha256"]  # as who changes it on purpose is told to do
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    resume(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps(run | change))
     with pytest.raises(CheckpointError, match="run.json") as error:
         resume(tmp_path)
     one_sentence(error)
+
+
+def test_a_run_json_with_one_flipped_bit_is_refused_by_name(tmp_path):
+    """A flipped bit of a digit, or of a letter in a text, is another config."""
+    make_run(tmp_path, "running", steps=(3,))
+    whole = (tmp_path / "run.json").read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.choice(len(whole), 300, replace=False):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.integers(8)
+        (tmp_path / "run.json").write_bytes(damaged)
+        for read in (read_run, lambda workdir: write_state(workdir, "done")):
+            with pytest.raises(CheckpointError, match="run.json") as error:
+                read(tmp_path)
+            one_sentence(error)
+        assert (tmp_path / "run.json").read_bytes() == damaged
 
 
 # --- a folder without a step

@@ -39,9 +39,12 @@ def check_manifest(folder: pathlib.Path, manifest: pathlib.Path) -> list[str]:
       The errors in the files or in the manifest, in sentences; an empty list where all is right.
     """
     try:
-        return check_files(folder, read_json_object(manifest, MAX_HEADER), str(manifest))
+        entries = read_json_object(manifest, MAX_HEADER)
     except CheckpointError as error:
         return [str(error)]
+    if not entries:  # of no file it would be true
+        return [f"{manifest} lists no file"]
+    return check_files(folder, entries, str(manifest))
 
 
 def check_files(folder: pathlib.Path, entries: dict[str, Any], manifest: str) -> list[str]:
@@ -71,6 +74,11 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a JSON file, whole or not at all."""
     with replacing_file(path) as new:
         new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def checksum(values: dict[str, Any]) -> str:
+    """Computes the SHA-256 of a JSON object: of its content, not of how it is laid out."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_json_object(path: pathlib.Path, max_bytes: int = _MAX_CONFIG) -> dict[str, Any]:

@@ -23,16 +23,14 @@ from mammut.core.fields import to_dict
 from mammut.core.files import (
     check_files,
     make_manifest,
-    read_json_object,
     remove_partial_files,
-    write_json,
 )
 from mammut.data.processor import Processor
 from mammut.training.config import TrainConfig
 from mammut.weights.checkpoints import saved_steps
 from mammut.weights.files.tensor_file import CheckpointError
 from mammut.weights.formats.mammut_folder import MANIFEST_FILE
-from mammut.weights.formats.mammut_run import RUN_FILE, read_run_file
+from mammut.weights.formats.mammut_run import RUN_FILE, read_run_file, write_run_file
 from mammut.weights.formats.open_clip_folder import CONFIG_FILE as OPEN_CLIP_FILE
 from mammut.weights.old_configs import MOVED, upgraded
 from mammut.weights.opened import read_config
@@ -81,14 +79,14 @@ def write_run(
     if processor is not None:
         names = ["processor.json", *processor.tokenizer.files]
         run["processor"] = make_manifest(workdir, [workdir / name for name in names])
-    write_json(workdir / RUN_FILE, run)
+    write_run_file(workdir, run)
 
 
 def write_state(workdir: pathlib.Path, state: State, *, after: State | None = None) -> None:
     """Changes the state in `run.json`; with `after`, only where it is that one."""
-    run = read_json_object(workdir / RUN_FILE)
+    run = read_run_file(workdir)
     if after is None or run.get("state") == after:
-        write_json(workdir / RUN_FILE, run | {"state": state})
+        write_run_file(workdir, run | {"state": state})
 
 
 def is_unused(workdir: pathlib.Path) -> bool:
@@ -121,7 +119,7 @@ def _state(workdir: pathlib.Path) -> State | None:
     path = workdir / RUN_FILE
     if not path.exists():
         return None
-    state = read_json_object(path).get("state")
+    state = read_run_file(workdir).get("state")
     if state is not None and state not in get_args(State):
         raise CheckpointError(
             f"{path} has the state {state!r}, expected one of {', '.join(get_args(State))}"
@@ -176,7 +174,7 @@ def require_whole(workdir: pathlib.Path) -> None:
       CheckpointError: its checkpoints are gone; or its processor is gone, or another one.
       ValueError: a file stands in place of a folder, or one cannot be written to.
     """
-    run = read_json_object(workdir / RUN_FILE)
+    run = read_run_file(workdir)
     state = _state(workdir)
     if state is None and (workdir / MANIFEST_FILE).exists():
         state = "done"

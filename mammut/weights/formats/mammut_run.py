@@ -9,7 +9,7 @@ import os
 import pathlib
 from typing import Any
 
-from mammut.core.files import read_json_object
+from mammut.core.files import checksum, read_json_object, write_json
 from mammut.models.compute import ComputeConfig
 from mammut.models.mammut import ModelConfig
 from mammut.weights.checkpoints import Checkpoints
@@ -19,6 +19,7 @@ from mammut.weights.opened import LazyTensors, OpenedModel, model_specs, read_mo
 
 KIND = "run (no checkpoints)"
 RUN_FILE = "run.json"
+_CHECKSUM = "sha256"
 
 
 def recognises(path: pathlib.Path) -> bool:
@@ -54,17 +55,30 @@ def open_model(folder: pathlib.Path, *, image_size: int | None = None) -> Opened
     return OpenedModel(config, tensors, processor, str(folder), compute=compute)
 
 
+def write_run_file(folder: pathlib.Path, run: dict[str, Any]) -> None:
+    """Writes `run.json` with a checksum: a flipped bit in a config is often another config."""
+    write_json(folder / RUN_FILE, run | {_CHECKSUM: checksum(run)})
+
+
 def read_run_file(folder: pathlib.Path) -> dict[str, Any]:
     """Reads `run.json`: `config` and `overrides`, of newer versions also `state` and `processor`.
 
     Raises:
-      CheckpointError: the file is missing, or has other keys than a run's.
+      CheckpointError: the file is missing, has other keys than a run's, or was changed after it was
+        written.
     """
     path = folder / RUN_FILE
     run = read_json_object(path)
-    if not {"config", "overrides"} <= run.keys() <= {"config", "overrides", "state", "processor"}:
+    required = {"config", "overrides"}
+    if not required <= run.keys() <= required | {"state", "processor", _CHECKSUM}:
         raise CheckpointError(
             f"{path} is not a run's config, expected the keys config and overrides"
+        )
+    expected = run.pop(_CHECKSUM, None)
+    if expected not in (None, checksum(run)):
+        raise CheckpointError(
+            f"{path} does not have the {_CHECKSUM} that it was written with: put it back, or "
+            f"remove the field {_CHECKSUM} if it was changed on purpose"
         )
     return run
 
