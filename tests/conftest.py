@@ -24,6 +24,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook("mammut", "beartype.beartype")
 
 import collections  # noqa: E402
+import gc  # noqa: E402
 import pathlib  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
@@ -31,6 +32,10 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 from mammut.testing import shared_dir  # noqa: E402
+
+# Tracing makes millions of objects that live on: Python's collector goes through them again and
+# again, an eighth of all time.
+gc.set_threshold(100_000, 50, 100)
 
 # The files that take longest. pytest-xdist gives out whole files, those with most tests first: a
 # long file of few tests would start last, and one worker would wait for it.

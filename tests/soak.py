@@ -48,8 +48,6 @@ SIGNALS = {"SIGTERM", "Ctrl-C"}
 STOPPED = {75, 128 + 2, 128 + 15, -2, -15}
 IN_MAIN = re.compile(r'train.py", line \d+, in main')
 STEP = re.compile(r"/(?:checkpoints|checkpoint_manifests)/(\d+)")
-# What Python prints where tensorstore reports a failed write to a loop that has ended.
-UNRAISABLE = re.compile(r"Traceback [^\n]*\n(?:  [^\n]*\n)+RuntimeError: Event loop is closed")
 BEGINNING = re.compile(r"^(?:starting|resuming) at step (\d+)", re.M)
 
 
@@ -224,7 +222,7 @@ class Run:
             self.problem(f"the run begins at step {beginning[1]}, though step {whole} is whole")
         # A signal that comes while Python imports ends it in Python's own way.
         is_importing = struck.kind in SIGNALS and not IN_MAIN.search(errors) and not out
-        if "Traceback" in UNRAISABLE.sub("", errors) and not struck.of_peer and not is_importing:
+        if "Traceback" in errors and not struck.of_peer and not is_importing:
             self.problem(f"a traceback after {struck.kind or self._damage}")
 
         is_stopped = "SIGTERM: saved" in out or bool(STOPPED & {*statuses})

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -367,6 +368,37 @@ def test_a_signal_that_was_raised_where_nothing_raises_ends_the_start_all_the_sa
                 time.sleep(60)
             with asked.deferred():
                 raise AssertionError("the run has begun")
+
+
+class Dying:
+    """Does something in its destructor, where Python raises nothing."""
+
+    def __init__(self, call: Callable[[], None]):
+        self.call = call
+
+    def __del__(self):
+        self.call()
+
+
+def test_what_cannot_be_raised_is_printed_only_where_it_tells_something_new(monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: printed.append(str(error.exc_value)))
+
+    def fail(message: str) -> None:
+        raise RuntimeError(message)
+
+    def signal_itself() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+    with pytest.raises(Stopped):
+        with Stopping("train.py") as asked:
+            Dying(lambda: fail("Event loop is closed"))  # tensorstore, after a full disk
+            Dying(lambda: fail("a defect"))
+            Dying(signal_itself)
+            with asked.deferred():
+                raise AssertionError("the run has begun")
+    assert printed == ["a defect"]
 
 
 @pytest.mark.parametrize("unsaved, statuses", [(False, [75]), (True, [])])

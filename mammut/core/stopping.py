@@ -1,13 +1,14 @@
 """Signals ask a run to stop; it stops where its state is whole."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from mammut.core.coordination import connected, end
 from mammut.core.terminal import say
@@ -57,6 +58,8 @@ class Stopping:
         self._before = contextlib.ExitStack()  # puts back what was before
 
     def __enter__(self) -> "Stopping":
+        self._before.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+        sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
         if threading.current_thread() is threading.main_thread():
             # Python's handlers run between two steps of the main thread, which may be in a long
             # compilation: the watch learns of a signal at once.
@@ -193,6 +196,17 @@ class Stopping:
             end(self._program, message)
         say(f"{self._program}: {message}", "stderr")
         os._exit(128 + signal.SIGINT)
+
+
+def _unraisable(before: Callable[[Any], None], unraisable: Any) -> None:
+    """Prints what Python cannot raise where it comes up, but for what tells nothing new."""
+    error = unraisable.exc_value
+    # A signal in a destructor; it is noted, and raised at the next place that can.
+    is_signal = isinstance(error, Stopped)
+    # From tensorstore, for each array of a checkpoint whose write has failed already.
+    is_late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    if not (is_signal or is_late):
+        before(unraisable)
 
 
 def leave(status: int) -> NoReturn:
