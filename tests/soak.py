@@ -386,6 +386,25 @@ def finish(run: Run, undisturbed: pathlib.Path) -> None:
     shutil.rmtree(run.workdir)
 
 
+def long_run(folder: pathlib.Path, steps: int) -> str:
+    """Trains a run of many steps in one process: what it holds early, and at its end."""
+    (folder / "printed").mkdir()
+    write_data(folder)
+    workdir = folder / "long"
+    argv = ["small.py", "--workdir", str(workdir), "--steps", str(steps)]
+    program = Program(folder, 0, argv)
+    held = []
+    for step in (steps // 10, steps - 1):
+        while program.runs() and last_step(workdir) < step:
+            time.sleep(0.5)
+        footprint = Footprint()
+        footprint.sample(program.processes[0].pid)
+        held.append(f"{footprint} by step {step}")
+    if program.ended(LIMIT) != [0]:
+        raise RuntimeError(f"the long run failed: {program.errors()}")
+    return "; ".join(held)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=60)
@@ -393,12 +412,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 1],
                         help="how many each run has, one run after the other")  # fmt: skip
+    parser.add_argument("--long-run", type=int, metavar="STEPS",
+                        help="instead: one run of so many steps, to see what it holds")  # fmt: skip
     parser.add_argument("--folder", type=pathlib.Path, help="kept; a new or empty folder")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # frees the disk
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or pathlib.Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
+        if args.long_run:
+            print(long_run(folder, args.long_run))
+            return 0
         result = soak(folder, seed=args.seed, faults=args.faults, minutes=args.minutes,
                       processes=tuple(args.processes))  # fmt: skip
     print("\n".join(["", f"{len(result.problems)} problems", *result.problems]))
