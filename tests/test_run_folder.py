@@ -555,6 +555,22 @@ def test_runs_that_start_together_without_a_folder_get_one_each(tmp_path, monkey
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize("obstacle", ["file", "dangling link"])
+def test_a_folder_of_all_runs_that_is_none_is_refused(tmp_path, monkeypatch, obstacle):
+    """No name below it is ever free."""
+    monkeypatch.chdir(tmp_path)
+    if obstacle == "file":
+        (tmp_path / "runs").write_text("")
+    else:
+        (tmp_path / "runs").symlink_to("nowhere")
+    names = iter([pathlib.Path("runs/tiny")])
+    monkeypatch.setattr(claims, "default_workdir", lambda *_: next(names))
+    with pytest.raises(ValueError, match="runs/tiny cannot be written to") as error:
+        with claim(None, "tiny", False):
+            pass
+    one_sentence(error)
+
+
 def test_of_two_runs_with_one_folder_the_second_is_refused(tmp_path):
     for resuming in (False, True):
         with claim(tmp_path / "run", "tiny", resuming):

@@ -913,6 +913,19 @@ def test_a_damaged_record_is_a_bad_example_and_the_others_are_read(greys, tmp_pa
     assert list(sources.texts(source)) == [f"level {n}" for n in range(20) if n != 7]
 
 
+def test_a_label_without_a_name_is_a_bad_example(prepared, tmp_path):
+    _, _, features = tfds_features()
+    labels = {"label": features.ClassLabel(names=["a", "b"])}
+    prepared(labels, [{"label": n % 2} for n in range(4)], "name")
+    (names,) = (tmp_path / "prepared/1.0.0").glob("*.labels.txt")
+    names.write_text("a\n")
+    source = open_set("tfds:prepared/val", field="name", tfds_dir=str(tmp_path))
+    assert source[0].name == "a"
+    with pytest.raises(BadExample, match="example 1 is not of the form of its set") as bad:
+        source[1]
+    assert bad.value.cause == "corrupt record"
+
+
 def test_a_shard_that_is_not_whole_is_refused_at_the_start(greys, tmp_path):
     _, shard = greys
     whole = shard.read_bytes()

@@ -84,6 +84,10 @@ class TfdsSource(Source):
             value = self._value(record)
         except UnicodeDecodeError as error:
             raise BadExample(f"{where} is not UTF-8", "not UTF-8") from error
+        except (LookupError, TypeError, ValueError) as error:  # such as a label beyond the names
+            raise BadExample(
+                f"{where} is not of the form of its set: {_line(error)}", "corrupt record"
+            ) from error
         file = os.fsdecode(record.get("image/filename", b""))
         # Questions are not named by the file: in some sets every question comes with its image
         # anew.
