@@ -112,7 +112,9 @@ def make_processor(
         image, image_size=size, max_image_pixels=config.data.max_image_pixels
     )
     form = of[decoder].text_form if of.get(decoder) else "start_end"
-    processor = Processor(tokenizer, image, config.text_length, form, _classes(config, source, alive))
+    processor = Processor(
+        tokenizer, image, config.text_length, form, _classes(config, source, alive)
+    )
     if missing:
         missing.require_same_ids(tokenizer)
     if settings.replace and text.pad_id not in (None, processor.pad_id):
