@@ -1067,9 +1067,7 @@ def test_the_fingerprint_of_a_prepared_set_is_that_of_its_shards(greys, tmp_path
     assert open_set(f"tfds:{moved}/1.0.0/val").fingerprint() == before
 
 
-def test_a_prepared_set_that_changes_at_the_same_length_has_another_fingerprint(
-    prepared, tmp_path
-):
+def test_a_prepared_set_that_changes_at_the_same_length_has_another_fingerprint(prepared, tmp_path):
     """Also where the change is before the last part of the shard, with the places of records."""
     _, texts, _ = tfds_features()
     rows = [{"captions": [f"level {n:3d} {'x' * 900}"]} for n in range(300)]

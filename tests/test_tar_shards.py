@@ -274,10 +274,9 @@ def test_a_path_that_exists_is_meant_before_a_pattern(tmp_path, folder):
     path = tmp_path / folder
     assert len(open_set(f"tar:{path}/00000.tar")) == 4
     assert len(open_set(f"tar:{path}/00000.tar[1:3]")) == 2
-    if "{" not in folder:  # braces in a folder are a list or a range, but in the path of a shard
-        for pattern in ("*.tar", "0000[0-2].tar", "{00000..00002}.tar"):
-            assert len(open_set(f"tar:{path}/{pattern}")) == 12
-        assert len(open_set(f"tar:{path}/0000?.tar[:50%]")) == 6
+    for pattern in ("*.tar", "0000[0-2].tar", "{00000..00002}.tar"):
+        assert len(open_set(f"tar:{path}/{pattern}")) == 12
+    assert len(open_set(f"tar:{path}/0000?.tar[:50%]")) == 6
 
 
 @pytest.mark.parametrize("name", ["{a,b}", "{1..3}", "x{a,b}y{0..1}"])
@@ -288,6 +287,13 @@ def test_a_folder_with_braces_is_meant_before_a_pattern(tmp_path, name, pattern)
         (tmp_path / name / f"{number}.tar").write_bytes(b"")
     found = shard_paths(f"{tmp_path}/{name}/{pattern}")
     assert found == [tmp_path / name / "0.tar", tmp_path / name / "1.tar"]
+
+
+@pytest.mark.parametrize("name", ["set[1].tar", "set?.tar", "set*.tar", "set{1,2}.tar"])
+def test_a_shard_that_exists_is_meant_before_a_pattern(tmp_path, name):
+    for other in (name, "set1.tar", "set2.tar"):
+        (tmp_path / other).write_bytes(b"")
+    assert shard_paths(f"{tmp_path}/{name}") == [tmp_path / name]
 
 
 @pytest.mark.parametrize("name", ["pipe:0.tar", "s3://b/0.tar"])

@@ -19,6 +19,7 @@ import logging
 import os
 import pathlib
 import stat
+import threading
 import weakref
 import zlib
 from collections.abc import Callable
@@ -46,6 +47,7 @@ from mammut.data.tar_left_out import LeftOut
 from mammut.data.tar_paths import shard_paths
 
 _log = logging.getLogger(__name__)
+_warning = threading.Lock()
 
 # The columns of an index: the files of an example. CLS is there only where a shard has such files.
 IMAGE, TXT, JSON = COLUMNS = range(3)
@@ -324,10 +326,11 @@ def open_index(path: pathlib.Path) -> Index:
     try:
         _store(folder, name, identity, index)
     except OSError as error:
-        _warn_once(
-            f"indexes of tar shards cannot be kept in {folder}, so each start makes them anew: "
-            f"{error.strerror}"
-        )
+        with _warning:  # several threads may come here at once
+            _warn_once(
+                f"indexes of tar shards cannot be kept in {folder}, so each start makes them anew: "
+                f"{error.strerror}"
+            )
     return index
 
 
