@@ -782,6 +782,21 @@ def test_compilations_would_be_seen():
             jax.jit(lambda x: x * 3 + 1)(np.arange(random.randint(1000, 100_000)))
 
 
+def test_a_run_that_is_done_is_done_although_its_report_cannot_be_written(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1]))
+    import train
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "write_report", full)
+    train.say_report(tmp_path)
+    said = "the run is done, but its report cannot be written: [Errno 28] No space left on device"
+    assert said in capsys.readouterr().out
+
+
 def test_a_used_folder_is_refused_without_resume(refusal, tmp_path):
     write_small_run(tmp_path / "used")
     message = refusal("small.py", "--workdir", "used")
