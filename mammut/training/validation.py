@@ -189,7 +189,10 @@ class Evaluator:
 
 
 def _classes_of(
-    source: Source, processor: Processor, prompt: str, alive: Callable[[], None]
+    source: Source,
+    processor: Processor,
+    prompt: str,
+    alive: Callable[[], None] = lambda: None,
 ) -> tuple[list[str], str]:
     """Lists the classes to choose from, and the template of their texts.
 
