@@ -141,8 +141,17 @@ def train(run: Run, watchdog: distributed.Watchdog, stopping: Stopping) -> bool:
         write_run(workdir, config, run.overrides, "done", processor)
         watchdog.doing("the report")
         with stopping.deferred():
-            distributed.say(f"report: {write_report(workdir)}")
+            say_report(workdir)
     return True
+
+
+def say_report(workdir: pathlib.Path) -> None:
+    """Writes the report of a run that is done, or says why it cannot."""
+    try:
+        said = f"report: {write_report(workdir)}"
+    except (OSError, ValueError) as error:
+        said = f"the run is done, but its report cannot be written: {error}"
+    distributed.say(said)
 
 
 def open_sources(

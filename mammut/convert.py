@@ -112,6 +112,9 @@ def main(argv: list[str]) -> None:
         )
     except (ValueError, OSError) as error:
         sys.exit(f"convert: {error}")
+    except KeyboardInterrupt:
+        print("convert: Ctrl-C: nothing is converted", file=sys.stderr)
+        sys.exit(130)
     for note in done.notes:
         print(note)
     print(

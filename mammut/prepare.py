@@ -138,8 +138,10 @@ def _main() -> None:
     arguments = parser.parse_args()
     try:
         bad = prepare(**vars(arguments))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(1, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "prepare: Ctrl-C: the set is not prepared\n")
     left_out = describe_bad(bad) or "nothing"
     print(f"prepared {arguments.name} in {arguments.data_dir}; left out: {left_out}")
 

@@ -1,9 +1,11 @@
 """A run's checkpoints: exact when whole, passed over when damaged."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import resource
 import shutil
@@ -154,6 +156,23 @@ def test_every_file_of_a_step_is_guarded_against_every_damage(three_steps, tmp_p
                     step = 9  # as a kill between the step and its checksums leaves it
                 assert next(checkpoints._candidates()) == (step, step == 6), name
             shutil.rmtree(workdir)
+
+
+def test_a_file_that_the_disk_cannot_read_is_named_with_the_reason(
+    workdir, abstract, caplog, monkeypatch
+):
+    broken = largest_file(workdir, 9)
+    digest = hashlib.file_digest
+
+    def file_digest(file, name):
+        if file.name == os.fspath(broken):
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", file_digest)
+    with caplog.at_level(logging.WARNING):
+        assert_restores(workdir, abstract, 6)
+    assert f"{broken.name} cannot be read (Input/output error)" in caplog.text
 
 
 def test_a_manifest_that_lists_no_file_says_nothing_of_its_step(workdir, abstract, caplog):

@@ -161,6 +161,16 @@ def test_steps_alone_shorten_a_warm_up_that_they_leave_no_room_for(given, added)
         assert run.optimizer.warmup_steps == int(added[1]) < run.steps
 
 
+def test_the_newest_run_is_resumed_whatever_files_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny-3").mkdir()
+    (tmp_path / "runs" / "tiny-2").write_text("a stranger's")
+    (tmp_path / "runs" / "tiny-4").symlink_to("nowhere")
+    assert command_line.default_workdir("tiny", resume=True) == pathlib.Path("runs/tiny-3")
+    assert command_line.default_workdir("tiny", resume=False) == pathlib.Path("runs/tiny-5")
+
+
 def test_a_new_run_gets_a_new_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(command_line.default_workdir("small", resume=False)) == "runs/small"

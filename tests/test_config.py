@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -158,6 +159,8 @@ REFUSED = [
     (LossConfig, "caption_weight", -1.0),
     (LossConfig, "focal_gamma", -1.0),
     (LossConfig, "z_loss", -1.0),
+    (LossConfig, "contrastive_weight", math.inf),
+    (LossConfig, "caption_weight", math.nan),
     (OptimizerConfig, "learning_rate", 0.0),
     (OptimizerConfig, "eps", 0.0),
     (OptimizerConfig, "b1", 1.0),
@@ -187,6 +190,17 @@ def test_a_value_that_cannot_work_is_refused_with_its_field(cls, name, value):
     assert re.match(rf"{cls.__name__}\.|(data|optimizer)\.", message)
     with pytest.raises(ValueError, match=rf"\b{name}\b"):
         from_dict(cls, {name: list(value) if isinstance(value, tuple) else value})
+
+
+@pytest.mark.parametrize("contrastive_weight, batch_size", [(0.0, 8), (1.0, 1)])
+def test_a_run_that_would_learn_nothing_is_refused(contrastive_weight, batch_size):
+    loss = LossConfig(contrastive_weight=contrastive_weight, caption_weight=0.0)
+    data = DataConfig(batch_size=batch_size)
+    with pytest.raises(ValueError, match="from which nothing is learnt: expected a weight above 0"):
+        TrainConfig(loss=loss, data=data)
+    TrainConfig(loss=LossConfig(contrastive_weight=contrastive_weight), data=data)
+    TrainConfig(loss=LossConfig(caption_weight=0.0), data=DataConfig(batch_size=8))
+    TrainConfig(task="caption", loss=loss, data=data)  # its one loss has no weight
 
 
 _ACTIVATIONS = "gelu, gelu_tanh, quick_gelu, relu2, swiglu"

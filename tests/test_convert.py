@@ -211,6 +211,17 @@ def test_what_is_there_is_overwritten_only_when_asked(ours, tmp_path):
     convert.main([str(ours), str(tmp_path / "theirs"), "--to", "open_clip", "--overwrite"])
 
 
+def test_a_conversion_that_is_interrupted_ends_with_one_line(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "convert", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        convert.main(["x", "y", "--to", "mammut"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "convert: Ctrl-C: nothing is converted\n"
+
+
 @pytest.mark.parametrize("name", ["nothing", "empty", "text.txt"])
 def test_a_source_that_is_no_model_is_refused(tmp_path, name):
     (tmp_path / "empty").mkdir()

@@ -785,6 +785,21 @@ def test_prepare_refuses_what_exists_and_what_it_cannot_name(prepared):
         prepare.prepare("synthetic:val", folder, "scenes")
 
 
+@pytest.mark.parametrize("error, status, said", [
+    (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device"),
+    (KeyboardInterrupt(), 130, "prepare: Ctrl-C: the set is not prepared"),
+])  # fmt: skip
+def test_what_ends_prepare_is_told_in_one_line(monkeypatch, capsys, error, status, said):
+    def ended(**_):
+        raise error
+
+    monkeypatch.setattr(prepare, "prepare", ended)
+    monkeypatch.setattr(sys, "argv", ["prepare", "jsonl:x", "--data-dir", "x", "--name", "x"])
+    with pytest.raises(SystemExit) as exit_:
+        prepare._main()
+    assert exit_.value.code == status and capsys.readouterr().err == f"{said}\n"
+
+
 def test_what_tfds_does_not_have_is_named(prepared):
     folder = prepared[1]
     for name in ("absent", "not a name", "/nowhere/absent/1.0.0"):

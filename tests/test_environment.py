@@ -56,6 +56,7 @@ STRICT = {
     "jax_numpy_dtype_promotion": "strict",
     "jax_numpy_rank_promotion": "raise",
     "jax_enable_x64": True,
+    "jax_transfer_guard": "disallow",
 }
 
 

@@ -6,14 +6,18 @@ import json
 import math
 import os
 import pathlib
+import pty
 import resource
 import struct
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from mammut.core import terminal
 from mammut.core.terminal import is_terminal, say
 from mammut.pages.report_scores import read_training
 from mammut.training.log import RunLog
@@ -104,6 +108,19 @@ def test_logs_that_cannot_be_opened_are_left_out(tmp_path, capfd):
     assert len(said.out.splitlines()) == 3
     assert "metrics.jsonl cannot be written, and is left out" in said.err
     assert said.err.count("events.out") == 1
+
+
+@pytest.mark.parametrize("is_opened", [False, True])
+def test_a_pipe_in_place_of_a_log_is_not_waited_for(tmp_path, capfd, is_opened):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with contextlib.ExitStack() as stack:
+        if is_opened:  # and not read
+            reader = os.open(tmp_path / "metrics.jsonl", os.O_RDONLY | os.O_NONBLOCK)
+            stack.callback(os.close, reader)
+        log = make_log(tmp_path)
+        log_steps(log, 1, 3)
+        log.close()
+    assert capfd.readouterr().err.count("metrics.jsonl cannot be written, and is left out") == 1
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_json_lines(tmp_path):
@@ -203,6 +220,57 @@ def test_a_run_goes_on_where_stdout_is_gone(tmp_path, monkeypatch, capfd, stdout
     assert len(rows(tmp_path)) == 3
     said = capfd.readouterr().err
     assert said.count("stdout cannot be written to") == (0 if stdout is None else 1)
+
+
+@pytest.fixture(params=["pipe", "terminal"])
+def unread(request) -> Iterator[tuple[int, io.TextIOWrapper]]:
+    """An output that takes no more, and its reader's side."""
+    if request.param == "pipe":
+        reader, writer = os.pipe()
+    else:
+        reader, writer = pty.openpty()
+        termios.tcflow(writer, termios.TCOOFF)  # as by Ctrl-S
+    stream = open(writer, "w", encoding="utf-8")
+    if request.param == "pipe":
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 1000)
+        os.set_blocking(writer, True)
+    yield reader, stream
+    if request.param == "terminal":
+        termios.tcflow(writer, termios.TCOON)
+    stream.close()
+    os.close(reader)
+
+
+def test_an_output_that_nobody_reads_is_left_out_until_it_is_read(unread, monkeypatch, capfd):
+    reader, stream = unread
+    monkeypatch.setattr(terminal, "_PATIENCE", 0.05)
+    monkeypatch.setattr(sys, "stdout", stream)
+    for number in range(3):
+        say(f"left out {number}" * 1000)
+    said = capfd.readouterr().err
+    assert said == "stdout is not read: what it would show is left out so long\n"
+    if os.isatty(reader):
+        termios.tcflow(stream.fileno(), termios.TCOON)
+    else:
+        os.read(reader, 2**20)
+    say("shown")
+    shown = os.read(reader, 2**20)
+    assert shown.split() == [b"shown"] and not capfd.readouterr().err
+
+
+def test_a_bar_that_nobody_reads_is_left_out(unread, monkeypatch, tmp_path):
+    _, stream = unread
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("mammut.training.log.is_terminal", lambda _: True)
+    log = make_log(tmp_path)
+    for step in range(1, 4):
+        log_steps(log, step, step)
+        time.sleep(0.11)  # a bar is drawn at most ten times a second
+    log.close()
+    assert len(rows(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -257,6 +257,29 @@ def test_a_run_that_was_killed_in_an_evaluation_has_the_records_of_one_that_was_
     assert once_more(start=6) and once_more.events[0] == "step 7"  # it has its record
 
 
+def test_an_evaluation_that_is_made_again_says_how_to_leave_it_out(tmp_path, capsys):
+    """Where it ends every time, such as for its memory, the run would never go on."""
+    run = Run(tmp_path, lambda step: {"score": 1.0})
+    assert run(start=3) and run.events[0] == "evaluate 3"
+    said = "making the evaluation at step 3, in which the run ended: --eval-every 0 makes none"
+    assert said in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").unlink()
+    assert Run(tmp_path, fails(MemoryError()), eval_every=0)(start=3)
+
+
+def test_a_step_that_could_not_be_saved_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+    run = Run(tmp_path, lambda step: {"score": 1.0}, eval_every=0, checkpoint_every=3)
+
+    def poll(checkpoints: Saved) -> None:
+        if checkpoints.steps:
+            raise OSError("step 3 could not be saved: No space left on device")
+
+    monkeypatch.setattr(Saved, "poll", poll)
+    with pytest.raises(OSError, match="step 3 could not be saved"):
+        run()
+    assert run.events == ["step 1", "step 2", "step 3", "save 3", "step 4"]
+
+
 # --- signals
 
 

@@ -1,6 +1,7 @@
 """The vocabulary of a fresh run: what it says and how it stays alive while it is made."""
 
 import base64
+import dataclasses
 import json
 import threading
 import time
@@ -37,6 +38,17 @@ def test_every_example_read_for_the_vocabulary_is_a_sign_of_life(
         "making the vocabulary: read 0 of 40 examples",
         "making the vocabulary: read 1 of 40 examples",
     ]
+
+
+def test_every_example_read_for_the_names_of_classes_is_a_sign_of_life(config, tmp_path):
+    lines = [json.dumps({"file": f"{n}.png", "name": "a cat or a dog"[n % 9 :]}) for n in range(90)]
+    (tmp_path / "set.jsonl").write_text("\n".join(lines))
+    source = sources.open_source(f"jsonl:{tmp_path}/set.jsonl", image_size=16, field="name")
+    config = dataclasses.replace(config, task="classify")
+    calls = []
+    made = make_processor(config, source, {}, lambda: calls.append(0))
+    assert len(made.classes.names) == 9
+    assert len(calls) >= 2 * 90  # for the vocabulary, and for the names
 
 
 def test_a_small_vocabulary_is_made_without_a_line(config, source, capsys):

@@ -334,6 +334,22 @@ def test_what_stands_where_a_run_saves_later_is_refused_at_the_start(
             require_free(tmp_path, overwrite=True)
 
 
+@pytest.mark.parametrize("name", ["README.md", "report.html", "model.safetensors", "config.json"])
+def test_a_folder_where_a_run_writes_a_file_later_is_refused_at_the_start(tmp_path, name):
+    if name == "README.md":
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=f"{name} is a folder, where the run writes a file"):
+            require_free(tmp_path, overwrite=False)
+        (tmp_path / name).rmdir()
+    make_run(tmp_path, "running", steps=(3,))
+    (tmp_path / ".partial").mkdir()  # left by a kill
+    require_whole(tmp_path)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name} is a folder, where the run writes a file") as no:
+        require_whole(tmp_path)
+    one_sentence(no)
+
+
 def test_overwrite_is_for_runs(tmp_path):
     tiny_processor().save(tmp_path)
     with pytest.raises(ValueError, match="--overwrite is given, but .* is no run: run.json") as no:
@@ -553,6 +569,22 @@ def test_runs_that_start_together_without_a_folder_get_one_each(tmp_path, monkey
     with claim(None, "tiny", False) as one, claim(None, "tiny", False) as two:
         assert (one, two) == (first, second)
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("obstacle", ["file", "dangling link"])
+def test_a_folder_of_all_runs_that_is_none_is_refused(tmp_path, monkeypatch, obstacle):
+    """No name below it is ever free."""
+    monkeypatch.chdir(tmp_path)
+    if obstacle == "file":
+        (tmp_path / "runs").write_text("")
+    else:
+        (tmp_path / "runs").symlink_to("nowhere")
+    names = iter([pathlib.Path("runs/tiny")])
+    monkeypatch.setattr(claims, "default_workdir", lambda *_: next(names))
+    with pytest.raises(ValueError, match="runs/tiny cannot be written to") as error:
+        with claim(None, "tiny", False):
+            pass
+    one_sentence(error)
 
 
 def test_of_two_runs_with_one_folder_the_second_is_refused(tmp_path):

@@ -1,7 +1,9 @@
 """Benchmarks as they are downloaded, and questions and names in JSON lines and in prepared sets."""
 
 import collections
+import contextlib
 import copy
+import errno
 import io
 import json
 import os
@@ -19,6 +21,7 @@ from mammut.data import jsonl, sources
 from mammut.data.batches import TrainBatches
 from mammut.data.config import Field
 from mammut.data.examples import BadExample, Example, Question, Source
+from mammut.data.jsonl import JsonlSource
 from mammut.evaluation.predictions import Predictions
 from mammut.testing import tiny_processor
 
@@ -677,6 +680,23 @@ def test_lines_of_one_question_each_about_one_image_have_ids_of_their_own(tmp_pa
     assert [example.qa[0].id for example in source] == ["1.png, line 1#0", "1.png, line 2#0"]
 
 
+def test_a_line_that_the_disk_cannot_read_is_a_bad_example(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "set.jsonl", ["one", "two"])
+    source = open_set(f"jsonl:{tmp_path}")
+    read = os.pread
+
+    def damaged(descriptor: int, length: int, start: int) -> bytes:
+        if start == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(descriptor, length, start)
+
+    monkeypatch.setattr(os, "pread", damaged)
+    assert source[1].captions == ["two"]
+    with pytest.raises(BadExample, match="set.jsonl, line 1 cannot be read: Input") as bad:
+        source[0]
+    assert bad.value.cause == "unreadable"
+
+
 def test_files_of_macos_beside_a_jsonl_are_not_taken_for_one(tmp_path):
     write(tmp_path / "set.jsonl", {"file": "1.png", "captions": ["x"]})
     (tmp_path / "._set.jsonl").write_bytes(b"\0\5\x16\7")
@@ -913,6 +933,19 @@ def test_a_damaged_record_is_a_bad_example_and_the_others_are_read(greys, tmp_pa
     assert list(sources.texts(source)) == [f"level {n}" for n in range(20) if n != 7]
 
 
+def test_a_label_without_a_name_is_a_bad_example(prepared, tmp_path):
+    _, _, features = tfds_features()
+    labels = {"label": features.ClassLabel(names=["a", "b"])}
+    prepared(labels, [{"label": n % 2} for n in range(4)], "name")
+    (names,) = (tmp_path / "prepared/1.0.0").glob("*.labels.txt")
+    names.write_text("a\n")
+    source = open_set("tfds:prepared/val", field="name", tfds_dir=str(tmp_path))
+    assert source[0].name == "a"
+    with pytest.raises(BadExample, match="example 1 is not of the form of its set") as bad:
+        source[1]
+    assert bad.value.cause == "corrupt record"
+
+
 def test_a_shard_that_is_not_whole_is_refused_at_the_start(greys, tmp_path):
     _, shard = greys
     whole = shard.read_bytes()
@@ -1034,6 +1067,21 @@ def test_the_fingerprint_of_a_prepared_set_is_that_of_its_shards(greys, tmp_path
     assert open_set(f"tfds:{moved}/1.0.0/val").fingerprint() == before
 
 
+def test_a_prepared_set_that_changes_at_the_same_length_has_another_fingerprint(prepared, tmp_path):
+    """Also where the change is before the last part of the shard, with the places of records."""
+    _, texts, _ = tfds_features()
+    rows = [{"captions": [f"level {n:3d} {'x' * 900}"]} for n in range(300)]
+    found = prepared({"captions": texts}, rows, "captions").fingerprint()
+    (shard,) = (tmp_path / "prepared/1.0.0").glob("*.array_record*")
+    content = bytearray(shard.read_bytes())
+    place = len(content) - 2**16 - 9
+    content[place] ^= 1
+    shard.write_bytes(content)
+    changed = open_set("tfds:prepared/val", tfds_dir=str(tmp_path)).fingerprint()
+    assert changed != found
+    assert changed.split("+")[0] == found.split("+")[0]  # all that earlier versions looked at
+
+
 def test_a_set_of_the_users_own_needs_no_fingerprint():
     class Own(Source):
         spec = "own"
@@ -1047,7 +1095,7 @@ def test_a_set_of_the_users_own_needs_no_fingerprint():
     assert Own().fingerprint() is None
 
 
-def test_a_run_does_not_go_on_with_other_examples_of_the_same_number(tmp_path):
+def test_a_run_does_not_go_on_with_other_examples_of_the_same_number(tmp_path, monkeypatch):
     path = tmp_path / "set.jsonl"
     config = DataConfig(batch_size=2, threads=1)
 
@@ -1074,6 +1122,13 @@ def test_a_run_does_not_go_on_with_other_examples_of_the_same_number(tmp_path):
     older = batches({name: value for name, value in state.items() if name != "fingerprint"})
     assert older.state()["fingerprint"] not in (None, state["fingerprint"])
     older.close()
+    # One of an earlier version may be the beginning of today's.
+    monkeypatch.setattr(JsonlSource, "fingerprint", lambda _: "places+parts")
+    for before, is_taken in (("places", True), ("places+parts", True), ("pla", False), ("", False)):
+        with contextlib.nullcontext() if is_taken else pytest.raises(ValueError, match="changed"):
+            taken = batches(state | {"fingerprint": before})
+            assert taken.state()["fingerprint"] == "places+parts"
+            taken.close()
 
 
 # Real sets

@@ -1,6 +1,7 @@
 """Tar shards against Python's tarfile, which reads from front to back; broken shards."""
 
 import collections
+import errno
 import gzip
 import io
 import json
@@ -19,6 +20,7 @@ from mammut.data import sources, tar_shards
 from mammut.data.batches import TrainBatches
 from mammut.data.config import Field
 from mammut.data.examples import BadExample, Question, Source
+from mammut.data.tar_paths import shard_paths
 from mammut.testing import tiny_processor
 
 SIZE = 16
@@ -272,10 +274,36 @@ def test_a_path_that_exists_is_meant_before_a_pattern(tmp_path, folder):
     path = tmp_path / folder
     assert len(open_set(f"tar:{path}/00000.tar")) == 4
     assert len(open_set(f"tar:{path}/00000.tar[1:3]")) == 2
-    if "{" not in folder:  # braces in a folder are a list or a range, but in the path of a shard
-        for pattern in ("*.tar", "0000[0-2].tar", "{00000..00002}.tar"):
-            assert len(open_set(f"tar:{path}/{pattern}")) == 12
-        assert len(open_set(f"tar:{path}/0000?.tar[:50%]")) == 6
+    for pattern in ("*.tar", "0000[0-2].tar", "{00000..00002}.tar"):
+        assert len(open_set(f"tar:{path}/{pattern}")) == 12
+    assert len(open_set(f"tar:{path}/0000?.tar[:50%]")) == 6
+
+
+@pytest.mark.parametrize("name", ["{a,b}", "{1..3}", "x{a,b}y{0..1}"])
+@pytest.mark.parametrize("pattern", ["*.tar", "{0..1}.tar", "?.tar", "{0,1}.t[a]r"])
+def test_a_folder_with_braces_is_meant_before_a_pattern(tmp_path, name, pattern):
+    (tmp_path / name).mkdir()
+    for number in range(2):
+        (tmp_path / name / f"{number}.tar").write_bytes(b"")
+    found = shard_paths(f"{tmp_path}/{name}/{pattern}")
+    assert found == [tmp_path / name / "0.tar", tmp_path / name / "1.tar"]
+
+
+@pytest.mark.parametrize("name", ["set[1].tar", "set?.tar", "set*.tar", "set{1,2}.tar"])
+def test_a_shard_that_exists_is_meant_before_a_pattern(tmp_path, name):
+    for other in (name, "set1.tar", "set2.tar"):
+        (tmp_path / other).write_bytes(b"")
+    assert shard_paths(f"{tmp_path}/{name}") == [tmp_path / name]
+
+
+@pytest.mark.parametrize("name", ["pipe:0.tar", "s3://b/0.tar"])
+def test_a_path_that_looks_like_an_address_is_a_path(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is not a path"):
+        shard_paths(name)
+    pathlib.Path(name).parent.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(name).write_bytes(b"")
+    assert shard_paths(name) == [pathlib.Path(name)]
 
 
 def test_a_path_that_ends_like_a_slice_is_a_path(tmp_path):
@@ -550,6 +578,22 @@ def test_files_that_are_no_part_of_an_example_are_counted_and_named(tmp_path, ca
         )
 
 
+def test_entries_that_are_no_files_are_counted_by_their_kind(tmp_path, caplog):
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", b"x"), ("a.txt", b"y")])
+    with tarfile.open(path, "a") as tar:
+        for kind in (tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE, b"Z"):
+            entry = tarfile.TarInfo("c.jpg")
+            entry.type = kind
+            entry.size = 700 if kind == b"Z" else 0
+            tar.addfile(entry, io.BytesIO(bytes(700)))
+        tar.addfile(tarfile.TarInfo("d.txt"))
+    assert len(open_set(f"tar:{path}")) == 2  # a and d: what comes after is found
+    (said,) = caplog.messages
+    for expected in ("1 links (such as 'c.jpg')", "1 pipes", "1 devices", "1 entries of kind 'Z'"):
+        assert expected in said
+    assert "folder" not in said
+
+
 def test_a_set_of_nothing_but_files_that_are_left_out_says_why(tmp_path):
     files = [(f"img.{n:04d}.{end}", b"x") for n in range(9) for end in ("jpg", "txt")]
     said = refusal(f"tar:{write_tar(tmp_path / '0.tar', files)}")
@@ -760,6 +804,24 @@ def test_threads_read_more_shards_than_stay_open(tmp_path, monkeypatch):
     assert sum(str(tmp_path) in path for path in held) <= 2
 
 
+def test_a_part_that_the_disk_cannot_read_is_a_bad_example(tmp_path, monkeypatch):
+    source = open_set(write_shards(tmp_path))
+    read = os.pread
+
+    def damaged(descriptor: int, length: int, start: int) -> bytes:
+        if start == bad_part:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(descriptor, length, start)
+
+    with tarfile.open(tmp_path / "00001.tar") as tar:
+        bad_part = tar.getmember("000007.txt").offset
+    monkeypatch.setattr(os, "pread", damaged)
+    assert source[6].captions == ["level 6"]
+    with pytest.raises(BadExample, match="00001.tar, byte .* cannot be read: Input") as bad:
+        source[7]
+    assert bad.value.cause == "unreadable"
+
+
 def test_a_shard_that_shrinks_vanishes_or_is_overwritten_in_use_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(tar_shards, "_MAX_OPEN", 1)
     spec = write_shards(tmp_path)
@@ -845,7 +907,7 @@ def test_a_damaged_index_is_made_again(tmp_path, indexed, cache):
         whole[:-36],
         whole[: len(whole) // 2],
         flipped,
-        whole.replace(b'"format": 2', b'"format": 9'),
+        whole.replace(b'"format": 3', b'"format": 9'),
     ):
         kept.write_bytes(damaged)
         indexed.clear()

@@ -782,6 +782,32 @@ def test_compilations_would_be_seen():
             jax.jit(lambda x: x * 3 + 1)(np.arange(random.randint(1000, 100_000)))
 
 
+def test_what_the_user_has_set_in_jax_is_looked_at_before_a_run(refusal, monkeypatch):
+    def absent():
+        raise RuntimeError("no tpu")
+
+    monkeypatch.setattr(jax, "devices", absent)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    try:
+        said = refusal("small.py", "--workdir", "new")
+        assert said == "JAX finds no device to compute on: no tpu"
+        assert jax.config.jax_numpy_rank_promotion == "allow"
+    finally:
+        jax.config.update("jax_numpy_rank_promotion", "allow")
+
+
+def test_a_run_that_is_done_is_done_although_its_report_cannot_be_written(
+    train, tmp_path, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "write_report", full)
+    train.say_report(tmp_path)
+    said = "the run is done, but its report cannot be written: [Errno 28] No space left on device"
+    assert said in capsys.readouterr().out
+
+
 def test_a_used_folder_is_refused_without_resume(refusal, tmp_path):
     write_small_run(tmp_path / "used")
     message = refusal("small.py", "--workdir", "used")
@@ -855,6 +881,7 @@ def test_a_recipe_that_is_missing_or_makes_no_config_is_refused(refusal, tmp_pat
     (["--data.eval-batch-size", "12"],
      "data.eval_batch_size 12 does not divide over the 8 devices"),
     (["--accumulation", "4"], "does not divide over the 8 devices"),
+    (["--compute.param-dtype", "bfloat16"], "is trained and stored in bfloat16"),
     (["--mesh.data", "3"], "mesh"),
     (["--tokenizer.path", "large/tokenizer.model", "--model.text.vocab-size", "40"],
      "tokenizer.path large/tokenizer.model has 60 pieces, more than the 40 of "

@@ -7,11 +7,13 @@ import jax
 
 from mammut.core.terminal import say
 
-# Settings of JAX that change what an expression computes, with the values this code is written for.
+# Settings of JAX that change what an expression computes, or whether it does, with the values that
+# this code is written for.
 _ARITHMETIC = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
     "jax_enable_x64": False,
+    "jax_transfer_guard": None,
 }
 
 

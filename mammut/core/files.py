@@ -62,8 +62,8 @@ def check_files(folder: pathlib.Path, entries: dict[str, Any], manifest: str) ->
                 problems.append(f"{name} is missing")
             elif path.stat().st_size != size:
                 problems.append(f"{name} has {path.stat().st_size} bytes, its manifest says {size}")
-            elif _sha256(path) != sha256:
-                problems.append(f"{name} does not have the SHA-256 of its manifest")
+            elif problem := _problem(path, sha256):
+                problems.append(f"{name} {problem}")
     # The structure is another one, or a name cannot be a file's.
     except (KeyError, TypeError, ValueError, OSError):
         return [f"{manifest} does not give the bytes and sha256 of every file"]
@@ -149,6 +149,16 @@ def replacing(
             os.replace(new / name, folder / name)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _problem(path: pathlib.Path, sha256: str) -> str:
+    """Compares a file with its checksum; "" where it is right."""
+    try:
+        if _sha256(path) != sha256:
+            return "does not have the SHA-256 of its manifest"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return ""
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -310,13 +310,15 @@ def _start(source: Source, seed: int, state: dict[str, Any] | None) -> dict[str,
             )
     # Runs of older versions have none, as have sets that cannot tell.
     before = state.get("fingerprint")
-    if None not in (before, fingerprint) and before != fingerprint:
+    known = None not in (before, fingerprint)
+    # What a fingerprint has after a + is of a later version than `before` may be.
+    if known and before != fingerprint and not fingerprint.startswith(f"{before}+"):
         raise ValueError(
             f"{source.spec!r} has changed since the run began, though it still has {len(source)} "
             "examples: put the former data there, or begin a new run, which can take this one's "
             "weights (--init)"
         )
-    return state | {"fingerprint": before or fingerprint}
+    return state | {"fingerprint": fingerprint or before}
 
 
 @dataclasses.dataclass

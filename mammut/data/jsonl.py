@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 
 from mammut.data.examples import Example, Source, SourceOptions
-from mammut.data.records import file_of, make_example, parse_object, value_of
+from mammut.data.records import file_of, make_example, parse_object, require_readable, value_of
 
 _LINES = 10_000  # between two signs of life while a file is read
 
@@ -51,7 +51,12 @@ class JsonlSource(Source):
     def __getitem__(self, index: int) -> Example:
         where = f"{self._path}, line {self._numbers[index]}"
         start, end = self._bounds[index : index + 2].tolist()
-        record = parse_object(os.pread(self._file, end - start, start), where)
+        try:
+            line = os.pread(self._file, end - start, start)
+        except OSError as error:
+            require_readable(error, where)
+            raise
+        record = parse_object(line, where)
         file = file_of(record, where)
         value = value_of(record, self._field, where)
         # Lines of one question each may be about one image.

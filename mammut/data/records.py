@@ -4,6 +4,7 @@ The values of a record have JSON's types. A record that cannot be used raises Ba
 names its place in messages, such as "set.jsonl, line 7".
 """
 
+import errno
 import itertools
 import json
 import reprlib
@@ -24,6 +25,12 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "answers": ("answers", "answer"),
 }
 _FIELDS_SHOWN = 8  # fields of a record, in messages
+
+
+def require_readable(error: OSError, where: str) -> None:
+    """Raises BadExample where the disk cannot read a part of a file: the others may be whole."""
+    if error.errno == errno.EIO:
+        raise BadExample(f"{where} cannot be read: {error.strerror}", "unreadable") from error
 
 
 def parse_object(content: bytes, where: str) -> dict[str, Any]:

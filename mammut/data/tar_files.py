@@ -11,6 +11,8 @@ _BLOCK = 512
 _MAX_EXTENSION = 2**20  # bytes of a long name or of pax records
 _END = 2 * _BLOCK  # the end mark, which zeros follow up to a whole record
 _RECORD = 20 * _BLOCK  # of GNU tar and Python's tarfile; some programs write none
+# Kinds of entries that have no content.
+_OTHERS = {b"1": "links", b"2": "links", b"3": "devices", b"4": "devices", b"6": "pipes"}
 _LONG_RECORDS = tuple(2**power for power in range(14, 21))  # of `tar -b`
 
 
@@ -22,17 +24,17 @@ class Damage(Exception):
 
 
 class TarFile(NamedTuple):
-    """A file or link inside a tar: its name and its position in bytes."""
+    """An entry of a tar that is no folder: its name and its position in bytes."""
 
     name: bytes
     start: int  # offset of its first header
     data: int  # offset of its content
     size: int  # bytes of its content
-    is_link: bool = False
+    other: str = ""  # what it is, such as "links", where it is no file
 
 
 def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile]:
-    """Finds the regular files and the links of a tar.
+    """Finds the entries of a tar that are no folders.
 
     It may be several tars joined one after the other.
 
@@ -81,8 +83,8 @@ def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile
         # Folders, links and devices have no content, even if their headers have a size.
         if kind in b"123456" or (kind == b"\0" and name.endswith(b"/")):
             length = 0
-            if kind in b"12":
-                yield TarFile(name, start, data, length, is_link=True)
+            if kind in _OTHERS:
+                yield TarFile(name, start, data, length, _OTHERS[kind])
         elif data + length > size:
             raise Damage(
                 f"is cut short or damaged: its file {shown(name)} should end at byte "
@@ -91,6 +93,8 @@ def read_files(read: Callable[[int, int], bytes], size: int) -> Iterator[TarFile
             )
         elif kind in b"07\0":
             yield TarFile(name, start, data, length)
+        else:
+            yield TarFile(name, start, data, length, f"entries of kind {shown(kind)}")
         offset = start = data + _padded(length)
         name = None
         pax = {}

@@ -12,7 +12,7 @@ _OTHERS = "other files"
 
 
 def count(left_out: LeftOut, file: TarFile, extensions: Collection[bytes]) -> None:
-    """Counts a file whose extension is not one of `extensions`, or a link."""
+    """Counts a file whose extension is not one of `extensions`, or an entry that is no file."""
     reason = _reason(file, extensions)
     if reason not in left_out and len(left_out) >= _MAX_REASONS:
         reason = _OTHERS
@@ -24,8 +24,8 @@ def _reason(file: TarFile, extensions: Collection[bytes]) -> str:
     name = file.name.rpartition(b"/")[2]
     stem, _, extension = name.partition(b".")
     last = extension.rpartition(b".")[2].lower()
-    if file.is_link:
-        return "links"
+    if file.other:
+        return file.other
     if not stem:
         return "hidden files"
     if not extension:

@@ -26,7 +26,7 @@ def shard_paths(pattern: str) -> list[pathlib.Path]:
         parts = [pattern]  # the path of a shard that has :: in it
     paths = []
     for part in parts:
-        if "://" in part or part.startswith("pipe:"):
+        if ("://" in part or part.startswith("pipe:")) and not os.path.exists(part):
             raise ValueError(
                 f"{part} is not a path: shards are read at random, so copy or mount them first"
             )
@@ -65,8 +65,13 @@ def _found(name: str) -> list[str]:
 
 
 def _expanded(text: str) -> list[str]:
-    """Expands ranges and lists in braces, as a shell does; a path that exists stays as it is."""
+    """Expands ranges and lists in braces, as a shell does.
+
+    A path that exists, or a folder before its last slash that does, stays as it is.
+    """
     match = _BRACES.search(text)
+    while match and os.path.isdir(text[: text.find("/", match.end()) + 1]):
+        match = _BRACES.search(text, match.end())
     if match is None or os.path.exists(text):
         return [text]
     low, high, names = match.groups()

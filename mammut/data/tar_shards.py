@@ -4,9 +4,9 @@ They are indexed once, read at random, and never unpacked.
 
 The files of an example share a key: the name up to the first dot after the last slash. The
 extension after that dot gives the kind of a file: `jpg`, `jpeg`, `png` or `webp` is the image,
-`txt` and `json` are its texts, and `cls` is the name of its class; other files and links are left
-out, and counted. This is the convention of webdataset (github.com/webdataset/webdataset, "The
-WebDataset Format"), but here the files of an example need not stand side by side.
+`txt` and `json` are its texts, and `cls` is the name of its class; other files, links and devices
+are left out, and counted. This is the convention of webdataset (github.com/webdataset/webdataset,
+"The WebDataset Format"), but here the files of an example need not stand side by side.
 """
 
 import array
@@ -19,6 +19,7 @@ import logging
 import os
 import pathlib
 import stat
+import threading
 import weakref
 import zlib
 from collections.abc import Callable
@@ -33,12 +34,20 @@ from mammut.core.files import replacing_file
 from mammut.data import tar_left_out
 from mammut.data.config import Field
 from mammut.data.examples import BadExample, Example, Source, SourceOptions, spelled
-from mammut.data.records import ABSENT, decode_text, make_example, parse_object, value_of
+from mammut.data.records import (
+    ABSENT,
+    decode_text,
+    make_example,
+    parse_object,
+    require_readable,
+    value_of,
+)
 from mammut.data.tar_files import Damage, read_files, shown
 from mammut.data.tar_left_out import LeftOut
 from mammut.data.tar_paths import shard_paths
 
 _log = logging.getLogger(__name__)
+_warning = threading.Lock()
 
 # The columns of an index: the files of an example. CLS is there only where a shard has such files.
 IMAGE, TXT, JSON = COLUMNS = range(3)
@@ -68,7 +77,7 @@ _MAX_FILE = 2**32 - 1  # bytes of a file with its headers: an index has 32 bits 
 _MAX_OPEN = 256  # shards; a process may have 1,024 files open by default
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _FIRST_BYTES = 4096  # of every file go into the fingerprint
-_FORMAT = 2  # version of the stored indexes
+_FORMAT = 3  # version of the stored indexes
 
 
 class Index(NamedTuple):
@@ -166,6 +175,7 @@ class TarShards:
         Of two files of one name it reads the first. Any thread may call it.
 
         Raises:
+          BadExample: the disk cannot read this part of the shard.
           ValueError: the shard cannot be read any more, or is not the one that was indexed.
         """
         path = self.paths[self.shard(example)]
@@ -174,6 +184,7 @@ class TarShards:
         try:
             content = self._open(path).read(length, max(start, -2 - start))
         except OSError as error:
+            require_readable(error, f"{path}, byte {start}")
             raise ValueError(f"shard {path} cannot be read any more: {error.strerror}") from error
         try:
             file = next(read_files(lambda offset, size: content[offset : offset + size], length))
@@ -315,10 +326,11 @@ def open_index(path: pathlib.Path) -> Index:
     try:
         _store(folder, name, identity, index)
     except OSError as error:
-        _warn_once(
-            f"indexes of tar shards cannot be kept in {folder}, so each start makes them anew: "
-            f"{error.strerror}"
-        )
+        with _warning:  # several threads may come here at once
+            _warn_once(
+                f"indexes of tar shards cannot be kept in {folder}, so each start makes them anew: "
+                f"{error.strerror}"
+            )
     return index
 
 
@@ -386,7 +398,7 @@ def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
         folder, slash, name = file.name.rpartition(b"/")
         stem, _, extension = name.partition(b".")
         extension = extension.lower()
-        if file.is_link or not stem or extension not in _COLUMNS:
+        if file.other or not stem or extension not in _COLUMNS:
             tar_left_out.count(left_out, file, _COLUMNS)
             continue
         length = file.data + file.size - file.start

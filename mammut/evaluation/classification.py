@@ -1,7 +1,7 @@
 """Classification of images: by embedding, or by likelihood of class names."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,13 +20,14 @@ Method = Literal["contrastive", "likelihood"]
 _RANKED = 5  # classes that are kept for each image: top-5 needs no more
 
 
-def class_names(source: Source) -> list[str]:
+def class_names(source: Source, alive: Callable[[], None] = lambda: None) -> list[str]:
     """Lists the names that occur in a set, sorted.
 
-    Examples that cannot be read are left out.
+    Examples that cannot be read are left out. `alive` is called for every example.
     """
     names = set()
     for index in range(len(source)):
+        alive()
         try:
             names.update(text for _, text in source.pairs(index))
         except BadExample:

@@ -72,7 +72,7 @@ def claimed(workdir: pathlib.Path, *, is_new: bool = False) -> Iterator[None]:
         workdir.mkdir(exist_ok=not is_new)
         descriptor, content = _lock(path)
     except OSError as error:
-        if is_new and isinstance(error, FileExistsError):
+        if is_new and isinstance(error, FileExistsError) and os.path.lexists(workdir):
             raise
         raise ValueError(
             f"--workdir {workdir} cannot be written to ({error.strerror}): expected a folder or a "

@@ -247,7 +247,8 @@ def default_workdir(recipe: str, resume: bool) -> pathlib.Path:
     newest = workdir = pathlib.Path("runs") / recipe
     number = 1
     while os.path.lexists(workdir):
-        newest = workdir
+        if workdir.is_dir():
+            newest = workdir
         number += 1
         workdir = pathlib.Path("runs") / f"{recipe}-{number}"
     return newest if resume else workdir

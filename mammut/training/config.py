@@ -87,8 +87,8 @@ class LossConfig:
         )
         for name in ("contrastive_weight", "caption_weight", "focal_gamma", "z_loss"):
             require(
-                getattr(self, name) >= 0,
-                f"LossConfig.{name} is {getattr(self, name)}, expected at least 0",
+                0 <= getattr(self, name) < math.inf,
+                f"LossConfig.{name} is {getattr(self, name)}, expected a number of at least 0",
             )
 
     @property
@@ -288,6 +288,13 @@ class TrainConfig:
             self.task != "image_text" or text.pooling != "none",
             "TrainConfig.task is 'image_text', but with model.text.pooling 'none' there is no text "
             "embedding",
+        )
+        contrasts = self.loss.contrastive_weight > 0 and self.data.batch_size > 1
+        require(
+            self.task != "image_text" or self.loss.caption_weight > 0 or contrasts,
+            f"loss.caption_weight is 0, loss.contrastive_weight {self.loss.contrastive_weight} and "
+            f"data.batch_size {self.data.batch_size}, from which nothing is learnt: expected a "
+            "weight above 0, and two examples to contrast",
         )
         require(
             self.task != "vqa" or "{}" in self.data.prompt,

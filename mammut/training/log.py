@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from mammut.core.files import replacing_file
-from mammut.core.terminal import is_terminal, say
+from mammut.core.terminal import is_read, is_terminal, say
 from mammut.data.batches import describe_bad
 from mammut.training.validation import ValidationResult
 
@@ -188,18 +188,20 @@ class RunLog:
 
 
 class _Terminal:
-    """stderr, on which the bar is drawn; one that is gone is left out."""
+    """stderr, on which the bar is drawn; one that is gone, or not read, is left out."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
 
     def write(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
-            sys.stderr.write(text)
+            if is_read(sys.stderr):
+                sys.stderr.write(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.flush()
+            if is_read(sys.stderr):
+                sys.stderr.flush()
 
 
 class _Records:
@@ -224,13 +226,18 @@ class _Records:
             self._said = True
 
     def _write_pending(self) -> None:
-        with open(self._path, "ab", buffering=0) as file:
+        with open(self._path, "ab", buffering=0, opener=_without_waiting) as file:
             whole = file.tell()
             records = b"".join(self._pending)
             if file.write(records) < len(records):
                 file.truncate(whole)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._pending.clear()
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file; a pipe that nobody reads is an error, not waited for."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 class _TensorBoard:
@@ -287,7 +294,7 @@ def _kept_records(path: pathlib.Path, start: int, steps: int) -> list[dict[str, 
     one that a kill has cut short, is dropped and said.
     """
     try:
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     except OSError as error:
         say(f"{path} cannot be read: {error}", "stderr")
         return []

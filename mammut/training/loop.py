@@ -53,7 +53,11 @@ class Loop:
         position = self.batches.state()
         self._saved = start or None  # the newest step that is saved
         if self._is_evaluated(start) and not self._was_evaluated(start):
-            # The run was stopped or killed in this evaluation.
+            # The run was stopped or killed in this evaluation, such as for its memory.
+            self.log.print(
+                f"making the evaluation at step {start}, in which the run ended: --eval-every 0 "
+                "makes none"
+            )
             if not self.evaluate(start, state, samples=2):
                 return self._stop(start, state, position)
         take_step = distributed.compiled_by_all(self.trainer.step)

@@ -73,7 +73,7 @@ def make_processor(
     """Makes the processor of a fresh run.
 
     It comes from the model that the run starts from, or has a given or a newly trained vocabulary.
-    `alive` is called again and again while a vocabulary is trained.
+    `alive` is called again and again while all texts are read, and a vocabulary is trained.
     """
     of = {name: opened.processor for name, opened in starts.items()}
     text, settings = config.model.text, config.tokenizer
@@ -112,7 +112,9 @@ def make_processor(
         image, image_size=size, max_image_pixels=config.data.max_image_pixels
     )
     form = of[decoder].text_form if of.get(decoder) else "start_end"
-    processor = Processor(tokenizer, image, config.text_length, form, _classes(config, source))
+    processor = Processor(
+        tokenizer, image, config.text_length, form, _classes(config, source, alive)
+    )
     if missing:
         missing.require_same_ids(tokenizer)
     if settings.replace and text.pad_id not in (None, processor.pad_id):
@@ -170,12 +172,14 @@ def _repeated(call: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
-def _classes(config: TrainConfig, source: sources.Source) -> Classes | None:
+def _classes(
+    config: TrainConfig, source: sources.Source, alive: Callable[[], None]
+) -> Classes | None:
     """Finds the classes that a run trains its model to name; other tasks have none.
 
     They are those of the training set: a validation set may lack some of them.
     """
-    names = class_names(source) if config.task == "classify" else []
+    names = class_names(source, alive) if config.task == "classify" else []
     if not names:
         return None
     return Classes(tuple(names), f"{config.data.prompt_of('')} {{}}".strip())

@@ -51,6 +51,7 @@ _WRITTEN = {
     ),
 }
 _LANGUAGE_MODEL = "language_model"
+_CARD = "README.md"
 
 
 def write_run(
@@ -141,6 +142,7 @@ def require_free(workdir: pathlib.Path, overwrite: bool) -> None:
     if OPEN_CLIP_FILE in names:
         raise ValueError(f"--workdir {workdir} holds {OPEN_CLIP_FILE} of another model")
     if not used:
+        _require_places(workdir)
         return
     if overwrite and RUN_FILE not in names:
         raise ValueError(
@@ -155,11 +157,15 @@ def require_free(workdir: pathlib.Path, overwrite: bool) -> None:
     linked = [name for name in _WRITTEN if name and (workdir / name).is_symlink()]
     if linked:  # what lies there may be of other runs, too
         raise ValueError(f"{workdir / linked[0]} is a link, which a fresh run does not empty")
-    _require_folders(workdir)
+    _require_places(workdir)
 
 
-def _require_folders(workdir: pathlib.Path) -> None:
+def _require_places(workdir: pathlib.Path) -> None:
     """Checks early that nothing stands where a run saves later."""
+    for path in workdir.iterdir() if workdir.exists() else []:
+        is_file = _WRITTEN[""].fullmatch(path.name) or path.name == _CARD
+        if is_file and path.name != ".partial" and path.is_dir():
+            raise ValueError(f"{path} is a folder, where the run writes a file")
     for name in filter(None, _WRITTEN):
         path = workdir / name
         usable = path.is_dir() and os.access(path, os.W_OK | os.X_OK)
@@ -195,7 +201,7 @@ def require_whole(workdir: pathlib.Path) -> None:
         raise CheckpointError(
             f"the run in {workdir} needs the processor that it began with: {'; '.join(problems)}"
         )
-    _require_folders(workdir)
+    _require_places(workdir)
 
 
 def clear(workdir: pathlib.Path, *, language_model: bool) -> None:

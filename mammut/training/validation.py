@@ -133,7 +133,7 @@ class Evaluator:
             )
         self._evaluate = evaluate[config.task]
         if config.task == "classify":
-            self._classes_of = _classes_of(source, processor, self._caption_prompt)
+            self._classes_of = _classes_of(source, processor, self._caption_prompt, alive)
         self._language_loss = None
         if config.task == "text":
             self._language_loss = _LanguageLoss(processor, config, trainer, alive)
@@ -188,14 +188,19 @@ class Evaluator:
         return sum(exact) / len(exact)
 
 
-def _classes_of(source: Source, processor: Processor, prompt: str) -> tuple[list[str], str]:
+def _classes_of(
+    source: Source,
+    processor: Processor,
+    prompt: str,
+    alive: Callable[[], None] = lambda: None,
+) -> tuple[list[str], str]:
     """Lists the classes to choose from, and the template of their texts.
 
     They are those of the training set. Names that the validation set alone has are added, so that
     their images count as they are: not learnt. A run of an older version has no names of its
     training set.
     """
-    own = class_names(source)
+    own = class_names(source, alive)
     if processor.classes is None:
         return own, f"{prompt} {{}}".strip()
     trained = processor.classes.names
