@@ -357,6 +357,23 @@ def test_a_relative_set_of_another_directory_has_another_file(tmp_path, monkeypa
     assert [len(names) for names in found.values()] == [2, 1, 1]
 
 
+@pytest.mark.parametrize("kind, changed", [
+    (classify.Options, {"classes": pathlib.Path("names.json")}),
+    (caption.Options, {"shots": 1, "shots_data": "jsonl:train.jsonl"}),
+    (caption.Options, {"data": "coco:/annotations.json,images"}),
+    (caption.Options, {"data": "tfds:coco/val", "tfds_dir": "sets"}),
+])  # fmt: skip
+def test_a_relative_file_of_another_directory_makes_another_file(
+    tmp_path, monkeypatch, kind, changed
+):
+    found = set()
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        found.add(default_out(kind("model", **({"data": "jsonl:/s"} | changed)), tmp_path))
+    assert len(found) == 2
+
+
 def test_files_of_another_result_are_not_replaced(results, folder, tmp_path):
     scores, path = results["retrieval"]
     out = path.with_name("retrieval.json")
