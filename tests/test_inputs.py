@@ -75,6 +75,7 @@ BAD_TEXTS = {
     "one id": (np.where(TOKENS == 2, 60, TOKENS), VALID, "tokens hold the id 60, expected 0 to 59"),
     "valid of others": (TOKENS, VALID[:1], r"text_valid is bool\[1, 12\], expected bool\[2, 12\]"),
     "valid is int": (TOKENS, VALID.astype(int), r"text_valid is int64\[2, 12\], expected bool"),
+    "other bytes": (TOKENS.astype(">i4"), VALID, "tokens is >i4, expected .* byte order"),
     "valid is a list": (TOKENS, VALID.tolist(), "text_valid is a list, expected an array bool"),
 }
 
@@ -94,7 +95,7 @@ def test_every_entrance_refuses_what_is_no_text(model, name, given):
     tokens, valid, message = BAD_TEXTS[given]
     with pytest.raises(ValueError, match=message):
         entrances(model)[name](IMAGE, tokens, valid)
-    if isinstance(tokens, np.ndarray) and isinstance(valid, np.ndarray):
+    if given != "other bytes" and isinstance(tokens, np.ndarray) and isinstance(valid, np.ndarray):
         # JAX has 32 bits by default.
         message = message.replace("float64", "float32").replace("int64", "int32")
         with pytest.raises(ValueError, match=message):

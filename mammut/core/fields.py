@@ -14,6 +14,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NewType, NotRequired, Union, get_args, get_origin
 
+import numpy as np
+
 # A whole number of at least 0 in a JSON file: a number of things, or a position.
 Count = NewType("Count", int)
 
@@ -53,6 +55,11 @@ def require_number(name: str, value: Any, low: int | float, high: int | float) -
         isinstance(value, int | float) and type(value) is not bool and low <= value <= high,
         f"{name} is {value!r}, expected a number from {low} to {high}",
     )
+
+
+def plain_number(value: Any) -> Any:
+    """Turns a number of NumPy into one of Python, which JSON takes; other values stay."""
+    return value.item() if isinstance(value, np.number) else value
 
 
 def require_positive(config: Any, *names: str) -> None:
