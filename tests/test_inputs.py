@@ -13,7 +13,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
 import mammut
-from mammut.config import AdapterConfig, DecoderConfig, ModelConfig, ResNetConfig, VisionConfig
+from mammut.config import (
+    AdapterConfig,
+    AugmentConfig,
+    ComputeConfig,
+    DataConfig,
+    DecoderConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ResNetConfig,
+    TokenizerConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from mammut.models.inputs import require_images, require_texts
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 
@@ -199,20 +213,25 @@ VALUES = (
 
 
 @pytest.mark.parametrize(
-    "cls", [VisionConfig, ResNetConfig, DecoderConfig, ModelConfig, AdapterConfig]
-)
+    "cls",
+    [VisionConfig, ResNetConfig, DecoderConfig, ModelConfig, AdapterConfig, ComputeConfig,
+     TrainConfig, DataConfig, TokenizerConfig, LossConfig, OptimizerConfig, AugmentConfig,
+     MeshConfig, mammut.ImageTransform],
+)  # fmt: skip
 def test_a_config_of_any_values_is_made_or_refused_by_name(cls):
     names = [field.name for field in dataclasses.fields(cls)]
+    whole = {field.name for field in dataclasses.fields(cls) if field.type is int}
 
     @settings(max_examples=150, deadline=None)
     @given(st.dictionaries(st.sampled_from(names), VALUES, max_size=4))
     def check(values):
         try:
-            config = cls(**values)
+            config = cls(**({"image_size": 16} if "image_size" in names else {}) | values)
         except ValueError as error:
-            assert re.search(r"(Vision|ResNet|Decoder|Model|Adapter|Layer)Config", str(error))
+            assert re.search(r"[A-Z]\w+(Config|Transform)|data\.|optimizer\.", str(error))
         else:
             hash(config)
+            assert all(type(getattr(config, name)) is int for name in whole)
 
     check()
 

@@ -29,10 +29,11 @@ def require(condition: bool, message: str) -> None:
 def require_types(config: Any) -> None:
     """Checks that every field has a value of its type; a whole number is a float, too.
 
-    A list is taken for a tuple, and becomes one: a config can be hashed.
+    A list is taken for a tuple, and becomes one: a config can be hashed. A number of NumPy becomes
+    one of Python.
     """
     for field in dataclasses.fields(config):
-        value = _as_tuples(getattr(config, field.name))
+        value = _as_tuples(plain_number(getattr(config, field.name)))
         object.__setattr__(config, field.name, value)
         kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
         require(
