@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import json
 import pathlib
 import shutil
@@ -470,6 +471,15 @@ def test_a_full_disk_says_what_is_lost(results, tmp_path, monkeypatch):
     ):
         program._save(predictions, tmp_path / "x.predictions.jsonl")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_terminal_cannot_show_ends_no_program(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr(program, "_evaluate", lambda *_: print("写真 \udcff"))
+    run("caption", "model")
+    terminal.flush()
+    assert terminal.buffer.getvalue() == rb"\u5199\u771f \udcff" + b"\n"
 
 
 @pytest.mark.parametrize("main, name", [

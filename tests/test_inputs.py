@@ -29,7 +29,7 @@ from mammut.config import (
     VisionConfig,
 )
 from mammut.models.inputs import require_images, require_texts
-from mammut.testing import tiny_batch, tiny_config, tiny_model
+from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 
 CONFIG = tiny_config()
 IMAGE, TOKENS, VALID = tiny_batch(batch_size=2).values()
@@ -243,6 +243,40 @@ def test_a_config_of_any_values_is_made_or_refused_by_name(cls):
 def test_an_image_size_that_is_no_number_of_pixels_is_refused(size, tmp_path):
     with pytest.raises(ValueError, match="^image_size is .*, expected a positive whole number"):
         mammut.load(tmp_path, image_size=size)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "x", b"x", ["x"], CONFIG.vision, 0.5])
+def test_what_is_no_model_folder_or_random_key_is_refused_by_its_name(model, tmp_path, wrong):
+    processor = tiny_processor()
+    lora = AdapterConfig("shapes", "lora", sites=("text.layers.attn.*",))
+    rngs = nnx.Rngs(0)
+    calls = {
+        "config": lambda: mammut.MaMMUT(wrong, rngs=rngs),
+        "rngs": lambda: mammut.MaMMUT(CONFIG, rngs=wrong),
+        "compute": lambda: mammut.MaMMUT(CONFIG, compute=wrong, rngs=rngs),
+        "model": lambda: mammut.add_adapter(wrong, lora, rngs=rngs),
+        "rngs ": lambda: mammut.add_adapter(model, lora, rngs=wrong),
+        "model ": lambda: mammut.remove_adapter(wrong, "shapes"),
+        "model  ": lambda: mammut.num_adapter_params(wrong),
+        "model   ": lambda: mammut.save(tmp_path / "a", wrong, processor),
+        "image": lambda: mammut.Processor(processor.tokenizer, wrong, 12),
+        "tokenizer": lambda: mammut.Processor(wrong, processor.image, 12),
+    }
+    if wrong is not None:
+        calls["processor"] = lambda: mammut.save(tmp_path / "a", model, wrong)
+    if not isinstance(wrong, str):
+        calls["folder"] = lambda: mammut.save(wrong, model, processor)
+        calls["path"] = lambda: mammut.load(wrong)
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{name.strip()} is .*, expected "):
+            call()
+
+
+def test_patterns_of_parameters_are_a_list(model, tmp_path):
+    lora = AdapterConfig("shapes", "lora", sites=("text.layers.attn.*",))
+    model = mammut.add_adapter(model, lora, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^also is 'vision.\*', expected list or tuple"):
+        mammut.save_adapter(tmp_path, model, "shapes", also="vision.*")
 
 
 def test_adapters_are_added_and_named_by_their_own_kinds_of_values(model):

@@ -26,6 +26,14 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_kind(name: str, value: Any, *kinds: type) -> None:
+    """Raises ValueError where an argument is of none of `kinds`."""
+    require(
+        isinstance(value, kinds),
+        f"{name} is {value!r:.60}, expected {' or '.join(kind.__name__ for kind in kinds)}",
+    )
+
+
 def require_types(config: Any) -> None:
     """Checks that every field has a value of its type; a whole number is a float, too.
 
