@@ -108,6 +108,8 @@ _SAME_RESULT = {
     "max_bad_share",
 }
 
+# Options that name a set or a file.
+_FILES = ("data", "shots_data", "classes", "tfds_dir")
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
@@ -319,16 +321,20 @@ def _default_out(checkpoint: pathlib.Path, task: str, options: Options) -> pathl
         folder = checkpoint.parent
         name = f"{_name(checkpoint.name)}_{_name(options.data)}"
         asked += json.dumps(checkpoint.name)
-    if _is_relative(options.data):  # the same name is another set in another directory
-        asked += json.dumps(os.getcwd())
+    files = [getattr(options, name, None) for name in _FILES]
+    if any(_is_relative(str(file)) for file in files if file is not None):
+        asked += json.dumps(os.getcwd())  # the same name is another file in another directory
     number = hashlib.sha256(asked.encode()).hexdigest()[:8]
     return folder / "eval" / f"{task}_{name}_{number}{options.part}.json"
 
 
-def _is_relative(data: str) -> bool:
-    """Whether the set is looked for in the current directory."""
-    kind, _, path = data.partition(":")
-    return kind not in ("synthetic", "tfds") and not os.path.isabs(os.path.expanduser(path))
+def _is_relative(spec: str) -> bool:
+    """Whether a set or a file is looked for in the current directory."""
+    kind, _, paths = spec.partition(":")
+    if kind in ("synthetic", "tfds"):
+        return False
+    # A set of several files has commas between them.
+    return not all(os.path.isabs(os.path.expanduser(path)) for path in (paths or kind).split(","))
 
 
 def _name(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import json
 import pathlib
 import shutil
@@ -357,6 +358,23 @@ def test_a_relative_set_of_another_directory_has_another_file(tmp_path, monkeypa
     assert [len(names) for names in found.values()] == [2, 1, 1]
 
 
+@pytest.mark.parametrize("kind, changed", [
+    (classify.Options, {"classes": pathlib.Path("names.json")}),
+    (caption.Options, {"shots": 1, "shots_data": "jsonl:train.jsonl"}),
+    (caption.Options, {"data": "coco:/annotations.json,images"}),
+    (caption.Options, {"data": "tfds:coco/val", "tfds_dir": "sets"}),
+])  # fmt: skip
+def test_a_relative_file_of_another_directory_makes_another_file(
+    tmp_path, monkeypatch, kind, changed
+):
+    found = set()
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        found.add(default_out(kind("model", **({"data": "jsonl:/s"} | changed)), tmp_path))
+    assert len(found) == 2
+
+
 def test_files_of_another_result_are_not_replaced(results, folder, tmp_path):
     scores, path = results["retrieval"]
     out = path.with_name("retrieval.json")
@@ -453,6 +471,15 @@ def test_a_full_disk_says_what_is_lost(results, tmp_path, monkeypatch):
     ):
         program._save(predictions, tmp_path / "x.predictions.jsonl")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_terminal_cannot_show_ends_no_program(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr(program, "_evaluate", lambda *_: print("写真 \udcff"))
+    run("caption", "model")
+    terminal.flush()
+    assert terminal.buffer.getvalue() == rb"\u5199\u771f \udcff" + b"\n"
 
 
 @pytest.mark.parametrize("main, name", [

@@ -778,6 +778,30 @@ def test_any_settings_are_taken_as_they_are_or_refused_by_name(as_users_have_it,
     assert json.loads(json.dumps(vars(config), allow_nan=False)) == vars(config)
 
 
+def test_numbers_of_numpy_are_taken_and_kept_as_pythons(as_users_have_it):
+    for kind in (np.int8, np.uint64, int):
+        config = GenerateConfig(max_new_tokens=kind(5), num_beams=kind(4), num_groups=kind(2))
+        assert [type(value) for value in vars(config).values()].count(int) == 4
+        assert config == GenerateConfig(max_new_tokens=5, num_beams=4, num_groups=2)
+    for kind in (np.float16, np.float32, np.float64, float):
+        config = GenerateConfig(temperature=kind(0.5), top_p=kind(0.25), top_k=np.int32(3))
+        assert json.dumps(vars(config)) == json.dumps(
+            vars(GenerateConfig(temperature=0.5, top_p=0.25, top_k=3))
+        )
+    for wrong in (np.float32(2), np.bool_(True), np.array(2), np.complex64(2)):
+        with pytest.raises(ValueError, match="^GenerateConfig.num_beams is "):
+            GenerateConfig(num_beams=wrong)
+    with pytest.raises(ValueError, match="^GenerateConfig.temperature is nan"):
+        GenerateConfig(temperature=np.float32("nan"))
+
+
+def test_a_whole_length_penalty_is_taken_whatever_its_sign(as_users_have_it):
+    for penalty in (-10, np.int64(-1)):
+        expected = by_table(GenerateConfig(num_beams=3, length_penalty=float(penalty)), TABLE)
+        found = by_table(GenerateConfig(num_beams=3, length_penalty=penalty), TABLE)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
 @pytest.mark.parametrize("name, value, expected", [
     ("batch_size", 0, "a whole number from 1 to"),
     ("batch_size", 2.0, "a whole number from 1 to"),
@@ -814,6 +838,8 @@ def without_a_search(monkeypatch, as_users_have_it):
 def test_any_list_of_images_and_questions_is_one(without_a_search, model, processor, images):
     for some in (list(images), iter(images), tuple(images), jnp.asarray(images), images):
         assert mammut.caption(model, processor, some) == [""] * 6
+    assert mammut.caption(model, processor, images, batch_size=np.int64(4)) == [""] * 6
+    assert len(generate_text(model, processor, images, seed=np.uint32(4))) == 6
     for some in (["red"] * 6, ("red",) * 6, iter(["red"] * 6), np.array(["red"] * 6)):
         assert mammut.answer(model, processor, images, some, prompt="one {}") == [""] * 6
 

@@ -13,9 +13,23 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
 import mammut
-from mammut.config import AdapterConfig, DecoderConfig, ModelConfig, ResNetConfig, VisionConfig
+from mammut.config import (
+    AdapterConfig,
+    AugmentConfig,
+    ComputeConfig,
+    DataConfig,
+    DecoderConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ResNetConfig,
+    TokenizerConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from mammut.models.inputs import require_images, require_texts
-from mammut.testing import tiny_batch, tiny_config, tiny_model
+from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
 
 CONFIG = tiny_config()
 IMAGE, TOKENS, VALID = tiny_batch(batch_size=2).values()
@@ -75,6 +89,7 @@ BAD_TEXTS = {
     "one id": (np.where(TOKENS == 2, 60, TOKENS), VALID, "tokens hold the id 60, expected 0 to 59"),
     "valid of others": (TOKENS, VALID[:1], r"text_valid is bool\[1, 12\], expected bool\[2, 12\]"),
     "valid is int": (TOKENS, VALID.astype(int), r"text_valid is int64\[2, 12\], expected bool"),
+    "other bytes": (TOKENS.astype(">i4"), VALID, "tokens is >i4, expected .* byte order"),
     "valid is a list": (TOKENS, VALID.tolist(), "text_valid is a list, expected an array bool"),
 }
 
@@ -94,7 +109,7 @@ def test_every_entrance_refuses_what_is_no_text(model, name, given):
     tokens, valid, message = BAD_TEXTS[given]
     with pytest.raises(ValueError, match=message):
         entrances(model)[name](IMAGE, tokens, valid)
-    if isinstance(tokens, np.ndarray) and isinstance(valid, np.ndarray):
+    if given != "other bytes" and isinstance(tokens, np.ndarray) and isinstance(valid, np.ndarray):
         # JAX has 32 bits by default.
         message = message.replace("float64", "float32").replace("int64", "int32")
         with pytest.raises(ValueError, match=message):
@@ -198,20 +213,25 @@ VALUES = (
 
 
 @pytest.mark.parametrize(
-    "cls", [VisionConfig, ResNetConfig, DecoderConfig, ModelConfig, AdapterConfig]
-)
+    "cls",
+    [VisionConfig, ResNetConfig, DecoderConfig, ModelConfig, AdapterConfig, ComputeConfig,
+     TrainConfig, DataConfig, TokenizerConfig, LossConfig, OptimizerConfig, AugmentConfig,
+     MeshConfig, mammut.ImageTransform],
+)  # fmt: skip
 def test_a_config_of_any_values_is_made_or_refused_by_name(cls):
     names = [field.name for field in dataclasses.fields(cls)]
+    whole = {field.name for field in dataclasses.fields(cls) if field.type is int}
 
     @settings(max_examples=150, deadline=None)
     @given(st.dictionaries(st.sampled_from(names), VALUES, max_size=4))
     def check(values):
         try:
-            config = cls(**values)
+            config = cls(**({"image_size": 16} if "image_size" in names else {}) | values)
         except ValueError as error:
-            assert re.search(r"(Vision|ResNet|Decoder|Model|Adapter|Layer)Config", str(error))
+            assert re.search(r"[A-Z]\w+(Config|Transform)|data\.|optimizer\.", str(error))
         else:
             hash(config)
+            assert all(type(getattr(config, name)) is int for name in whole)
 
     check()
 
@@ -223,6 +243,40 @@ def test_a_config_of_any_values_is_made_or_refused_by_name(cls):
 def test_an_image_size_that_is_no_number_of_pixels_is_refused(size, tmp_path):
     with pytest.raises(ValueError, match="^image_size is .*, expected a positive whole number"):
         mammut.load(tmp_path, image_size=size)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "x", b"x", ["x"], CONFIG.vision, 0.5])
+def test_what_is_no_model_folder_or_random_key_is_refused_by_its_name(model, tmp_path, wrong):
+    processor = tiny_processor()
+    lora = AdapterConfig("shapes", "lora", sites=("text.layers.attn.*",))
+    rngs = nnx.Rngs(0)
+    calls = {
+        "config": lambda: mammut.MaMMUT(wrong, rngs=rngs),
+        "rngs": lambda: mammut.MaMMUT(CONFIG, rngs=wrong),
+        "compute": lambda: mammut.MaMMUT(CONFIG, compute=wrong, rngs=rngs),
+        "model": lambda: mammut.add_adapter(wrong, lora, rngs=rngs),
+        "rngs ": lambda: mammut.add_adapter(model, lora, rngs=wrong),
+        "model ": lambda: mammut.remove_adapter(wrong, "shapes"),
+        "model  ": lambda: mammut.num_adapter_params(wrong),
+        "model   ": lambda: mammut.save(tmp_path / "a", wrong, processor),
+        "image": lambda: mammut.Processor(processor.tokenizer, wrong, 12),
+        "tokenizer": lambda: mammut.Processor(wrong, processor.image, 12),
+    }
+    if wrong is not None:
+        calls["processor"] = lambda: mammut.save(tmp_path / "a", model, wrong)
+    if not isinstance(wrong, str):
+        calls["folder"] = lambda: mammut.save(wrong, model, processor)
+        calls["path"] = lambda: mammut.load(wrong)
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{name.strip()} is .*, expected "):
+            call()
+
+
+def test_patterns_of_parameters_are_a_list(model, tmp_path):
+    lora = AdapterConfig("shapes", "lora", sites=("text.layers.attn.*",))
+    model = mammut.add_adapter(model, lora, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^also is 'vision.\*', expected list or tuple"):
+        mammut.save_adapter(tmp_path, model, "shapes", also="vision.*")
 
 
 def test_adapters_are_added_and_named_by_their_own_kinds_of_values(model):

@@ -493,6 +493,42 @@ def test_a_png_is_read_whatever_its_metadata_is(kind, data, checksum):
     assert cause_of(file[: int(len(file) * 0.9)]) == "truncated"
 
 
+@pytest.mark.parametrize(
+    ("marker", "data"),
+    [
+        (0xE0, b"JFIF\0"),
+        (0xE0, b"JFIF\0\1\2\1"),
+        (0xE1, b"Exif\0\0MM\0*\xff\xff\xff\xff"),
+        (0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff"),
+        (0xE2, b"ICC_PROFILE\0"),
+        (0xE2, b"ICC_PROFILE\0\1"),
+        (0xE2, b"MPF\0"),
+        (0xED, b"Photoshop 3.0\x008BIM\x03\xed\0\0\0\0\0\x10x"),
+        (0xEE, b"Adobe"),
+        (0xEE, b"Adobe\0d"),
+        (0xFE, b"\xff"),
+    ],
+)
+def test_a_jpeg_is_read_whatever_its_metadata_is(marker, data):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    plain = encoded(PIL.Image.fromarray(noise()), "JPEG", exif=exif)
+    segment = bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
+    for at in (2, 20):  # before the header JFIF, and behind it
+        file = plain[:at] + segment + plain[at:]
+        if not data.startswith(b"Exif"):  # of two, the first one counts
+            assert np.array_equal(ImageTransform(16)(file), ImageTransform(16)(plain))
+        assert ImageTransform(16)(file).shape == (16, 16, 3)
+        assert cause_of(file[: int(len(file) * 0.9)]) == "truncated"
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])
+def test_the_colours_of_a_jpeg_are_kept_where_its_metadata_is_damaged(mode):
+    plain = encoded(PIL.Image.fromarray(noise()).convert(mode), "JPEG")
+    file = plain[:2] + b"\xff\xe2\0\x0eICC_PROFILE\0" + plain[2:]
+    assert np.array_equal(ImageTransform(16)(file), ImageTransform(16)(plain))
+
+
 def test_the_orientation_is_kept_where_other_metadata_is_damaged():
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees

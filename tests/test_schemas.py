@@ -16,7 +16,7 @@ from mammut.config import TrainConfig, to_dict
 from mammut.data.examples import BadExample
 from mammut.data.sources import open_source
 from mammut.evaluation.predictions import Predictions
-from mammut.evaluation.scores import load_scores, save_scores
+from mammut.evaluation.scores import Scores, load_scores, save_scores
 from mammut.evaluation.scoring import EVALUATIONS, load_predictions, require_same_set, score
 from mammut.models.compute import ComputeConfig
 from mammut.testing import tiny_config
@@ -318,6 +318,8 @@ def test_a_name_that_is_not_utf_8_comes_back(tmp_path):
     predictions.save(path)
     assert load_predictions(path) == predictions
     path.read_text(encoding="utf-8")
+    save_scores(tmp_path / "x.json", predictions, Scores({}, [], {}))
+    assert load_scores(tmp_path / "x.json")["checkpoint"] == "runs/\udcff"
 
 
 def test_every_field_is_in_the_page(tmp_path):

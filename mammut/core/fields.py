@@ -14,6 +14,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NewType, NotRequired, Union, get_args, get_origin
 
+import numpy as np
+
 # A whole number of at least 0 in a JSON file: a number of things, or a position.
 Count = NewType("Count", int)
 
@@ -24,13 +26,22 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_kind(name: str, value: Any, *kinds: type) -> None:
+    """Raises ValueError where an argument is of none of `kinds`."""
+    require(
+        isinstance(value, kinds),
+        f"{name} is {value!r:.60}, expected {' or '.join(kind.__name__ for kind in kinds)}",
+    )
+
+
 def require_types(config: Any) -> None:
     """Checks that every field has a value of its type; a whole number is a float, too.
 
-    A list is taken for a tuple, and becomes one: a config can be hashed.
+    A list is taken for a tuple, and becomes one: a config can be hashed. A number of NumPy becomes
+    one of Python.
     """
     for field in dataclasses.fields(config):
-        value = _as_tuples(getattr(config, field.name))
+        value = _as_tuples(plain_number(getattr(config, field.name)))
         object.__setattr__(config, field.name, value)
         kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
         require(
@@ -53,6 +64,11 @@ def require_number(name: str, value: Any, low: int | float, high: int | float) -
         isinstance(value, int | float) and type(value) is not bool and low <= value <= high,
         f"{name} is {value!r}, expected a number from {low} to {high}",
     )
+
+
+def plain_number(value: Any) -> Any:
+    """Turns a number of NumPy into one of Python, which JSON takes; other values stay."""
+    return value.item() if isinstance(value, np.number) else value
 
 
 def require_positive(config: Any, *names: str) -> None:

@@ -52,6 +52,11 @@ class MeshConfig:
     # Devices that split the attention heads, the MLPs and the vocabulary.
     model: int = 1
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if type(value) is not int:
+                raise ValueError(f"MeshConfig.{name} is {value!r}, expected a whole number")
+
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
         """Returns the sizes of the three axes for `num_devices` devices.
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from mammut.core.fields import require, require_fraction, require_positive
+from mammut.core.fields import require, require_fraction, require_positive, require_types
 
 # The texts that a source has for each image: captions, questions with answers ("qa"), or the name
 # of its class.
@@ -51,6 +51,7 @@ class DataConfig:
     tfds_dir: str | None = None
 
     def __post_init__(self):
+        require_types(self)
         require_positive(
             self, "batch_size", "eval_batch_size", "val_examples", "threads", "max_image_pixels"
         )
@@ -95,3 +96,6 @@ class TokenizerConfig:
     replace: bool = False
     # Tokens of a text, start and end included. None: as many as the model has positions for.
     max_length: int | None = None
+
+    def __post_init__(self):
+        require_types(self)

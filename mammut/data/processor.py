@@ -18,12 +18,13 @@ Images stay uint8: the model itself subtracts the mean and divides by the standa
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence, Set
+from types import NoneType
 from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from mammut.core.fields import from_dict, require, require_choices
+from mammut.core.fields import from_dict, require, require_choices, require_kind
 from mammut.core.files import read_json_object, write_json
 from mammut.data.images import ImageTransform
 from mammut.data.tokenizer import Tokenizer, restore_tokenizer
@@ -137,6 +138,9 @@ class Processor:
             raise ValueError(
                 f"text_form is {text_form!r}, expected one of {', '.join(get_args(TextForm))}"
             )
+        require_kind("tokenizer", tokenizer, Tokenizer)
+        require_kind("image", image, ImageTransform)
+        require_kind("classes", classes, Classes, NoneType)
         self.tokenizer = tokenizer
         self.image = image
         self.max_length = max_length

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int, Int32, Key, UInt8
 
 from mammut.core.typing import Array
 from mammut.data.processor import Processor, as_images
-from mammut.generation.rows import GeneratedRow, Row, generate_rows, require_settings, row_keys
+from mammut.generation.rows import GeneratedRow, Row, checked_numbers, generate_rows, row_keys
 from mammut.generation.search import GenerateConfig, Generation
 from mammut.generation.text import Text, generate_after, require_same_vocabulary, text_of
 from mammut.models.mammut import MaMMUT, ModelConfig
@@ -258,7 +258,7 @@ def generate_prompts(
       >>> mammut.generate_prompts(model, processor, [prompt], config)[0].text
       'a dog'
     """
-    require_settings(config, batch_size, seed)
+    batch_size, seed = checked_numbers(config, batch_size, seed)
     require_same_vocabulary(model, processor)
     room = prompt_room(model.config, config.max_new_tokens)
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Key
 
-from mammut.core.fields import require, require_whole
+from mammut.core.fields import plain_number, require, require_whole
 from mammut.core.typing import Array
 from mammut.data.processor import Processor
 from mammut.generation.search import GenerateConfig, Generation
@@ -37,13 +37,23 @@ class GeneratedRow:
     token_logprobs: Float[np.ndarray, " n"]  # of the generated tokens alone, the end token included
 
 
-def require_settings(config: Any, batch_size: Any, seed: Any) -> None:
-    """Raises ValueError where the settings of a generation are of another kind or range."""
+def checked_numbers(config: Any, batch_size: Any, seed: Any) -> tuple[int, int]:
+    """Checks the settings of a generation.
+
+    Returns:
+      `batch_size` and `seed`.
+
+    Raises:
+      ValueError: a setting is of another kind or out of its range.
+    """
+    batch_size = plain_number(batch_size)
+    seed = plain_number(seed)
     require(
         isinstance(config, GenerateConfig), f"config is {config!r:.80}, expected a GenerateConfig"
     )
     require_whole("batch_size", batch_size, 1, 2**20)
     require_whole("seed", seed, -(2**63), 2**63 - 1)
+    return batch_size, seed
 
 
 def generate_rows(

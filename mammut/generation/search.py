@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Float, Int, Key
 
-from mammut.core.fields import require, require_number, require_whole
+from mammut.core.fields import plain_number, require, require_number, require_whole
 from mammut.core.typing import Array
 
 
@@ -53,6 +53,8 @@ class GenerateConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain_number(getattr(self, field.name)))
         if self.max_new_tokens is not None:
             require_whole("GenerateConfig.max_new_tokens", self.max_new_tokens, 1, 2**17)
         require_whole("GenerateConfig.num_beams", self.num_beams, 1, 2**12)
@@ -67,6 +69,8 @@ class GenerateConfig:
             ("repetition_penalty", 1e-6, 1e6),
         ):
             require_number(f"GenerateConfig.{name}", getattr(self, name), low, high)
+            # JAX raises no integer to the power of -10.
+            object.__setattr__(self, name, float(getattr(self, name)))
         sampling = self.temperature > 0
         searching = self.num_beams > 1
         divides = self.num_beams % self.num_groups == 0

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int, Int32, Key, UInt8
 
 from mammut.core.typing import Array
 from mammut.data.processor import Processor, as_images, as_texts
-from mammut.generation.rows import GeneratedRow, Row, generate_rows, require_settings, row_keys
+from mammut.generation.rows import GeneratedRow, Row, checked_numbers, generate_rows, row_keys
 from mammut.generation.search import Decoding, GenerateConfig, Generation, search
 from mammut.models.cached_decoder import DecodeCache, cached_step, prefill
 from mammut.models.inputs import require_texts
@@ -204,7 +204,7 @@ def generate_text(
       >>> texts[0].text
       'a dog on the grass'
     """
-    require_settings(config, batch_size, seed)
+    batch_size, seed = checked_numbers(config, batch_size, seed)
     images = as_images(images)
     ids = _prompt_ids(model, processor, images, prompts)
     if not ids:

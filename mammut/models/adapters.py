@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mammut.core.fields import require
+from mammut.core.fields import require, require_kind
 from mammut.models.adapter_modules import IA3, AdapterConfig, Adapters, LoRA
 from mammut.models.layers import Linear, initialise
 from mammut.models.mammut import MaMMUT
@@ -31,6 +31,8 @@ def add_adapter(model: MaMMUT, *configs: AdapterConfig, rngs: nnx.Rngs) -> MaMMU
       >>> lora = mammut.AdapterConfig(name="shapes", kind="lora", sites=("text.layers.attn.*",))
       >>> model = mammut.add_adapter(model, lora, rngs=nnx.Rngs(0))
     """
+    require_kind("model", model, MaMMUT)
+    require_kind("rngs", rngs, nnx.Rngs)
     for config in configs:
         require(
             isinstance(config, AdapterConfig), f"{config!r:.60} is given, expected an AdapterConfig"
@@ -141,6 +143,7 @@ def num_adapter_params(model: MaMMUT, name: str | None = None) -> int:
       >>> mammut.num_adapter_params(model, "shapes")
       8192
     """
+    require_kind("model", model, MaMMUT)
     if name is None:
         return sum(leaf.size for leaf in jax.tree.leaves(model.adapters))
     require_adapters(model, name)
@@ -154,6 +157,7 @@ def _copy(model: MaMMUT) -> MaMMUT:
 
 def require_adapters(model: MaMMUT, *names: str) -> None:
     """Raises ValueError where the model lacks an adapter of `names`."""
+    require_kind("model", model, MaMMUT)
     there = model.config.adapter_names
     for name in names:
         if name not in there:

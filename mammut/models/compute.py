@@ -106,6 +106,7 @@ class AugmentConfig:
     prefix_dropout: float = 0.0
 
     def __post_init__(self):
+        require_types(self)
         require_fraction(self, "patch_drop", "prefix_dropout")
 
 

@@ -115,6 +115,10 @@ def _require_array(name: str, value: Any, expected: str) -> None:
         isinstance(value, np.ndarray | jax.Array),
         f"{name} is a {type(value).__name__}, expected an array {expected}",
     )
+    require(
+        value.dtype.isnative,
+        f"{name} is {value.dtype.str}, expected an array of this machine's byte order, {expected}",
+    )
 
 
 def _has_numbers(array: np.ndarray | jax.Array) -> bool:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from mammut.core.fields import (
     require,
     require_choices,
+    require_kind,
     require_types,
 )
 from mammut.core.sharding import constrain
@@ -227,6 +228,9 @@ class MaMMUT(nnx.Module):
     def __init__(
         self, config: ModelConfig, *, compute: ComputeConfig = ComputeConfig(), rngs: nnx.Rngs
     ):
+        require_kind("config", config, ModelConfig)
+        require_kind("compute", compute, ComputeConfig)
+        require_kind("rngs", rngs, nnx.Rngs)
         require_computable(config, compute)
         self.config = config
         self.compute = compute

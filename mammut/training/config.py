@@ -7,7 +7,13 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from mammut.core.fields import require, require_choices, require_fraction, require_positive
+from mammut.core.fields import (
+    require,
+    require_choices,
+    require_fraction,
+    require_positive,
+    require_types,
+)
 from mammut.core.sharding import MeshConfig
 from mammut.data.config import DataConfig, TokenizerConfig
 from mammut.models.compute import AugmentConfig, ComputeConfig
@@ -62,6 +68,7 @@ class LossConfig:
     vocab_chunk: int = 16
 
     def __post_init__(self):
+        require_types(self)
         require_choices(self)
         require_fraction(self, "label_smoothing")
         require_positive(self, "vocab_chunk", "contrastive_chunk")
@@ -163,6 +170,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
+        require_types(self)
         require_choices(self)
         require_positive(self, "learning_rate", "eps")
         require_fraction(self, "b1", "b2")
@@ -250,6 +258,7 @@ class TrainConfig:
     compilation_cache: str | None = "~/.cache/mammut/xla"
 
     def __post_init__(self):
+        require_types(self)
         require_choices(self)
         self._require_numbers()
         self._require_task()

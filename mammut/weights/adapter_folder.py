@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from mammut.core import distributed
-from mammut.core.fields import differences, to_dict
+from mammut.core.fields import differences, require_kind, to_dict
 from mammut.core.files import check_manifest, make_manifest, read_json_object, replacing, write_json
 from mammut.core.mapped_file import MAX_HEADER
 from mammut.core.params import by_name
@@ -88,6 +89,7 @@ def save_adapter(
       >>> model = mammut.load_adapter(base, "runs/questions")
     """
     require_adapters(model, name)
+    require_kind("also", also, list, tuple, NoneType)
     specs, read = host_tensors(by_name(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
     base = [path for path in specs if not path.startswith("adapters.")]
     for pattern in also or ():
@@ -143,6 +145,7 @@ def load_adapter(model: MaMMUT, folder: str | os.PathLike, name: str | None = No
       >>> model, processor = mammut.load("runs/base")
       >>> model = mammut.load_adapter(model, "runs/questions")
     """
+    require_kind("folder", folder, str, os.PathLike)
     folder = pathlib.Path(folder)
     if problems := check_manifest(folder, folder / _MANIFEST):
         raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")

@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
+from types import NoneType
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -26,7 +27,7 @@ from jax.sharding import AxisType, Mesh
 
 from mammut.core import distributed
 from mammut.core.environment import require_arithmetic
-from mammut.core.fields import to_dict
+from mammut.core.fields import require_kind, to_dict
 from mammut.core.files import make_manifest, read_json_object, replacing, write_json
 from mammut.core.params import by_name, logical_axes, path_name
 from mammut.core.sharding import MESH_AXES, param_shardings
@@ -128,6 +129,9 @@ def save(
       >>> model = mammut.MaMMUT(config, rngs=nnx.Rngs(0))
       >>> mammut.save("models/new", model, processor)
     """
+    require_kind("folder", folder, str, os.PathLike)
+    require_kind("model", model, MaMMUT)
+    require_kind("processor", processor, Processor, NoneType)
     tensors = _tensors_of(model)
     opened = OpenedModel(model.config, tensors, processor, "the model", compute=model.compute)
     if not distributed.first():
@@ -306,6 +310,7 @@ def open_model(path: str | os.PathLike, *, image_size: int | None = None) -> Ope
     Raises:
       CheckpointError: as for `load`.
     """
+    require_kind("path", path, str, os.PathLike)
     path = pathlib.Path(path)
     for row in FORMATS:
         if row.recognises(path):
