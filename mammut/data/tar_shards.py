@@ -42,8 +42,8 @@ from mammut.data.tar_paths import shard_paths
 
 _log = logging.getLogger(__name__)
 
-# The columns of an index: the files of an example. The last two are there only as far as a shard has
-# such files.
+# The columns of an index: the files of an example. The last two are there only as far as a shard
+# has such files.
 IMAGE, TXT, JSON = COLUMNS = range(3)
 CLS, VIDEO = MORE_COLUMNS = range(3, 5)
 # The start of an absent file in an index. Where two files have one name, it is -2 - start.

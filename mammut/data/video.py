@@ -56,8 +56,8 @@ class Clip:
     """
 
     file: Any
-    start: float | None = None
-    end: float | None = None
+    start: float | int | None = None
+    end: float | int | None = None
 
     def __post_init__(self):
         for name in ("start", "end"):
