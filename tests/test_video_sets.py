@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -21,6 +22,7 @@ from mammut.data.video import Clip, VideoTransform
 from mammut.data.video_reader import open_video
 from mammut.evaluation.predictor import Predictor
 from mammut.generation.text import generate_text
+from mammut.prepare import prepare_frames
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 from mammut.training.new_processor import make_processor
 from tests.video_files import marked, number_of, save, video_file
@@ -348,6 +350,43 @@ def test_bad_clips_are_replaced_and_counted(clips, tmp_path):
 def test_a_set_of_videos_that_is_read_as_pictures_says_what_to_set(clips):
     with pytest.raises(ValueError, match="unsupported"):
         next(batches(clips, frames=None))
+
+
+# ---- decoded once ----
+
+
+def test_frames_that_are_decoded_once_give_the_same_videos(tmp_path):
+    save(tmp_path, "a.mp4", frames=40, options=X264)
+    save(tmp_path, "b.webm", codec="libvpx", frames=3)
+    (tmp_path / "c.mp4").write_bytes(b"")
+    asked = {"question": "what?", "answers": ["so", ""], "question_id": "7", "answer_type": "other"}
+    lines = [
+        {"file": "a.mp4", "start": 2, "qa": [asked]},
+        {"file": "b.webm", "qa": [asked | {"question_id": "8"}]},
+        {"file": "c.mp4", "qa": [asked]},
+    ]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    common = f"jsonl:{tmp_path}/set.jsonl", str(tmp_path), "once", 8
+    with pytest.raises(ValueError, match=r"1 of the 3 examples .*\(1 empty\)"):
+        prepare_frames(*common, field="qa")
+    shutil.rmtree(tmp_path / "once")
+    bad = prepare_frames(*common, field="qa", size=24, max_bad_share=0.5)
+    assert bad == {"empty": 1}
+    source, original = (
+        open_set(spec, field="qa") for spec in (f"jsonl:{tmp_path}/once", common[0])
+    )
+    assert len(source) == 2
+    for index in range(2):
+        ours, theirs = source[index], original[index]
+        assert ours.qa == theirs.qa and ours.key == theirs.key
+        assert numbers(processor(8).read(ours.image)) == numbers(processor(8).read(theirs.image))
+    assert numbers(processor(8).read(source[1].image)) == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert len(list((tmp_path / "once/frames/00000001").iterdir())) == 3
+    assert PIL.Image.open(source[0].image.file[0]).size == (32, 24)
+    with pytest.raises(ValueError, match="exists already"):
+        prepare_frames(*common, field="qa")
+    with pytest.raises(ValueError, match="'My Set', expected lower-case"):
+        prepare_frames(*common[:2], "My Set", 8)
 
 
 # ---- a run ----

@@ -122,7 +122,17 @@ class VideoTransform:
           BadVideo: the video cannot be used as a whole.
           BadImage: a picture of a sequence cannot be used.
         """
-        return self._read(video, [Fraction(1, 2)] * self.frames, image.max_image_pixels, image)
+        return np.stack(self.map(video, image, image.max_image_pixels))
+
+    def map(
+        self, video: VideoLike, picture: Callable[[Any], Any], max_image_pixels: int
+    ) -> list[Any]:
+        """Calls a function for each frame that a call reads, of full size.
+
+        A frame that is repeated gives the same object again. The function is called with anything
+        that `ImageTransform.read` takes.
+        """
+        return self._read(video, [Fraction(1, 2)] * self.frames, max_image_pixels, picture)
 
     def random(
         self,
@@ -151,15 +161,15 @@ class VideoTransform:
         def picture(frame: Any) -> UInt8[np.ndarray, "height width 3"]:
             return image(frame) if whole else image.cut(frame, crop)
 
-        return self._read(video, shares, image.max_image_pixels, picture)
+        return np.stack(self._read(video, shares, image.max_image_pixels, picture))
 
     def _read(
         self,
         video: VideoLike,
         shares: Sequence[Fraction],
         max_pixels: int,
-        picture: Callable[[Any], UInt8[np.ndarray, "height width 3"]],
-    ) -> UInt8[np.ndarray, "T height width 3"]:
+        picture: Callable[[Any], Any],
+    ) -> list[Any]:
         """Reads the frames at a share of each segment; with `fps`, from the first share on."""
         clip = video if isinstance(video, Clip) else Clip(video)
         name = f"video {clip.file}" if isinstance(clip.file, str | os.PathLike) else "video"
@@ -168,11 +178,11 @@ class VideoTransform:
                 indices = self._chosen(frames, clip, shares)
                 wanted = sorted(set(indices))
                 # One at a time: a frame of full size is larger than all of the result may be.
-                pictures = map(picture, frames.read(wanted))
-                arrays = dict(zip(wanted, pictures, strict=True))
+                read = zip(wanted, frames.read(wanted), strict=True)
+                pictures = {index: picture(frame) for index, frame in read}
         except BadVideo as error:
             raise BadVideo(f"{name} {error}", error.cause) from error.__cause__
-        return np.stack([arrays[index] for index in indices])
+        return [pictures[index] for index in indices]
 
     def _chosen(self, frames: Frames, clip: Clip, shares: Sequence[Fraction]) -> list[int]:
         """Chooses frames: of each moment the last one that began before it.
