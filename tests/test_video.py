@@ -68,6 +68,7 @@ def test_fewer_frames_are_repeated_in_order():
         ("a.avi", {"codec": "mpeg4", "options": {"bf": "2"}}),
         ("b_frames.avi", {"options": {"bf": "3"}}),
         ("bare.h264", {"options": {"bf": "2"}}),
+        ("a.ts", {"options": {"g": "6"} | X264}),  # a seek lands behind the keyframe
         ("fragments.mp4", {"container_options": {"movflags": "frag_keyframe+empty_moov"}}),
         ("10bit.mp4", {"pix_fmt": "yuv420p10le"}),
         ("444.mp4", {"pix_fmt": "yuv444p"}),
@@ -82,6 +83,31 @@ def test_every_format_gives_the_frames_of_the_formula(tmp_path, name, settings):
     assert numbers(path.read_bytes(), 4) == numbers(path, 4)
     with path.open("rb") as file:
         assert numbers(file, 4) == numbers(file, 4) == centres(20, 4)
+
+
+def test_frames_after_a_keyframe_may_need_others_before_it(tmp_path):
+    """Of an open group of pictures; the decoder refuses to begin with some of its keyframes."""
+    settings = "open-gop=1:keyint=12:min-keyint=12:bframes=3:scenecut=0"
+    path = save(tmp_path, "a.mp4", frames=120, options={"x264-params": settings})
+    for frames in (7, 10, 12, 40):
+        assert numbers(path, frames) == centres(120, frames)
+
+
+def test_frames_that_an_edit_list_hides_are_no_frames():
+    """A part cut out of a video without encoding it begins with the keyframe before it."""
+    content = video_file(times=range(-50, 150, 10), rate=100, options=X264)
+    assert numbers(content, 15) == list(range(5, 20))
+    assert numbers(Clip(content, 0, 0.2), 2) == [5, 6]
+
+
+def test_times_of_a_clip_count_from_the_first_frame(tmp_path):
+    for name, codec in (("a.ts", "libx264"), ("a.avi", "mpeg4")):  # they begin after 0
+        path = save(tmp_path, name, codec=codec)
+        assert [numbers(Clip(path, i / 10, i / 10 + 0.02), 1) for i in (0, 7, 19)] == [
+            [0],
+            [7],
+            [19],
+        ]
 
 
 def test_times_count_where_the_rate_is_not_constant():
@@ -212,6 +238,11 @@ def test_a_playlist_does_not_open_other_files(tmp_path):
         assert cause_of(Clip(content.encode())) == "corrupt"
 
 
+def test_only_formats_of_the_list_are_opened():
+    y4m = b"YUV4MPEG2 W16 H16 F10:1 C444\n" + 4 * (b"FRAME\n" + bytes(3 * 16 * 16))
+    assert cause_of(Clip(y4m)) == "corrupt"
+
+
 def test_a_lost_index_is_no_video():
     content = video_file(60)  # its index comes last
     assert cause_of(content[: len(content) * 2 // 3]) == "no video"
@@ -307,12 +338,13 @@ def test_too_many_pixels_are_refused_before_anything_is_decoded():
     assert len(read(content, max_image_pixels=2048 * 2048)) == 8
 
 
-def test_a_size_that_the_container_hides_is_refused_by_the_decoder():
-    """The size in the header says 16 x 16, the stream itself 1024 x 1024."""
-    content = video_file([np.zeros((1024, 1024, 3), np.uint8)] * 2, options=X264)
-    small = content.replace((1024).to_bytes(2, "big") * 2, (16).to_bytes(2, "big") * 2)
-    assert small != content
-    assert cause_of(small, max_image_pixels=10_000) in ("oversized", "corrupt")
+def test_frames_that_grow_in_the_middle_are_refused_by_the_decoder():
+    parts = [
+        video_file([np.zeros((side, side, 3), np.uint8)] * 4, format="h264", options=X264)
+        for side in (64, 512)
+    ]
+    assert len(read(b"".join(parts))) == 8
+    assert cause_of(b"".join(parts), max_image_pixels=10_000) == "corrupt"
 
 
 def test_one_frame_is_repeated():
