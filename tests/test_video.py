@@ -30,9 +30,9 @@ def numbers(video, frames=8, fps=None):
     return [number_of(frame) for frame in read(video, frames, fps)]
 
 
-def cause_of(video, **limits):
+def cause_of(video, **settings):
     with pytest.raises(BadVideo) as raised:
-        read(video, **limits)
+        read(video, **settings)
     assert "\n" not in str(raised.value)
     return raised.value.cause
 
@@ -96,7 +96,8 @@ def test_frames_after_a_keyframe_may_need_others_before_it(tmp_path):
 def test_frames_that_an_edit_list_hides_are_no_frames():
     """A part cut out of a video without encoding it begins with the keyframe before it."""
     content = video_file(times=range(-50, 150, 10), rate=100, options=X264)
-    assert numbers(content, 15) == list(range(5, 20))
+    assert numbers(Clip(content, 0, 1.4), 14) == list(range(5, 19))
+    assert sorted(set(numbers(content, 200))) == list(range(5, 20))
     assert numbers(Clip(content, 0, 0.2), 2) == [5, 6]
 
 
@@ -339,12 +340,13 @@ def test_too_many_pixels_are_refused_before_anything_is_decoded():
 
 
 def test_frames_that_grow_in_the_middle_are_refused_by_the_decoder():
+    frames = [np.zeros((side, side, 3), np.uint8) for side in (64, 512)]
     parts = [
-        video_file([np.zeros((side, side, 3), np.uint8)] * 4, format="h264", options=X264)
-        for side in (64, 512)
+        video_file([frame] * count, format="h264", options=X264)
+        for frame, count in zip(frames, (400, 4), strict=True)
     ]
-    assert len(read(b"".join(parts))) == 8
-    assert cause_of(b"".join(parts), max_image_pixels=10_000) == "corrupt"
+    assert len(read(b"".join(parts), frames=200)) == 200
+    assert cause_of(b"".join(parts), frames=200, max_image_pixels=10_000) == "corrupt"
 
 
 def test_one_frame_is_repeated():

@@ -86,14 +86,6 @@ def _encode(container: Any, stream: Any, frames: Sequence[np.ndarray], times: An
 def save(folder: pathlib.Path, name: str, **settings: Any) -> pathlib.Path:
     """Writes `video_file` into a folder; the format follows from the name."""
     path = folder / name
-    formats = {
-        "webm": "webm",
-        "mkv": "matroska",
-        "mov": "mov",
-        "avi": "avi",
-        "h264": "h264",
-        "ts": "mpegts",
-    }
-    format = formats.get(path.suffix[1:], "mp4")
+    format = {"mkv": "matroska", "ts": "mpegts"}.get(path.suffix[1:], path.suffix[1:])
     path.write_bytes(video_file(format=format, **settings))
     return path
