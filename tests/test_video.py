@@ -364,7 +364,7 @@ def test_a_cover_picture_is_no_video():
         sound = target.add_stream_from_template(source.streams.audio[0])
         with av.open(io.BytesIO(cover.getvalue()), format="image2pipe") as picture:
             stream = target.add_stream_from_template(picture.streams.video[0])
-            stream.disposition = av.stream.Disposition.attached_pic
+            stream.disposition = av.stream.Disposition.attached_pic.value
             for packet in picture.demux():
                 if packet.size:
                     packet.stream = stream

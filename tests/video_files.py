@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 MARKS = 8  # bits of the number that each frame shows
 
@@ -60,6 +61,8 @@ def video_file(
                 if times is not None:
                     stream.codec_context.time_base = fractions.Fraction(1, 100)
                 if rotation is not None:
+                    if not hasattr(stream, "set_display_rotation"):
+                        pytest.skip("this PyAV is too old to write a rotation")
                     stream.set_display_rotation(rotation)
                 _encode(container, stream, frames, times)
             if audio is not None:
