@@ -3,19 +3,23 @@
 import io
 import pathlib
 import sys
+import time
+import typing
 
 import numpy as np
 import PIL.Image
 import pytest
+from marks import long
+from video_files import marked, number_of, save, video_file
 
-from mammut.data import video_reader
+from mammut.data import images, video_reader
 from mammut.data.animation import is_animation
 from mammut.data.images import BadImage, ImageTransform
 from mammut.data.video import BadVideo, Clip, VideoTransform, is_video
-from tests.video_files import marked, number_of, save, video_file
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install 'mammut-jax[video]'")
 
+CAUSES = typing.get_args(images.Cause)
 IMAGE = ImageTransform(32)
 WHOLE = 1.0, 1.0
 X264 = {"preset": "ultrafast"}
@@ -496,3 +500,71 @@ def test_without_pyav_the_error_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"pip install 'mammut-jax\[video\]'") as error:
         read(path)
     assert not isinstance(error.value, BadImage)  # no example is left out for it
+
+
+# ---- whatever is given is read or refused ----
+
+
+def test_titles_need_not_be_utf_8():
+    content = video_file(8, format="matroska", options=X264)
+    assert content.count(b"Lavf") > 0
+    assert numbers(content.replace(b"Lavf", b"L\xfcvf")) == list(range(8))
+
+
+def test_a_codec_that_nobody_knows():
+    content = video_file(4, format="matroska", options=X264)
+    assert cause_of(content.replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/XVC")) == "unsupported"
+
+
+def test_a_gif_that_grows_is_refused_before_it_is_decoded():
+    content = bytearray(gif(FRAMES))
+    last = content.rindex(b"\x21\xf9\x04") + 8  # the picture after its control extension
+    assert content[last] == ord(",")
+    content[last + 5 : last + 9] = (20_000).to_bytes(2, "little") * 2
+    started = time.process_time()
+    assert cause_of(bytes(content), max_image_pixels=10**6) == "oversized"
+    assert time.process_time() - started < 1
+
+
+SEEDS = {
+    "mp4": {"options": {"g": "5"} | X264},
+    "fragments": {"container_options": {"movflags": "frag_keyframe+empty_moov"}, "options": X264},
+    "matroska": {"format": "matroska", "options": {"g": "5"} | X264},
+    "webm": {"format": "webm", "codec": "libvpx"},
+    "avi": {"format": "avi", "codec": "mpeg4"},
+    "mpegts": {"format": "mpegts", "options": X264},
+    "h264": {"format": "h264", "options": X264},
+    "GIF": None,
+    "WEBP": None,
+}
+
+
+def damaged(content, rng):
+    content = bytearray(content)
+    match rng.integers(4):
+        case 0:
+            return content[: rng.integers(len(content) + 1)]
+        case 1:
+            for place in rng.integers(0, len(content), rng.integers(1, 6)):
+                content[place] = rng.integers(256)
+        case 2:
+            place = rng.integers(len(content))
+            del content[place : place + rng.integers(1, 40)]
+        case 3:  # the headers
+            for place in rng.integers(0, min(len(content), 200), 3):
+                content[place] = rng.choice([0, 1, 127, 128, 255])
+    return content
+
+
+@pytest.mark.parametrize("trials", [12, long(400)])
+@pytest.mark.parametrize("kind", SEEDS)
+def test_a_damaged_file_is_read_or_refused_in_one_sentence(kind, trials):
+    settings = SEEDS[kind]
+    content = gif(FRAMES, format=kind) if settings is None else video_file(12, **settings)
+    assert len(read(content, 4)) == 4
+    for seed in range(trials):
+        given = bytes(damaged(content, np.random.default_rng(seed)))
+        try:
+            assert read(given, 4, max_image_pixels=10**6).shape == (4, 32, 32, 3)
+        except BadImage as error:
+            assert error.cause in CAUSES and "\n" not in str(error)

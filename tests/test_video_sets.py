@@ -10,6 +10,7 @@ import tarfile
 import numpy as np
 import PIL.Image
 import pytest
+from video_files import marked, number_of, save, video_file
 
 import mammut
 from mammut.config import DataConfig, TrainConfig
@@ -25,7 +26,6 @@ from mammut.generation.text import generate_text
 from mammut.prepare import prepare_frames
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 from mammut.training.new_processor import make_processor
-from tests.video_files import marked, number_of, save, video_file
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install 'mammut-jax[video]'")
 

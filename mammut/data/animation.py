@@ -56,25 +56,29 @@ def open_animation(file: Any, max_pixels: int) -> Iterator[Frames]:
             raise BadVideo("is truncated: it ends before its blocks do", "truncated")
         with _pillow():
             picture = PIL.Image.open(io.BytesIO(content), formats=("GIF", "WEBP"))
-    if math.prod(picture.size) > max_pixels:
-        raise BadVideo(
-            f"has frames of {picture.width} x {picture.height} pixels, more than "
-            f"max_image_pixels {max_pixels}",
-            "oversized",
-        )
+
+    def show(index: int) -> None:
+        picture.seek(index)
+        # Of each frame: a GIF grows where a later frame does not fit in.
+        if math.prod(picture.size) > max_pixels:
+            raise BadVideo(
+                f"has frames of {picture.width} x {picture.height} pixels, more than "
+                f"max_image_pixels {max_pixels}",
+                "oversized",
+            )
+        picture.load()
 
     def read(wanted: Sequence[int]) -> Iterator[Any]:
         for index in wanted:
             with _pillow():
-                picture.seek(index)
+                show(index)
                 frame = picture.copy()
             yield frame
 
     ends = []
     with _pillow():
         for index in range(picture.n_frames):
-            picture.seek(index)
-            picture.load()  # a WebP knows how long a frame is shown when it has decoded it
+            show(index)  # a WebP knows how long a frame is shown when it has decoded it
             duration = int(picture.info.get("duration") or _DEFAULT_MILLISECONDS)
             ends.append((ends[-1] if ends else 0) + duration)
     yield Frames(np.array([0, *ends[:-1]], np.int64), ends[-1], Fraction(1, 1000), read)
@@ -100,6 +104,8 @@ def _pillow() -> Iterator[None]:
     with PILLOW_LIMIT:
         try:
             yield
+        except BadVideo:
+            raise
         except Exception as error:
             cause = "truncated" if "truncated" in str(error).lower() else "corrupt"
             raise BadVideo(f"is {cause}: {error}", cause) from error

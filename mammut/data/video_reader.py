@@ -138,13 +138,17 @@ def _container(file: Any, max_pixels: int) -> Iterator[tuple[Any, Any]]:
     av = _av()
     file.seek(0)
     limit = {"max_pixels": str(max_pixels)}  # twice: FFmpeg decodes when it opens a file, too
-    with av.open(file, options=limit | {"format_whitelist": _FORMATS}) as container:
+    options = limit | {"format_whitelist": _FORMATS}
+    # Titles need not be UTF-8.
+    with av.open(file, options=options, metadata_errors="replace") as container:
         covers = av.stream.Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & covers]
         if not streams:
             kinds = ", ".join({stream.type for stream in container.streams}) or "nothing"
             raise BadVideo(f"has no video stream, but {kinds}", "no video")
         stream = streams[0]
+        if stream.codec_context is None:
+            raise BadVideo("has a video stream of an unknown codec", "unsupported")
         if stream.width * stream.height > max_pixels:
             raise BadVideo(
                 f"has frames of {stream.width} x {stream.height} pixels, more than "
