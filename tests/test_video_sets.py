@@ -194,6 +194,39 @@ def test_times_of_another_kind_are_counted(tmp_path, name, value):
     assert bad.value.cause == "missing field"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"file": "a.mp4", "start": 0.5, "end": 2},
+        {"video_id": "v", "frames": [{"file": "1.png"}, {"file": "2.png"}]},
+    ],
+)
+def test_any_value_of_a_field_is_read_or_refused(tmp_path, line):
+    values = [
+        None,
+        "x",
+        "",
+        7,
+        -1,
+        0.5,
+        1e300,
+        float("nan"),
+        True,
+        [],
+        [1.5],
+        {},
+        "\ud800",
+        "nul\0",
+    ]
+    for field in line:
+        for value in [*values, 10**400, [{"file": 7}], [{"file": "1.png"}, None]]:
+            try:
+                example = example_of(tmp_path, line | {field: value})
+                processor(2).read(example.image)
+            except (BadExample, BadImage) as error:
+                assert "\n" not in str(error)
+
+
 def test_questions_about_parts_of_one_video_have_ids_of_their_own(tmp_path):
     lines = [
         {"file": "a.mp4", "start": start, "qa": [{"question": "what?", "answers": ["so"]}]}
