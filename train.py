@@ -166,6 +166,7 @@ def open_sources(
         image_size=config.model.vision.image_size,
         tfds_dir=config.data.tfds_dir,
         field=task.field,
+        video=config.data.frames is not None,
         alive=alive,
     )
     source = open_source(config.data.train)

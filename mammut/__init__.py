@@ -10,6 +10,7 @@ from mammut.core.version import VERSION
 from mammut.data.config import DataConfig, TokenizerConfig
 from mammut.data.images import BadImage, ImageTransform
 from mammut.data.processor import Processor
+from mammut.data.video import BadVideo, Clip, VideoTransform
 from mammut.generation.interleaved import generate_prompts
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import Text, answer, caption, generate_text
@@ -39,6 +40,8 @@ __all__ = [
     "MaMMUT",
     "Processor",
     "ImageTransform",
+    "VideoTransform",
+    "Clip",
     # texts from images
     "caption",
     "answer",
@@ -73,6 +76,7 @@ __all__ = [
     "make_mesh",
     # errors
     "BadImage",
+    "BadVideo",
     "CheckpointError",
 ]
 

@@ -21,6 +21,7 @@ from mammut.data import jsonl, sources
 from mammut.data.batches import TrainBatches
 from mammut.data.config import Field
 from mammut.data.examples import BadExample, Example, Question, Source
+from mammut.data.images import BadImage
 from mammut.data.jsonl import JsonlSource
 from mammut.evaluation.predictions import Predictions
 from mammut.testing import tiny_processor
@@ -623,14 +624,32 @@ def asked(**question) -> dict:
         (
             "qa",
             {"video_id": "v", "frames": [{"file": "1.png"}], "qa": []},
-            "missing field",
-            "cannot be read yet",
+            "no question",
+            "no question",
         ),
         (
             "captions",
-            {"video_id": "v", "frames": [], "captions": ["x"]},
+            {"video_id": "v", "frames": ["1.png"], "captions": ["x"]},
             "missing field",
-            "frames of a video",
+            'no "frames", a list of objects with a file',
+        ),
+        (
+            "captions",
+            {"video_id": "v", "frames": [{"name": "1.png"}], "captions": ["x"]},
+            "missing field",
+            'no "file"',
+        ),
+        (
+            "captions",
+            {"frames": [{"file": "1.png"}], "captions": ["x"]},
+            "missing field",
+            "None for video_id, expected a text",
+        ),
+        (
+            "captions",
+            {"file": "1.mp4", "start": "2", "captions": ["x"]},
+            "missing field",
+            "'2' for start, expected seconds",
         ),
     ],
 )
@@ -1193,5 +1212,7 @@ def test_a_real_set_opened_for_another_field_has_no_usable_example(shared, name,
 
 
 def test_real_videos_are_not_taken_for_images(shared):
-    with pytest.raises(BadExample, match="frames of a video"):
-        open_set(f"jsonl:{shared}/data/msrvtt_frames")[0]
+    example = open_set(f"jsonl:{shared}/data/msrvtt_frames")[0]
+    assert example.key.startswith("video") and len(example.image.file) > 1
+    with pytest.raises(BadImage, match="is a video, expected a picture"):
+        tiny_processor().read(example.image)

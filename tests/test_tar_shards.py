@@ -574,7 +574,7 @@ def test_files_that_are_no_part_of_an_example_are_counted_and_named(tmp_path, ca
             "'b.second.jpg'), 2 hidden files (such as '._a.jpg'), 2 files without an extension "
             "(such as 'README'), 2 files .npy (such as 'a.npy'), 1 links (such as 'c.jpg') are "
             "left out, expected names of a key, one dot, and one of jpg, jpeg, png, webp, txt, "
-            "json, cls"
+            "json, cls, mp4, webm, mkv, mov, avi, gif"
         )
 
 

@@ -47,10 +47,11 @@ class TrainBatches:
     """Endless training batches, each a dict with this process's rows.
 
     Every epoch visits all examples once in a new order. Each visit draws one of the captions, or of
-    the questions and answers, and, where the config says so, a crop and a flip. All of this depends
-    only on the seed and on the position in the run, so a run continues bit for bit from `state()`,
-    with another number of threads or processes too. An example that cannot be used is replaced by
-    another one, drawn at random: batches stay full, and all processes stay at the same position.
+    the questions and answers, the frames of a video and, where the config says so, a crop and a
+    flip, the same for all frames. All of this depends only on the seed and on the position in the
+    run, so a run continues bit for bit from `state()`, with another number of threads or processes
+    too. An example that cannot be used is replaced by another one, drawn at random: batches stay
+    full, and all processes stay at the same position.
 
     With any number of processes, batch k of all of them together has the same examples, with the
     same crops and texts. Their order differs: `jax.make_array_from_process_local_data` puts the
@@ -60,7 +61,8 @@ class TrainBatches:
     The target text follows `config.prompt`, in which its question takes the place of the {}.
 
     Shapes of a batch, with b = config.batch_size // process_count rows:
-      image: uint8[b, image_size, image_size, 3].
+      image: uint8[b, image_size, image_size, 3]; uint8[b, T, image_size, image_size, 3] of videos,
+        where `processor.video` is set.
       tokens: int32[b, L].
       text_valid: bool[b, L], False on pads.
       target: bool[b, L], True on the tokens of the target text, False on those of the prompt.
@@ -117,6 +119,11 @@ class TrainBatches:
             raise ValueError(
                 f"low_steps is {low_steps} and low_image_size None, "
                 "expected the size of those images"
+            )
+        if low_steps and processor.video is not None:
+            raise ValueError(
+                f"low_steps is {low_steps} with data.frames {processor.video.frames}: videos have "
+                "one size"
             )
         if processor.room(config.prompt_of("")) < 1:
             raise ValueError(
@@ -250,24 +257,22 @@ class TrainBatches:
     def draw_image(
         self, example: Example, rng: np.random.Generator, transform: ImageTransform
     ) -> np.ndarray | None:
-        """Draws the crop and flip of an image.
+        """Draws the crop and flip of an image, and the frames of a video.
 
         Returns:
-          uint8[height, width, 3]; None if batches have no images.
+          uint8[height, width, 3], of a video uint8[T, height, width, 3]; None if batches have no
+          images.
         """
-        config = self._config
+        config, processor = self._config, self.processor
         if not self._images:
             return None
         if config.blind:
-            return np.zeros((transform.image_size, transform.image_size, 3), np.uint8)
-        if config.crop_scale == (1, 1):
-            image = transform(example.image)
-        else:
-            image = transform.random_resized_crop(
-                example.image, rng, config.crop_scale, config.crop_ratio
-            )
+            size = transform.image_size
+            return np.zeros((*processor.image_shape[:-3], size, size, 3), np.uint8)
+        crop = config.crop_scale, config.crop_ratio
+        image = processor.draw(example.image, rng, *crop, transform=transform)
         if config.horizontal_flip and rng.random() < 0.5:
-            image = image[:, ::-1]
+            image = image[..., ::-1, :]
         return image
 
     def _check_share(self, stop: bool) -> None:
@@ -328,14 +333,14 @@ class EvalBatch:
     A row is zero where the last batch is padded, or where the example could not be used.
 
     Attributes:
-      image: uint8[b, height, width, 3].
+      image: uint8[b, height, width, 3]; of videos uint8[b, T, height, width, 3].
       example_valid: bool[b], False on such rows.
       index: int32[b], of the example in the source; -1 in padding.
       examples: the examples; None where `example_valid` is False.
       bad: counts of the examples that could not be used, by cause.
     """
 
-    image: UInt8[np.ndarray, "b height width 3"]
+    image: UInt8[np.ndarray, "b *T height width 3"]
     example_valid: Bool[np.ndarray, " b"]
     index: Int32[np.ndarray, " b"]
     examples: list[Example | None]
@@ -373,8 +378,7 @@ def eval_batches(
     """
     rows = _share("data.eval_batch_size", batch_size, process_count)
     total = len(source) if limit is None else min(limit, len(source))
-    size = processor.image.image_size
-    blank = np.zeros((size, size, 3), np.uint8)
+    blank = np.zeros(processor.image_shape, np.uint8)
 
     def load(number: int) -> tuple[int, _Read]:
         batch, row = divmod(int(number), rows)
@@ -383,7 +387,7 @@ def eval_batches(
             return -1, _Read([])
         try:
             example = source[index]
-            image = blank if blind else processor.image(example.image)
+            image = blank if blind else processor.read(example.image)
             return index, _Read([], example, image)
         except (BadExample, BadImage) as error:
             return index, _Read([(error.cause, str(error))])

@@ -63,8 +63,8 @@ class Example:
     Only the field that its source was opened for is filled.
 
     Attributes:
-      image: encoded bytes, a path, uint8[height, width, 3] or a PIL image; anything that
-        `Processor.image` reads.
+      image: encoded bytes, a path, uint8[height, width, 3] or a PIL image, or a
+        `mammut.data.video.Clip`; anything that `Processor.read` reads.
       captions: texts that describe the image.
       key: the name of the example in messages and predictions: its file, where it has one.
       qa: questions about the image, with their answers.
@@ -146,4 +146,5 @@ class SourceOptions:
     field: Field  # the field that every example must have
     image_size: int  # pixels, of drawn scenes
     tfds_dir: str | None  # the `data_dir` of tensorflow-datasets; None: its default
+    video: bool = False  # examples are read as videos
     alive: Callable[[], None] = lambda: None  # called again and again while a large set is opened

@@ -10,7 +10,7 @@ import os
 import pathlib
 import threading
 import zlib
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,7 +20,10 @@ from mammut.core.fields import require_choices
 # Bytes, a path, an open file, a PIL image, or an array uint8[height, width], [height, width, 1],
 # [height, width, 3] or [height, width, 4].
 ImageLike = Any
-Cause = Literal["missing file", "empty", "corrupt", "truncated", "oversized", "unsupported"]
+Cause = Literal[
+    *("missing file", "empty", "corrupt", "truncated", "oversized", "unsupported"),
+    *("no video", "empty clip"),  # of a BadVideo alone
+]
 # A fixed list, so that no picture from the web reaches the formats that Pillow hands to other
 # programs (EPS to Ghostscript).
 _FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"
@@ -39,8 +42,8 @@ class BadImage(ValueError):
     The message states in one sentence which image it is, and the reason.
 
     Attributes:
-      cause: "missing file" (or unreadable), "empty" (no bytes or no pixels), "corrupt" (not an
-        image, or damaged), "truncated", "oversized" (more pixels than
+      cause: "missing file" (or unreadable), "empty" (no bytes, no pixels or no frames), "corrupt"
+        (not an image, or damaged), "truncated", "oversized" (more pixels than
         `ImageTransform.max_image_pixels`) or "unsupported" (a pixel format, array or object that
         cannot be read).
 
@@ -57,6 +60,33 @@ class BadImage(ValueError):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+class Crop(NamedTuple):
+    """A part of a picture, in shares of its width and height."""
+
+    x: float
+    y: float
+    across: float
+    down: float
+
+
+def draw_crop(
+    rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Crop:
+    """Draws a part of a picture, of any size; see `ImageTransform.random_resized_crop`."""
+    if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
+        raise ValueError(
+            f"scale {scale} and ratio {ratio} of a crop, expected 0 < low <= high, scale up to 1"
+        )
+    area_draw, aspect_draw, x_draw, y_draw = rng.random(4)
+    area = scale[0] + (scale[1] - scale[0]) * area_draw
+    # Beyond these, one side would be longer than the picture's.
+    low, high = np.log(np.clip(ratio, area, 1 / area))
+    aspect = math.exp(low + (high - low) * aspect_draw)
+    across = min(1.0, math.sqrt(area * aspect))
+    down = min(1.0, math.sqrt(area / aspect))
+    return Crop((1 - across) * x_draw, (1 - down) * y_draw, across, down)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,23 +186,16 @@ class ImageTransform:
           ratio: the part's width / height relative to the picture's, low and high; uniform in the
             logarithm, as far as such a part fits.
         """
-        if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
-            raise ValueError(
-                f"scale {scale} and ratio {ratio} of a crop, "
-                "expected 0 < low <= high, scale up to 1"
-            )
-        area_draw, aspect_draw, x_draw, y_draw = rng.random(4)
-        area = scale[0] + (scale[1] - scale[0]) * area_draw
-        # Beyond these, one side would be longer than the picture's.
-        low, high = np.log(np.clip(ratio, area, 1 / area))
-        aspect = math.exp(low + (high - low) * aspect_draw)
-        across = min(1.0, math.sqrt(area * aspect))
-        down = min(1.0, math.sqrt(area / aspect))
-        picture = self._read(image, sides=math.ceil(2 * self.image_size / min(across, down)))
-        x = (1 - across) * x_draw
-        y = (1 - down) * y_draw
+        return self.cut(image, draw_crop(rng, scale, ratio))
+
+    def cut(self, image: ImageLike, crop: Crop) -> UInt8[np.ndarray, "height width 3"]:
+        """Cuts a part out of a picture as `random_resized_crop` does."""
+        sides = math.ceil(2 * self.image_size / min(crop.across, crop.down))
+        picture = self._read(image, sides=sides)
         width, height = picture.size
-        box = (x * width, y * height, min(1.0, x + across) * width, min(1.0, y + down) * height)
+        right = min(1.0, crop.x + crop.across)
+        bottom = min(1.0, crop.y + crop.down)
+        box = (crop.x * width, crop.y * height, right * width, bottom * height)
         return self._resized(picture, (self.image_size, self.image_size), box)
 
     def _resized(
@@ -204,7 +227,7 @@ class ImageTransform:
         name = f"image {image}" if isinstance(image, str | pathlib.Path) else "image"
         try:
             content = _content(image)
-            with _PILLOW_LIMIT:
+            with PILLOW_LIMIT:
                 try:
                     return self._decoded(content, sides)
                 except BadImage:
@@ -275,7 +298,7 @@ class _PillowLimit:
                 PIL.Image.MAX_IMAGE_PIXELS = self._limit
 
 
-_PILLOW_LIMIT = _PillowLimit()
+PILLOW_LIMIT = _PillowLimit()
 
 
 def _resized_without_antialiasing(

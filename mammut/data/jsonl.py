@@ -9,7 +9,13 @@ import weakref
 import numpy as np
 
 from mammut.data.examples import Example, Source, SourceOptions
-from mammut.data.records import file_of, make_example, parse_object, require_readable, value_of
+from mammut.data.records import (
+    image_of,
+    make_example,
+    parse_object,
+    require_readable,
+    value_of,
+)
 
 _LINES = 10_000  # between two signs of life while a file is read
 
@@ -57,11 +63,11 @@ class JsonlSource(Source):
             require_readable(error, where)
             raise
         record = parse_object(line, where)
-        file = file_of(record, where)
+        image, key = image_of(record, self._path.parent, where)
         value = value_of(record, self._field, where)
         # Lines of one question each may be about one image.
-        questions = file if "qa" in record else f"{file}, line {self._numbers[index]}"
-        return make_example(self._path.parent / file, file, self._field, value, where, questions)
+        questions = key if "qa" in record else f"{key}, line {self._numbers[index]}"
+        return make_example(image, key, self._field, value, where, questions)
 
     def fingerprint(self) -> str:
         return self._digest

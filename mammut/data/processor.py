@@ -12,6 +12,8 @@ How each kind of picture becomes 8-bit RGB:
   several frames          the first one of a file
   32-bit int or float     refused: their range is not known
 
+Where a video may stand for a picture, see `Processor.read` and `Processor.__call__`.
+
 Images stay uint8: the model itself subtracts the mean and divides by the standard deviation.
 """
 
@@ -22,12 +24,14 @@ from types import NoneType
 from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, UInt8
 
 from mammut.core.fields import from_dict, require, require_choices, require_kind
 from mammut.core.files import read_json_object, write_json
-from mammut.data.images import ImageTransform
+from mammut.data.animation import is_animation
+from mammut.data.images import BadImage, ImageTransform
 from mammut.data.tokenizer import Tokenizer, restore_tokenizer
+from mammut.data.video import VideoTransform, is_video
 
 TextForm = Literal["start_end", "end", "end_filled"]
 
@@ -37,12 +41,14 @@ _MAX_LENGTH = 2**17  # the limit of DecoderConfig.max_length, too
 
 
 def as_images(images: Any, name: str = "images") -> Sequence[Any]:
-    """Lists the pictures of any list of them: a tuple, a generator, an array of four axes.
+    """Lists the pictures or videos of any list of them.
+
+    It may be a tuple, a generator, an array of four axes, or of five: of videos.
 
     Raises:
       ValueError: `images` is a picture alone, or no list; the message calls it `name`.
     """
-    return _as_list(images, name, "images", axes=4)
+    return _as_list(images, name, "images", axes=(4, 5))
 
 
 def as_texts(texts: Any, name: str) -> Sequence[str]:
@@ -51,17 +57,17 @@ def as_texts(texts: Any, name: str) -> Sequence[str]:
     Raises:
       ValueError: `texts` is a text alone, or no list of str; the message calls it `name`.
     """
-    texts = _as_list(texts, name, "str", axes=1)
+    texts = _as_list(texts, name, "str", axes=(1,))
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"{name} {row} is a {type(text).__name__}, expected a list of str")
     return texts
 
 
-def _as_list(values: Any, name: str, of: str, axes: int) -> Sequence[Any]:
-    """Lists the elements of any list; an array counts as one where it has `axes` axes."""
+def _as_list(values: Any, name: str, of: str, axes: tuple[int, ...]) -> Sequence[Any]:
+    """Lists the elements of any list; an array counts as one where it has so many `axes`."""
     dims = getattr(values, "ndim", None)
-    listed = isinstance(values, Iterable) if dims is None else dims == axes
+    listed = isinstance(values, Iterable) if dims is None else dims in axes
     # Text, bytes and open files can be iterated too, and so can what has no order.
     alone = isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set)
     if not listed or alone or hasattr(values, "read"):
@@ -72,6 +78,21 @@ def _as_list(values: Any, name: str, of: str, axes: int) -> Sequence[Any]:
         )
     # A sequence may make its elements when they are asked for: all of them may not fit in memory.
     return values if isinstance(values, Sequence) else list(values)
+
+
+def _require_picture(image: Any) -> None:
+    """Checks that the image of an example is no video.
+
+    Raises:
+      BadImage: it is one.
+    """
+    if is_video(image):
+        name = f" {image}" if isinstance(image, str | pathlib.Path) else ""
+        raise BadImage(
+            f"image{name} is a video, expected a picture: data.frames, in evaluations --frames, is "
+            "the number of frames that are read of each video",
+            "unsupported",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +135,7 @@ class Processor:
       text_form: "start_end" as above; "end": without the start (SigLIP 2); "end_filled": without
         the start, and padded with ends (SigLIP).
       classes: the classes that the model was trained to name, if it was.
+      video: how the examples of a set are read as videos; None: they are pictures.
 
     Example:
       >>> model, processor = mammut.load("runs/flickr8k")
@@ -129,6 +151,7 @@ class Processor:
         max_length: int,
         text_form: TextForm = "start_end",
         classes: Classes | None = None,
+        video: VideoTransform | None = None,
     ):
         if type(max_length) is not int or not 2 <= max_length <= _MAX_LENGTH:
             raise ValueError(
@@ -146,34 +169,101 @@ class Processor:
         self.max_length = max_length
         self.text_form = text_form
         self.classes = classes
+        self.video = video
 
     def __call__(self, images: Any = None, text: Any = None) -> dict[str, np.ndarray]:
-        """Makes a batch of images, of texts, or of both.
+        """Makes a batch of images or videos, of texts, or of both.
+
+        What `is_video` takes for a video is one: a path such as "clip.mp4", a Clip, a folder, a
+        list of frames, uint8[T, height, width, 3]. A GIF and an animated WebP are videos where
+        `video` is set, else pictures. Videos are read as `video` says, by default
+        `VideoTransform()`.
 
         Args:
           images: any list of images that `ImageTransform.read` takes: a list, a tuple, a generator,
-            an array uint8[B, height, width, 3].
+            an array uint8[B, height, width, 3]; or any list of videos.
           text: any list of str.
 
         Returns:
-          A dict with `image` uint8[B, height, width, 3], where images are given, and `tokens`
-          int32[B, L] and `text_valid` bool[B, L], False on pads, where texts are given.
+          A dict with `image` uint8[B, height, width, 3], or of videos uint8[B, T, height, width,
+          3], where images are given, and `tokens` int32[B, L] and `text_valid` bool[B, L], False on
+          pads, where texts are given.
 
         Raises:
-          ValueError: an image or a text is alone, not in a list; a text is no str; or there are
-            neither images nor texts.
-          BadImage: an image cannot be used.
+          ValueError: an image or a text is alone, not in a list; a text is no str; there are
+            neither images nor texts, or images beside videos.
+          BadImage: an image cannot be used; BadVideo: a video.
         """
         if images is None and text is None:
             raise ValueError("neither images nor text is given, expected at least one of them")
         batch = {}
         if images is not None:
-            size = self.image.image_size
-            pixels = np.array([self.image(image) for image in as_images(images)], np.uint8)
-            batch["image"] = pixels.reshape(-1, size, size, 3)
+            batch["image"] = self._pixels(as_images(images))
         if text is not None:
             batch["tokens"], batch["text_valid"] = self.encode_text(text)
         return batch
+
+    def _pixels(self, images: Sequence[Any]) -> UInt8[np.ndarray, "B *T height width 3"]:
+        video = self.video or VideoTransform()
+        size = self.image.image_size
+        arrays, places = [], {}  # the first place of a picture and of a video
+        for place, image in enumerate(images):
+            moves = is_video(image) or (self.video is not None and is_animation(image))
+            places.setdefault(moves, place)
+            if len(places) == 2:
+                raise ValueError(
+                    f"images has a video at {places[True]} and a picture at {places[False]}, "
+                    "expected videos alone or pictures alone"
+                )
+            arrays.append(video(image, self.image) if moves else self.image(image))
+        shape = (video.frames, size, size, 3) if True in places else (size, size, 3)
+        return np.array(arrays, np.uint8).reshape(-1, *shape)
+
+    def read(self, image: Any) -> UInt8[np.ndarray, "*T height width 3"]:
+        """Reads the image of an example of a set, as at inference.
+
+        With `video` set it is a video uint8[T, height, width, 3]: a picture too, all of whose
+        frames are the same. Else it is a picture uint8[height, width, 3].
+
+        Raises:
+          BadImage: the image cannot be used; or it is a video, and `video` is not set.
+        """
+        if self.video is not None:
+            return self.video(image, self.image)
+        _require_picture(image)
+        return self.image(image)
+
+    def draw(
+        self,
+        image: Any,
+        rng: np.random.Generator,
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        transform: ImageTransform | None = None,
+    ) -> UInt8[np.ndarray, "*T height width 3"]:
+        """Reads the image of an example as in training; otherwise as `read`.
+
+        Args:
+          image: the image, in which a part is drawn; of a video the frames are drawn too.
+          rng: source of the random numbers.
+          scale: as of `ImageTransform.random_resized_crop`; (1, 1): no crop, as at inference.
+          ratio: as of `ImageTransform.random_resized_crop`.
+          transform: used in place of `image` of this processor, for images of another size.
+        """
+        transform = transform or self.image
+        if self.video is not None:
+            return self.video.random(image, rng, transform, scale, ratio)
+        _require_picture(image)
+        if tuple(scale) == (1, 1):
+            return transform(image)
+        return transform.random_resized_crop(image, rng, scale, ratio)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of an example's image: (height, width, 3), of videos (T, height, width, 3)."""
+        size = self.image.image_size
+        frames = () if self.video is None else (self.video.frames,)
+        return (*frames, size, size, 3)
 
     def encode_text(
         self, texts: Iterable
@@ -287,6 +377,8 @@ class Processor:
         }
         if self.classes is not None:
             values["classes"] = dataclasses.asdict(self.classes)
+        if self.video is not None:
+            values["video"] = dataclasses.asdict(self.video)
         write_json(folder / _FILE, values)  # last: it names the others
 
     @classmethod
@@ -300,6 +392,7 @@ class Processor:
         # The first files had no text_form.
         values = {"text_form": "start_end"} | read_json_object(path)
         classes = values.pop("classes", None)  # of a model that was trained to name them
+        video = values.pop("video", None)  # of a model of videos
         if values.get("format") != _FORMAT:
             raise ValueError(
                 f"{path} has format {values.get('format')!r}, this version reads {_FORMAT}"
@@ -312,7 +405,9 @@ class Processor:
             tokenizer = restore_tokenizer(path.parent, values["tokenizer"])
             if classes is not None:
                 classes = from_dict(Classes, classes, "classes")
-            return cls(tokenizer, image, values["max_length"], values["text_form"], classes)
+            if video is not None:
+                video = from_dict(VideoTransform, video, "video")
+            return cls(tokenizer, image, values["max_length"], values["text_form"], classes, video)
         except (TypeError, AttributeError) as error:
             raise ValueError(f"{path} holds a value of the wrong type: {error}") from error
         except ValueError as error:

@@ -7,11 +7,13 @@ names its place in messages, such as "set.jsonl, line 7".
 import errno
 import itertools
 import json
+import pathlib
 import reprlib
 from typing import Any
 
 from mammut.data.config import Field
 from mammut.data.examples import BadExample, Example, Question, is_blank, spelled
+from mammut.data.video import Clip
 
 # The cause under which an example without the field is counted.
 ABSENT: dict[Field, str] = {"captions": "no caption", "qa": "no question", "name": "no name"}
@@ -24,6 +26,8 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "name": ("name", "label", "class", "class_name"),
     "answers": ("answers", "answer"),
 }
+# The names of files that have no times.
+_STILL = ".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm"
 _FIELDS_SHOWN = 8  # fields of a record, in messages
 
 
@@ -66,10 +70,54 @@ def file_of(record: dict[str, Any], where: str) -> str:
     name = _spelling(record, "file")
     if name is not None and isinstance(record[name], str) and record[name]:
         return record[name]
-    video = ""
-    if "frames" in record:
-        video = ", but the frames of a video, which cannot be read yet"
-    raise BadExample(f'{where} has no "file"{video or _fields(record)}', "missing field")
+    raise BadExample(f'{where} has no "file"{_fields(record)}', "missing field")
+
+
+def image_of(record: dict[str, Any], folder: pathlib.Path, where: str) -> tuple[Any, str]:
+    """Returns the image or video that a record names, and the key of the example.
+
+    It is a "file"; a "file" with a "start" and an "end" in seconds, or one of them; or a "video_id"
+    with its "frames", a list of objects with a "file".
+
+    Args:
+      record: the record.
+      folder: the folder that files are relative to.
+      where: the place of the record, for messages.
+
+    Raises:
+      BadExample: it names none.
+    """
+    if "frames" in record and _spelling(record, "file") is None:
+        frames = record["frames"]
+        if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
+            raise BadExample(
+                f'{where} has no "frames", a list of objects with a file', "missing field"
+            )
+        identity = record.get("video_id")
+        if not isinstance(identity, int | str) or isinstance(identity, bool):
+            raise BadExample(
+                f"{where} has {reprlib.repr(identity)} for video_id, expected a text",
+                "missing field",
+            )
+        files = tuple(folder / file_of(frame, where) for frame in frames)
+        return Clip(files), str(identity)
+    file = file_of(record, where)
+    times = {name: record[name] for name in ("start", "end") if record.get(name) is not None}
+    # Pictures may have such fields too, of another meaning.
+    if not times or file.lower().endswith(_STILL):
+        return folder / file, file
+    for name, value in times.items():
+        if type(value) not in (int, float):
+            raise BadExample(
+                f"{where} has {reprlib.repr(value)} for {name}, expected seconds", "missing field"
+            )
+    try:
+        clip = Clip(folder / file, **times)
+    except ValueError as error:  # infinite
+        raise BadExample(f"{where}: {error}", "missing field") from error
+    # W3C, "Media Fragments URI 1.0", section 4.2.1: many clips may be of one file.
+    end = f",{times['end']}" if "end" in times else ""
+    return clip, f"{file}#t={times.get('start', '')}{end}"
 
 
 def value_of(record: dict[str, Any], field: Field, where: str) -> Any:

@@ -8,18 +8,20 @@ A spec is a kind, a colon, and the name of the set:
   `synthetic:train`, `synthetic:val`: the drawn scenes of `mammut.data.synthetic`.
 
   `jsonl:PATH`: one object a line. PATH is the .jsonl or a folder that holds exactly one. A line
-    has a "file", relative to the .jsonl, and the field asked for: "captions", a list of texts;
-    "qa", a list of `{"question", "answers": [...]}`, optionally with "question_id",
-    "answer_type" and "question_type"; or "name". Only the place of each line is kept in memory.
+    has a "file", relative to the .jsonl, with a "start" and "end" in seconds where it is a part of
+    a video; or a "video_id" and its "frames", a list of `{"file"}`; and the field asked for:
+    "captions", a list of texts; "qa", a list of `{"question", "answers": [...]}`, optionally with
+    "question_id", "answer_type" and "question_type"; or "name". Only the place of each line is kept
+    in memory.
     Other sets' names for these are taken, too: `SPELLINGS` of `mammut.data.records`, one text in
     place of a list, and a line of one question that has "question" and "answer" itself.
 
   `tar:PATTERN`: plain tar files as webdataset has them, such as `tar:data/{00000..00127}.tar`.
     Wildcards work too, and several patterns joined by `::`; a path that exists is meant before a
-    pattern. Files that share a key are an example: an image (jpg, jpeg, png, webp) and either a
-    caption in a `txt`, the name of a class in a `cls`, or a `json` that has the field asked for
-    as a JSON line has it. Other files are counted and named in a warning. The shards' headers are
-    read once; see `mammut.data.tar_shards`.
+    pattern. Files that share a key are an example: an image (jpg, jpeg, png, webp) or a video (mp4,
+    webm, mkv, mov, avi, gif) and either a caption in a `txt`, the name of a class in a `cls`, or a
+    `json` that has the field asked for as a JSON line has it. Other files are counted and named in
+    a warning. The shards' headers are read once; see `mammut.data.tar_shards`.
 
   `coco:ANNOTATIONS.json,IMAGES`, `karpathy:DATASET.json,IMAGES,SPLIT` (captions) and
     `vqav2:QUESTIONS.json,ANNOTATIONS.json,IMAGES` (qa; without answers where ANNOTATIONS.json
@@ -80,6 +82,7 @@ def open_source(
     image_size: int,
     tfds_dir: str | None = None,
     field: Field = "captions",
+    video: bool = False,
     alive: Callable[[], None] = lambda: None,
 ) -> Source:
     """Opens a set of images with captions, questions or names.
@@ -94,6 +97,8 @@ def open_source(
       image_size: pixels of the drawn scenes; other sources give their images as they are stored.
       tfds_dir: the `data_dir` of tensorflow-datasets; None: its default.
       field: the field that an example must have; an example without it raises BadExample.
+      video: the examples are read as videos (`Processor.video` is set): where a key of tar shards
+        has an image and a video, the video counts.
       alive: is called again and again while a large set is opened.
 
     Raises:
@@ -112,9 +117,8 @@ def open_source(
             "each with an optional [a:b] in examples or percent, [a:b:step], or [!a:b:step] for "
             "all the others"
         )
-    options = SourceOptions(
-        spec, name, rest, field, image_size=image_size, tfds_dir=tfds_dir, alive=alive
-    )
+    settings = {"image_size": image_size, "tfds_dir": tfds_dir, "video": video, "alive": alive}
+    options = SourceOptions(spec, name, rest, field, **settings)
     source = kind.open(options)
 
     def bound(text: str | None) -> int | None:

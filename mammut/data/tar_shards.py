@@ -4,9 +4,11 @@ They are indexed once, read at random, and never unpacked.
 
 The files of an example share a key: the name up to the first dot after the last slash. The
 extension after that dot gives the kind of a file: `jpg`, `jpeg`, `png` or `webp` is the image,
-`txt` and `json` are its texts, and `cls` is the name of its class; other files, links and devices
-are left out, and counted. This is the convention of webdataset (github.com/webdataset/webdataset,
-"The WebDataset Format"), but here the files of an example need not stand side by side.
+`mp4`, `webm`, `mkv`, `mov`, `avi` or `gif` the video, `txt` and `json` are its texts, and `cls` is
+the name of its class; other files, links and devices are left out, and counted. Of an image and a
+video with one key the image counts, or the video where examples are read as videos. This is the
+convention of webdataset (github.com/webdataset/webdataset, "The WebDataset Format") and of
+video2dataset, but here the files of an example need not stand side by side.
 """
 
 import array
@@ -49,13 +51,14 @@ from mammut.data.tar_paths import shard_paths
 _log = logging.getLogger(__name__)
 _warning = threading.Lock()
 
-# The columns of an index: the files of an example. CLS is there only where a shard has such files.
+# The columns of an index: the files of an example. The last two are there only as far as a shard
+# has such files.
 IMAGE, TXT, JSON = COLUMNS = range(3)
-CLS = 3
+CLS, VIDEO = MORE_COLUMNS = range(3, 5)
 # The start of an absent file in an index. Where two files have one name, it is -2 - start.
 _ABSENT = -1
 
-# Of several images with one key, the first of these extensions counts.
+# Of several images or videos with one key, the first of these extensions counts.
 _COLUMNS = {
     b"jpg": IMAGE,
     b"jpeg": IMAGE,
@@ -64,6 +67,12 @@ _COLUMNS = {
     b"txt": TXT,
     b"json": JSON,
     b"cls": CLS,
+    b"mp4": VIDEO,
+    b"webm": VIDEO,
+    b"mkv": VIDEO,
+    b"mov": VIDEO,
+    b"avi": VIDEO,
+    b"gif": VIDEO,
 }
 # The columns with the texts of a field, the first choice first.
 _TEXT_COLUMNS: dict[Field, tuple[int, ...]] = {
@@ -83,7 +92,7 @@ _FORMAT = 3  # version of the stored indexes
 class Index(NamedTuple):
     """The positions of the files in one shard.
 
-    A row is an example; the columns are IMAGE, TXT and JSON, and CLS in a shard with such files.
+    A row is an example; the columns are IMAGE, TXT and JSON, then CLS and VIDEO where needed.
 
     A file is everything from its first header, long names and pax records included, to the last of
     its bytes.
@@ -166,7 +175,7 @@ class TarShards:
 
     def name(self, example: int) -> str:
         """Returns the name of a file of the example."""
-        column = next(column for column in (*COLUMNS, CLS) if self.count(example, column))
+        column = next(column for column in (*COLUMNS, *MORE_COLUMNS) if self.count(example, column))
         return self.read(example, column)[0]
 
     def read(self, example: int, column: int) -> tuple[str, bytes]:
@@ -210,6 +219,7 @@ class TarSource(Source):
         self._names = [os.path.relpath(path, folder) for path in paths]
         self._field = options.field
         self._text_columns = _TEXT_COLUMNS[options.field]
+        self._image_columns = (VIDEO, IMAGE) if options.video else (IMAGE, VIDEO)
         if self._shards.left_out:
             left_out = tar_left_out.described(self._shards.left_out, _COLUMNS)
             if not len(self._shards):
@@ -223,7 +233,7 @@ class TarSource(Source):
         return len(self._shards)
 
     def __getitem__(self, index: int) -> Example:
-        name, image = self._read(index, (IMAGE,), "no image")
+        name, image = self._read(index, self._image_columns, "no image")
         return self._example(index, image, name)
 
     def pairs(self, index: int) -> list[tuple[str, str]]:
@@ -388,7 +398,7 @@ def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
             )
     rows: dict[bytes, int] = {}  # of each key
     # Four numbers a row: starts, lengths, and how far the extensions are from the first choice.
-    columns = CLS + 1
+    columns = VIDEO + 1
     starts = array.array("q")
     lengths = array.array("I")
     ranks = array.array("b")
@@ -423,8 +433,8 @@ def _make_index(read: Callable[[int, int], bytes], size: int) -> Index:
             starts[cell] = min(starts[cell], -2 - starts[cell])
     all_starts = np.array(starts, np.int64).reshape(-1, columns)
     all_lengths = np.array(lengths, np.uint32).reshape(-1, columns)
-    if not all_lengths[:, CLS].any():
-        columns = CLS
+    while columns > CLS and not all_lengths[:, columns - 1].any():
+        columns -= 1
     return Index(
         np.ascontiguousarray(all_starts[:, :columns]),
         np.ascontiguousarray(all_lengths[:, :columns]),

@@ -304,7 +304,7 @@ def _generated_few_shot(
     blank = np.zeros(predictor.image_shape, np.uint8)
 
     def read(image: Any) -> np.ndarray:
-        return blank if predictor.blind else processor.image(image)
+        return blank if predictor.blind else processor.read(image)
 
     def encoded(row: tuple[np.ndarray, Query]) -> EncodedPrompt:
         image, query = row

@@ -91,9 +91,9 @@ class Predictor:
         return self.processor.image.image_size
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """The shape of one image: height, width, 3."""
-        return self.image_size, self.image_size, 3
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of one image: height, width, 3; of a video T, height, width, 3."""
+        return self.processor.image_shape
 
     # Running functions of the model
     # ---------------------------------------------------------------------------------------------

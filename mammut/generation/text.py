@@ -217,9 +217,16 @@ def generate_text(
     graphdef, params = nnx.split(model)
     settings = {"eos_id": processor.eos_id, "vocab_size": processor.vocab_size}
 
+    axes = set()
+
     def rows() -> Iterator[Row]:
         for start in range(0, len(ids), batch_size):
             pixels = processor(images=images[start : start + batch_size])["image"]
+            axes.add(pixels.ndim)
+            if len(axes) > 1:  # `processor` has seen one batch alone
+                raise ValueError(
+                    "images has videos and pictures, expected videos alone or pictures alone"
+                )
             for number, image in enumerate(pixels, start):
                 yield Row((image, ids[number]), len(ids[number]), number, f"image {number}")
 
@@ -234,13 +241,14 @@ def generate_text(
 
 def image_prompt_batch(
     rows: Sequence[Row], width: int, pad_id: int
-) -> tuple[UInt8[Array, "B height width 3"], Int32[Array, "B Q"], Bool[Array, "B Q"]]:
+) -> tuple[UInt8[Array, "B *T height width 3"], Int32[Array, "B Q"], Bool[Array, "B Q"]]:
     """Makes the arguments of `generate` from images and prompt ids.
 
     They are image, prompt and prompt_valid.
 
     Args:
-      rows: each prompt is an image uint8[height, width, 3] and a list of ids, the start first.
+      rows: each prompt is an image uint8[height, width, 3], or all are videos uint8[T, height,
+        width, 3], and a list of ids, the start first.
       width: Q, the tokens that prompts are padded to.
       pad_id: the id in the padding.
     """

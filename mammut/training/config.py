@@ -284,6 +284,11 @@ class TrainConfig:
             f"TrainConfig.low_image_steps is {self.low_image_steps}, which needs "
             "model.vision.low_image_size",
         )
+        require(
+            not self.low_image_steps or self.data.frames is None,
+            f"TrainConfig.low_image_steps is {self.low_image_steps} with data.frames "
+            f"{self.data.frames}: videos have one size",
+        )
         require_computable(self.model, self.compute, self.augment)
 
     def _require_task(self) -> None:

@@ -23,6 +23,7 @@ from mammut.data.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
+from mammut.data.video import VideoTransform
 from mammut.evaluation.classification import class_names
 from mammut.training.config import TrainConfig
 from mammut.weights.opened import OpenedModel
@@ -112,9 +113,10 @@ def make_processor(
         image, image_size=size, max_image_pixels=config.data.max_image_pixels
     )
     form = of[decoder].text_form if of.get(decoder) else "start_end"
-    processor = Processor(
-        tokenizer, image, config.text_length, form, _classes(config, source, alive)
-    )
+    frames = config.data.frames
+    video = None if frames is None else VideoTransform(frames, config.data.frame_rate)
+    classes = _classes(config, source, alive)
+    processor = Processor(tokenizer, image, config.text_length, form, classes, video)
     if missing:
         missing.require_same_ids(tokenizer)
     if settings.replace and text.pad_id not in (None, processor.pad_id):
