@@ -25,6 +25,7 @@ from mammut.models.compute import AugmentConfig, ComputeConfig
 from mammut.models.decoder import DecoderConfig
 from mammut.models.mammut import MaMMUT, ModelConfig
 from mammut.models.resnet import ResNetConfig
+from mammut.models.video import TubeConfig, VideoConfig
 from mammut.models.vit import VisionConfig
 from mammut.training.config import LossConfig, OptimizerConfig, TrainConfig
 from mammut.weights.adapter_folder import load_adapter, save_adapter
@@ -59,6 +60,8 @@ __all__ = [
     "ModelConfig",
     "VisionConfig",
     "ResNetConfig",
+    "VideoConfig",
+    "TubeConfig",
     "DecoderConfig",
     "AdapterConfig",
     "ComputeConfig",
