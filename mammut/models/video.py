@@ -152,6 +152,14 @@ class VideoConfig:
                 "expected tubes of more frames, so that an image has patches alone",
             )
 
+    @property
+    def summary(self) -> str:
+        """The settings in words, for reports and model cards."""
+        if self.mode == "frames":
+            return "frames one by one"
+        kinds = f", and {len(self.tubes)} kinds of tubes" if self.tubes else ""
+        return f"{self.frames} frames at once: patches, {self.patch_stride} frames apart{kinds}"
+
 
 def paper_tubes(
     frames: int = _PAPER_FRAMES, patch_size: int = _PAPER_PATCH
