@@ -10,17 +10,23 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mammut import presets
 from mammut.config import (
     AugmentConfig,
     ComputeConfig,
+    DataConfig,
     DecoderConfig,
+    MeshConfig,
     ModelConfig,
     ResNetConfig,
+    TrainConfig,
     TubeConfig,
     VideoConfig,
     VisionConfig,
 )
+from mammut.core import sharding
 from mammut.models.compute import Augment, Dtypes, require_computable
+from mammut.models.flops import forward_flops
 from mammut.models.layers import initialise, unit
 from mammut.models.mammut import MaMMUT
 from mammut.models.video import (
@@ -31,7 +37,12 @@ from mammut.models.video import (
     token_kinds,
 )
 from mammut.models.video_embed import VideoEmbed, cut_tubes, fixed_code, join_tubes
+from mammut.performance.compile_report import compile_report
+from mammut.performance.hlo import Program
 from mammut.testing import tiny_batch, tiny_config, tiny_model
+from mammut.training.optimizer import make_optimizer
+from mammut.training.step import TrainState, make_trainer
+from mammut.training.tasks import ImageTextTask
 
 FRAMES = 8
 TUBES = paper_tubes(FRAMES, patch_size=8)
@@ -176,41 +187,56 @@ def test_a_tube_is_a_convolution_over_its_box_alone(join):
     np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-4)
 
 
+def code_by_hand(t: float, y: float, x: float, width: int) -> np.ndarray:
+    """TubeViT's code, one number after the other."""
+    count = width // 6
+    blocks = [
+        [function(place / 10_000 ** (j / count)) for j in range(count)]
+        for place in (t, y, x) for function in (math.sin, math.cos)
+    ]  # fmt: skip
+    return np.array([*sum(blocks, []), *[0] * (width - 6 * count)])
+
+
 def test_the_fixed_code_of_a_point():
-    code = fixed_code(np.array([3.5]), np.array([3.5]), np.array([35.5]), 14)
-    np.testing.assert_allclose(code[0, 0, 0], [
+    expected = [
         -.3508, .0350, -.9365, .9994, -.3508, .0350, -.9365, .9994, -.8090, .3476, -.5878, .9376,
         0, 0,
-    ], atol=1e-4)  # fmt: skip
-    assert fixed_code(np.arange(2.0), np.arange(3.0), np.arange(4.0), 12).shape == (2, 3, 4, 12)
-    grid = fixed_code(np.arange(2.0), np.arange(3.0), np.arange(4.0), 12)
-    np.testing.assert_array_equal(grid[1, 2, 3, 4:8], fixed_code(*np.zeros((3, 1)) + 2, 12)[0, 0, 0, :4])  # fmt: skip # noqa: E501
+    ]  # fmt: skip
+    code = fixed_code(np.array([1, 3.5]), np.array([0, 9, 3.5]), np.array([35.5]), 14)
+    assert code.shape == (2, 3, 1, 14)
+    np.testing.assert_allclose(code[1, 2, 0], expected, atol=1e-4)
+    np.testing.assert_allclose(code_by_hand(3.5, 3.5, 35.5, 14), expected, atol=1e-4)
+    np.testing.assert_allclose(code[0, 1, 0], code_by_hand(1, 9, 35.5, 14), atol=1e-6)
 
 
-@pytest.mark.parametrize(("fixed", "weight"), [("gated", 0.3), ("plain", 1), ("none", 0)])
-def test_a_tube_has_the_images_position_at_its_centre_and_the_code_of_its_place(fixed, weight):
-    vision = VisionConfig(
-        image_size=32, patch_size=8, width=12, num_heads=2,
-        video=VideoConfig(patch_stride=8, tubes=paper_tubes(16, 8), fixed_code=fixed),
-    )  # fmt: skip
-    module = initialise(VideoEmbed(vision, dtypes=Dtypes(jnp.float32, jnp.float32)), KEY)
-    if fixed == "gated":
-        assert module.gate[...] == pytest.approx(1 / math.sqrt(6))  # then as long as 1
-        module.gate[...] = jnp.float32(weight)
-    else:
-        assert module.gate is None
+def test_a_tube_has_the_images_position_at_its_centre_and_the_code_of_its_place():
+    video = VideoConfig(patch_stride=8, tubes=paper_tubes(16, 8))
     table = np.random.default_rng(0).normal(size=(4, 4, 12)).astype(np.float32)
-    found = module.positions(table, 16)
-    centres = token_centres(vision, 16)
+
+    def positions(fixed: str, gate: float | None = None):
+        settings = dataclasses.replace(video, fixed_code=fixed)
+        vision = VisionConfig(image_size=32, patch_size=8, width=12, num_heads=2, video=settings)
+        module = initialise(VideoEmbed(vision, dtypes=Dtypes(jnp.float32, jnp.float32)), KEY)
+        if fixed == "gated":
+            assert module.gate[...] == pytest.approx(1 / math.sqrt(6))  # then as long as 1
+            module.gate[...] = jnp.float32(gate)
+        else:
+            assert module.gate is None
+        return module.positions(table, 16)
+
+    found = positions("gated", 0.3)
+    centres = token_centres(VisionConfig(image_size=32, patch_size=8, video=video), 16)
     assert found.shape == (len(centres), 12) == (60, 12)
-    for (t, y, x), position in zip(centres, found):
+    for (t, y, x), position in zip(centres, np.asarray(found)):
         down, across = np.clip((y + 0.5) / 8 - 0.5, 0, 3), np.clip((x + 0.5) / 8 - 0.5, 0, 3)
         top, left = int(min(down, 2)), int(min(across, 2))
         rows = np.array([1 - (down - top), down - top])
         columns = np.array([1 - (across - left), across - left])
         learned = np.einsum("i,j,ijd", rows, columns, table[top : top + 2, left : left + 2])
-        code = fixed_code(*np.array([[t], [y], [x]]), 12)[0, 0, 0]
-        np.testing.assert_allclose(position, learned + weight * code, atol=1e-5)
+        expected = learned + 0.3 * code_by_hand(t, y, x, 12)
+        np.testing.assert_allclose(position, expected, atol=1e-5)
+    np.testing.assert_allclose(positions("plain"), positions("gated", 1), atol=1e-6)
+    np.testing.assert_array_equal(positions("none"), positions("gated", 0))
 
 
 # An image is a video of one frame
@@ -293,20 +319,17 @@ def test_every_entrance_takes_videos():
 
 
 def test_a_prefix_of_the_pooled_video():
-    """The mean of the frames' prefixes, by a ResNet; all frames at once, with tubes."""
+    """The mean of the frames' prefixes, or what tubes make of all frames at once."""
     text = DecoderConfig(vocab_size=60, max_length=16, width=48, depth=1, num_heads=3, mlp_dim=80,
                          cross_attn_every=0)  # fmt: skip
     shared = {"image_projection": "separate", "prefix_tokens": 3}
-    resnet = ResNetConfig("nf", stem_width=8, stages=(1, 1, 1, 1), image_size=32)
-    model = tiny_model(ModelConfig(resnet, text, **shared))
-    video = tiny_batch(model.config, batch_size=2, frames=2)["image"]
-    alone = [encode(model, video[:, t]) for t in range(2)]
-    joined = encode(model, video)
+    model = tiny_model(ModelConfig(OF_IMAGES.vision, text, **shared))
+    frames = encode(model, VIDEO[:, :2].reshape(4, 16, 16, 3)).tokens.reshape(2, 2, 3, 48)
+    joined = encode(model, VIDEO[:, :2])
     assert joined.tokens.shape == (2, 3, 48)
-    expected = (alone[0].tokens + alone[1].tokens) / 2
-    np.testing.assert_allclose(joined.tokens, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(joined.tokens, frames.mean(1), atol=1e-5)
     model = tiny_model(ModelConfig(OF_TUBES.vision, text, **shared))
-    assert encode(model, VIDEO).tokens.shape == (2, 3, 48)
+    assert jax.eval_shape(lambda x: model.image_tokens(x).tokens, VIDEO).shape == (2, 3, 48)
 
 
 # What is refused
@@ -397,4 +420,103 @@ def test_what_else_is_refused(as_users_have_it):
 
 
 def test_a_prefix_model_reads_a_video_of_one_frame():
-    assert encode(tiny_model(prefix(OF_IMAGES)), VIDEO[:, :1]).tokens.shape == (2, 4, 48)
+    model = tiny_model(prefix(OF_IMAGES))
+    tokens = jax.eval_shape(lambda x: model.image_tokens(x).tokens, VIDEO[:, :1])
+    assert tokens.shape == (2, 4, 48)
+
+
+# In training
+
+
+def train_config(model: ModelConfig = OF_TUBES, frames: int | None = FRAMES, **changes):
+    data = DataConfig(batch_size=8, frames=frames)
+    return TrainConfig(model=model, data=data, steps=2, **changes)
+
+
+def test_a_run_of_videos_has_batches_of_videos_and_counts_their_flops():
+    config = train_config()
+    task = ImageTextTask(config.loss)
+    assert task.abstract_batch(config)["image"].shape == (8, FRAMES, 16, 16, 3)
+    flops = task.flops(config)
+    assert flops == forward_flops(OF_TUBES, frames=FRAMES)
+    assert flops["vision"] > 2 * forward_flops(OF_TUBES)["vision"]
+    images = train_config(frames=None)
+    assert task.abstract_batch(images)["image"].shape == (8, 16, 16, 3)
+    assert task.flops(images) == forward_flops(OF_TUBES)
+
+
+@pytest.mark.parametrize(
+    ("model", "augment", "message"),
+    [
+        (prefix(OF_IMAGES), {}, "which has no place in an image prefix of 4 tokens"),
+        (OF_FRAMES, {}, "more than VideoConfig.frames 4"),
+        (OF_IMAGES, {"crop_positions": True}, "AugmentConfig.crop_positions True has no place"),
+    ],
+)
+def test_a_run_of_videos_that_its_model_does_not_read_is_refused(model, augment, message):
+    changes = {"task": "caption", "augment": AugmentConfig(**augment)}
+    with pytest.raises(ValueError, match=f"an example of data.frames is a video of 8.*{message}"):
+        train_config(model, **changes)
+    train_config(model, frames=1, **changes)
+
+
+def gradients(config: TrainConfig, mesh: MeshConfig, devices: list) -> tuple[dict, dict, str]:
+    """The metrics of a step, Adam's first moments, which are the gradients, and the program."""
+    made = sharding.make_mesh(mesh, devices)
+    trainer = make_trainer(config, ImageTextTask(config.loss), made)
+    params = nnx.to_pure_dict(nnx.state(tiny_model(config.model), nnx.Param))
+    zero = np.int32(0)
+    moments = make_optimizer(config.optimizer, config.steps).init(params)
+    begun = TrainState(zero, params, moments, zero, zero)
+    with jax.set_mesh(made):
+        state = jax.tree.map(
+            lambda x, like: jax.device_put(np.array(x), like.sharding),
+            begun, trainer.abstract_state,
+        )  # fmt: skip
+        batch = tiny_batch(config.model, batch_size=8, frames=FRAMES)
+        batch = sharding.device_batch(batch, made)
+        step = trainer.step.lower(state, batch).compile()
+        state, metrics = step(state, batch)
+        return jax.device_get(metrics), jax.device_get(state.opt_state[1].mu), step.as_text()
+
+
+def close(found: tuple[dict, dict, str], expected: tuple[dict, dict, str]) -> None:
+    for name in ("loss_contrastive", "loss_caption", "grad_norm"):
+        assert found[0][name] == pytest.approx(expected[0][name], rel=1e-4), name
+    pairs = zip(*map(jax.tree_util.tree_leaves_with_path, (found[1], expected[1])), strict=True)
+    for (path, got), (_, want) in pairs:
+        bound = 1e-4 * max(np.abs(want).max(), 1e-3)
+        np.testing.assert_allclose(got, want, rtol=0, atol=bound, err_msg=str(path))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["tubes", "frames"])
+def test_eight_devices_train_on_videos_as_one_does(name):
+    model = {"tubes": OF_TUBES, "frames": dataclasses.replace(
+        OF_FRAMES, vision=dataclasses.replace(
+            OF_FRAMES.vision, video=VideoConfig("frames", frames=FRAMES, frame_embed=True)
+        ))}[name]  # fmt: skip
+    config = train_config(model)
+    one = gradients(config, MeshConfig(), jax.devices()[:1])
+    kernel = one[1]["vision"]["patch_embed"]["kernel"]
+    assert np.abs(kernel).max() > 1e-6
+    for mesh in (MeshConfig(data=1, fsdp=8), MeshConfig(2, 2, 2)):
+        many = gradients(config, mesh, jax.devices())
+        close(many, one)
+        kinds = {collective.kind for collective in Program(many[2]).collectives()}
+        assert "all-to-all" not in kinds
+    # Neither recomputing nor unrolling nor fused passes change a gradient.
+    for compute in (ComputeConfig(unroll=2, remat="full"), ComputeConfig(passes="fused")):
+        close(gradients(train_config(model, compute=compute), MeshConfig(), jax.devices()[:1]), one)
+    # In micro-batches, the same.
+    close(gradients(train_config(model, accumulation=2), MeshConfig(), jax.devices()[:1]), one)
+
+
+@pytest.mark.long
+def test_the_step_of_a_video_run_is_compiled_ahead_of_time():
+    """As `train.py --compile-only` does, without a video."""
+    config = train_config(presets.tiny_video(), frames=16)
+    report = compile_report(config)
+    flops = 3 * 8 * sum(forward_flops(config.model, frames=16).values())
+    assert f"GFLOP of a step: {flops / 1e9:,.1f} (3 x forward)" in report
+    assert "all-to-all" not in report

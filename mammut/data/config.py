@@ -36,6 +36,11 @@ class DataConfig:
     # Mirror half of the training images. A mirrored image contradicts "left" and "right" in its
     # caption.
     horizontal_flip: bool = False
+    # Read every example as a video of so many frames. None: as a picture.
+    frames: int | None = None
+    # Frames a second: `frames` frames of a video one after the other, in training from a random
+    # place in it. None: the whole video, one frame from each of `frames` parts of equal length.
+    frame_rate: float | None = None
     # Prompt before the text that the model has to produce, in training and evaluation. {} stands
     # for the question, if there is one: "Q: {} A:" for questions, "A picture of" for captions.
     prompt: str = "{}"
@@ -55,6 +60,13 @@ class DataConfig:
             self, "batch_size", "eval_batch_size", "val_examples", "threads", "max_image_pixels"
         )
         require_fraction(self, "max_bad_share")
+        for name in ("frames", "frame_rate"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
+        require(
+            self.frame_rate is None or self.frames is not None,
+            f"DataConfig.frame_rate is {self.frame_rate}, which needs DataConfig.frames",
+        )
         low, high = self.crop_scale
         require(
             0 < low <= high <= 1,

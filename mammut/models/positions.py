@@ -1,4 +1,4 @@
-"""Positions of image tokens: crops of a learned table, and reading between its places."""
+"""Crops of a learned table of positions."""
 
 import math
 
@@ -51,12 +51,12 @@ def _crop_matrix(
     As many positions are sampled from the crop, evenly.
     """
     centres = start[:, None] + extent[:, None] * (jnp.arange(size) + 0.5) / size
-    crop = bilinear(centres, _CROP_RESOLUTION)
-    enlarge = bilinear((jnp.arange(_CROP_RESOLUTION) + 0.5)[None] / _CROP_RESOLUTION, size)[0]
+    crop = _bilinear(centres, _CROP_RESOLUTION)
+    enlarge = _bilinear((jnp.arange(_CROP_RESOLUTION) + 0.5)[None] / _CROP_RESOLUTION, size)[0]
     return crop @ enlarge
 
 
-def bilinear(points: Float[Array, "B Q"], size: int) -> Float[Array, "B Q S"]:
+def _bilinear(points: Float[Array, "B Q"], size: int) -> Float[Array, "B Q S"]:
     """Computes bilinear weights of cell centres at `points`, float[B, Q, S].
 
     They are the centres of `size` equal cells from 0 to 1. Beyond the outermost centres the value

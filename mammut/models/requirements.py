@@ -6,7 +6,7 @@ The parts of a model are checked one by one where they are configured; here is h
 from typing import Any
 
 from mammut.core.fields import require
-from mammut.models.compute import Augment
+from mammut.models.compute import Augment, AugmentConfig
 from mammut.models.video import reads_tubes
 
 
@@ -109,31 +109,34 @@ def _prefix_grows(config: Any) -> bool:
     return config.text.has_prefix and config.prefix_tokens is None and not same
 
 
-def require_video(config: Any, frames: int, augment: Augment) -> None:
+def require_video(
+    config: Any, frames: int, augment: Augment | AugmentConfig, given: str = "image"
+) -> None:
     """Checks that a model with the `ModelConfig` `config` reads videos of `frames` frames.
 
-    A video of one frame is an image, which every model reads.
+    A video of one frame is an image, which every model reads. `given` is what the message calls the
+    videos.
 
     Raises:
       ValueError: it does not.
     """
     if frames == 1:
         return
+    given = f"{given} is a video of {frames} frames"
     require(
         not _prefix_grows(config),
-        f"image is a video of {frames} frames, which has no place in an image prefix of "
-        f"{config.num_prefix_tokens} tokens: expected images, or a model with "
-        "ModelConfig.prefix_tokens",
+        f"{given}, which has no place in an image prefix of {config.num_prefix_tokens} tokens: "
+        "expected images, or a model with ModelConfig.prefix_tokens",
     )
     require(
         not augment.crop_positions,
-        f"image is a video of {frames} frames, which AugmentConfig.crop_positions True has no "
-        "place for: cropped positions are those of images",
+        f"{given}, which AugmentConfig.crop_positions True has no place for: cropped positions are "
+        "those of images",
     )
     video = config.vision.video
+    longest = video.frames if video is not None and video.frame_embed else frames
     require(
-        video is None or not video.frame_embed or frames <= video.frames,
-        f"image is a video of {frames} frames, more than VideoConfig.frames "
-        f"{0 if video is None else video.frames}, each of which has a vector by "
+        frames <= longest,
+        f"{given}, more than VideoConfig.frames {longest}, each of which has a vector by "
         "VideoConfig.frame_embed",
     )

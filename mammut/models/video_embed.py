@@ -3,7 +3,6 @@
 It follows section 3.3 of the paper, which takes both from TubeViT (arXiv 2212.03229).
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,6 @@ from jaxtyping import Float, Shaped
 from mammut.core.typing import Array
 from mammut.models.compute import Dtypes
 from mammut.models.layers import Constant, Linear, param
-from mammut.models.positions import bilinear
 from mammut.models.video import TubeConfig, token_kinds
 
 # Base of the frequencies of the fixed code, in frames or pixels.
@@ -89,18 +87,23 @@ def fixed_code(
 
 
 def _read_table(
-    table: Float[Array, "down across D"],
-    y: np.ndarray,
-    x: np.ndarray,
-    covered: int,
+    table: Float[Array, "down across D"], y: np.ndarray, x: np.ndarray, covered: int
 ) -> Float[jax.Array, "y x D"]:
-    """Reads a table of positions between its places, at pixels y and x."""
-    weights = (
-        bilinear((centres + 0.5)[None] / covered, size)[0].astype(table.dtype)
-        for centres, size in zip((y, x), table.shape[:2])
-    )
-    read = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    return read("Ii,Jj,ijD->IJD", *weights, table)
+    """Reads a table of positions at pixels y and x, bilinearly.
+
+    Its places are the centres of equal cells, which cover `covered` pixels a side. Beyond the
+    outermost centres the value of the nearest one holds.
+    """
+    for axis, centres in enumerate((y, x)):
+        cells = table.shape[axis]
+        place = np.clip((centres + 0.5) * cells / covered - 0.5, 0, cells - 1)
+        before = np.floor(place).astype(int)
+        after = np.minimum(before + 1, cells - 1)
+        share = jnp.asarray(place - before, table.dtype)
+        share = share[:, None, None] if axis == 0 else share[:, None]
+        before, after = (jnp.take(table, index, axis=axis) for index in (before, after))
+        table = (1 - share) * before + share * after
+    return table
 
 
 class VideoEmbed(nnx.Module):
