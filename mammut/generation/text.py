@@ -234,13 +234,14 @@ def generate_text(
 
 def image_prompt_batch(
     rows: Sequence[Row], width: int, pad_id: int
-) -> tuple[UInt8[Array, "B height width 3"], Int32[Array, "B Q"], Bool[Array, "B Q"]]:
+) -> tuple[UInt8[Array, "B *T height width 3"], Int32[Array, "B Q"], Bool[Array, "B Q"]]:
     """Makes the arguments of `generate` from images and prompt ids.
 
     They are image, prompt and prompt_valid.
 
     Args:
-      rows: each prompt is an image uint8[height, width, 3] and a list of ids, the start first.
+      rows: each prompt is an image uint8[height, width, 3], or a video uint8[T, height, width, 3],
+        and a list of ids, the start first.
       width: Q, the tokens that prompts are padded to.
       pad_id: the id in the padding.
     """

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Shaped
 
+from mammut.core.sharding import constrain
 from mammut.core.typing import Array
 from mammut.models.compute import Dtypes
 from mammut.models.layers import Constant, Linear, param
@@ -144,7 +145,9 @@ class VideoEmbed(nnx.Module):
             pixels = normalise(cut_tubes(video, tube)).astype(self.dtype)
             batch, count, size_of_tube, channels = pixels.shape
             pixels = pixels.reshape(batch, count, size_of_tube * channels)
-            embedded = self.tubes[str(number)](pixels)
+            # Without this line the tokens were split by channels, as the kernels are, and brought
+            # to the patches by all-to-alls.
+            embedded = constrain(self.tubes[str(number)](pixels), "batch", "patch", "embed")
             tokens.append(join_tubes(embedded, tube, tube.counts(frames, size)))
         return tokens
 
