@@ -26,6 +26,7 @@ from mammut.models.compute import AugmentConfig, ComputeConfig
 from mammut.models.decoder import DecoderConfig
 from mammut.models.mammut import MaMMUT, ModelConfig
 from mammut.models.resnet import ResNetConfig
+from mammut.models.video import TubeConfig, VideoConfig
 from mammut.models.vit import VisionConfig
 from mammut.training.config import LossConfig, OptimizerConfig, TrainConfig
 from mammut.weights.adapter_folder import load_adapter, save_adapter
@@ -62,6 +63,8 @@ __all__ = [
     "ModelConfig",
     "VisionConfig",
     "ResNetConfig",
+    "VideoConfig",
+    "TubeConfig",
     "DecoderConfig",
     "AdapterConfig",
     "ComputeConfig",

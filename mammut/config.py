@@ -14,6 +14,7 @@ from mammut.models.compute import AugmentConfig, ComputeConfig
 from mammut.models.decoder import DecoderConfig
 from mammut.models.mammut import ModelConfig
 from mammut.models.resnet import ResNetConfig
+from mammut.models.video import TubeConfig, VideoConfig
 from mammut.models.vit import VisionConfig
 from mammut.training.config import LossConfig, OptimizerConfig, TrainConfig
 
@@ -30,6 +31,8 @@ __all__ = [
     "ResNetConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "TubeConfig",
+    "VideoConfig",
     "VisionConfig",
     "from_dict",
     "to_dict",

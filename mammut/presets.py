@@ -8,6 +8,9 @@ S, B and L are the usual ViT sizes, each with a decoder of the same width and de
 text and tables. The paper does not state patch size, heads and vocabulary: they are chosen here (16
 pixels, 64-wide heads, 64,000 pieces).
 
+The `*_video` presets are image models with the paper's tubes, for videos of 32 frames, which see an
+image as the others do. `frames` scales their tubes to other videos.
+
 `magma_v1`, `magma_v2`, `frozen` and `limber` put an image in front of GPT-J 6B, whose weights come
 from a file (`TrainConfig.init_text`). The recipes of the same names set which of its parameters are
 trained (`TrainConfig.trainable`).
@@ -17,6 +20,9 @@ Example:
   >>> config = dataclasses.replace(config, projection_bias=False)
 """
 
+import dataclasses
+
+from mammut.models import video
 from mammut.models.adapter_modules import AdapterConfig
 from mammut.models.decoder import DecoderConfig
 from mammut.models.mammut import ModelConfig
@@ -100,6 +106,36 @@ def paper_2b() -> ModelConfig:
     """
     vision = VisionConfig(patch_size=16, width=1280, depth=32, num_heads=16, mlp_dim=5120)
     return ModelConfig(vision=vision, text=_decoder(1536, 18, mlp_dim=12_288))
+
+
+def _with_tubes(image_model: ModelConfig, frames: int) -> ModelConfig:
+    """Gives an image model the paper's tubes, and its patches of the first frame."""
+    tubes = video.paper_tubes(frames, image_model.vision.patch_size)
+    settings = video.VideoConfig(frames=frames, patch_stride=frames, tubes=tubes)
+    vision = dataclasses.replace(image_model.vision, video=settings)
+    return dataclasses.replace(image_model, vision=vision)
+
+
+def tiny_video(frames: int = 16) -> ModelConfig:
+    """`tiny` for videos of 32-pixel frames: 44 tokens of 16 frames."""
+    config = tiny()
+    vision = dataclasses.replace(config.vision, image_size=32)
+    return _with_tubes(dataclasses.replace(config, vision=vision), frames)
+
+
+def mammut_b16_video(frames: int = 32) -> ModelConfig:
+    """`mammut_b16` for videos: 539 tokens of 32 frames."""
+    return _with_tubes(mammut_b16(), frames)
+
+
+def mammut_l14_video(frames: int = 32) -> ModelConfig:
+    """`mammut_l14` for videos: 704 tokens of 32 frames."""
+    return _with_tubes(mammut_l14(), frames)
+
+
+def paper_2b_video(frames: int = 32) -> ModelConfig:
+    """The paper's video model (section 3.3): `paper_2b` with its tubes."""
+    return _with_tubes(paper_2b(), frames)
 
 
 def _gpt_j() -> DecoderConfig:

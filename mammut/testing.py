@@ -98,7 +98,10 @@ def tiny_processor(config: ModelConfig | None = None) -> Processor:
 
 
 def tiny_batch(
-    config: ModelConfig | None = None, batch_size: int = 4, seed: int = 0
+    config: ModelConfig | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
+    frames: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Makes a random batch for `config`; the first text has no pads.
 
@@ -106,9 +109,11 @@ def tiny_batch(
       config: the model's config; None: `tiny_config()`.
       batch_size: B.
       seed: random seed of the numbers.
+      frames: T of a batch of videos; None: images.
 
     Returns:
-      `image` uint8[B, height, width, 3], `tokens` int32[B, L], `text_valid` bool[B, L].
+      `image` uint8[B, height, width, 3] or, for videos, uint8[B, T, height, width, 3],
+      `tokens` int32[B, L], `text_valid` bool[B, L].
     """
     config = config or tiny_config()
     rng = np.random.default_rng(seed)
@@ -120,7 +125,8 @@ def tiny_batch(
     tokens[:, 0] = 1
     tokens[np.arange(batch_size), lengths - 1] = 2
     text_valid = np.arange(longest) < lengths[:, None]
-    image = rng.integers(0, 256, (batch_size, size, size, 3), np.uint8)
+    axes = (batch_size,) if frames is None else (batch_size, frames)
+    image = rng.integers(0, 256, (*axes, size, size, 3), np.uint8)
     return {"image": image, "tokens": tokens * text_valid, "text_valid": text_valid}
 
 

@@ -11,10 +11,21 @@ from flax import nnx
 from jax.extend.core import Jaxpr
 from test_architectures import CONFIGS as ARCHITECTURES
 
-from mammut.config import DecoderConfig, MeshConfig, ModelConfig, ResNetConfig, VisionConfig
+from mammut.config import (
+    AugmentConfig,
+    DecoderConfig,
+    MeshConfig,
+    ModelConfig,
+    ResNetConfig,
+    TubeConfig,
+    VideoConfig,
+    VisionConfig,
+)
 from mammut.core.sharding import make_mesh
+from mammut.models.compute import Augment
 from mammut.models.flops import forward_flops, training_flops
 from mammut.models.mammut import MaMMUT
+from mammut.models.video import count_tokens
 from mammut.testing import tiny_config
 
 VISION = VisionConfig(image_size=16, patch_size=8, width=32, depth=2, num_heads=2, mlp_dim=48)
@@ -58,6 +69,17 @@ CONFIGS = ARCHITECTURES | {
     ),
     "cut_rest": ModelConfig(dataclasses.replace(VISION, image_size=21, cut_rest=True), TEXT),
     "norm_free": ModelConfig(dataclasses.replace(RESNET, kind="nf"), TEXT),
+}
+# Of 8 frames: 4 of two frames, and tubes, some joined; or 8 images.
+TUBES = (TubeConfig((2, 4, 6), (3, 8, 8)), TubeConfig((2, 5, 5), (4, 8, 8), join=(2, 1, 1)))
+VIDEO_CONFIGS = {
+    "tubes": dataclasses.replace(VISION, video=VideoConfig(patch_stride=4, tubes=TUBES)),
+    "tubes_queries": dataclasses.replace(
+        VISION, video=VideoConfig(tubes=TUBES), pooling="queries", pool_queries=5, pool_heads=4
+    ),
+    "frames": dataclasses.replace(VISION, class_token=True, pooling="mean_all"),
+    "frame_embed": dataclasses.replace(VISION, video=VideoConfig("frames", frame_embed=True)),
+    "resnet": dataclasses.replace(RESNET, kind="nf"),
 }
 CONTRASTIVE = [name for name, config in CONFIGS.items() if config.text.pooling != "none"]
 CAPTIONING = [name for name, config in CONFIGS.items() if config.text.depth]
@@ -176,6 +198,37 @@ def test_flops_of_the_image_encoder_are_those_of_its_products(name):
     image, _, _ = inputs(config)
     counted = traced_flops(lambda p, x: nnx.merge(graphdef, p).image_tokens(x), params, image)
     assert counted == forward_flops(config)["vision"]
+
+
+@pytest.mark.parametrize(
+    ("name", "patch_drop"),
+    [*((name, 0.0) for name in VIDEO_CONFIGS), ("tubes", 0.5), ("tubes_queries", 0.5),
+     ("frames", 0.5)],
+)  # fmt: skip
+def test_flops_of_videos_are_those_of_their_products(name, patch_drop):
+    """In the image encoder and in the caption pass, which sees all of their tokens."""
+    vision = VIDEO_CONFIGS[name]
+    config = ModelConfig(vision, TEXT, image_projection="separate")
+    graphdef, params = abstract(config)
+    image, *texts = inputs(config)
+    video = jax.ShapeDtypeStruct((1, 8, *image.shape[1:]), image.dtype)
+    augment = Augment(jax.random.key(0), AugmentConfig(patch_drop=patch_drop))
+
+    def encode(params, video):
+        return nnx.merge(graphdef, params).image_tokens(video, augment)
+
+    flops = forward_flops(config, patch_drop, frames=8)
+    assert traced_flops(encode, params, video) == flops["vision"]
+
+    tokens = jax.eval_shape(lambda p, x: encode(p, x).tokens, params, video)
+    if not patch_drop:
+        assert tokens.shape[1] == count_tokens(vision, 8)
+    counted = traced_flops(
+        lambda p, *x: nnx.merge(graphdef, p).text.caption_pass(*x), params, *texts, tokens
+    )
+    half = uncounted_half(config, TEXT.depth, config.text_length)
+    assert counted == flops["caption_pass"] + half
+    assert forward_flops(config, patch_drop)["vision"] < flops["vision"] / 1.4
 
 
 @pytest.mark.parametrize("name", CONTRASTIVE)

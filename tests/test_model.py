@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from mammut.config import AugmentConfig, ComputeConfig, LossConfig, ModelConfig, VisionConfig
-from mammut.models import vit
+from mammut.models import positions, vit
 from mammut.models.compute import Augment, Dtypes, scan, stack
 from mammut.models.flops import num_params
 from mammut.models.layers import LayerConfig, LayerNorm, initialise, unit
@@ -767,7 +767,7 @@ def test_neither_recomputing_nor_unrolling_changes_the_loss_or_its_gradients(bat
 
 
 def crop_matrix(start, extent, size):
-    return np.asarray(vit._crop_matrix(jnp.float32(start), jnp.float32(extent), size))
+    return np.asarray(positions._crop_matrix(jnp.float32(start), jnp.float32(extent), size))
 
 
 def test_a_crop_is_two_linear_interpolations():
@@ -814,7 +814,7 @@ def test_crops_are_boxes_inside_the_image_of_the_documented_area_and_aspect():
     size, number = 16, 512
     ramp = (np.arange(size, dtype=np.float32) + 0.5) / size
     table = np.stack(np.meshgrid(ramp, ramp, indexing="ij"), -1)
-    crops = np.asarray(vit.crop_pos_embed(jax.random.key(0), jnp.asarray(table), number))
+    crops = np.asarray(positions.crop_pos_embed(jax.random.key(0), jnp.asarray(table), number))
     assert crops.shape == (number, size, size, 2)
     middle = crops[:, 7:9, 7:9]
     height = (middle[:, 1, 0, 0] - middle[:, 0, 0, 0]) * size

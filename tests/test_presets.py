@@ -3,8 +3,10 @@
 It has the parameters that its paper counts.
 """
 
+import dataclasses
 import functools
 import inspect
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from mammut import presets
 from mammut.config import ComputeConfig, ModelConfig
 from mammut.models.flops import forward_flops, num_params
 from mammut.models.mammut import MaMMUT
+from mammut.models.video import count_patches
 from mammut.testing import tiny_config, tiny_model
 
 NAMES = [
@@ -24,6 +27,7 @@ NAMES = [
     if not name.startswith("_")
 ]
 WITH_PREFIX = ["magma_v1", "magma_v2", "frozen", "limber", "magma_tiny"]
+VIDEO = ["tiny_video", "mammut_b16_video", "mammut_l14_video", "paper_2b_video"]
 TWO_PASS = sorted(set(NAMES) - set(WITH_PREFIX))
 
 
@@ -53,6 +57,7 @@ def test_the_presets_are_the_sizes_of_the_field_and_of_the_paper():
             "mammut_l14",
         ),
         *("paper_ablation", "paper_2b"),
+        *VIDEO,
         *WITH_PREFIX,
     }
 
@@ -66,7 +71,8 @@ def test_every_preset_runs_both_passes(name, compute):
     config = getattr(presets, name)()
     assert isinstance(config, ModelConfig)
     length, size = config.text.max_length, config.vision.image_size
-    image = jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8)
+    frames = (config.vision.video.frames,) if name in VIDEO else ()
+    image = jax.ShapeDtypeStruct((2, *frames, size, size, 3), jnp.uint8)
     tokens, valid = (jax.ShapeDtypeStruct((2, length), dtype) for dtype in (jnp.int32, jnp.bool))
     graphdef, params = nnx.split(
         nnx.eval_shape(lambda: MaMMUT(config, compute=compute, rngs=nnx.Rngs(0)))
@@ -134,6 +140,10 @@ def test_the_counts_follow_from_the_widths(name):
     assert count["token_embed"] == text.vocab_size * text.width
     patches = (vision.image_size // vision.patch_size) ** 2
     stem = (vision.patch_size**2 * 3 + 1) * vision.width + patches * vision.width
+    if name in VIDEO:
+        stem += 1  # the gate of the fixed code
+        for tube in vision.video.tubes:
+            stem += (math.prod(tube.size) * 3 + 1) * vision.width
     assert (
         count["vision"]
         == vision.depth * layer_params(vision.width, vision.mlp_dim) + stem + 2 * vision.width
@@ -142,6 +152,22 @@ def test_the_counts_follow_from_the_widths(name):
     # positions, norm, scale and bias
     assert count["other"] == text.max_length * text.width + 2 * text.width + 2
     assert count["total"] == sum(value for part, value in count.items() if part != "total")
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "tokens"),
+    [
+        ("tiny_video", 16, 44), ("mammut_b16_video", 32, 539), ("paper_2b_video", 32, 539),
+        ("mammut_l14_video", 32, 704), ("mammut_l14_video", 16, 704), ("tiny_video", 8, 40),
+    ],
+)  # fmt: skip
+def test_video_presets_have_the_papers_tubes_and_see_an_image_as_others_do(name, frames, tokens):
+    vision = getattr(presets, name)(frames).vision
+    assert count_patches(vision, frames) == tokens and vision.video.frames == frames
+    assert count_patches(vision) == math.prod(vision.grid)
+    base = getattr(presets, name.removesuffix("_video"))().vision
+    sizes = {"video": None, "image_size": base.image_size}
+    assert dataclasses.replace(vision, **sizes) == base
 
 
 def test_the_counts_are_those_of_a_model_that_is_made():

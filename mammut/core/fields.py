@@ -227,8 +227,13 @@ def _dataclass_for(value: Any, kind: Any) -> Any:
     """Chooses the type of a field's value.
 
     Of several dataclasses it is the one that has most of the value's names, or else the first.
+    None is a value of its own where the field may be None.
     """
     options = _options(kind)
+    if types.NoneType in options:
+        if value is None:
+            return kind
+        options = tuple(option for option in options if option is not types.NoneType)
     if not options or not all(map(dataclasses.is_dataclass, options)):
         return kind
     names = set(value) if isinstance(value, dict) else set()

@@ -12,7 +12,7 @@ from mammut.models.mammut import MaMMUT
 
 
 def image_tokens(
-    predictor: Predictor, params: Any, image: UInt8[np.ndarray, "B height width 3"]
+    predictor: Predictor, params: Any, image: UInt8[np.ndarray, "B *T height width 3"]
 ) -> Any:
     """Computes the image tokens [B, P, D] of a batch.
 
@@ -58,5 +58,7 @@ def pair_logprobs(
     return np.concatenate(logprobs)
 
 
-def _image_tokens(model: MaMMUT, image: UInt8[Array, "B height width 3"]) -> Float[Array, "B P D"]:
+def _image_tokens(
+    model: MaMMUT, image: UInt8[Array, "B *T height width 3"]
+) -> Float[Array, "B P D"]:
     return model.image_tokens(image).tokens

@@ -141,6 +141,11 @@ def require_computable(
             f"AugmentConfig.{name} is {value}, which a ResNet has no patches for",
         )
     require(
+        config.vision.video is None or not augment.crop_positions,
+        "AugmentConfig.crop_positions is True, which VisionConfig.video has no place for: cropped "
+        "positions are those of images",
+    )
+    require(
         text.has_prefix or not augment.prefix_dropout,
         f"AugmentConfig.prefix_dropout is {augment.prefix_dropout}, which needs an image prefix: "
         "DecoderConfig.cross_attn_every 0",

@@ -12,6 +12,7 @@ from flax import nnx
 from mammut.models.layers import LayerConfig
 from mammut.models.mammut import MaMMUT, ModelConfig
 from mammut.models.resnet import ResNetConfig
+from mammut.models.video import count_patches, count_tokens, reads_tubes, token_kinds
 from mammut.models.vit import VisionConfig, patches_kept
 
 
@@ -42,6 +43,7 @@ def forward_flops(
     patch_drop: float = 0.0,
     length: int | None = None,
     sees_image: bool = True,
+    frames: int = 1,
 ) -> dict[str, int]:
     """Counts the FLOPs of one example's forward pass, 2 for each multiply-add.
 
@@ -55,6 +57,7 @@ def forward_flops(
         (`AugmentConfig.patch_drop`).
       length: tokens of the text, without an image prefix; None: `config.text_length`.
       sees_image: False: the caption pass is a language pass.
+      frames: T, where an example is a video; 1: it is an image.
 
     Returns:
       The FLOPs of each part: `vision`, `contrastive_pass`, `caption_pass`, `vocabulary`.
@@ -63,21 +66,26 @@ def forward_flops(
     vision = config.vision
     text = config.text
     length = config.text_length if length is None else length
-    patches = vision.grid[0] * vision.grid[1]
+    # Frames that the encoder sees at once; others are encoded as so many images.
+    at_once = frames if reads_tubes(vision) else 1
+    alone = frames // at_once
+    patches = count_patches(vision, at_once)
     dropped = patches - patches_kept(patches, patch_drop) if patch_drop else 0
 
     # Tokens that the decoder sees: learned queries stay when patches are dropped.
-    seen = vision.num_tokens
+    seen = count_tokens(vision, at_once)
     if vision.pooling != "queries":
         seen -= dropped
 
     if isinstance(vision, ResNetConfig):
         tower = resnet_flops(vision)
     else:
-        tower = _vit_flops(vision, patches, dropped, query_width=config.vision_size)
+        tower = _vit_flops(vision, at_once, dropped, query_width=config.vision_size)
+    encoded = alone * (tower + _projection_flops(config, seen))
+    seen *= alone
 
     return {
-        "vision": tower + _projection_flops(config, seen),
+        "vision": encoded,
         "contrastive_pass": _contrastive_flops(config, length),
         "caption_pass": _caption_flops(config, length, seen, sees_image),
         "vocabulary": _product(length, text.width, text.vocab_size) if text.depth else 0,
@@ -134,13 +142,16 @@ def resnet_flops(config: ResNetConfig) -> int:
     return 2 * macs
 
 
-def _vit_flops(config: VisionConfig, patches: int, dropped: int, query_width: int) -> int:
+def _vit_flops(config: VisionConfig, frames: int, dropped: int, query_width: int) -> int:
     """Counts the FLOPs of the ViT with its pooling.
 
     `dropped` patches are embedded, but the layers do not see them.
     """
-    tokens = patches - dropped + config.class_token
-    patch_embed = _product(patches, config.patch_size**2 * 3, config.width)
+    tokens = count_patches(config, frames) - dropped + config.class_token
+    patch_embed = 0
+    for kind in token_kinds(config):
+        count = math.prod(kind.counts(frames, config.image_size))
+        patch_embed += _product(count, math.prod(kind.size) * 3, config.width)
     layers = config.depth * (_attention(config, tokens, tokens) + _mlp(config, tokens))
 
     if config.pooling == "map":

@@ -12,7 +12,9 @@ from mammut.core.fields import require
 from mammut.core.typing import Array
 from mammut.models.inputs import require_images
 
-Image = UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"]
+Video = UInt8[Array, "B T height width 3"] | Float[Array, "B T height width 3"]
+# Images, or videos where an image may stand.
+Image = UInt8[Array, "B height width 3"] | Float[Array, "B height width 3"] | Video
 
 
 def require_pixels(config: Any) -> None:
@@ -64,8 +66,8 @@ class EncoderOutput:
     tokens: jax.Array
     # float32[B, Dv], or float32[B, E]: the whole image, pooled as in `VisionConfig.pooling`.
     pooled: jax.Array
-    # Patches down and across; None where patches were dropped (`AugmentConfig.patch_drop`), which
-    # are others in each image.
+    # Patches down and across. None where patches were dropped (`AugmentConfig.patch_drop`), which
+    # are others in each image, and for a video: `video.token_centres` tells where its tokens lie.
     grid: tuple[int, int] | None = struct.field(pytree_node=False)
 
 
@@ -78,12 +80,12 @@ class EncodedImage:
 
     tokens: jax.Array  # float[B, P, D]: the tokens that the caption pass sees
     vector: jax.Array  # float32[B, E], of any length; `encode_image` gives unit vectors
-    # Patches down and across; None where patches were dropped (`AugmentConfig.patch_drop`), which
-    # are others in each image.
+    # Patches down and across. None where patches were dropped (`AugmentConfig.patch_drop`), which
+    # are others in each image, and for a video: `video.token_centres` tells where its tokens lie.
     grid: tuple[int, int] | None = struct.field(pytree_node=False)
 
 
-def normalised(image: Image, config: Any) -> Float[Array, "B height width 3"]:
+def normalised(image: Image, config: Any) -> Float[Array, "*B height width 3"]:
     """Normalises pixels for an image encoder.
 
     Float pixels are returned unchanged.
@@ -97,7 +99,14 @@ def normalised(image: Image, config: Any) -> Float[Array, "B height width 3"]:
       ValueError: the images are none of its images (`mammut.models.inputs`).
     """
     require_images(image, config)
-    if image.dtype != jnp.uint8:
-        return image
-    scaled = image.astype(jnp.float32) / 255
+    return normalise(image, config)
+
+
+def normalise(
+    pixels: UInt8[Array, "*B 3"] | Float[Array, "*B 3"], config: Any
+) -> Float[Array, "*B 3"]:
+    """Normalises pixels that were checked; float pixels are returned unchanged."""
+    if pixels.dtype != jnp.uint8:
+        return pixels
+    scaled = pixels.astype(jnp.float32) / 255
     return (scaled - jnp.array(config.image_mean)) / jnp.array(config.image_std)

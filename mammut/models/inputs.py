@@ -21,16 +21,28 @@ def require_images(image: Any, config: Any) -> None:
     """Checks images for an image encoder with the `VisionConfig` or `ResNetConfig` `config`.
 
     Raises:
-      ValueError: `image` is not uint8[B, height, width, 3] of one of its sizes, or float of that
-        shape with pixels normalised as in `normalised`.
+      ValueError: `image` is not uint8[B, height, width, 3] of one of its sizes, or a video
+        uint8[B, T, height, width, 3] of its `image_size`, or float of such a shape with pixels
+        normalised as in `normalised`.
     """
     expected = 'uint8[B, height, width, 3] as processor(images=[...])["image"] gives'
     _require_array("image", image, expected)
     name = type(config).__name__
     sizes = [size for size in (config.image_size, config.low_image_size) if size is not None]
     given = f"{image.dtype}{list(image.shape)}"
-    require(image.ndim == 4, f"image is {given}, expected {expected}")
-    if image.shape[1:] not in [(size, size, 3) for size in sizes]:
+    require(
+        image.ndim in (4, 5),
+        f"image is {given}, expected {expected}, or a video uint8[B, T, height, width, 3]",
+    )
+    if image.ndim == 5:
+        side = sizes[0]
+        require(image.shape[1] > 0, f"image is a video {given} of no frames, expected one or more")
+        require(
+            image.shape[2:] == (side, side, 3),
+            f"frames of the video are {image.shape[2:]}, expected {(side, side, 3)} from "
+            f"{name}.image_size",
+        )
+    elif image.shape[1:] not in [(size, size, 3) for size in sizes]:
         low = "" if len(sizes) == 1 else f" or {(sizes[1], sizes[1], 3)} from low_image_size"
         shape = f"{(sizes[0], sizes[0], 3)} from {name}.image_size{low}"
         raise ValueError(f"images are {image.shape[1:]}, expected {shape}")
@@ -82,7 +94,7 @@ def require_texts(
         whole and tokens.ndim == 2 and tokens.shape[1] > 0,
         f"tokens is {given}, expected int[B, L] with a token or more",
     )
-    if getattr(image, "ndim", None) == 4:  # the encoder refuses others
+    if getattr(image, "ndim", None) in (4, 5):  # the encoder refuses others
         require(
             len(image) == len(tokens),
             f"there are {len(tokens)} texts in tokens for {len(image)} images, "

@@ -21,11 +21,18 @@ from mammut.models.adapter_modules import AdapterConfig, Adapters
 from mammut.models.compute import Augment, ComputeConfig, require_computable
 from mammut.models.decoder import DecoderConfig, TextDecoder
 from mammut.models.fused_passes import TwoPassOutput, both_passes
-from mammut.models.image_encoder import EncodedImage, Image
-from mammut.models.inputs import require_texts
+from mammut.models.image_encoder import EncodedImage, Image, Video
+from mammut.models.inputs import require_images, require_texts
 from mammut.models.layers import Constant, LayerNorm, Linear, dropout, initialise, param, unit
 from mammut.models.masks import caption_labels
+from mammut.models.requirements import (
+    require_embedding,
+    require_prefix,
+    require_video,
+    require_video_config,
+)
 from mammut.models.resnet import ResNet, ResNetConfig
+from mammut.models.video import reads_tubes
 from mammut.models.vit import VisionConfig, ViT
 
 # Largest logit scale in training, as in CLIP: above it the softmax of cosines is all but one-hot.
@@ -79,80 +86,9 @@ class ModelConfig:
     def __post_init__(self):
         require_types(self)
         require_choices(self)
-        self._require_embedding()
-        self._require_prefix()
-
-    def _require_embedding(self) -> None:
-        vision = self.vision
-        text = self.text
-        projection = self.image_projection
-        require(
-            self.embed_dim is None or 0 < self.embed_dim <= 2**16,
-            f"ModelConfig.embed_dim is {self.embed_dim}, expected 1 to {2**16}",
-        )
-        require(
-            self.text_projection or text.pooling == "none" or self.embed_size == text.width,
-            f"ModelConfig.embed_dim is {self.embed_dim}, which without text_projection is the text "
-            f"width {text.width}",
-        )
-        require(
-            projection != "shared" or self.embed_size == text.width,
-            f"ModelConfig.embed_dim is {self.embed_dim}, which with image_projection 'shared' is "
-            f"the text width {text.width}",
-        )
-        mean_of_tokens = vision.pooling in ("mean", "mean_all") and not vision.norm_after_pooling
-        require(
-            projection != "shared" or mean_of_tokens,
-            f"ModelConfig.image_projection is 'shared', which goes with VisionConfig.pooling "
-            f"'mean' or 'mean_all' and norm_after_pooling False, not {vision.pooling!r} and "
-            f"{vision.norm_after_pooling}",
-        )
-        require(
-            projection != "none" or text.pooling == "none" or self.vision_size == self.embed_size,
-            f"ModelConfig.image_projection is 'none', which needs images of {self.embed_size} "
-            f"numbers, not {self.vision_size}",
-        )
-        require(
-            projection != "decoder" or text.pooling == "none",
-            f"ModelConfig.image_projection is 'decoder', which makes no image embedding for "
-            f"DecoderConfig.pooling {text.pooling!r}",
-        )
-        if vision.pooling == "queries":
-            require(
-                self.embed_size % vision.pool_heads == 0,
-                f"ModelConfig.embed_dim {self.embed_size} is not a multiple of "
-                f"VisionConfig.pool_heads {vision.pool_heads}",
-            )
-
-    def _require_prefix(self) -> None:
-        text = self.text
-        prefix = text.has_prefix
-        require(
-            prefix or (self.prefix_tokens is None and not self.prefix_norm),
-            "ModelConfig.prefix_tokens and prefix_norm need an image prefix: "
-            "DecoderConfig.cross_attn_every 0",
-        )
-        require(
-            self.prefix_tokens is None
-            or (self.prefix_tokens > 0 and self.image_projection in ("separate", "decoder")),
-            f"ModelConfig.prefix_tokens is {self.prefix_tokens}, expected at least 1, with "
-            f"image_projection 'separate' or 'decoder', not {self.image_projection!r}",
-        )
-        require(
-            not prefix or self.image_token_size == text.width,
-            f"ModelConfig.image_projection is {self.image_projection!r}, which leaves image tokens "
-            f"of {self.image_token_size} numbers: a prefix has those of the decoder, {text.width}",
-        )
-        require(
-            self.text_length >= 2,
-            f"DecoderConfig.max_length {text.max_length} has no room for text after the "
-            f"{self.num_prefix_tokens} tokens of an image",
-        )
-        require(
-            not prefix or not text.text_only_depth,
-            f"DecoderConfig.text_only_depth is {text.text_only_depth}, expected 0 with an image "
-            "prefix",
-        )
+        require_embedding(self)
+        require_prefix(self)
+        require_video_config(self)
 
     @property
     def conditioning(self) -> Literal["cross_attention", "prefix"]:
@@ -259,6 +195,13 @@ class MaMMUT(nnx.Module):
         prefix_norm = LayerNorm(config.text.width, _PREFIX_NORM_EPS, dtypes=dtypes)
         self.prefix_norm = prefix_norm if config.prefix_norm else None
 
+        video = config.vision.video
+        if video is not None and video.frame_embed:
+            sizes = video.frames, config.image_token_size
+            self.frame_embed = param(Constant(0.0), sizes, dtypes.param, None, "embed")
+        else:
+            self.frame_embed = None
+
         # Scalars of the contrastive loss are float32, whatever `param_dtype` is. The scale is kept
         # as its logarithm.
         self.logit_scale = param(Constant(math.log(_LOGIT_SCALE)), (), jnp.float32)
@@ -288,18 +231,53 @@ class MaMMUT(nnx.Module):
         return self.adapters.attached(tower, name, self.active_adapters)
 
     def image_tokens(self, image: Image, augment: Augment = Augment()) -> EncodedImage:
-        """Encodes images for both passes.
+        """Encodes images or videos for both passes.
 
         Returns tokens float[B, P, D] and a vector float32[B, E].
 
+        With `VideoConfig.mode` "tubes" the encoder sees all frames of a video at once. In other
+        models it sees each frame alone: the tokens are those of all frames, one frame after the
+        other, and the vector is the mean of the frames' unit vectors. A video of one frame is an
+        image, bit for bit.
+
         Args:
-          image: uint8[B, height, width, 3] RGB; or float of that shape, normalised already:
+          image: uint8[B, height, width, 3] RGB, or videos uint8[B, T, height, width, 3]; or float
+            of such a shape, normalised already:
             (pixel / 255 - `VisionConfig.image_mean`) / `VisionConfig.image_std`.
           augment: the random draws of a training step.
 
         Raises:
-          ValueError: the images are of another size or type, or their float pixels not normalised.
+          ValueError: the images are of another size or type, or their float pixels not normalised;
+            or they are videos, which the model does not read (`requirements.require_video`).
         """
+        frames = 1
+        if getattr(image, "ndim", None) == 5:  # the encoder refuses what is no image
+            require_images(image, self.config.vision)
+            frames = image.shape[1]
+            require_video(self.config, frames, augment)
+            if frames == 1:
+                image = image[:, 0]
+        apart = frames > 1 and not reads_tubes(self.config.vision)
+        if apart:
+            image = image.reshape(len(image) * frames, *image.shape[2:])
+
+        encoded = self._encoded(image, augment)
+        if apart:
+            encoded = self._joined(encoded, frames)
+        elif self.frame_embed is not None:
+            first = self.frame_embed[...][0].astype(encoded.tokens.dtype)
+            encoded = encoded.replace(tokens=encoded.tokens + first)
+
+        tokens = encoded.tokens
+        if augment.prefix_dropout:
+            key = jax.random.fold_in(augment.key, _DROPOUT_STREAM)
+            tokens = dropout(key, tokens, augment.prefix_dropout)
+        if self.prefix_norm is not None:
+            tokens = self.prefix_norm(tokens)
+        return encoded.replace(tokens=tokens)
+
+    def _encoded(self, image: Image, augment: Augment) -> EncodedImage:
+        """Encodes images, or videos whose frames the encoder sees at once."""
         encoded = self.encoder(image, augment)
         # Without this line the backward pass of micro-batches moved the tokens between devices.
         tokens = constrain(encoded.tokens, "batch", None, "embed")
@@ -314,19 +292,28 @@ class MaMMUT(nnx.Module):
         elif self.image_embed_projection is not None:
             vector = self.image_embed_projection(vector.astype(self.vision.dtype))
             vector = vector.astype(jnp.float32)
-
-        if augment.prefix_dropout:
-            key = jax.random.fold_in(augment.key, _DROPOUT_STREAM)
-            tokens = dropout(key, tokens, augment.prefix_dropout)
-        if self.prefix_norm is not None:
-            tokens = self.prefix_norm(tokens)
         return EncodedImage(tokens, vector, encoded.grid)
 
+    def _joined(self, encoded: EncodedImage, frames: int) -> EncodedImage:
+        """Joins frames that were encoded one by one, [B * T, ...], to videos, [B, ...]."""
+        rows, count, width = encoded.tokens.shape
+        batch = rows // frames
+        tokens = encoded.tokens.reshape(batch, frames, count, width)
+        if self.frame_embed is not None:
+            each = self.frame_embed[...][:frames, None].astype(tokens.dtype)
+            tokens = tokens + each
+        if self.config.prefix_tokens is not None:
+            tokens = tokens.mean(1)
+        else:
+            tokens = tokens.reshape(batch, frames * count, width)
+        vector = unit(encoded.vector).reshape(batch, frames, encoded.vector.shape[1]).mean(1)
+        return EncodedImage(constrain(tokens, "batch", None, "embed"), vector, None)
+
     def encode_image(self, image: Image, augment: Augment = Augment()) -> Float[Array, "B E"]:
-        """Embeds images as unit vectors float32[B, E].
+        """Embeds images or videos as unit vectors float32[B, E].
 
         Args:
-          image: uint8[B, height, width, 3] RGB; or float, normalised as for `image_tokens`.
+          image: uint8[B, height, width, 3] RGB; or videos, or float, as for `image_tokens`.
           augment: the random draws of a training step.
 
         Raises:
@@ -334,6 +321,29 @@ class MaMMUT(nnx.Module):
         """
         self.config.text.require_contrastive_pass()
         return unit(self.image_tokens(image, augment).vector)
+
+    def encode_video(self, video: Video, augment: Augment = Augment()) -> Float[Array, "B E"]:
+        """Embeds videos as unit vectors float32[B, E].
+
+        It is `encode_image` for videos alone: what has no axis of frames is refused.
+
+        Args:
+          video: uint8[B, T, height, width, 3] RGB; or float, normalised as for `image_tokens`.
+          augment: the random draws of a training step.
+
+        Raises:
+          ValueError: `video` is none, or what `encode_image` refuses.
+
+        Example:
+          >>> model.encode_video(np.zeros((2, 8, 48, 48, 3), np.uint8)).shape
+          (2, 64)
+        """
+        given = f"{video.dtype}{list(video.shape)}" if hasattr(video, "shape") else type(video)
+        require(
+            getattr(video, "ndim", None) == 5,
+            f"video is {given}, expected uint8[B, T, height, width, 3]",
+        )
+        return self.encode_image(video, augment)
 
     def encode_text(
         self, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"]
@@ -365,7 +375,7 @@ class MaMMUT(nnx.Module):
     def caption_logits(
         self, image: Image, tokens: Int[Array, "B L"], text_valid: Bool[Array, "B L"] | None = None
     ) -> Float[Array, "B L V"]:
-        """Scores the token after each of `tokens`, given the image.
+        """Scores the token after each of `tokens`, given the image or video.
 
         Returns float32[B, L, V]. Without `text_valid` all tokens count as real. Either way pads at
         the end change no score before them. Float images are normalised as for `image_tokens`.

@@ -43,6 +43,7 @@ from mammut.models.image_encoder import (
     require_pixels,
 )
 from mammut.models.layers import Constant, FanIn, param
+from mammut.models.video import VideoConfig, require_video_sizes
 
 _NORM_EPS = 1e-5
 # Numbers of the norm-free ResNet (arXiv 2101.08692). A bottleneck adds `_ALPHA` times its result.
@@ -83,6 +84,8 @@ class ResNetConfig:
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     # Standard deviation of each colour channel; the default is CLIP's.
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    # How videos are read, of mode "frames". None: frame by frame, too, with the other defaults.
+    video: VideoConfig | None = None
 
     # Fields of a `VisionConfig` that have one value for every ResNet.
     pooling: ClassVar[str] = "mean"
@@ -105,6 +108,13 @@ class ResNetConfig:
         )
         require_image_sizes(self, 32, "32")
         require_pixels(self)
+        if self.video is not None:
+            require(
+                self.video.mode == "frames",
+                "ResNetConfig.video has VideoConfig.mode 'tubes', which a ResNet cannot read: "
+                "expected 'frames'",
+            )
+            require_video_sizes(self)
 
     @property
     def width(self) -> int:

@@ -4,6 +4,7 @@ It follows section 3.1 of the paper.
 """
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar, Literal
 
@@ -19,18 +20,17 @@ from mammut.models.compute import Augment, ComputeConfig, Dtypes, scan, stack
 from mammut.models.image_encoder import (
     EncoderOutput,
     Image,
-    normalised,
+    normalise,
     require_image_sizes,
     require_pixels,
 )
+from mammut.models.inputs import require_images
 from mammut.models.layers import LayerConfig, Linear, Normal, make_norm, param
+from mammut.models.positions import crop_pos_embed
 from mammut.models.transformer import MLP, Attention, Layer
+from mammut.models.video import VideoConfig, reads_tubes, require_video_sizes
+from mammut.models.video_embed import VideoEmbed
 
-# Cropped positional embedding (RO-ViT, section 3.2): the table is enlarged to _CROP_RESOLUTION
-# positions a side, then cropped to a box of a random area and aspect within these bounds.
-_CROP_RESOLUTION = 64
-_CROP_AREA = (0.1, 1.0)
-_CROP_ASPECT = (0.5, 2.0)
 # Stream of `Augment.key` that draws which patches to drop. `crop_pos_embed` splits the key into
 # four: they are streams 0 to 3.
 _DROP_STREAM = 4
@@ -89,6 +89,8 @@ class VisionConfig(LayerConfig):
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     # Standard deviation of each colour channel; pixels less their mean are divided by it.
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    # How videos are read. None: frame by frame, as an image model does.
+    video: VideoConfig | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -110,6 +112,8 @@ class VisionConfig(LayerConfig):
             self.pooling != "map" or not self.norm_after_pooling,
             "VisionConfig.norm_after_pooling is True, which does not go with pooling 'map'",
         )
+        if self.video is not None:
+            require_video_sizes(self)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -205,6 +209,7 @@ class ViT(nnx.Module):
         position = Normal(1 / math.sqrt(config.width))
         sizes = (*config.grid, config.width)
         self.pos_embed = param(position, sizes, dtypes.param, None, None, "embed")
+        self.video_embed = VideoEmbed(config, dtypes=dtypes) if reads_tubes(config) else None
         if config.class_token:
             self.class_embed = param(position, (config.width,), dtypes.param, "embed")
             self.class_pos_embed = param(position, (config.width,), dtypes.param, "embed")
@@ -225,35 +230,23 @@ class ViT(nnx.Module):
         self.norm = make_norm(config, dtypes=dtypes, width=pooled_size)
 
     def __call__(self, image: Image, augment: Augment = Augment()) -> EncoderOutput:
-        """Encodes images of `image_size`, or of `low_image_size`.
-
-        RECLIP (arXiv 2304.06028) and CLIPA-v2 (arXiv 2306.15658) train mostly on small images and
-        at the end on whole ones. For small images the position table is resampled to their patches:
-        bilinear with antialiasing, so that a position is the average of those that it covers. That
-        happens here, the table itself keeps its size: one table learns from both image sizes, and
-        no weights change when the size does.
+        """Encodes images of `image_size`, or of `low_image_size`; in mode "tubes" videos, too.
 
         Args:
           image: uint8[B, height, width, 3] RGB, normalised here; or float, normalised already:
-            (pixel / 255 - `image_mean`) / `image_std`.
+            (pixel / 255 - `image_mean`) / `image_std`. A video is [B, T, height, width, 3]; other
+            modes than "tubes" of `VideoConfig.mode` take its frames as images.
           augment: the random draws of a training step: which patches to drop, a crop of the
             position table for each image.
 
         Raises:
-          ValueError: the images have another size.
+          ValueError: the images have another size, or are videos that have to come as frames.
         """
-        config = self.config
-        patches = patchify(normalised(image, config).astype(self.dtype), config.patch_size)
-        x = self.patch_embed(patches)
-
-        pos_embed = constrain(self.pos_embed[...].astype(self.dtype), None, None, None)
-        grid = image.shape[1] // config.patch_size, image.shape[2] // config.patch_size
-        if grid != config.grid:
-            shape = (*grid, config.width)
-            pos_embed = jax.image.resize(pos_embed, shape, "bilinear", antialias=True)
-        if augment.crop_positions:
-            pos_embed = crop_pos_embed(augment.key, pos_embed, image.shape[0])
-        x = x + pos_embed.reshape(-1, *x.shape[1:])
+        require_images(image, self.config)
+        if self.video_embed is None:
+            x, grid = self._image_patches(image, augment)
+        else:
+            x, grid = self._video_patches(image)
 
         if augment.patch_drop:
             drop_key = jax.random.fold_in(augment.key, _DROP_STREAM)
@@ -274,6 +267,55 @@ class ViT(nnx.Module):
         x = scan(step, x, self.layers, remat=compute.remat, unroll=compute.unroll)
         tokens, pooled = self._pooled(x)
         return EncoderOutput(tokens, pooled, grid)
+
+    def _image_patches(
+        self, image: Image, augment: Augment
+    ) -> tuple[Float[Array, "B P D"], tuple[int, int]]:
+        """Embeds the patches of images, with their positions; returns their grid, too.
+
+        RECLIP (arXiv 2304.06028) and CLIPA-v2 (arXiv 2306.15658) train mostly on small images and
+        at the end on whole ones. For small images the position table is resampled to their patches:
+        bilinear with antialiasing, so that a position is the average of those that it covers. That
+        happens here, the table itself keeps its size: one table learns from both image sizes, and
+        no weights change when the size does.
+        """
+        config = self.config
+        require(
+            image.ndim == 4,
+            f"image is {image.dtype}{list(image.shape)}, a video, expected its frames as images: "
+            "VisionConfig.video has no tubes (`MaMMUT.encode_video` takes videos)",
+        )
+        patches = patchify(normalise(image, config).astype(self.dtype), config.patch_size)
+        x = self.patch_embed(patches)
+
+        pos_embed = self._position_table()
+        grid = image.shape[1] // config.patch_size, image.shape[2] // config.patch_size
+        if grid != config.grid:
+            shape = (*grid, config.width)
+            pos_embed = jax.image.resize(pos_embed, shape, "bilinear", antialias=True)
+        if augment.crop_positions:
+            pos_embed = crop_pos_embed(augment.key, pos_embed, image.shape[0])
+        return x + pos_embed.reshape(-1, *x.shape[1:]), grid
+
+    def _video_patches(self, video: Image) -> tuple[Float[Array, "B P D"], tuple[int, int] | None]:
+        """Embeds patches and tubes of videos, with their positions; an image is one frame."""
+        config = self.config
+        if video.ndim == 4:
+            video = video[:, None]
+        frames = video.shape[1]
+        cut = video[:, :: config.video.patch_stride]
+        batch, count, *image = cut.shape
+        pixels = normalise(cut.reshape(batch * count, *image), config).astype(self.dtype)
+        patches = self.patch_embed(patchify(pixels, config.patch_size))
+        patches = patches.reshape(batch, count * math.prod(config.grid), config.width)
+
+        tubes = self.video_embed.tokens(video, functools.partial(normalise, config=config))
+        x = jnp.concatenate([patches, *tubes], axis=1)
+        x = x + self.video_embed.positions(self._position_table(), frames)
+        return x, config.grid if frames == 1 else None
+
+    def _position_table(self) -> Float[Array, "down across D"]:
+        return constrain(self.pos_embed[...].astype(self.dtype), None, None, None)
 
     def _pooled(self, x: Float[Array, "B P D"]) -> tuple[jax.Array, jax.Array]:
         """Splits the last layer's output into tokens and one vector.
@@ -335,54 +377,3 @@ def drop_patches(
     shuffled = jnp.argsort(jax.random.uniform(key, x.shape[:2]), axis=1)
     kept = jnp.sort(shuffled[:, : patches_kept(x.shape[1], patch_drop)], axis=1)
     return jnp.take_along_axis(x, kept[..., None], axis=1)
-
-
-def crop_pos_embed(
-    key: Key[Array, ""], pos_embed: Float[Array, "down across D"], batch: int
-) -> Float[Array, "B down across D"]:
-    """Draws a crop of the position table for each image.
-
-    Returns float[B, down, across, D].
-
-    Cropped positional embedding (RO-ViT, arXiv 2305.07011, section 3.2; MaMMUT's paper uses it in
-    the last 100K steps): the table is enlarged bilinearly, cropped to a random box and sampled back
-    to its own size, so that the image has the positions of a region of a larger one. All three
-    steps are linear and separable: one small matrix for each axis.
-    """
-    area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
-    area = jax.random.uniform(area_key, (batch,), minval=_CROP_AREA[0], maxval=_CROP_AREA[1])
-    low, high = (math.log(aspect) for aspect in _CROP_ASPECT)
-    aspect = jnp.exp(jax.random.uniform(aspect_key, (batch,), minval=low, maxval=high))
-    height = jnp.minimum(jnp.sqrt(area / aspect), 1)
-    width = jnp.minimum(jnp.sqrt(area * aspect), 1)
-    top = jax.random.uniform(top_key, (batch,)) * (1 - height)
-    left = jax.random.uniform(left_key, (batch,)) * (1 - width)
-    rows = _crop_matrix(top, height, pos_embed.shape[0]).astype(pos_embed.dtype)
-    columns = _crop_matrix(left, width, pos_embed.shape[1]).astype(pos_embed.dtype)
-    return jnp.einsum("bIi,bJj,ijD->bIJD", rows, columns, pos_embed)
-
-
-def _crop_matrix(
-    start: Float[Array, "B"], extent: Float[Array, "B"], size: int
-) -> Float[Array, "B S S"]:
-    """Makes matrices that enlarge an axis and sample its crop.
-
-    Returns float[B, S, S].
-
-    The axis has `size` positions and goes from 0 to 1, the crop from `start` to `start + extent`.
-    As many positions are sampled from the crop, evenly.
-    """
-    centres = start[:, None] + extent[:, None] * (jnp.arange(size) + 0.5) / size
-    crop = _bilinear(centres, _CROP_RESOLUTION)
-    enlarge = _bilinear((jnp.arange(_CROP_RESOLUTION) + 0.5)[None] / _CROP_RESOLUTION, size)[0]
-    return crop @ enlarge
-
-
-def _bilinear(points: Float[Array, "B Q"], size: int) -> Float[Array, "B Q S"]:
-    """Computes bilinear weights of cell centres at `points`, float[B, Q, S].
-
-    They are the centres of `size` equal cells from 0 to 1. Beyond the outermost centres the value
-    of the nearest one holds.
-    """
-    position = jnp.clip(points * size - 0.5, 0, size - 1)
-    return jnp.maximum(0, 1 - jnp.abs(position[..., None] - jnp.arange(size)))

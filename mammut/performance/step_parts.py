@@ -142,7 +142,9 @@ def measure_parts(step: Step, rounds: int = 3, per_turn: int = 3) -> dict[str, A
         turns = in_turns(calls, rounds, per_turn)
     times = {name: summary(sum(turn, []))["seconds"] for name, turn in turns.items()}
     whole = times.pop("step")
-    flops = forward_flops(step.config.model, step.config.augment.patch_drop)
+    config = step.config
+    frames = config.data.frames or 1
+    flops = forward_flops(config.model, config.augment.patch_drop, frames=frames)
     rows = {}
     for name, seconds in times.items():
         rows[name] = {"seconds": seconds, "share": seconds / whole}

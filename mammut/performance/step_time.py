@@ -4,7 +4,6 @@ The share of the device's peak FLOP/s is computed, too.
 """
 
 import dataclasses
-import math
 import time
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from mammut.models.attention_kernels import Kernel, attention_kernel
 from mammut.models.compute import ComputeConfig, Dtype, Remat
 from mammut.models.mammut import MaMMUT, ModelConfig
 from mammut.models.resnet import ResNetConfig
+from mammut.models.video import count_patches, reads_tubes
 from mammut.performance.chips import GIB, find_chip
 from mammut.performance.compile_report import step_flops
 from mammut.performance.out_of_memory import enough_memory
@@ -255,21 +255,25 @@ def measure(step: Step, steps: int, warmup: int, peak: float) -> dict[str, Any]:
         **utilisation(config, times["seconds"], peak),
         "memory_gib": memory(step.compiled),
         "losses": {name: step.metrics[name] for name in ("loss_contrastive", "loss_caption")},
-        "attention": image_attention_kernel(config.model, config.compute),
+        "attention": image_attention_kernel(
+            config.model, config.compute, frames=config.data.frames or 1
+        ),
     }
 
 
 def image_attention_kernel(
-    config: ModelConfig, compute: ComputeConfig, platform: str | None = None
+    config: ModelConfig, compute: ComputeConfig, platform: str | None = None, frames: int = 1
 ) -> Kernel:
     """Finds the kernel of the image encoder's attention.
 
-    It is the kernel for images of `image_size`. A ResNet has none. `platform` is "cpu", "gpu" or
-    "tpu"; None: the platform of the current mesh, or the default one.
+    It is the kernel for images of `image_size`, or for videos of `frames` frames. A ResNet has
+    none. `platform` is "cpu", "gpu" or "tpu"; None: the platform of the current mesh, or the
+    default one.
     """
     vision = config.vision
     if compute.image_attention == "xla" or isinstance(vision, ResNetConfig):
         return "xla"
-    tokens = math.prod(vision.grid) + vision.class_token
+    at_once = frames if reads_tubes(vision) else 1
+    tokens = count_patches(vision, at_once) + vision.class_token
     head_size = vision.width // vision.num_heads
     return attention_kernel(compute.dtypes.compute, tokens, head_size, platform)

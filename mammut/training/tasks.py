@@ -110,10 +110,11 @@ class Task:
     def abstract_batch(self, config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
         """Describes the batch of a step, as shapes and types.
 
-        This is the batch contract. `image` is uint8[B, height, width, 3], `tokens` int32[B, L],
-        `text_valid` bool[B, L], False for pads, and `target` bool[B, L], True for the tokens to
-        predict: an answer and its end, not its question. A task that does not see images has no
-        `image`; `ImageTextTask` does not read `target`.
+        This is the batch contract. `image` is uint8[B, height, width, 3] or, with
+        `DataConfig.frames`, uint8[B, T, height, width, 3], `tokens` int32[B, L], `text_valid`
+        bool[B, L], False for pads, and `target` bool[B, L], True for the tokens to predict: an
+        answer and its end, not its question. A task that does not see images has no `image`;
+        `ImageTextTask` does not read `target`.
         """
         rows = config.data.batch_size
         text = rows, config.text_length
@@ -124,7 +125,9 @@ class Task:
             "target": jax.ShapeDtypeStruct(text, jnp.bool_),
         }
         if self.sees_images:
-            batch["image"] = jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8)
+            frames = config.data.frames
+            axes = (rows,) if frames is None else (rows, frames)
+            batch["image"] = jax.ShapeDtypeStruct((*axes, side, side, 3), jnp.uint8)
         return batch
 
     def flops(self, config: TrainConfig) -> dict[str, int]:
@@ -134,6 +137,7 @@ class Task:
             config.augment.patch_drop,
             config.text_length,
             sees_image=self.sees_images,
+            frames=config.data.frames or 1,
         )
         return {part: count for part, count in parts.items() if part in self.flop_parts}
 

@@ -197,6 +197,8 @@ def _set_fields(config: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             fields[field.name] = _set_fields(value)
         elif field.name not in _FREE and value != field.default:
+            if isinstance(value, tuple) and all(map(dataclasses.is_dataclass, value)):
+                value = [_set_fields(item) for item in value]
             fields[field.name] = value
     return fields
 

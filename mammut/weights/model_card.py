@@ -78,6 +78,7 @@ def write_card(
         f"| parameters | {num_params(config)['total']:,} |",
         f"| image | {vision.image_size} x {vision.image_size} pixels ({processor.image.mode}), "
         f"{vision.summary} |",
+        *([f"| video | {vision.video.summary} |"] if vision.video else []),
         f"| text | up to {processor.max_length} tokens of {text.vocab_size:,} "
         f"({processor.tokenizer.kind}); {text.text_only_depth + text.depth} layers "
         f"of width {text.width}; {sight} |",

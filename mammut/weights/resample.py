@@ -1,6 +1,6 @@
 """Resamples position tables and patch kernels.
 
-The target has another size of image or patch.
+The target has another size of image or patch, or it is a tube of a video.
 """
 
 import copy
@@ -65,6 +65,33 @@ def resample_patches(
 
     rows = _along_both(inverse, kernel.reshape(old, old, -1), (new, new))
     return rows.reshape(new * new * 3, kernel.shape[1])
+
+
+def inflate_patches(
+    kernel: Float[np.ndarray, "patch D"], patch_size: int, size: tuple[int, int, int]
+) -> Float[np.ndarray, "tube D"]:
+    """Makes the kernel of a tube from that of the patches.
+
+    A window of the tube's height and width that stands still over its frames has exactly the token
+    that it has when it is enlarged bilinearly to a patch. The sum of the numbers is kept, and all
+    frames have the same share of it (I3D, arXiv 1705.07750, section 2.3).
+
+    Args:
+      kernel: float[patch_size * patch_size * 3, D].
+      patch_size: pixels along one side of a patch.
+      size: frames, height and width of the tube, as in `TubeConfig.size`.
+
+    Returns:
+      float[frames * height * width * 3, D].
+    """
+
+    def transposed(old: int, new: int) -> np.ndarray:
+        return _bilinear_pixels(new, old).T
+
+    frames, *window = size
+    still = _along_both(transposed, kernel.reshape(patch_size, patch_size, -1), tuple(window))
+    each = still.reshape(-1, kernel.shape[1]) / frames
+    return np.tile(each, (frames, 1)).astype(kernel.dtype)
 
 
 def _along_both(

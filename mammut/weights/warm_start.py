@@ -13,6 +13,8 @@ The rules:
   vocabulary     (`tokenizer.replace`) the token embedding and the vocabulary head are random
   image pooling  (a tower alone) the pool is random, and so is the norm where only one of the two
                  pools by queries
+  video          (an image model) the kernels of tubes are those of the patches, inflated; the gate
+                 of the fixed code and the vectors of frames are zero. Joined tubes are random
   number type    numbers are rounded or widened
   other towers   (a tower alone) random; parameters beside the towers belong to none of them
 
@@ -32,11 +34,13 @@ from mammut.models.compute import ComputeConfig
 from mammut.models.mammut import ModelConfig
 from mammut.models.resnet import ResNetConfig
 from mammut.models.vit import VisionConfig
+from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.opened import OpenedModel, Tensors, model_specs
 from mammut.weights.resample import find_resampling
+from mammut.weights.video_start import start_of_video
 
 Start = Literal["init", "init_vision", "init_text"]  # the fields of `TrainConfig`
-What = Literal["loaded", "resampled", "cut", "in part", "random", "left out"]
+What = Literal["loaded", "resampled", "inflated", "zero", "cut", "in part", "random", "left out"]
 
 # Fields of an image encoder that say how a model uses it, not what it is.
 _USE = ("pooling", "pool_queries", "pool_heads", "norm_after_pooling")
@@ -45,6 +49,8 @@ SIZES = {
     "model.vision.image_size",
     "model.vision.patch_size",
     "model.vision.cut_rest",
+    "model.vision.video.frames",
+    "model.vision.video.patch_stride",
     "model.text.max_length",
 }
 VOCABULARY = {"model.text.vocab_size", "model.text.pad_id"}
@@ -112,9 +118,9 @@ class WarmStart:
 def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> ModelConfig:
     """Gives `config` the architecture of the models it starts from.
 
-    `init` brings all of it, but for adapters where it has none, and for the second, smaller size of
-    images; `init_vision` the image encoder but for how it is pooled; `init_text` the text decoder,
-    and where that has no cross-attention, an image prefix.
+    `init` brings all of it, but for adapters and videos where it has none, and for the second,
+    smaller size of images; `init_vision` the image encoder but for how it is pooled, and videos as
+    before; `init_text` the text decoder, and where that has no cross-attention, an image prefix.
 
     Raises:
       ValueError: a start holds no such part, or the parts do not go together.
@@ -134,12 +140,16 @@ def start_config(config: ModelConfig, starts: Mapping[Start, OpenedModel]) -> Mo
         config = starts["init"].config
         # Adapters of the run are added to a model that has none.
         config = dataclasses.replace(config, adapters=config.adapters or asked.adapters)
-        vision = dataclasses.replace(config.vision, low_image_size=asked.vision.low_image_size)
+        vision = dataclasses.replace(
+            config.vision,
+            low_image_size=asked.vision.low_image_size,
+            video=config.vision.video or asked.vision.video,
+        )
         text = config.text
     if "init_vision" in starts:
         theirs = starts["init_vision"].config.vision
         used = _fields(vision, (*_USE, "low_image_size"), theirs)
-        vision = dataclasses.replace(theirs, **used)
+        vision = dataclasses.replace(theirs, **used, video=theirs.video or vision.video)
     if "init_text" in starts:
         text = starts["init_text"].config.text
     projection = config.image_projection
@@ -203,8 +213,13 @@ def warm_start(
         if name is None:
             rows.append(Row(path, math.prod(spec.shape), "random", "", why))
             continue
-        taken[name].add(path)
         theirs = starts[name].tensors
+        if path not in theirs.specs and (made := start_of_video(path, starts[name], config)):
+            rows.append(Row(path, math.prod(spec.shape), made.what, names[name], made.why))
+            if made.read is not None:
+                reads[path] = functools.partial(_made, made.read, spec)
+            continue
+        taken[name].add(path)
         what, why, rule = _rule(path, starts[name], config)
         got = theirs.specs.get(path)
         if got is None:
@@ -319,3 +334,8 @@ def _read(theirs: Tensors, path: str, rule: Callable, dtype: np.dtype, random: A
     It has the number type of the model.
     """
     return rule(theirs.read(path), random).astype(dtype, copy=False)
+
+
+def _made(read: Callable[[], np.ndarray | float], spec: TensorSpec, random: Any) -> np.ndarray:
+    """Makes a value that the start has no parameter for, in the shape and type of the model."""
+    return np.broadcast_to(read(), spec.shape).astype(spec.dtype)

@@ -269,7 +269,7 @@ def _comparable(config: ModelConfig) -> dict[str, Any]:
 def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
     differences = []
     for name in ours.keys() & theirs.keys():
-        if isinstance(ours[name], dict):
+        if isinstance(ours[name], dict) and isinstance(theirs[name], dict):
             differences += _differences(ours[name], theirs[name], f"{prefix}{name}.")
         elif ours[name] != theirs[name]:
             differences.append(f"{prefix}{name} is {ours[name]!r}, expected {theirs[name]!r}")
