@@ -63,6 +63,7 @@ EVALUATIONS = {
             "id": Count,
             "relevant": list[Count],
             "ranked": list[Count],
+            "rank": NotRequired[Count],
             "scores": NotRequired[list[float]],
             "reranked": NotRequired[list[Count]],
             "reranked_scores": NotRequired[list[float]],
