@@ -15,6 +15,7 @@ from mammut.evaluation.classification import predict_classes
 from mammut.evaluation.generated_texts import predict_answers, predict_captions
 from mammut.evaluation.predictor import Predictor, place_on_mesh
 from mammut.evaluation.retrieval import predict_rankings
+from mammut.evaluation.scoring import score
 from mammut.generation.search import GenerateConfig
 from mammut.testing import tiny_model, tiny_processor
 
@@ -292,6 +293,18 @@ def test_retrieval_ranks_by_embedding(ask, ask_eight, model, processor):
         )
     for one, eight in zip(predictions.records, ask_eight("retrieval").records, strict=True):
         np.testing.assert_allclose(one["scores"], eight["scores"], rtol=1e-4, atol=1e-5)
+
+
+class OfASplit(Pictures):
+    def notes(self) -> list[str]:
+        return ["split test: 9 of 10 videos found"]
+
+
+def test_what_a_set_says_of_itself_is_in_its_scores(ask):
+    assert "set_notes" not in ask("retrieval").settings
+    predictions = ask("retrieval", OfASplit())
+    assert predictions.settings["set_notes"] == OfASplit().notes()
+    assert score(predictions).notes == [*OfASplit().notes(), "left out: 1 broken"]
 
 
 @pytest.mark.parametrize("prior", [0.0, 0.7])

@@ -50,7 +50,7 @@ PATHS = {
     "config": "config.json",
 }
 SET = "jsonl:set.jsonl"
-SETTINGS = {"image_size": 16, "blind": False}
+SETTINGS = {"image_size": 16, "blind": False, "set_notes": ["split test"]}
 PREDICTIONS = {
     "caption": Predictions(
         "caption",
