@@ -550,3 +550,10 @@ def test_the_home_folder_is_found_in_every_part(tmp_path, msvd, videos, monkeypa
     videos("vid2.avi")
     spec = "msvd:~/AllVideoDescriptions.txt,~/videos,~/test_list.txt,~/youtube_mapping.txt"
     assert [example.key for example in open_set(spec)] == ["vid2.avi"]
+
+
+def test_real_questions_about_videos_have_one_answer_each(shared):
+    """So that `exact` scores them, as it scores MSRVTT-QA."""
+    source = open_set(f"jsonl:{shared}/data/easy_vqa_video[::30]", "qa")
+    answers = [question.answers for example in source for question in example.qa]
+    assert len(source) == 30 and all(len(own) == 1 for own in answers)

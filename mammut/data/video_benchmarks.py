@@ -58,7 +58,7 @@ FORMS: dict[str, tuple[Field, str]] = {
     "tgif-qa": ("qa", "QUESTIONS.csv,GIFS"),
 }
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
+_SUFFIXES = (".mp4", ".m4v", ".webm", ".mkv", ".mov", ".avi", ".gif")
 
 
 class VideoBenchmarkSource(Source):
@@ -135,7 +135,7 @@ def find_videos(folder: pathlib.Path) -> dict[str, str]:
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             stem, suffix = os.path.splitext(entry.name)
-            if suffix.lower() in VIDEO_SUFFIXES:
+            if suffix.lower() in _SUFFIXES:
                 files.setdefault(stem, entry.name)
             elif entry.is_dir():
                 folders[entry.name] = entry.name
