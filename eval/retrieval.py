@@ -1,6 +1,6 @@
 """Retrieval of images by text and of texts by image.
 
-The scores are recall at 1, 5 and 10.
+The scores are recall at 1, 5 and 10, and the median and the mean rank.
 
     python -m eval.retrieval CHECKPOINT --data jsonl:PATH [--rerank 10] [--out FILE.json]
     python -m eval.retrieval FILE.predictions.jsonl

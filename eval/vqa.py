@@ -1,6 +1,7 @@
 """Answers the questions of a set and scores the answers.
 
-The scores are the official VQA accuracy and exact match.
+The scores are the official VQA accuracy and exact match. Where each question has one answer, as in
+MSRVTT-QA and MSVD-QA, the score of these benchmarks comes first: `exact`, also by first word.
 
     python -m eval.vqa CHECKPOINT --data jsonl:PATH [--out FILE.json]
     python -m eval.vqa CHECKPOINT --data vqav2:QUESTIONS.json,ANNOTATIONS.json,IMAGES

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from embedding_recall import embedding_recall
 
-from mammut.evaluation.metrics.rankings import classification_scores, nearest, ranking_recall
+from mammut.evaluation.metrics.rankings import (
+    classification_scores,
+    first_ranks,
+    nearest,
+    rank_scores,
+    ranking_recall,
+)
 from mammut.evaluation.predictions import Predictions
 from mammut.evaluation.scoring import score
 
@@ -304,6 +310,87 @@ def test_stored_rankings_score_as_the_embeddings_do(num_images):
 def test_rankings_that_cannot_be_scored_are_refused(ranked, relevant, num_candidates, error):
     with pytest.raises(ValueError, match=error):
         ranking_recall(ranked, relevant, (1, 2), num_candidates=num_candidates)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1024])
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_ranks_are_those_of_a_full_stable_sort(chunk, k):
+    """Small whole numbers make many ties; a query has one to three relevant candidates."""
+    rng = np.random.default_rng(k)
+    query = rng.integers(-1, 2, (21, 3)).astype(np.float32)
+    candidates = rng.integers(-1, 2, (40, 3)).astype(np.float32)
+    candidates[7] = np.nan  # ranks last
+    relevant = [rng.choice(40, 1 + row % 3, replace=False).tolist() for row in range(21)]
+    relevant[4] = [7]
+    scores = query.astype(np.float64) @ candidates.T
+    scores[:, 7] = -np.inf
+    order = np.argsort(-scores, axis=1, kind="stable")
+    expected = [
+        1 + min(np.flatnonzero(np.isin(row, own))) for row, own in zip(order, relevant, strict=True)
+    ]
+    ranked, _ = nearest(query, candidates, k)
+    assert first_ranks(query, candidates, relevant, ranked.tolist(), chunk=chunk) == expected
+    assert expected[4] == 40 and len(set(expected)) > 10
+
+
+def test_a_query_without_anything_relevant_has_no_rank():
+    with pytest.raises(ValueError, match="query 1 has no relevant ids"):
+        first_ranks(np.eye(2), np.eye(2), [[0], []], [[0], [1]])
+
+
+def test_median_and_mean_rank_worked_by_hand():
+    """Ranks 1, 2, 7 and 40; the relevant ids of the last two are not among the ranked."""
+    ranked = [[0, 1], [1, 0], [5, 6], [5, 6]]
+    relevant = [[0], [0, 3], [1], [2]]
+    scores = rank_scores(ranked, relevant, [1, 2, 7, 40], num_candidates=40)
+    assert scores == {"medr": 4.5, "meanr": 12.5}
+    with pytest.raises(ValueError, match="query 2 has the rank 2, expected one of 3 to 40: none"):
+        rank_scores(ranked, relevant, [1, 2, 2, 40], num_candidates=40)
+    with pytest.raises(ValueError, match="query 3 has the rank 41, expected one of 3 to 40"):
+        rank_scores(ranked, relevant, [1, 2, 7, 41], num_candidates=40)
+
+
+def ranking(query: str, number: int, relevant: list[int], rank: int | None, **more) -> dict:
+    record = {"query": query, "id": number, "relevant": relevant, "ranked": list(range(10))}
+    return record | ({} if rank is None else {"rank": rank}) | more
+
+
+def test_a_clip_with_many_captions_counts_by_the_best_of_them():
+    """12 clips with 2 captions each: each caption has a rank, a clip that of its first caption."""
+    texts = [ranking("text", text, [text // 2], 1 + text // 2) for text in range(24)]
+    images = [
+        ranking("image", clip, [2 * clip, 2 * clip + 1], 2 * clip + 1, key=str(clip), index=clip)
+        for clip in range(12)
+    ]
+    settings = {"images": 12, "texts": 24}
+    metrics = score(Predictions("retrieval", images + texts, "set", "here", settings)).metrics
+    assert metrics["t2i_medr"] == metrics["t2i_meanr"] == 6.5
+    assert metrics["i2t_medr"] == metrics["i2t_meanr"] == 12
+    assert metrics["i2t_r1"] == 1 / 12 and metrics["t2i_r1"] == 2 / 24
+    recalls = [value for name, value in metrics.items() if name[-2:] in ("r1", "r5", "10")]
+    assert metrics["mean_recall"] == pytest.approx(np.mean(recalls))
+
+
+def test_the_ranks_of_reranked_candidates_are_those_of_their_new_order():
+    """The second query's relevant candidate is not among those that were scored again."""
+    swapped = {"reranked": [1, 0], "reranked_scores": [2.0, 1.0]}
+    records = [
+        ranking(query, number, [own], rank, **swapped)
+        for query in ("image", "text")
+        for number, own, rank in ((0, 0, 1), (1, 11, 12), (2, 1, 2))
+    ]
+    settings = {"images": 12, "texts": 12}
+    metrics = score(Predictions("retrieval", records, "set", "here", settings)).metrics
+    assert metrics["t2i_medr"] == metrics["t2i_medr_reranked"] == 2
+    assert metrics["i2t_meanr"] == metrics["i2t_meanr_reranked"] == 5
+    assert metrics["t2i_r1"] == metrics["t2i_r1_reranked"] == pytest.approx(1 / 3)
+
+
+def test_a_file_without_ranks_has_recall_alone():
+    records = [ranking(query, 0, [0], None) for query in ("image", "text")]
+    scores = score(Predictions("retrieval", records, "set", "here", {"images": 10, "texts": 10}))
+    assert scores.metrics["t2i_r1"] == 1 and "t2i_medr" not in scores.metrics
+    assert scores.notes == ["no median and mean rank: records have no rank"]
 
 
 def test_a_ranking_of_all_candidates_may_be_shorter_than_k():

@@ -15,6 +15,7 @@ from mammut.evaluation.classification import predict_classes
 from mammut.evaluation.generated_texts import predict_answers, predict_captions
 from mammut.evaluation.predictor import Predictor, place_on_mesh
 from mammut.evaluation.retrieval import predict_rankings
+from mammut.evaluation.scoring import score
 from mammut.generation.search import GenerateConfig
 from mammut.testing import tiny_model, tiny_processor
 
@@ -281,13 +282,29 @@ def test_retrieval_ranks_by_embedding(ask, ask_eight, model, processor):
         np.testing.assert_allclose(
             record["scores"], scores[record["id"]][record["ranked"]], rtol=1e-4, atol=1e-5
         )
+        # Texts that are there twice have equal scores but for rounding.
+        ahead = scores[record["id"]] - scores[record["id"]][record["relevant"]].max()
+        assert 1 + (ahead > 1e-5).sum() <= record["rank"] <= (ahead > -1e-5).sum()
     for record in of_texts:
         assert record["relevant"] == [image_of_text[record["id"]]] and len(record["ranked"]) == 9
+        assert record["rank"] == 1 + record["ranked"].index(record["relevant"][0])
         np.testing.assert_allclose(
             record["scores"], np.sort(scores[:, record["id"]])[::-1], rtol=1e-4, atol=1e-5
         )
     for one, eight in zip(predictions.records, ask_eight("retrieval").records, strict=True):
         np.testing.assert_allclose(one["scores"], eight["scores"], rtol=1e-4, atol=1e-5)
+
+
+class OfASplit(Pictures):
+    def notes(self) -> list[str]:
+        return ["split test: 9 of 10 videos found"]
+
+
+def test_what_a_set_says_of_itself_is_in_its_scores(ask):
+    assert "set_notes" not in ask("retrieval").settings
+    predictions = ask("retrieval", OfASplit())
+    assert predictions.settings["set_notes"] == OfASplit().notes()
+    assert score(predictions).notes == [*OfASplit().notes(), "left out: 1 broken"]
 
 
 @pytest.mark.parametrize("prior", [0.0, 0.7])

@@ -50,7 +50,7 @@ PATHS = {
     "config": "config.json",
 }
 SET = "jsonl:set.jsonl"
-SETTINGS = {"image_size": 16, "blind": False}
+SETTINGS = {"image_size": 16, "blind": False, "set_notes": ["split test"]}
 PREDICTIONS = {
     "caption": Predictions(
         "caption",
@@ -114,6 +114,7 @@ PREDICTIONS = {
                 "relevant": [0],
                 "ranked": [0],
                 "scores": [0.5],
+                "rank": 1,
                 "reranked": [0],
                 "reranked_scores": [-1.5],
             },
@@ -124,6 +125,7 @@ PREDICTIONS = {
                 "relevant": [0],
                 "ranked": [0],
                 "scores": [0.5],
+                "rank": 1,
                 "reranked": [0],
                 "reranked_scores": [-1.5],
             },

@@ -97,7 +97,7 @@ def coco(tmp_path) -> str:
 
 def test_coco_captions_are_in_the_order_of_the_images(coco, tmp_path):
     source = open_set(coco)
-    assert len(source) == 3
+    assert len(source) == 3 and source.notes() == []
     first, last = source[0], source[2]
     assert (first.key, first.captions) == ("000000397133.jpg", ["A man in a kitchen."])
     assert (last.key, last.captions) == (
@@ -264,6 +264,7 @@ def test_karpathys_split_has_its_images_alone_in_their_order(tmp_path):
         source[2]
     (restval,) = open_set(f"karpathy:{path},{tmp_path},restval")
     assert restval.captions == ["A girl."]
+    assert source.notes() == ["split test of dataset_coco.json"]
 
 
 def test_karpathys_flickr30k_has_its_pictures_in_one_folder(tmp_path):

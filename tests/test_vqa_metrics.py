@@ -9,13 +9,17 @@ import pytest
 from mammut.evaluation.metrics.vqa import (
     _CONTRACTIONS,
     derived_answer_type,
+    exact,
     exact_match,
+    first_word,
     magma_truncated_accuracy,
     normalize_answer,
     strip_punctuation,
     vqa_accuracy,
     vqa_scores,
 )
+from mammut.evaluation.predictions import Predictions
+from mammut.evaluation.scoring import score as score_predictions
 
 
 def json_lines(path):
@@ -178,6 +182,84 @@ def test_one_answer_a_question_has_an_exact_match_and_no_accuracy():
         "yes/no": {"questions": 2, "exact_match": 0.5, "vqa_acc": None},
     }
     assert json.loads(json.dumps(dataclasses.asdict(scores))) == dataclasses.asdict(scores)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("couch", "couch", True),
+        (" Couch\n", "couch", True),
+        ("couch", "COUCH ", True),
+        ("a couch", "couch", False),
+        ("couch.", "couch", False),
+        ("2", "two", False),
+        ("person", "peson", False),
+        ("", "couch", False),
+    ],
+)
+def test_the_score_of_one_answer_evens_out_case_and_space_alone(prediction, answer, expected):
+    assert exact(prediction, answer) is expected
+
+
+def test_questions_are_put_together_by_their_first_word():
+    questions = {
+        "What is a man doing?": "what",
+        "  who sings": "who",
+        "how many?": "how",
+        "when": "when",
+        "where is it": "where",
+        "colour of the car?": "color",
+        "color of the car?": "color",
+        "whats this": "other",
+        "is it red?": "other",
+        "": "other",
+    }
+    assert {question: first_word(question) for question in questions} == questions
+
+
+def asked(question: str, prediction: str, *answers: str, **more) -> dict:
+    place = {
+        "id": f"{question} {prediction}",
+        "key": "video1.avi",
+        "index": 0,
+        "question": question,
+    }
+    return place | record(prediction, *answers, **more)
+
+
+VIDEO_QA = [
+    asked("who sings?", "Man ", "man"),
+    asked("who runs?", "a man", "man"),
+    asked("how many?", "2", "two"),
+    asked("is it red?", "yes", "yes"),
+    asked("what is it, " + "very " * 40, "", "dog", too_long=True),
+]
+
+
+def test_one_answer_each_is_scored_as_video_questions_are_and_every_question_counts():
+    settings = {"set_notes": ["test_qa.json: 1 of 2 videos found, with 5 of 9 questions"]}
+    scores = score_predictions(Predictions("vqa", VIDEO_QA, "msvd-qa:...", "here", settings))
+    assert next(iter(scores.metrics.items())) == ("exact", 2 / 5)
+    assert scores.metrics["exact_match"] == 4 / 5 and "vqa_acc" not in scores.metrics
+    assert scores.metrics["by_first_word"] == {
+        "what": {"questions": 1, "exact": 0.0},
+        "who": {"questions": 2, "exact": 0.5},
+        "how": {"questions": 1, "exact": 0.0},
+        "other": {"questions": 1, "exact": 1.0},
+    }
+    assert scores.items == {"questions": 5}
+    assert settings["set_notes"][0] in scores.notes
+    assert any(note.startswith("exact: equal to the one answer") for note in scores.notes)
+
+
+def test_ten_answers_are_scored_by_the_official_formula():
+    """One question of several answers is enough: the set is none of one answer each."""
+    ten = asked("what?", "dog", *["dog"] * 10)
+    scores = score_predictions(Predictions("vqa", [ten], "vqav2:...", "here"))
+    assert next(iter(scores.metrics)) == "vqa_acc"
+    for records in ([ten], [ten, *VIDEO_QA]):
+        metrics = score_predictions(Predictions("vqa", records, "set", "here")).metrics
+        assert "exact" not in metrics and "by_first_word" not in metrics
 
 
 def test_four_answers_to_each_question_have_an_accuracy():

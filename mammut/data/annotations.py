@@ -5,15 +5,21 @@ Each reader returns the set as records, the objects that its JSON lines would be
 `mammut.data.records` checks the texts, as it checks the texts of JSON lines.
 """
 
-import hashlib
-import json
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
+from mammut.data.annotation_files import (
+    ID,
+    digest_of,
+    expanded,
+    get_field,
+    objects_in,
+    read_json,
+    require_offered,
+)
 from mammut.data.config import Field
 from mammut.data.examples import Example, Source, SourceOptions
 from mammut.data.records import make_example
@@ -31,17 +37,16 @@ class BenchmarkSource(Source):
 
     def __init__(self, options: SourceOptions):
         offered, _ = FORMS[options.kind]
-        if options.field != offered:
-            raise ValueError(
-                f"data source {options.spec!r} offers the field {offered!r}, "
-                f"expected one that offers {options.field!r}"
-            )
+        require_offered(options, offered)
         try:
             self._path, self._images, self._records = read(options.kind, options.name)
         except ValueError as error:
             raise ValueError(f"data source {options.spec!r}: {error}") from error
         self._field = options.field
-        self._digest = _digest(options.name)
+        self._digest = digest_of(options.name)
+        self._notes = []
+        if options.kind == "karpathy":
+            self._notes = [f"split {options.name.rpartition(',')[2]} of {self._path.name}"]
 
     def __len__(self) -> int:
         return len(self._records)
@@ -55,15 +60,8 @@ class BenchmarkSource(Source):
     def fingerprint(self) -> str:
         return self._digest
 
-
-def _digest(form: str) -> str:
-    """Returns SHA-256 of the files that a spec names, one after the other."""
-    digest = hashlib.sha256()
-    for path in map(_path, filter(None, form.split(","))):
-        if path.is_file():  # neither the folder of the images nor the name of a split
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    def notes(self) -> list[str]:
+        return self._notes
 
 
 def read(kind: str, form: str) -> tuple[pathlib.Path, pathlib.Path, list[dict[str, Any]]]:
@@ -81,16 +79,16 @@ def read(kind: str, form: str) -> tuple[pathlib.Path, pathlib.Path, list[dict[st
     """
     match (kind, *form.split(",")):
         case "coco", file, images if file and images:
-            records = read_coco(_path(file))
+            records = read_coco(expanded(file))
         case "karpathy", file, images, split if file and images and split:
-            records = read_karpathy(_path(file), split)
+            records = read_karpathy(expanded(file), split)
         case "vqav2", file, annotations, images if file and images:
             records = read_vqav2(
-                _path(file), _path(annotations) if annotations else None, _folder(images)
+                expanded(file), expanded(annotations) if annotations else None, _folder(images)
             )
         case _:
             raise ValueError(f"{form!r} is not {FORMS[kind][1]}, with no comma in a path")
-    return _path(file), _folder(images), records
+    return expanded(file), _folder(images), records
 
 
 def read_coco(annotations: pathlib.Path) -> list[dict[str, Any]]:
@@ -102,22 +100,22 @@ def read_coco(annotations: pathlib.Path) -> list[dict[str, Any]]:
       ValueError: the file is missing or not of that format, an image is in it twice, or a caption
         belongs to no image.
     """
-    content = _read_json(annotations)
+    content = read_json(annotations)
     records = {}
-    for where, image in _objects(content, "images", annotations):
-        identity = _get(image, "id", _ID, where)
+    for where, image in objects_in(content, "images", annotations):
+        identity = get_field(image, "id", ID, where)
         if identity in records:
             raise ValueError(
                 f"{where} has the id {identity!r} of an image before it, expected each image once"
             )
-        records[identity] = {"file": _get(image, "file_name", str, where), "captions": []}
-    for where, annotation in _objects(content, "annotations", annotations):
-        identity = _get(annotation, "image_id", _ID, where)
+        records[identity] = {"file": get_field(image, "file_name", str, where), "captions": []}
+    for where, annotation in objects_in(content, "annotations", annotations):
+        identity = get_field(annotation, "image_id", ID, where)
         if identity not in records:
             raise ValueError(
                 f'{where} has the image_id {identity!r}, expected the id of one of the "images"'
             )
-        records[identity]["captions"].append(_get(annotation, "caption", str, where))
+        records[identity]["captions"].append(get_field(annotation, "caption", str, where))
     return list(records.values())
 
 
@@ -135,22 +133,22 @@ def read_karpathy(dataset: pathlib.Path, split: str) -> list[dict[str, Any]]:
     """
     records = {}
     splits = set()
-    for where, image in _objects(_read_json(dataset), "images", dataset):
-        name = _get(image, "split", str, where)
+    for where, image in objects_in(read_json(dataset), "images", dataset):
+        name = get_field(image, "split", str, where)
         splits.add(name)
         if name != split:
             continue
-        file = _get(image, "filename", str, where)
+        file = get_field(image, "filename", str, where)
         if "filepath" in image:
-            file = f"{_get(image, 'filepath', str, where)}/{file}"
+            file = f"{get_field(image, 'filepath', str, where)}/{file}"
         if file in records:
             raise ValueError(
                 f"{where} is {file}, like an image before it, expected each image once"
             )
-        sentences = _objects(image, "sentences", where)
+        sentences = objects_in(image, "sentences", where)
         records[file] = {
             "file": file,
-            "captions": [_get(sentence, "raw", str, at) for at, sentence in sentences],
+            "captions": [get_field(sentence, "raw", str, at) for at, sentence in sentences],
         }
     if split not in splits:
         raise ValueError(
@@ -175,20 +173,20 @@ def read_vqav2(
       ValueError: a file is missing or not of that format, an id is there twice, or the annotations
         do not belong to the questions.
     """
-    content = _read_json(questions)
-    subset = re.sub(r"^test-[a-z]+", "test", _get(content, "data_subtype", str, questions))
+    content = read_json(questions)
+    subset = re.sub(r"^test-[a-z]+", "test", get_field(content, "data_subtype", str, questions))
     asked = {}  # questions by id
     image_of = {}  # the image of each question
-    for where, question in _objects(content, "questions", questions):
-        identity = _get(question, "question_id", _ID, where)
+    for where, question in objects_in(content, "questions", questions):
+        identity = get_field(question, "question_id", ID, where)
         if identity in asked:
             raise ValueError(
                 f"{where} has the question_id {identity!r} of a question before it, "
                 "expected each once"
             )
-        image_of[identity] = _get(question, "image_id", int, where)
+        image_of[identity] = get_field(question, "image_id", int, where)
         asked[identity] = {
-            "question": _get(question, "question", str, where),
+            "question": get_field(question, "question", str, where),
             "question_id": identity,
         }
     if annotations is not None:
@@ -207,14 +205,10 @@ def read_vqav2(
     return list(records.values())
 
 
-def _path(text: str) -> pathlib.Path:
-    return pathlib.Path(os.path.expanduser(text))
-
-
 def _folder(text: str) -> pathlib.Path:
-    if not _path(text).is_dir():
-        raise ValueError(f"{_path(text)} is not a folder, expected that of the images")
-    return _path(text)
+    if not expanded(text).is_dir():
+        raise ValueError(f"{expanded(text)} is not a folder, expected that of the images")
+    return expanded(text)
 
 
 def _add_answers(
@@ -224,9 +218,9 @@ def _add_answers(
 
     `asked` has the questions by id, and `image_of` their images.
     """
-    content = _read_json(annotations, _answer_alone)
-    for where, annotation in _objects(content, "annotations", annotations):
-        identity = _get(annotation, "question_id", _ID, where)
+    content = read_json(annotations, _answer_alone)
+    for where, annotation in objects_in(content, "annotations", annotations):
+        identity = get_field(annotation, "question_id", ID, where)
         if identity not in asked:
             raise ValueError(
                 f"{where} has the question_id {identity!r}, expected one of the questions file"
@@ -235,17 +229,17 @@ def _add_answers(
             raise ValueError(
                 f"{where} has the question_id {identity!r} of one before it, expected each once"
             )
-        image = _get(annotation, "image_id", int, where)
+        image = get_field(annotation, "image_id", int, where)
         if image != image_of[identity]:
             raise ValueError(
                 f"{where} has the image_id {image}, "
                 f"expected {image_of[identity]} as its question has"
             )
-        answers = _get(annotation, "answers", list, where)
+        answers = get_field(annotation, "answers", list, where)
         if not all(isinstance(answer, str) for answer in answers):
             raise ValueError(f'{where} has one of the "answers" without "answer", a text')
         types = {
-            name: sys.intern(_get(annotation, name, str, where))
+            name: sys.intern(get_field(annotation, name, str, where))
             for name in ("answer_type", "question_type")
         }
         asked[identity] |= {"answers": answers} | types
@@ -264,36 +258,3 @@ def _answer_alone(value: dict[str, Any]) -> Any:
     """
     answer = value.get("answer")
     return sys.intern(answer) if isinstance(answer, str) else value
-
-
-_ID = (int, str)
-_KINDS = {str: "a text", int: "a whole number", _ID: "a whole number or a text", list: "a list"}
-
-
-def _read_json(
-    path: pathlib.Path, object_hook: Callable[[dict[str, Any]], Any] | None = None
-) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8-sig"), object_hook=object_hook)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return content
-
-
-def _get(value: dict[str, Any], key: str, kind: Any, where: Any) -> Any:
-    if not isinstance(value.get(key), kind):
-        raise ValueError(f'{where} has no "{key}", {_KINDS[kind]}')
-    return value[key]
-
-
-def _objects(value: dict[str, Any], key: str, where: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the objects of a list, each with its position for messages."""
-    for number, item in enumerate(_get(value, key, list, where)):
-        at = f"{where}, {key}[{number}]"
-        if not isinstance(item, dict):
-            raise ValueError(f"{at} is not a JSON object")
-        yield at, item

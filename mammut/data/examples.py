@@ -135,6 +135,10 @@ class Source(abc.ABC):
         """
         return None
 
+    def notes(self) -> list[str]:
+        """Returns what scores say of the set: its split, how many of its videos were found."""
+        return []
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceOptions:

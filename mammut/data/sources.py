@@ -28,6 +28,9 @@ A spec is a kind, a colon, and the name of the set:
     is left empty): benchmarks as they are downloaded. IMAGES is a folder; no path has a comma.
     See `mammut.data.annotations`.
 
+  `msrvtt:...`, `msvd:...`, `msrvtt-qa:...` and others: benchmarks of videos, listed in
+    `mammut.data.video_benchmarks`.
+
   `tfds:NAME/SPLIT`: a set that tensorflow-datasets has prepared as array_record. NAME may have
     a config and a version, or be the folder of the prepared set. The image is its field
     `image`. Captions are its first field of `captions` (a sequence of texts, or of objects with
@@ -54,6 +57,9 @@ from mammut.data.jsonl import JsonlSource
 from mammut.data.synthetic import SyntheticSource
 from mammut.data.tar_shards import TarSource
 from mammut.data.tfds_sets import TfdsSource
+from mammut.data.video_benchmarks import FORMS as VIDEO_FORMS
+from mammut.data.video_benchmarks import VideoBenchmarkSource
+from mammut.data.webvid import WebVidSource
 
 
 class Kind(NamedTuple):
@@ -69,6 +75,8 @@ KINDS: dict[str, Kind] = {
     "jsonl": Kind(JsonlSource, ("PATH",)),
     "tar": Kind(TarSource, ("PATTERN",)),
     **{kind: Kind(BenchmarkSource, (form,)) for kind, (_, form) in FORMS.items()},
+    **{kind: Kind(VideoBenchmarkSource, (form,)) for kind, (_, form) in VIDEO_FORMS.items()},
+    "webvid": Kind(WebVidSource, ("RESULTS.csv,VIDEOS",)),
     "tfds": Kind(TfdsSource, ("NAME/SPLIT",), ".+/[^/]+"),
 }
 
@@ -170,3 +178,6 @@ class _Slice(Source):
     def fingerprint(self) -> str | None:
         # The rows follow from the spec, which a resumed run keeps.
         return self._source.fingerprint()
+
+    def notes(self) -> list[str]:
+        return self._source.notes()

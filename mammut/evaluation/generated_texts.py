@@ -185,6 +185,8 @@ def _question_record(index: int, example: Example, question: Question) -> dict[s
 def score_answers(predictions: Predictions) -> Scores:
     """Scores answers by the official VQA accuracy and by exact match.
 
+    Where each question has one answer, `exact` comes first, the score of benchmarks of videos.
+
     Raises:
       ValueError: a question has no answers to score against.
     """
@@ -205,6 +207,12 @@ def score_answers(predictions: Predictions) -> Scores:
         f"answer types are {types[scores.answer_type_source]}",
     ]
     metrics = {}
+    if scores.exact is not None:
+        metrics["exact"] = scores.exact
+        notes.append(
+            "exact: equal to the one answer but for case and the space around it, as MSRVTT-QA and "
+            "MSVD-QA are scored; exact_match also evens out punctuation, articles and numbers"
+        )
     if scores.vqa_acc is None:
         notes.append(f"no VQA accuracy: {scores.vqa_acc_missing}")
     else:
@@ -227,12 +235,12 @@ def score_answers(predictions: Predictions) -> Scores:
 
 
 def _scores_by_type(scores: VqaScores) -> dict[str, dict[str, Any]]:
-    """Returns the scores of each answer type and question type.
+    """Returns the scores of each answer type, question type and first word.
 
     Scores that are missing are left out.
     """
     metrics = {}
-    for by in ("by_answer_type", "by_question_type"):
+    for by in ("by_answer_type", "by_question_type", "by_first_word"):
         for name, of_type in getattr(scores, by).items():
             values = dataclasses.asdict(of_type).items()
             present = {key: value for key, value in values if value is not None}

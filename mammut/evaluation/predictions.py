@@ -13,8 +13,9 @@ hold. In full they are (`index` is the example's position in the source, `key` i
                question_type
     classify   key, index, label, ranked [class, best first], scores [float]
     retrieval  query "image" or "text", id (of the query), relevant [id], ranked [id, best first],
-               scores [float]; an image query has key and index, a text query its text. Ids count
-               images and texts from 0. reranked [id, best first] and reranked_scores, if candidates
+               scores [float], rank (of the first relevant id among all candidates, from 1); an
+               image query has key and index, a text query its text. Ids count images and texts
+               from 0. reranked [id, best first] and reranked_scores, if candidates
                were scored again by caption likelihood
 
 A record of caption or vqa whose prompt did not fit the model's context has too_long and the empty

@@ -14,7 +14,13 @@ from jaxtyping import Float, Int
 
 from mammut.data.examples import Source
 from mammut.evaluation.likelihood import black_image_tokens, image_tokens, pair_logprobs
-from mammut.evaluation.metrics.rankings import chance_recall, nearest, ranking_recall
+from mammut.evaluation.metrics.rankings import (
+    chance_recall,
+    first_ranks,
+    nearest,
+    rank_scores,
+    ranking_recall,
+)
 from mammut.evaluation.predictions import Predictions
 from mammut.evaluation.predictor import Predictor, require_new, require_prior
 from mammut.evaluation.scores import Scores
@@ -59,30 +65,12 @@ def predict_rankings(
     size = max(rerank, _RANKED)
     texts_of, text_scores = nearest(image_embed, text_embed, size)
     images_of, image_scores = nearest(text_embed, image_embed, size)
-    image_records = [
-        {
-            "query": "image",
-            "id": image,
-            "key": captions.keys[image],
-            "index": captions.indices[image],
-            "relevant": own_texts.tolist(),
-            "ranked": texts_of[image].tolist(),
-            "scores": text_scores[image].tolist(),
-        }
-        for image, own_texts in enumerate(captions.texts_of_images())
-    ]
-    text_records = [
-        {
-            "query": "text",
-            "id": text,
-            "text": captions.texts[text],
-            "relevant": [captions.image_of_text[text]],
-            "ranked": images_of[text].tolist(),
-            "scores": image_scores[text].tolist(),
-        }
-        for text in range(len(captions.texts))
-    ]
-
+    own_texts = captions.texts_of_images()
+    own_images = [[image] for image in captions.image_of_text]
+    text_ranks = first_ranks(image_embed, text_embed, own_texts, texts_of.tolist())
+    image_ranks = first_ranks(text_embed, image_embed, own_images, images_of.tolist())
+    image_records = _image_records(captions, texts_of, text_scores, text_ranks)
+    text_records = _text_records(captions, images_of, image_scores, image_ranks)
     if rerank:
 
         def pair_scores(pairs: np.ndarray) -> np.ndarray:
@@ -114,10 +102,11 @@ class _Captions:
     texts: list[str] = dataclasses.field(default_factory=list)
     image_of_text: list[int] = dataclasses.field(default_factory=list)
 
-    def texts_of_images(self) -> list[np.ndarray]:
+    def texts_of_images(self) -> list[list[int]]:
         """Lists the numbers of each image's texts, which lie side by side."""
         counts = np.bincount(self.image_of_text, minlength=len(self.keys))
-        return np.split(np.arange(len(self.texts)), np.cumsum(counts)[:-1])
+        split = np.split(np.arange(len(self.texts)), np.cumsum(counts)[:-1])
+        return [texts.tolist() for texts in split]
 
 
 def _embed_images(
@@ -146,6 +135,49 @@ def _embed_images(
                 captions.keys.append(example.key)
                 captions.texts += example.captions
     return captions, np.concatenate(embeds)
+
+
+def _image_records(
+    captions: _Captions,
+    texts_of: Int[np.ndarray, "I n"],
+    scores: Float[np.ndarray, "I n"],
+    ranks: list[int],
+) -> list[dict[str, Any]]:
+    """Makes the records of the images as queries, with the best texts of each."""
+    return [
+        {
+            "query": "image",
+            "id": image,
+            "key": captions.keys[image],
+            "index": captions.indices[image],
+            "relevant": own_texts,
+            "ranked": texts_of[image].tolist(),
+            "scores": scores[image].tolist(),
+            "rank": ranks[image],
+        }
+        for image, own_texts in enumerate(captions.texts_of_images())
+    ]
+
+
+def _text_records(
+    captions: _Captions,
+    images_of: Int[np.ndarray, "T m"],
+    scores: Float[np.ndarray, "T m"],
+    ranks: list[int],
+) -> list[dict[str, Any]]:
+    """Makes the records of the texts as queries, with the best images of each."""
+    return [
+        {
+            "query": "text",
+            "id": text,
+            "text": captions.texts[text],
+            "relevant": [image],
+            "ranked": images_of[text].tolist(),
+            "scores": scores[text].tolist(),
+            "rank": ranks[text],
+        }
+        for text, image in enumerate(captions.image_of_text)
+    ]
 
 
 def _score_both_ways(
@@ -229,17 +261,23 @@ def _add_reranked(records: list[dict[str, Any]], scores: Float[np.ndarray, "Q n"
 
 
 def score_rankings(predictions: Predictions) -> Scores:
-    """Computes recall at 1, 5 and 10 both ways.
+    """Computes recall at 1, 5 and 10, and the median and the mean rank, both ways.
 
-    It adds their mean, and the same scores of the reranked candidates.
+    It adds the mean recall, and the same scores of the reranked candidates. A file of an older
+    version has no ranks.
+
+    Raises:
+      ValueError: a ranking or a rank cannot be.
     """
     settings = predictions.settings
     metrics = {}
     chance = {}
+    has_ranks = all("rank" in record for record in predictions.records)
     for lists, suffix in (("ranked", ""), ("reranked", "_reranked")):
         if any(lists not in record for record in predictions.records):
             continue
         recalls = {}
+        ranks = {}
         for query, way, candidates in (("text", "t2i", "images"), ("image", "i2t", "texts")):
             records = [record for record in predictions.records if record["query"] == query]
             rankings = [_whole_ranking(record, lists) for record in records]
@@ -248,11 +286,16 @@ def score_rankings(predictions: Predictions) -> Scores:
             recalls |= {f"{way}_{name}": value for name, value in recall.items()}
             by_chance = chance_recall(relevant, settings[candidates])
             chance |= {f"{way}_{name}": value for name, value in by_chance.items()}
+            if has_ranks:
+                own = [record["rank"] for record in records]
+                own = rank_scores(rankings, relevant, own, num_candidates=settings[candidates])
+                ranks |= {f"{way}_{name}": value for name, value in own.items()}
         recalls["mean_recall"] = sum(recalls.values()) / len(recalls)
-        metrics |= {name + suffix: value for name, value in recalls.items()}
+        metrics |= {name + suffix: value for name, value in (recalls | ranks).items()}
     chance["mean_recall"] = sum(chance.values()) / len(chance)
     items = {name: settings[name] for name in ("images", "texts")}
-    return Scores(metrics, [], items, chance=chance)
+    notes = [] if has_ranks else ["no median and mean rank: records have no rank"]
+    return Scores(metrics, notes, items, chance=chance)
 
 
 def _whole_ranking(record: dict[str, Any], lists: str) -> list[int]:

@@ -51,6 +51,7 @@ _SETTINGS = {
     "image_size": NotRequired[Count],
     "blind": NotRequired[bool],
     "options": NotRequired[dict],
+    "set_notes": NotRequired[list[str]],
 }
 
 # The evaluations by `Predictions.task`.
@@ -63,6 +64,7 @@ EVALUATIONS = {
             "id": Count,
             "relevant": list[Count],
             "ranked": list[Count],
+            "rank": NotRequired[Count],
             "scores": NotRequired[list[float]],
             "reranked": NotRequired[list[Count]],
             "reranked_scores": NotRequired[list[float]],
@@ -124,7 +126,8 @@ def score(predictions: Predictions, *, java: bool | None = None) -> Scores:
     evaluation = EVALUATIONS[predictions.task]
     settings = {"java": java} if evaluation.uses_java else {}
     scores = evaluation.score(predictions, **settings)
-    notes = [f"left out: {count} {cause}" for cause, count in predictions.left_out.items()]
+    notes = list(predictions.settings.get("set_notes", []))
+    notes += [f"left out: {count} {cause}" for cause, count in predictions.left_out.items()]
     return dataclasses.replace(scores, notes=scores.notes + notes)
 
 

@@ -23,6 +23,8 @@ _WORDS = {
     "cider": "CIDEr",
     "vqa": "VQA",
     "acc": "accuracy",
+    "medr": "median rank",
+    "meanr": "mean rank",
 }
 _LOSSES = {
     "total": "train/loss",

@@ -138,7 +138,8 @@ class RunLog:
             ]
             if recalls:
                 lines.append(f"  {way}{''.join(recalls)}")
-        metrics.pop("mean_recall", None)
+        for name in ("mean_recall", "t2i_medr", "t2i_meanr", "i2t_medr", "i2t_meanr"):
+            metrics.pop(name, None)
         records = evaluation.predictions[-1].records if evaluation.predictions else []
         if "caption_exact" in metrics:
             exact = metrics.pop("caption_exact")

@@ -68,10 +68,10 @@ class Evaluator:
 
     | task | predictions | metrics |
     |---|---|---|
-    | image_text | retrieval | t2i_r1 ... i2t_r10, mean_recall |
+    | image_text | retrieval | t2i_r1 ... i2t_r10, mean_recall, t2i_medr ... i2t_meanr |
     | | greedy captions of one batch | caption_exact: the share that equals a reference |
     | caption | greedy captions | cider, bleu_1 ... bleu_4, rouge_l (without Java) |
-    | vqa | greedy answers | exact_match; vqa_acc if the questions have enough answers |
+    | vqa | greedy answers | exact_match; exact of one answer each, vqa_acc of enough |
     | classify | the likeliest of the training set's names | top1, top5, mean_per_class_recall |
     | text | - | loss of a token, perplexity |
 

@@ -106,6 +106,106 @@ def ranking_recall(
     return {f"r{k}": sum(rank <= k for rank in ranks) / len(ranked) for k in ks}
 
 
+def first_ranks(
+    query: Float[np.ndarray, "Q E"],
+    candidates: Float[np.ndarray, "C E"],
+    relevant: Sequence[Sequence[int]],
+    ranked: Sequence[Sequence[int]],
+    *,
+    chunk: int = 1024,
+) -> list[int]:
+    """Finds the rank of the first relevant candidate of each query, from 1.
+
+    Equal scores rank by position, as in `nearest`. Candidates are counted only for queries that
+    have no relevant one in `ranked`.
+
+    Args:
+      query: float[Q, E].
+      candidates: float[C, E].
+      relevant: positions in `candidates` that are right for each query, at least one.
+      ranked: the positions that `nearest` found for each query.
+      chunk: at most `chunk` x `chunk` scores exist at a time.
+
+    Raises:
+      ValueError: a query has no relevant ids.
+    """
+    ranks = []
+    rest = []
+    for row, (ids, right) in enumerate(zip(ranked, relevant, strict=True)):
+        if not len(right):
+            raise ValueError(f"query {row} has no relevant ids")
+        rank = _first_rank(ids, set(right))
+        if rank == math.inf:
+            rest.append(row)
+            rank = len(ids) + 1  # at least
+        ranks.append(rank)
+    for start in range(0, len(rest), chunk):
+        rows = rest[start : start + chunk]
+        own = [relevant[row] for row in rows]
+        for row, rank in zip(rows, _counted_ranks(query[rows], candidates, own, chunk)):
+            ranks[row] = max(ranks[row], int(rank))
+    return ranks
+
+
+def _counted_ranks(
+    query: Float[np.ndarray, "Q E"],
+    candidates: Float[np.ndarray, "C E"],
+    relevant: Sequence[Sequence[int]],
+    chunk: int,
+) -> Int[np.ndarray, " Q"]:
+    """Counts the candidates before the best relevant one of each query, and that one."""
+    starts = range(0, len(candidates), chunk)
+    owner = np.repeat(np.arange(len(query)), [len(own) for own in relevant])
+    position = np.concatenate(relevant)
+    scores = np.empty(len(position), np.float32)
+    for start in starts:
+        block = _scores(query, candidates[start : start + chunk])
+        here = (start <= position) & (position < start + chunk)
+        scores[here] = block[owner[here], position[here] - start]
+    # The best relevant one of each query; of equals the first.
+    order = np.lexsort((position, -scores, owner))
+    first = order[np.unique(owner[order], return_index=True)[1]]
+    best = scores[first, None]
+    place = position[first, None]
+    ranks = np.ones(len(query), np.int64)
+    for start in starts:
+        block = _scores(query, candidates[start : start + chunk])
+        columns = np.arange(start, start + block.shape[1])
+        ranks += ((block > best) | ((block == best) & (columns < place))).sum(1)
+    return ranks
+
+
+def rank_scores(
+    ranked: Sequence[Sequence[int]],
+    relevant: Sequence[Sequence[int]],
+    ranks: Sequence[int],
+    *,
+    num_candidates: int,
+) -> dict[str, float]:
+    """Computes the median and the mean rank of the first relevant ids: `medr`, `meanr`.
+
+    Args:
+      ranked: ids for each query, the best first; all candidates or the first of them.
+      relevant: the ids that are right for each query.
+      ranks: the rank of each query's first relevant id among all candidates, from 1. Where `ranked`
+        has a relevant id, its rank there counts.
+      num_candidates: the number of ids that could be ranked.
+
+    Raises:
+      ValueError: a rank lies within `ranked` where no relevant id is, or after all candidates.
+    """
+    own = []
+    for query, (ids, right, rank) in enumerate(zip(ranked, relevant, ranks, strict=True)):
+        first = _first_rank(ids, set(right))
+        if first == math.inf and not len(ids) < rank <= num_candidates:
+            raise ValueError(
+                f"query {query} has the rank {rank}, expected one of {len(ids) + 1} to "
+                f"{num_candidates}: none of its {len(ids)} ranked ids is relevant"
+            )
+        own.append(rank if first == math.inf else first)
+    return {"medr": float(np.median(own)), "meanr": float(np.mean(own))}
+
+
 def chance_recall(
     relevant: Sequence[Sequence[int]], num_candidates: int, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:

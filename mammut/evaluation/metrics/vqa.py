@@ -1,6 +1,7 @@
 """Visual question answering scores: the official accuracy and exact match.
 
-Both are also given by type of question and answer.
+Both are also given by type of question and answer. Where each question has one answer, as in
+MSRVTT-QA and MSVD-QA, the score of these benchmarks, `exact`, comes first.
 
 The reference is `vqaEval.py` of GT-Vision-Lab/VQA at a013f004, with all its oddities. The formula
 is in Antol et al. 2015 (arXiv:1505.00468), and in its averaged form on
@@ -54,6 +55,9 @@ yall:y'all yall'd've:y'all'd've yall'll:y'all'll you'dve:you'd've youd:you'd you
 youll:you'll youre:you're youve:you've
 """.split()
 )
+
+
+_FIRST_WORDS = ("what", "who", "how", "when", "where", "color")
 
 
 def strip_punctuation(text: str) -> str:
@@ -147,6 +151,26 @@ def exact_match(prediction: str, answers: Sequence[str]) -> bool:
     return _normalize(prediction) in map(_normalize, answers)
 
 
+def exact(prediction: str, answer: str) -> bool:
+    """Tells whether a prediction is the one answer, but for case and the space around it.
+
+    So MSRVTT-QA, MSVD-QA and their like are scored, and every question of the test set counts: also
+    one whose answer is misspelt, or rare in training. Nothing else is evened out, unlike in
+    `exact_match`: "a dog" is not "dog".
+    """
+    return prediction.strip().lower() == answer.strip().lower()
+
+
+def first_word(question: str) -> str:
+    """Returns the group of a question: its first word, or "other".
+
+    The groups are those that results on MSRVTT-QA and MSVD-QA are given for.
+    """
+    word = next(iter(question.lower().split()), "")
+    word = {"colour": "color"}.get(word, word)
+    return word if word in _FIRST_WORDS else "other"
+
+
 @dataclasses.dataclass(frozen=True)
 class TypeScores:
     """Scores of the questions of one type, from 0 to 1."""
@@ -157,6 +181,14 @@ class TypeScores:
 
 
 @dataclasses.dataclass(frozen=True)
+class WordScores:
+    """The score of the questions with one first word, from 0 to 1."""
+
+    questions: int
+    exact: float
+
+
+@dataclasses.dataclass(frozen=True)
 class VqaScores:
     """Scores of a set of answered questions, from 0 to 1.
 
@@ -164,6 +196,7 @@ class VqaScores:
 
     Attributes:
       questions: the number of questions.
+      exact: the mean of `exact`; None if a question has several answers.
       exact_match: the mean of `exact_match`.
       vqa_acc: the mean of `vqa_accuracy`; None if a question has fewer than 4 answers, since its
         accuracy cannot reach 1.
@@ -175,9 +208,11 @@ class VqaScores:
       answer_type_source: "records", or "derived" if the types come from `derived_answer_type`.
       by_answer_type: scores by answer type.
       by_question_type: scores by question type; empty if the records have no question types.
+      by_first_word: `exact` by the question's first word; empty where `exact` is None.
     """
 
     questions: int
+    exact: float | None
     exact_match: float
     vqa_acc: float | None
     vqa_acc_missing: str | None
@@ -186,6 +221,7 @@ class VqaScores:
     answer_type_source: str
     by_answer_type: dict[str, TypeScores]
     by_question_type: dict[str, TypeScores]
+    by_first_word: dict[str, WordScores]
 
 
 def vqa_scores(records: Sequence[Mapping[str, Any]]) -> VqaScores:
@@ -193,7 +229,7 @@ def vqa_scores(records: Sequence[Mapping[str, Any]]) -> VqaScores:
 
     Args:
       records: each with `prediction` (str) and `answers` (list of str of equal weight); all of them
-        or none with `answer_type` and `question_type` (str).
+        or none with `answer_type` and `question_type` (str). Scores by first word need `question`.
 
     Raises:
       ValueError: there are no records, a record has no prediction or no answers, or only some of
@@ -203,7 +239,10 @@ def vqa_scores(records: Sequence[Mapping[str, Any]]) -> VqaScores:
         raise ValueError("VQA scores need at least one record, got none")
     for number, record in enumerate(records):
         _check_record(number, record)
-    exact = [exact_match(record["prediction"], record["answers"]) for record in records]
+    matches = [exact_match(record["prediction"], record["answers"]) for record in records]
+    plain = []
+    if all(len(record["answers"]) == 1 for record in records):
+        plain = [exact(record["prediction"], record["answers"][0]) for record in records]
     accuracies = None
     missing = None
     if few := sum(len(record["answers"]) < 4 for record in records):
@@ -218,7 +257,7 @@ def vqa_scores(records: Sequence[Mapping[str, Any]]) -> VqaScores:
         accuracy = None
         if accuracies is not None:
             accuracy = _mean([accuracies[row] for row in rows])
-        return TypeScores(len(rows), _mean([exact[row] for row in rows]), accuracy)
+        return TypeScores(len(rows), _mean([matches[row] for row in rows]), accuracy)
 
     def by(types: Sequence[str]) -> dict[str, TypeScores]:
         rows = defaultdict(list)
@@ -236,6 +275,7 @@ def vqa_scores(records: Sequence[Mapping[str, Any]]) -> VqaScores:
     whole = scores(range(len(records)))
     return VqaScores(
         questions=whole.questions,
+        exact=_mean(plain) if plain else None,
         exact_match=whole.exact_match,
         vqa_acc=whole.vqa_acc,
         vqa_acc_missing=missing,
@@ -244,7 +284,21 @@ def vqa_scores(records: Sequence[Mapping[str, Any]]) -> VqaScores:
         answer_type_source=source,
         by_answer_type=by(answer_types),
         by_question_type=by(_types(records, "question_type") or []),
+        by_first_word=_by_first_word(records, plain),
     )
+
+
+def _by_first_word(
+    records: Sequence[Mapping[str, Any]], plain: Sequence[bool]
+) -> dict[str, WordScores]:
+    """Groups `exact` of each question by its first word; records may have no question."""
+    if not plain or not all(isinstance(record.get("question"), str) for record in records):
+        return {}
+    words = defaultdict(list)
+    for record, match in zip(records, plain, strict=True):
+        words[first_word(record["question"])].append(match)
+    order = [word for word in (*_FIRST_WORDS, "other") if word in words]
+    return {word: WordScores(len(words[word]), _mean(words[word])) for word in order}
 
 
 def derived_answer_type(answers: Sequence[str]) -> str:
