@@ -7,6 +7,8 @@ A spec is a kind, a colon, and the name of the set:
 
   `synthetic:train`, `synthetic:val`: the drawn scenes of `mammut.data.synthetic`.
 
+  `moving:train`, `moving:val`: the drawn clips of `mammut.data.moving`.
+
   `jsonl:PATH`: one object a line. PATH is the .jsonl or a folder that holds exactly one. A line
     has a "file", relative to the .jsonl, with a "start" and "end" in seconds where it is a part of
     a video; or a "video_id" and its "frames", a list of `{"file"}`; and the field asked for:
@@ -54,6 +56,7 @@ from mammut.data.annotations import FORMS, BenchmarkSource
 from mammut.data.config import Field
 from mammut.data.examples import BadExample, Example, Source, SourceOptions
 from mammut.data.jsonl import JsonlSource
+from mammut.data.moving import MovingSource
 from mammut.data.synthetic import SyntheticSource
 from mammut.data.tar_shards import TarSource
 from mammut.data.tfds_sets import TfdsSource
@@ -72,6 +75,7 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "synthetic": Kind(SyntheticSource, ("train", "val"), "train|val"),
+    "moving": Kind(MovingSource, ("train", "val"), "train|val"),
     "jsonl": Kind(JsonlSource, ("PATH",)),
     "tar": Kind(TarSource, ("PATTERN",)),
     **{kind: Kind(BenchmarkSource, (form,)) for kind, (_, form) in FORMS.items()},

@@ -22,7 +22,7 @@ TRAIN_SCENES = 100_000
 
 _COUNTS = {1: "one", 2: "two", 3: "three"}
 _SIZES = {"small": 0.17, "large": 0.28}  # width of a shape as a share of the image's
-_COLOURS = {
+COLOURS = {
     "red": (215, 35, 35),
     "green": (35, 160, 50),
     "blue": (40, 70, 225),
@@ -30,7 +30,7 @@ _COLOURS = {
     "white": (245, 245, 245),
     "black": (12, 12, 12),
 }
-_SHAPES = {  # corners in [-1, 1], y down; the circle has none
+SHAPES = {  # corners in [-1, 1], y down; the circle has none
     "circle": (),
     "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
     "triangle": ((0.0, -1.0), (1.0, 0.9), (-1.0, 0.9)),
@@ -87,7 +87,7 @@ def combinations(split: Split) -> tuple[Combination, ...]:
     Their order and the division into splits never change.
     """
     every = itertools.starmap(
-        Combination, itertools.product(_COUNTS, _SIZES, _COLOURS, _SHAPES, _PLACES)
+        Combination, itertools.product(_COUNTS, _SIZES, COLOURS, SHAPES, _PLACES)
     )
     mixed = sorted(
         every, key=lambda combination: hashlib.sha256(captions(combination)[0].encode()).digest()
@@ -136,9 +136,9 @@ def draw(split: Split, index: int, image_size: int) -> UInt8[np.ndarray, "image_
         across = centre + rng.uniform(-0.1, 0.1)
         x, y = (across, along) if axis == 0 else (along, across)
         fill = tuple(
-            np.clip(np.add(_COLOURS[colour], rng.integers(-10, 11, size=3)), 0, 255).tolist()
+            np.clip(np.add(COLOURS[colour], rng.integers(-10, 11, size=3)), 0, 255).tolist()
         )
-        if corners := _SHAPES[shape]:
+        if corners := SHAPES[shape]:
             pen.polygon(
                 [((x + radius * dx) * side, (y + radius * dy) * side) for dx, dy in corners],
                 fill=fill,
