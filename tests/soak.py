@@ -113,7 +113,7 @@ class Run:
         self.exempt_steps: set[int] = set()  # their records were damaged, or not made
         self.strange: list[pathlib.Path] = []
         self.footprint = Footprint()  # of the last program
-        self.refusals = 0  # in a row
+        self.refusals = 0  # in a row, without a fault
         self._begun = False
         self._damage: Fault | None = None  # of files; no start has told yet whether it matters
         self._ended_by: list[Fault] = []  # what ended programs since the run last began
@@ -231,7 +231,8 @@ class Run:
         is_refused = not (is_done or is_stopped or -9 in statuses or struck.of_peer)
         if beginning or is_refused or not self._damage:  # the data, whatever became of it
             self._repair(lambda path: self.workdir not in path.parents)
-        self.refusals = self.refusals if is_refused else 0
+        if not is_refused or struck.kind or self._damage:
+            self.refusals = 0
         if is_refused:
             self._refused(sentence or errors[-300:], struck, program, bool(beginning))
         elif struck.kind and is_done:

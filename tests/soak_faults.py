@@ -106,8 +106,10 @@ def pause(run: "Run", program: Program) -> None:
 
 def start_another(run: "Run", program: Program) -> None:
     """A second program resumes the run while the first, which stands still, holds it."""
-    if not (run.workdir / "run.json").exists():
-        return
+    lock = run.workdir / "run.lock"
+    pid = str(program.processes[0].pid)
+    if not (lock.exists() and pid in lock.read_text(errors="replace")):
+        return  # it does not hold the run yet, or no more
     program.send(signal.SIGSTOP)
     run.strike("a second program")
     other = run.start(["--workdir", str(run.workdir), "--resume"], processes=1)

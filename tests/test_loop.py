@@ -393,6 +393,17 @@ def test_a_signal_that_was_raised_where_nothing_raises_ends_the_start_all_the_sa
                 raise AssertionError("the run has begun")
 
 
+def test_a_signal_that_became_another_error_is_a_signal_still():
+    with pytest.raises(Stopped) as stopped:
+        with Stopping("train.py"):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            except Stopped as error:  # as Orbax does while it restores
+                raise KeyError("failed to load") from error
+    assert stopped.value.status == 130
+
+
 class Dying:
     """Does something in its destructor, where Python raises nothing."""
 

@@ -58,7 +58,7 @@ class Stopping:
         self._before = contextlib.ExitStack()  # puts back what was before
 
     def __enter__(self) -> "Stopping":
-        self._before.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+        # It stays: threads of tensorstore tell of a failed write until the program has ended.
         sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
         if threading.current_thread() is threading.main_thread():
             # Python's handlers run between two steps of the main thread, which may be in a long
@@ -80,12 +80,15 @@ class Stopping:
             self._watching = watch
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _, error: BaseException | None, __) -> None:
         self._before.close()
         if self._watching:
             self._watching.join(1.0)  # it may be about to start the timer
         if self._timer:
             self._timer.cancel()
+        # A library has turned `Stopped` into an error of its own.
+        if isinstance(error, Exception) and self.alone and not self._begun:
+            self._raise()
 
     @property
     def name(self) -> str:

@@ -55,8 +55,7 @@ class TrainBatches:
 
     With any number of processes, batch k of all of them together has the same examples, with the
     same crops and texts. Their order differs: `jax.make_array_from_process_local_data` puts the
-    processes' rows one after the other. The losses are sums over a batch and do not depend on the
-    order.
+    processes' rows one after the other. The losses, sums over a batch, do not depend on it.
 
     The target text follows `config.prompt`, in which its question takes the place of the {}.
 

@@ -5,10 +5,9 @@ They are indexed once, read at random, and never unpacked.
 The files of an example share a key: the name up to the first dot after the last slash. The
 extension after that dot gives the kind of a file: `jpg`, `jpeg`, `png` or `webp` is the image,
 `mp4`, `webm`, `mkv`, `mov`, `avi` or `gif` the video, `txt` and `json` are its texts, and `cls` is
-the name of its class; other files, links and devices are left out, and counted. Of an image and a
-video with one key the image counts, or the video where examples are read as videos. This is the
-convention of webdataset (github.com/webdataset/webdataset, "The WebDataset Format") and of
-video2dataset, but here the files of an example need not stand side by side.
+the name of its class; all else is left out, and counted. Of an image and a video with one key the
+image counts, or the video where examples are read as videos. This is the convention of webdataset
+("The WebDataset Format") and video2dataset; here the files of an example may stand apart.
 """
 
 import array
@@ -60,19 +59,11 @@ _ABSENT = -1
 
 # Of several images or videos with one key, the first of these extensions counts.
 _COLUMNS = {
-    b"jpg": IMAGE,
-    b"jpeg": IMAGE,
-    b"png": IMAGE,
-    b"webp": IMAGE,
+    **dict.fromkeys((b"jpg", b"jpeg", b"png", b"webp"), IMAGE),
     b"txt": TXT,
     b"json": JSON,
     b"cls": CLS,
-    b"mp4": VIDEO,
-    b"webm": VIDEO,
-    b"mkv": VIDEO,
-    b"mov": VIDEO,
-    b"avi": VIDEO,
-    b"gif": VIDEO,
+    **dict.fromkeys((b"mp4", b"webm", b"mkv", b"mov", b"avi", b"gif"), VIDEO),
 }
 # The columns with the texts of a field, the first choice first.
 _TEXT_COLUMNS: dict[Field, tuple[int, ...]] = {
