@@ -60,5 +60,6 @@ def few_shot(
         return None
     if options.shots_data is not None:
         settings = {"image_size": predictor.image_size, "tfds_dir": options.tfds_dir}
+        settings["video"] = len(predictor.image_shape) == 4
         source = open_source(options.shots_data, field=field, **settings)
     return FewShot(source, options.shots, seed=options.shots_seed, instruction=options.instruction)

@@ -29,7 +29,9 @@ from mammut.config import MeshConfig
 from mammut.core import distributed, sharding
 from mammut.core.environment import require_device, set_arithmetic
 from mammut.data.examples import Source
+from mammut.data.processor import Processor
 from mammut.data.sources import open_source
+from mammut.data.video import VideoTransform
 from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, Predictions
 from mammut.evaluation.predictor import Predictor, place_on_mesh
 from mammut.evaluation.requirements import require_scorable
@@ -73,6 +75,12 @@ class Options:
     max_bad_share: float = 0.1
     # The data_dir of tensorflow-datasets.
     tfds_dir: str | None = None
+    # Read the set as videos of so many frames. By default as the model was trained, if on videos;
+    # a model of images then encodes frame by frame.
+    frames: int | None = None
+    # Put the frames of each video in a random order: a control that shows whether the model sees
+    # motion.
+    shuffle_frames: bool = False
     # Make every image black, to measure how well the model does with the text alone.
     blind: bool = False
     # Devices along the axes of the mesh.
@@ -92,7 +100,7 @@ class Options:
         Raises:
           ValueError: an option is out of its range.
         """
-        for name in ("batch_size", "limit", "image_size", "threads"):
+        for name in ("batch_size", "limit", "image_size", "threads", "frames"):
             require_range(self, name, 1)
         require_range(self, "max_bad_share", 0, 1)
 
@@ -185,7 +193,8 @@ def _score_again(options: Options, path: pathlib.Path, task: str) -> Scores:
     predictions = load_predictions(path, task)
     if options.data is not None:
         image_size = predictions.settings.get("image_size", 1)
-        require_same_set(predictions, _open_data(options, image_size, task))
+        video = predictions.settings.get("frames") is not None
+        require_same_set(predictions, _open_data(options, image_size, task, video))
     out = options.out or path.with_name(path.name.removesuffix(PREDICTIONS_SUFFIX) + ".json")
     if not options.overwrite:
         names = ("task", "data", "checkpoint", "settings")
@@ -193,10 +202,22 @@ def _score_again(options: Options, path: pathlib.Path, task: str) -> Scores:
     return _scored(predictions, out)
 
 
-def _open_data(options: Options, image_size: int, task: str) -> Source:
+def _open_data(options: Options, image_size: int, task: str, video: bool) -> Source:
     field = EVALUATIONS[task].field
-    settings = {"image_size": image_size, "tfds_dir": options.tfds_dir}
+    settings = {"image_size": image_size, "tfds_dir": options.tfds_dir, "video": video}
     return open_source(options.data, field=field, **settings)
+
+
+def _video_of(options: Options, processor: Processor) -> VideoTransform | None:
+    """Says how the set is read as videos; None: as pictures."""
+    video = processor.video
+    if options.frames is not None:
+        video = dataclasses.replace(video or VideoTransform(), frames=options.frames)
+    if options.shuffle_frames:
+        if video is None:
+            raise ValueError("--shuffle-frames is given for pictures, expected --frames, too")
+        video = dataclasses.replace(video, shuffled=True)
+    return video
 
 
 def _evaluate(
@@ -216,7 +237,8 @@ def _evaluate(
     mesh = sharding.make_mesh(options.mesh)
     sharding.require_divisible(options.batch_size, mesh, "--batch-size")
     model, processor = mammut.load(checkpoint, mesh=mesh, image_size=options.image_size)
-    source = _open_data(options, processor.image.image_size, task)
+    processor.video = _video_of(options, processor)
+    source = _open_data(options, processor.image.image_size, task, processor.video is not None)
     require_scorable(source, task, options.limit)
     # A folder that cannot be written is an error now, not after the model has run.
     out.parent.mkdir(parents=True, exist_ok=True)

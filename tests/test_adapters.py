@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from damage import flip, one_sentence
 from flax import nnx
+from marks import long
 
 import mammut
 from mammut.config import AdapterConfig, ComputeConfig, MeshConfig, ModelConfig
@@ -147,7 +148,7 @@ def test_an_adapter_changes_what_goes_through_its_site_alone(site, plain):
     assert all(value == 0 for name, value in moved.items() if name not in through[site])
 
 
-@pytest.mark.parametrize("of", ["logits", "text"])
+@pytest.mark.parametrize("of", [long("logits"), "text"])
 def test_gradients_reach_every_parameter_of_every_adapter_that_a_pass_goes_through(of):
     model = with_adapters(
         *(adapter(kind, norm=True) for kind in BOTTLENECKS), adapter("lora"), adapter("ia3")

@@ -790,7 +790,7 @@ def test_prepare_refuses_what_exists_and_what_it_cannot_name(prepared):
     (KeyboardInterrupt(), 130, "prepare: Ctrl-C: the set is not prepared"),
 ])  # fmt: skip
 def test_what_ends_prepare_is_told_in_one_line(monkeypatch, capsys, error, status, said):
-    def ended(**_):
+    def ended(*_, **__):
         raise error
 
     monkeypatch.setattr(prepare, "prepare", ended)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import mammut
 from eval import caption, classify, program, report, retrieval, speed, vqa
+from mammut.data.video import VideoTransform
 from mammut.evaluation.metrics import captions
 from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, Predictions
 from mammut.evaluation.predictor import Predictor
@@ -344,6 +345,19 @@ def test_an_option_that_does_not_change_the_result_has_the_same_file(tmp_path):
     assert default_out(plain, tmp_path) == default_out(other, tmp_path)
     files = [tmp_path / "a-b.npz", tmp_path / "a_b.npz"]
     assert len({default_out(plain, file) for file in files}) == 2
+
+
+def test_a_set_is_read_as_videos_where_the_model_or_the_options_say_so():
+    processor = tiny_processor()
+    video_of = program._video_of
+    assert video_of(vqa.Options("model"), processor) is None
+    assert video_of(vqa.Options("model", frames=4), processor) == VideoTransform(4)
+    with pytest.raises(ValueError, match="--shuffle-frames is given for pictures"):
+        video_of(vqa.Options("model", shuffle_frames=True), processor)
+    processor.video = VideoTransform(16, fps=5.0)
+    assert video_of(vqa.Options("model"), processor) == processor.video
+    shuffled = video_of(vqa.Options("model", frames=1, shuffle_frames=True), processor)
+    assert shuffled == VideoTransform(1, fps=5.0, shuffled=True)
 
 
 def test_a_relative_set_of_another_directory_has_another_file(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from marks import long
 
 import mammut
 
@@ -35,7 +36,7 @@ def old(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["mammut", "coca", "magma"])
+@pytest.mark.parametrize("name", [long("mammut"), long("coca"), "magma"])
 def test_a_model_folder_gives_the_numbers_that_it_gave(old, name):
     expected = json.loads((old / "expected.json").read_text())[name]
     model, processor = mammut.load(old / name)

@@ -568,3 +568,12 @@ def test_a_damaged_file_is_read_or_refused_in_one_sentence(kind, trials):
             assert read(given, 4, max_image_pixels=10**6).shape == (4, 32, 32, 3)
         except BadImage as error:
             assert error.cause in CAUSES and "\n" not in str(error)
+
+
+def test_shuffled_frames_are_the_same_frames_in_an_order_of_their_own():
+    frames = np.arange(16, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, 3), np.uint8)
+    plain = VideoTransform(16)(frames, ImageTransform(8))
+    shuffled = VideoTransform(16, shuffled=True)(frames, ImageTransform(8))
+    assert np.array_equal(plain, frames) and not np.array_equal(shuffled, frames)
+    assert np.array_equal(np.sort(shuffled, 0), frames)
+    assert np.array_equal(VideoTransform(16, shuffled=True)(frames, ImageTransform(8)), shuffled)

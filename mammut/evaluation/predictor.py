@@ -233,6 +233,9 @@ class Predictor:
         It adds the settings that every evaluation has.
         """
         settings = settings | {"image_size": self.image_size, "blind": self.blind}
+        frames = self.image_shape[:-3]
+        if frames:
+            settings["frames"] = frames[0]
         if notes := source.notes():
             settings["set_notes"] = notes
         return Predictions(task, records, source.spec, self._checkpoint, settings, dict(left_out))

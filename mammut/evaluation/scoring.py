@@ -50,6 +50,7 @@ _GENERATED = {
 _SETTINGS = {
     "image_size": NotRequired[Count],
     "blind": NotRequired[bool],
+    "frames": NotRequired[Count],
     "options": NotRequired[dict],
     "set_notes": NotRequired[list[str]],
 }
