@@ -1,8 +1,9 @@
-"""A proof that a model sees motion: drawn shapes that move on a torus, on a CPU in minutes.
+"""Whether a model sees motion: drawn shapes that move on a torus, for a CPU.
 
 A single frame says nothing of direction and speed, and frames without their order nothing of which
-colour came first (`mammut.data.moving`). By default the model learns captions; `--task vqa` learns
-the questions instead. Score it and its controls, whose scores should be chance, with
+colour came first (`mammut.data.moving`). The recipe has not been trained to its end yet: what it
+reaches is not known. By default the model learns captions; `--task vqa` learns the questions
+instead. Score it and its controls, whose scores should be chance, with
 
     python -m eval.vqa runs/moving --data moving:val
     python -m eval.vqa runs/moving --data moving:val --frames 1

@@ -374,7 +374,12 @@ def test_positions_that_are_computed_are_computed_for_a_given_size(tmp_path):
 
 @pytest.mark.parametrize(
     ("pool", "heads"),
-    [("map", (None, WIDTH)), ("map", (20, 20)), ("mean", (20, 20)), ("class", (None, WIDTH))],
+    [
+        long("map", (None, WIDTH)),
+        ("map", (20, 20)),
+        long("mean", (20, 20)),
+        ("class", (None, WIDTH)),
+    ],
     ids=str,
 )
 def test_both_towers_give_their_embeddings(pool, heads, tmp_path):

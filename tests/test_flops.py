@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.extend.core import Jaxpr
+from marks import long
 from test_architectures import CONFIGS as ARCHITECTURES
 
 from mammut.config import (
@@ -300,7 +301,8 @@ def gradient_flops(config: ModelConfig) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", ["mammut", "openmammut", "moderntext", "coca", "gptj", "gated_map"]
+    "name",
+    ["mammut", long("openmammut"), "moderntext", long("coca"), "gptj", long("gated_map")],
 )
 def test_a_training_step_is_three_forward_passes(name):
     """Less the gradient in the pixels, which nothing needs, with the masked half of attention."""

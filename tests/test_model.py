@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from marks import long
 
 from mammut.config import AugmentConfig, ComputeConfig, LossConfig, ModelConfig, VisionConfig
 from mammut.models import positions, vit
@@ -739,7 +740,7 @@ def through_gradients(remat, unroll):
 
 @pytest.mark.parametrize(
     ("remat", "unroll"),
-    [("none", 3), ("none", 100), ("dots", 1), ("dots", 4), ("full", 1), ("full", 3)],
+    [("none", 3), long("none", 100), long("dots", 1), ("dots", 4), ("full", 1), long("full", 3)],
 )
 def test_neither_recomputing_nor_unrolling_changes_a_tower_or_its_gradients(remat, unroll):
     """Three layers at a time do not divide the four there are."""
