@@ -25,11 +25,12 @@ from PIL import Image
 import mammut
 from mammut import testing
 from mammut.config import ComputeConfig, DataConfig, TrainConfig
+from mammut.data import moving
 from mammut.data.tokenizer import train_sentencepiece
 from mammut.evaluation.predictions import Predictions
 from mammut.models.flops import num_params
 from mammut.pages.report import write_report
-from mammut.pages.report_pictures import curves
+from mammut.pages.report_pictures import Album, Pictures, curves
 from mammut.pages.word_maps import overlay, split_words, word_maps
 from mammut.training.run_folder import write_run
 from mammut.weights import model_folder
@@ -717,3 +718,14 @@ def test_in_a_browser_everything_shows_fits_a_phone_and_nothing_is_requested(pag
     assert {request["url"] for request in started if request["initiator"] != "not an origin"} == {
         CONTROL
     }
+
+
+def test_a_page_of_videos_shows_their_frames_in_the_middle_and_no_heat_maps(tmp_path):
+    record = {"key": "moving:val 0", "index": 0, "prediction": "a", "references": ["a"]}
+    settings = {"frames": 16, "image_size": 32}
+    predictions = Predictions("caption", [record], "moving:val", "runs/x", settings)
+    pictures = Pictures(predictions, tmp_path, Album())
+    assert pictures.thumbnail(record).startswith("data:image/jpeg")
+    assert np.array_equal(pictures._pixels(record), moving.draw("val", 0, 32)[8])
+    assert pictures.word_maps([record]) == [[]]
+    assert pictures.notices == ["There are no heat maps: the model was shown videos."]

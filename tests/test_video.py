@@ -480,6 +480,8 @@ def test_arrays_of_another_kind_are_refused():
         (np.zeros((8, 8, 3), np.uint8), False),
         (b"\0\0\0\x20ftypisom", True),
         (b"\0\0\0\x20ftypavif", False),
+        (b"\0\0\0\x20ftypavis", False),
+        (b"\0\0\0\x20ftypmsf1", False),
         (b"\x1aE\xdf\xa3", True),
         (b"RIFF\0\0\0\0AVI LIST", True),
         (b"RIFF\0\0\0\0WEBPVP8X", False),

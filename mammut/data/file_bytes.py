@@ -33,12 +33,15 @@ def first_bytes(value: Any) -> bytes:
     return b""
 
 
+# Pictures, and sequences of pictures, in the container of mp4: AVIF and HEIC.
+_PICTURE_BRANDS = b"avif avis heic heix heim heis hevc hevx mif1 msf1".split()
+
+
 def is_video_file(head: bytes) -> bool:
     """Tells whether a file that begins so is mp4, mov, mkv, webm or avi."""
     if head[:4] == b"RIFF":
         return head[8:12] == b"AVI "
-    # A picture in the container of mp4: AVIF, HEIC.
-    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"heic", b"heix", b"mif1"):
+    if head[4:8] == b"ftyp" and head[8:12] in _PICTURE_BRANDS:
         return False
     return head[:4] == _MATROSKA or head[4:8] in _FIRST_BOXES
 

@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 
 from mammut.data.images import ImageTransform
 from mammut.data.sources import open_source
+from mammut.data.video import VideoTransform
 from mammut.evaluation.predictions import Predictions
 from mammut.evaluation.scoring import EVALUATIONS
 from mammut.models.mammut import ModelConfig
@@ -92,6 +93,7 @@ class Pictures:
         self._missing: list[str] = []
         self._problems: list[str] = []
         self._blind = predictions.settings.get("blind", False)
+        self._has_videos = predictions.settings.get("frames") is not None
         tfds_dir = None
         # An unreadable folder is reported where the page describes the model, and where the model
         # runs.
@@ -104,7 +106,11 @@ class Pictures:
             # A drawn scene is the same scene at any size.
             size = predictions.settings.get("image_size", _PICTURE)
             self._source = open_source(
-                predictions.data, image_size=size, tfds_dir=tfds_dir, field=field
+                predictions.data,
+                image_size=size,
+                tfds_dir=tfds_dir,
+                field=field,
+                video=self._has_videos,
             )
         except Exception as error:  # what tensorflow-datasets raises is not known
             self._problems.append(f"The pictures cannot be shown: {error}.")
@@ -138,7 +144,9 @@ class Pictures:
             self._problems.append(
                 "There are no heat maps: the model was shown black pictures in place of these."
             )
-        if self._blind or not usable:
+        if self._has_videos:
+            self._problems.append("There are no heat maps: the model was shown videos.")
+        if self._blind or self._has_videos or not usable:
             return words
         try:
             model, processor = self._album.load(self._folder)
@@ -169,7 +177,13 @@ class Pictures:
             return None
         if index not in self._thumbnails:
             try:
-                picture = ImageTransform(_PICTURE).read(self._image(record)).copy()
+                transform = ImageTransform(_PICTURE)
+                image = self._image(record)
+                if self._has_videos:  # the frame in the middle stands for the video
+                    limit = transform.max_image_pixels
+                    picture = VideoTransform(1).map(image, transform.read, limit)[0].copy()
+                else:
+                    picture = transform.read(image).copy()
                 picture.thumbnail((_PICTURE, _PICTURE))
                 self._thumbnails[index] = np.asarray(picture)
             except Exception as error:  # a source may raise anything

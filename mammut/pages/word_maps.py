@@ -45,8 +45,8 @@ def word_maps(
       texts: the model's text for each image.
 
     Raises:
-      ValueError: an image cannot be read, there are not as many images as texts, or the decoder
-        sees learned queries (`VisionConfig.pooling`) or tokens of the pooled image
+      ValueError: an image cannot be read or is a video, there are not as many images as texts, or
+        the decoder sees learned queries (`VisionConfig.pooling`) or tokens of the pooled image
         (`ModelConfig.prefix_tokens`) and no patches.
     """
     if len(images) != len(texts):
@@ -64,6 +64,8 @@ def word_maps(
     if not texts:
         return []
     batch = processor(images=list(images), text=list(texts))
+    if batch["image"].ndim == 5:
+        raise ValueError("heat maps are of images, these are videos")
     graphdef, params = nnx.split(model)
     weights = np.asarray(
         _mean_weights(graphdef, params, batch["image"], batch["tokens"], batch["text_valid"])
