@@ -34,7 +34,7 @@ import pytest  # noqa: E402
 from mammut.testing import shared_dir  # noqa: E402
 
 # Tracing makes millions of objects that live on: Python's collector goes through them again and
-# again, an eighth of all time.
+# again (docs/log.md has the measured times).
 gc.set_threshold(100_000, 50, 100)
 
 # The files that take longest. pytest-xdist gives out whole files, those with most tests first: a
