@@ -133,8 +133,12 @@ class ImageTransform:
 
     def __call__(self, image: ImageLike) -> UInt8[np.ndarray, "height width 3"]:
         """Reads and resizes a picture as at inference; raises what `read` raises."""
-        picture = self._read(image)
         size = self.image_size
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            # Frames of a drawn or stored video: nothing to resize, and there are many of them.
+            if image.shape == (size, size, 3) and size * size <= self.max_image_pixels:
+                return image.copy()
+        picture = self._read(image)
         width, height = picture.size
         if self.mode == "squash":
             return self._resized(picture, (size, size))

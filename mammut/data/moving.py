@@ -104,15 +104,15 @@ def draw(
     background = rng.integers(95, 150) + rng.integers(-8, 9, size=3)
     start = rng.random(2)
     change = rng.choice(_CHANGES)
-    # Quarters of a pixel: the shape is drawn once, and shifted.
-    steps = path(start, direction, speed) * image_size * _FINE
-    cover = _cover(shape, image_size)
-    frames = np.empty((NUM_FRAMES, image_size, image_size, 3), np.int16)
-    for number, (down, across) in enumerate(np.rint(steps).astype(int)):
-        colour = COLOURS[first if number < change else last]
-        shifted = np.roll(cover, (down, across), (0, 1))
-        share = shifted.reshape(image_size, _FINE, image_size, _FINE).mean((1, 3))[..., None]
-        frames[number] = np.rint(background + share * (colour - background))
+    colours = np.array([COLOURS[first]] * change + [COLOURS[last]] * (NUM_FRAMES - change))
+    # Quarters of a pixel: the shape is drawn once for each of them, and shifted by whole pixels.
+    steps = np.rint(path(start, direction, speed) * image_size * _FINE).astype(int)
+    pixels, quarters = divmod(steps, _FINE)
+    rows, columns = ((np.arange(image_size) - axis[:, None]) % image_size for axis in pixels.T)
+    down, across = quarters.T[:, :, None, None]
+    share = _covers(shape, image_size)[down, across, rows[:, :, None], columns[:, None, :]]
+    shown = background + share[..., None] * (colours[:, None, None] - background)
+    frames = np.rint(shown).astype(np.int16)
     frames += rng.integers(-6, 7, size=frames.shape, dtype=np.int16)
     return np.clip(frames, 0, 255).astype(np.uint8)
 
@@ -127,8 +127,11 @@ def path(start: Float[np.ndarray, "2"], direction: str, speed: str) -> Float[np.
 
 
 @functools.cache
-def _cover(shape: str, image_size: int) -> Float[np.ndarray, "side side"]:
-    """Draws a shape around the corner of a torus of _FINE pixels a pixel: 1 inside, else 0."""
+def _covers(shape: str, image_size: int) -> Float[np.ndarray, "4 4 image_size image_size"]:
+    """Draws a shape around the corner of a torus: 1 inside, 0 outside, shares at its edges.
+
+    There is a picture for each shift by quarters of a pixel, down and across.
+    """
     from PIL import Image, ImageDraw
 
     side = image_size * _FINE
@@ -140,7 +143,11 @@ def _cover(shape: str, image_size: int) -> Float[np.ndarray, "side side"]:
         pen.polygon([(middle + radius * x, middle + radius * y) for x, y in corners], fill=1)
     else:
         pen.ellipse((middle - radius, middle - radius, middle + radius, middle + radius), fill=1)
-    return np.roll(np.asarray(canvas, np.float32), (-(side // 2), -(side // 2)), (0, 1))
+    cover = np.roll(np.asarray(canvas, np.float32), (-(side // 2), -(side // 2)), (0, 1))
+    shifts = itertools.product(range(_FINE), repeat=2)
+    shifted = np.stack([np.roll(cover, shift, (0, 1)) for shift in shifts])
+    means = shifted.reshape(-1, image_size, _FINE, image_size, _FINE).mean((2, 4))
+    return means.reshape(_FINE, _FINE, image_size, image_size)
 
 
 def _scene(split: Split, index: int) -> tuple[Combination, np.random.Generator]:
