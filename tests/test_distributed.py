@@ -28,8 +28,8 @@ from mammut.weights.model_folder import load
 
 pytestmark = pytest.mark.long
 
-# What the library that connects processes prints of its own: several threads write its pieces, which
-# may come in any order, and leave empty lines.
+# What the library that connects processes prints of its own: several threads write its pieces,
+# which may come in any order, and leave empty lines.
 GLOO = re.compile(
     r"(\[Gloo\] Rank | is connected to | peer ranks\. |"
     r"Expected number of connected peer ranks is : |\d+)*"
