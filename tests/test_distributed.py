@@ -224,7 +224,9 @@ def test_two_processes_lose_one_are_terminated_and_one_process_ends_what_they_be
     """kill -9, SIGTERM, then a resume by one process of as many devices: the undisturbed run."""
     workdir = runs.folder / "by_two"
     pair = runs.two("by_two")
-    until(lambda: any(row["step"] > EVERY for row in rows(workdir)), pair)
+    # Written beside the steps: a run that is killed before is begun again.
+    first_saved = workdir / "checkpoint_manifests" / f"{EVERY}.json"
+    until(lambda: any(row["step"] > EVERY for row in rows(workdir)) and first_saved.exists(), pair)
     pair[1].kill()
     (code, out, err), (killed, other_out, _) = ended(pair, 120)
     assert killed == -signal.SIGKILL and code not in (0, None)
