@@ -2,6 +2,7 @@
 
 import base64
 import configparser
+import dataclasses
 import functools
 import html.parser
 import io
@@ -720,12 +721,52 @@ def test_in_a_browser_everything_shows_fits_a_phone_and_nothing_is_requested(pag
     }
 
 
-def test_a_page_of_videos_shows_their_frames_in_the_middle_and_no_heat_maps(tmp_path):
+def test_videos_are_shown_as_frames_in_order_and_without_heat_maps(tmp_path):
     record = {"key": "moving:val 0", "index": 0, "prediction": "a", "references": ["a"]}
-    settings = {"frames": 16, "image_size": 32}
-    predictions = Predictions("caption", [record], "moving:val", "runs/x", settings)
-    pictures = Pictures(predictions, tmp_path, Album())
-    assert pictures.thumbnail(record).startswith("data:image/jpeg")
-    assert np.array_equal(pictures._pixels(record), moving.draw("val", 0, 32)[8])
+    frames = moving.draw("val", 0, 32)
+
+    def shown(count: int) -> Pictures:
+        settings = {"frames": count, "image_size": 32}
+        predictions = Predictions("caption", [record], "moving:val", "runs/x", settings)
+        return Pictures(predictions, tmp_path, Album())
+
+    pictures = shown(16)
+    assert len(pictures.thumbnail(record)) < 10_000
+    strip = pictures._pixels(record)
+    grey = np.full((32, 2, 3), 128, np.uint8)
+    parts = [part for number in (2, 6, 10, 14) for part in (frames[number], grey)]
+    np.testing.assert_array_equal(strip, np.concatenate(parts[:-1], axis=1))
     assert pictures.word_maps([record]) == [[]]
     assert pictures.notices == ["There are no heat maps: the model was shown videos."]
+    # What is shown is no more than the model was.
+    np.testing.assert_array_equal(shown(1)._pixels(record), frames[8])
+    assert shown(2)._pixels(record).shape == (32, 66, 3)
+
+
+@pytest.mark.parametrize("task", ["caption", "vqa", "retrieval"])
+def test_pages_of_every_task_show_frames_of_videos(task, tmp_path):
+    """The second video has one frame, which is shown once."""
+    lines = []
+    for number, count in enumerate((8, 1, 8)):
+        names = [f"{number}_{frame}.png" for frame in range(count)]
+        for shade, name in enumerate(names):
+            pixels = np.full((120, 160, 3), (60 * number, 30 * shade, 100), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name)
+        line = {"video_id": f"p{number}.png", "frames": [{"file": name} for name in names]}
+        lines.append(line | {"captions": ["a"], "qa": [{"question": "b?", "answers": ["red"]}]})
+    (tmp_path / "videos.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    predictions = all_predictions(f"jsonl:{tmp_path / 'videos.jsonl'}", "none")[task]
+    predictions = dataclasses.replace(predictions, settings={"frames": 8, "image_size": 16})
+    predictions.save(tmp_path / "x.predictions.jsonl")
+    said, page = notices(write_report(tmp_path / "x.predictions.jsonl"))
+    assert "cannot be shown" not in said
+    sizes = {}
+    for shot in page.all("img"):
+        jpeg = base64.b64decode(shot["src"].partition(",")[2])
+        sizes[shot["alt"]] = Image.open(io.BytesIO(jpeg)).size
+    strip, still = (390, 72), (96, 72)
+    of_all = {"p0.png": strip, "p1.png": still, "p2.png": strip}
+    assert sizes == ({"p0.png": strip} if task == "retrieval" else of_all)
+    assert [section.get("class") for section in page.all("section")] == ["videos"]
+    assert "frames of each, evenly spaced, the first on the left" in page.words
+    assert "where the model looked" not in page.words

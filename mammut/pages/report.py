@@ -172,9 +172,12 @@ def _section(
         facts["left out"] = ", ".join(
             f"{count} {cause}" for cause, count in predictions.left_out.items()
         )
+    if pictures.has_videos:
+        facts["videos"] = "frames of each, evenly spaced, the first on the left"
     return {
         "title": f"{title}: {_name(path)}",
         "task": predictions.task,
+        "videos": pictures.has_videos,
         "facts": facts,
         "notices": pictures.notices,
         **shown,

@@ -30,6 +30,9 @@ from mammut.weights.formats.mammut_run import RUN_FILE
 
 _PICTURE = 160  # pixels of the longer side of a picture
 _MAP = 96  # pixels of the side of a heat map
+_FRAMES = 4  # of a video that are shown at most
+_FRAME = 96  # pixels of the longer side of a frame
+_GAP = 2  # grey pixels between frames
 _BUDGET = 2_200_000  # characters of all pictures in a page
 # Colours that can be read on white and on black.
 _GREY = "#7d828a"
@@ -93,7 +96,7 @@ class Pictures:
         self._missing: list[str] = []
         self._problems: list[str] = []
         self._blind = predictions.settings.get("blind", False)
-        self._has_videos = predictions.settings.get("frames") is not None
+        self._frames = predictions.settings.get("frames")
         tfds_dir = None
         # An unreadable folder is reported where the page describes the model, and where the model
         # runs.
@@ -110,10 +113,15 @@ class Pictures:
                 image_size=size,
                 tfds_dir=tfds_dir,
                 field=field,
-                video=self._has_videos,
+                video=self.has_videos,
             )
         except Exception as error:  # what tensorflow-datasets raises is not known
             self._problems.append(f"The pictures cannot be shown: {error}.")
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether the examples are videos."""
+        return self._frames is not None
 
     @property
     def notices(self) -> list[str]:
@@ -125,9 +133,10 @@ class Pictures:
         return [*self._problems, missing]
 
     def thumbnail(self, record: Mapping[str, Any]) -> str | None:
-        """Makes the data URI of a record's picture.
+        """Makes the data URI of a record's picture, or of frames of its video, side by side.
 
-        It has at most 160 pixels a side. The result is None where the record has no picture.
+        A picture has at most 160 pixels a side, a frame 96. The result is None where the record has
+        no picture.
         """
         pixels = self._pixels(record)
         return None if pixels is None else self._album.uri(pixels)
@@ -144,9 +153,9 @@ class Pictures:
             self._problems.append(
                 "There are no heat maps: the model was shown black pictures in place of these."
             )
-        if self._has_videos:
+        if self.has_videos:
             self._problems.append("There are no heat maps: the model was shown videos.")
-        if self._blind or self._has_videos or not usable:
+        if self._blind or self.has_videos or not usable:
             return words
         try:
             model, processor = self._album.load(self._folder)
@@ -177,19 +186,32 @@ class Pictures:
             return None
         if index not in self._thumbnails:
             try:
-                transform = ImageTransform(_PICTURE)
                 image = self._image(record)
-                if self._has_videos:  # the frame in the middle stands for the video
-                    limit = transform.max_image_pixels
-                    picture = VideoTransform(1).map(image, transform.read, limit)[0].copy()
-                else:
-                    picture = transform.read(image).copy()
-                picture.thumbnail((_PICTURE, _PICTURE))
+                picture = self._strip(image) if self.has_videos else _shrunk(image, _PICTURE)
                 self._thumbnails[index] = np.asarray(picture)
             except Exception as error:  # a source may raise anything
                 self._thumbnails[index] = None
                 self._missing.append(str(error))
         return self._thumbnails[index]
+
+    def _strip(self, video: Any) -> Any:
+        """Puts frames of a video side by side, in order: a Pillow image.
+
+        They are evenly spaced, and no more than the model was shown.
+        """
+        from PIL import Image
+
+        transform = VideoTransform(min(_FRAMES, self._frames))
+        shrink = functools.partial(_shrunk, side=_FRAME)
+        frames = transform.map(video, shrink, ImageTransform.max_image_pixels)
+        frames = list({id(frame): frame for frame in frames}.values())  # a repeated one is one
+        width = sum(frame.width + _GAP for frame in frames) - _GAP
+        strip = Image.new("RGB", (width, max(frame.height for frame in frames)), "grey")
+        left = 0
+        for frame in frames:
+            strip.paste(frame, (left, 0))
+            left += frame.width + _GAP
+        return strip
 
     def _image(self, record: Mapping[str, Any]) -> Any:
         index = record["index"]
@@ -202,6 +224,13 @@ class Pictures:
                 f"example {index} of {self._source.spec} is now {example.key}, it was {key}"
             )
         return example.image
+
+
+def _shrunk(image: Any, side: int) -> Any:
+    """Reads an image as a Pillow image of at most `side` pixels a side."""
+    picture = ImageTransform(side).read(image).copy()
+    picture.thumbnail((side, side))
+    return picture
 
 
 def curves(
