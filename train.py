@@ -122,6 +122,7 @@ def train(run: Run, watchdog: distributed.Watchdog, stopping: Stopping) -> bool:
             steps=config.steps,
             batch_size=config.data.batch_size,
             silent=not distributed.first(),
+            videos=config.data.frames is not None,
         )
         beginning = "starting" if fresh else "resuming"
         log.print(f"{beginning} at step {start} of {config.steps} in {workdir}")

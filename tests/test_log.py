@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import pty
+import re
 import resource
 import struct
 import subprocess
@@ -21,6 +22,7 @@ from mammut.core import terminal
 from mammut.core.terminal import is_terminal, say
 from mammut.pages.report_scores import read_training
 from mammut.training.log import RunLog
+from mammut.training.validation import ValidationResult
 
 
 def make_log(folder: pathlib.Path, start: int = 0, steps: int = 100) -> RunLog:
@@ -75,6 +77,41 @@ class Broken(io.TextIOWrapper):
 
     def isatty(self):
         return True
+
+
+RETRIEVAL = {
+    "t2i_r1": 0.25, "t2i_r5": 0.5, "t2i_r10": 1.0, "t2i_medr": 5.5, "t2i_meanr": 5.3,
+    "i2t_r1": 0.5, "i2t_r5": 0.75, "i2t_r10": 1.0, "i2t_medr": 2.0, "i2t_meanr": 3.75,
+    "mean_recall": 2 / 3,
+}  # fmt: skip
+OF_IMAGES = """\
+step 2/100  caption 1.000  N images/s  data wait 0%  LEFT
+val at step 2: 20 images, 40 texts (chance R@1 5.0%)
+  text to image  R@1 25.0%  R@5 50.0%  R@10 100.0%
+  image to text  R@1 50.0%  R@5 75.0%  R@10 100.0%
+"""
+OF_VIDEOS = """\
+step 2/100  caption 1.000  N videos/s  data wait 0%  LEFT
+val at step 2: 20 videos, 40 texts (chance R@1 5.0%)
+  text to video  R@1 25.0%  R@5 50.0%  R@10 100.0%  median rank 5.5  mean rank 5.3
+  video to text  R@1 50.0%  R@5 75.0%  R@10 100.0%  median rank 2.0  mean rank 3.8
+"""
+
+
+@pytest.mark.parametrize(("videos", "expected"), [(False, OF_IMAGES), (True, OF_VIDEOS)])
+def test_the_lines_of_a_run_speak_of_images_or_of_videos_and_their_ranks(
+    tmp_path, capsys, videos, expected
+):
+    log = RunLog(tmp_path, start=0, steps=100, batch_size=4, silent=False, videos=videos)
+    for step in (1, 2):
+        log.step(step, {"loss_caption": 1.0, "nonfinite": 0}, 0.0, record=True)
+    log.evaluation(2, "val", ValidationResult(RETRIEVAL, [], 20, 40, {}), samples=0)
+    log.close()
+    lines = capsys.readouterr().out.splitlines(keepends=True)[1:]
+    said = re.sub(r"[\d,]+ (images|videos)/s", r"N \1/s", "".join(lines))
+    assert re.sub(r"%  \S+ left", "%  LEFT", said) == expected
+    # The files have one set of names.
+    assert rows(tmp_path)[-1] == {"step": 2} | {f"eval/val/{k}": v for k, v in RETRIEVAL.items()}
 
 
 # --- files

@@ -33,17 +33,26 @@ class RunLog:
 
     What a run logged past the checkpoint that it is resumed from, at step `start`, is dropped: it
     is logged again. One of several processes logs; with `silent`, nothing is printed or written.
+    The lines speak of images, or with `videos` of videos, whose retrieval is told by ranks, too.
 
     No log is waited for, and none ends the run: what cannot be written is said once on stderr, and
     left out.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, *, start: int, steps: int, batch_size: int, silent: bool
+        self,
+        workdir: pathlib.Path,
+        *,
+        start: int,
+        steps: int,
+        batch_size: int,
+        silent: bool,
+        videos: bool = False,
     ):
         self._steps = steps
         self._batch_size = batch_size
         self._silent = silent
+        self._example = "video" if videos else "image"
         if silent:
             return
         self._step: int | None = None  # step of the last record
@@ -95,7 +104,7 @@ class RunLog:
             rate = done * self._batch_size / seconds
             wait = self._waited / seconds
             values |= {"perf/examples_per_sec": rate, "perf/data_wait": wait}
-            text = f"{losses}  {rate:,.0f} images/s  data wait {wait:.0%}"
+            text = f"{losses}  {rate:,.0f} {self._example}s/s  data wait {wait:.0%}"
         if skipped := int(values["train/nonfinite"]):
             text += f"  {skipped} updates skipped: not finite"
         self.record(step, values)
@@ -124,22 +133,26 @@ class RunLog:
         )
         images = evaluation.num_images
         metrics = dict(evaluation.metrics)
-        lines = [f"{name} at step {step}: {images} images, {evaluation.num_texts} texts"]
+        example = self._example
+        lines = [f"{name} at step {step}: {images} {example}s, {evaluation.num_texts} texts"]
         if "t2i_r1" in metrics:
             lines[0] += f" (chance R@1 {1 / images:.1%})"
         if "top1" in metrics:
             classes = evaluation.predictions[-1].settings["classes"]
             lines[0] += f" (chance top-1 {1 / len(classes):.1%})"
-        for way, key in (("text to image", "t2i"), ("image to text", "i2t")):
-            recalls = [
+        for way, key in ((f"text to {example}", "t2i"), (f"{example} to text", "i2t")):
+            found = [
                 f"  R@{k} {metrics.pop(f'{key}_r{k}'):.1%}"
                 for k in (1, 5, 10)
                 if f"{key}_r{k}" in metrics
             ]
-            if recalls:
-                lines.append(f"  {way}{''.join(recalls)}")
-        for name in ("mean_recall", "t2i_medr", "t2i_meanr", "i2t_medr", "i2t_meanr"):
-            metrics.pop(name, None)
+            for title, rank in (("median", f"{key}_medr"), ("mean", f"{key}_meanr")):
+                value = metrics.pop(rank, None)
+                if value is not None and example == "video":  # as text-video retrieval is scored
+                    found.append(f"  {title} rank {value:.1f}")
+            if found:
+                lines.append(f"  {way}{''.join(found)}")
+        metrics.pop("mean_recall", None)
         records = evaluation.predictions[-1].records if evaluation.predictions else []
         if "caption_exact" in metrics:
             exact = metrics.pop("caption_exact")
