@@ -3,13 +3,15 @@ r"""Your own videos: a JSONL beside them or tar shards, and nothing else to writ
     python train.py configs/video_folder.py --data.train 'jsonl:clips/clips.jsonl[20:]' \
         --data.val 'jsonl:clips/clips.jsonl[:20]' [--task vqa] [--init MODEL]
 
-It reads 8 frames of each video (`--data.frames`), in training a random one of each eighth. The
-model encodes them one by one, as images, and the decoder is told which frame is which. So `--init`
-takes any image model, and nothing of it is lost; a model of videos brings its own way to read them.
-`--task` and the learning rate are those of `configs/folder.py`.
+It reads 8 frames of each video, in training a random one of each eighth. For more, set FRAMES here,
+or both `--data.frames` and `--model.vision.video.frames`. The model encodes them one by one, as
+images, and the decoder is told which frame is which. So `--init` takes any image model with
+cross-attention, and nothing of it is lost; a video model brings its own way to read videos, made
+for its own number of frames. `--task` and the learning rate are as in `configs/folder.py`.
 
-The paper's tubes instead, which the encoder sees at once, are one line here, for the model's patch
-size: `VideoConfig(frames=16, patch_stride=16, tubes=paper_tubes(16, patch_size=8))`.
+The paper's tubes, which the encoder sees all at once, are one other line here, with the patch size
+of the model: `video=VideoConfig(frames=FRAMES, patch_stride=FRAMES, tubes=paper_tubes(FRAMES, 8))`,
+and `from mammut.models.video import paper_tubes`.
 """
 
 from mammut.config import (
