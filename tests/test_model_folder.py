@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -21,9 +22,10 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import mammut
-from mammut.config import MeshConfig
+from mammut.config import MeshConfig, VideoConfig
 from mammut.core import sharding
 from mammut.data.tokenizer import MissingTokenizer
+from mammut.data.video import VideoTransform
 from mammut.models.compute import ComputeConfig
 from mammut.models.flops import num_params
 from mammut.testing import tiny_batch, tiny_config, tiny_model, tiny_processor
@@ -538,6 +540,32 @@ def test_the_card_promises_what_the_model_can_do(tmp_path, change, tags, family)
     card = (tmp_path / "README.md").read_text()
     assert {tag for tag in ("image-text-retrieval", "image-captioning") if tag in card} == tags
     assert ("of the MaMMUT family" in card) == family
+
+
+@pytest.mark.parametrize(("settings", "transform", "row"), [
+    (None, None, None),
+    (None, VideoTransform(4), "4 frames of each, from its whole length; frames one by one"),
+    (VideoConfig(mode="frames"), VideoTransform(4, 2.5),
+     "4 frames of each, 2.5 a second; frames one by one"),
+    (VideoConfig(frames=4, patch_stride=2), VideoTransform(4),
+     "4 frames of each, from its whole length; 4 frames at once: patches, 2 frames apart"),
+    (VideoConfig(mode="frames"), None, "frames one by one"),
+])  # fmt: skip
+def test_the_card_of_a_model_of_videos_reads_one(tmp_path, settings, transform, row):
+    vision = dataclasses.replace(tiny_config().vision, video=settings)
+    config = dataclasses.replace(tiny_config(), vision=vision)
+    processor = tiny_processor()
+    processor.video = transform
+    write_card(tmp_path, config, processor)
+    card = (tmp_path / "README.md").read_text()
+    assert [line for line in card.splitlines() if line.startswith("| video")] == (
+        [] if row is None else [f"| video | {row} |"]
+    )
+    (use,) = re.findall(r"^\w+_embed = .*$", card, re.MULTILINE)
+    if transform is None:
+        assert use == 'image_embed = model.encode_image(processor(images=["photo.jpg"])["image"])'
+        return
+    assert use == 'video_embed = model.encode_video(processor(images=["clip.mp4"])["image"])'
 
 
 def test_a_card_that_somebody_else_wrote_is_left_alone(folder):

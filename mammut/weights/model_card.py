@@ -12,6 +12,7 @@ from mammut.data.processor import Processor
 from mammut.models.compute import ComputeConfig
 from mammut.models.flops import num_params
 from mammut.models.mammut import ModelConfig
+from mammut.models.video import VideoConfig
 from mammut.weights.formats.mammut_run import RUN_FILE
 
 _MARK = "library_name: mammut"
@@ -45,9 +46,10 @@ def write_card(
             "A vision-language model of the MaMMUT family (arXiv 2303.16839): "
             "one image encoder, one text decoder."
         )
-    use = 'image_embed = model.encode_image(processor(images=["photo.jpg"])["image"])'
+    seen, file = ("image", "photo.jpg") if processor.video is None else ("video", "clip.mp4")
+    use = f'{seen}_embed = model.encode_{seen}(processor(images=["{file}"])["image"])'
     if not retrieves:
-        use = 'captions = mammut.caption(model, processor, ["photo.jpg"])'
+        use = f'captions = mammut.caption(model, processor, ["{file}"])'
     sight = f"{text.num_cross_layers} see the image"
     if config.num_prefix_tokens:
         sight = f"an image is {config.num_prefix_tokens} positions before the text"
@@ -78,7 +80,7 @@ def write_card(
         f"| parameters | {num_params(config)['total']:,} |",
         f"| image | {vision.image_size} x {vision.image_size} pixels ({processor.image.mode}), "
         f"{vision.summary} |",
-        *([f"| video | {vision.video.summary} |"] if vision.video else []),
+        *_video(config, processor),
         f"| text | up to {processor.max_length} tokens of {text.vocab_size:,} "
         f"({processor.tokenizer.kind}); {text.text_only_depth + text.depth} layers "
         f"of width {text.width}; {sight} |",
@@ -90,6 +92,22 @@ def write_card(
     ]
     with replacing_file(path) as new:
         new.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _video(config: ModelConfig, processor: Processor) -> list[str]:
+    """Makes the table row that says how videos are read.
+
+    There is none for a model that is about images alone.
+    """
+    settings = config.vision.video
+    transform = processor.video
+    if settings is None and transform is None:
+        return []
+    parts = [(settings or VideoConfig(mode="frames")).summary]
+    if transform is not None:
+        of = "from its whole length" if transform.fps is None else f"{transform.fps:g} a second"
+        parts.insert(0, f"{transform.frames} frames of each, {of}")
+    return [f"| video | {'; '.join(parts)} |"]
 
 
 def _training(path: pathlib.Path) -> list[str]:
