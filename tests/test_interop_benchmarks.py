@@ -17,8 +17,10 @@ import PIL.ImageFile
 import pytest
 from embedding_recall import embedding_recall
 from flax import nnx
+from video_files import marked, save
 
 import mammut
+from mammut.data.video import Clip, VideoTransform
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import generate
 from mammut.testing import tiny_config, tiny_model, tiny_processor
@@ -701,3 +703,146 @@ def test_multiple_choice_takes_the_likeliest_choice(speaker, make_task, model, p
         assert acc == (np.argmax(scores) == 0)
         right += acc
     assert 0 < right < 11
+
+
+# ---- lmms-eval, videos
+
+CLIPS = [[marked(number) for number in range(start, start + 6)] for start in (0, 90, 170)]
+QUESTIONS = ["one red", "", "green"]
+ONE_VIDEO = {"task_type": "video", "sample_frames": 32}
+
+
+@pytest.fixture(scope="module")
+def watcher(lmms, model, processor, tmp_path_factory):
+    """The adapter, reading 3 frames; its task's documents are paths of clips."""
+    pytest.importorskip("av", reason="PyAV, which writes and reads the clips, is not installed")
+    folder = tmp_path_factory.mktemp("clips")
+    watcher = lmms.LmmsEvalModel(model, processor, batch_size=4, frames=3)
+    names = ["a.mp4", "b.mkv", "c.avi"]
+    paths = [save(folder, name, frames=clip) for name, clip in zip(names, CLIPS, strict=True)]
+    watcher.task_dict["drawings"] = {"test": [str(path) for path in paths]}
+    return watcher
+
+
+@pytest.fixture(scope="module")
+def of_three_frames(model, processor):
+    """A processor of videos of three frames."""
+    video = VideoTransform(3)
+    return mammut.Processor(processor.tokenizer, processor.image, processor.max_length, video=video)
+
+
+def test_videos_are_answered_as_by_answer(watcher, model, of_three_frames):
+    paths = watcher.task_dict["drawings"]["test"]
+    expected = mammut.answer(model, of_three_frames, paths, QUESTIONS)
+    assert len(set(expected)) == 3
+    for visual in (lambda path: [path], lambda path: path, lambda path: [Clip(path)]):
+        assert ask(watcher, QUESTIONS, GREEDY, visual=visual) == expected
+
+
+def frames_of(path):
+    """The clip of a path, as frames that Pillow holds."""
+    return [PIL.Image.fromarray(frame) for frame in CLIPS["abc".index(pathlib.Path(path).stem)]]
+
+
+def test_frames_are_one_video_where_the_task_says_so(watcher, model, of_three_frames):
+    clips = [frames_of(path) for path in watcher.task_dict["drawings"]["test"]]
+    expected = mammut.answer(model, of_three_frames, clips, QUESTIONS)
+    nested = (lambda path: [frames_of(path)], lambda path: [np.stack(frames_of(path))])
+    for visual in nested:
+        assert ask(watcher, QUESTIONS, GREEDY, visual=visual) == expected
+    given = requests("generate_until", QUESTIONS, [GREEDY] * 3, frames_of)
+    for missing in ({}, {"task_type": "video"}, ONE_VIDEO | {"task_type": "image"}):
+        given[0].metadata = {"task": "drawings", "doc_id": 0, "repeats": 1, **missing}
+        with pytest.raises(ValueError, match="comes with 6 images, expected one, or in the task's"):
+            watcher.generate_until(given[:1])
+    for request in given:
+        request.metadata |= ONE_VIDEO
+    assert watcher.generate_until(given) == expected
+
+
+def test_the_frames_are_the_processors_where_no_number_is_given(lmms, model, of_three_frames):
+    by_processor = lmms.LmmsEvalModel(model, of_three_frames, batch_size=4)
+    by_processor.task_dict["drawings"] = {"test": CLIPS}
+    expected = mammut.answer(model, of_three_frames, CLIPS, QUESTIONS)
+    assert ask(by_processor, QUESTIONS, GREEDY) == expected
+
+
+def test_a_gif_is_a_video_by_its_path_and_a_picture_in_a_data_set(
+    watcher, model, processor, of_three_frames, tmp_path
+):
+    path = tmp_path / "a.gif"
+    first, *others = frames_of("a")
+    first.save(path, save_all=True, append_images=others)
+    moving = ask(watcher, QUESTIONS, GREEDY, visual=lambda _: [str(path)])
+    assert moving == mammut.answer(model, of_three_frames, [path] * 3, QUESTIONS)
+    still = ask(watcher, QUESTIONS, GREEDY, visual=lambda _: [PIL.Image.open(path)])
+    assert still == mammut.answer(model, processor, [path] * 3, QUESTIONS) != moving
+
+
+def test_tasks_of_videos_and_of_pictures_are_scored_together(
+    watcher, speaker, model, of_three_frames, pictures
+):
+    """lmms-eval hands over the requests of all tasks at once."""
+    watcher.task_dict["photos"] = {"test": pictures}
+
+    def mixed(kind, seconds):
+        """A photo after each video."""
+        videos, photos = (requests(kind, QUESTIONS, seconds) for _ in range(2))
+        for request in photos:
+            request.arguments = (*request.args[:4], "photos", "test")
+        return [request for pair in zip(videos, photos, strict=True) for request in pair]
+
+    found = watcher.generate_until(mixed("generate_until", [GREEDY] * 3))
+    paths = watcher.task_dict["drawings"]["test"]
+    assert found[::2] == mammut.answer(model, of_three_frames, paths, QUESTIONS)
+    assert found[1::2] == ask(speaker, QUESTIONS, GREEDY) != found[::2]
+
+    said = [" circle", " one blue square", "left"]
+    found = watcher.loglikelihood(mixed("loglikelihood", said))
+    assert found[1::2] == speaker.loglikelihood(requests("loglikelihood", QUESTIONS, said))
+    tokenizer = of_three_frames.tokenizer
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in QUESTIONS]
+    tokens = np.full((3, 12), 7, np.int32)  # what follows changes nothing
+    for row, (prompt, text) in enumerate(zip(prompts, said, strict=True)):
+        ids = prompt + tokenizer.encode(text)
+        tokens[row, : len(ids)] = ids
+    graphdef, params = nnx.split(model)
+    logits_of = jax.jit(lambda params, *args: nnx.merge(graphdef, params).caption_logits(*args))
+    logits = logits_of(params, of_three_frames(images=paths)["image"], tokens)
+    logprobs = np.asarray(jax.nn.log_softmax(logits[..., : tokenizer.vocab_size]))
+    for row, (prompt, text) in enumerate(zip(prompts, said, strict=True)):
+        ids = tokenizer.encode(text)
+        own = logprobs[row, np.arange(len(ids)) + len(prompt) - 1, ids]
+        assert found[2 * row][0] == pytest.approx(-own.sum(), abs=1e-4)
+
+
+def test_a_task_of_videos_and_pictures_is_refused(watcher, pictures):
+    paths = watcher.task_dict["drawings"]["test"]
+    for first, second, own in ((paths[0], pictures[0], "pict"), (pictures[0], paths[0], "vid")):
+        visual = lambda path: [first if path == paths[0] else second]  # noqa: B023, E731
+        with pytest.raises(ValueError, match=f"document 1 of task 'drawings' comes with a {own}"):
+            ask(watcher, QUESTIONS, GREEDY, visual=visual)
+        with pytest.raises(ValueError, match="expected videos alone or pictures alone"):
+            watcher.loglikelihood(requests("loglikelihood", QUESTIONS, [" red"] * 3, visual=visual))
+
+
+def test_a_video_that_cannot_be_read_is_named(watcher, tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"\0" * 64)
+    with pytest.raises(mammut.BadVideo, match="video .*a.mp4 is"):
+        ask(watcher, QUESTIONS, GREEDY, visual=lambda _: [str(path)])
+    with pytest.raises(mammut.BadImage, match="image is of type dict, expected"):
+        ask(watcher, QUESTIONS, GREEDY, visual=lambda _: [{"video_path": str(path)}])
+
+
+def test_the_number_of_frames_is_a_model_argument(
+    lmms, tmp_path, model, processor, of_three_frames
+):
+    mammut.save(tmp_path, model, processor)
+    make = lmms.LmmsEvalModel.create_from_arg_string
+    made = make(f"pretrained={tmp_path},frames=3", {"batch_size": 4})
+    made.task_dict["drawings"] = {"test": CLIPS}
+    expected = mammut.answer(model, of_three_frames, CLIPS, QUESTIONS)
+    assert ask(made, QUESTIONS, GREEDY) == expected
+    with pytest.raises(ValueError, match="frames is 0, expected a whole number from 1"):
+        make(f"pretrained={tmp_path},frames=0")

@@ -4,11 +4,14 @@
     lmms_eval.evaluator.simple_evaluate(model, tasks=["vqav2_val_lite"])
 
 With `manifest` in the entry-point group `lmms_eval.models`, its command line takes
-`--model mammut --model_args pretrained=runs/vqa --batch_size 32`.
+`--model mammut --model_args pretrained=runs/vqa --batch_size 32`; for videos of 16 frames,
+`--model_args pretrained=runs/msrvtt,frames=16`.
 """
 
+import copy
 import dataclasses
 import functools
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +27,7 @@ from lmms_eval.utils import simple_parse_args_string
 
 import mammut.weights.model_folder
 from mammut.data.processor import Processor
+from mammut.data.video import Clip, VideoTransform, is_animation, is_video
 from mammut.generation.rows import require_numbers
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import generate_text
@@ -31,24 +35,40 @@ from mammut.models.mammut import MaMMUT
 
 
 class LmmsEvalModel(lmms):
-    """Answers requests of one image and one question each.
+    """Answers requests of one image or video and one question each.
 
     The answers are in the order of the requests.
+
+    A task's images are videos if they are what lmms-eval's own models read as one: the path of a
+    video or of a folder of frames, a list of frames inside of the task's list, uint8[N, height,
+    width, 3]; or the task's list itself, where the task's metadata hold `task_type: video` and
+    `sample_frames`. Without these two, several images are several images, which are refused. The
+    times of the frames are those of `VideoTransform`, not `sample_frames` or lmms-eval's own.
 
     Args:
       batch_size: requests at a time; the last batch is padded to it.
       prompt: the text that the model continues, {} in place of the task's question. Use "" for a
         model that captions: it would take a task's instruction for the beginning of a caption.
+      frames: frames that are read of each video; None: those of `Processor.video`, by default 8.
     """
 
     def __init__(
-        self, model: MaMMUT, processor: Processor, batch_size: int = 32, prompt: str = "{}"
+        self,
+        model: MaMMUT,
+        processor: Processor,
+        batch_size: int = 32,
+        prompt: str = "{}",
+        frames: int | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         super().__init__()
+        video = processor.video or VideoTransform()
+        if frames is not None:
+            video = dataclasses.replace(video, frames=frames)
         self._model = model
-        self._processor = processor
+        self._processor = copy.copy(processor)
+        self._processor.video = video
         self._batch_size = batch_size
         self._prompt = prompt
         self._max_length = model.config.text_length
@@ -57,17 +77,19 @@ class LmmsEvalModel(lmms):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: dict | None = None
     ) -> "LmmsEvalModel":
-        """Loads the model of `--model_args pretrained=FOLDER[,prompt=TEXT]` and `--batch_size`.
+        """Loads the model of `--model_args` and `--batch_size`.
 
-        JAX chooses the device.
+        The model's arguments are pretrained=FOLDER[,prompt=TEXT][,frames=N]. JAX chooses the
+        device.
 
         Raises:
           ValueError: there are other arguments, or the folder cannot be read.
         """
         arguments = simple_parse_args_string(arg_string)
-        if not {"pretrained"} <= set(arguments) <= {"pretrained", "prompt"}:
+        if not {"pretrained"} <= set(arguments) <= {"pretrained", "prompt", "frames"}:
             raise ValueError(
-                f"model_args name {sorted(arguments)}, expected pretrained and perhaps prompt"
+                f"model_args name {sorted(arguments)}, expected pretrained and perhaps prompt and "
+                "frames"
             )
         batch_size = str((additional_config or {}).get("batch_size") or 32)
         if not batch_size.isdigit():
@@ -85,14 +107,17 @@ class LmmsEvalModel(lmms):
         repeats of one request differ.
 
         Raises:
-          ValueError: a request does not have one image, its prompt leaves no room for a text, or
-            its kwargs contradict each other.
+          ValueError: a request does not have one image or video, a task has both, a prompt leaves
+            no room for a text, or the kwargs contradict each other.
         """
         configs = [_generate_config(request.args[1]) for request in requests]
+        moving, read = self._moving(requests)
+        kinds = list(zip(configs, moving, strict=True))
         texts = [""] * len(requests)
-        for config in dict.fromkeys(configs):
-            positions = [position for position, own in enumerate(configs) if own == config]
-            images = _Images(self._image, [requests[position] for position in positions])
+        for config, moves in dict.fromkeys(kinds):
+            positions = [n for n, own in enumerate(kinds) if own == (config, moves)]
+            image_of = functools.partial(self._image, moves=moves, read=read)
+            images = _Images(image_of, [requests[position] for position in positions])
             prompts = [self._prompt_of(requests[position]) for position in positions]
             generated = generate_text(
                 self._model, self._processor, images, prompts, config, batch_size=self._batch_size
@@ -112,14 +137,27 @@ class LmmsEvalModel(lmms):
         (its issue 370).
 
         Raises:
-          ValueError: a request does not have one image, its continuation is empty, or both texts
-            together are too long.
+          ValueError: a request does not have one image or video, a task has both, a continuation
+            is empty, or both texts together are too long.
         """
+        moving, read = self._moving(requests)
+        results: dict[int, tuple[float, bool]] = {}
+        for moves in dict.fromkeys(moving):
+            positions = [position for position, own in enumerate(moving) if own == moves]
+            scored = self._scored([requests[n] for n in positions], moves, read)
+            results |= zip(positions, scored, strict=True)
+        return [results[position] for position in range(len(requests))]
+
+    def _scored(
+        self, requests: list[Instance], moves: bool, read: dict[int, Any]
+    ) -> list[tuple[float, bool]]:
+        """Scores requests that are all about videos, or all about pictures."""
         results = []
         split = nnx.split(self._model)
         for start in range(0, len(requests), self._batch_size):
             chunk = requests[start : start + self._batch_size]
-            image = self._processor(images=[self._image(request) for request in chunk])["image"]
+            images = [self._image(request, moves, read) for request in chunk]
+            image = self._processor(images=images)["image"]
             prompts, texts = zip(*map(self._prompt_and_continuation, chunk))
             tokens = np.full((len(chunk), self._max_length), self._processor.pad_id, np.int32)
             for row, ids in enumerate(prompt + text for prompt, text in zip(prompts, texts)):
@@ -139,7 +177,7 @@ class LmmsEvalModel(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Raises NotImplementedError: the model holds no conversation."""
         raise NotImplementedError(
-            "a MaMMUT answers one question about one image, it holds no conversation"
+            "a MaMMUT answers one question about one image or video, it holds no conversation"
         )
 
     def _prompt_of(self, request: Instance) -> str:
@@ -165,16 +203,55 @@ class LmmsEvalModel(lmms):
         _, _, _, doc_id, task, split = request.args
         return self.task_dict[task][split][doc_id]
 
-    def _image(self, request: Instance) -> Any:
-        document = self._document(request)
-        visuals = request.args[2](document)
+    def _visual(self, request: Instance) -> Any:
+        """Returns the request's image; a video as a Clip."""
+        visuals = request.args[2](self._document(request))
         if visuals is None:
             visuals = []
         elif not isinstance(visuals, list):
             visuals = [visuals]
+        one_video = len(visuals) == 1 and is_video(visuals[0])
+        if visuals and not one_video and _lists_frames(request):
+            return Clip(visuals)
         if len(visuals) != 1:
-            raise ValueError(f"{_name(request)} comes with {len(visuals)} images, expected one")
-        return visuals[0]
+            raise ValueError(
+                f"{_name(request)} comes with {len(visuals)} images, expected one, or in the "
+                "task's metadata task_type video and sample_frames, for frames of a video"
+            )
+        (visual,) = visuals
+        # A picture comes as one of Pillow: what has a path is moving.
+        is_path = isinstance(visual, str | os.PathLike)
+        if is_video(visual) or (is_path and is_animation(visual)):
+            return visual if isinstance(visual, Clip) else Clip(visual)
+        return visual
+
+    def _moving(self, requests: list[Instance]) -> tuple[list[bool], dict[int, Any]]:
+        """Tells which requests are about videos, by the first document of each task.
+
+        To read all documents for it would decode all pictures twice. Returns also the images that
+        were read, by the ids of their requests.
+        """
+        moving: dict[tuple, bool] = {}
+        read: dict[int, Any] = {}
+        for request in requests:
+            source = request.args[4:]  # task and split
+            if source not in moving:
+                read[id(request)] = self._visual(request)
+                moving[source] = isinstance(read[id(request)], Clip)
+        return [moving[request.args[4:]] for request in requests], read
+
+    def _image(self, request: Instance, moves: bool, read: dict[int, Any]) -> Any:
+        """Returns the Clip or the pixels of a request; takes it out of `read` if it is there."""
+        known = id(request) in read
+        visual = read.pop(id(request)) if known else self._visual(request)
+        if isinstance(visual, Clip) != moves:
+            own, other = ("picture", "video") if moves else ("video", "picture")
+            raise ValueError(
+                f"{_name(request)} comes with a {own} and the task's first document with a "
+                f"{other}, expected videos alone or pictures alone"
+            )
+        # A GIF that a data set holds as a picture is none of the processor's videos.
+        return visual if moves else self._processor.image(visual)
 
 
 class _Images(Sequence):
@@ -203,6 +280,12 @@ def manifest() -> ModelManifest:
 
 def _name(request: Instance) -> str:
     return f"document {request.doc_id} of task {request.task_name!r}"
+
+
+def _lists_frames(request: Instance) -> bool:
+    """Whether a request's images are the frames of one video, as LLaVA-OneVision reads them."""
+    metadata = request.metadata
+    return metadata.get("task_type") == "video" and "sample_frames" in metadata
 
 
 def _cut(text: str, stops: str | list[str] | None) -> str:
