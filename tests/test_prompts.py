@@ -9,12 +9,14 @@ import pytest
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prefix_models import IMAGES, prefix_model, prefix_processor
+from prefix_models import IMAGES, prefix_config, prefix_model, prefix_processor
 
 import mammut
+from mammut.data.video import Clip, VideoTransform
 from mammut.generation.interleaved import (
     encode_prompt,
     generate_interleaved,
+    interleave,
     padded_size,
     prompt_batch,
 )
@@ -218,6 +220,87 @@ def test_what_is_no_prompt_is_refused_in_one_sentence(model, processor, prompt, 
     assert "\n" not in str(error.value) and not re.search(r"\. [A-Z]", str(error.value))
 
 
+# Videos
+
+CLIPS = IMAGES.reshape(2, 3, 16, 16, 3)
+
+
+@pytest.fixture(scope="module")
+def video_model():
+    """A video is two tokens, the means of those of its frames, as an image is."""
+    model = tiny_model(dataclasses.replace(prefix_config(), prefix_tokens=2, prefix_norm=False))
+    model.text.token_embed.embedding[...] *= 3
+    return model
+
+
+@pytest.fixture(scope="module")
+def video_processor(processor):
+    """It reads three frames."""
+    video = VideoTransform(3)
+    return mammut.Processor(processor.tokenizer, processor.image, processor.max_length, video=video)
+
+
+def test_a_video_is_the_prefix_that_the_model_makes_of_it(video_model, video_processor):
+    """Told as arrays, as lists of frames and as a Clip, against one pass over all embeddings."""
+    prompts = [
+        ["one", CLIPS[0], "Q: what? A: red", list(CLIPS[1]), "Q: where? A:"],
+        [Clip(CLIPS[1]), "Q: where? A:", CLIPS[0], "one red", "Q: what? A:"],
+    ]
+    order = [(0, 1), (1, 0)]
+    two = GenerateConfig(max_new_tokens=2)
+    found = mammut.generate_prompts(video_model, video_processor, prompts, two)
+
+    graphdef, params = nnx.split(video_model)
+    seen = jax.jit(lambda params: nnx.merge(graphdef, params).image_tokens(CLIPS).tokens)(params)
+    assert seen.shape == (2, 2, 48)
+    words = np.asarray(video_model.text.token_embed.embedding[...])
+
+    @jax.jit
+    def next_logprobs(params, embeddings):
+        text = nnx.merge(graphdef, params).text
+        logits = text.logits(text.causal_pass(embeddings[None]))[0, :, :vocab_size]
+        return jax.nn.log_softmax(logits)
+
+    vocab_size = video_processor.vocab_size
+    for prompt, clips, one in zip(prompts, order, found, strict=True):
+        clips = iter(clips)
+        parts = [
+            words[video_processor.tokenizer.encode(piece)]
+            if isinstance(piece, str)
+            else np.asarray(seen[next(clips)])
+            for piece in prompt
+        ]
+        expected = np.concatenate(parts)
+        encoded = [encode_prompt(prompt, video_processor, 2)]
+        arrays = tuple(video_processor(images=encoded[0].images)["image"])
+        encoded = [dataclasses.replace(encoded[0], images=arrays)]
+        batch = prompt_batch(encoded, len(expected), (3, 16, 16, 3))
+        np.testing.assert_allclose(
+            jax.jit(interleave)(video_model, *batch[:3])[0], expected, atol=1e-5
+        )
+        padded = np.pad(expected, ((0, 64 - len(expected)), (0, 0)))
+        best = next_logprobs(params, padded)[len(expected) - 1].max()
+        np.testing.assert_allclose(one.token_logprobs[0], best, atol=2e-4)
+    assert abs(found[0].logprob - found[1].logprob) > 1e-2
+
+
+def test_prompts_of_videos_and_of_pictures_share_no_batch(
+    without_a_search, video_model, video_processor
+):
+    prompts = [[CLIPS[0], "one"], [IMAGES[0], "one"], ["one", CLIPS[1]], ["one blue"]]
+    texts = mammut.generate_prompts(video_model, video_processor, prompts, TEN)
+    assert len(texts) == 4
+    with pytest.raises(ValueError, match="prompt 1 has 1 videos among its 2 images, expected vid"):
+        mammut.generate_prompts(video_model, video_processor, [["a"], [CLIPS[0], IMAGES[0]]], TEN)
+
+
+def test_a_prefix_as_long_as_the_video_is_refused(model, processor, video_processor):
+    for own, frames in ((processor, 8), (video_processor, 3)):
+        message = f"prompt 1 has an image that is a video of {frames} frames, which has no place in"
+        with pytest.raises(ValueError, match=message):
+            mammut.generate_prompts(model, own, [["a"], [CLIPS[0], "one"]], TEN)
+
+
 def test_a_space_before_an_image_is_none_at_the_end(processor):
     assert len(encode_prompt(["one ", IMAGES[0]], processor, 4)) > 4
 
@@ -279,7 +362,8 @@ def test_any_list_of_prompts_of_any_lists_is_one(without_a_search, model, proces
 
 PIECES = (
     st.sampled_from(list(IMAGES)) | st.text(max_size=4) | st.none() | st.integers() | st.binary()
-)
+    | st.just(IMAGES) | st.just([IMAGES[0]]) | st.just([])
+)  # fmt: skip
 
 
 @settings(

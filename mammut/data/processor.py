@@ -208,7 +208,7 @@ class Processor:
         size = self.image.image_size
         arrays, places = [], {}  # the first place of a picture and of a video
         for place, image in enumerate(images):
-            moves = is_video(image) or (self.video is not None and is_animation(image))
+            moves = self.reads_video(image)
             places.setdefault(moves, place)
             if len(places) == 2:
                 raise ValueError(
@@ -218,6 +218,10 @@ class Processor:
             arrays.append(video(image, self.image) if moves else self.image(image))
         shape = (video.frames, size, size, 3) if True in places else (size, size, 3)
         return np.array(arrays, np.uint8).reshape(-1, *shape)
+
+    def reads_video(self, image: Any) -> bool:
+        """Tells whether a call reads an image as a video; see there."""
+        return is_video(image) or (self.video is not None and is_animation(image))
 
     def read(self, image: Any) -> UInt8[np.ndarray, "*T height width 3"]:
         """Reads the image of an example of a set, as at inference.

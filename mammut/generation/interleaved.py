@@ -6,6 +6,10 @@ As in MAGMA (arXiv 2112.05253, section 3), an image becomes embeddings that the 
 text becomes the embeddings of its ids. All of them in order, with no start or end token between
 them, are the prefix of the generated text.
 
+Videos may stand in place of the images of a prompt, for a model whose prefix of a video is as long
+as that of an image: with `ModelConfig.prefix_tokens`, of the pooled video, or with an encoder of
+tubes whose pooling is "queries".
+
 The prompts of a batch may differ in length and in their number of images: shorter prompts have pads
 in front. Nothing attends to a pad, and a pad does not count as a position, so that a prompt's text
 does not depend on the other prompts.
@@ -24,10 +28,13 @@ from jaxtyping import Bool, Float, Int, Int32, Key, UInt8
 
 from mammut.core.typing import Array
 from mammut.data.processor import Processor, as_images
+from mammut.data.video import VideoTransform
 from mammut.generation.rows import GeneratedRow, Row, checked_numbers, generate_rows, row_keys
 from mammut.generation.search import GenerateConfig, Generation
 from mammut.generation.text import Text, generate_after, require_same_vocabulary, text_of
+from mammut.models.compute import Augment
 from mammut.models.mammut import MaMMUT, ModelConfig
+from mammut.models.requirements import require_video
 
 # Columns of the prompt in the generated tokens: the start token. The prompt itself is the prefix.
 START_LENGTH = 1
@@ -37,7 +44,7 @@ START_LENGTH = 1
 class EncodedPrompt:
     """A prompt as token ids and images: n positions."""
 
-    images: tuple[Any, ...]
+    images: tuple[Any, ...]  # pictures, or videos
     tokens: Int32[np.ndarray, " n"]  # 0 where an image stands
     # the row of each position in the embeddings of the prompt's images; -1 where a text stands
     image_row: Int32[np.ndarray, " n"]
@@ -47,10 +54,10 @@ class EncodedPrompt:
 
 
 def encode_prompt(pieces: Sequence[Any], processor: Processor, image_tokens: int) -> EncodedPrompt:
-    """Encodes a list of texts (str) and images (anything else).
+    """Encodes a list of texts (str) and images or videos (anything else).
 
-    An image takes `image_tokens` positions. Each text is encoded by itself, as it is: if the
-    vocabulary marks words by the space in front, a piece has to bring that space.
+    An image or a video takes `image_tokens` positions. Each text is encoded by itself, as it is: if
+    the vocabulary marks words by the space in front, a piece has to bring that space.
 
     Raises:
       ValueError: `pieces` is not a list or tuple, is empty, or ends in a space. The message is the
@@ -141,9 +148,9 @@ def padded_size(n: int) -> int:
 
 
 def prompt_batch(
-    prompts: Sequence[EncodedPrompt], size: int, image_shape: tuple[int, int, int]
+    prompts: Sequence[EncodedPrompt], size: int, image_shape: tuple[int, ...]
 ) -> tuple[
-    UInt8[np.ndarray, "B M height width 3"],
+    UInt8[np.ndarray, "B M *T height width 3"],
     Int32[np.ndarray, "B P"],
     Int32[np.ndarray, "B P"],
     Bool[np.ndarray, "B P"],
@@ -153,7 +160,8 @@ def prompt_batch(
     It is image, tokens, image_row, valid.
 
     P is `size`; pads stand in front. M is the largest number of images in a prompt, padded to one
-    of few sizes; images that a prompt does not have are black.
+    of few sizes; images that a prompt does not have are black. `image_shape` is (height, width, 3),
+    of videos (T, height, width, 3).
     """
     count = padded_size(max(len(prompt.images) for prompt in prompts))
     image = np.zeros((len(prompts), count, *image_shape), np.uint8)
@@ -170,14 +178,14 @@ def prompt_batch(
 
 def interleave(
     model: MaMMUT,
-    image: UInt8[Array, "B M height width 3"],
+    image: UInt8[Array, "B M *T height width 3"],
     tokens: Int[Array, "B P"],
     image_row: Int[Array, "B P"],
 ) -> Float[Array, "B P D"]:
     """Computes the embeddings of prompts, float[B, P, D].
 
     Args:
-      image: the M images of each prompt.
+      image: the M images or videos of each prompt.
       tokens: the token at each position that is not an image's.
       image_row: the row of each position in the embeddings of the prompt's images, one image after
         the other; -1 for a token.
@@ -194,7 +202,7 @@ def interleave(
 
 def generate_interleaved(
     model: MaMMUT,
-    image: UInt8[Array, "B M height width 3"],
+    image: UInt8[Array, "B M *T height width 3"],
     tokens: Int[Array, "B P"],
     image_row: Int[Array, "B P"],
     valid: Bool[Array, "B P"],
@@ -234,8 +242,9 @@ def generate_prompts(
     """Generates the best text after each prompt of images and texts.
 
     A str is a text; an image is anything else that `processor` reads: an array, a PIL image, a
-    `pathlib.Path`, bytes. A prompt may have any number of each in any order. See `encode_prompt`;
-    `generate_text` is for one image and one text.
+    `pathlib.Path`, bytes; or a video, which `Processor.__call__` tells from a picture. A prompt may
+    have any number of each in any order. See `encode_prompt`; `generate_text` is for one image and
+    one text.
 
     Prompts of one size run together. Set `config.max_new_tokens`: prompts are then padded to few
     sizes, so that few programs are compiled. If it is None they are not padded, since pads would
@@ -249,8 +258,9 @@ def generate_prompts(
 
     Raises:
       ValueError: the model sees images by cross-attention; a prompt is not a list, is empty, ends
-        in a space, or is longer than `DecoderConfig.max_length` less `config.max_new_tokens`; an
-        image cannot be read; `processor` is not the model's; or the model's logits are not numbers.
+        in a space, has videos beside pictures or that the model does not read, or is longer than
+        `DecoderConfig.max_length` less `config.max_new_tokens`; an image cannot be read;
+        `processor` is not the model's; or the model's logits are not numbers.
 
     Example:
       >>> prompt = [cat, "Q: what is it? A: a cat", dog, "Q: what is it? A:"]
@@ -263,22 +273,24 @@ def generate_prompts(
     room = prompt_room(model.config, config.max_new_tokens)
 
     encoded = _encode_all(prompts, model.config, processor, room)
-    by_size: dict[int, list[int]] = {}
+    by_shape: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for number, prompt in enumerate(encoded):
         size = len(prompt)
         if config.max_new_tokens is not None:
             size = min(padded_size(size), room)
-        by_size.setdefault(size, []).append(number)
+        shape = size, _image_shape(prompt, processor)
+        by_shape.setdefault(shape, []).append(number)
 
     graphdef, params = nnx.split(model)
-    image_shape = (processor.image.image_size, processor.image.image_size, 3)
     ids = {
         "bos_id": processor.bos_id,
         "eos_id": processor.eos_id,
         "vocab_size": processor.vocab_size,
     }
 
-    def generated(size: int, numbers: list[int]) -> Iterator[GeneratedRow]:
+    def generated(
+        size: int, image_shape: tuple[int, ...], numbers: list[int]
+    ) -> Iterator[GeneratedRow]:
         def run(rows: list[Row]) -> Generation:
             batch = prompt_batch([row.prompt for row in rows], size, image_shape)
             keys = row_keys(rows, config, seed)
@@ -290,8 +302,8 @@ def generate_prompts(
         return generate_rows(rows, run, processor, batch_size=own_batch_size)
 
     texts: dict[int, Text] = {}
-    for size, numbers in by_size.items():
-        for number, row in zip(numbers, generated(size, numbers), strict=True):
+    for shape, numbers in by_shape.items():
+        for number, row in zip(numbers, generated(*shape, numbers), strict=True):
             texts[number] = text_of(row)
     return [texts[number] for number in range(len(encoded))]
 
@@ -308,11 +320,40 @@ def _encode_all(
         try:
             prompt = encode_prompt(pieces, processor, config.num_prefix_tokens)
             require_room(len(prompt.images), len(prompt), room, config)
+            _require_videos(prompt, config, processor)
         except ValueError as error:
             raise ValueError(f"prompt {number} {error}") from error
         encoded.append(prompt)
     return encoded
 
 
+def _require_videos(prompt: EncodedPrompt, config: ModelConfig, processor: Processor) -> None:
+    """Checks that the model reads a prompt's videos, if it has any.
+
+    Raises:
+      ValueError: it does not, or there are pictures beside them. The message is the rest of a
+        sentence that begins with the prompt's name.
+    """
+    moving = [processor.reads_video(image) for image in prompt.images]
+    if not any(moving):
+        return
+    if not all(moving):
+        raise ValueError(
+            f"has {sum(moving)} videos among its {len(moving)} images, expected videos alone or "
+            "pictures alone"
+        )
+    frames = _image_shape(prompt, processor)[0]
+    require_video(config, frames, Augment(), "has an image that")
+
+
+def _image_shape(prompt: EncodedPrompt, processor: Processor) -> tuple[int, ...]:
+    """The shape of each image of a prompt: (height, width, 3), of a video (T, height, width, 3)."""
+    size = processor.image.image_size
+    if prompt.images and processor.reads_video(prompt.images[0]):
+        return ((processor.video or VideoTransform()).frames, size, size, 3)
+    return (size, size, 3)
+
+
 def _with_pixels(prompt: EncodedPrompt, processor: Processor) -> EncodedPrompt:
-    return dataclasses.replace(prompt, images=tuple(map(processor.image, prompt.images)))
+    images = processor(images=prompt.images)["image"]
+    return dataclasses.replace(prompt, images=tuple(images))
