@@ -20,8 +20,10 @@ from mammut import presets
 from mammut.config import to_dict
 from mammut.interop import big_vision
 from mammut.models.compute import ComputeConfig
+from mammut.models.layers import unit
 from mammut.models.losses import contrastive_logits, sigmoid_contrastive
 from mammut.models.mammut import MaMMUT
+from mammut.models.video import TubeConfig, VideoConfig
 from mammut.testing import tiny_config, tiny_model, tiny_processor
 from mammut.weights.model_folder import save
 from mammut.weights.opened import model_specs
@@ -124,6 +126,36 @@ def test_one_tower_alone_gives_none_for_the_other():
     both = jax.jit(model.apply)(variables, image, text)
     np.testing.assert_allclose(zimg, both[0], atol=1e-6)
     np.testing.assert_allclose(ztxt, both[1], atol=1e-6)
+
+
+VIDEO = VideoConfig(patch_stride=2, tubes=(TubeConfig((2, 8, 8), (2, 8, 8)),))
+
+
+@pytest.mark.parametrize("video", [None, VIDEO], ids=["frames", "tubes"])
+def test_videos_are_embedded_as_by_the_model(video):
+    """`init` takes their shape, `apply` their pixels, all outputs are theirs."""
+    config = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, video=video))
+    model, ours = big_vision.Model(**to_dict(config)), tiny_model(config)
+    videos = np.random.default_rng(0).uniform(-1, 1, (2, 3, SIZE, SIZE, 3)).astype(np.float32)
+    text = batch()[1][:2]
+    made = jax.eval_shape(lambda: model.init(jax.random.key(0), videos, text))["params"]
+    variables = {"params": params_of(ours)}
+    assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, variables["params"])
+
+    @jax.jit
+    def outputs(variables, ours):
+        zimg, _, out = model.apply(variables, videos, None)
+        tokens, features = model.apply(variables, videos, return_enc_features=True)
+        frames = ours.vision(videos.reshape(6, SIZE, SIZE, 3)).pooled
+        expected = ours.image_tokens(videos)
+        own = ours.vision(videos).pooled if video else frames.reshape(2, 3, -1).mean(1)
+        return zimg, tokens, out["img/pre_logits"], features["pre_logits"], expected, own
+
+    zimg, tokens, pooled, pre_logits, expected, own = outputs(variables, ours)
+    np.testing.assert_allclose(zimg, unit(expected.vector), atol=1e-5)
+    np.testing.assert_allclose(tokens, expected.tokens, atol=1e-5)
+    np.testing.assert_allclose(pooled, own, atol=1e-5)
+    np.testing.assert_allclose(pre_logits, own, atol=1e-5)
 
 
 @pytest.mark.long
@@ -332,12 +364,23 @@ def test_calls_without_a_meaning_are_refused():
         "images are .*expected .* by vision.image_size": lambda: model.init(
             jax.random.key(0), image[:, :8], text
         ),
+        r"images are \[16, 16, 3\], expected .*or videos": lambda: model.init(
+            jax.random.key(0), image[0], text
+        ),
         "texts are .*text.max_length": lambda: model.init(
             jax.random.key(0), image, np.tile(text, 2)
         ),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_videos_that_the_model_does_not_read_are_refused_at_init():
+    prefix = {"cross_attn_every": 0, "max_length": 64, "pooling": "none"}
+    model = big_vision.Model(outputs="logits", **fields(text=prefix, image_projection="decoder"))
+    videos = np.zeros((2, 3, SIZE, SIZE, 3), np.uint8)
+    with pytest.raises(ValueError, match="a video of 3 frames, which has no place in an image pre"):
+        model.init(jax.random.key(0), videos)
 
 
 @pytest.fixture(scope="module")

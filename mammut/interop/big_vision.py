@@ -37,6 +37,8 @@ from mammut.core.fields import from_dict, require, to_dict
 from mammut.models.compute import Augment, AugmentConfig, ComputeConfig
 from mammut.models.layers import unit
 from mammut.models.mammut import MAX_LOGIT_SCALE, MaMMUT, ModelConfig, require_computable
+from mammut.models.requirements import require_video
+from mammut.models.video import reads_tubes
 from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.formats import big_vision as big_vision_weights
 from mammut.weights.model_folder import open_model
@@ -76,8 +78,9 @@ class Model:
     Both take a nested dict of parameters. Parameters are named by their paths in `MaMMUT`.
 
     Images are float, normalised already (`value_range(-1, 1)`, for mean and deviation 0.5), or
-    uint8. Texts are ids without a start and without a mask: pads are the tokens with the id
-    `text.pad_id`, if it is set.
+    uint8; or videos of both, [B, T, height, width, 3], as `MaMMUT.image_tokens` takes them. Texts
+    are ids without a start and without a mask: pads are the tokens with the id `text.pad_id`, if it
+    is set.
 
     Args:
       preset: a function of `mammut.presets`; the fields below change it. None: they change
@@ -135,15 +138,17 @@ class Model:
         `image` and `text` are examples of the inputs of `apply`.
 
         Raises:
-          ValueError: the images are of another size than `vision.image_size`, or the texts longer
-            than the longest.
+          ValueError: the images are of another size than `vision.image_size`, or videos that the
+            model does not read, or the texts longer than the longest.
         """
         size, longest = self.config.vision.image_size, self.config.text_length
-        if tuple(image.shape[1:]) != (size, size, 3):
+        if len(image.shape) not in (4, 5) or tuple(image.shape[-3:]) != (size, size, 3):
             raise ValueError(
                 f"images are {list(image.shape)}, expected [B, {size}, {size}, 3] by "
-                f"vision.image_size"
+                f"vision.image_size, or videos [B, T, {size}, {size}, 3]"
             )
+        if len(image.shape) == 5:
+            require_video(self.config, image.shape[1], self._augment)
         if text is not None and text.shape[1] > longest:
             raise ValueError(
                 f"texts are {list(text.shape)}, expected {longest} tokens at most by "
@@ -178,9 +183,9 @@ class Model:
           Of "embeddings": `zimg` and `ztxt`, float32[B, E] of unit norm, None where not given; and
           a dict with the factor "t" and the summand "b" of the logits, float32[1] each,
           "t/parameter", the logarithm of "t", "img/norm", "img/normalized", the same of "txt", and
-          "img/pre_logits", the encoder's own vector. Of "logits": float32[B, L, V], of every token
-          given those before it. With `return_enc_features`: the image tokens, and a dict with
-          "encoded" and "pre_logits".
+          "img/pre_logits", the encoder's own vector (`_pre_logits`). Of "logits": float32[B, L, V],
+          of every token given those before it. With `return_enc_features`: the image tokens, and a
+          dict with "encoded" and "pre_logits".
 
         Raises:
           ValueError: a combination that has no meaning.
@@ -197,8 +202,8 @@ class Model:
             return method(variables, image) if text is None else method(variables, image, text)
         model = self._merge(variables)
         if return_enc_features:
-            tokens, pooled = model.image_tokens(image).tokens, model.encoder(image).pooled
-            return tokens, {"encoded": tokens, "pre_logits": pooled}
+            tokens = model.image_tokens(image).tokens
+            return tokens, {"encoded": tokens, "pre_logits": _pre_logits(model, image)}
         augment = Augment()
         if train and rngs and self._augment != AugmentConfig():
             key = rngs["dropout"]
@@ -235,6 +240,14 @@ class Model:
         )
 
 
+def _pre_logits(model: MaMMUT, image: Any, augment: Augment = Augment()) -> jax.Array:
+    """Computes the encoder's own vector; of a video that it reads by frames, their mean."""
+    if image.ndim == 4 or reads_tubes(model.config.vision):
+        return model.encoder(image, augment).pooled
+    pooled = model.encoder(image.reshape(-1, *image.shape[2:]), augment).pooled
+    return pooled.reshape(*image.shape[:2], -1).mean(1)
+
+
 def _embeddings(
     model: MaMMUT, image: Any, text: Any, augment: Augment
 ) -> tuple[Any, Any, dict[str, Any]]:
@@ -245,7 +258,7 @@ def _embeddings(
         pooled = model.image_tokens(image, augment).vector
         out["img/norm"] = jnp.linalg.norm(pooled, axis=1, keepdims=True)
         out["img/normalized"] = zimg = unit(pooled)
-        out["img/pre_logits"] = model.encoder(image, augment).pooled
+        out["img/pre_logits"] = _pre_logits(model, image, augment)
     if text is not None:
         tokens = text.astype(jnp.int32)
         pooled = model.text_vector(tokens, jnp.ones(tokens.shape, bool))
