@@ -175,6 +175,22 @@ def test_transform_and_tokenizer_go_to_the_workers_of_a_loader(adapted, pictures
     assert torch.equal(tokenizer(TEXTS), adapted.tokenizer(TEXTS))
 
 
+def test_videos_are_refused(adapted):
+    """CLIP_benchmark has no set of videos."""
+    for video in ("a.mp4", Clip("a.mp4"), CLIPS[0], np.stack(CLIPS[0])):
+        with pytest.raises(mammut.BadImage, match="is a video, expected a picture: CLIP_benchmark"):
+            adapted.transform(video)
+    with pytest.raises(ValueError, match=r"expected uint8\[B, 16, 16, 3\]"):
+        adapted.encode_image(torch.zeros((2, 3, 16, 16, 3), dtype=torch.uint8))
+
+
+def test_a_video_of_torch_is_one(of_three_frames):
+    video, picture = torch.tensor(np.stack(CLIPS[1])), torch.tensor(CLIPS[1][0])
+    found = of_three_frames(images=[video])["image"]
+    np.testing.assert_array_equal(found, of_three_frames(images=[CLIPS[1]])["image"])
+    assert of_three_frames(images=[picture])["image"].shape == (1, 16, 16, 3)
+
+
 def test_the_switches_of_a_torch_module_are_harmless(adapted):
     assert adapted.to("cpu").eval().train().train(False) is adapted
 

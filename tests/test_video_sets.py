@@ -7,6 +7,7 @@ import json
 import shutil
 import tarfile
 
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -19,7 +20,7 @@ from mammut.data.examples import BadExample
 from mammut.data.images import BadImage, ImageTransform
 from mammut.data.processor import Processor
 from mammut.data.sources import open_source
-from mammut.data.video import Clip, VideoTransform
+from mammut.data.video import Clip, VideoTransform, is_video
 from mammut.data.video_reader import open_video
 from mammut.evaluation.predictor import Predictor
 from mammut.generation.text import generate_text
@@ -86,6 +87,39 @@ def test_videos_make_a_batch_of_videos(tmp_path):
         assert len({tuple(numbers(video)) for video in batch["image"]}) == 1
         assert made(images=np.stack([array, array]))["image"].shape[:2] == (2, frames)
     assert processor(4)(images=[])["image"].shape == (0, SIZE, SIZE, 3)
+
+
+class Wrapped:
+    """An array of a library that NumPy can read, without NumPy's attributes."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+def test_arrays_and_paths_of_other_libraries_are_videos_and_pictures(tmp_path):
+    array = np.array([marked(number) for number in range(4)])
+    path = np.str_(save(tmp_path, "a.mp4", frames=4, options=X264))
+    for video in (Wrapped(array), jnp.asarray(array), path):
+        assert is_video(video)
+        (found,) = processor(4)(images=[video])["image"]
+        assert numbers(found) == [0, 1, 2, 3]
+    PIL.Image.fromarray(marked(3)).save(tmp_path / "a.png")
+    for made in (processor(), processor(4)):
+        (expected,) = made(images=[marked(3)])["image"]
+        for picture in (Wrapped(marked(3)), np.str_(tmp_path / "a.png")):
+            assert not is_video(picture)
+            np.testing.assert_array_equal(made(images=[picture])["image"], [expected])
+
+
+def test_a_video_in_place_of_a_picture_is_named(tmp_path):
+    """Not as a damaged picture: in a list of frames, or given to the image transform."""
+    path = save(tmp_path, "a.mp4", frames=2, options=X264)
+    for call in (lambda: processor()(images=[[path]]), lambda: processor().image(path)):
+        with pytest.raises(BadImage, match="image .*a.mp4 is a video, expected a picture"):
+            call()
 
 
 def test_pictures_stay_pictures_in_direct_calls():

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from mammut.core.fields import require_choices
+from mammut.data.file_bytes import first_bytes, is_video_file
 from mammut.data.picture_metadata import without_metadata
 
 # Bytes, a path, an open file, a PIL image, or an array uint8[height, width], [height, width, 1],
@@ -250,6 +251,8 @@ class ImageTransform:
 
         picture = content
         if isinstance(content, bytes):
+            if is_video_file(first_bytes(content)):
+                raise BadImage("is a video, expected a picture", "unsupported")
             picture = PIL.Image.open(io.BytesIO(content), formats=_FORMATS)
         if not all(picture.size):
             raise BadImage(f"has {picture.width} x {picture.height} pixels", "empty")
@@ -326,7 +329,8 @@ def _content(image: ImageLike):
 
     if isinstance(image, PIL.Image.Image):
         return image
-    if hasattr(image, "__array__"):  # of NumPy, of JAX
+    # Of NumPy, of JAX; a str of NumPy is an array, too.
+    if hasattr(image, "__array__") and not isinstance(image, str | bytes):
         return _from_array(np.asarray(image))
     if isinstance(image, str | os.PathLike):
         try:

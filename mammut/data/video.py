@@ -248,10 +248,11 @@ def is_video(value: Any) -> bool:
         return True
     if isinstance(value, PIL.Image.Image):
         return False
-    if hasattr(value, "__array__"):
-        return value.ndim == 4 and value.dtype == np.uint8
-    if isinstance(value, str | os.PathLike):
+    if isinstance(value, str | os.PathLike):  # first: a str of NumPy is an array, too
         return os.fspath(value).lower().endswith(_SUFFIXES) or os.path.isdir(value)
+    if hasattr(value, "__array__") and not isinstance(value, bytes):
+        array = value if hasattr(value, "ndim") else np.asarray(value)
+        return array.ndim == 4 and str(array.dtype) in ("uint8", "torch.uint8")
     return is_video_file(first_bytes(value))
 
 
@@ -263,7 +264,7 @@ def _opened(file: VideoLike, max_pixels: int) -> Iterator[Frames]:
 
     if isinstance(file, list | tuple):
         yield _sequence(file)
-    elif not isinstance(file, PIL.Image.Image) and hasattr(file, "__array__"):
+    elif hasattr(file, "__array__") and not isinstance(file, PIL.Image.Image | str | bytes):
         array = np.asarray(file)
         if array.ndim < 4:
             yield _sequence([file])

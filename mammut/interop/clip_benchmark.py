@@ -20,8 +20,9 @@ import torch
 from flax import nnx
 
 import mammut.weights.model_folder
-from mammut.data.images import ImageLike, ImageTransform
+from mammut.data.images import BadImage, ImageLike, ImageTransform
 from mammut.data.processor import Processor
+from mammut.data.video import is_video
 from mammut.generation.rows import require_numbers
 from mammut.generation.text import caption
 from mammut.models.mammut import MaMMUT
@@ -149,6 +150,12 @@ def _pixels(transform: ImageTransform, picture: ImageLike) -> torch.Tensor:
 
     The model normalises it itself.
     """
+    if is_video(picture):
+        raise BadImage(
+            f"image {picture!r:.80} is a video, expected a picture: CLIP_benchmark has sets of "
+            "pictures alone, eval.retrieval and eval.classify score videos",
+            "unsupported",
+        )
     return torch.from_numpy(transform(picture))
 
 
