@@ -166,23 +166,27 @@ def _packets(container: Any, stream: Any) -> _Packets:
     """Reads all packets of a file, undecoded."""
     times, durations, keyframes = [], [], []
     count = 0
-    first, last = None, None  # seconds, of all streams
+    # Of each stream its unit, first start and last end, in units: fractions take half of the time.
+    spans: dict[int, tuple[Fraction, int, int]] = {}
     for packet in container.demux():
-        if packet.pts is not None and packet.size:
-            start = packet.pts * packet.time_base
-            end = start + (packet.duration or 0) * packet.time_base
-            first = start if first is None else min(first, start)
-            last = end if last is None else max(last, end)
-        if packet.stream_index != stream.index or not packet.size:
+        if not packet.size:
+            continue
+        index, start, duration = packet.stream_index, packet.pts, packet.duration or 0
+        if start is not None:
+            unit, first, last = spans.get(index) or (packet.time_base, start, start)
+            spans[index] = unit, min(first, start), max(last, start + duration)
+        if index != stream.index:
             continue
         count += 1
         # An edit list may hide frames that others need.
         if packet.is_discard:
             continue
-        times.append(packet.pts)
-        durations.append(packet.duration or 0)
+        times.append(start)
+        durations.append(duration)
         if packet.is_keyframe:
-            keyframes.append(packet.pts)
+            keyframes.append(start)
+    first = min((unit * first for unit, first, _ in spans.values()), default=None)
+    last = max((unit * last for unit, _, last in spans.values()), default=None)
     _require_all(container, stream, count, first, last)
     if not times:
         raise BadVideo("has no frames", "empty")
