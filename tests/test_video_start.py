@@ -20,6 +20,7 @@ from mammut.models.mammut import MaMMUT
 from mammut.models.vit import patchify
 from mammut.testing import tiny_batch, tiny_model, tiny_processor
 from mammut.weights.adapter_folder import base_hash
+from mammut.weights.opened import LazyTensors
 from mammut.weights.resample import inflate_patches, resample_patches
 from mammut.weights.warm_start import start_config, warm_start
 
@@ -68,7 +69,7 @@ def test_a_video_model_starts_as_the_image_model(config):
     """By embedding and logits of videos of one frame, which are its images."""
     expected = answers(tiny_model(OF_IMAGES, seed=1), VIDEO[:, 0])
     for found, want in zip(answers(started(config), VIDEO[:, :1]), expected):
-        np.testing.assert_allclose(found, want, atol=1e-5)
+        np.testing.assert_array_equal(found, want)
 
 
 def test_the_table_tells_what_tubes_gate_and_frames_start_from():
@@ -119,6 +120,35 @@ def test_a_run_brings_its_videos_and_a_video_model_its_own():
         warm_start(asked, {"init": opened(OF_TUBES)})
     longer = dataclasses.replace(OF_TUBES.vision.video, frames=16, patch_stride=8)
     assert not warm_start(with_video(longer), {"init": opened(OF_TUBES)}).random
+
+
+@pytest.mark.parametrize("name", ["init", "init_vision"])
+def test_a_plain_code_is_no_start_from_images(name):
+    """It would change what the model sees of an image, which the gate does not."""
+    plain, start = with_video(VideoConfig(fixed_code="plain")), {name: opened()}
+    message = rf"VideoConfig.fixed_code is 'plain', .* {name} a sees of .*: expected 'gated'"
+    with pytest.raises(ValueError, match=message):
+        warm_start(plain, start)
+    assert set(fates(warm_start(plain, {"init": opened(plain)})).values()) == {"loaded"}
+
+
+@pytest.mark.parametrize("frames", [3, 6])
+def test_vectors_of_other_numbers_of_frames_start_as_the_first_ones(frames):
+    """So an image, a video of one frame, stays what it was."""
+    video = dataclasses.replace(OF_FRAMES.vision.video, frames=frames)
+    start = opened(OF_FRAMES)
+    vectors = np.repeat(np.arange(1, 5, dtype=np.float32)[:, None], 48, axis=1)
+    tensors = LazyTensors(start.tensors.specs, {"frame_embed": vectors}.__getitem__)
+    start = dataclasses.replace(start, tensors=tensors)
+    warm = warm_start(with_video(video), {"init": start})
+    read = warm.read("frame_embed", np.full((frames, 48), 7.0))
+    np.testing.assert_array_equal(read[:, 0], [1, 2, 3, 4, 0, 0][:frames])
+    assert read.shape == (frames, 48)
+    said = {
+        3: "frame_embed 144 cut init a, the first 3 of 4 frames",
+        6: "frame_embed 288 in part init a, 4 of 6 frames, the others zero",
+    }
+    assert said[frames] in re.sub(" +", " ", str(warm))
 
 
 # Files

@@ -1,12 +1,14 @@
 """How what a video model has beside an image model starts from the image model."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 
+from mammut.core.fields import require
 from mammut.models.mammut import ModelConfig
+from mammut.models.video import reads_tubes
 from mammut.weights.opened import OpenedModel
 from mammut.weights.resample import find_resampling, inflate_patches
 
@@ -22,6 +24,27 @@ class Made:
     why: str
     # Makes the value; None: it stays random.
     read: Callable[[], np.ndarray | float] | None = None
+
+
+def require_gate(vision: Any, starts: Mapping[str, OpenedModel]) -> None:
+    """Checks that an encoder of videos sees images as the encoder that it starts from.
+
+    Args:
+      vision: the config of the new encoder.
+      starts: the models to start from, by the field of `TrainConfig` that names each.
+
+    Raises:
+      ValueError: it does not, by a fixed code that is added at full strength.
+    """
+    name = next((name for name in ("init_vision", "init") if name in starts), None)
+    if name is None or starts[name].config.vision.video is not None or not reads_tubes(vision):
+        return
+    require(
+        vision.video.fixed_code != "plain",
+        f"VideoConfig.fixed_code is 'plain', which changes at once what {name} "
+        f"{starts[name].where} sees of an image: expected 'gated', a code that begins at zero, or "
+        "'none'",
+    )
 
 
 def start_of_video(path: str, opened: OpenedModel, config: ModelConfig) -> Made | None:

@@ -14,7 +14,10 @@ The rules:
   image pooling  (a tower alone) the pool is random, and so is the norm where only one of the two
                  pools by queries
   video          (an image model) the kernels of tubes are those of the patches, inflated; the gate
-                 of the fixed code and the vectors of frames are zero. Joined tubes are random
+                 of the fixed code and the vectors of frames are zero. Joined tubes are random. A
+                 plain code, which would change what is seen of images, is refused
+  frames         the vectors of the first frames are kept, as a run of fewer frames reads them;
+                 the additional ones are zero. So an image, a video of one frame, stays the same
   number type    numbers are rounded or widened
   other towers   (a tower alone) random; parameters beside the towers belong to none of them
 
@@ -37,7 +40,7 @@ from mammut.models.vit import VisionConfig
 from mammut.weights.files.tensor_file import TensorSpec
 from mammut.weights.opened import OpenedModel, Tensors, model_specs
 from mammut.weights.resample import find_resampling
-from mammut.weights.video_start import start_of_video
+from mammut.weights.video_start import require_gate, start_of_video
 
 Start = Literal["init", "init_vision", "init_text"]  # the fields of `TrainConfig`
 What = Literal["loaded", "resampled", "inflated", "zero", "cut", "in part", "random", "left out"]
@@ -203,6 +206,7 @@ def warm_start(
             f"the model to start from, {', '.join(names.values())}, is another one: "
             f"{'; '.join(changed)}"
         )
+    require_gate(config.vision, starts)
 
     rows: list[Row] = []
     reads: dict[str, Callable[[Any], np.ndarray]] = {}
@@ -319,6 +323,17 @@ def _rule(
                 return np.concatenate([value[:old], random[old:new], value[old:]])
 
             return "in part", why, lengthen
+
+    if path == "frame_embed":
+        old = opened.config.vision.video.frames
+        new = config.vision.video.frames
+        if new < old:
+            why = f"the first {new} of {old} frames"
+            return "cut", why, lambda value, random: value[:new]
+        if new > old:
+            why = f"{old} of {new} frames, the others zero"
+            missing = (0, new - old), (0, 0)
+            return "in part", why, lambda value, random: np.pad(value, missing)
 
     why = ""
     after_pooling = opened.config.vision.norm_after_pooling
