@@ -359,6 +359,35 @@ def test_an_error_of_one_process_ends_the_other_too_with_a_sentence_each(tmp_pat
     )
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_write_that_fails_on_one_process_ends_all_though_the_others_wait_for_it(
+    tmp_path, failing
+):
+    body = f"""
+import dataclasses, resource, jax, numpy as np
+from mammut.weights.checkpoints import Checkpoints
+@dataclasses.dataclass
+class State:
+    params: dict
+    frozen: dict
+mesh = jax.make_mesh((4,), ("data",))
+shards = jax.NamedSharding(mesh, jax.P("data"))
+array = jax.make_array_from_callback((4, 99_999), shards, lambda at: np.ones((1, 99_999)))
+with Checkpoints({str(tmp_path)!r}, keep=2) as checkpoints:
+    if index == {failing}:  # fails a write as a full disk does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    checkpoints.save(1, State({{"array": array}}, {{}}), {{}})
+    checkpoints.wait()"""
+    results = ended(run_two(tmp_path, body), 300)  # Orbax would wait for 1,200 s
+    sentence = "step 1 could not be saved: .*File too large.*"
+    code, _, err = results[failing]
+    # tensorstore may print tracebacks of its own.
+    assert code == 1 and re.search(f"^program: {sentence}$", err, re.M), err
+    code, _, err = results[1 - failing]
+    assert code == 1
+    assert re.fullmatch(f"program: process {failing} has ended: {sentence}\n", err), err
+
+
 def test_a_defect_is_shown_with_its_traceback_and_ends_all(tmp_path):
     first, second = ended(
         run_two(tmp_path, "if index: {}['gone']\ndistributed.barrier('never')"), 60

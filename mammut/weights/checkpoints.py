@@ -9,6 +9,7 @@ are written once, as safetensors with a manifest, to `frozen/`.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -32,6 +33,7 @@ from mammut.weights.files.tensor_file import (
     write_safetensors,
 )
 from mammut.weights.opened import host_tensors, mismatches
+from mammut.weights.orbax_log import orbax_log
 
 _log = logging.getLogger(__name__)
 
@@ -89,8 +91,7 @@ class Checkpoints:
     ):
         from orbax.checkpoint import v1 as ocp
 
-        logging.getLogger("absl").setLevel(logging.WARNING)  # at INFO, Orbax logs every file
-        logging.getLogger("absl").addFilter(_without_traceback)  # Orbax raises these errors, too
+        orbax_log.open()
         self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self._frozen = self._folder.parent / "frozen"
         self._manifests = self._folder.parent / "checkpoint_manifests"
@@ -165,6 +166,8 @@ class Checkpoints:
                 self._save_frozen(state.frozen)
         self._manifests.mkdir(parents=True, exist_ok=True)
         saved = {"state": _changing(state)}
+        if jax.process_count() > 1:
+            orbax_log.failed = functools.partial(self._fail, step)
         response = self._checkpointer.save_checkpointables_async(
             step, saved, custom_metadata={"data": data}
         )
@@ -180,8 +183,14 @@ class Checkpoints:
                 if self._saved:
                     self._saved()
         except BaseException as error:
-            self._error = OSError(f"step {step} could not be saved: {_reason(error)}")
-            self._error.__cause__ = error
+            self._fail(step, error)
+        finally:
+            orbax_log.failed = None
+
+    def _fail(self, step: int, cause: BaseException) -> None:
+        error = OSError(f"step {step} could not be saved: {_reason(cause)}")
+        error.__cause__ = cause
+        self._error = error
 
     def _write_manifest(self, step: int) -> None:
         folder = self._folder / str(step)
@@ -238,7 +247,9 @@ class Checkpoints:
           OSError: the step could not be saved, for example since the disk is full.
         """
         if self._writing is not None:
-            self._writing.join()
+            # A thread whose write has failed may wait for other processes, which wait elsewhere.
+            while self._writing.is_alive() and self._error is None:
+                self._writing.join(0.1)
             self._writing = None
         if self._error is not None:
             error = self._error
@@ -384,10 +395,6 @@ def _of_first(candidates: Iterator[tuple[int, bool]]) -> Iterator[tuple[int, boo
         if candidate is None:
             return
         yield candidate
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    return not record.exc_info
 
 
 def _reason(error: BaseException) -> str:
