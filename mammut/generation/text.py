@@ -44,7 +44,8 @@ def generate(
     is smaller.
 
     Args:
-      image: uint8[B, height, width, 3]; or float, normalised as for `MaMMUT.image_tokens`.
+      image: uint8[B, height, width, 3], or videos uint8[B, T, height, width, 3]; or float,
+        normalised as for `MaMMUT.image_tokens`.
       prompt: int[B, Q], the start token first; no end token.
       prompt_valid: bool[B, Q], True for the prompt's tokens, which come before all pads. The first
         token always counts.
@@ -187,7 +188,8 @@ def generate_text(
     All batches have one shape, the last one is padded: the program is compiled once.
 
     Args:
-      images: any list of what `processor` reads: arrays, PIL images, paths, open files, bytes.
+      images: any list of what `processor` reads: arrays, PIL images, paths, open files, bytes;
+        or videos alone, which `Processor.__call__` tells from pictures.
       prompts: the beginning of each text, which is not part of the result. None: no beginning.
       batch_size: images at a time; fewer images make a smaller batch.
       seed: the seed of sampling. The text of an image depends on it and on the image's position in
@@ -333,7 +335,8 @@ def caption(
     """Captions images, one caption each.
 
     Args:
-      images: any list of what `processor` reads: arrays, PIL images, paths, open files, bytes.
+      images: any list of what `processor` reads: arrays, PIL images, paths, open files, bytes;
+        or videos alone, which `Processor.__call__` tells from pictures.
       num_beams: 1 for greedy decoding, more for beam search.
       batch_size: images at a time.
 
@@ -362,7 +365,8 @@ def answer(
     """Answers questions, one about each image.
 
     Args:
-      images: any list of what `processor` reads: arrays, PIL images, paths, open files, bytes.
+      images: any list of what `processor` reads: arrays, PIL images, paths, open files, bytes;
+        or videos alone, which `Processor.__call__` tells from pictures.
       questions: one for each image.
       prompt: a text with {} in place of the question, as in the model's training: "Q: {} A:".
       num_beams: 1 for greedy decoding, more for beam search.
