@@ -91,7 +91,7 @@ val at step 2: 20 images, 40 texts (chance R@1 5.0%)
   image to text  R@1 50.0%  R@5 75.0%  R@10 100.0%
 """
 OF_VIDEOS = """\
-step 2/100  caption 1.000  N videos/s  data wait 0%  LEFT
+step 2/100  caption 1.000  N.n videos/s  data wait 0%  LEFT
 val at step 2: 20 videos, 40 texts (chance R@1 5.0%)
   text to video  R@1 25.0%  R@5 50.0%  R@10 100.0%  median rank 5.5  mean rank 5.3
   video to text  R@1 50.0%  R@5 75.0%  R@10 100.0%  median rank 2.0  mean rank 3.8
@@ -108,7 +108,8 @@ def test_the_lines_of_a_run_speak_of_images_or_of_videos_and_their_ranks(
     log.evaluation(2, "val", ValidationResult(RETRIEVAL, [], 20, 40, {}), samples=0)
     log.close()
     lines = capsys.readouterr().out.splitlines(keepends=True)[1:]
-    said = re.sub(r"[\d,]+ (images|videos)/s", r"N \1/s", "".join(lines))
+    said = re.sub(r"\.\d videos/s", ".n videos/s", "".join(lines))
+    said = re.sub(r"[\d,]+(\.n)? (images|videos)/s", r"N\1 \2/s", said)
     assert re.sub(r"%  \S+ left", "%  LEFT", said) == expected
     # The files have one set of names.
     assert rows(tmp_path)[-1] == {"step": 2} | {f"eval/val/{k}": v for k, v in RETRIEVAL.items()}

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pathlib
 import re
 
 import jax
@@ -19,6 +20,7 @@ from mammut.models.layers import unit
 from mammut.models.mammut import MaMMUT
 from mammut.models.vit import patchify
 from mammut.testing import tiny_batch, tiny_model, tiny_processor
+from mammut.training.command_line import load_recipe
 from mammut.weights.adapter_folder import base_hash
 from mammut.weights.opened import LazyTensors
 from mammut.weights.resample import inflate_patches, resample_patches
@@ -149,6 +151,29 @@ def test_vectors_of_other_numbers_of_frames_start_as_the_first_ones(frames):
         6: "frame_embed 288 in part init a, 4 of 6 frames, the others zero",
     }
     assert said[frames] in re.sub(" +", " ", str(warm))
+
+
+RECIPE = pathlib.Path(__file__).parents[1] / "configs" / "video_folder.py"
+
+
+@pytest.mark.parametrize("mode", ["frames", "tubes"])
+def test_the_recipe_of_ones_own_videos_starts_from_an_image_model(tmp_path, mode):
+    """As it is, and with the tubes that its docstring offers in place of its line."""
+    source = RECIPE.read_text()
+    if mode == "tubes":
+        (line,) = re.findall(r"`(video=VideoConfig\(.*\))`", source)
+        (imports,) = re.findall(r"`(from mammut.* import paper_tubes)`", source)
+        source = re.sub(r"( +)video=VideoConfig\(mode=.*\),", rf"\g<1>{line},", source)
+        source = source.replace("FRAMES = 8", f"{imports}\n\nFRAMES = 16")
+    (tmp_path / "recipe.py").write_text(source)
+    config = load_recipe(tmp_path / "recipe.py")
+    video = config.model.vision.video
+    assert (video.mode, len(video.tubes)) == (mode, 3 if mode == "tubes" else 0)
+    assert config.data.frames == video.frames == (16 if mode == "tubes" else 8)
+    image_model = opened(OF_IMAGES)
+    model = start_config(config.model, {"init": image_model})
+    assert model.vision == dataclasses.replace(OF_IMAGES.vision, video=video)
+    assert not warm_start(model, {"init": image_model}).random
 
 
 # Files

@@ -53,6 +53,7 @@ class RunLog:
         self._batch_size = batch_size
         self._silent = silent
         self._example = "video" if videos else "image"
+        self._rate = "{:,.1f} videos/s" if videos else "{:,.0f} images/s"
         if silent:
             return
         self._step: int | None = None  # step of the last record
@@ -104,7 +105,7 @@ class RunLog:
             rate = done * self._batch_size / seconds
             wait = self._waited / seconds
             values |= {"perf/examples_per_sec": rate, "perf/data_wait": wait}
-            text = f"{losses}  {rate:,.0f} {self._example}s/s  data wait {wait:.0%}"
+            text = f"{losses}  {self._rate.format(rate)}  data wait {wait:.0%}"
         if skipped := int(values["train/nonfinite"]):
             text += f"  {skipped} updates skipped: not finite"
         self.record(step, values)
