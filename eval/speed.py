@@ -13,12 +13,15 @@ The model is timed alone or beside a peer.
 | growth   | how the step grows with batch, resolution and text length, and over devices |
 | startup  | seconds to the end of a first step in a fresh process: cold, then with a warm cache |
 | data     | images/s of --data |
+| video    | clips/s and CPU ms a clip of --videos: decoded, resized too, encoded, captioned |
 
 The search without cache runs the caption pass over the whole text for each new token. It therefore
 makes the image's keys and values again each time, for every beam. Texts have --new-tokens tokens
 after a start token, and no text ends early. A time is the median over batches, each waited for; the
-IQR is taken over the single times. With --peer both sides do the same work on the same weights
-(this is checked first), in turns A-B-B-A: see `mammut.performance.peers`.
+IQR is taken over the single times. Videos are read in one thread. CPU ms are those of all threads
+of this process, and hardly change with what else the machine does. With --peer both sides do the
+same work on the same weights (this is checked first), in turns A-B-B-A: see
+`mammut.performance.peers`.
 """
 
 import dataclasses
@@ -52,7 +55,7 @@ from mammut.performance.step_time import (
     measured_peak,
 )
 
-What = Literal["train", "parts", "generate", "growth", "startup", "data"]
+What = Literal["train", "parts", "generate", "growth", "startup", "data", "video"]
 Axis = Literal["batch", "image_size", "length", "devices"]
 
 
@@ -90,6 +93,10 @@ class Options:
     data: str | None = None
     # Threads that read and decode it.
     threads: int = 4
+    # Video files to read. By default one that the program makes: H.264, 300 frames of 320 x 240.
+    videos: tuple[str, ...] = ()
+    # Frames that are read of each video.
+    frames: int = 16
     # open_clip to compare with: "open_clip", or a folder that holds the package or its src.
     peer: str | None = None
     # The kind of model that both sides build.
@@ -121,6 +128,7 @@ class Options:
             ("steps", 1),
             ("warmup", 0),
             ("threads", 1),
+            ("frames", 1),
             ("vocab_size", 8),
         ):
             if (value := getattr(self, name)) is not None and value < low:
@@ -172,15 +180,20 @@ def load_model(options: Options) -> tuple[mammut.MaMMUT, mammut.Processor | None
     return mammut.MaMMUT(preset(), rngs=nnx.Rngs(0)), None, f"preset {name} with random weights"
 
 
-def generation_rows(options: Options, model: mammut.MaMMUT, bos_id: int) -> list[dict[str, Any]]:
-    """Measures and prints every batch size with every number of beams."""
+def require_room(options: Options, model: mammut.MaMMUT) -> None:
+    """Checks that the model's texts have room for --new-tokens."""
     longest = model.config.text_length
-    side = model.config.vision.image_size
     if options.new_tokens >= longest:
         raise ValueError(
             f"--new-tokens is {options.new_tokens}, "
             f"expected fewer than the {longest} of DecoderConfig.max_length"
         )
+
+
+def generation_rows(options: Options, model: mammut.MaMMUT, bos_id: int) -> list[dict[str, Any]]:
+    """Measures and prints every batch size with every number of beams."""
+    require_room(options, model)
+    side = model.config.vision.image_size
     print(tables.GENERATION, flush=True)
     noise = np.random.default_rng(0)
     rows = []
@@ -241,6 +254,41 @@ def reading(
     return measure_reading(TrainBatches(source, processor, config, seed=0))
 
 
+def video_rows(
+    options: Options, model: mammut.MaMMUT, processor: mammut.Processor | None, bos_id: int
+) -> list[dict[str, Any]]:
+    """Measures and prints every stage of a video, from its file to its caption."""
+    from mammut.performance import video_time
+
+    require_room(options, model)
+    image = processor.image if processor else mammut.ImageTransform(model.config.vision.image_size)
+    transform = mammut.VideoTransform(options.frames)
+    calls = 2 * options.rounds
+    print(tables.VIDEO, flush=True)
+    rows = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(tables.video(row), flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        videos = options.videos
+        if not videos:
+            videos = (f"{folder}/clip.mp4",)
+            video_time.make_clip(videos[0])
+        for row in video_time.measure_reading(videos, transform, image, calls):
+            add(row)
+        largest = video_time.batch_of(videos, transform, image, max(options.batch_sizes))
+    for batch_size in options.batch_sizes:
+        video = jax.device_put(largest[:batch_size])
+        add(video_time.measure_encoding(model, video, calls))
+        start = jax.device_put(np.full((batch_size, 1), bos_id, np.int32))
+        for beams in options.beams:
+            config = GenerateConfig(max_new_tokens=options.new_tokens, num_beams=beams)
+            add(video_time.measure_captioning(model, video, start, config, calls))
+    return rows
+
+
 def measure_model(options: Options) -> dict[str, Any]:
     """Measures everything that --what names, and prints it part by part."""
     model, processor, source = load_model(options)
@@ -282,6 +330,10 @@ def measure_model(options: Options) -> dict[str, Any]:
     if "data" in options.what:
         result["data"] = {"spec": options.data, **reading(options, model.config, processor)}
         print(tables.data(result["data"]), flush=True)
+    if "video" in options.what:
+        result |= {"frames": options.frames, "videos": list(options.videos)}
+        model = computed(model, options.run)
+        result["video"] = video_rows(options, model, processor, bos_id)
     return result
 
 

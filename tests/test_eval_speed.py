@@ -426,6 +426,9 @@ def test_parameters_are_measured_in_the_number_types_of_the_checkpoint(monkeypat
      "num_beams is 60, expected fewer than the 60 of the voc"),
     ("CHECKPOINT --what train --batch-size 12",
      "data.batch_size / accumulation 12 does not divide over the 8"),
+    ("CHECKPOINT --what video --new-tokens 12", "--new-tokens is 12, expected fewer than the 12"),
+    ("CHECKPOINT --what video --new-tokens 3 --videos /nowhere.mp4",
+     "video /nowhere.mp4 cannot be read"),
     ("/nowhere", "there is no /nowhere"),
 ])  # fmt: skip
 def test_what_cannot_be_timed_is_refused_in_one_sentence(checkpoint, arguments, expected):
@@ -442,6 +445,7 @@ def test_what_cannot_be_timed_is_refused_in_one_sentence(checkpoint, arguments, 
     ("--new-tokens 0", "--new-tokens is 0, expected at least 1"),
     ("--rounds 2", "--rounds is 2, expected at least 3"),
     ("--steps 0", "--steps is 0, expected at least 1"),
+    ("--frames 0", "--frames is 0, expected at least 1"),
     ("--what data", "--what has data, expected --data"),
     ("--grow batch length --grow-sizes 4 8", "--grow-sizes is given for 2 of --grow, expected one"),
     ("somewhere --preset tiny",

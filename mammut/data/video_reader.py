@@ -115,14 +115,15 @@ def open_video(file: Any, max_pixels: int) -> Iterator[Frames]:
 @contextlib.contextmanager
 def _decoding_errors() -> Iterator[None]:
     """Turns PyAV's errors into BadVideo."""
-    av = _av()
+    av = import_av()
     try:
         yield
     except av.FFmpegError as error:
         raise BadVideo(f"is corrupt or no video: {error.strerror}", "corrupt") from error
 
 
-def _av() -> Any:
+def import_av() -> Any:
+    """Imports PyAV, which is an optional package; raises ValueError without it."""
     try:
         import av
     except ImportError as error:
@@ -135,7 +136,7 @@ def _av() -> Any:
 @contextlib.contextmanager
 def _container(file: Any, max_pixels: int) -> Iterator[tuple[Any, Any]]:
     """Opens a file for decoding: PyAV's container and its first video stream."""
-    av = _av()
+    av = import_av()
     file.seek(0)
     limit = {"max_pixels": str(max_pixels)}  # twice: FFmpeg decodes when it opens a file, too
     options = limit | {"format_whitelist": _FORMATS}
@@ -242,7 +243,7 @@ def _read(
     positions = list(wanted) if packets.counted else packets.starts[list(wanted)].tolist()
     done = 0
     if not packets.counted and len(packets.keyframes):
-        with contextlib.suppress(_av().FFmpegError, BadVideo):
+        with contextlib.suppress(import_av().FFmpegError, BadVideo):
             for picture in _sought(container, stream, packets.keyframes, positions):
                 yield picture
                 done += 1

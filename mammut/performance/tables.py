@@ -6,6 +6,10 @@ GENERATION = (
     f"{'batch':>5} {'beams':>5} {'equal':>7} {'loop':<8} {'compile s':>9} {'ms/batch':>9} "
     f"{'IQR':>8} {'captions/s':>10} {'tokens/s':>9} {'ms/token':>8} {'speedup':>8}"
 )
+VIDEO = (
+    f"{'videos':<10} {'batch':>5} {'beams':>5} {'clips/s':>9} {'ms/clip':>9} {'CPU ms/clip':>11} "
+    f"{'compile s':>9}"
+)
 _STEPS = (
     f"{'batch':>6} {'px':>5} {'text':>5} {'images/s':>9} {'ms/step':>9} {'IQR':>8} "
     f"{'TFLOP/s':>8} {'MFU':>6} {'GiB':>7} {'temp GiB':>8} {'compile s':>9}"
@@ -85,6 +89,15 @@ def data(measured: dict[str, Any]) -> str:
         f"{name} {value:.3g}" for name, value in measured.items() if isinstance(value, int | float)
     )
     return f"data {measured['spec']}: {numbers}"
+
+
+def video(row: dict[str, Any]) -> str:
+    """Writes a row of `mammut.performance.video_time`: a line under the heading `VIDEO`."""
+    compile_s = f"{row['compile_s']:>9.1f}" if "compile_s" in row else ""
+    return (
+        f"{row['work']:<10} {row.get('batch', ''):>5} {row.get('beams', ''):>5} "
+        f"{row['per_s']:>9.2f} {1000 / row['per_s']:>9.1f} {row['cpu_ms']:>11.1f} {compile_s}"
+    ).rstrip()
 
 
 def beside(row: dict[str, Any]) -> str:
