@@ -25,7 +25,7 @@ import jax
 import tyro
 
 import mammut
-from mammut.config import MeshConfig
+from mammut.config import AugmentConfig, MeshConfig
 from mammut.core import distributed, sharding
 from mammut.core.environment import require_device, set_arithmetic
 from mammut.data.examples import Source
@@ -43,6 +43,8 @@ from mammut.evaluation.scoring import (
     require_same_set,
     score,
 )
+from mammut.models.requirements import require_video
+from mammut.models.video import count_left_out
 from mammut.weights.files.tensor_file import SUFFIXES
 
 
@@ -220,6 +222,18 @@ def _video_of(options: Options, processor: Processor) -> VideoTransform | None:
     return video
 
 
+def _few_frames(vision: Any, frames: int) -> list[str]:
+    """Says which tubes a model does not have in so few frames; a single one is an image."""
+    left_out = count_left_out(vision, frames)
+    if frames == 1 or not left_out:
+        return []
+    return [
+        f"read as {frames} frames, too few for {left_out} of the {len(vision.video.tubes)} kinds "
+        "of tubes, which have no token then: the model is made for "
+        f"{vision.video.frames} (VideoConfig.frames)"
+    ]
+
+
 def _evaluate(
     options: AnyOptions, checkpoint: pathlib.Path, task: str, predict: Callable
 ) -> Scores:
@@ -238,6 +252,8 @@ def _evaluate(
     sharding.require_divisible(options.batch_size, mesh, "--batch-size")
     model, processor = mammut.load(checkpoint, mesh=mesh, image_size=options.image_size)
     processor.video = _video_of(options, processor)
+    frames = 1 if processor.video is None else processor.video.frames
+    require_video(model.config, frames, AugmentConfig(), given="an example of --frames")
     source = _open_data(options, processor.image.image_size, task, processor.video is not None)
     require_scorable(source, task, options.limit)
     # A folder that cannot be written is an error now, not after the model has run.
@@ -259,6 +275,8 @@ def _evaluate(
         )
         predictions = predict(predictor, params, source, options)
     predictions.settings["options"] = asked
+    if notes := _few_frames(model.config.vision, frames):
+        predictions.settings["set_notes"] = predictions.settings.get("set_notes", []) + notes
     require_records(predictions)
     _save(predictions, predictions_file)
     return _scored(load_predictions(predictions_file, task), out)

@@ -1,11 +1,13 @@
 """The evaluation programs end to end: predictions, scores, scores without a model, refusals."""
 
+import dataclasses
 import errno
 import importlib
 import io
 import json
 import pathlib
 import shutil
+from collections import Counter
 
 import jax
 import numpy as np
@@ -15,13 +17,15 @@ from PIL import Image
 
 import mammut
 from eval import caption, classify, program, report, retrieval, speed, vqa
+from mammut.config import VideoConfig
 from mammut.data.video import VideoTransform
 from mammut.evaluation.metrics import captions
 from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, Predictions
 from mammut.evaluation.predictor import Predictor
 from mammut.evaluation.scores import load_scores, require_same_result
 from mammut.evaluation.scoring import load_predictions, score
-from mammut.testing import tiny_model, tiny_processor
+from mammut.models.video import paper_tubes
+from mammut.testing import tiny_config, tiny_model, tiny_processor
 from mammut.weights.files.tensor_file import open_tensors, write_sharded
 from mammut.weights.formats import open_clip
 from mammut.weights.model_folder import open_model
@@ -424,7 +428,50 @@ def test_files_of_another_result_are_not_replaced(results, folder, tmp_path):
         run("retrieval", copy, "--out", copy)
 
 
+@pytest.fixture(scope="module")
+def asked_as_videos(folder):
+    """Asks a model that is never run; returns the notes of the scores."""
+
+    def predict(predictor, params, source, options):
+        records = [{"key": "0.png", "index": 0, "label": "a", "ranked": ["a", "b"]}]
+        return predictor.predictions(
+            "classify", records, source, Counter(), {"classes": ["a", "b"]}
+        )
+
+    def ask(config, frames: int) -> list[str]:
+        mammut.save(folder / "videos", tiny_model(config), tiny_processor(), overwrite=True)
+        argv = [str(folder / "videos"), "--data", f"jsonl:{folder / 'set.jsonl'}", "--overwrite"]
+        argv += ["--out", str(folder / "videos.json"), "--frames", str(frames)]
+        return program.run(argv, classify.Options, "classify", predict, "").notes
+
+    return ask
+
+
+def test_scores_say_that_frames_are_too_few_for_tubes(asked_as_videos):
+    """A single frame is the control without any tubes."""
+    config = tiny_config()
+    tubes = VideoConfig(frames=16, patch_stride=16, tubes=paper_tubes(16, patch_size=8))
+    videos = dataclasses.replace(config, vision=dataclasses.replace(config.vision, video=tubes))
+    assert [note for note in asked_as_videos(videos, 8) if "tubes" in note] == [
+        "read as 8 frames, too few for 1 of the 3 kinds of tubes, which have no token then: the "
+        "model is made for 16 (VideoConfig.frames)"
+    ]
+    for model, frames in ((videos, 1), (videos, 10), (config, 8)):
+        assert program._few_frames(model.vision, frames) == []
+
+
 # What is refused before the model is asked
+
+
+def test_videos_that_the_model_does_not_read_are_refused_at_once(asked_as_videos):
+    config = tiny_config()
+    video = VideoConfig("frames", frames=4, frame_embed=True)
+    of_frames = dataclasses.replace(config, vision=dataclasses.replace(config.vision, video=video))
+    text = dataclasses.replace(config.text, cross_attn_every=0, max_length=64)
+    prefix = dataclasses.replace(config, text=text)
+    for model, said in ((of_frames, "more than VideoConfig.frames 4"), (prefix, "an image prefix")):
+        with pytest.raises(SystemExit, match=f"an example of --frames is a video of 8.*{said}"):
+            asked_as_videos(model, 8)
 
 
 @pytest.mark.parametrize("name, changed, argv, message", [

@@ -354,6 +354,9 @@ BAD_CONFIGS = {
     "another mode": (lambda: VideoConfig("tube"), "VideoConfig.mode is 'tube'"),
     "a large tube": (lambda: with_video(VideoConfig(tubes=(TubeConfig((2, 17, 8), (1, 8, 8)),))),
         "does not fit in images of VisionConfig.image_size 16"),
+    "join of a large distance": (
+        lambda: with_video(VideoConfig(tubes=(TubeConfig((2, 8, 8), (2, 32, 8), join=(1, 2, 1)),))),
+        r"a tube of size \(2, 8, 8\), .* join \(1, 2, 1\), which does not fit in images of Vis"),
     "join of another width": (
         lambda: with_video(VideoConfig(tubes=(TubeConfig((2, 8, 8), (3, 8, 8), join=(3, 1, 1)),))),
         "VisionConfig.width 32 is not a multiple of the 3 tubes of TubeConfig.join"),
@@ -458,6 +461,25 @@ def test_a_run_of_videos_that_its_model_does_not_read_is_refused(model, augment,
     with pytest.raises(ValueError, match=f"an example of data.frames is a video of 8.*{message}"):
         train_config(model, **changes)
     train_config(model, frames=1, **changes)
+
+
+def test_a_run_of_too_few_frames_for_its_tubes_is_refused():
+    """An image, a video of one frame, has no tubes by design."""
+    model = with_video(VideoConfig(frames=32, tubes=paper_tubes(32, patch_size=8)))
+    message = (
+        "data.frames is 8, too few for 1 of the 3 kinds of VideoConfig.tubes, .*frames, 32, or"
+    )
+    with pytest.raises(ValueError, match=message):
+        train_config(model, frames=8)
+    with pytest.raises(ValueError, match="data.frames is 7, too few for 2 of the 3 kinds"):
+        train_config(model, frames=7)
+    for frames in (None, 1, 20, 32):
+        train_config(model, frames=frames)
+    # A kind has no token, either, where fewer fit than are joined to one.
+    joined = with_video(VideoConfig(tubes=(TubeConfig((2, 8, 8), (8, 8, 8), join=(2, 1, 1)),)))
+    with pytest.raises(ValueError, match="data.frames is 5, too few for 1 of the 1 kinds"):
+        train_config(joined, frames=5)
+    train_config(joined, frames=6)
 
 
 def gradients(config: TrainConfig, mesh: MeshConfig, devices: list) -> tuple[dict, dict, str]:

@@ -14,7 +14,7 @@ import pytest
 from video_files import marked, number_of, save, video_file
 
 import mammut
-from mammut.config import DataConfig, TrainConfig
+from mammut.config import DataConfig, TrainConfig, VideoConfig
 from mammut.data.batches import TrainBatches, eval_batches
 from mammut.data.examples import BadExample
 from mammut.data.images import BadImage, ImageTransform
@@ -23,6 +23,7 @@ from mammut.data.sources import open_source
 from mammut.data.video import Clip, VideoTransform, is_video
 from mammut.data.video_reader import open_video
 from mammut.evaluation.predictor import Predictor
+from mammut.generation import text
 from mammut.generation.text import generate_text
 from mammut.prepare import prepare_frames
 from mammut.testing import tiny_config, tiny_model, tiny_processor
@@ -454,6 +455,30 @@ def test_frames_that_are_decoded_once_give_the_same_videos(tmp_path):
         prepare_frames(*common, field="qa")
     with pytest.raises(ValueError, match="'My Set', expected lower-case"):
         prepare_frames(*common[:2], "My Set", 8)
+
+
+def test_in_calls_a_video_has_the_frames_that_its_model_is_made_for(tmp_path, monkeypatch):
+    """With fewer a kind of tube may have no token."""
+    config = tiny_config()
+    vision = dataclasses.replace(config.vision, video=VideoConfig(frames=6, patch_stride=3))
+    model = tiny_model(dataclasses.replace(config, vision=vision))
+    made = tiny_processor()
+    mammut.save(tmp_path / "model", model, made)
+    _, loaded = mammut.load(tmp_path / "model")
+    clip = np.zeros((20, 16, 16, 3), np.uint8)
+    assert loaded(images=[clip])["image"].shape[1] == 6 and loaded.video is None
+    assert loaded(images=[clip[0]])["image"].shape == (1, 16, 16, 3)
+
+    def stop(graphdef, params, image, *others, **settings):
+        raise InterruptedError(image.shape)
+
+    monkeypatch.setattr(text, "_generate", stop)
+    for given in (made, loaded):
+        with pytest.raises(InterruptedError, match=r"\(1, 6, 16, 16, 3\)"):
+            generate_text(model, given, [clip])
+    assert made(images=[clip])["image"].shape[1] == 8  # the caller's own is as it was
+    loaded.video = VideoTransform(3)
+    assert loaded(images=[clip])["image"].shape[1] == 3
 
 
 # ---- a run ----

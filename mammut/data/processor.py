@@ -17,6 +17,7 @@ Where a video may stand for a picture, see `Processor.read` and `Processor.__cal
 Images stay uint8: the model itself subtracts the mean and divides by the standard deviation.
 """
 
+import copy
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -170,14 +171,25 @@ class Processor:
         self.text_form = text_form
         self.classes = classes
         self.video = video
+        self._default_video = VideoTransform()
+
+    def for_frames(self, frames: int) -> "Processor":
+        """Makes this processor for a model that is made for videos of `frames` frames.
+
+        Without `video`, calls then read videos of so many frames.
+        """
+        processor = copy.copy(self)
+        processor._default_video = VideoTransform(frames)
+        return processor
 
     def __call__(self, images: Any = None, text: Any = None) -> dict[str, np.ndarray]:
         """Makes a batch of images or videos, of texts, or of both.
 
         What `is_video` takes for a video is one: a path such as "clip.mp4", a Clip, a folder, a
         list of frames, uint8[T, height, width, 3]. A GIF and an animated WebP are videos where
-        `video` is set, else pictures. Videos are read as `video` says, by default
-        `VideoTransform()`.
+        `video` is set, else pictures. Videos are read as `video` says. Without it a video is read
+        as a whole, in as many frames as the model is made for (`VideoConfig.frames`) that the
+        processor was loaded with; in 8 where that is not known.
 
         Args:
           images: any list of images that `ImageTransform.read` takes: a list, a tuple, a generator,
@@ -204,7 +216,7 @@ class Processor:
         return batch
 
     def _pixels(self, images: Sequence[Any]) -> UInt8[np.ndarray, "B *T height width 3"]:
-        video = self.video or VideoTransform()
+        video = self.video or self._default_video
         size = self.image.image_size
         arrays, places = [], {}  # the first place of a picture and of a video
         for place, image in enumerate(images):

@@ -7,7 +7,7 @@ from typing import Any
 
 from mammut.core.fields import require
 from mammut.models.compute import Augment, AugmentConfig
-from mammut.models.video import reads_tubes
+from mammut.models.video import count_left_out, reads_tubes
 
 
 def require_embedding(config: Any) -> None:
@@ -139,4 +139,24 @@ def require_video(
         frames <= longest,
         f"{given}, more than VideoConfig.frames {longest}, each of which has a vector by "
         "VideoConfig.frame_embed",
+    )
+
+
+def require_tubes(config: Any, frames: int) -> None:
+    """Checks that training on videos of `frames` frames trains all kinds of tubes of a model.
+
+    Training on images, `frames` 1, trains none of them.
+
+    Raises:
+      ValueError: a kind of tube would have no token.
+    """
+    if frames == 1 or not reads_tubes(config.vision):
+        return
+    left_out = count_left_out(config.vision, frames)
+    video = config.vision.video
+    require(
+        not left_out,
+        f"data.frames is {frames}, too few for {left_out} of the {len(video.tubes)} kinds of "
+        f"VideoConfig.tubes, which would have no token: expected VideoConfig.frames, "
+        f"{video.frames}, or tubes of fewer frames",
     )

@@ -253,6 +253,15 @@ def count_tokens(vision: Any, frames: int = 1) -> int:
     return vision.num_tokens - count_patches(vision) + count_patches(vision, frames)
 
 
+def count_left_out(vision: Any, frames: int) -> int:
+    """Counts the kinds of tubes that have no token in a video of so many frames.
+
+    An image, `frames` 1, has patches alone, by design.
+    """
+    counts = (kind.counts(frames, vision.image_size) for kind in token_kinds(vision))
+    return sum(math.prod(count) == 0 for count in counts)
+
+
 def require_video_sizes(vision: Any) -> None:
     """Raises ValueError where `VisionConfig.video` does not fit the rest of the encoder."""
     video = vision.video
@@ -263,11 +272,10 @@ def require_video_sizes(vision: Any) -> None:
         "is one size of images",
     )
     for tube in video.tubes:
-        low = max(tube.offset[axis] + tube.size[axis] for axis in (1, 2))
         require(
-            low <= vision.image_size,
-            f"VideoConfig.tubes has a tube of size {tube.size} and offset {tube.offset}, which "
-            f"does not fit in images of {name}.image_size {vision.image_size}",
+            all(len(starts) for starts in tube.starts(frames=1, image_size=vision.image_size)[1:]),
+            f"VideoConfig.tubes has a tube of size {tube.size}, offset {tube.offset} and join "
+            f"{tube.join}, which does not fit in images of {name}.image_size {vision.image_size}",
         )
         require(
             vision.width % tube.parts == 0,

@@ -19,7 +19,7 @@ from mammut.data.config import DataConfig, TokenizerConfig
 from mammut.models.compute import AugmentConfig, ComputeConfig
 from mammut.models.losses import CONTRASTIVE
 from mammut.models.mammut import MAX_LOGIT_SCALE, ModelConfig, require_computable
-from mammut.models.requirements import require_video
+from mammut.models.requirements import require_tubes, require_video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +293,7 @@ class TrainConfig:
         require_computable(self.model, self.compute, self.augment)
         frames = self.data.frames or 1
         require_video(self.model, frames, self.augment, given="an example of data.frames")
+        require_tubes(self.model, frames)
 
     def _require_task(self) -> None:
         text = self.model.text

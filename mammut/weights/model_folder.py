@@ -262,7 +262,10 @@ def load(
         )
     if image_size is not None:
         opened = at_image_size(opened, image_size)
-    return place(opened, mesh, compute=compute), opened.processor
+    processor, video = opened.processor, opened.config.vision.video
+    if video is not None:
+        processor = processor.for_frames(video.frames)
+    return place(opened, mesh, compute=compute), processor
 
 
 def load_language_model(
