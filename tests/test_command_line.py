@@ -7,7 +7,14 @@ import re
 import pytest
 
 import mammut
-from mammut.config import ComputeConfig, OptimizerConfig, ResNetConfig, TrainConfig
+from mammut.config import (
+    ComputeConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ResNetConfig,
+    TrainConfig,
+    VideoConfig,
+)
 from mammut.training import command_line
 
 PROGRAM = {"--workdir", "--resume", "--overwrite", "--compile-only", "--topology", "--distributed"}
@@ -85,6 +92,40 @@ def test_names_of_version_0_1_are_taken_for_todays():
     config = command_line.parse_overrides(TrainConfig(), [*old, "--steps", "7"])
     assert config.compute == ComputeConfig("bfloat16", text_param_dtype="bfloat16", passes="fused")
     assert config.augment.patch_drop == 0.5 and config.steps == 7
+
+
+OF_RESNET = TrainConfig(model=ModelConfig(ResNetConfig()))
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), OF_RESNET], ids=["vit", "resnet"])
+def test_an_option_of_videos_makes_an_image_recipe_one_of_frames(config):
+    """An image model reads videos as mode "frames" does: an option changes what it names."""
+
+    def video(*overrides: str) -> VideoConfig | None:
+        return command_line.parse_overrides(config, [*overrides, "--steps", "7"]).model.vision.video
+
+    assert video("--model.vision.video.mode", "frames") == VideoConfig("frames")
+    embed = video("--model.vision.video.frame_embed", "True", "--model.vision.video.frames=8")
+    assert embed == VideoConfig("frames", frames=8, frame_embed=True)
+
+
+def test_options_of_videos_keep_what_the_recipe_has(capsys):
+    tubes = TrainConfig(model=mammut.presets.tiny_video())
+    found = command_line.parse_overrides(tubes, ["--model.vision.video.fixed-code", "none"])
+    expected = dataclasses.replace(tubes.model.vision.video, fixed_code="none")
+    assert found.model.vision.video == expected
+    plain = command_line.parse_overrides(TrainConfig(), ["--model.vision.video.mode", "tubes"])
+    assert plain.model.vision.video == VideoConfig()
+    with pytest.raises(SystemExit):
+        command_line.parse_overrides(TrainConfig(), ["--model.vision.video.modes", "frames"])
+    assert "--model.vision.video.mode" in capsys.readouterr().err
+    low = TrainConfig(model=mammut.presets.tiny())
+    vision = dataclasses.replace(low.model.vision, low_image_size=24)
+    low = dataclasses.replace(low, model=dataclasses.replace(low.model, vision=vision))
+    with pytest.raises(ValueError, match="VisionConfig.low_image_size is 24, expected None"):
+        command_line.parse_overrides(low, ["--model.vision.video.mode", "frames"])
+    both = ["--model.vision.video.mode", "frames", "--model.vision.low-image-size", "None"]
+    assert command_line.parse_overrides(low, both).model.vision.video == VideoConfig("frames")
 
 
 # The options of a model that sees images by a prefix, with room for text after it.

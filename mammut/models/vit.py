@@ -89,7 +89,8 @@ class VisionConfig(LayerConfig):
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     # Standard deviation of each colour channel; pixels less their mean are divided by it.
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    # How videos are read. None: frame by frame, as an image model does.
+    # How videos are read. None: frame by frame, as an image model does. An option of `train.py` for
+    # a field of it makes it one of mode "frames", where the recipe has None.
     video: VideoConfig | None = None
 
     def __post_init__(self):

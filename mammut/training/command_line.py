@@ -16,8 +16,11 @@ from typing import Annotated, Any
 
 from mammut.core.coordination import Processes
 from mammut.core.fields import field_texts
+from mammut.models.video import VideoConfig
 from mammut.training.config import TrainConfig, fitting_warmup
 from mammut.weights.old_configs import DERIVED, MOVED
+
+_OF_VIDEOS = "--model.vision.video."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,7 @@ def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
       ValueError: a field of version 0.1 that now follows from others is given another value.
     """
     todays, derived = _in_todays_names(overrides)
-    config = _cli(config, todays)
+    config = _cli(_with_videos(config, todays), todays)
     for name, value in derived.items():
         follows = operator.attrgetter(name)(config)
         if value != str(follows):
@@ -95,6 +98,22 @@ def parse_overrides(config: TrainConfig, overrides: list[str]) -> TrainConfig:
                 f"--{name} is {value}, expected {follows}: it follows from --{DERIVED[name]}"
             )
     return config
+
+
+def _with_videos(config: TrainConfig, overrides: list[str]) -> TrainConfig:
+    """Gives an image encoder a `VideoConfig` where an option sets one of its fields.
+
+    tyro has options for the fields of a value, not for those of None. The mode is "frames", as
+    which an image encoder reads videos anyway: an option changes what it names, and nothing else.
+    """
+    of_videos = [arg[2:] for arg in overrides if arg.startswith(_OF_VIDEOS)]
+    if config.model.vision.video is not None or not of_videos:
+        return config
+    # The other options may make the model one that has a place for videos.
+    names = {arg.partition("=")[0].replace("-", "_") for arg in of_videos}
+    config = _cli(config, without(overrides, names))
+    vision = dataclasses.replace(config.model.vision, video=VideoConfig(mode="frames"))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vision=vision))
 
 
 def _cli(config: TrainConfig, args: list[str], description: str | None = None) -> TrainConfig:
