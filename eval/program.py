@@ -5,6 +5,7 @@ It has the options, and the way from a model to scores.
 Each program first writes its predictions and then scores that file. Scoring again needs no model: a
 predictions file may be given in place of one. Scores go to `--out NAME.json`, predictions to
 NAME.predictions.jsonl beside it. Files of other settings are not replaced without `--overwrite`.
+Of a program that ends early, what it has predicted so far is in NAME.predictions.jsonl.partial.
 
 A program that is stopped by Ctrl-C ends with status 130, one that cannot work with status 1.
 """
@@ -32,7 +33,7 @@ from mammut.data.examples import Source
 from mammut.data.processor import Processor
 from mammut.data.sources import open_source
 from mammut.data.video import VideoTransform
-from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, Predictions
+from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, PartialFile, Predictions
 from mammut.evaluation.predictor import Predictor, place_on_mesh
 from mammut.evaluation.requirements import require_scorable
 from mammut.evaluation.scores import Scores, require_same_result, save_scores
@@ -159,20 +160,22 @@ def run(
         if path.is_file() and not path.name.endswith(SUFFIXES):
             return _score_again(options, path, task)
         return _evaluate(options, path, task, predict)
-    except KeyboardInterrupt:
-        print(f"{program}: stopped by Ctrl-C, without scores", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        sentence = PartialFile.with_note(stop, "stopped by Ctrl-C, without scores")
+        print(f"{program}: {sentence}", file=sys.stderr)
         sys.exit(130)
     except jax.errors.JaxRuntimeError as error:
         if os.environ.get("MAMMUT_TRACEBACK") or "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        sys.exit(
-            f"{program}: --batch-size {options.batch_size} needs more memory than the devices "
-            f"have: {str(error).splitlines()[0]}"
+        sentence = (
+            f"--batch-size {options.batch_size} needs more memory than the devices have: "
+            f"{str(error).splitlines()[0]}"
         )
+        sys.exit(f"{program}: {PartialFile.with_note(error, sentence)}")
     except (ValueError, OSError) as error:
         if os.environ.get("MAMMUT_TRACEBACK"):
             raise
-        sys.exit(f"{program}: {error}")
+        sys.exit(f"{program}: {PartialFile.with_note(error, str(error))}")
 
 
 def require_range(options: Options, name: str, low: float, high: float = math.inf) -> None:
@@ -260,7 +263,7 @@ def _evaluate(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out.parent):
         pass
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), PartialFile(predictions_file) as partial:
         model_of, params = place_on_mesh(model, mesh)
         predictor = Predictor(
             model_of,
@@ -272,24 +275,26 @@ def _evaluate(
             max_bad_share=options.max_bad_share,
             blind=options.blind,
             progress=True,
+            finished=partial.add,
         )
         predictions = predict(predictor, params, source, options)
-    predictions.settings["options"] = asked
-    if notes := _few_frames(model.config.vision, frames):
-        predictions.settings["set_notes"] = predictions.settings.get("set_notes", []) + notes
-    require_records(predictions)
-    _save(predictions, predictions_file)
+        predictions.settings["options"] = asked
+        if notes := _few_frames(model.config.vision, frames):
+            predictions.settings["set_notes"] = predictions.settings.get("set_notes", []) + notes
+        require_records(predictions)
+        _save(predictions, predictions_file, partial.count)
     return _scored(load_predictions(predictions_file, task), out)
 
 
-def _save(predictions: Predictions, path: pathlib.Path) -> None:
+def _save(predictions: Predictions, path: pathlib.Path, kept: int = 0) -> None:
+    """Writes the predictions, of which `kept` records are in the partial file."""
     try:
         predictions.save(path)
     except OSError as error:
-        raise OSError(
-            f"{path} cannot be written ({error.strerror}): the predictions for "
-            f"{len(predictions.records)} records are lost"
-        ) from error
+        message = f"{path} cannot be written ({error.strerror})"
+        if lost := len(predictions.records) - kept:
+            message += f": the predictions for {lost} records are lost"
+        raise OSError(message) from error
     print(f"predictions: {path}")
 
 

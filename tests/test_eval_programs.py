@@ -20,7 +20,7 @@ from eval import caption, classify, program, report, retrieval, speed, vqa
 from mammut.config import VideoConfig
 from mammut.data.video import VideoTransform
 from mammut.evaluation.metrics import captions
-from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, Predictions
+from mammut.evaluation.predictions import PREDICTIONS_SUFFIX, PartialFile, Predictions
 from mammut.evaluation.predictor import Predictor
 from mammut.evaluation.scores import load_scores, require_same_result
 from mammut.evaluation.scoring import load_predictions, score
@@ -532,6 +532,49 @@ def test_a_full_disk_says_what_is_lost(results, tmp_path, monkeypatch):
     ):
         program._save(predictions, tmp_path / "x.predictions.jsonl")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, error", [
+    ("caption", OSError("the disk is gone")),
+    ("vqa", KeyboardInterrupt()),
+    ("classify", RuntimeError("a defect")),
+])  # fmt: skip
+def test_what_is_predicted_before_an_evaluation_ends_early_is_kept(
+    results, folder, tmp_path, monkeypatch, capsys, name, error
+):
+    partial = tmp_path / f"x{PREDICTIONS_SUFFIX}.partial"
+    computed = Predictor.run
+
+    def run_one_batch(*args, **settings):
+        if partial.exists() and partial.read_text().count("\n") >= 7:  # a batch is done
+            raise error
+        return computed(*args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, "run", run_one_batch)
+        with pytest.raises((SystemExit, RuntimeError)) as ended:
+            ask(folder, name, tmp_path / "x.json")
+    records = [json.loads(line) for line in partial.read_text().splitlines()]
+    whole = Predictions.load(results[name][1]).records
+    assert 7 <= len(records) < len(whole) and all(record in whole for record in records)
+    assert len({json.dumps(record) for record in records}) == len(records)
+    said = f"{ended.value} {getattr(ended.value, '__notes__', '')} {capsys.readouterr().err}"
+    assert f"the predictions so far, {len(records)} records, are in {partial}" in said
+    assert [path.name for path in tmp_path.iterdir()] == [partial.name]
+    if name == "caption":
+        ask(folder, name, tmp_path / "x.json")
+        assert not partial.exists()
+        assert (tmp_path / f"x{PREDICTIONS_SUFFIX}").read_bytes() == results[name][1].read_bytes()
+
+
+def test_a_full_disk_ends_no_evaluation_before_its_end(tmp_path):
+    """What the partial file has no room for is lost only if the process ends, too."""
+    (tmp_path / "x.partial").symlink_to("/dev/full")
+    with pytest.raises(ValueError) as ended, PartialFile(tmp_path / "x") as partial:
+        partial.add({"key": "a"})
+        partial.add({"key": "b"})
+        raise ValueError("other")
+    assert partial.count == 0 and PartialFile.with_note(ended.value, "other") == "other"
 
 
 def test_what_the_terminal_cannot_show_ends_no_program(monkeypatch):

@@ -120,6 +120,7 @@ def predict_classes(
                 "scores": scores[row].tolist(),
             }
             records.append(record)
+            predictor.finished(record)
 
     settings = {
         "classes": list(classes),

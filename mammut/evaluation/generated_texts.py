@@ -78,6 +78,7 @@ def predict_captions(
         generated = _generated_few_shot(predictor, params, rows(), config, few_shot, prompt)
     for number, values in enumerate(generated):
         records[number] |= values
+        predictor.finished(records[number])
 
     settings = _changed_fields(config)
     if prompt:
@@ -147,6 +148,7 @@ def predict_answers(
                     yield image, Query(index, example.key, text, number, kind)
                 elif processor.room(text) < 1:
                     record |= _TOO_LONG
+                    predictor.finished(record)
                 else:
                     answered.append(record)
                     yield image, processor.encode_prompt(text)
@@ -158,6 +160,7 @@ def predict_answers(
         generated = _generated_few_shot(predictor, params, rows(), config, few_shot, prompt)
     for number, values in enumerate(generated):
         answered[number] |= values
+        predictor.finished(answered[number])
 
     settings = _changed_fields(config)
     if prompt != "{}":

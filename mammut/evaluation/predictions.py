@@ -18,11 +18,15 @@ hold. In full they are (`index` is the example's position in the source, `key` i
                from 0. reranked [id, best first] and reranked_scores, if candidates
                were scored again by caption likelihood
 
+While a model is asked, the records that are finished are in NAME.predictions.jsonl.partial, without
+a first line and in any order (`PartialFile`).
+
 A record of caption or vqa whose prompt did not fit the model's context has too_long and the empty
 prediction. With examples shown first (`shots` in the settings), the prediction ends at a line break
 or the next example, and the logprob counts all generated tokens.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -45,6 +49,10 @@ ABOUT = {
     "left_out": dict[str, Count],
 }
 _HEADER = {"format": Literal[_FORMAT], "version": Literal[_VERSION], "records": Count} | ABOUT
+
+
+# A lone surrogate, as of a path that is not UTF-8, is written as JSON spells it.
+_ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +87,9 @@ class Predictions:
         }
         for name in ("data", "checkpoint", "settings", "left_out"):
             header[name] = getattr(self, name)
-        # A lone surrogate, as of a path that is not UTF-8, is written as JSON spells it.
-        options = {"encoding": "utf-8", "errors": "backslashreplace"}
-        with replacing_file(path) as new, new.open("w", **options) as file:
+        with replacing_file(path) as new, new.open("w", **_ENCODING) as file:
             for value in (header, *self.records):
-                file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(_line(value))
 
     @classmethod
     def load(cls, path: str | os.PathLike, task: str | None = None) -> "Predictions":
@@ -123,6 +129,60 @@ class Predictions:
         return cls(records=records, **{name: header[name] for name in ABOUT})
 
 
+class PartialFile:
+    """Records of an evaluation that goes on, in a file beside its predictions file.
+
+    A context: at its end the file is removed. After an error the file stays, and a note of the
+    error says where (`with_note`). The next evaluation overwrites it.
+
+    Attributes:
+      count: how many records the file has.
+    """
+
+    _NOTE = "the predictions so far, "
+
+    def __init__(self, predictions_file: pathlib.Path):
+        self.count = 0
+        self._path = predictions_file.with_name(predictions_file.name + ".partial")
+        self._file = None
+        self._is_full = False
+
+    def __enter__(self) -> "PartialFile":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk
+                self._file.close()
+        if error is None:
+            self._path.unlink(missing_ok=True)
+        elif self.count:
+            error.add_note(f"{self._NOTE}{self.count} records, are in {self._path}")
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Writes a record, so that it outlives this process."""
+        _require_finite(record, f"{self._path}, record {self.count}")
+        if self._is_full:
+            return
+        try:
+            if self._file is None:
+                self._file = self._path.open("w", **_ENCODING, buffering=1)  # line by line
+            self._file.write(_line(record))
+            self.count += 1
+        except OSError:  # such as of a full disk: it may have room again at the end
+            self._is_full = True
+
+    @classmethod
+    def with_note(cls, error: BaseException, sentence: str) -> str:
+        """Adds to a sentence where the predictions are that were made before the error."""
+        notes = [note for note in getattr(error, "__notes__", []) if note.startswith(cls._NOTE)]
+        return "; ".join([sentence, *notes])
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def record_place(where: str, number: int, in_file: bool) -> str:
     """Names a record in errors; in a file by its line, too."""
     return (
@@ -137,9 +197,13 @@ def _check_records(records: list[Any], where: str, in_file: bool = False) -> Non
         place = record_place(where, number, in_file)
         if not isinstance(record, dict):
             raise ValueError(f"{place} is no object: {record!r:.60}")
-        for name in ("logprob", "scores", "reranked_scores"):
-            values = record.get(name, 0)
-            if not isinstance(values, list):
-                values = [values]
-            if any(isinstance(value, float) and not math.isfinite(value) for value in values):
-                raise ValueError(f"{place} has a {name} that is not finite: the model has diverged")
+        _require_finite(record, place)
+
+
+def _require_finite(record: dict[str, Any], place: str) -> None:
+    for name in ("logprob", "scores", "reranked_scores"):
+        values = record.get(name, 0)
+        if not isinstance(values, list):
+            values = [values]
+        if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+            raise ValueError(f"{place} has a {name} that is not finite: the model has diverged")

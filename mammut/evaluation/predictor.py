@@ -51,6 +51,8 @@ class Predictor:
       blind: every image is black.
       progress: shows a progress bar on a terminal.
       alive: called before every batch that the model is run on.
+      finished: takes each record of the predictions when it is finished, except of retrieval, whose
+        records are all finished at the end.
 
     Raises:
       ValueError: `batch_size` does not divide over the mesh.
@@ -69,6 +71,7 @@ class Predictor:
         blind: bool = False,
         progress: bool = False,
         alive: Callable[[], None] = lambda: None,
+        finished: Callable[[dict[str, Any]], None] = lambda record: None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
@@ -78,6 +81,7 @@ class Predictor:
         self.batch_size = batch_size
         self.threads = threads
         self.blind = blind
+        self.finished = finished
         self._mesh = mesh
         self._checkpoint = checkpoint
         self._max_bad_share = max_bad_share
