@@ -141,6 +141,12 @@ class VideoConfig:
             self.mode == "tubes" or not self.tubes,
             "VideoConfig.tubes are set, which VideoConfig.mode 'frames' does not have",
         )
+        for name in ("patch_stride", "fixed_code"):
+            value = getattr(self, name)
+            require(
+                self.mode == "tubes" or value == getattr(VideoConfig, name),
+                f"VideoConfig.{name} is {value!r}, which VideoConfig.mode 'frames' does not have",
+            )
         require(
             self.mode == "frames" or not self.frame_embed,
             "VideoConfig.frame_embed is True, which goes with VideoConfig.mode 'frames'",
