@@ -25,6 +25,7 @@ from mammut.config import (
     VisionConfig,
 )
 from mammut.core import sharding
+from mammut.core.params import by_name
 from mammut.models.compute import Augment, Dtypes, require_computable
 from mammut.models.flops import forward_flops
 from mammut.models.layers import initialise, unit
@@ -41,6 +42,7 @@ from mammut.performance.compile_report import compile_report
 from mammut.performance.hlo import Program
 from mammut.testing import tiny_batch, tiny_config, tiny_model
 from mammut.training.optimizer import make_optimizer
+from mammut.training.start_report import untrained_towers
 from mammut.training.step import TrainState, make_trainer
 from mammut.training.tasks import ImageTextTask
 
@@ -450,6 +452,18 @@ def test_a_run_of_videos_has_batches_of_videos_and_counts_their_flops():
     images = train_config(frames=None)
     assert task.abstract_batch(images)["image"].shape == (8, 16, 16, 3)
     assert task.flops(images) == forward_flops(OF_TUBES)
+
+
+@pytest.mark.parametrize("frames", [None, 1, FRAMES])
+def test_tubes_stay_as_they_are_where_a_run_has_none(frames):
+    """Without a gradient, weight decay alone would move them."""
+    config = train_config(frames=frames)
+    task = ImageTextTask(config.loss)
+    state = make_trainer(config, task, sharding.make_mesh(MeshConfig())).abstract_state
+    frozen = {name.rpartition(".")[0] for name in by_name(state.frozen)}
+    tubes = {f"vision.video_embed.tubes.{number}" for number in range(3)}
+    assert frozen == (set() if frames == FRAMES else tubes)
+    assert untrained_towers(state, (), task) == []
 
 
 @pytest.mark.parametrize(

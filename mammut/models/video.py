@@ -268,6 +268,11 @@ def count_left_out(vision: Any, frames: int) -> int:
     return sum(math.prod(count) == 0 for count in counts)
 
 
+def is_of_tubes(path: str) -> bool:
+    """Whether a parameter of a model is one of its tubes, which an image does not have."""
+    return path.startswith("vision.video_embed.tubes.")
+
+
 def require_video_sizes(vision: Any) -> None:
     """Raises ValueError where `VisionConfig.video` does not fit the rest of the encoder."""
     video = vision.video

@@ -12,6 +12,7 @@ from mammut.core import sharding
 from mammut.core.params import STATISTICS, by_name
 from mammut.data.examples import Source
 from mammut.models.flops import training_flops
+from mammut.models.video import is_of_tubes
 from mammut.training.run import Run
 from mammut.training.step import Trainer, TrainState
 from mammut.training.tasks import Task
@@ -66,7 +67,8 @@ def untrained_towers(state: TrainState, starts: Collection[str], task: Task) -> 
     towers = {
         name.partition(".")[0]
         for name in by_name(state.frozen)
-        if task.runs(name) and name.rpartition(".")[2] not in STATISTICS
+        # A run of images trains all of the tower but its tubes.
+        if task.runs(name) and not is_of_tubes(name) and name.rpartition(".")[2] not in STATISTICS
     }
     random = []
     for tower in ("text", "vision"):

@@ -31,6 +31,7 @@ from mammut.core.params import (
 from mammut.core.typing import Batch, Metrics
 from mammut.models.compute import Augment
 from mammut.models.mammut import MAX_LOGIT_SCALE, MaMMUT
+from mammut.models.video import is_of_tubes
 from mammut.training.config import TrainConfig
 from mammut.training.optimizer import learning_rate_schedule, make_optimizer
 from mammut.training.tasks import Task
@@ -137,6 +138,9 @@ def make_trainer(config: TrainConfig, task: Task, mesh: Mesh) -> Trainer:
 
     # The trained parameters and their state.
     runs = [name for name in by_name(abstract_params) if task.runs(name)]
+    if config.data.frames in (None, 1):
+        # Images have no tubes: weight decay alone would move them.
+        runs = [name for name in runs if not is_of_tubes(name)]
     trained = trained_names(runs, config.trainable)
     optimizer = make_optimizer(config.optimizer, config.steps)
 
