@@ -307,11 +307,12 @@ def _estimate_lines(
     # Seconds of the model's FLOPs at the peak of all devices: MFU is their share of the time.
     ideal = step_flops(config)[0] / (mesh.size * chip.flops)
     rows = config.data.batch_size
+    examples = "images" if config.data.frames is None else "clips"
     return [
         "estimate by the roofline, no measurement: "
         + ", ".join(f"{name} {seconds * 1e3:,.1f} ms" for name, seconds in parts.items()),
         f"  a step takes {times.best * 1e3:,.1f} ms if all overlap ({bound} is what it waits for) "
         f"to {times.worst * 1e3:,.1f} ms if nothing does: MFU {ideal / times.best:.0%} "
         f"to {ideal / times.worst:.0%}, {rows / times.best:,.0f} to {rows / times.worst:,.0f} "
-        "images/s",
+        f"{examples}/s",
     ]
