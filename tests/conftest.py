@@ -28,6 +28,7 @@ import gc  # noqa: E402
 import pathlib  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
+import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
@@ -36,6 +37,11 @@ from mammut.testing import shared_dir  # noqa: E402
 # Tracing makes millions of objects that live on: Python's collector goes through them again and
 # again (docs/log.md has the measured times).
 gc.set_threshold(100_000, 50, 100)
+
+# The same examples each time: a change is not blamed for what another one left to be found. Others
+# are tried with `--hypothesis-profile default`.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 # The files that take longest. pytest-xdist gives out whole files, those with most tests first: a
 # long file of few tests would start last, and one worker would wait for it.

@@ -91,6 +91,8 @@ def test_an_unknown_field_is_refused_with_its_name_and_its_file():
         ValueError, match=r"runs/a/config\.json has sped, stepz, which TrainConfig does not know"
     ):
         from_dict(TrainConfig, {"stepz": 1, "steps": 2, "sped": 3}, "runs/a/config.json")
+    with pytest.raises(ValueError, match=r"^a has '\\n', which"):
+        from_dict(TrainConfig, {"\n": None}, "a")
 
 
 def test_an_unknown_field_deep_inside_is_refused_with_the_way_to_it():

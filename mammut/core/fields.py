@@ -165,7 +165,9 @@ def from_dict(cls: type, values: Any, where: str = "config"):
         )
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"{where} has {', '.join(unknown)}, which {cls.__name__} does not know")
+        # An error is one line, whatever the file holds.
+        names = [name if name.isprintable() else repr(name) for name in unknown]
+        raise ValueError(f"{where} has {', '.join(names)}, which {cls.__name__} does not know")
     built = {}
     for name, value in values.items():
         kind = _dataclass_for(value, fields[name].type)
