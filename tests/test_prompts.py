@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from prefix_models import IMAGES, prefix_config, prefix_model, prefix_processor
 
 import mammut
+from mammut.config import VideoConfig
 from mammut.data.video import Clip, VideoTransform
 from mammut.generation.interleaved import (
     encode_prompt,
@@ -238,6 +239,20 @@ def video_processor(processor):
     """It reads three frames."""
     video = VideoTransform(3)
     return mammut.Processor(processor.tokenizer, processor.image, processor.max_length, video=video)
+
+
+def test_a_video_of_a_prompt_has_the_frames_that_its_model_is_made_for(
+    video_model, video_processor, processor
+):
+    config = video_model.config
+    video = VideoConfig(mode="frames", frames=3)
+    vision = dataclasses.replace(config.vision, video=video)
+    model = tiny_model(dataclasses.replace(config, vision=vision))
+    model.text.token_embed.embedding[...] *= 3
+    prompts = [[CLIPS.reshape(6, 16, 16, 3), "Q: what? A:"]]
+    expected = mammut.generate_prompts(model, video_processor, prompts, TEN)
+    for own in (processor, processor.for_model(model.config)):
+        assert mammut.generate_prompts(model, own, prompts, TEN) == expected
 
 
 def test_a_video_is_the_prefix_that_the_model_makes_of_it(video_model, video_processor):

@@ -173,14 +173,25 @@ class Processor:
         self.video = video
         self._default_video = VideoTransform()
 
-    def for_frames(self, frames: int) -> "Processor":
-        """Makes this processor for a model that is made for videos of `frames` frames.
+    def for_model(self, config: Any) -> "Processor":
+        """Makes this processor for a model: without `video`, it reads the model's frames.
 
-        Without `video`, calls then read videos of so many frames.
+        They are as many as `VideoConfig.frames`; for a model without it nothing changes.
+
+        Args:
+          config: the `ModelConfig` of the model.
         """
+        settings = config.vision.video
+        if settings is None:
+            return self
         processor = copy.copy(self)
-        processor._default_video = VideoTransform(frames)
+        processor._default_video = VideoTransform(settings.frames)
         return processor
+
+    @property
+    def video_transform(self) -> VideoTransform:
+        """How a call reads videos."""
+        return self.video or self._default_video
 
     def __call__(self, images: Any = None, text: Any = None) -> dict[str, np.ndarray]:
         """Makes a batch of images or videos, of texts, or of both.
@@ -216,7 +227,7 @@ class Processor:
         return batch
 
     def _pixels(self, images: Sequence[Any]) -> UInt8[np.ndarray, "B *T height width 3"]:
-        video = self.video or self._default_video
+        video = self.video_transform
         size = self.image.image_size
         arrays, places = [], {}  # the first place of a picture and of a video
         for place, image in enumerate(images):

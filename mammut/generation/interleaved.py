@@ -28,7 +28,6 @@ from jaxtyping import Bool, Float, Int, Int32, Key, UInt8
 
 from mammut.core.typing import Array
 from mammut.data.processor import Processor, as_images
-from mammut.data.video import VideoTransform
 from mammut.generation.rows import GeneratedRow, Row, checked_numbers, generate_rows, row_keys
 from mammut.generation.search import GenerateConfig, Generation
 from mammut.generation.text import Text, generate_after, require_same_vocabulary, text_of
@@ -270,6 +269,7 @@ def generate_prompts(
     """
     batch_size, seed = checked_numbers(config, batch_size, seed)
     require_same_vocabulary(model, processor)
+    processor = processor.for_model(model.config)
     room = prompt_room(model.config, config.max_new_tokens)
 
     encoded = _encode_all(prompts, model.config, processor, room)
@@ -350,7 +350,7 @@ def _image_shape(prompt: EncodedPrompt, processor: Processor) -> tuple[int, ...]
     """The shape of each image of a prompt: (height, width, 3), of a video (T, height, width, 3)."""
     size = processor.image.image_size
     if prompt.images and processor.reads_video(prompt.images[0]):
-        return ((processor.video or VideoTransform()).frames, size, size, 3)
+        return (processor.video_transform.frames, size, size, 3)
     return (size, size, 3)
 
 

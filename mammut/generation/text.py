@@ -212,8 +212,7 @@ def generate_text(
     if not ids:
         return []
 
-    if model.config.vision.video is not None:
-        processor = processor.for_frames(model.config.vision.video.frames)
+    processor = processor.for_model(model.config)
     # Few sizes, all powers of two: a call with other images or prompts finds its program compiled.
     batch_size = min(batch_size, _power_of_two(len(ids)))
     width = min(_power_of_two(max(map(len, ids))), model.config.text_length - 1)

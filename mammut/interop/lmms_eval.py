@@ -27,7 +27,7 @@ from lmms_eval.utils import simple_parse_args_string
 
 import mammut.weights.model_folder
 from mammut.data.processor import Processor
-from mammut.data.video import Clip, VideoTransform, is_animation, is_video
+from mammut.data.video import Clip, is_animation, is_video
 from mammut.generation.rows import require_numbers
 from mammut.generation.search import GenerateConfig
 from mammut.generation.text import generate_text
@@ -49,7 +49,8 @@ class LmmsEvalModel(lmms):
       batch_size: requests at a time; the last batch is padded to it.
       prompt: the text that the model continues, {} in place of the task's question. Use "" for a
         model that captions: it would take a task's instruction for the beginning of a caption.
-      frames: frames that are read of each video; None: those of `Processor.video`, by default 8.
+      frames: frames that are read of each video; None: those of `Processor.video`, or else of the
+        model's `VideoConfig`, or else 8.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class LmmsEvalModel(lmms):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         super().__init__()
-        video = processor.video or VideoTransform()
+        video = processor.for_model(model.config).video_transform
         if frames is not None:
             video = dataclasses.replace(video, frames=frames)
         self._model = model
@@ -205,7 +206,8 @@ class LmmsEvalModel(lmms):
 
     def _visual(self, request: Instance) -> Any:
         """Returns the request's image; a video as a Clip."""
-        visuals = request.args[2](self._document(request))
+        document = self._document(request)
+        visuals = request.args[2](document)
         if visuals is None:
             visuals = []
         elif not isinstance(visuals, list):

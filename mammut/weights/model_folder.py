@@ -262,10 +262,7 @@ def load(
         )
     if image_size is not None:
         opened = at_image_size(opened, image_size)
-    processor, video = opened.processor, opened.config.vision.video
-    if video is not None:
-        processor = processor.for_frames(video.frames)
-    return place(opened, mesh, compute=compute), processor
+    return place(opened, mesh, compute=compute), opened.processor.for_model(opened.config)
 
 
 def load_language_model(
