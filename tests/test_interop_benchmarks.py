@@ -365,7 +365,7 @@ def lmms():
     return lmms_eval
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture  # for each test anew: the evaluator of lmms-eval changes its tasks
 def speaker(lmms, model, processor, pictures):
     """The adapter, its task known as the evaluator makes it known."""
     speaker = lmms.LmmsEvalModel(model, processor, batch_size=4)
