@@ -7,7 +7,8 @@ the questions instead, here with the image encoder of the captions, in fewer ste
     python train.py configs/moving.py
     python train.py configs/moving.py --task vqa --init-vision runs/moving --workdir runs/asked
 
-Score it and its controls, whose scores of direction and order should be chance, with
+Score it and its controls, whose scores of direction and order should be chance, with the programs
+below. Shuffled frames show along which axis the shape moves, but not which way.
 
     python -m eval.vqa runs/asked --data moving:val
     python -m eval.vqa runs/asked --data moving:val --frames 1
